@@ -1,0 +1,70 @@
+"""BATCLIP: both towers' normalisation parameters adapted online."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import optax
+
+from jaxtta import objectives
+from jaxtta.adapters.base import Adapter
+from jaxtta.adapters.online import online
+from jaxtta.clip import CLIP, Task
+from jaxtta.tree import normalisation_parameters
+
+
+class Preset(NamedTuple):
+    """Published settings for one benchmark.
+
+    Attributes:
+        optimizer: makes the optimiser.
+        batch_size: pictures a batch.
+    """
+
+    optimizer: Callable[[], optax.GradientTransformation]
+    batch_size: int
+
+
+def adam_l2(learning_rate: float, weight_decay: float = 1e-2) -> optax.GradientTransformation:
+    """Adam whose weight decay is L2 in the gradient, not decoupled.
+
+    Args:
+        learning_rate: step size.
+        weight_decay: coefficient of the parameter in the gradient.
+
+    Returns:
+        The transformation.
+    """
+    return optax.chain(optax.add_decayed_weights(weight_decay), optax.adam(learning_rate))
+
+
+PRESETS = {
+    "cifar10-c": Preset(lambda: optax.adamw(1e-3, weight_decay=1e-2), 200),
+    "cifar100-c": Preset(lambda: adam_l2(5e-4), 200),
+    "imagenet-c": Preset(lambda: optax.adamw(5e-4, weight_decay=1e-2), 64),
+}
+"""The published settings for ViT-B/16 and ViT-B/32, severity 5."""
+
+
+def batclip(
+    model: CLIP, task: Task, optimizer: optax.GradientTransformation | None = None
+) -> Adapter:
+    """Adapt the LayerNorms of both towers; the text is encoded anew at every step.
+
+    Args:
+        model: the model.
+        task: the classes.
+        optimizer: an optax transformation; None for `PRESETS["imagenet-c"]`.
+
+    Returns:
+        The adapter.
+
+    References:
+        https://arxiv.org/abs/2412.02837
+    """
+    prompts = model.prompts(task)
+    return online(
+        objectives.batclip(model),
+        lambda params: prompts,
+        normalisation_parameters(tower="both"),
+        optimizer or PRESETS["imagenet-c"].optimizer(),
+    )

@@ -1,0 +1,40 @@
+"""Scaled dot-product attention, written for the backend that runs it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Array = jax.Array
+
+
+def attention(query: Array, key: Array, value: Array, mask: np.ndarray | None = None) -> Array:
+    """Attend, with the softmax in float32 (float64 under x64).
+
+    Args:
+        query: (batch, queries, heads, dim).
+        key: (batch, keys, heads, dim).
+        value: (batch, keys, heads, dim).
+        mask: (queries, keys) bool, true where a query may look; None for everywhere.
+
+    Returns:
+        (batch, queries, heads, dim) in the query's dtype.
+    """
+
+    def products(query: Array, key: Array, value: Array) -> Array:
+        # Batched matrix products over (batch, head) with the keys already transposed: what
+        # the CPU's matrix kernels take without another copy.
+        query = query.transpose(0, 2, 1, 3) * query.shape[-1] ** -0.5
+        scores = query @ key.transpose(0, 2, 3, 1)
+        scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
+        if mask is not None:
+            scores = jnp.where(mask, scores, -jnp.inf)
+        weights = jax.nn.softmax(scores).astype(value.dtype)
+        return (weights @ value.transpose(0, 2, 1, 3)).transpose(0, 2, 1, 3)
+
+    def fused(query: Array, key: Array, value: Array) -> Array:
+        # XLA's choice on an accelerator, in whatever form that backend fuses best.
+        allowed = None if mask is None else jnp.asarray(mask)[None, None]
+        return jax.nn.dot_product_attention(query, key, value, mask=allowed)
+
+    # Chosen when the program is lowered, so that a TPU program compiled on a CPU host gets its own.
+    return jax.lax.platform_dependent(query, key, value, cpu=products, default=fused)

@@ -1,0 +1,333 @@
+"""Reading and writing CLIP checkpoints in transformers' formats."""
+
+import dataclasses
+import json
+import re
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.serialization
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from transformers import CLIPConfig
+
+from jaxtta.clip.model import CLIP, Params
+from jaxtta.clip.modules import ACTIVATIONS, Architecture, TextTransformer, VisionTransformer
+from jaxtta.clip.preprocess import Preprocessing, read_preprocessing
+
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "flax_model.msgpack")
+PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+TOKENIZER_FILES = (
+    "tokenizer_config.json",
+    "tokenizer.json",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+)
+
+
+def load(
+    path_or_hub_id: str | Path,
+    *,
+    dtype: Any = jnp.float32,
+    compute_dtype: Any = None,
+    remat: bool = False,
+    revision: str | None = None,
+) -> tuple[CLIP, Params]:
+    """Load a CLIP checkpoint of transformers.
+
+    Args:
+        path_or_hub_id: a folder with `config.json` and `model.safetensors` (single or sharded) or
+            `flax_model.msgpack`, or the id of such a model on the hub.
+        dtype: of the parameters.
+        compute_dtype: of the matrix products, `jnp.bfloat16` say; None for that of the parameters.
+            LayerNorm, softmax, losses and adapted parameters stay in float32.
+        remat: recompute each block's activations in the backward pass: less memory, more time.
+        revision: of the hub's model.
+
+    Returns:
+        The model and its parameter tree (`vision_model`, `text_model`, `visual_projection`,
+        `text_projection`, `logit_scale`).
+
+    Raises:
+        FileNotFoundError: if there is no such folder or hub model, or a file is missing.
+        ValueError: if the configuration is none of CLIP's, only pickled weights are there, or a
+            parameter is missing or has another shape (they are named).
+    """
+    folder = Path(path_or_hub_id)
+    if not folder.is_dir():
+        folder = _download(str(path_or_hub_id), revision)
+    model = from_config(_read_config(folder), compute_dtype=compute_dtype, remat=remat)
+    settings = folder / "preprocessor_config.json"
+    preprocessing = read_preprocessing(
+        settings if settings.exists() else None, model.preprocessing.image_size
+    )
+    model = dataclasses.replace(model, preprocessing=preprocessing, source=str(folder))
+    return model, _read_params(folder, model, dtype)
+
+
+def from_config(config: CLIPConfig, *, compute_dtype: Any = None, remat: bool = False) -> CLIP:
+    """Make a model of a transformers configuration; `model.init(key)` draws its parameters.
+
+    Args:
+        config: the configuration.
+        compute_dtype: as in `load`.
+        remat: as in `load`.
+
+    Returns:
+        The model, without tokenizer.
+
+    Raises:
+        ValueError: if the activation is unknown or the sizes do not fit each other.
+    """
+
+    def architecture(tower: Any, name: str) -> Architecture:
+        if tower.hidden_act not in ACTIVATIONS:
+            raise ValueError(
+                f"{name}.hidden_act is {tower.hidden_act!r}, known are {', '.join(ACTIVATIONS)}"
+            )
+        if tower.hidden_size % tower.num_attention_heads:
+            raise ValueError(
+                f"{name}: {tower.num_attention_heads} heads do not divide a width of "
+                f"{tower.hidden_size}"
+            )
+        return Architecture(
+            tower.hidden_size,
+            tower.intermediate_size,
+            tower.num_attention_heads,
+            tower.num_hidden_layers,
+            tower.hidden_act,
+            tower.layer_norm_eps,
+            compute_dtype,
+            remat,
+        )
+
+    vision, text = config.vision_config, config.text_config
+    if vision.image_size < vision.patch_size:
+        raise ValueError(
+            f"an image size of {vision.image_size} is smaller than a patch of {vision.patch_size}"
+        )
+    size = vision.image_size
+    return CLIP(
+        VisionTransformer(architecture(vision, "vision_config"), size, vision.patch_size),
+        TextTransformer(
+            architecture(text, "text_config"), text.vocab_size, text.max_position_embeddings
+        ),
+        config.projection_dim,
+        text.eos_token_id,
+        Preprocessing(size, size, (size, size)),
+    )
+
+
+def save(folder: str | Path, model: CLIP, params: Params) -> None:
+    """Write a transformers checkpoint: configuration, weights, preprocessing and tokenizer.
+
+    Args:
+        folder: made if it is missing; files in it are overwritten.
+        model: the model; its tokenizer is copied from its source, if it has one.
+        params: the parameter tree.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    vision, text = model.vision, model.text
+    config = CLIPConfig(
+        projection_dim=model.projection,
+        vision_config={
+            **_config_of(vision.arch),
+            "image_size": vision.image_size,
+            "patch_size": vision.patch_size,
+            "projection_dim": model.projection,
+        },
+        text_config={
+            **_config_of(text.arch),
+            "vocab_size": text.vocabulary,
+            "max_position_embeddings": text.max_length,
+            "projection_dim": model.projection,
+            "eos_token_id": model.eos_token_id,
+        },
+        architectures=["CLIPModel"],
+    )
+    config.save_pretrained(folder)
+    side = model.preprocessing.resize
+    settings = {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": side is not None,
+        "size": {"shortest_edge": side}
+        if isinstance(side, int)
+        else dict(zip(("height", "width"), side or (), strict=False)),
+        "resample": model.preprocessing.resample,
+        "do_center_crop": model.preprocessing.crop is not None,
+        "crop_size": dict(zip(("height", "width"), model.preprocessing.crop or (), strict=False)),
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": model.preprocessing.mean,
+        "image_std": model.preprocessing.std,
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=2))
+    for name in TOKENIZER_FILES:
+        if model.source and (Path(model.source) / name).exists():
+            shutil.copyfile(Path(model.source) / name, folder / name)
+    tensors = {
+        _torch_name(path): np.ascontiguousarray(_to_torch(path, np.asarray(leaf)))
+        for path, leaf in flatten_dict(params).items()
+    }
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _config_of(arch: Architecture) -> dict[str, Any]:
+    return {
+        "hidden_size": arch.width,
+        "intermediate_size": arch.mlp_width,
+        "num_attention_heads": arch.heads,
+        "num_hidden_layers": arch.layers,
+        "hidden_act": arch.activation,
+        "layer_norm_eps": arch.epsilon,
+    }
+
+
+def _read_config(folder: Path) -> CLIPConfig:
+    path = folder / "config.json"
+    if not path.exists():
+        raise FileNotFoundError(f"{folder}: has no config.json, so it is no CLIP checkpoint")
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: is not JSON ({error})") from error
+    if config.get("model_type") != "clip":
+        raise ValueError(f"{path}: model_type is {config.get('model_type')!r}, expected 'clip'")
+    return CLIPConfig.from_dict(config)
+
+
+def _download(hub_id: str, revision: str | None) -> Path:
+    """Fetch the files of a hub model that `load` reads, and return their folder."""
+    missing = f"{hub_id}: is neither a folder here nor a model that the hub gives"
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", hub_id):
+        raise FileNotFoundError(missing)
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+
+    def fetch(name: str) -> Path | None:
+        try:
+            return Path(hf_hub_download(hub_id, name, revision=revision))
+        except LocalEntryNotFoundError:  # the hub could not be asked
+            raise
+        except EntryNotFoundError:  # the hub says that there is no such file
+            return None
+
+    try:
+        config = fetch("config.json")
+        for name in ("preprocessor_config.json", *TOKENIZER_FILES):
+            fetch(name)
+        weights = next(filter(None, map(fetch, WEIGHTS)), None)
+        if weights and weights.name.endswith("index.json"):
+            for name in _shards(weights):
+                fetch(name)
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise FileNotFoundError(f"{missing} ({type(error).__name__})") from error
+    if config is None:
+        raise FileNotFoundError(f"{missing} (it has no config.json)")
+    return config.parent
+
+
+def _read_params(folder: Path, model: CLIP, dtype: Any) -> Params:
+    shapes = flatten_dict(jax.eval_shape(model.init, jax.random.key(0)))
+    weights = next((folder / name for name in WEIGHTS if (folder / name).exists()), None)
+    if weights is None:
+        pickled = next((name for name in PICKLES if (folder / name).exists()), None)
+        if pickled:
+            raise ValueError(
+                f"{folder / pickled}: pickled weights can run code and are not read; convert them "
+                "with transformers' CLIPModel.from_pretrained(…).save_pretrained(…)"
+            )
+        raise FileNotFoundError(f"{folder}: has none of {', '.join(WEIGHTS)}")
+    reader = _read_msgpack if weights.suffix == ".msgpack" else _read_safetensors
+    found: dict[tuple[str, ...], jax.Array] = {}
+    wrong, unused = [], []
+    for path, array in reader(weights, {_torch_name(path): path for path in shapes}):
+        if path not in shapes:
+            unused.append("/".join(path))
+        elif array.shape != shapes[path].shape:
+            wrong.append(
+                f"{'/'.join(path)} has shape {array.shape}, expected {shapes[path].shape}"
+            )
+        else:
+            found[path] = jnp.asarray(array, dtype)
+    wrong += [
+        f"{'/'.join(path)} is missing"
+        for path in shapes
+        if path not in found and not any(w.startswith("/".join(path) + " ") for w in wrong)
+    ]
+    if wrong:
+        raise ValueError(f"{weights}: does not fit its config.json: {'; '.join(wrong)}")
+    if unused:
+        warnings.warn(f"{weights}: not used: {', '.join(unused)}", stacklevel=3)
+    return unflatten_dict(found)
+
+
+Entries = Iterator[tuple[tuple[str, ...], np.ndarray]]
+
+
+def _read_safetensors(weights: Path, names: Mapping[str, tuple[str, ...]]) -> Entries:
+    files = [weights]
+    if weights.suffix == ".json":
+        files = [weights.parent / name for name in _shards(weights)]
+    for file in files:
+        if not file.exists():
+            raise FileNotFoundError(f"{file}: named in {weights.name}, but missing")
+        try:
+            with safe_open(file, framework="flax") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 (not a dict)
+                    if name.endswith("position_ids"):  # a buffer of old checkpoints
+                        continue
+                    path = names.get(name, tuple(name.split(".")))
+                    yield path, _from_torch(path, np.asarray(tensors.get_tensor(name)))
+        except SafetensorError as error:
+            raise ValueError(f"{file}: is damaged or no safetensors file ({error})") from error
+
+
+def _shards(index: Path) -> list[str]:
+    try:
+        names = json.loads(index.read_text())["weight_map"].values()
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index}: is no index of sharded weights ({error!r})") from error
+    return sorted(set(names))
+
+
+def _read_msgpack(weights: Path, names: Mapping[str, tuple[str, ...]]) -> Entries:
+    del names  # the paths are ours already
+    try:
+        tree = flax.serialization.msgpack_restore(weights.read_bytes())
+    except Exception as error:  # msgpack raises errors of many kinds
+        raise ValueError(f"{weights}: is damaged or no msgpack file ({error})") from error
+    yield from ((path, np.asarray(leaf)) for path, leaf in flatten_dict(tree).items())
+
+
+def _torch_name(path: tuple[str, ...]) -> str:
+    """The name that PyTorch's CLIPModel gives the parameter of this path."""
+    leaf = "weight" if path[-1] in ("kernel", "scale", "embedding") else path[-1]
+    return ".".join((*path[:-1], leaf))
+
+
+def _to_torch(path: tuple[str, ...], array: np.ndarray) -> np.ndarray:
+    return _kernel(path, array, lambda x: x.transpose(3, 2, 0, 1))
+
+
+def _from_torch(path: tuple[str, ...], array: np.ndarray) -> np.ndarray:
+    return _kernel(path, array, lambda x: x.transpose(2, 3, 1, 0))
+
+
+def _kernel(
+    path: tuple[str, ...], array: np.ndarray, convolution: Callable[[np.ndarray], np.ndarray]
+) -> np.ndarray:
+    if path[-1] != "kernel":
+        return array
+    return convolution(array) if array.ndim == 4 else array.T

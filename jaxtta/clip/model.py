@@ -1,0 +1,262 @@
+"""The CLIP model as an immutable object of pure methods; its parameters live outside it."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from jaxtta.clip import prompts as packing
+from jaxtta.clip.attention import attention
+from jaxtta.clip.modules import TextTransformer, VisionTransformer
+from jaxtta.clip.preprocess import Preprocessing
+from jaxtta.clip.prompts import Prompts, Task
+
+Array = jax.Array
+Params = dict
+
+
+class ImageFeatures(NamedTuple):
+    """What one pass over pictures gives.
+
+    Attributes:
+        embeddings: (batch, projection), unnormalised.
+        pooled: (batch, width), the class token before the projection.
+        hidden_states: a list of (batch, tokens, width): the embeddings, then every block's output.
+        layer_features: (batch, layers, width), the class token after every block through the next
+            block's first LayerNorm (the last through the final one).
+    """
+
+    embeddings: Array
+    pooled: Array
+    hidden_states: list[Array]
+    layer_features: Array
+
+
+class Outputs(NamedTuple):
+    """What an objective sees of a model.
+
+    Attributes:
+        logits: (batch, classes), unnormalised log-probabilities.
+        image_embeddings: (batch, projection), unnormalised.
+        class_embeddings: (classes, projection), of unit norm.
+        layer_features: (batch, layers, width).
+    """
+
+    logits: Array
+    image_embeddings: Array
+    class_embeddings: Array
+    layer_features: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class CLIP:
+    """A CLIP model without its parameters; hashable, so that jitted functions may close over it.
+
+    Attributes:
+        vision: the image tower.
+        text: the text tower.
+        projection: size of the shared embedding.
+        eos_token_id: as in transformers' config (2 stands for "the highest id in the prompt").
+        preprocessing: what the checkpoint wants done to pictures.
+        source: folder that holds the checkpoint's tokenizer; None for a model made from a config.
+    """
+
+    vision: VisionTransformer
+    text: TextTransformer
+    projection: int
+    eos_token_id: int
+    preprocessing: Preprocessing
+    source: str | None = None
+
+    def init(self, key: Array) -> Params:
+        """Draw random parameters.
+
+        Args:
+            key: PRNG key.
+
+        Returns:
+            The parameter tree, float32.
+        """
+        vision_key, text_key, *keys = jax.random.split(key, 4)
+        size = self.preprocessing.image_size
+        ids = jnp.zeros((1, 1), jnp.int32)
+        vision = self.vision.init(vision_key, jnp.zeros((1, size, size, 3)))
+        text = self.text.init(text_key, ids[0], ids[0], lambda q, k, v: v, ids[0])
+        return {
+            "vision_model": vision["params"],
+            "text_model": text["params"],
+            "visual_projection": _projection(keys[0], self.vision.arch.width, self.projection),
+            "text_projection": _projection(keys[1], self.text.arch.width, self.projection),
+            "logit_scale": jnp.asarray(2.6592),
+        }
+
+    def normalize(self, images: Array) -> Array:
+        """Normalise pictures as the checkpoint was trained.
+
+        Args:
+            images: (batch, height, width, 3), uint8, or float in [0, 1] (neither clipped nor
+                checked).
+
+        Returns:
+            Normalised pixels of the same shape, in at least float32.
+
+        Raises:
+            ValueError: if shape or dtype is another.
+        """
+        size = self.preprocessing.image_size
+        if images.ndim != 4 or images.shape[1:] != (size, size, 3):
+            raise ValueError(
+                f"pictures must have shape (batch, {size}, {size}, 3), not {images.shape}"
+            )
+        if images.dtype == jnp.uint8:
+            images = images.astype(jnp.float32) / 255
+        elif not jnp.issubdtype(images.dtype, jnp.floating):
+            raise ValueError(f"pictures must be uint8 or float in [0, 1], not {images.dtype}")
+        images = images.astype(jnp.promote_types(images.dtype, jnp.float32))
+        mean, std = (np.asarray(x, np.float32) for x in self.preprocessing[-2:])
+        return (images - mean) / std
+
+    def preprocess(self, pictures: list[Image.Image]) -> np.ndarray:
+        """Bring PIL pictures to the model's resolution.
+
+        Args:
+            pictures: of any mode and size.
+
+        Returns:
+            (batch, height, width, 3) uint8.
+        """
+        return np.stack([self.preprocessing(picture) for picture in pictures])
+
+    def image_features(self, params: Params, pixels: Array) -> ImageFeatures:
+        """Encode normalised pixels and keep what the layers said.
+
+        Args:
+            params: the parameter tree.
+            pixels: (batch, height, width, 3), normalised.
+
+        Returns:
+            The features; what is not used is not computed under `jit`.
+        """
+        out = self.vision.apply({"params": params["vision_model"]}, pixels)
+        embeddings = _project(out.pooled, params["visual_projection"])
+        return ImageFeatures(embeddings, *out)
+
+    def encode_image(self, params: Params, pixels: Array) -> Array:
+        """Encode normalised pixels (batch, height, width, 3) to embeddings (batch, projection)."""
+        return self.image_features(params, pixels).embeddings
+
+    def encode_text(self, params: Params, token_ids: Array) -> Array:
+        """Encode prompts as they are, one row of token ids each.
+
+        Args:
+            params: the parameter tree.
+            token_ids: (prompts, length).
+
+        Returns:
+            Unnormalised embeddings (prompts, projection).
+
+        Raises:
+            ValueError: if the prompts are longer than the model takes.
+        """
+        count, length = token_ids.shape
+        if length > self.text.max_length:
+            raise ValueError(
+                f"prompts of {length} tokens are longer than the model's {self.text.max_length}"
+            )
+        mask = np.tril(np.ones((length, length), bool))
+
+        def attend(query: Array, key: Array, value: Array) -> Array:
+            grid = (count, length, *query.shape[1:])
+            query, key, value = (x.reshape(grid) for x in (query, key, value))
+            return attention(query, key, value, mask=mask).reshape(-1, *grid[2:])
+
+        positions = np.tile(np.arange(length, dtype=np.int32), count)
+        ends = packing.ends_of_text(token_ids, self.eos_token_id)
+        ends = ends + length * np.arange(count)
+        return self._encode_rows(params, token_ids.reshape(-1), positions, attend, ends)
+
+    def prompts(self, task: Task) -> Prompts:
+        """Pack a task's prompts for `class_embeddings`.
+
+        Args:
+            task: the task.
+
+        Returns:
+            Its prompts, packed.
+
+        Raises:
+            ValueError: if a prompt is longer than the model takes, has no end of text, or holds a
+                token that the model does not know.
+        """
+        if not 0 <= task.token_ids.min() <= task.token_ids.max() < self.text.vocabulary:
+            raise ValueError(
+                f"token ids run from {task.token_ids.min()} to {task.token_ids.max()}, the model "
+                f"knows 0 to {self.text.vocabulary - 1}"
+            )
+        prompts = packing.pack(task, self.eos_token_id)
+        if prompts.positions.max() >= self.text.max_length:
+            raise ValueError(
+                f"a prompt has {prompts.positions.max() + 1} tokens, the model takes at most "
+                f"{self.text.max_length}"
+            )
+        return prompts
+
+    def class_embeddings(self, params: Params, prompts: Prompts) -> Array:
+        """Encode a task's classes.
+
+        Several templates are averaged as CLIP does: each embedding normalised, their mean
+        normalised again.
+
+        Args:
+            params: the parameter tree.
+            prompts: from `prompts`.
+
+        Returns:
+            (classes, projection), of unit norm.
+        """
+        token_ids, positions = packing.rows(prompts)
+        attend = packing.packed_attention(prompts)
+        flat = self._encode_rows(params, token_ids, positions, attend, prompts.ends.reshape(-1))
+        embeddings = unit(flat).reshape(*prompts.ends.shape, -1)
+        return embeddings[:, 0] if embeddings.shape[1] == 1 else unit(embeddings.mean(1))
+
+    def forward(self, params: Params, classes: Array | Prompts, images: Array) -> Outputs:
+        """Classify pictures: the forward function that objectives see.
+
+        Args:
+            params: the parameter tree.
+            classes: packed prompts, encoded here with these parameters, or ready class embeddings
+                (classes, projection) of unit norm.
+            images: (batch, height, width, 3), uint8 or float in [0, 1].
+
+        Returns:
+            Logits, embeddings and layer features.
+        """
+        features = self.image_features(params, self.normalize(images))
+        if isinstance(classes, Prompts):
+            classes = self.class_embeddings(params, classes)
+        scale = jnp.exp(params["logit_scale"].astype(classes.dtype))
+        logits = scale * unit(features.embeddings) @ classes.T
+        return Outputs(logits, features.embeddings, classes, features.layer_features)
+
+    def _encode_rows(self, params: Params, *rows: Array) -> Array:
+        pooled = self.text.apply({"params": params["text_model"]}, *rows)
+        return _project(pooled, params["text_projection"])
+
+
+def unit(x: Array) -> Array:
+    """Scale vectors (…, size) to unit norm."""
+    return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def _project(pooled: Array, projection: Params) -> Array:
+    # Embeddings, and all that follows from them, stay in at least float32.
+    dtype = jnp.promote_types(pooled.dtype, jnp.float32)
+    return pooled.astype(dtype) @ projection["kernel"].astype(dtype)
+
+
+def _projection(key: Array, width: int, size: int) -> Params:
+    return {"kernel": jax.random.normal(key, (width, size)) * width**-0.5}

@@ -1,0 +1,93 @@
+"""Terms of the objectives: pure functions of arrays, with masks for padded pictures.
+
+Everything is a sum over the whole batch and the whole set of classes, without axis names, so that
+a batch split over devices gives the same value. Absent classes and padded pictures contribute
+neither to a value nor to a gradient: zeros are put in before a quotient or a norm, not after it.
+"""
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+
+def masked_mean(values: Array, mask: Array) -> Array:
+    """Mean of the values where the mask holds, 0 where it holds nowhere.
+
+    Args:
+        values: (batch,).
+        mask: (batch,) bool.
+
+    Returns:
+        A scalar.
+    """
+    return jnp.where(mask, values, 0).sum() / jnp.maximum(mask.sum(), 1)
+
+
+def entropy(logits: Array) -> Array:
+    """Entropy of the predictions in nats.
+
+    Args:
+        logits: (…, classes).
+
+    Returns:
+        (…).
+    """
+    log_p = jax.nn.log_softmax(logits)
+    return -(jnp.exp(log_p) * log_p).sum(-1)
+
+
+def prototypes(embeddings: Array, labels: Array, mask: Array, classes: int) -> tuple[Array, Array]:
+    """Mean embedding of each class that occurs.
+
+    Args:
+        embeddings: (batch, projection).
+        labels: (batch,) integers.
+        mask: (batch,) bool, false for padding.
+        classes: number of classes.
+
+    Returns:
+        Prototypes (classes, projection), zero for absent classes, and the mask (classes,) of the
+        classes that occur.
+    """
+    members = jax.nn.one_hot(labels, classes, dtype=embeddings.dtype) * mask[:, None]
+    counts = members.sum(0)
+    # where, not a product: a padded picture's embedding may be anything, even NaN
+    sums = members.T @ jnp.where(mask[:, None], embeddings, 0)
+    return sums / jnp.maximum(counts, 1)[:, None], counts > 0
+
+
+def image_text_alignment(means: Array, present: Array, class_embeddings: Array) -> Array:
+    """Mean projection of the prototypes on their classes' texts.
+
+    Args:
+        means: prototypes (classes, projection), unnormalised.
+        present: (classes,) bool.
+        class_embeddings: (classes, projection), of unit norm.
+
+    Returns:
+        A scalar.
+
+    References:
+        BATCLIP, https://arxiv.org/abs/2412.02837
+    """
+    return masked_mean((means * class_embeddings).sum(-1), present)
+
+
+def prototype_separation(means: Array, present: Array) -> Array:
+    """Sum of the cosine distances between the prototypes of all ordered pairs of classes.
+
+    Args:
+        means: prototypes (classes, projection).
+        present: (classes,) bool.
+
+    Returns:
+        A scalar; 0 where fewer than two classes occur.
+
+    References:
+        BATCLIP, https://arxiv.org/abs/2412.02837
+    """
+    safe = jnp.where(present[:, None], means, 1)
+    directions = safe / jnp.linalg.norm(safe, axis=-1, keepdims=True)
+    pairs = present[:, None] & present & ~jnp.eye(len(present), dtype=bool)
+    return jnp.where(pairs, 1 - directions @ directions.T, 0).sum()

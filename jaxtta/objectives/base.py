@@ -1,0 +1,61 @@
+"""What an objective is: a pure function of parameters, context and batch."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+
+class Batch(NamedTuple):
+    """One batch of a stream; the last one of a stream is padded to the same shape.
+
+    Attributes:
+        images: (batch, height, width, 3), uint8 or float in [0, 1], at the model's resolution; with
+            `sizes`, originals padded to a common canvas.
+        mask: (batch,) bool, false for padding.
+        index: (batch,) integers, each picture's number in its stream, which keys its randomness.
+        sizes: (batch, 2) integers, the originals' true height and width; None otherwise.
+    """
+
+    images: Array
+    mask: Array
+    index: Array
+    sizes: Array | None = None
+
+
+def as_batch(batch: Batch | Array, seen: Array) -> Batch:
+    """Make a batch of a bare array of pictures, all valid and numbered from `seen`.
+
+    Args:
+        batch: a batch, or (batch, height, width, 3) pictures.
+        seen: how many pictures the stream has given so far.
+
+    Returns:
+        The batch.
+
+    Raises:
+        ValueError: if mask or index has another length than the pictures.
+    """
+    if not isinstance(batch, Batch):
+        images = jnp.asarray(batch)
+        return Batch(images, jnp.ones(len(images), bool), seen + jnp.arange(len(images)))
+    for name in ("mask", "index"):
+        shape = jnp.shape(getattr(batch, name))
+        if shape != (len(batch.images),):
+            raise ValueError(f"{name} has shape {shape} for {len(batch.images)} pictures")
+    return batch._replace(mask=jnp.asarray(batch.mask, bool))
+
+
+Metrics = dict[str, Array]
+Objective = Callable[[Any, Any, Batch], tuple[Array, tuple[Array, Metrics]]]
+"""(params, context, batch) to (loss, (logits (batch, classes), named scalars))."""
+
+
+class Classifier(Protocol):
+    """All that an objective knows of a model; `jaxtta.clip.CLIP` is one."""
+
+    def forward(self, params: Any, classes: Any, images: Array) -> Any:
+        """Return logits, embeddings and layer features, as `jaxtta.clip.Outputs` has them."""
