@@ -21,15 +21,15 @@ def attention(query: Array, key: Array, value: Array, mask: np.ndarray | None = 
     """
 
     def products(query: Array, key: Array, value: Array) -> Array:
-        # Batched matrix products over (batch, head) with the keys already transposed: what
-        # the CPU's matrix kernels take without another copy.
-        query = query.transpose(0, 2, 1, 3) * query.shape[-1] ** -0.5
-        scores = query @ key.transpose(0, 2, 3, 1)
+        # Batched matrix products over (batch, head), the layout that the CPU's kernels take
+        # without another copy, forward and backward.
+        query, key, value = (x.transpose(0, 2, 1, 3) for x in (query, key, value))
+        scores = jnp.einsum("bhqd,bhkd->bhqk", query * query.shape[-1] ** -0.5, key)
         scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
         if mask is not None:
             scores = jnp.where(mask, scores, -jnp.inf)
         weights = jax.nn.softmax(scores).astype(value.dtype)
-        return (weights @ value.transpose(0, 2, 1, 3)).transpose(0, 2, 1, 3)
+        return (weights @ value).transpose(0, 2, 1, 3)
 
     def fused(query: Array, key: Array, value: Array) -> Array:
         # XLA's choice on an accelerator, in whatever form that backend fuses best.

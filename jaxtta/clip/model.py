@@ -24,7 +24,8 @@ class ImageFeatures(NamedTuple):
     Attributes:
         embeddings: (batch, projection), unnormalised.
         pooled: (batch, width), the class token before the projection.
-        hidden_states: a list of (batch, tokens, width): the embeddings, then every block's output.
+        hidden_states: a list of (batch, tokens, width): the embeddings, then every block's output
+            (the last block's for the class token alone, unless all tokens were asked for).
         layer_features: (batch, layers, width), the class token after every block through the next
             block's first LayerNorm (the last through the final one).
     """
@@ -130,17 +131,21 @@ class CLIP:
         """
         return np.stack([self.preprocessing(picture) for picture in pictures])
 
-    def image_features(self, params: Params, pixels: Array) -> ImageFeatures:
+    def image_features(
+        self, params: Params, pixels: Array, *, all_tokens: bool = False
+    ) -> ImageFeatures:
         """Encode normalised pixels and keep what the layers said.
 
         Args:
             params: the parameter tree.
             pixels: (batch, height, width, 3), normalised.
+            all_tokens: also compute the last block's output for the tokens that the embedding
+                does not depend on.
 
         Returns:
             The features; what is not used is not computed under `jit`.
         """
-        out = self.vision.apply({"params": params["vision_model"]}, pixels)
+        out = self.vision.apply({"params": params["vision_model"]}, pixels, all_tokens=all_tokens)
         embeddings = _project(out.pooled, params["visual_projection"])
         return ImageFeatures(embeddings, *out)
 

@@ -17,6 +17,8 @@ from jaxtta.clip.attention import attention
 Array = jax.Array
 Attend = Callable[[Array, Array, Array], Array]
 """(query, key, value), each (rows…, heads, dim), to the attended values of the same shape."""
+Keep = Callable[[Array], Array]
+"""Tokens (rows…, width) to those of them that the block's output is wanted for."""
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
@@ -74,15 +76,15 @@ class Attention(nn.Module):
     arch: Architecture
 
     @nn.compact
-    def __call__(self, x: Array, attend: Attend) -> Array:
-        """Map tokens (rows…, width) to the same shape."""
+    def __call__(self, x: Array, attend: Attend, keep: Keep) -> Array:
+        """Map tokens (rows…, width) to those kept of the same shape."""
         arch = self.arch
         heads = (*x.shape[:-1], arch.heads, arch.width // arch.heads)
         query, key, value = (
             nn.Dense(arch.width, dtype=arch.compute_dtype, name=name)(x).reshape(heads)
             for name in ("q_proj", "k_proj", "v_proj")
         )
-        y = attend(query, key, value).reshape(x.shape)
+        y = keep(attend(query, key, value).reshape(x.shape))
         return nn.Dense(arch.width, dtype=arch.compute_dtype, name="out_proj")(y)
 
 
@@ -105,13 +107,14 @@ class Block(nn.Module):
 
     arch: Architecture
     attend: Attend
+    keep: Keep
 
     @nn.compact
     def __call__(self, x: Array) -> tuple[Array, Array]:
-        """Return the block's output and its first LayerNorm's, both (rows…, width)."""
+        """Return the block's output and its first LayerNorm's, (rows…, width)."""
         arch = self.arch
         normed = LayerNorm(arch.epsilon, name="layer_norm1")(x)
-        x = x + Attention(arch, name="self_attn")(normed, self.attend)
+        x = self.keep(x) + Attention(arch, name="self_attn")(normed, self.attend, self.keep)
         y = LayerNorm(arch.epsilon, name="layer_norm2")(x)
         return x + MLP(arch, name="mlp")(y), normed
 
@@ -122,15 +125,23 @@ class Layers(nn.Module):
     arch: Architecture
 
     @nn.compact
-    def __call__(self, x: Array, attend: Attend) -> tuple[list[Array], list[Array]]:
-        """Return every block's output and every block's first LayerNorm's output."""
+    def __call__(self, x: Array, attend: Attend, keep: Keep) -> tuple[list[Array], list[Array]]:
+        """Return every block's output and every block's first LayerNorm's output.
+
+        Of the last block's output only the tokens that are read need computing: `keep` says which.
+        """
         block = nn.remat(Block) if self.arch.remat else Block
         outputs, normed = [], []
         for layer in range(self.arch.layers):
-            x, y = block(self.arch, attend, name=str(layer))(x)
+            last = layer == self.arch.layers - 1
+            x, y = block(self.arch, attend, keep if last else _all, name=str(layer))(x)
             outputs.append(x)
             normed.append(y)
         return outputs, normed
+
+
+def _all(x: Array) -> Array:
+    return x
 
 
 class Encoder(nn.Module):
@@ -139,9 +150,9 @@ class Encoder(nn.Module):
     arch: Architecture
 
     @nn.compact
-    def __call__(self, x: Array, attend: Attend) -> tuple[list[Array], list[Array]]:
+    def __call__(self, x: Array, attend: Attend, keep: Keep) -> tuple[list[Array], list[Array]]:
         """As `Layers`."""
-        return Layers(self.arch, name="layers")(x, attend)
+        return Layers(self.arch, name="layers")(x, attend, keep)
 
 
 class VisionEmbeddings(nn.Module):
@@ -192,7 +203,8 @@ class VisionOutput(NamedTuple):
 
     Attributes:
         pooled: (batch, width), the class token after the final LayerNorm.
-        hidden_states: (batch, tokens, width) each: the embeddings, then every block's output.
+        hidden_states: (batch, tokens, width) each: the embeddings, then every block's output (the
+            last block's for the class token alone, unless all tokens were asked for).
         layer_features: (batch, layers, width), the class token after every block, passed through
             the next block's first LayerNorm (the last through the final LayerNorm).
     """
@@ -210,16 +222,21 @@ class VisionTransformer(nn.Module):
     patch_size: int
 
     @nn.compact
-    def __call__(self, pixels: Array) -> VisionOutput:
+    def __call__(self, pixels: Array, *, all_tokens: bool = False) -> VisionOutput:
         """Encode normalised pixels (batch, height, width, 3)."""
         embeddings = VisionEmbeddings(
             self.arch, self.image_size, self.patch_size, name="embeddings"
         )(pixels)
         x = LayerNorm(self.arch.epsilon, name="pre_layrnorm")(embeddings)
-        outputs, normed = Encoder(self.arch, name="encoder")(x, attention)
+        keep = _all if all_tokens else _class_token
+        outputs, normed = Encoder(self.arch, name="encoder")(x, attention, keep)
         pooled = LayerNorm(self.arch.epsilon, name="post_layernorm")(outputs[-1][:, 0])
         features = [y[:, 0] for y in normed[1:]] + [pooled]
         return VisionOutput(pooled, [x, *outputs], jnp.stack(features, 1))
+
+
+def _class_token(x: Array) -> Array:
+    return x[:, :1]
 
 
 class TextEmbeddings(nn.Module):
@@ -261,5 +278,5 @@ class TextTransformer(nn.Module):
         x = TextEmbeddings(self.arch, self.vocabulary, self.max_length, name="embeddings")(
             token_ids, positions
         )
-        outputs, _ = Encoder(self.arch, name="encoder")(x, attend)
-        return LayerNorm(self.arch.epsilon, name="final_layer_norm")(outputs[-1][ends])
+        outputs, _ = Encoder(self.arch, name="encoder")(x, attend, lambda rows: rows[ends])
+        return LayerNorm(self.arch.epsilon, name="final_layer_norm")(outputs[-1])
