@@ -1,15 +1,15 @@
 """jaxtta: test-time adaptation of CLIP in JAX.
 
-    model, params = jaxtta.clip.load("openai/clip-vit-base-patch16")
-    task = jaxtta.clip.zero_shot_task(model, ["cat", "dog"], templates=["a photo of a {}."])
-    adapter = jaxtta.adapters.batclip(model, task)
-    state = adapter.init(params)
-    step = jax.jit(adapter.step, donate_argnums=1)
-    for batch in batches:
-        state, prediction = step(params, state, batch)
+model, params = jaxtta.clip.load("openai/clip-vit-base-patch16")
+task = jaxtta.clip.zero_shot_task(model, ["cat", "dog"], templates=["a photo of a {}."])
+adapter = jaxtta.adapters.batclip(model, task)
+state = adapter.init(params)
+step = jax.jit(adapter.step, donate_argnums=1)
+for batch in batches:
+state, prediction = step(params, state, batch)
 """
 
-from jaxtta import adapters, clip, losses, metrics, objectives, tree
+from jaxtta import adapters, assets, clip, data, losses, metrics, objectives, tree
 from jaxtta.adapters import Adapter, Prediction
 from jaxtta.objectives import Batch
 
@@ -18,7 +18,9 @@ __all__ = [
     "Batch",
     "Prediction",
     "adapters",
+    "assets",
     "clip",
+    "data",
     "losses",
     "metrics",
     "objectives",

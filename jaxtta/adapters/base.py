@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import optax
 
 from jaxtta.objectives.base import Batch, Metrics
 
@@ -52,3 +53,15 @@ class Adapter(NamedTuple):
 
     init: Callable[..., Any]
     step: Callable[[Any, Any, Batch | Array], tuple[Any, Prediction]]
+
+
+class Preset(NamedTuple):
+    """Published settings for one benchmark.
+
+    Attributes:
+        optimizer: makes the optimiser.
+        batch_size: pictures a batch.
+    """
+
+    optimizer: Callable[[], optax.GradientTransformation]
+    batch_size: int

@@ -1,27 +1,12 @@
 """BATCLIP: both towers' normalisation parameters adapted online."""
 
-from collections.abc import Callable
-from typing import NamedTuple
-
 import optax
 
 from jaxtta import objectives
-from jaxtta.adapters.base import Adapter
+from jaxtta.adapters.base import Adapter, Preset
 from jaxtta.adapters.online import online
 from jaxtta.clip import CLIP, Task
 from jaxtta.tree import normalisation_parameters
-
-
-class Preset(NamedTuple):
-    """Published settings for one benchmark.
-
-    Attributes:
-        optimizer: makes the optimiser.
-        batch_size: pictures a batch.
-    """
-
-    optimizer: Callable[[], optax.GradientTransformation]
-    batch_size: int
 
 
 def adam_l2(learning_rate: float, weight_decay: float = 1e-2) -> optax.GradientTransformation:
@@ -37,7 +22,7 @@ def adam_l2(learning_rate: float, weight_decay: float = 1e-2) -> optax.GradientT
     return optax.chain(optax.add_decayed_weights(weight_decay), optax.adam(learning_rate))
 
 
-PRESETS = {
+BATCLIP_PRESETS = {
     "cifar10-c": Preset(lambda: optax.adamw(1e-3, weight_decay=1e-2), 200),
     "cifar100-c": Preset(lambda: adam_l2(5e-4), 200),
     "imagenet-c": Preset(lambda: optax.adamw(5e-4, weight_decay=1e-2), 64),
@@ -53,7 +38,7 @@ def batclip(
     Args:
         model: the model.
         task: the classes.
-        optimizer: an optax transformation; None for `PRESETS["imagenet-c"]`.
+        optimizer: an optax transformation; None for `BATCLIP_PRESETS["imagenet-c"]`.
 
     Returns:
         The adapter.
@@ -66,5 +51,5 @@ def batclip(
         objectives.batclip(model),
         lambda params: prompts,
         normalisation_parameters(tower="both"),
-        optimizer or PRESETS["imagenet-c"].optimizer(),
+        optimizer or BATCLIP_PRESETS["imagenet-c"].optimizer(),
     )

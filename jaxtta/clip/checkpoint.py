@@ -151,6 +151,8 @@ def save(folder: str | Path, model: CLIP, params: Params) -> None:
             "max_position_embeddings": text.max_length,
             "projection_dim": model.projection,
             "eos_token_id": model.eos_token_id,
+            "bos_token_id": None,  # the tokenizer's business
+            "pad_token_id": None,
         },
         architectures=["CLIPModel"],
     )
@@ -177,7 +179,7 @@ def save(folder: str | Path, model: CLIP, params: Params) -> None:
         if model.source and (Path(model.source) / name).exists():
             shutil.copyfile(Path(model.source) / name, folder / name)
     tensors = {
-        _torch_name(path): np.ascontiguousarray(_to_torch(path, np.asarray(leaf)))
+        _torch_name(path): np.array(_to_torch(path, np.asarray(leaf)), order="C")
         for path, leaf in flatten_dict(params).items()
     }
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -204,7 +206,11 @@ def _read_config(folder: Path) -> CLIPConfig:
         raise ValueError(f"{path}: is not JSON ({error})") from error
     if config.get("model_type") != "clip":
         raise ValueError(f"{path}: model_type is {config.get('model_type')!r}, expected 'clip'")
-    return CLIPConfig.from_dict(config)
+    try:
+        return CLIPConfig.from_dict(config)
+    except Exception as error:  # what transformers raises here differs by version
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path}: is refused by transformers ({reason})") from error
 
 
 def _download(hub_id: str, revision: str | None) -> Path:
@@ -256,9 +262,7 @@ def _read_params(folder: Path, model: CLIP, dtype: Any) -> Params:
         if path not in shapes:
             unused.append("/".join(path))
         elif array.shape != shapes[path].shape:
-            wrong.append(
-                f"{'/'.join(path)} has shape {array.shape}, expected {shapes[path].shape}"
-            )
+            wrong.append(f"{'/'.join(path)} has shape {array.shape}, expected {shapes[path].shape}")
         else:
             found[path] = jnp.asarray(array, dtype)
     wrong += [

@@ -120,7 +120,7 @@ class Block(nn.Module):
 
 
 class Layers(nn.Module):
-    """The stack of blocks, named "0", "1", …"""
+    """The stack of blocks; their names are their numbers."""
 
     arch: Architecture
 

@@ -31,6 +31,14 @@ class Preprocessing(NamedTuple):
     mean: tuple[float, ...] = CLIP_MEAN
     std: tuple[float, ...] = CLIP_STD
 
+    @staticmethod
+    def rgb(picture: Image.Image) -> Image.Image:
+        """Convert a picture of any mode to 8-bit RGB (transparency is dropped, not blended)."""
+        if picture.mode == "F" or picture.mode.startswith("I"):  # 16 bits; PIL would clip at 255
+            values = np.asarray(picture).astype(np.float32)
+            picture = Image.fromarray((values / 257).round().clip(0, 255).astype(np.uint8))
+        return picture if picture.mode == "RGB" else picture.convert("RGB")
+
     def __call__(self, picture: Image.Image) -> np.ndarray:
         """Resize and crop one picture.
 
@@ -43,7 +51,7 @@ class Preprocessing(NamedTuple):
         Raises:
             ValueError: if the settings lead to another size than the model's.
         """
-        picture = to_rgb(picture)
+        picture = self.rgb(picture)
         if self.resize is not None:
             picture = picture.resize(
                 _target_size(picture.size, self.resize), resample=self.resample
@@ -57,14 +65,6 @@ class Preprocessing(NamedTuple):
                 f"{pixels.shape[1]}, its model takes {self.image_size}×{self.image_size}"
             )
         return pixels
-
-
-def to_rgb(picture: Image.Image) -> Image.Image:
-    """Convert a picture of any mode to 8-bit RGB (transparency is dropped, not blended)."""
-    if picture.mode.startswith("I") or picture.mode == "F":  # 16 bits, which PIL would clip at 255
-        values = np.asarray(picture).astype(np.float32)
-        picture = Image.fromarray((values / 257).round().clip(0, 255).astype(np.uint8))
-    return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
 def _target_size(size: tuple[int, int], resize: int | tuple[int, int]) -> tuple[int, int]:
@@ -82,9 +82,7 @@ def _centre_crop(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
     top, left = (pixels.shape[0] - height) // 2, (pixels.shape[1] - width) // 2
     if top >= 0 and left >= 0:
         return pixels[top : top + height, left : left + width]
-    padded = np.zeros(
-        (max(height, pixels.shape[0]), max(width, pixels.shape[1]), 3), pixels.dtype
-    )
+    padded = np.zeros((max(height, pixels.shape[0]), max(width, pixels.shape[1]), 3), pixels.dtype)
     down = -(-(padded.shape[0] - pixels.shape[0]) // 2)
     right = -(-(padded.shape[1] - pixels.shape[1]) // 2)
     padded[down : down + pixels.shape[0], right : right + pixels.shape[1]] = pixels

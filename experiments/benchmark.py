@@ -1,0 +1,527 @@
+"""Time, memory and arithmetic of one step of the adapters, beside the same step in PyTorch.
+
+    python -m experiments.benchmark --classes 100 --batch 16
+    python -m experiments.benchmark --classes 1000 --frameworks jax --adapters batclip
+    python -m experiments.benchmark --model tiny --classes 10   # does it run?
+
+A CLIP model with random weights adapts to random pictures. The prompts are synthetic token ids with
+the lengths of ImageNet's "a photo of a {}.": start, four shared tokens, 1 to 11 for the name, "."
+and end of text, so that the longest has 18. JAX runs jaxtta's adapters. PyTorch runs transformers'
+CLIPModel, in eval mode and with its fused attention, twice: on prompts padded to 77 tokens, the
+published procedure, and on prompts cut to the longest. The loss and the optimiser are the same;
+zero-shot and TENT encode the text once, beforehand. 1,000 classes at batch 16 and 77 tokens do not
+fit in 24 GB in PyTorch: run JAX alone there, or give a --memory-limit-gb.
+
+Every row has a process of its own. The columns:
+
+- s/step: the shortest of the measured steps, and their median; compilation and a first step come
+  before. Pictures per second and all that follows are of the shortest.
+- peak GB: the most memory the process has held up to the last measured step, weights, libraries and
+  compilation included; on a GPU the most that was allocated on it. JAX rows hide PyTorch, which
+  transformers would load beside JAX where it is installed.
+- GFLOP: floating-point operations of a step. XLA counts the elementwise ones too, PyTorch matrix
+  products alone, and whole score matrices where attention is causal. Recomputation counts.
+- of peak: those operations per second as a share of what a large matrix product reaches just
+  before, in the same library and process and at its default precision.
+- faster, less memory, fewer FLOPs: PyTorch's row with 77 tokens of the same adapter and this run,
+  divided by the row.
+"""
+
+import dataclasses
+import importlib.metadata
+import importlib.util
+import json
+import multiprocessing
+import os
+import resource
+import signal
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
+import tyro
+from tqdm import tqdm
+
+if TYPE_CHECKING:  # each library is imported in the processes that measure it, and nowhere else
+    import jax
+    import torch
+    from transformers import CLIPConfig
+
+Result = dict[str, Any]
+
+NAME_LENGTHS = (0, 246, 508, 155, 49, 24, 9, 7, 1, 0, 0, 1)
+"""How many of ImageNet's 1,000 class names have 0, 1, 2, … tokens."""
+START, SHARED, FULL_STOP, END = 49406, (320, 1125, 539, 320), 269, 49407
+MAX_LENGTH = 77
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What to measure."""
+
+    model: Literal["ViT-B/16", "ViT-B/32", "ViT-L/14", "tiny"] = "ViT-B/16"
+    """Size of the model; tiny shows that everything runs and says nothing about speed."""
+    classes: int = 100
+    """Number of classes, one prompt each."""
+    batch: int = 16
+    """Pictures a step."""
+    adapters: tuple[Literal["zero_shot", "tent", "batclip"], ...] = ("zero_shot", "tent", "batclip")
+    """Adapters to measure."""
+    frameworks: tuple[Literal["jax", "torch"], ...] = ("jax", "torch")
+    """Libraries to measure them in; each adapter has one row in JAX and two in PyTorch."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of the matrix products; the parameters are float32."""
+    remat: bool = False
+    """Recompute activations in the backward pass (JAX rows only): less memory, more time."""
+    steps: int = 3
+    """Measured steps a row, after one that is not measured."""
+    memory_limit_gb: float | None = None
+    """Stop a row whose process holds more main memory than this (needs Linux)."""
+    output: Path | None = None
+    """JSON file for settings and rows, written anew as each row finishes."""
+
+
+class Row(NamedTuple):
+    """One line of the table; `prompts` is "packed" in JAX, "77 tokens" or "cut" in PyTorch."""
+
+    adapter: str
+    framework: str
+    prompts: str
+
+
+def main() -> None:
+    """Measure every row and print the table."""
+    settings = tyro.cli(Settings, description=__doc__)
+    check(settings)
+    rows = plan(settings)
+    results: list[Result] = []
+    with tqdm(total=len(rows), unit="row", disable=None) as progress:
+        for row in rows:
+            progress.set_description(" ".join(row))
+            results.append(row._asdict() | supervise(settings, row))
+            progress.update()
+            tqdm.write(f"{' '.join(row)}: {summary(results[-1])}", file=sys.stderr)
+            if settings.output:
+                report = {"settings": dataclasses.asdict(settings), "rows": results}
+                settings.output.write_text(json.dumps(report, indent=2, default=str) + "\n")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    print(f"{settings.model}, {settings.classes} classes, batch {settings.batch}, ", end="")
+    print(f"{settings.dtype}{', remat' * settings.remat}, {cores} CPU cores\n")
+    print(table(results))
+    if all("error" in result for result in results):
+        sys.exit("no row could be measured")
+
+
+def check(settings: Settings) -> None:
+    """Leave with one sentence where an option makes no sense."""
+    for name, least in (("classes", 2), ("batch", 1), ("steps", 1)):
+        if getattr(settings, name) < least:
+            sys.exit(f"--{name} must be at least {least}, not {getattr(settings, name)}")
+    for name in ("adapters", "frameworks"):
+        chosen = getattr(settings, name)
+        if not chosen or len(set(chosen)) < len(chosen):
+            sys.exit(
+                f"--{name} needs one or more different values, not {' '.join(chosen) or 'none'}"
+            )
+    limit = settings.memory_limit_gb
+    if limit is not None and not limit > 0:
+        sys.exit(f"--memory-limit-gb must be positive, not {limit}")
+    if limit is not None and not Path("/proc/self/statm").exists():
+        sys.exit("--memory-limit-gb needs Linux's /proc, which this machine does not have")
+    if settings.output and (settings.output.is_dir() or not settings.output.parent.is_dir()):
+        sys.exit(f"--output {settings.output}: is a folder, or lies in one that does not exist")
+
+
+def plan(settings: Settings) -> list[Row]:
+    """The rows that can be measured here; those of one adapter stand together."""
+    frameworks = settings.frameworks
+    if "torch" in frameworks and importlib.util.find_spec("torch") is None:
+        message = "PyTorch is not installed, so its rows are left out: `make parity` installs it"
+        if frameworks == ("torch",):
+            sys.exit(message)
+        print(message, file=sys.stderr)
+        frameworks = ("jax",)
+    prompts = {"jax": ("packed",), "torch": ("77 tokens", "cut")}
+    return [
+        Row(adapter, framework, form)
+        for adapter in settings.adapters
+        for framework in frameworks
+        for form in prompts[framework]
+    ]
+
+
+def supervise(settings: Settings, row: Row) -> Result:
+    """Measure a row in a fresh process, whatever becomes of that."""
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=measure, args=(settings, row, sender), daemon=True)
+    child.start()
+    sender.close()
+    limit = settings.memory_limit_gb
+    while child.is_alive():
+        child.join(0.1)
+        if limit and resident_gb(child.pid) > limit:
+            child.kill()
+            child.join()
+            return {"error": f"stopped at more than {limit:g} GB"}
+    try:
+        return receiver.recv()
+    except EOFError:  # it could not say what was wrong
+        code = child.exitcode
+    if code >= 0:
+        return {"error": f"exit code {code}"}
+    killed = "killed, most likely for want of memory: " if code == -signal.SIGKILL else ""
+    return {"error": f"{killed}signal {signal.Signals(-code).name}"}
+
+
+def resident_gb(pid: int) -> float:
+    """Main memory that a process holds now; 0 if it is gone."""
+    try:
+        pages = Path(f"/proc/{pid}/statm").read_text().split()[1]
+    except (OSError, IndexError):
+        return 0.0
+    return int(pages) * os.sysconf("SC_PAGE_SIZE") / 1e9
+
+
+def measure(settings: Settings, row: Row, sender: Connection) -> None:
+    """Measure a row in this process and send the result, or what went wrong, in one line."""
+    try:
+        result = {"jax": jax_row, "torch": torch_row}[row.framework](settings, row)
+        result["pictures_per_second"] = settings.batch / result["seconds"]
+    except Exception as error:  # whatever a library raises when memory runs out, say
+        text = str(error).strip().partition("\n")[0]
+        result = {"error": f"{type(error).__name__}: {text[:160]}"}
+    sender.send(result)
+
+
+# --- the same inputs for both libraries ---
+
+
+def prompt_tokens(classes: int) -> np.ndarray:
+    """Token ids (classes, 77) with the lengths of ImageNet's prompts, end of text as padding."""
+    lengths = np.repeat(np.arange(len(NAME_LENGTHS)), NAME_LENGTHS)
+    lengths = lengths[np.linspace(0, len(lengths) - 1, classes).round().astype(int)]
+    random = np.random.default_rng(0)
+    token_ids = np.full((classes, MAX_LENGTH), END)
+    for prompt, length in zip(token_ids, random.permutation(lengths), strict=True):
+        tokens = [START, *SHARED, *random.integers(1000, 40000, length), FULL_STOP]
+        prompt[: len(tokens)] = tokens
+    return token_ids
+
+
+def clip_config(model: str) -> "CLIPConfig":
+    """The configuration of a model size."""
+    from transformers import CLIPConfig
+
+    def tower(width: int, layers: int, heads: int) -> dict[str, int]:
+        return {
+            "hidden_size": width,
+            "intermediate_size": 4 * width,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+        }
+
+    # vision tower, image size, patch size; text tower; projection
+    vision, pixels, patch, text, projection = {
+        "ViT-B/16": (tower(768, 12, 12), 224, 16, tower(512, 12, 8), 512),
+        "ViT-B/32": (tower(768, 12, 12), 224, 32, tower(512, 12, 8), 512),
+        "ViT-L/14": (tower(1024, 24, 16), 224, 14, tower(768, 12, 12), 768),
+        "tiny": (tower(64, 2, 4), 32, 8, tower(64, 2, 4), 32),
+    }[model]
+    return CLIPConfig(
+        vision_config=vision | {"image_size": pixels, "patch_size": patch},
+        text_config=text | {"bos_token_id": START, "eos_token_id": END, "pad_token_id": END},
+        projection_dim=projection,
+    )
+
+
+def pictures(settings: Settings, size: int) -> np.ndarray:
+    """Random pictures (batch, size, size, 3) in [0, 1]."""
+    return np.random.default_rng(1).random((settings.batch, size, size, 3), np.float32)
+
+
+def seconds(step: Callable[[], Any], steps: int) -> list[float]:
+    """Times of a step, after a first one that allocates and warms up."""
+    step()
+    times = []
+    for _ in range(steps):
+        start = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - start)
+    return times
+
+
+def matrix_size(device: str) -> int:
+    """Side of the matrices whose product is the peak: large enough, and smaller than a model."""
+    return 2048 if device == "cpu" else 4096
+
+
+def resident_peak() -> int:
+    """The most main memory that this process has held, in bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def figures(library: str, times: list[float], memory: int, flops: float, peak: float) -> Result:
+    """What both libraries' rows report."""
+    return {
+        "library": f"{library} {importlib.metadata.version(library)}",
+        "seconds": min(times),
+        "median_seconds": statistics.median(times),
+        "peak_memory_gb": memory / 1e9,
+        "gflop": flops / 1e9,
+        "peak_gflop_per_second": peak / 1e9,
+        "share_of_peak": flops / min(times) / peak,
+    }
+
+
+# --- JAX ---
+
+
+def jax_row(settings: Settings, row: Row) -> Result:
+    """Measure a step of one of jaxtta's adapters."""
+    sys.modules["torch"] = None  # transformers imports it wherever it is installed
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    import jax
+    import jax.numpy as jnp
+
+    import jaxtta
+
+    dtype = jnp.dtype(settings.dtype)
+    peak = jax_peak(dtype)
+    model = jaxtta.clip.from_config(
+        clip_config(settings.model),
+        compute_dtype=None if dtype == jnp.float32 else dtype,
+        remat=settings.remat,
+    )
+    task = jaxtta.clip.task_from_token_ids(prompt_tokens(settings.classes))
+    adapter = getattr(jaxtta.adapters, row.adapter)(model, task)
+    images = jnp.asarray(pictures(settings, model.preprocessing.image_size))
+    params = jax.jit(model.init)(jax.random.key(0))
+    state = jax.block_until_ready(adapter.init(params))
+
+    start = time.perf_counter()
+    compiled = jax.jit(adapter.step, donate_argnums=1).lower(params, state, images).compile()
+    compilation = time.perf_counter() - start
+
+    def step() -> jax.Array:
+        nonlocal state
+        state, prediction = jax.block_until_ready(compiled(params, state, images))
+        return prediction.logits
+
+    times = seconds(step, settings.steps)
+    memory = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    result = figures(
+        "jax", times, memory or resident_peak(), compiled.cost_analysis()["flops"], peak
+    )
+    if not jnp.isfinite(step()).all():
+        raise FloatingPointError("the logits are not finite")
+    return result | {"device": jax.devices()[0].device_kind, "compile_seconds": compilation}
+
+
+def jax_peak(dtype: "jax.typing.DTypeLike") -> float:
+    """Operations per second of a large matrix product."""
+    import jax
+
+    size = matrix_size(jax.default_backend())
+    a, b = jax.random.normal(jax.random.key(0), (2, size, size), dtype)
+    product = jax.jit(lambda a, b: a @ b)
+    return 2 * size**3 / min(seconds(lambda: product(a, b).block_until_ready(), 10))
+
+
+# --- PyTorch ---
+
+
+def torch_row(settings: Settings, row: Row) -> Result:
+    """Measure the same step on transformers' CLIPModel."""
+    import torch
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    peak = torch_peak(getattr(torch, settings.dtype), device)
+    step = torch_step(settings, row, device)
+    times = seconds(step, settings.steps)
+    cuda = device.type == "cuda"
+    memory = torch.cuda.max_memory_allocated() if cuda else resident_peak()
+    result = figures("torch", times, memory, torch_flops(step), peak)
+    if not step().isfinite().all():
+        raise FloatingPointError("the logits are not finite")
+    return result | {"device": torch.cuda.get_device_name() if cuda else "cpu"}
+
+
+def torch_step(
+    settings: Settings, row: Row, device: "torch.device"
+) -> "Callable[[], torch.Tensor]":
+    """Make the step; it returns the logits before the update."""
+    import torch
+    from transformers import AutoModel
+
+    torch.manual_seed(0)
+    config = clip_config(settings.model)
+    model = AutoModel.from_config(config, attn_implementation="sdpa").eval().to(device)
+    optimizer = torch_optimizer(model, row.adapter)
+    pixels = torch.from_numpy(pictures(settings, config.vision_config.image_size))
+    pixels = pixels.permute(0, 3, 1, 2).sub(0.5).div(0.27).contiguous().to(device)
+    token_ids = torch.from_numpy(prompt_tokens(settings.classes)).to(device)
+    if row.prompts == "cut":
+        token_ids = token_ids[:, : int(token_ids.argmax(-1).max()) + 1].contiguous()
+
+    def encode(features: Callable, inputs: torch.Tensor) -> torch.Tensor:
+        half = settings.dtype == "bfloat16"
+        with torch.autocast(device.type, torch.bfloat16, enabled=half):
+            outputs = features(inputs)
+        return getattr(outputs, "pooler_output", outputs).float()  # transformers 5, 4
+
+    def encode_text() -> torch.Tensor:
+        return unit(encode(model.get_text_features, token_ids))
+
+    with torch.no_grad():
+        frozen_texts = None if row.adapter == "batclip" else encode_text()
+
+    def step() -> torch.Tensor:
+        with torch.set_grad_enabled(optimizer is not None):
+            images = encode(model.get_image_features, pixels)
+            texts = encode_text() if frozen_texts is None else frozen_texts
+            logits = model.logit_scale.exp() * unit(images) @ texts.T
+            if optimizer is not None:
+                optimizer.zero_grad()
+                torch_loss(row.adapter, logits, images, texts).backward()
+                optimizer.step()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return logits.detach()
+
+    return step
+
+
+def torch_optimizer(model: "torch.nn.Module", adapter: str) -> "torch.optim.Optimizer | None":
+    """The adapter's optimiser over the LayerNorms it adapts; everything else is frozen."""
+    import torch
+
+    model.requires_grad_(False)
+    if adapter == "zero_shot":
+        return None
+    tower = model if adapter == "batclip" else model.vision_model
+    norms = [module for module in tower.modules() if isinstance(module, torch.nn.LayerNorm)]
+    adapted = [parameter.requires_grad_() for norm in norms for parameter in norm.parameters()]
+    if adapter == "tent":
+        return torch.optim.SGD(adapted, 2.5e-4, momentum=0.9, nesterov=True)
+    return torch.optim.AdamW(adapted, 5e-4, weight_decay=1e-2)
+
+
+def torch_loss(
+    adapter: str, logits: "torch.Tensor", images: "torch.Tensor", texts: "torch.Tensor"
+) -> "torch.Tensor":
+    """TENT's or BATCLIP's loss of logits, unnormalised image and normalised text embeddings."""
+    import torch
+
+    log_p = logits.log_softmax(-1)
+    entropy = -(log_p.exp() * log_p).sum(-1).mean()
+    if adapter == "tent":
+        return entropy
+    present, members = logits.argmax(-1).unique(return_inverse=True)
+    members = torch.nn.functional.one_hot(members, len(present)).to(images.dtype)
+    prototypes = members.T @ images / members.sum(0)[:, None]
+    image_text = (prototypes * texts[present]).sum(-1).mean()
+    directions = unit(prototypes)
+    # the sum over ordered pairs: twice the upper triangle
+    separation = 2 * (1 - directions @ directions.T).triu(1).sum()
+    return entropy - image_text - separation
+
+
+def unit(x: "torch.Tensor") -> "torch.Tensor":
+    """Scale vectors (…, size) to unit norm."""
+    return x / x.norm(dim=-1, keepdim=True)
+
+
+def torch_flops(step: Callable[[], Any]) -> int:
+    """Operations of the matrix products in a step, forward and backward."""
+    import torch
+    from torch.utils import flop_counter
+
+    def attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+        return flop_counter.sdpa_flop_count(query, key, value)
+
+    def attention_backward(grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+        return flop_counter.sdpa_backward_flop_count(grad, query, key, value)
+
+    # PyTorch counts its GPU kernels for attention, but takes the CPU's for free.
+    aten = torch.ops.aten
+    cpu_attention = {
+        aten._scaled_dot_product_flash_attention_for_cpu: attention,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
+    }
+    with flop_counter.FlopCounterMode(display=False, custom_mapping=cpu_attention) as counter:
+        step()
+    return counter.get_total_flops()
+
+
+def torch_peak(dtype: "torch.dtype", device: "torch.device") -> float:
+    """Operations per second of a large matrix product."""
+    import torch
+
+    size = matrix_size(device.type)
+    a, b = torch.randn(2, size, size, device=device, dtype=dtype)
+
+    def product() -> None:
+        a @ b
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    return 2 * size**3 / min(seconds(product, 10))
+
+
+# --- the table ---
+
+
+def summary(result: Result) -> str:
+    """One row's outcome in a few words."""
+    if "error" in result:
+        return result["error"]
+    return f"{result['seconds']:.3g} s a step, {result['peak_memory_gb']:.2f} GB"
+
+
+def table(results: Iterable[Result]) -> str:
+    """All rows as a Markdown table, with ratios to the published procedure in PyTorch."""
+    results = list(results)
+    published = {
+        result["adapter"]: result
+        for result in results
+        if result["prompts"] == "77 tokens" and "error" not in result
+    }
+    header = ["adapter", "library", "prompts", "s/step", "median", "pictures/s", "peak GB"]
+    header += ["GFLOP", "of peak", "faster", "less memory", "fewer FLOPs"]
+    lines = [header, ["---"] * 3 + ["---:"] * (len(header) - 3)]
+    for result in results:
+        names = [result["adapter"], result.get("library", result["framework"]), result["prompts"]]
+        lines.append(names + cells(result, published.get(result["adapter"])))
+    # A row that failed has one long fourth cell, which need not widen its column.
+    whole = [line for line in lines if len(line) == len(header)]
+    widths = [max(len(line[i]) for line in (lines if i < 3 else whole)) for i in range(len(header))]
+    return "\n".join(f"| {' | '.join(map(str.ljust, line, widths))} |" for line in lines)
+
+
+def cells(result: Result, published: Result | None) -> list[str]:
+    """A row's numbers, and what the published procedure needs as multiples of them."""
+    if "error" in result:
+        return [result["error"]]
+    measured = [
+        f"{result['seconds']:.3g}",
+        f"{result['median_seconds']:.3g}",
+        f"{result['pictures_per_second']:.3g}",
+        f"{result['peak_memory_gb']:.2f}",
+        f"{result['gflop']:,.4g}",
+        f"{result['share_of_peak']:.0%}",
+    ]
+    if published is None:
+        return [*measured, *["–"] * 3]
+    compared = ("seconds", "peak_memory_gb", "gflop")
+    return measured + [f"{published[name] / result[name]:.2f}×" for name in compared]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""The corruptions of ImageNet-C, made on the fly and repeatably."""
+
+import hashlib
+
+import numpy as np
+
+COMMON = (
+    "gaussian_noise",
+    "shot_noise",
+    "impulse_noise",
+    "defocus_blur",
+    "glass_blur",
+    "motion_blur",
+    "zoom_blur",
+    "snow",
+    "frost",
+    "fog",
+    "brightness",
+    "contrast",
+    "elastic_transform",
+    "pixelate",
+    "jpeg_compression",
+)
+VALIDATION = ("speckle_noise", "gaussian_blur", "spatter", "saturate")
+"""Held out for choosing hyperparameters; never part of a result."""
+CLEAN = "clean"
+OWN_SEED = ("impulse_noise", "glass_blur")  # take seed= and ignore numpy's global state
+SMALLEST = 32  # pixels a side that the library takes
+
+
+def check_corruption(name: str, severity: int) -> None:
+    """Check a corruption's name and severity.
+
+    Args:
+        name: one of `COMMON`, `VALIDATION` or "clean".
+        severity: 1 to 5.
+
+    Raises:
+        ValueError: if either is another; the valid names are listed.
+    """
+    known = (*COMMON, *VALIDATION, CLEAN)
+    if name not in known:
+        raise ValueError(f"unknown corruption {name!r}, expected one of {', '.join(known)}")
+    if severity not in range(1, 6):
+        raise ValueError(f"severity is {severity}, expected 1 to 5")
+
+
+def picture_seed(seed: int, name: str, severity: int, number: int) -> int:
+    """A seed for one picture under one corruption, the same in every process."""
+    words = f"{seed}/{name}/{severity}/{number}".encode()
+    return int.from_bytes(hashlib.blake2b(words, digest_size=4).digest())
+
+
+def corrupt(image: np.ndarray, name: str, severity: int, seed: int) -> np.ndarray:
+    """Corrupt one picture.
+
+    Most of the library's corruptions draw from numpy's global state: it is seeded here and put
+    back afterwards, so call this from processes, not from threads.
+
+    Args:
+        image: (height, width, 3) uint8, at least 32 pixels a side.
+        name: a corruption, or "clean".
+        severity: 1 to 5.
+        seed: of this picture, from `picture_seed`.
+
+    Returns:
+        The corrupted picture, of the same shape and dtype.
+
+    Raises:
+        ValueError: if the picture is too small.
+    """
+    if name == CLEAN:
+        return image
+    if min(image.shape[:2]) < SMALLEST:
+        raise ValueError(f"a picture of {image.shape[:2]} is smaller than {SMALLEST} pixels")
+    import imagecorruptions
+
+    state = np.random.get_state()  # noqa: NPY002 (the library knows no generator)
+    np.random.seed(seed)  # noqa: NPY002
+    own = {"seed": seed} if name in OWN_SEED else {}
+    try:
+        return imagecorruptions.corrupt(image, severity, name, **own)
+    finally:
+        np.random.set_state(state)  # noqa: NPY002

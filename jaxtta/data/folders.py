@@ -1,0 +1,78 @@
+"""Pictures in folders by class."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+
+class ImageFolder(NamedTuple):
+    """A folder of class folders.
+
+    Attributes:
+        root: the folder.
+        files: every picture, sorted by class folder and name.
+        labels: (pictures,) integers, the class folder's place in the alphabet.
+        class_names: the class folders' names.
+    """
+
+    root: Path
+    files: tuple[Path, ...]
+    labels: np.ndarray
+    class_names: tuple[str, ...]
+
+
+def image_folder(root: str | Path) -> ImageFolder:
+    """List the pictures of `root/<class>/…`.
+
+    Args:
+        root: the folder; hidden entries are passed over.
+
+    Returns:
+        What is in it. No picture is opened.
+
+    Raises:
+        FileNotFoundError: if there is no such folder.
+        ValueError: if it has fewer than two class folders, or one of them has no picture.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root}: no such folder")
+    folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    if len(folders) < 2:
+        raise ValueError(f"{root}: has {len(folders)} class folders, expected at least two")
+    suffixes = set(Image.registered_extensions())
+    files, labels = [], []
+    for label, folder in enumerate(folders):
+        found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in suffixes)
+        if not found:
+            raise ValueError(f"{folder}: class folder without pictures")
+        files += found
+        labels += [label] * len(found)
+    names = tuple(folder.name for folder in folders)
+    return ImageFolder(root, tuple(files), np.asarray(labels, np.int32), names)
+
+
+def open_picture(path: Path) -> Image.Image:
+    """Open and decode a picture.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The picture, decoded.
+
+    Raises:
+        UnreadablePictureError: if it cannot be read whole.
+    """
+    try:
+        with Image.open(path) as picture:
+            picture.load()
+            return picture
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        raise UnreadablePictureError(f"{path}: cannot be decoded ({error})") from error
+
+
+class UnreadablePictureError(Exception):
+    """A picture that cannot be used; the stream goes on without it."""

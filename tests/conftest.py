@@ -1,0 +1,63 @@
+"""Shared by all tests: eight CPU devices, no network, the tiny golden model."""
+
+import os
+
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+from pathlib import Path
+
+import hypothesis
+import numpy as np
+import pytest
+
+import jaxtta
+
+GOLDEN = Path(__file__).parent / "golden"
+SHARED = Path(__file__).parents[2] / "shared"
+
+hypothesis.settings.register_profile(
+    "jaxtta", deadline=None, max_examples=15, derandomize=True, print_blob=True
+)
+hypothesis.settings.load_profile("jaxtta")
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """The golden model with its parameters."""
+    return jaxtta.clip.load(GOLDEN / "tiny-clip")
+
+
+@pytest.fixture(scope="session")
+def embedded():
+    """The embedded model with its parameters."""
+    return jaxtta.clip.load(jaxtta.assets.MODEL)
+
+
+@pytest.fixture
+def shared():
+    """The folder of larger files that are not part of the project."""
+    if not SHARED.is_dir():
+        pytest.skip("needs ../shared, which is not here")
+    return SHARED
+
+
+def golden(name):
+    """Open a golden file."""
+    return np.load(GOLDEN / f"{name}.npz")
+
+
+def relative(ours, reference):
+    """‖a − b‖/‖b‖."""
+    ours, reference = np.asarray(ours, np.float64), np.asarray(reference, np.float64)
+    assert ours.shape == reference.shape
+    return np.linalg.norm(ours - reference) / np.linalg.norm(reference)
+
+
+def pictures_of(model, pixels):
+    """Pictures in [0, 1] (or beyond) whose normalisation gives these pixels."""
+    mean, std = (np.asarray(x, np.float32) for x in model.preprocessing[-2:])
+    return np.asarray(pixels) * std + mean

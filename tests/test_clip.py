@@ -1,0 +1,220 @@
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import golden, relative
+
+from jaxtta.clip import prompts, task_from_token_ids, unit, zero_shot_task
+from jaxtta.clip.attention import attention
+
+
+@pytest.fixture(scope="module")
+def forward():
+    return golden("clip_forward")
+
+
+def test_image_tower_equals_the_published_one(tiny, forward):
+    model, params = tiny
+    features = jax.jit(lambda p, x: model.image_features(p, x, all_tokens=True))(
+        params, forward["images"]
+    )
+    assert relative(features.embeddings, forward["image_embeds"]) < 1e-5
+    assert relative(features.pooled, forward["vision_pooled"]) < 1e-5
+    assert relative(np.stack(features.hidden_states), forward["vision_hidden_states"]) < 1e-5
+
+
+def test_last_block_is_the_same_for_the_class_token_alone(tiny, forward):
+    model, params = tiny
+    some, whole = (
+        jax.jit(lambda p, x, a=a: model.image_features(p, x, all_tokens=a))(
+            params, forward["images"]
+        )
+        for a in (False, True)
+    )
+    np.testing.assert_allclose(some.embeddings, whole.embeddings, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(some.layer_features, whole.layer_features, rtol=1e-5, atol=1e-5)
+    assert some.hidden_states[-1].shape[1] == 1
+
+
+def test_layer_features_are_class_tokens_through_the_next_norm(tiny, forward):
+    model, params = tiny
+    features = model.image_features(params, forward["images"])
+    assert features.layer_features.shape == (5, 3, 32)
+    norm = params["vision_model"]["encoder"]["layers"]["1"]["layer_norm1"]
+    token = np.asarray(features.hidden_states[1][:, 0], np.float64)
+    token = (token - token.mean(-1, keepdims=True)) / np.sqrt(token.var(-1, keepdims=True) + 1e-5)
+    expected = token * np.asarray(norm["scale"]) + np.asarray(norm["bias"])
+    np.testing.assert_allclose(features.layer_features[:, 0], expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(features.layer_features[:, -1], features.pooled)
+
+
+def test_text_tower_equals_the_published_one(tiny, forward):
+    model, params = tiny
+    embeddings = jax.jit(model.encode_text)(params, forward["token_ids"])
+    assert relative(embeddings, forward["text_embeds"]) < 1e-5
+
+
+@hypothesis.given(st.data())
+def test_packing_prompts_changes_no_logit(tiny, data):
+    """Whole, cut and packed prompts agree, whatever they share and however long they are."""
+    model, params = tiny
+    count, templates = data.draw(st.integers(2, 6)), data.draw(st.integers(1, 3))
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
+    shared = data.draw(st.integers(0, 8))
+    ids = np.full((count, templates, 16), 63)
+    ids[..., 0] = 62
+    ids[..., 1:15] = rng.integers(0, 62, (count, templates, 14))
+    ids[..., 1 : 1 + shared] = ids[0, 0, 1 : 1 + shared]
+    lengths = rng.integers(shared + 1, 16, (count, templates))
+    ids = np.where(np.arange(16) >= lengths[..., None], 63, ids)
+    embeddings = model.encode_text(params, ids.reshape(-1, 16)).reshape(count, templates, -1)
+    expected = unit(unit(embeddings).mean(1))
+    task = task_from_token_ids(ids)
+    assert np.abs(model.class_embeddings(params, model.prompts(task)) - expected).max() < 1e-5
+    cut = model.encode_text(params, ids[..., : lengths.max() + 1].reshape(count * templates, -1))
+    assert np.abs(unit(cut) - unit(embeddings).reshape(cut.shape)).max() < 1e-5
+
+
+def test_packing_encodes_no_token_twice(shared):
+    """The figures of the docstring in clip/prompts.py."""
+    ids = golden("imagenet_prompt_tokens")["token_ids"]
+    packed = prompts.pack(task_from_token_ids(ids), 49407)
+    assert ids.size == 77_000
+    assert len(packed.prefix) + packed.grid.shape[1] == 18
+    assert len(packed.prefix) + len(packed.tokens) == 4_170
+
+
+def test_gradients_flow_through_packed_prompts_as_through_plain_ones(tiny, forward):
+    model, params = tiny
+    task = task_from_token_ids(forward["token_ids"])
+    packed = model.prompts(task)
+    weights = np.random.default_rng(0).normal(size=forward["text_embeds"].shape)
+
+    def plain(p):
+        return (unit(model.encode_text(p, forward["token_ids"])) * weights).sum()
+
+    def ours(p):
+        return (model.class_embeddings(p, packed) * weights).sum()
+
+    for a, b in zip(*(jax.tree.leaves(jax.grad(f)(params)) for f in (plain, ours)), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+@pytest.mark.parametrize("mask", [None, np.tril(np.ones((7, 7), bool))])
+def test_attention_equals_jaxs(mask):
+    q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 7, 4, 8))
+    allowed = None if mask is None else mask[None, None]
+    expected = jax.nn.dot_product_attention(q, k, v, mask=allowed)
+    np.testing.assert_allclose(attention(q, k, v, mask), expected, atol=1e-6)
+
+
+def test_imagenet_prompts_tokenise_as_published(tiny, shared):
+    import json
+
+    from transformers import AutoTokenizer
+
+    names = json.loads((shared / "data/imagenet-class-names.json").read_text()).values()
+    tokenizer = AutoTokenizer.from_pretrained(shared / "data/clip-tokenizer")
+    ids = tokenizer(
+        [f"a photo of a {name}." for name in names], padding="max_length", max_length=77
+    )["input_ids"]
+    np.testing.assert_array_equal(ids, golden("imagenet_prompt_tokens")["token_ids"])
+
+
+def test_zero_shot_task_of_the_embedded_model(embedded):
+    model, params = embedded
+    task = zero_shot_task(model, ["cat", "fire_truck"], ["a photo of a {}.", "a {}."])
+    assert task.class_names == ("cat", "fire truck")
+    assert task.token_ids.shape[:2] == (2, 2)
+    one = zero_shot_task(model, ["cat", "fire truck"], ["a photo of a {}."])
+    two = zero_shot_task(model, ["cat", "fire truck"], ["a {}."])
+    embed = lambda t: np.asarray(model.class_embeddings(params, model.prompts(t)))  # noqa: E731
+    mean = embed(one) + embed(two)
+    np.testing.assert_allclose(
+        embed(task), mean / np.linalg.norm(mean, axis=-1, keepdims=True), atol=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    ("names", "templates", "message"),
+    [
+        (["cat"], ["a {}."], "at least two classes"),
+        (["cat", ""], ["a {}."], "class name 1 is empty"),
+        (["cat", "dog"], ["a cat."], "needs one {}"),
+        (["cat", "dog"], [], "at least one prompt template"),
+        ("cat", ["a {}."], "lists of strings"),
+        (["cat", "dog " * 40], ["a {}."], "takes at most 32"),
+    ],
+)
+def test_bad_tasks_are_refused(embedded, names, templates, message):
+    with pytest.raises(ValueError, match=message):
+        zero_shot_task(embedded[0], names, templates)
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (np.zeros((3, 4)), "must be integers"),
+        (np.zeros((1, 4), int), "at least two classes"),
+        (np.full((2, 4), 5), "no end-of-text"),
+        (np.full((2, 4), 99), "the model knows 0 to 63"),
+        (np.full((2, 20), 1) + 62 * (np.arange(20) == 19), "takes at most 16"),
+    ],
+)
+def test_bad_token_ids_are_refused(tiny, ids, message):
+    with pytest.raises(ValueError, match=message):
+        tiny[0].prompts(task_from_token_ids(ids))
+
+
+def test_normalize_takes_bytes_and_floats_alike(tiny):
+    model, _ = tiny
+    images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
+    np.testing.assert_allclose(
+        model.normalize(images), model.normalize(images / np.float32(255)), atol=1e-6
+    )
+    assert float(model.normalize(jnp.full((1, 32, 32, 3), 2.0)).min()) > 5  # not clipped
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        np.zeros((2, 30, 32, 3), np.uint8),
+        np.zeros((32, 32, 3), np.uint8),
+        np.zeros((2, 3, 32, 32), np.float32),
+        np.zeros((2, 32, 32, 3), np.int32),
+    ],
+)
+def test_pictures_of_another_shape_or_dtype_are_refused(tiny, images):
+    with pytest.raises(ValueError, match=r"pictures must"):
+        tiny[0].normalize(images)
+
+
+def test_bfloat16_stays_close(tiny, forward):
+    from conftest import GOLDEN
+
+    import jaxtta
+
+    model, params = jaxtta.clip.load(GOLDEN / "tiny-clip", compute_dtype=jnp.bfloat16)
+    embeddings = model.encode_image(params, forward["images"])
+    assert embeddings.dtype == jnp.float32
+    assert 1e-6 < relative(embeddings, forward["image_embeds"]) < 2e-2
+
+
+def test_rematerialisation_changes_no_gradient(tiny, forward):
+    from conftest import GOLDEN
+
+    import jaxtta
+
+    model, params = tiny
+    lean, _ = jaxtta.clip.load(GOLDEN / "tiny-clip", remat=True)
+    packed = model.prompts(task_from_token_ids(forward["token_ids"]))
+
+    def loss(model, params):
+        images = model.encode_image(params, forward["images"])
+        return (images @ model.class_embeddings(params, packed).T).sum()
+
+    grads = [jax.jit(jax.grad(lambda p, m=m: loss(m, p)))(params) for m in (model, lean)]
+    for a, b in zip(*map(jax.tree.leaves, grads), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
