@@ -245,15 +245,15 @@ def pictures(settings: Settings, size: int) -> np.ndarray:
     return np.random.default_rng(1).random((settings.batch, size, size, 3), np.float32)
 
 
-def seconds(step: Callable[[], Any], steps: int) -> list[float]:
-    """Times of a step, after a first one that allocates and warms up."""
+def timed(step: Callable[[], Any], steps: int) -> tuple[list[float], Any]:
+    """Seconds of each step after a first one that warms up, and what the last one returned."""
     step()
-    times = []
+    seconds = []
     for _ in range(steps):
         start = time.perf_counter()
-        step()
-        times.append(time.perf_counter() - start)
-    return times
+        output = step()
+        seconds.append(time.perf_counter() - start)
+    return seconds, output
 
 
 def matrix_size(device: str) -> int:
@@ -267,16 +267,16 @@ def resident_peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def figures(library: str, times: list[float], memory: int, flops: float, peak: float) -> Result:
+def figures(library: str, seconds: list[float], memory: int, flops: float, peak: float) -> Result:
     """What both libraries' rows report."""
     return {
         "library": f"{library} {importlib.metadata.version(library)}",
-        "seconds": min(times),
-        "median_seconds": statistics.median(times),
+        "seconds": min(seconds),
+        "median_seconds": statistics.median(seconds),
         "peak_memory_gb": memory / 1e9,
         "gflop": flops / 1e9,
         "peak_gflop_per_second": peak / 1e9,
-        "share_of_peak": flops / min(times) / peak,
+        "share_of_peak": flops / min(seconds) / peak,
     }
 
 
@@ -314,13 +314,13 @@ def jax_row(settings: Settings, row: Row) -> Result:
         state, prediction = jax.block_until_ready(compiled(params, state, images))
         return prediction.logits
 
-    times = seconds(step, settings.steps)
+    seconds, logits = timed(step, settings.steps)
+    if not jnp.isfinite(logits).all():
+        raise FloatingPointError("the logits are not finite")
     memory = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     result = figures(
-        "jax", times, memory or resident_peak(), compiled.cost_analysis()["flops"], peak
+        "jax", seconds, memory or resident_peak(), compiled.cost_analysis()["flops"], peak
     )
-    if not jnp.isfinite(step()).all():
-        raise FloatingPointError("the logits are not finite")
     return result | {"device": jax.devices()[0].device_kind, "compile_seconds": compilation}
 
 
@@ -331,7 +331,8 @@ def jax_peak(dtype: "jax.typing.DTypeLike") -> float:
     size = matrix_size(jax.default_backend())
     a, b = jax.random.normal(jax.random.key(0), (2, size, size), dtype)
     product = jax.jit(lambda a, b: a @ b)
-    return 2 * size**3 / min(seconds(lambda: product(a, b).block_until_ready(), 10))
+    seconds, _ = timed(lambda: product(a, b).block_until_ready(), 10)
+    return 2 * size**3 / min(seconds)
 
 
 # --- PyTorch ---
@@ -344,12 +345,12 @@ def torch_row(settings: Settings, row: Row) -> Result:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     peak = torch_peak(getattr(torch, settings.dtype), device)
     step = torch_step(settings, row, device)
-    times = seconds(step, settings.steps)
+    seconds, logits = timed(step, settings.steps)
+    if not logits.isfinite().all():
+        raise FloatingPointError("the logits are not finite")
     cuda = device.type == "cuda"
     memory = torch.cuda.max_memory_allocated() if cuda else resident_peak()
-    result = figures("torch", times, memory, torch_flops(step), peak)
-    if not step().isfinite().all():
-        raise FloatingPointError("the logits are not finite")
+    result = figures("torch", seconds, memory, torch_flops(step), peak)
     return result | {"device": torch.cuda.get_device_name() if cuda else "cpu"}
 
 
@@ -472,7 +473,8 @@ def torch_peak(dtype: "torch.dtype", device: "torch.device") -> float:
         if device.type == "cuda":
             torch.cuda.synchronize()
 
-    return 2 * size**3 / min(seconds(product, 10))
+    seconds, _ = timed(product, 10)
+    return 2 * size**3 / min(seconds)
 
 
 # --- the table ---

@@ -117,7 +117,8 @@ def check(options: Options) -> None:
             raise ValueError(f"--{what} needs one or more different names, not {list(chosen)}")
     for what, least in (("batch_size", 1), ("workers", 0)):
         if getattr(options, what) < least:
-            raise ValueError(f"--{what} is {getattr(options, what)}, expected at least {least}")
+            option = what.replace("_", "-")
+            raise ValueError(f"--{option} is {getattr(options, what)}, expected at least {least}")
     if options.pictures and options.arrays:
         raise ValueError("--pictures and --arrays exclude each other")
     if options.arrays and not options.class_names:

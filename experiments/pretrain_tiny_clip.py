@@ -93,7 +93,7 @@ class Config:
     """Passes over the training pictures."""
     batch: int = 128
     """Pictures a step."""
-    learning_rate: float = 1e-3
+    learning_rate: float = 5e-4
     """The highest learning rate of AdamW; it falls to 0 along a cosine."""
     warmup: float = 0.05
     """Share of all steps over which the learning rate rises from 0."""
@@ -228,22 +228,24 @@ def check(config: Config) -> None:
         ValueError: if there are any.
         FileExistsError: if the output folder holds a checkpoint that is not to be replaced.
     """
-    towers = {
-        f"{name}.{key}": value
-        for name in ("vision", "text")
-        for key, value in dataclasses.asdict(getattr(config, name)).items()
-    }
-    for name, value in {**vars(config), **towers}.items():
+    settings = dict(vars(config))
+    for name in ("vision", "text"):
+        settings |= {f"{name}.{key}": value for key, value in vars(settings[name]).items()}
+    for name, value in settings.items():
         if type(value) not in (int, float):
             continue
+        flag = "--" + name.replace("_", "-")
         if name in ("warmup", "cutmix", "label_smoothing"):
             if not 0 <= value <= 1:
-                raise ValueError(f"{name} must lie between 0 and 1, not {value}")
+                raise ValueError(f"{flag} must lie between 0 and 1, not {value}")
         elif name in ("seed", "padding", "weight_decay"):
             if not value >= 0:
-                raise ValueError(f"{name} must not be negative, but is {value}")
+                raise ValueError(f"{flag} must not be negative, but is {value}")
         elif not value > 0:
-            raise ValueError(f"{name} must be positive, not {value}")
+            raise ValueError(f"{flag} must be positive, not {value}")
+    for name in ("vision", "text"):
+        if settings[f"{name}.width"] % settings[f"{name}.heads"]:
+            raise ValueError(f"--{name}.heads must divide --{name}.width")
     written = ("config.json", "model.safetensors")
     if not config.overwrite and any((config.output / name).exists() for name in written):
         raise FileExistsError(
@@ -259,7 +261,10 @@ def make_model(config: Config) -> clip.CLIP:
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.tokenizer)
     except Exception as error:  # transformers and tokenizers raise errors of many kinds
-        raise ValueError(f"{config.tokenizer}: holds no tokenizer that can be read") from error
+        raise ValueError(
+            f"{config.tokenizer}: holds no tokenizer that can be read; it takes vocab.json, "
+            "merges.txt and tokenizer_config.json"
+        ) from error
 
     def tower(size: Tower) -> dict:
         return {
@@ -302,7 +307,7 @@ def read_pictures(root: Path, model: clip.CLIP, limit: int | None, seed: int) ->
             readable[row] = False
             tqdm.write(f"Skipped {error}", file=sys.stderr)
     if not readable.all():
-        print(f"{root}: skipped {(~readable).sum()} unreadable pictures", file=sys.stderr)
+        print(f"{root}: unreadable pictures skipped: {(~readable).sum()}", file=sys.stderr)
     labels = folder.labels[chosen][readable]
     for label, name in enumerate(folder.class_names):
         if not (labels == label).any():
@@ -370,7 +375,7 @@ def cutmix(key: Array, images: Array, targets: Array, share: float) -> tuple[Arr
 
 
 def make_optimizer(config: Config, steps: int) -> optax.GradientTransformation:
-    """AdamW with warm-up, cosine decay and gradient clipping."""
+    """AdamW with warm-up, cosine decay, gradient clipping and CLIP's second beta."""
     learning_rate = optax.warmup_cosine_decay_schedule(
         0.0, config.learning_rate, int(config.warmup * (steps - 1)), steps
     )
@@ -380,7 +385,7 @@ def make_optimizer(config: Config, steps: int) -> optax.GradientTransformation:
 
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(learning_rate, weight_decay=config.weight_decay, mask=matrices),
+        optax.adamw(learning_rate, b2=0.98, weight_decay=config.weight_decay, mask=matrices),
     )
 
 

@@ -306,9 +306,7 @@ def test_streams_map_over_states(tiny, adapter, jitted, images):
 def test_bfloat16_parameters_are_adapted_in_float32(images, task):
     from conftest import GOLDEN
 
-    model, params = clip.load(
-        GOLDEN / "tiny-clip", dtype=jnp.bfloat16, compute_dtype=jnp.bfloat16
-    )
+    model, params = clip.load(GOLDEN / "tiny-clip", dtype=jnp.bfloat16, compute_dtype=jnp.bfloat16)
     adapter = adapters.batclip(model, task)
     state, step = adapter.init(params), jax.jit(adapter.step)
     after, prediction = step(params, state, images[0])

@@ -140,7 +140,11 @@ def edit_config(**changes):
         (lambda f: (f / "config.json").write_text("{"), ValueError, "is not JSON"),
         (edit_config(model_type="bert"), ValueError, "expected 'clip'"),
         (edit_config(vision_config__hidden_act="selu"), ValueError, "hidden_act is 'selu'"),
-        (edit_config(vision_config__num_attention_heads=5), ValueError, "do not divide|not a multiple"),
+        (
+            edit_config(vision_config__num_attention_heads=5),
+            ValueError,
+            "do not divide|not a multiple",
+        ),
         (edit_config(vision_config__image_size=4), ValueError, "smaller than a patch"),
         (
             lambda f: (f / "preprocessor_config.json").write_text('{"size": "big"}'),

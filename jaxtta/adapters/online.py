@@ -65,7 +65,7 @@ def online(
         metrics = {
             **metrics,
             "loss": loss,
-            "update_norm": optax.global_norm(updates),
+            "update_norm": optax.tree.norm(updates),
             "skipped": (valid > 0) & ~finite,
         }
         # The context is the same in both, so that selecting costs nothing.

@@ -31,10 +31,10 @@ def tent(model: CLIP, task: Task, optimizer: optax.GradientTransformation | None
     References:
         https://arxiv.org/abs/2006.10726
     """
-    prompts = model.prompts(task)
+    prompts, encode = model.prompts(task), jax.jit(model.class_embeddings)
     return online(
         objectives.entropy_minimisation(model),
-        lambda params: jax.jit(model.class_embeddings)(params, prompts),
+        lambda params: encode(params, prompts),
         normalisation_parameters(tower="image"),
         optimizer or TENT_PRESETS["imagenet-c"].optimizer(),
     )

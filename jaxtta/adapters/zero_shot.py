@@ -20,11 +20,11 @@ def zero_shot(model: CLIP, task: Task) -> Adapter:
     Returns:
         The adapter; the class embeddings are encoded once, in `init`.
     """
-    prompts = model.prompts(task)
+    prompts, encode = model.prompts(task), jax.jit(model.class_embeddings)
 
     def init(params: Any, key: Array | None = None) -> State:
         del key
-        classes = jax.jit(model.class_embeddings)(params, prompts)
+        classes = encode(params, prompts)
         return State({}, (), classes, jnp.zeros((), jnp.int32))
 
     def step(params: Any, state: State, batch: Batch | Array) -> tuple[State, Prediction]:

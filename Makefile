@@ -1,0 +1,42 @@
+# Everything runs from the project's own environment, .venv, which `make venv` sets up.
+PYTHON ?= python3
+VENV ?= .venv
+TRANSFORMERS ?= 5
+PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
+CONSTRAINTS = -c constraints/common.txt -c constraints/transformers$(TRANSFORMERS).txt
+OFFLINE = HF_HUB_OFFLINE=1
+
+.PHONY: help venv demo test parity bench lint clean
+
+help:  ## Show this list
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 14
+
+venv: $(VENV)/installed  ## Set up .venv with the package and its test extra
+
+$(VENV)/installed: pyproject.toml $(wildcard constraints/*.txt)
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) $(CONSTRAINTS) --editable '.[test]'
+	touch $@
+
+demo: venv  ## Adapt the embedded model to 15 corruptions of real pictures
+	$(OFFLINE) $(VENV)/bin/python experiments/corruption_sweep.py --limit 800 --output runs/demo
+
+test: venv  ## Run the tests (no PyTorch)
+	$(OFFLINE) $(VENV)/bin/python -m pytest -m "not parity" -n 2 --dist loadscope
+
+$(VENV)/torch: $(VENV)/installed
+	$(PIP) $(CONSTRAINTS) --editable '.[parity]'
+	touch $@
+
+parity: $(VENV)/torch  ## Install PyTorch and compare with it and with reference accuracies
+	$(OFFLINE) $(VENV)/bin/python -m pytest -m parity
+
+bench: $(VENV)/torch  ## Time the adapters on ViT-B/16, beside PyTorch
+	$(OFFLINE) $(VENV)/bin/python experiments/benchmark.py
+
+lint: venv  ## Check style
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+clean:  ## Remove the environment and all results
+	rm -rf $(VENV) runs

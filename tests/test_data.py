@@ -1,0 +1,193 @@
+import hypothesis
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+from PIL import Image
+
+from jaxtta import data
+from jaxtta.clip.preprocess import Preprocessing
+from jaxtta.data.corruptions import picture_seed
+
+PREPROCESS = Preprocessing(32, 32, (32, 32))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two classes, five pictures, of several sizes."""
+    rng = np.random.default_rng(0)
+    for name, count in (("cat", 3), ("dog", 2)):
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        for i in range(count):
+            pixels = rng.integers(0, 256, (40 + 4 * i, 50, 3), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "pictures" / name / f"{i}.png")
+    (tmp_path / "pictures" / ".hidden").mkdir()
+    (tmp_path / "pictures" / "cat" / "notes.txt").write_text("no picture")
+    return tmp_path / "pictures"
+
+
+def batches_of(folder, corruptions=("gaussian_noise", "clean"), size=2, **options):
+    listed = data.image_folder(folder)
+    source = data.CorruptedOnTheFly(listed, PREPROCESS, **options)
+    return data.Batches(source, corruptions, np.arange(len(listed.files)), size)
+
+
+def test_image_folder(folder):
+    listed = data.image_folder(folder)
+    assert listed.class_names == ("cat", "dog")
+    assert list(listed.labels) == [0, 0, 0, 1, 1]
+    assert [path.name for path in listed.files] == ["0.png", "1.png", "2.png", "0.png", "1.png"]
+
+
+def test_bad_folders_are_refused(folder, tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere: no such folder"):
+        data.image_folder(tmp_path / "nowhere")
+    (folder / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty: class folder without pictures"):
+        data.image_folder(folder)
+    with pytest.raises(ValueError, match="has 0 class folders, expected at least two"):
+        data.image_folder(folder / "empty")
+
+
+@pytest.mark.parametrize("name", [*data.COMMON, *data.VALIDATION])
+@pytest.mark.parametrize("size", [32, 45])
+def test_every_corruption_is_repeatable_and_keeps_its_hands_off_global_state(name, size):
+    image = np.random.default_rng(0).integers(0, 256, (size, size, 3), np.uint8)
+    np.random.seed(7)  # noqa: NPY002
+    before = np.random.get_state()[1].copy()  # noqa: NPY002
+    first = data.corrupt(image, name, 3, seed=5)
+    np.testing.assert_array_equal(np.random.get_state()[1], before)  # noqa: NPY002
+    assert first.shape == image.shape
+    assert first.dtype == np.uint8
+    assert np.any(first != image)
+    np.testing.assert_array_equal(first, data.corrupt(image, name, 3, seed=5))
+
+
+def test_pictures_have_seeds_of_their_own():
+    seeds = {
+        picture_seed(s, name, severity, number)
+        for s in range(3)
+        for name in data.COMMON
+        for severity in (1, 5)
+        for number in range(20)
+    }
+    assert len(seeds) == 3 * 15 * 2 * 20
+
+
+def test_pictures_smaller_than_the_model_are_corrupted_before_they_are_enlarged(folder):
+    large = Preprocessing(96, 96, (96, 96))
+    listed = data.image_folder(folder)
+    source = data.CorruptedOnTheFly(listed, large, severity=5)
+    original = np.asarray(Image.open(listed.files[0]))
+    seed = picture_seed(0, "pixelate", 5, 0)
+    expected = large(Image.fromarray(data.corrupt(original, "pixelate", 5, seed)))
+    np.testing.assert_array_equal(source.read("pixelate", 0), expected)
+
+
+@hypothesis.given(size=st.integers(1, 7))
+@hypothesis.settings(suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
+def test_batches_hold_every_picture_once(folder, size):
+    batches = batches_of(folder, size=size)
+    whole = list(batches[i] for i in range(len(batches)))
+    assert {b.images.shape for b in whole} == {(size, 32, 32, 3)}
+    pictures = np.concatenate([b.pictures[b.mask] for b in whole])
+    np.testing.assert_array_equal(pictures, [0, 1, 2, 3, 4] * 2)
+    labels = np.concatenate([b.labels[b.mask] for b in whole])
+    np.testing.assert_array_equal(labels, [0, 0, 0, 1, 1] * 2)
+    index = np.concatenate([b.index[b.mask] for b in whole])
+    np.testing.assert_array_equal(index, [0, 1, 2, 3, 4] * 2)
+    alone = batches_of(folder, size=1)
+    images = np.concatenate([b.images[b.mask] for b in whole])
+    np.testing.assert_array_equal(images, np.concatenate([alone[i].images for i in range(10)]))
+
+
+def test_workers_change_nothing(folder):
+    batches = batches_of(folder, ("snow", "glass_blur", "elastic_transform"))
+    here, ahead = (list(data.read_ahead(batches, workers)) for workers in (0, 2))
+    assert len(here) == len(batches) == 9
+    for a, b in zip(here, ahead, strict=True):
+        for x, y in zip(a, b, strict=True):
+            np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("spoil", ["truncate", "empty", "text", "small"])
+def test_unreadable_pictures_are_masked(folder, spoil):
+    path = folder / "cat" / "1.png"
+    content = path.read_bytes()
+    if spoil == "small":
+        Image.new("RGB", (20, 20)).save(path)
+    else:
+        path.write_bytes({"truncate": content[:200], "empty": b"", "text": b"hello"}[spoil])
+    batches = batches_of(folder, ("fog",), size=3)
+    assert list(batches[0].mask) == [True, False, True]
+    assert not batches[0].images[1].any()
+    assert batches.source.name(batches[0].pictures[1]).endswith("1.png")
+
+
+def test_order():
+    assert list(data.picture_order(4, shuffle=None)) == [0, 1, 2, 3]
+    shuffled = data.picture_order(100, shuffle=1)
+    np.testing.assert_array_equal(np.sort(shuffled), np.arange(100))
+    np.testing.assert_array_equal(data.picture_order(100, shuffle=1, limit=7), shuffled[:7])
+    assert np.any(shuffled != data.picture_order(100, shuffle=2))
+    with pytest.raises(ValueError, match="limit is 0"):
+        data.picture_order(4, shuffle=None, limit=0)
+
+
+@pytest.fixture
+def arrays(tmp_path):
+    rng = np.random.default_rng(0)
+    np.save(tmp_path / "fog.npy", rng.integers(0, 256, (4, 32, 32, 3), np.uint8))
+    np.save(tmp_path / "labels.npy", np.array([0, 1, 1, 0]))
+    return tmp_path
+
+
+def test_ready_arrays(arrays):
+    source = data.corrupted_arrays(arrays, PREPROCESS, ["cat", "dog"])
+    source.check("fog")
+    np.testing.assert_array_equal(source.read("fog", 2), np.load(arrays / "fog.npy")[2])
+    batch = data.Batches(source, ("fog",), np.array([2, 0]), 3)[0]
+    assert list(batch.labels[:2]) == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("labels", np.array([0, 1, 2, 0]), "labels run from 0 to 2, expected 0 to 1"),
+        ("labels", np.array([0, -1, 1, 0]), "labels run from -1 to 1"),
+        ("labels", np.zeros(4), "expected integers"),
+        ("labels", np.zeros(0, int), "holds no labels"),
+        ("labels", np.array([{}]), "cannot be read as an array"),
+        ("fog", np.zeros((4, 32, 32, 3)), "is float64 of shape"),
+        ("fog", np.zeros((4, 3, 32, 32), np.uint8), r"shape \(4, 3, 32, 32\), expected"),
+        ("fog", np.zeros((5, 32, 32, 3), np.uint8), "has 5 pictures for 4 labels"),
+        ("snow", np.zeros(0), "unknown corruption 'rain', .* has fog, snow"),
+    ],
+)
+def test_bad_arrays_are_refused(arrays, name, content, message):
+    np.save(arrays / f"{name}.npy", content)
+    with pytest.raises(ValueError, match=message):
+        data.corrupted_arrays(arrays, PREPROCESS, ["cat", "dog"]).check(
+            "rain" if name == "snow" else "fog"
+        )
+
+
+def test_missing_labels_are_refused(arrays):
+    (arrays / "labels.npy").unlink()
+    with pytest.raises(FileNotFoundError, match=r"labels\.npy: no such file"):
+        data.corrupted_arrays(arrays, PREPROCESS, ["cat", "dog"])
+
+
+def test_unknown_corruptions_and_severities_are_refused(folder):
+    source = data.CorruptedOnTheFly(data.image_folder(folder), PREPROCESS, severity=3)
+    with pytest.raises(ValueError, match="unknown corruption 'rain', expected one of gaussian_"):
+        source.check("rain")
+    source = data.CorruptedOnTheFly(source.folder, PREPROCESS, severity=6)
+    with pytest.raises(ValueError, match="severity is 6, expected 1 to 5"):
+        source.check("fog")
+
+
+def test_the_embedded_pictures_are_balanced():
+    from jaxtta import assets
+
+    listed = data.image_folder(assets.PICTURES)
+    assert list(np.bincount(listed.labels)) == [200] * 10

@@ -1,0 +1,115 @@
+"""Comparisons with transformers' PyTorch CLIP, and with the reference accuracies."""
+
+import re
+import zipfile
+
+import jax
+import numpy as np
+import optax
+import pytest
+from conftest import relative
+
+from jaxtta import adapters, assets, clip, data, sweep
+
+pytestmark = pytest.mark.parity
+
+SIZES = {
+    "ViT-B/16": {
+        "vision": {"patch_size": 16},
+        "text": {},
+        "projection": 512,
+    },
+    "ViT-L/14": {
+        "vision": {
+            "patch_size": 14,
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+        },
+        "text": {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12},
+        "projection": 768,
+    },
+}
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_full_size_embeddings_equal_transformers(tmp_path, size):
+    torch = pytest.importorskip("torch")
+    from transformers import CLIPConfig, CLIPModel
+
+    torch.manual_seed(0)
+    settings = SIZES[size]
+    theirs = CLIPModel(
+        CLIPConfig(
+            vision_config={**settings["vision"], "projection_dim": settings["projection"]},
+            text_config={**settings["text"], "projection_dim": settings["projection"]},
+            projection_dim=settings["projection"],
+        )
+    ).eval()
+    theirs.save_pretrained(tmp_path)
+    model, params = clip.load(tmp_path)
+    rng = np.random.default_rng(0)
+    pixels = rng.normal(size=(2, 224, 224, 3)).astype(np.float32)
+    ids = rng.integers(0, 49000, (4, 77))
+    ids[:, 0] = 49406
+    ids = np.where(np.arange(77) >= np.array([[9], [12], [5], [76]]), 49407, ids)
+
+    def embeddings(output):  # transformers 5 wraps them
+        return getattr(output, "pooler_output", output).numpy()
+
+    with torch.no_grad():
+        images = embeddings(theirs.get_image_features(torch.tensor(pixels.transpose(0, 3, 1, 2))))
+        texts = embeddings(theirs.get_text_features(torch.tensor(ids)))
+    assert relative(jax.jit(model.encode_image)(params, pixels), images) < 1e-4
+    assert relative(jax.jit(model.encode_text)(params, ids), texts) < 1e-4
+    packed = jax.jit(model.class_embeddings)(params, model.prompts(clip.task_from_token_ids(ids)))
+    assert relative(packed, texts / np.linalg.norm(texts, axis=-1, keepdims=True)) < 1e-4
+
+
+def reference_accuracies(readme):
+    """{corruption: (zero-shot, BATCLIP 1e-3)} from the table in the weights' README."""
+    rows = re.findall(r"^\| (\w+) \| ([\d.]+) \|(?: [\d.]+ \|){2} ([\d.]+) \|", readme, re.M)
+    return {name: (float(zero), float(batclip)) for name, zero, batclip in rows}
+
+
+def test_accuracies_equal_the_reference(shared, tmp_path):
+    """All 2,000 pictures under every corruption, as the reference was run."""
+    expected = reference_accuracies((shared / "weights/README.md").read_text())
+    assert len(expected) == 16
+    with zipfile.ZipFile(shared / "data/cifar10-c-severity5.zip") as archive:
+        archive.extractall(tmp_path)
+    folder = tmp_path / "cifar10-c-severity5/test"
+    model, params = clip.load(shared / "weights/tiny-clip-cifar10")
+    names = [
+        "airplane",
+        "automobile",
+        "bird",
+        "cat",
+        "deer",
+        "dog",
+        "frog",
+        "horse",
+        "ship",
+        "truck",
+    ]
+    source = data.corrupted_arrays(folder, model.preprocessing, names)
+    task = clip.zero_shot_task(model, names)
+    rows = sweep.run(
+        {
+            "zero_shot": adapters.zero_shot(model, task),
+            "batclip": adapters.batclip(model, task, optax.adamw(1e-3, weight_decay=1e-2)),
+        },
+        params,
+        data.Batches(source, tuple(expected), np.arange(2000), 100),
+        finished=print,
+        workers=0,
+        progress=False,
+    )
+    ours = {(row["adapter"], row["corruption"]): 100 * row["top1"] for row in rows}
+    print(sweep.table(rows))
+    for corruption, (zero_shot, _) in expected.items():
+        assert ours["zero_shot", corruption] == pytest.approx(zero_shot, abs=0.3), corruption
+    common = [name for name in expected if name != "clean"]
+    mean = np.mean([ours["batclip", name] for name in common])
+    assert mean == pytest.approx(np.mean([expected[name][1] for name in common]), abs=1.0)

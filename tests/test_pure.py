@@ -1,0 +1,137 @@
+"""losses, metrics and tree against plain numpy."""
+
+import itertools
+
+import hypothesis
+import hypothesis.extra.numpy as hnp
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxtta import losses, metrics, tree
+
+logits_and_labels = st.tuples(st.integers(1, 12), st.integers(2, 7), st.integers(0, 2**32 - 1)).map(
+    lambda t: (
+        np.random.default_rng(t[2]).normal(size=(t[0], t[1]), scale=3).astype(np.float32),
+        np.random.default_rng(t[2] + 1).integers(0, t[1], t[0]),
+    )
+)
+
+
+def softmax(x):
+    x = np.exp(x.astype(np.float64) - x.max(-1, keepdims=True))
+    return x / x.sum(-1, keepdims=True)
+
+
+@hypothesis.given(logits_and_labels)
+def test_scores_equal_numpys(case):
+    logits, labels = case
+    p = softmax(logits)
+    own = p[np.arange(len(labels)), labels]
+    np.testing.assert_allclose(losses.entropy(logits), -(p * np.log(p)).sum(-1), atol=1e-5)
+    np.testing.assert_allclose(metrics.nll(logits, labels), -np.log(own), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        metrics.brier(logits, labels), ((p - np.eye(p.shape[1])[labels]) ** 2).sum(-1), atol=1e-5
+    )
+    for k in (1, 2, 5):
+        best = np.argsort(-logits, axis=-1)[:, :k]
+        expected = (best == labels[:, None]).any(-1)
+        np.testing.assert_array_equal(metrics.top_k(logits, labels, k), expected)
+
+
+def test_ties_and_nan_count_against_the_label():
+    logits = jnp.asarray([[1.0, 1.0, 0.0], [np.nan, 0.0, 1.0], [np.nan] * 3])
+    assert not metrics.top_k(logits, jnp.asarray([0, 2, 1])).any()
+
+
+@hypothesis.given(
+    hnp.arrays(np.float32, st.integers(1, 40), elements=st.floats(0, 1, width=32)),
+    st.integers(0, 2**32 - 1),
+)
+def test_calibration_error_equals_numpys(confidence, seed):
+    correct = np.random.default_rng(seed).random(len(confidence)) < 0.5
+    edges = np.linspace(0, 1, 16)
+    expected = 0.0
+    for low, high in itertools.pairwise(edges):
+        inside = (confidence > low) & (confidence <= high) | (low == 0) & (confidence == 0)
+        # the bin of a confidence on an edge is a matter of rounding
+        hypothesis.assume(not np.any(np.abs(confidence - high) < 1e-6) or high == 1)
+        if inside.any():
+            expected += abs(correct[inside].mean() - confidence[inside].mean()) * inside.mean()
+    ours = metrics.expected_calibration_error(jnp.asarray(confidence), jnp.asarray(correct))
+    np.testing.assert_allclose(ours, expected, atol=1e-5)
+
+
+@hypothesis.given(st.integers(1, 12), st.integers(2, 6), st.integers(0, 2**32 - 1))
+def test_batclip_terms_equal_numpys(batch, classes, seed):
+    rng = np.random.default_rng(seed)
+    f, t = rng.normal(size=(batch, 5)), rng.normal(size=(classes, 5))
+    t /= np.linalg.norm(t, axis=-1, keepdims=True)
+    labels, mask = rng.integers(0, classes, batch), rng.random(batch) < 0.7
+    present = [k for k in range(classes) if (mask & (labels == k)).any()]
+    v = {k: f[mask & (labels == k)].mean(0) for k in present}
+    u = {k: x / np.linalg.norm(x) for k, x in v.items()}
+    alignment = sum(v[k] @ t[k] for k in present) / max(len(present), 1)
+    separation = sum(1 - u[k] @ u[m] for k in present for m in present if k != m)
+    means, there = losses.prototypes(jnp.asarray(f), labels, mask, classes)
+    assert list(np.flatnonzero(there)) == present
+    np.testing.assert_allclose(losses.image_text_alignment(means, there, t), alignment, atol=1e-5)
+    np.testing.assert_allclose(losses.prototype_separation(means, there), separation, atol=1e-4)
+
+
+def test_absent_classes_poison_no_gradient():
+    def loss(f):
+        means, there = losses.prototypes(f, jnp.zeros(3, int), jnp.array([True, True, False]), 4)
+        return losses.prototype_separation(means, there) + (means * there[:, None]).sum()
+
+    gradient = jax.grad(loss)(jnp.array([[1.0, 2.0], [0.0, 1.0], [np.nan, np.inf]]))
+    np.testing.assert_allclose(gradient, [[0.5, 0.5], [0.5, 0.5], [0, 0]])
+
+
+def test_masked_mean_of_nothing_is_zero():
+    value, slope = jax.value_and_grad(losses.masked_mean)(jnp.array([np.nan]), np.array([False]))
+    assert value == 0
+    assert slope == 0
+
+
+PARAMS = {
+    "vision_model": {"layer_norm1": {"scale": 1.0, "bias": 2.0}, "fc1": {"kernel": 3.0}},
+    "text_model": {"final_layer_norm": {"scale": 4.0}, "norm_free": {"kernel": 5.0}},
+    "logit_scale": 6.0,
+}
+
+
+@pytest.mark.parametrize(
+    ("tower", "expected"), [("image", {1.0, 2.0}), ("text", {4.0}), ("both", {1.0, 2.0, 4.0})]
+)
+def test_partition_and_merge(tower, expected):
+    chosen, others = tree.partition(PARAMS, tree.normalisation_parameters(tower))
+    assert set(jax.tree.leaves(chosen)) == expected
+    assert not set(jax.tree.leaves(others)) & expected
+    assert tree.merge(others, chosen) == PARAMS
+    assert tree.merge(PARAMS, chosen) == PARAMS
+    changed = tree.merge(PARAMS, jax.tree.map(lambda x: -x, chosen))
+    assert set(jax.tree.leaves(changed)) == {-x if x in expected else x for x in range(1, 7)}
+    assert PARAMS["vision_model"]["layer_norm1"]["scale"] == 1.0
+
+
+def test_bad_trees_are_refused():
+    with pytest.raises(ValueError, match="no parameter is chosen; there are vision_model/"):
+        tree.partition(PARAMS, lambda path: False)
+    with pytest.raises(ValueError, match="tower is 'audio', expected one of image, text, both"):
+        tree.normalisation_parameters("audio")
+    with pytest.raises(ValueError, match="logit_scale is a leaf in one tree"):
+        tree.merge(PARAMS, {"logit_scale": {"x": 1.0}})
+    with pytest.raises(ValueError, match=r"logit_scale has shape \(2,\), expected \(\)"):
+        tree.merge(PARAMS, {"logit_scale": jnp.ones(2)})
+
+
+def test_select_is_bit_exact():
+    a, b = {"x": jnp.array([np.nan, -0.0])}, {"x": jnp.array([1.0, 0.0])}
+    np.testing.assert_array_equal(tree.select(jnp.asarray(True), a, b)["x"], a["x"])
+    assert np.signbit(tree.select(jnp.asarray(True), a, b)["x"][1])
+    assert not tree.all_finite(a)
+    assert tree.all_finite(b)
+    assert tree.all_finite({"i": jnp.arange(3)})

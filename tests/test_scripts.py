@@ -1,0 +1,197 @@
+"""The scripts, run as a user runs them: on real pictures, and on what users get wrong."""
+
+import json
+import runpy
+import shutil
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import GOLDEN
+from PIL import Image
+
+import jaxtta
+from jaxtta import assets, sweep
+
+EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+
+
+@pytest.fixture
+def run_script(monkeypatch, capsys):
+    """Run a script in this process; returns its exit code, output and errors."""
+
+    def run(name, *arguments):
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        try:
+            runpy.run_path(str(EXPERIMENTS / name), run_name="__main__")
+            code = 0
+        except SystemExit as leave:
+            code = leave.code or 0
+        out = capsys.readouterr()
+        return code, out.out, out.err
+
+    return run
+
+
+QUICK = ("--workers", "0", "--limit", "20", "--batch-size", "10", "--corruptions", "fog", "clean")
+
+
+def test_the_main_job_end_to_end(run_script, tmp_path):
+    code, out, _ = run_script("corruption_sweep.py", *QUICK, "--output", tmp_path / "a")
+    assert code == 0
+    for name in ("zero_shot", "tent", "batclip"):
+        for corruption in ("fog", "clean"):
+            row = json.loads((tmp_path / "a" / f"{name}-{corruption}.json").read_text())
+            assert (row["adapter"], row["corruption"], row["pictures"]) == (name, corruption, 20)
+            assert 0 <= row["top1"] <= row["top5"] <= 1
+            assert row["skipped_steps"] == row["unreadable"] == []
+            assert row["settings"]["seed"] == 1
+            assert row["settings"]["versions"]["jaxtta"] == jaxtta.__version__
+    assert (tmp_path / "a" / "table.txt").read_text().strip() in out
+    assert Image.open(tmp_path / "a" / "accuracy.png").size[0] > 500
+    # adapted predictions differ from zero-shot's once a step was taken
+    zero, adapted = (
+        json.loads((tmp_path / "a" / f"{name}-fog.json").read_text())["nll"]
+        for name in ("zero_shot", "batclip")
+    )
+    assert zero != adapted
+
+
+def test_the_same_seed_gives_the_same_figures(run_script, tmp_path):
+    figures = []
+    for folder, workers in (("a", "0"), ("b", "1")):
+        options = [*QUICK[2:-1], "--adapters", "batclip", "--workers", workers]
+        code, _, _ = run_script("corruption_sweep.py", *options, "--output", tmp_path / folder)
+        assert code == 0
+        row = json.loads((tmp_path / folder / "batclip-fog.json").read_text())
+        figures.append({k: v for k, v in row.items() if k not in ("settings",)})
+        figures[-1].pop("pictures_per_second")
+    assert figures[0] == figures[1]
+
+
+def test_ready_arrays_and_a_partly_unreadable_folder_run(run_script, tmp_path):
+    pictures = tmp_path / "pictures"
+    for name in ("cat", "dog"):
+        (pictures / name).mkdir(parents=True)
+        for file in sorted((assets.PICTURES / name).iterdir())[:3]:
+            shutil.copyfile(file, pictures / name / file.name)
+    broken = pictures / "cat" / "0001.jpg"
+    broken.write_bytes(broken.read_bytes()[:300])
+    common = ("--adapters", "batclip", "--workers", "0", "--batch-size", "4")
+    code, out, _ = run_script(
+        *("corruption_sweep.py", *common, "--pictures", pictures, "--corruptions", "clean"),
+        *("--output", tmp_path / "a"),
+    )
+    assert code == 0
+    assert "1 pictures could not be used" in out
+    assert "0001.jpg" in out
+    row = json.loads((tmp_path / "a" / "batclip-clean.json").read_text())
+    assert row["pictures"] == 5
+    assert row["unreadable"] == [str(broken)]
+
+    listed = jaxtta.data.image_folder(assets.PICTURES)
+    arrays = np.stack([np.asarray(Image.open(f).convert("RGB")) for f in listed.files[::100]])
+    (tmp_path / "arrays").mkdir()
+    np.save(tmp_path / "arrays" / "haze.npy", arrays)
+    np.save(tmp_path / "arrays" / "labels.npy", listed.labels[::100])
+    code, out, _ = run_script(
+        *("corruption_sweep.py", *common, "--arrays", tmp_path / "arrays", "--corruptions", "haze"),
+        *("--class-names", *listed.class_names, "--output", tmp_path / "b"),
+    )
+    assert code == 0
+    assert json.loads((tmp_path / "b" / "batclip-haze.json").read_text())["pictures"] == 20
+
+
+def test_a_step_with_a_nan_loss_is_skipped_counted_and_named(run_script, tmp_path, monkeypatch):
+    """A model whose weights overflow on some pictures: the run goes on and says which steps."""
+    real = jaxtta.clip.CLIP.normalize
+
+    def normalize(self, images):  # NaN where a picture is black
+        return jnp.where((images == 0).all((1, 2, 3), keepdims=True), jnp.nan, real(self, images))
+
+    monkeypatch.setattr(jaxtta.clip.CLIP, "normalize", normalize)
+    (tmp_path / "arrays").mkdir()
+    pictures = np.full((6, 32, 32, 3), 100, np.uint8)
+    pictures[3] = 0
+    np.save(tmp_path / "arrays" / "dark.npy", pictures)
+    np.save(tmp_path / "arrays" / "labels.npy", np.zeros(6, int))
+    code, out, _ = run_script(
+        *("corruption_sweep.py", "--adapters", "zero_shot", "batclip", "--batch-size", "2"),
+        *("--workers", "0", "--no-shuffle", "--arrays", tmp_path / "arrays"),
+        *("--corruptions", "dark", "--class-names", "cat", "dog", "--output", tmp_path / "a"),
+    )
+    assert code == 0
+    assert "batclip on dark: 1 steps skipped" in out
+    row = json.loads((tmp_path / "a" / "batclip-dark.json").read_text())
+    assert row["skipped_steps"] == [1]
+    assert row["without_prediction"] == 1
+    assert row["pictures"] == 6
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["--adapters", "tnet"],
+            "unknown adapter 'tnet', expected one of zero_shot, tent",
+        ),
+        (["--corruptions", "rain"], "unknown corruption 'rain', expected one of gaussian_noise"),
+        (["--corruptions", "fog", "fog"], "--corruptions needs one or more different names"),
+        (["--severity", "9"], "severity is 9, expected 1 to 5"),
+        (["--batch-size", "0"], "--batch-size is 0, expected at least 1"),
+        (["--limit", "0"], "limit is 0"),
+        (["--pictures", "/nowhere/at/all"], "/nowhere/at/all: no such folder"),
+        (["--model", "/nowhere/model"], "is neither a folder here nor a model"),
+        (["--model", str(GOLDEN / "tiny-clip")], "has no tokenizer"),
+        (["--class-names", "cat", "dog"], "2 class names for 10 class folders"),
+        (["--arrays", "/nowhere"], "--arrays needs --class-names"),
+        (["--arrays", "/nowhere", "--pictures", "/nowhere"], "exclude each other"),
+        (["--arrays", "/nowhere", "--class-names", "a", "b"], "labels.npy: no such file"),
+    ],
+)
+def test_bad_options_are_one_sentence(run_script, tmp_path, options, message):
+    code, _, err = run_script("corruption_sweep.py", "--output", tmp_path / "a", *options)
+    assert code == 1
+    assert message in err
+    assert err.count("\n") == 1
+    assert "Traceback" not in err
+    assert not (tmp_path / "a").exists()
+
+
+def test_debug_shows_the_traceback(run_script, tmp_path):
+    with pytest.raises(ValueError, match="severity is 9"):
+        run_script("corruption_sweep.py", "--output", tmp_path, "--severity", "9", "--debug")
+
+
+@pytest.mark.parametrize("script", sorted(p.name for p in EXPERIMENTS.glob("*.py")))
+def test_help_teaches(run_script, script):
+    code, out, _ = run_script(script, "--help")
+    assert code == 0
+    assert f"python experiments/{script}" in out.replace("\n", " ")
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "deep" / "row.json"
+    sweep.write_json(path, {"a": 1})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        sweep.write_json(path, {"a": float("nan")})
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert [p.name for p in path.parent.iterdir()] == ["row.json"]
+
+
+def test_the_table_counts_gains_from_zero_shot():
+    rows = [
+        {"corruption": c, "adapter": a, "top1": x}
+        for c, a, x in [
+            ("fog", "zero_shot", 0.5),
+            ("fog", "batclip", 0.625),
+            ("snow", "zero_shot", 0.25),
+            ("snow", "batclip", 0.2),
+        ]
+    ]
+    table = sweep.table(rows)
+    assert "62.50 (+12.50)" in table
+    assert "20.00 (-5.00)" in table
+    assert "41.25 (+3.75)" in table.splitlines()[-1]
