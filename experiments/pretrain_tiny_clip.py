@@ -181,7 +181,9 @@ def main() -> int:
     try:
         run(config)
     except KeyboardInterrupt:
-        print(f"Stopped; {config.output} keeps what the last epoch wrote.", file=sys.stderr)
+        held = (config.output / "training.json").exists()
+        left = "keeps the checkpoint written last" if held else "holds no checkpoint yet"
+        print(f"Stopped; {config.output} {left}.", file=sys.stderr)
         return 130
     except (OSError, ValueError, FloatingPointError) as error:
         if config.debug:
@@ -515,6 +517,8 @@ def plot(path: Path, history: History) -> None:
         right.plot(epochs, history.test_accuracy, marker=".", label="test")
     right.set(xlabel="epoch", ylabel="accuracy", ylim=(0, 1))
     right.legend()
+    for axes in (left, right):
+        axes.xaxis.get_major_locator().set_params(integer=True)
     figure.savefig(path, dpi=150)
 
 

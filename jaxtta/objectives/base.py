@@ -34,7 +34,8 @@ def as_batch(batch: Batch | Array, seen: Array) -> Batch:
         seen: how many pictures the stream has given so far.
 
     Returns:
-        The batch.
+        The batch, with the padding's pictures blackened: a NaN there would reach the gradients
+        through the weights, masked loss or not.
 
     Raises:
         ValueError: if mask or index has another length than the pictures.
@@ -46,7 +47,9 @@ def as_batch(batch: Batch | Array, seen: Array) -> Batch:
         shape = jnp.shape(getattr(batch, name))
         if shape != (len(batch.images),):
             raise ValueError(f"{name} has shape {shape} for {len(batch.images)} pictures")
-    return batch._replace(mask=jnp.asarray(batch.mask, bool))
+    mask = jnp.asarray(batch.mask, bool)
+    images = jnp.where(mask[:, None, None, None], batch.images, 0)
+    return batch._replace(images=images.astype(batch.images.dtype), mask=mask)
 
 
 Metrics = dict[str, Array]
