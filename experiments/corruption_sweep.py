@@ -41,7 +41,9 @@ class Options:
     arrays: Path | None = None
     """Ready corrupted pictures instead: a folder with <corruption>.npy and labels.npy."""
     class_names: tuple[str, ...] = ()
-    """Names for the prompts (default: the class folders' names; needed with --arrays)."""
+    """Names for the prompts, in the labels' order, or one file that holds them: .json (a list, or an
+    object from folder name to class name) or text with a name a line. Default: the class folders'
+    names; needed with --arrays."""
     model: str = str(assets.MODEL)
     """Folder or hub id of a CLIP checkpoint (default: the embedded one)."""
     adapters: tuple[str, ...] = ADAPTERS
@@ -80,8 +82,7 @@ def main(options: Options) -> None:
     source = open_source(options, model)
     for corruption in options.corruptions:
         source.check(corruption)
-    names = options.class_names or source.class_names
-    task = jaxtta.clip.zero_shot_task(model, names, options.templates)
+    task = jaxtta.clip.zero_shot_task(model, source.class_names, options.templates)
     adapters = {name: make_adapter(name, options, model, task) for name in options.adapters}
     order = data.picture_order(
         len(source.labels), shuffle=options.seed if options.shuffle else None, limit=options.limit
@@ -127,13 +128,15 @@ def check(options: Options) -> None:
 
 def open_source(options: Options, model: jaxtta.clip.CLIP) -> data.Source:
     """Open the pictures that the options name."""
-    if options.arrays:
-        return data.corrupted_arrays(options.arrays, model.preprocessing, options.class_names)
-    folder = data.image_folder(options.pictures or assets.PICTURES)
-    if options.class_names and len(options.class_names) != len(folder.class_names):
-        raise ValueError(
-            f"{len(options.class_names)} class names for {len(folder.class_names)} class folders"
-        )
+    folder = None if options.arrays else data.image_folder(options.pictures or assets.PICTURES)
+    names = options.class_names or folder.class_names
+    if len(names) == 1 and Path(names[0]).is_file():
+        names = data.read_class_names(names[0], folder.class_names if folder else ())
+    if folder is None:
+        return data.corrupted_arrays(options.arrays, model.preprocessing, names)
+    if len(names) != len(folder.class_names):
+        raise ValueError(f"{len(names)} class names for {len(folder.class_names)} class folders")
+    folder = folder._replace(class_names=names)
     return data.CorruptedOnTheFly(folder, model.preprocessing, options.severity, options.seed)
 
 

@@ -191,3 +191,30 @@ def test_the_embedded_pictures_are_balanced():
 
     listed = data.image_folder(assets.PICTURES)
     assert list(np.bincount(listed.labels)) == [200] * 10
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.json", '{"n2": "dog", "n1": "cat"}'),
+        ("b.json", '["cat", "dog"]'),
+        ("c.txt", "cat\ndog\n"),
+    ],
+)
+def test_class_names_from_a_file(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    assert data.read_class_names(tmp_path / name, ["n1", "n2"]) == ("cat", "dog")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "cannot be read as class names"),
+        ('{"n1": "cat"}', "has no name for n2"),
+        ("[1]", "else"),
+    ],
+)
+def test_bad_class_names_are_refused(tmp_path, content, message):
+    (tmp_path / "names.json").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        data.read_class_names(tmp_path / "names.json", ["n1", "n2"])

@@ -73,7 +73,15 @@ def test_without_a_file_clips_own_settings_hold():
 
 @pytest.mark.parametrize(
     "content",
-    ["{", '{"size": {}}', '{"crop_size": [1]}', '{"do_rescale": false}', '{"rescale_factor": 1}'],
+    [
+        "{",
+        '{"size": {}}',
+        '{"crop_size": [1]}',
+        '{"crop_size": 40}',
+        '{"do_center_crop": false, "size": {"height": 48, "width": 40}}',
+        '{"do_rescale": false}',
+        '{"rescale_factor": 1}',
+    ],
 )
 def test_settings_that_cannot_be_read_are_refused(tmp_path, content):
     path = tmp_path / "preprocessor_config.json"

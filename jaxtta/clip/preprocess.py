@@ -112,8 +112,8 @@ def read_preprocessing(path: Path | None, image_size: int) -> Preprocessing:
         The settings.
 
     Raises:
-        ValueError: if the file is no JSON, a size cannot be read or the values are not scaled
-            to [0, 1] before they are normalised.
+        ValueError: if the file is no JSON, a size cannot be read or is another than the model's,
+            or the values are not scaled to [0, 1] before they are normalised.
     """
     if path is None:
         return Preprocessing(image_size, image_size, (image_size, image_size))
@@ -127,6 +127,12 @@ def read_preprocessing(path: Path | None, image_size: int) -> Preprocessing:
         factor = float(config.get("rescale_factor", 1 / 255))
         if not config.get("do_rescale", True) or abs(factor * 255 - 1) > 1e-3:
             raise ValueError("only pictures scaled by 1/255 are supported")
+        final = crop or resize
+        if isinstance(final, tuple) and final != (image_size, image_size):
+            raise ValueError(
+                f"gives pictures of {final[0]}×{final[1]}, "
+                f"the model takes {image_size}×{image_size}"
+            )
         normalised = config.get("do_normalize", True)
         return Preprocessing(
             image_size,

@@ -1,7 +1,13 @@
 """Where pictures come from: folders, corruptions, streams. Yields numpy batches."""
 
 from jaxtta.data.corruptions import CLEAN, COMMON, VALIDATION, corrupt
-from jaxtta.data.folders import ImageFolder, UnreadablePictureError, image_folder, open_picture
+from jaxtta.data.folders import (
+    ImageFolder,
+    UnreadablePictureError,
+    image_folder,
+    open_picture,
+    read_class_names,
+)
 from jaxtta.data.streams import (
     Batches,
     CorruptedArrays,
@@ -30,4 +36,5 @@ __all__ = [
     "open_picture",
     "picture_order",
     "read_ahead",
+    "read_class_names",
 ]

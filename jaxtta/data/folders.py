@@ -1,5 +1,7 @@
 """Pictures in folders by class."""
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,6 +54,35 @@ def image_folder(root: str | Path) -> ImageFolder:
         labels += [label] * len(found)
     names = tuple(folder.name for folder in folders)
     return ImageFolder(root, tuple(files), np.asarray(labels, np.int32), names)
+
+
+def read_class_names(path: str | Path, folders: Sequence[str]) -> tuple[str, ...]:
+    """Read what to call the classes in prompts.
+
+    Args:
+        path: a JSON object from folder name to class name (ImageNet's wnids, say), a JSON list, or
+            plain text with a name a line, the last two in the folders' order.
+        folders: the class folders' names; may be empty if the file holds a list.
+
+    Returns:
+        One name a class.
+
+    Raises:
+        ValueError: if the file cannot be read so, or lacks a folder's name.
+    """
+    try:
+        text = Path(path).read_text()
+        names = json.loads(text) if Path(path).suffix == ".json" else text.splitlines()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read as class names ({error})") from error
+    if isinstance(names, dict):
+        missing = [folder for folder in folders if folder not in names]
+        if missing:
+            raise ValueError(f"{path}: has no name for {', '.join(missing[:5])}")
+        names = [names[folder] for folder in folders]
+    if not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{path}: holds something else than names")
+    return tuple(names)
 
 
 def open_picture(path: Path) -> Image.Image:

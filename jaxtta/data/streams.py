@@ -14,7 +14,13 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from PIL import Image
 
-from jaxtta.data.corruptions import check_corruption, corrupt, picture_seed
+from jaxtta.data.corruptions import (
+    CLEAN,
+    SMALLEST,
+    check_corruption,
+    corrupt,
+    picture_seed,
+)
 from jaxtta.data.folders import ImageFolder, UnreadablePictureError, open_picture
 
 
@@ -88,14 +94,13 @@ class CorruptedOnTheFly:
     def read(self, corruption: str, number: int) -> np.ndarray:
         """Read, preprocess and corrupt one picture."""
         picture = self.preprocess.rgb(open_picture(self.folder.files[number]))
+        if corruption != CLEAN and min(picture.size) < SMALLEST:
+            raise UnreadablePictureError(f"{self.name(number)}: smaller than {SMALLEST} pixels")
         seed = picture_seed(self.seed, corruption, self.severity, number)
         distort = functools.partial(corrupt, name=corruption, severity=self.severity, seed=seed)
-        try:
-            if min(picture.size) < self.preprocess.image_size:
-                return self.preprocess(Image.fromarray(distort(np.asarray(picture))))
-            return distort(self.preprocess(picture))
-        except ValueError as error:
-            raise UnreadablePictureError(f"{self.name(number)}: {error}") from error
+        if min(picture.size) < self.preprocess.image_size:
+            return self.preprocess(Image.fromarray(distort(np.asarray(picture))))
+        return distort(self.preprocess(picture))
 
 
 @dataclasses.dataclass(frozen=True)
