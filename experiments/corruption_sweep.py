@@ -41,9 +41,9 @@ class Options:
     arrays: Path | None = None
     """Ready corrupted pictures instead: a folder with <corruption>.npy and labels.npy."""
     class_names: tuple[str, ...] = ()
-    """Names for the prompts, in the labels' order, or one file that holds them: .json (a list, or an
-    object from folder name to class name) or text with a name a line. Default: the class folders'
-    names; needed with --arrays."""
+    """Names for the prompts, in the labels' order, or one file that holds them: .json (a list, or
+    an object from folder name to class name) or text with a name a line. Default: the class
+    folders' names; needed with --arrays."""
     model: str = str(assets.MODEL)
     """Folder or hub id of a CLIP checkpoint (default: the embedded one)."""
     adapters: tuple[str, ...] = ADAPTERS
