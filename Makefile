@@ -18,6 +18,9 @@ $(VENV)/installed: pyproject.toml $(wildcard constraints/*.txt)
 	$(PIP) $(CONSTRAINTS) --editable '.[test]'
 	touch $@
 
+# Large pages for what XLA and PyTorch allocate anew at every step.
+demo bench: export GLIBC_TUNABLES = glibc.malloc.hugetlb=1
+
 demo: venv  ## Adapt the embedded model to 15 corruptions of real pictures
 	$(OFFLINE) $(VENV)/bin/python experiments/corruption_sweep.py --limit 800 --output runs/demo
 

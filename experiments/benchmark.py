@@ -1,8 +1,8 @@
 """Time, memory and arithmetic of one step of the adapters, beside the same step in PyTorch.
 
-    python -m experiments.benchmark --classes 100 --batch 16
-    python -m experiments.benchmark --classes 1000 --frameworks jax --adapters batclip
-    python -m experiments.benchmark --model tiny --classes 10   # does it run?
+    python experiments/benchmark.py --classes 100 --batch 16
+    python experiments/benchmark.py --classes 1000 --frameworks jax --adapters batclip
+    python experiments/benchmark.py --model tiny --classes 10   # does it run?
 
 A CLIP model with random weights adapts to random pictures. The prompts are synthetic token ids with
 the lengths of ImageNet's "a photo of a {}.": start, four shared tokens, 1 to 11 for the name, "."
@@ -44,7 +44,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
-import tyro
 from tqdm import tqdm
 
 if TYPE_CHECKING:  # each library is imported in the processes that measure it, and nowhere else
@@ -86,6 +85,8 @@ class Settings:
     """Stop a row whose process holds more main memory than this (needs Linux)."""
     output: Path | None = None
     """JSON file for settings and rows, written anew as each row finishes."""
+    debug: bool = False
+    """Show the traceback of an error."""
 
 
 class Row(NamedTuple):
@@ -96,9 +97,10 @@ class Row(NamedTuple):
     prompts: str
 
 
-def main() -> None:
+def main(settings: Settings) -> None:
     """Measure every row and print the table."""
-    settings = tyro.cli(Settings, description=__doc__)
+    from jaxtta.sweep import write_json
+
     check(settings)
     rows = plan(settings)
     results: list[Result] = []
@@ -110,7 +112,8 @@ def main() -> None:
             tqdm.write(f"{' '.join(row)}: {summary(results[-1])}", file=sys.stderr)
             if settings.output:
                 report = {"settings": dataclasses.asdict(settings), "rows": results}
-                settings.output.write_text(json.dumps(report, indent=2, default=str) + "\n")
+                report = json.loads(json.dumps(report, default=str))
+                write_json(settings.output, report)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     print(f"{settings.model}, {settings.classes} classes, batch {settings.batch}, ", end="")
     print(f"{settings.dtype}{', remat' * settings.remat}, {cores} CPU cores\n")
@@ -120,23 +123,25 @@ def main() -> None:
 
 
 def check(settings: Settings) -> None:
-    """Leave with one sentence where an option makes no sense."""
+    """Raise a ValueError where an option makes no sense."""
     for name, least in (("classes", 2), ("batch", 1), ("steps", 1)):
         if getattr(settings, name) < least:
-            sys.exit(f"--{name} must be at least {least}, not {getattr(settings, name)}")
+            raise ValueError(f"--{name} must be at least {least}, not {getattr(settings, name)}")
     for name in ("adapters", "frameworks"):
         chosen = getattr(settings, name)
         if not chosen or len(set(chosen)) < len(chosen):
-            sys.exit(
+            raise ValueError(
                 f"--{name} needs one or more different values, not {' '.join(chosen) or 'none'}"
             )
     limit = settings.memory_limit_gb
     if limit is not None and not limit > 0:
-        sys.exit(f"--memory-limit-gb must be positive, not {limit}")
+        raise ValueError(f"--memory-limit-gb must be positive, not {limit}")
     if limit is not None and not Path("/proc/self/statm").exists():
-        sys.exit("--memory-limit-gb needs Linux's /proc, which this machine does not have")
+        raise ValueError("--memory-limit-gb needs Linux's /proc, which this machine does not have")
     if settings.output and (settings.output.is_dir() or not settings.output.parent.is_dir()):
-        sys.exit(f"--output {settings.output}: is a folder, or lies in one that does not exist")
+        raise ValueError(
+            f"--output {settings.output}: is a folder, or lies in one that does not exist"
+        )
 
 
 def plan(settings: Settings) -> list[Row]:
@@ -145,7 +150,7 @@ def plan(settings: Settings) -> list[Row]:
     if "torch" in frameworks and importlib.util.find_spec("torch") is None:
         message = "PyTorch is not installed, so its rows are left out: `make parity` installs it"
         if frameworks == ("torch",):
-            sys.exit(message)
+            raise ValueError(message)
         print(message, file=sys.stderr)
         frameworks = ("jax",)
     prompts = {"jax": ("packed",), "torch": ("77 tokens", "cut")}
@@ -192,6 +197,7 @@ def resident_gb(pid: int) -> float:
 
 def measure(settings: Settings, row: Row, sender: Connection) -> None:
     """Measure a row in this process and send the result, or what went wrong, in one line."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process
     try:
         result = {"jax": jax_row, "torch": torch_row}[row.framework](settings, row)
         result["pictures_per_second"] = settings.batch / result["seconds"]
@@ -547,4 +553,6 @@ def cells(result: Result, published: Result | None) -> list[str]:
 
 
 if __name__ == "__main__":
-    main()
+    from jaxtta.sweep import run_script  # here, since the rows' processes import this file
+
+    run_script(Settings, main, __doc__)

@@ -14,6 +14,7 @@ pictures and models:
 """
 
 import dataclasses
+import math
 import platform
 from importlib.metadata import version
 from pathlib import Path
@@ -120,6 +121,9 @@ def check(options: Options) -> None:
         if getattr(options, what) < least:
             option = what.replace("_", "-")
             raise ValueError(f"--{option} is {getattr(options, what)}, expected at least {least}")
+    rate = options.learning_rate
+    if rate is not None and not (math.isfinite(rate) and rate > 0):
+        raise ValueError(f"--learning-rate is {rate}, expected a positive number")
     if options.pictures and options.arrays:
         raise ValueError("--pictures and --arrays exclude each other")
     if options.arrays and not options.class_names:
@@ -130,7 +134,7 @@ def open_source(options: Options, model: jaxtta.clip.CLIP) -> data.Source:
     """Open the pictures that the options name."""
     folder = None if options.arrays else data.image_folder(options.pictures or assets.PICTURES)
     names = options.class_names or folder.class_names
-    if len(names) == 1 and Path(names[0]).is_file():
+    if len(names) == 1 and Path(names[0]).suffix in (".json", ".txt"):
         names = data.read_class_names(names[0], folder.class_names if folder else ())
     if folder is None:
         return data.corrupted_arrays(options.arrays, model.preprocessing, names)
@@ -161,6 +165,8 @@ def describe(options: Options) -> dict:
         for name, value in dataclasses.asdict(options).items()
     }
     packages = ("jax", "jaxlib", "flax", "optax", "transformers", "numpy", "pillow")
+    if options.arrays:
+        settings["severity"] = None  # the arrays' own
     return {
         **settings,
         "versions": {"jaxtta": jaxtta.__version__, "python": platform.python_version()}

@@ -16,13 +16,12 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
 from matplotlib.figure import Figure
 from tqdm import tqdm
 from transformers import AutoTokenizer, CLIPConfig
@@ -30,6 +29,7 @@ from transformers import AutoTokenizer, CLIPConfig
 from jaxtta import clip
 from jaxtta.assets import MODEL
 from jaxtta.data import UnreadablePictureError, image_folder, open_picture
+from jaxtta.sweep import run_script
 
 Array = jax.Array
 
@@ -173,26 +173,6 @@ TrainStep = Callable[[State, Array, np.ndarray, np.ndarray], tuple[State, tuple[
 Accuracy = Callable[[dict, Pictures], float]
 
 
-def main() -> int:
-    """Run from the command line; returns the exit status."""
-    config = tyro.cli(
-        Annotated[Config, tyro.conf.arg(name="")], config=(tyro.conf.FlagCreatePairsOff,)
-    )
-    try:
-        run(config)
-    except KeyboardInterrupt:
-        held = (config.output / "training.json").exists()
-        left = "keeps the checkpoint written last" if held else "holds no checkpoint yet"
-        print(f"Stopped; {config.output} {left}.", file=sys.stderr)
-        return 130
-    except (OSError, ValueError, FloatingPointError) as error:
-        if config.debug:
-            raise
-        print(f"Error: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
 def run(config: Config) -> None:
     """Train, and write the results after every epoch."""
     check(config)
@@ -253,7 +233,6 @@ def check(config: Config) -> None:
         raise FileExistsError(
             f"{config.output}: already holds a checkpoint; --overwrite replaces it"
         )
-    config.output.mkdir(parents=True, exist_ok=True)
 
 
 def make_model(config: Config) -> clip.CLIP:
@@ -494,6 +473,7 @@ def summary(history: History) -> str:
 
 def write(config: Config, model: clip.CLIP, params: dict, history: History) -> None:
     """Write checkpoint, figures and curves, each under another name first and then renamed."""
+    config.output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=config.output) as name:
         folder = Path(name)
         clip.save(folder, model, params)
@@ -523,4 +503,4 @@ def plot(path: Path, history: History) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(Config, run, __doc__)

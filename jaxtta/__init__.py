@@ -1,12 +1,16 @@
 """jaxtta: test-time adaptation of CLIP in JAX.
 
-model, params = jaxtta.clip.load("openai/clip-vit-base-patch16")
-task = jaxtta.clip.zero_shot_task(model, ["cat", "dog"], templates=["a photo of a {}."])
-adapter = jaxtta.adapters.batclip(model, task)
-state = adapter.init(params)
-step = jax.jit(adapter.step, donate_argnums=1)
-for batch in batches:
-state, prediction = step(params, state, batch)
+Use::
+
+    import jax, jaxtta
+
+    model, params = jaxtta.clip.load("openai/clip-vit-base-patch16")
+    task = jaxtta.clip.zero_shot_task(model, ["cat", "dog"], templates=["a photo of a {}."])
+    adapter = jaxtta.adapters.batclip(model, task)
+    state = adapter.init(params)
+    step = jax.jit(adapter.step, donate_argnums=1)
+    for images in batches:
+        state, prediction = step(params, state, images)
 """
 
 from jaxtta import adapters, assets, clip, data, losses, metrics, objectives, tree

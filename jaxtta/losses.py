@@ -53,7 +53,7 @@ def prototypes(embeddings: Array, labels: Array, mask: Array, classes: int) -> t
     members = jax.nn.one_hot(labels, classes, dtype=embeddings.dtype) * mask[:, None]
     counts = members.sum(0)
     # where, not a product: a padded picture's embedding may be anything, even NaN
-    sums = members.T @ jnp.where(mask[:, None], embeddings, 0)
+    sums = jnp.matmul(members.T, jnp.where(mask[:, None], embeddings, 0), precision="highest")
     return sums / jnp.maximum(counts, 1)[:, None], counts > 0
 
 
@@ -90,4 +90,5 @@ def prototype_separation(means: Array, present: Array) -> Array:
     safe = jnp.where(present[:, None], means, 1)
     directions = safe / jnp.linalg.norm(safe, axis=-1, keepdims=True)
     pairs = present[:, None] & present & ~jnp.eye(len(present), dtype=bool)
-    return jnp.where(pairs, 1 - directions @ directions.T, 0).sum()
+    cosines = jnp.matmul(directions, directions.T, precision="highest")
+    return jnp.where(pairs, 1 - cosines, 0).sum()

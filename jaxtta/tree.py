@@ -1,6 +1,6 @@
 """Taking a parameter tree apart by names, and putting it together again."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -53,9 +53,9 @@ def merge(params: Tree, adapted: Tree) -> Tree:
         old = params.get(name)
         if old is None:
             merged[name] = value
-        elif isinstance(old, dict) != isinstance(value, dict):
+        elif isinstance(old, Mapping) != isinstance(value, Mapping):
             raise ValueError(f"{name} is a leaf in one tree and a branch in the other")
-        elif isinstance(value, dict):
+        elif isinstance(value, Mapping):
             merged[name] = merge(old, value)
         elif jnp.shape(old) != jnp.shape(value):
             raise ValueError(f"{name} has shape {jnp.shape(value)}, expected {jnp.shape(old)}")
@@ -104,6 +104,18 @@ def all_finite(tree: Any) -> jax.Array:
         for leaf in jax.tree.leaves(tree)
         if jnp.issubdtype(jnp.asarray(leaf).dtype, jnp.inexact)
     ]
+    return jnp.stack(checks).all() if checks else jnp.asarray(True)
+
+
+def stays_finite(before: Any, after: Any) -> jax.Array:
+    """Whether no finite entry of a pytree has become infinite or NaN; a bool scalar."""
+
+    def check(old: jax.Array, new: jax.Array) -> jax.Array:
+        if not jnp.issubdtype(jnp.asarray(new).dtype, jnp.inexact):
+            return jnp.asarray(True)
+        return (jnp.isfinite(new) | ~jnp.isfinite(old)).all()
+
+    checks = jax.tree.leaves(jax.tree.map(check, before, after))
     return jnp.stack(checks).all() if checks else jnp.asarray(True)
 
 

@@ -193,6 +193,21 @@ def test_a_step_that_is_not_finite_is_skipped_and_says_so(tiny, task, images):
     assert np.isfinite(np.delete(prediction.logits, 3, axis=0)).all()
 
 
+def test_an_optimizer_state_that_overflows_is_skipped(tiny):
+    """A finite gradient whose square is not would stop Adam for good."""
+    adapter = adapters.online(
+        lambda params, context, batch: (1e25 * params["w"].sum(), (batch.images, {})),
+        lambda params: (),
+        lambda path: True,
+        optax.adam(1e-3),
+    )
+    params = {"w": jnp.ones(3)}
+    state = adapter.init(params)
+    after, prediction = jax.jit(adapter.step)(params, state, np.zeros((2, 4, 4, 3)))
+    same(state, after)
+    assert prediction.metrics["skipped"]
+
+
 def test_an_update_that_is_not_finite_is_skipped(tiny, task, images):
     model, params = tiny
     adapter = adapters.batclip(model, task, optax.sgd(jnp.inf))

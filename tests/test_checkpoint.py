@@ -139,6 +139,7 @@ def edit_config(**changes):
         (lambda f: (f / "config.json").unlink(), FileNotFoundError, "has no config.json"),
         (lambda f: (f / "config.json").write_text("{"), ValueError, "is not JSON"),
         (edit_config(model_type="bert"), ValueError, "expected 'clip'"),
+        (lambda f: (f / "config.json").write_text("[]"), ValueError, "model_type is None"),
         (edit_config(vision_config__hidden_act="selu"), ValueError, "hidden_act is 'selu'"),
         (
             edit_config(vision_config__num_attention_heads=5),
@@ -185,6 +186,32 @@ def test_hub_models_are_fetched_file_by_file(monkeypatch, tiny, folder):
     equal(params, tiny[1])
     assert "model.safetensors" in asked
     assert not any(name.endswith((".bin", ".msgpack")) for name in asked)
+
+
+def test_a_cached_hub_model_loads_without_network(monkeypatch, tiny, folder, tmp_path):
+    """Also where the hub is known to lack an optional file."""
+    import huggingface_hub
+
+    cache = tmp_path / "cache" / "models--somebody--tiny-clip"
+    (cache / "refs").mkdir(parents=True)
+    (cache / "refs" / "main").write_text("abc")
+    shutil.copytree(folder, cache / "snapshots" / "abc")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache.parent))
+    with pytest.raises(FileNotFoundError, match="is neither a folder here nor a model"):
+        clip.load("somebody/tiny-clip")  # nobody knows whether it has a tokenizer
+    (cache / ".no_exist" / "abc").mkdir(parents=True)
+    for name in ("preprocessor_config.json", *clip.checkpoint.TOKENIZER_FILES):
+        (cache / ".no_exist" / "abc" / name).touch()
+    equal(clip.load("somebody/tiny-clip")[1], tiny[1])
+
+
+def test_saving_over_the_models_own_folder(embedded, tmp_path):
+    clip.save(tmp_path, *embedded)
+    model, params = clip.load(tmp_path)
+    clip.save(tmp_path, model, jax.tree.map(lambda x: 2 * x, params))
+    again, doubled = clip.load(tmp_path)
+    equal(doubled, jax.tree.map(lambda x: 2 * x, params))
+    assert clip.zero_shot_task(again, ["cat", "dog"]).classes == 2
 
 
 def test_missing_tokenizer_is_one_sentence(tiny):

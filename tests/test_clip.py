@@ -70,15 +70,24 @@ def test_packing_prompts_changes_no_logit(tiny, data):
     ids[..., 1 : 1 + shared] = ids[0, 0, 1 : 1 + shared]
     lengths = rng.integers(shared + 1, 16, (count, templates))
     ids = np.where(np.arange(16) >= lengths[..., None], 63, ids)
-    embeddings = model.encode_text(params, ids.reshape(-1, 16)).reshape(count, templates, -1)
-    expected = unit(unit(embeddings).mean(1))
-    task = task_from_token_ids(ids)
-    assert np.abs(model.class_embeddings(params, model.prompts(task)) - expected).max() < 1e-5
-    cut = model.encode_text(params, ids[..., : lengths.max() + 1].reshape(count * templates, -1))
-    assert np.abs(unit(cut) - unit(embeddings).reshape(cut.shape)).max() < 1e-5
+    image = unit(jnp.asarray(rng.normal(size=(4, 16)), jnp.float32))
+    scale = np.exp(params["logit_scale"])
+
+    def logits(classes):
+        return scale * image @ classes.T
+
+    def averaged(ids):
+        embeddings = unit(model.encode_text(params, ids.reshape(count * templates, -1)))
+        return unit(embeddings.reshape(count, templates, -1).mean(1))
+
+    whole = logits(averaged(ids))
+    cut = logits(averaged(ids[..., : lengths.max() + 1]))
+    packed = logits(model.class_embeddings(params, model.prompts(task_from_token_ids(ids))))
+    np.testing.assert_allclose(cut, whole, atol=1e-5 * scale)
+    np.testing.assert_allclose(packed, whole, atol=1e-5 * scale)
 
 
-def test_packing_encodes_no_token_twice(shared):
+def test_packed_rows_of_imagenets_prompts():
     """The figures of the docstring in clip/prompts.py."""
     ids = golden("imagenet_prompt_tokens")["token_ids"]
     packed = prompts.pack(task_from_token_ids(ids), 49407)

@@ -80,6 +80,11 @@ def test_without_a_file_clips_own_settings_hold():
         '{"crop_size": 40}',
         '{"do_center_crop": false, "size": {"height": 48, "width": 40}}',
         '{"do_rescale": false}',
+        "[]",
+        '{"do_center_crop": false, "size": {"shortest_edge": 48}}',
+        '{"image_mean": [0.5]}',
+        '{"image_std": [0.5, 0, 0.5]}',
+        '{"resample": 99}',
         '{"rescale_factor": 1}',
     ],
 )

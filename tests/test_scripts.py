@@ -142,6 +142,8 @@ def test_a_step_with_a_nan_loss_is_skipped_counted_and_named(run_script, tmp_pat
         (["--severity", "9"], "severity is 9, expected 1 to 5"),
         (["--batch-size", "0"], "--batch-size is 0, expected at least 1"),
         (["--limit", "0"], "limit is 0"),
+        (["--learning-rate", "nan"], "--learning-rate is nan, expected a positive number"),
+        (["--class-names", "/nowhere.json"], "/nowhere.json: cannot be read as class names"),
         (["--pictures", "/nowhere/at/all"], "/nowhere/at/all: no such folder"),
         (["--model", "/nowhere/model"], "is neither a folder here nor a model"),
         (["--model", str(GOLDEN / "tiny-clip")], "has no tokenizer"),
@@ -170,6 +172,56 @@ def test_help_teaches(run_script, script):
     code, out, _ = run_script(script, "--help")
     assert code == 0
     assert f"python experiments/{script}" in out.replace("\n", " ")
+
+
+def test_a_small_clip_is_trained_and_loads(run_script, tmp_path):
+    tower = "--vision.layers 1 --vision.width 24 --vision.heads 2 --text.layers 1 --text.width 16"
+    options = [
+        *("pretrain_tiny_clip.py", "--train", assets.PICTURES, "--test", assets.PICTURES),
+        *("--limit", "40", "--epochs", "2", "--batch", "20", "--text.heads", "2"),
+        *(*tower.split(), "--output", tmp_path / "model"),
+    ]
+    code, out, _ = run_script(*options)
+    assert code == 0
+    assert "test accuracy" in out
+    model, params = jaxtta.clip.load(tmp_path / "model")
+    adapter = jaxtta.adapters.zero_shot(model, jaxtta.clip.zero_shot_task(model, ["cat", "dog"]))
+    pictures = [Image.open(f) for f in sorted((assets.PICTURES / "cat").iterdir())[:2]]
+    _, prediction = adapter.step(params, adapter.init(params), model.preprocess(pictures))
+    assert prediction.logits.shape == (2, 2)
+    record = json.loads((tmp_path / "model" / "training.json").read_text())
+    assert len(record["loss"]) == len(record["test_accuracy"]) == 2
+    code, _, err = run_script(*options)
+    assert code == 1
+    assert "already holds a checkpoint; --overwrite replaces it" in err
+    code, _, err = run_script("pretrain_tiny_clip.py", "--train", tmp_path / "nowhere")
+    assert code == 1
+    assert "nowhere: no such folder" in err
+
+
+def test_the_benchmark_measures_each_row_in_its_own_process(run_script, tmp_path):
+    options = ["--model", "tiny", "--classes", "10", "--frameworks", "jax", "--steps", "1"]
+    code, out, _ = run_script("benchmark.py", *options, "--output", tmp_path / "rows.json")
+    assert code == 0
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert [row["adapter"] for row in rows] == ["zero_shot", "tent", "batclip"]
+    assert all(row["gflop"] > 0 and row["peak_memory_gb"] > 0 for row in rows)
+    assert out.count("packed") == 3
+    code, _, err = run_script("benchmark.py", "--classes", "1")
+    assert code == 1
+    assert "--classes must be at least 2, not 1" in err
+
+
+def test_a_stream_without_one_readable_picture_is_an_error(run_script, tmp_path):
+    for name in ("cat", "dog"):
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        (tmp_path / "pictures" / name / "a.jpg").write_bytes(b"no picture")
+    code, _, err = run_script(
+        *("corruption_sweep.py", "--pictures", tmp_path / "pictures", "--adapters", "zero_shot"),
+        *("--batch-size", "2", "--workers", "0", "--output", tmp_path / "a"),
+    )
+    assert code == 1
+    assert "none of the pictures could be read, the first is" in err
 
 
 def test_json_is_written_whole_or_not_at_all(tmp_path):

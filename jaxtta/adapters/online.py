@@ -21,7 +21,7 @@ def online(
     """Take one optimiser step per batch; predictions are those before the step.
 
     A fully masked batch leaves the state as it was, bit for bit, and so does a step whose loss or
-    update is not finite (`metrics["skipped"]` is 1 then).
+    update is not finite, or whose optimiser state overflows (`metrics["skipped"]` is true then).
 
     Args:
         objective: `objective(params, context, batch) -> (loss, (logits, metrics))`.
@@ -54,7 +54,12 @@ def online(
             state.adapted
         )
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.adapted)
-        finite = jnp.isfinite(loss) & tree.all_finite(updates)
+        # A gradient can be finite and its square, in the optimiser's moments, no longer.
+        finite = (
+            jnp.isfinite(loss)
+            & tree.all_finite(updates)
+            & tree.stays_finite(state.optimizer, optimizer_state)
+        )
         valid = batch.mask.sum(dtype=jnp.int32)
         moved = State(
             optax.apply_updates(state.adapted, updates),

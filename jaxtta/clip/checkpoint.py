@@ -7,7 +7,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import flax.serialization
 import jax
@@ -15,12 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
-from transformers import CLIPConfig
+from safetensors.numpy import save as to_bytes
 
 from jaxtta.clip.model import CLIP, Params
 from jaxtta.clip.modules import ACTIVATIONS, Architecture, TextTransformer, VisionTransformer
 from jaxtta.clip.preprocess import Preprocessing, read_preprocessing
+
+if TYPE_CHECKING:  # transformers is imported where it is used: it brings PyTorch along
+    from transformers import CLIPConfig
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "flax_model.msgpack")
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -64,6 +66,8 @@ def load(
     folder = Path(path_or_hub_id)
     if not folder.is_dir():
         folder = _download(str(path_or_hub_id), revision)
+    if compute_dtype is None and jnp.finfo(dtype).bits < 32:
+        compute_dtype = dtype  # adapted parameters are float32 and must not decide it
     model = from_config(_read_config(folder), compute_dtype=compute_dtype, remat=remat)
     settings = folder / "preprocessor_config.json"
     preprocessing = read_preprocessing(
@@ -73,7 +77,7 @@ def load(
     return model, _read_params(folder, model, dtype)
 
 
-def from_config(config: CLIPConfig, *, compute_dtype: Any = None, remat: bool = False) -> CLIP:
+def from_config(config: "CLIPConfig", *, compute_dtype: Any = None, remat: bool = False) -> CLIP:
     """Make a model of a transformers configuration; `model.init(key)` draws its parameters.
 
     Args:
@@ -134,6 +138,8 @@ def save(folder: str | Path, model: CLIP, params: Params) -> None:
         model: the model; its tokenizer is copied from its source, if it has one.
         params: the parameter tree.
     """
+    from transformers import CLIPConfig
+
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     vision, text = model.vision, model.text
@@ -175,14 +181,15 @@ def save(folder: str | Path, model: CLIP, params: Params) -> None:
         "image_std": model.preprocessing.std,
     }
     (folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=2))
+    source = Path(model.source).resolve() if model.source else folder.resolve()
     for name in TOKENIZER_FILES:
-        if model.source and (Path(model.source) / name).exists():
-            shutil.copyfile(Path(model.source) / name, folder / name)
+        if source != folder.resolve() and (source / name).exists():
+            shutil.copyfile(source / name, folder / name)
     tensors = {
         _torch_name(path): np.array(_to_torch(path, np.asarray(leaf)), order="C")
         for path, leaf in flatten_dict(params).items()
     }
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "model.safetensors").write_bytes(to_bytes(tensors, metadata={"format": "pt"}))
 
 
 def _config_of(arch: Architecture) -> dict[str, Any]:
@@ -196,7 +203,9 @@ def _config_of(arch: Architecture) -> dict[str, Any]:
     }
 
 
-def _read_config(folder: Path) -> CLIPConfig:
+def _read_config(folder: Path) -> "CLIPConfig":
+    from transformers import CLIPConfig
+
     path = folder / "config.json"
     if not path.exists():
         raise FileNotFoundError(f"{folder}: has no config.json, so it is no CLIP checkpoint")
@@ -204,8 +213,9 @@ def _read_config(folder: Path) -> CLIPConfig:
         config = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path}: is not JSON ({error})") from error
-    if config.get("model_type") != "clip":
-        raise ValueError(f"{path}: model_type is {config.get('model_type')!r}, expected 'clip'")
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    if kind != "clip":
+        raise ValueError(f"{path}: model_type is {kind!r}, expected 'clip'")
     try:
         return CLIPConfig.from_dict(config)
     except Exception as error:  # what transformers raises here differs by version
@@ -218,14 +228,18 @@ def _download(hub_id: str, revision: str | None) -> Path:
     missing = f"{hub_id}: is neither a folder here nor a model that the hub gives"
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", hub_id):
         raise FileNotFoundError(missing)
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+    import huggingface_hub
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     def fetch(name: str) -> Path | None:
         try:
-            return Path(hf_hub_download(hub_id, name, revision=revision))
-        except LocalEntryNotFoundError:  # the hub could not be asked
-            raise
+            return Path(huggingface_hub.hf_hub_download(hub_id, name, revision=revision))
+        except LocalEntryNotFoundError:
+            # The hub could not be asked. That it has no such file may be known from last time.
+            known = huggingface_hub.try_to_load_from_cache(hub_id, name, revision=revision)
+            if known is None:
+                raise
+            return None
         except EntryNotFoundError:  # the hub says that there is no such file
             return None
 
@@ -237,7 +251,7 @@ def _download(hub_id: str, revision: str | None) -> Path:
         if weights and weights.name.endswith("index.json"):
             for name in _shards(weights):
                 fetch(name)
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except Exception as error:  # the hub's client raises its HTTP library's errors too
         raise FileNotFoundError(f"{missing} ({type(error).__name__})") from error
     if config is None:
         raise FileNotFoundError(f"{missing} (it has no config.json)")
@@ -309,10 +323,10 @@ def _shards(index: Path) -> list[str]:
 def _read_msgpack(weights: Path, names: Mapping[str, tuple[str, ...]]) -> Entries:
     del names  # the paths are ours already
     try:
-        tree = flax.serialization.msgpack_restore(weights.read_bytes())
+        tree = flatten_dict(flax.serialization.msgpack_restore(weights.read_bytes()))
     except Exception as error:  # msgpack raises errors of many kinds
         raise ValueError(f"{weights}: is damaged or no msgpack file ({error})") from error
-    yield from ((path, np.asarray(leaf)) for path, leaf in flatten_dict(tree).items())
+    yield from ((path, np.asarray(leaf)) for path, leaf in tree.items())
 
 
 def _torch_name(path: tuple[str, ...]) -> str:

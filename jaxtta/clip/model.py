@@ -91,7 +91,7 @@ class CLIP:
             "text_model": text["params"],
             "visual_projection": _projection(keys[0], self.vision.arch.width, self.projection),
             "text_projection": _projection(keys[1], self.text.arch.width, self.projection),
-            "logit_scale": jnp.asarray(2.6592),
+            "logit_scale": jnp.float32(2.6592),
         }
 
     def normalize(self, images: Array) -> Array:
@@ -244,8 +244,8 @@ class CLIP:
         if isinstance(classes, Prompts):
             classes = self.class_embeddings(params, classes)
         scale = jnp.exp(params["logit_scale"].astype(classes.dtype))
-        logits = scale * unit(features.embeddings) @ classes.T
-        return Outputs(logits, features.embeddings, classes, features.layer_features)
+        cosines = jnp.matmul(unit(features.embeddings), classes.T, precision="highest")
+        return Outputs(scale * cosines, features.embeddings, classes, features.layer_features)
 
     def _encode_rows(self, params: Params, *rows: Array) -> Array:
         pooled = self.text.apply({"params": params["text_model"]}, *rows)
@@ -258,9 +258,10 @@ def unit(x: Array) -> Array:
 
 
 def _project(pooled: Array, projection: Params) -> Array:
-    # Embeddings, and all that follows from them, stay in at least float32.
+    # Embeddings, and all that follows from them, stay in at least float32, on every backend.
     dtype = jnp.promote_types(pooled.dtype, jnp.float32)
-    return pooled.astype(dtype) @ projection["kernel"].astype(dtype)
+    kernel = projection["kernel"].astype(dtype)
+    return jnp.matmul(pooled.astype(dtype), kernel, precision="highest")
 
 
 def _projection(key: Array, width: int, size: int) -> Params:

@@ -119,6 +119,8 @@ def read_preprocessing(path: Path | None, image_size: int) -> Preprocessing:
         return Preprocessing(image_size, image_size, (image_size, image_size))
     try:
         config = json.loads(path.read_text())
+        if not isinstance(config, dict):
+            raise ValueError("not a JSON object")
         resize = _side(config.get("size", image_size)) if config.get("do_resize", True) else None
         crop = None
         if config.get("do_center_crop", True):
@@ -128,19 +130,20 @@ def read_preprocessing(path: Path | None, image_size: int) -> Preprocessing:
         if not config.get("do_rescale", True) or abs(factor * 255 - 1) > 1e-3:
             raise ValueError("only pictures scaled by 1/255 are supported")
         final = crop or resize
-        if isinstance(final, tuple) and final != (image_size, image_size):
+        if not isinstance(final, tuple):
+            raise ValueError("gives pictures of different sizes")
+        if final != (image_size, image_size):
             raise ValueError(
                 f"gives pictures of {final[0]}×{final[1]}, "
                 f"the model takes {image_size}×{image_size}"
             )
-        normalised = config.get("do_normalize", True)
-        return Preprocessing(
-            image_size,
-            resize,
-            crop,
-            int(config.get("resample", Image.Resampling.BICUBIC)),
-            tuple(map(float, config.get("image_mean", CLIP_MEAN))) if normalised else (0.0,) * 3,
-            tuple(map(float, config.get("image_std", CLIP_STD))) if normalised else (1.0,) * 3,
-        )
+        resample = int(Image.Resampling(config.get("resample", Image.Resampling.BICUBIC)))
+        mean, std = (0.0,) * 3, (1.0,) * 3
+        if config.get("do_normalize", True):
+            mean = tuple(map(float, config.get("image_mean", CLIP_MEAN)))
+            std = tuple(map(float, config.get("image_std", CLIP_STD)))
+        if not len(mean) == len(std) == 3 or min(std) <= 0:
+            raise ValueError("mean and std need three numbers each, std above 0")
+        return Preprocessing(image_size, resize, crop, resample, mean, std)
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise ValueError(f"{path}: cannot be read as preprocessing settings ({error!r})") from error

@@ -1,4 +1,4 @@
-"""Class prompts packed so that no token is encoded that cannot change an embedding.
+"""Class prompts, packed: no token after an end of text, the shared beginning once.
 
 CLIP's text attention is causal and the embedding is read at the end-of-text token, so (1) tokens
 after it change nothing, and (2) the first tokens that all prompts share have the same keys and

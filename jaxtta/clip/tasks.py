@@ -42,16 +42,17 @@ def zero_shot_task(
             raise ValueError(f"template {template!r} needs one {{}} for the class name")
     # replace, not format: a template or a name may hold other braces
     prompts = [template.replace("{}", name) for name in names for template in templates]
-    ids = _tokenizer(model)(prompts, padding=True)["input_ids"]
-    ids = np.asarray(ids, np.int32).reshape(len(names), len(templates), -1)
-    task = task_from_token_ids(ids, names)
-    if ids.shape[-1] > model.text.max_length:
-        longest = max(prompts, key=len)
+    rows = _tokenizer(model)(prompts, verbose=False)["input_ids"]
+    lengths = [len(row) for row in rows]
+    longest = max(lengths)
+    if longest > model.text.max_length:
         raise ValueError(
-            f"a prompt has {ids.shape[-1]} tokens, the model takes at most "
-            f"{model.text.max_length}: {longest!r}"
+            f"a prompt has {longest} tokens, the model takes at most {model.text.max_length}: "
+            f"{prompts[lengths.index(longest)]!r}"
         )
-    return task
+    # Filled up with its own end of text, whatever pads a prompt's tokenizer.
+    ids = [row + row[-1:] * (longest - len(row)) for row in rows]
+    return task_from_token_ids(np.reshape(ids, (len(names), len(templates), longest)), names)
 
 
 def _tokenizer(model: CLIP):  # noqa: ANN202 (a transformers class that differs by version)
@@ -67,4 +68,5 @@ def _tokenizer(model: CLIP):  # noqa: ANN202 (a transformers class that differs 
     try:
         return AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # transformers and tokenizers raise errors of many kinds
-        raise ValueError(f"{folder}: its tokenizer cannot be read ({error})") from error
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{folder}: its tokenizer cannot be read ({reason})") from error

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
+
 
 class ImageFolder(NamedTuple):
     """A folder of class folders.
@@ -44,10 +46,13 @@ def image_folder(root: str | Path) -> ImageFolder:
     folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
     if len(folders) < 2:
         raise ValueError(f"{root}: has {len(folders)} class folders, expected at least two")
-    suffixes = set(Image.registered_extensions())
     files, labels = [], []
     for label, folder in enumerate(folders):
-        found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in suffixes)
+        found = sorted(
+            path
+            for path in folder.rglob("*")
+            if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
+        )
         if not found:
             raise ValueError(f"{folder}: class folder without pictures")
         files += found
@@ -76,11 +81,13 @@ def read_class_names(path: str | Path, folders: Sequence[str]) -> tuple[str, ...
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: cannot be read as class names ({error})") from error
     if isinstance(names, dict):
+        if not folders:
+            raise ValueError(f"{path}: is an object by folder name, expected a list of names")
         missing = [folder for folder in folders if folder not in names]
         if missing:
             raise ValueError(f"{path}: has no name for {', '.join(missing[:5])}")
         names = [names[folder] for folder in folders]
-    if not all(isinstance(name, str) for name in names):
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"{path}: holds something else than names")
     return tuple(names)
 
@@ -101,7 +108,7 @@ def open_picture(path: Path) -> Image.Image:
         with Image.open(path) as picture:
             picture.load()
             return picture
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+    except Exception as error:  # Pillow's plugins raise what they please on broken files
         raise UnreadablePictureError(f"{path}: cannot be decoded ({error})") from error
 
 

@@ -7,6 +7,7 @@ worker processes: one set of workers serves a whole sweep.
 
 import dataclasses
 import functools
+import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -90,10 +91,19 @@ class CorruptedOnTheFly:
     def check(self, corruption: str) -> None:
         """Raise a ValueError if there is no such corruption."""
         check_corruption(corruption, self.severity)
+        if corruption != CLEAN and self.preprocess.image_size < SMALLEST:
+            raise ValueError(
+                f"the model takes pictures of {self.preprocess.image_size} pixels, corruptions "
+                f"need at least {SMALLEST}"
+            )
 
     def read(self, corruption: str, number: int) -> np.ndarray:
         """Read, preprocess and corrupt one picture."""
-        picture = self.preprocess.rgb(open_picture(self.folder.files[number]))
+        picture = open_picture(self.folder.files[number])
+        try:
+            picture = self.preprocess.rgb(picture)
+        except ValueError as error:
+            raise UnreadablePictureError(f"{self.name(number)}: {error}") from error
         if corruption != CLEAN and min(picture.size) < SMALLEST:
             raise UnreadablePictureError(f"{self.name(number)}: smaller than {SMALLEST} pixels")
         seed = picture_seed(self.seed, corruption, self.severity, number)
@@ -281,6 +291,11 @@ def picture_order(pictures: int, *, shuffle: int | None, limit: int | None = Non
     return order[:limit]
 
 
+def _leave_interrupts_to_the_parent(worker: int, workers: int) -> None:
+    del worker, workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def read_ahead(batches: Batches, workers: int = 1) -> Iterator[StreamBatch]:
     """Read all batches in order, ahead of their use.
 
@@ -300,5 +315,6 @@ def read_ahead(batches: Batches, workers: int = 1) -> Iterator[StreamBatch]:
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
     dataset = grain.MapDataset.source(batches).to_iter_dataset(options)
     if workers:
-        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(workers, 2))
+        options = grain.MultiprocessingOptions(workers, 2)
+        dataset = dataset.mp_prefetch(options, worker_init_fn=_leave_interrupts_to_the_parent)
     return iter(dataset)

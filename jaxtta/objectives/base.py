@@ -48,7 +48,7 @@ def as_batch(batch: Batch | Array, seen: Array) -> Batch:
         if shape != (len(batch.images),):
             raise ValueError(f"{name} has shape {shape} for {len(batch.images)} pictures")
     mask = jnp.asarray(batch.mask, bool)
-    images = jnp.where(mask[:, None, None, None], batch.images, 0)
+    images = jnp.where(mask.reshape(-1, *[1] * (jnp.ndim(batch.images) - 1)), batch.images, 0)
     return batch._replace(images=images.astype(batch.images.dtype), mask=mask)
 
 

@@ -159,6 +159,8 @@ def _run_stream(
         unreadable += [batches.source.name(int(picture)) for picture in lost]
         bar.set_postfix({name: f"{r.accuracy:.1f}" for name, r in records.items()})
         bar.update()
+    if len(unreadable) == len(batches.order):
+        raise ValueError(f"none of the pictures could be read, the first is {unreadable[0]}")
     return [{"adapter": n, **r.row(), "unreadable": unreadable} for n, r in records.items()]
 
 

@@ -25,10 +25,12 @@ def run_script(options: type[Options], main: Callable[[Options], Any], doc: str 
         main(parsed)
     except KeyboardInterrupt:
         sys.exit(_say("stopped; what was finished is saved", 130))
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
         if parsed.debug:
             raise
-        sys.exit(_say(" ".join(str(error).split()), 1))
+        known = isinstance(error, OSError) and error.filename and error.strerror
+        sentence = f"{error.filename}: {error.strerror}" if known else str(error)
+        sys.exit(_say(" ".join(sentence.split()), 1))
 
 
 def _say(sentence: str, code: int) -> int:
