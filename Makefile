@@ -18,11 +18,8 @@ $(VENV)/installed: pyproject.toml $(wildcard constraints/*.txt)
 	$(PIP) $(CONSTRAINTS) --editable '.[test]'
 	touch $@
 
-# Large pages for what XLA and PyTorch allocate anew at every step.
-demo bench: export GLIBC_TUNABLES = glibc.malloc.hugetlb=1
-
 demo: venv  ## Adapt the embedded model to 15 corruptions of real pictures
-	$(OFFLINE) $(VENV)/bin/python experiments/corruption_sweep.py --limit 800 --output runs/demo
+	$(OFFLINE) $(VENV)/bin/python experiments/corruption_sweep.py --limit 400 --batch-size 50 --output runs/demo
 
 test: venv  ## Run the tests (no PyTorch)
 	$(OFFLINE) $(VENV)/bin/python -m pytest -m "not parity" -n 2 --dist loadscope

@@ -18,7 +18,26 @@ Array = jax.Array
 Attend = Callable[[Array, Array, Array], Array]
 """(query, key, value), each (rows…, heads, dim), to the attended values of the same shape."""
 Keep = Callable[[Array], Array]
-"""Tokens (rows…, width) to those of them that the block's output is wanted for."""
+"""Tokens (rows…, width) to some of them."""
+
+
+def _all(x: Array) -> Array:
+    return x
+
+
+class Reading(NamedTuple):
+    """How the tokens of a block look at each other, and which of them are read after it.
+
+    Attributes:
+        attend: attention, from the queries to the tokens kept.
+        queries: the tokens that look.
+        keep: the tokens that go on.
+    """
+
+    attend: Attend
+    queries: Keep = _all
+    keep: Keep = _all
+
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
@@ -76,15 +95,17 @@ class Attention(nn.Module):
     arch: Architecture
 
     @nn.compact
-    def __call__(self, x: Array, attend: Attend, keep: Keep) -> Array:
-        """Map tokens (rows…, width) to those kept of the same shape."""
+    def __call__(self, x: Array, reading: Reading) -> Array:
+        """Map tokens (rows…, width) to those kept."""
         arch = self.arch
-        heads = (*x.shape[:-1], arch.heads, arch.width // arch.heads)
-        query, key, value = (
-            nn.Dense(arch.width, dtype=arch.compute_dtype, name=name)(x).reshape(heads)
-            for name in ("q_proj", "k_proj", "v_proj")
-        )
-        y = keep(attend(query, key, value).reshape(x.shape))
+
+        def project(name: str, x: Array) -> Array:
+            y = nn.Dense(arch.width, dtype=arch.compute_dtype, name=name)(x)
+            return y.reshape(*x.shape[:-1], arch.heads, arch.width // arch.heads)
+
+        query = project("q_proj", reading.queries(x))
+        y = reading.attend(query, project("k_proj", x), project("v_proj", x))
+        y = y.reshape(*y.shape[:-2], arch.width)
         return nn.Dense(arch.width, dtype=arch.compute_dtype, name="out_proj")(y)
 
 
@@ -106,15 +127,14 @@ class Block(nn.Module):
     """A pre-norm transformer block."""
 
     arch: Architecture
-    attend: Attend
-    keep: Keep
+    reading: Reading
 
     @nn.compact
     def __call__(self, x: Array) -> tuple[Array, Array]:
         """Return the block's output and its first LayerNorm's, (rows…, width)."""
         arch = self.arch
         normed = LayerNorm(arch.epsilon, name="layer_norm1")(x)
-        x = self.keep(x) + Attention(arch, name="self_attn")(normed, self.attend, self.keep)
+        x = self.reading.keep(x) + Attention(arch, name="self_attn")(normed, self.reading)
         y = LayerNorm(arch.epsilon, name="layer_norm2")(x)
         return x + MLP(arch, name="mlp")(y), normed
 
@@ -125,23 +145,19 @@ class Layers(nn.Module):
     arch: Architecture
 
     @nn.compact
-    def __call__(self, x: Array, attend: Attend, keep: Keep) -> tuple[list[Array], list[Array]]:
+    def __call__(self, x: Array, attend: Attend, last: Reading) -> tuple[list[Array], list[Array]]:
         """Return every block's output and every block's first LayerNorm's output.
 
-        Of the last block's output only the tokens that are read need computing: `keep` says which.
+        Of the last block only the tokens that are read need computing: `last` says which.
         """
         block = nn.remat(Block) if self.arch.remat else Block
         outputs, normed = [], []
         for layer in range(self.arch.layers):
-            last = layer == self.arch.layers - 1
-            x, y = block(self.arch, attend, keep if last else _all, name=str(layer))(x)
+            reading = last if layer == self.arch.layers - 1 else Reading(attend)
+            x, y = block(self.arch, reading, name=str(layer))(x)
             outputs.append(x)
             normed.append(y)
         return outputs, normed
-
-
-def _all(x: Array) -> Array:
-    return x
 
 
 class Encoder(nn.Module):
@@ -150,9 +166,9 @@ class Encoder(nn.Module):
     arch: Architecture
 
     @nn.compact
-    def __call__(self, x: Array, attend: Attend, keep: Keep) -> tuple[list[Array], list[Array]]:
+    def __call__(self, x: Array, attend: Attend, last: Reading) -> tuple[list[Array], list[Array]]:
         """As `Layers`."""
-        return Layers(self.arch, name="layers")(x, attend, keep)
+        return Layers(self.arch, name="layers")(x, attend, last)
 
 
 class VisionEmbeddings(nn.Module):
@@ -228,8 +244,9 @@ class VisionTransformer(nn.Module):
             self.arch, self.image_size, self.patch_size, name="embeddings"
         )(pixels)
         x = LayerNorm(self.arch.epsilon, name="pre_layrnorm")(embeddings)
-        keep = _all if all_tokens else _class_token
-        outputs, normed = Encoder(self.arch, name="encoder")(x, attention, keep)
+        read = _all if all_tokens else _class_token
+        last = Reading(attention, read, read)
+        outputs, normed = Encoder(self.arch, name="encoder")(x, attention, last)
         pooled = LayerNorm(self.arch.epsilon, name="post_layernorm")(outputs[-1][:, 0])
         features = [y[:, 0] for y in normed[1:]] + [pooled]
         return VisionOutput(pooled, [x, *outputs], jnp.stack(features, 1))
@@ -278,5 +295,6 @@ class TextTransformer(nn.Module):
         x = TextEmbeddings(self.arch, self.vocabulary, self.max_length, name="embeddings")(
             token_ids, positions
         )
-        outputs, _ = Encoder(self.arch, name="encoder")(x, attend, lambda rows: rows[ends])
+        last = Reading(lambda *rows: attend(*rows)[ends], keep=lambda rows: rows[ends])
+        outputs, _ = Encoder(self.arch, name="encoder")(x, attend, last)
         return LayerNorm(self.arch.epsilon, name="final_layer_norm")(outputs[-1])
