@@ -3,6 +3,7 @@
     python experiments/benchmark.py --classes 100 --batch 16
     python experiments/benchmark.py --classes 1000 --frameworks jax --adapters batclip
     python experiments/benchmark.py --model tiny --classes 10   # does it run?
+    python experiments/benchmark.py --adapters zero_shot --frameworks jax --reading FOLDER
 
 A CLIP model with random weights adapts to random pictures. The prompts are synthetic token ids with
 the lengths of ImageNet's "a photo of a {}.": start, four shared tokens, 1 to 11 for the name, "."
@@ -83,6 +84,10 @@ class Settings:
     """Measured steps a row, after one that is not measured."""
     memory_limit_gb: float | None = None
     """Stop a row whose process holds more main memory than this (needs Linux)."""
+    reading: Path | None = None
+    """A folder of pictures by class: time reading them too, without a model, and corrupting one."""
+    workers: int = 2
+    """Processes that read."""
     output: Path | None = None
     """JSON file for settings and rows, written anew as each row finishes."""
     debug: bool = False
@@ -102,6 +107,10 @@ def main(settings: Settings) -> None:
     from jaxtta.sweep import write_json
 
     check(settings)
+    if settings.reading:
+        from jaxtta.data import image_folder
+
+        image_folder(settings.reading)  # a wrong folder is told before anything is measured
     rows = plan(settings)
     results: list[Result] = []
     with tqdm(total=len(rows), unit="row", disable=None) as progress:
@@ -118,6 +127,8 @@ def main(settings: Settings) -> None:
     print(f"{settings.model}, {settings.classes} classes, batch {settings.batch}, ", end="")
     print(f"{settings.dtype}{', remat' * settings.remat}, {cores} CPU cores\n")
     print(table(results))
+    if settings.reading:
+        print(f"\n{reading_table(settings, results)}")
     if all("error" in result for result in results):
         sys.exit("no row could be measured")
 
@@ -133,6 +144,8 @@ def check(settings: Settings) -> None:
             raise ValueError(
                 f"--{name} needs one or more different values, not {' '.join(chosen) or 'none'}"
             )
+    if settings.workers < 0:
+        raise ValueError(f"--workers must be at least 0, not {settings.workers}")
     limit = settings.memory_limit_gb
     if limit is not None and not limit > 0:
         raise ValueError(f"--memory-limit-gb must be positive, not {limit}")
@@ -502,6 +515,42 @@ def torch_peak(dtype: "torch.dtype", device: "torch.device") -> float:
 
     seconds, _ = timed(product, 20)
     return 2 * size**3 / min(seconds)
+
+
+# --- reading ---
+
+
+def reading_table(settings: Settings, results: Iterable[Result]) -> str:
+    """Pictures a second from disk to batches, beside zero-shot's; milliseconds a corruption."""
+    from jaxtta import clip, data
+
+    preprocessing = clip.from_config(clip_config(settings.model)).preprocessing
+    source = data.CorruptedOnTheFly(data.image_folder(settings.reading), preprocessing)
+    streams = data.make_streams("reset_each_shift", [data.CLEAN], [0], source.labels, limit=1000)
+    batches = data.Batches(source, tuple(streams), settings.batch)
+    reader = data.read_ahead(batches, settings.workers)
+    next(reader)  # the workers have started
+    start = time.perf_counter()
+    pictures = sum(int(batch.mask.sum()) for batch in reader)
+    speed = pictures / (time.perf_counter() - start)
+    lines = [f"reading, {settings.workers} workers: {speed:.1f} pictures/s"]
+    for result in results:
+        if (
+            result["adapter"] == "zero_shot"
+            and result["framework"] == "jax"
+            and "error" not in result
+        ):
+            ratio = speed / result["pictures_per_second"]
+            lines[0] += f", {ratio:.1f} times what zero-shot takes here"
+    image = source.read(data.Domain(data.CLEAN), 0, 0)
+    lines += ["", f"ms to corrupt one picture of {image.shape[0]} pixels, severity 1, 3, 5:"]
+    for name in (*data.COMMON, *data.VALIDATION):
+        milliseconds = []
+        for severity in (1, 3, 5):
+            seconds, _ = timed(lambda n=name, s=severity: data.corrupt(image, n, s, 0), 3)
+            milliseconds.append(f"{1000 * min(seconds):8.1f}")
+        lines.append(f"{name:<18}{''.join(milliseconds)}")
+    return "\n".join(lines)
 
 
 # --- the table ---

@@ -3,14 +3,20 @@ r"""How much does adaptation gain on corrupted pictures?
     python experiments/corruption_sweep.py --output runs/demo
 
 runs zero-shot CLIP, TENT and BATCLIP on 15 corruptions of the embedded pictures with the embedded
-model, prints the table and leaves one JSON file a stream, `table.txt` and `accuracy.png`. Other
-pictures and models:
+model, prints the table and leaves `report.html`, `summary.csv`, plots and one JSON file a stream.
+The same command again computes only what is missing. Other pictures and models:
 
     # your own pictures in folders by class, corrupted on the fly
-    python experiments/corruption_sweep.py --pictures FOLDER --model openai/clip-vit-base-patch16 \
-        --preset imagenet-c --severity 5 --output runs/own
-    # ready corrupted arrays: <corruption>.npy and labels.npy in one folder
-    python experiments/corruption_sweep.py --arrays FOLDER --class-names cat dog --output runs/npy
+    python experiments/corruption_sweep.py --data FOLDER --model openai/clip-vit-base-patch16 \
+        --preset imagenet-c --output runs/own
+    # ImageNet-C, one stream through all corruptions, three seeds
+    python experiments/corruption_sweep.py --layout imagenet-c --data IMAGENET-C \
+        --model openai/clip-vit-base-patch16 --preset imagenet-c --batch-size 64 \
+        --setting continual --seeds 1 2 3 --checkpoint-every 50 --output runs/imagenet-c
+    # CIFAR-10-C's arrays
+    python experiments/corruption_sweep.py --layout cifar-c --data CIFAR-10-C --output runs/cifar
+    # on two machines: one runs --worker 0/2, the other --worker 1/2; copy their folders together
+    # and run once more without --worker for the report
 """
 
 import dataclasses
@@ -22,13 +28,17 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 import jaxtta
 from jaxtta import assets, data, sweep
 from jaxtta.adapters import BATCLIP_PRESETS, TENT_PRESETS
+from jaxtta.data import COMMON
 
 ADAPTERS = ("zero_shot", "tent", "batclip")
+ELSEWHERE = ("output", "worker", "workers", "checkpoint_every", "save_predictions", "debug")
+"""Options that change no figure, so that a run may go on with others."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,155 +47,292 @@ class Options:
 
     output: Path
     """Folder for the results; made if it is missing."""
-    pictures: Path | None = None
-    """Clean pictures in folders by class (default: 2,000 embedded CIFAR-10 test pictures)."""
-    arrays: Path | None = None
-    """Ready corrupted pictures instead: a folder with <corruption>.npy and labels.npy."""
+    data: str = str(assets.PICTURES)
+    """The pictures: a folder, or NAME:SPLIT for tensorflow-datasets (default: 2,000 embedded
+    CIFAR-10 test pictures)."""
+    layout: str = "folder"
+    """How they lie there: folder (clean pictures in folders by class), imagenet (by wnid),
+    imagenet-c, cifar-c (five severities stacked), arrays (<corruption>.npy and labels.npy), tfds,
+    or one of the natural sets; an unknown name lists them all."""
     class_names: tuple[str, ...] = ()
     """Names for the prompts, in the labels' order, or one file that holds them: .json (a list, or
-    an object from folder name to class name) or text with a name a line. Default: the class
-    folders' names; needed with --arrays."""
+    an object from folder name to class name) or text with a name a line. Default: the layout's
+    own; needed with arrays."""
     model: str = str(assets.MODEL)
     """Folder or hub id of a CLIP checkpoint (default: the embedded one)."""
     adapters: tuple[str, ...] = ADAPTERS
     """Which adapters to run."""
-    corruptions: tuple[str, ...] = data.COMMON
+    corruptions: tuple[str, ...] = COMMON
     """Which corruptions to run; "clean" is one too."""
-    severity: int = 1
-    """1 to 5. The corruptions are made for 224-pixel photographs, where 5 is usual. On the
-    embedded 32-pixel pictures 1 looks about as strong as CIFAR-10-C's 5, and is the default."""
-    templates: tuple[str, ...] = ("a photo of a {}.",)
-    """Prompt templates; several are averaged."""
+    severities: tuple[int, ...] = ()
+    """Each 1 to 5. Default: 5, but 1 on the embedded pictures, where it looks about as strong as
+    CIFAR-10-C's 5 (the corruptions are made for 224-pixel photographs), and all five if gradual."""
+    setting: Literal["reset_each_shift", "continual", "gradual", "mixed"] = "reset_each_shift"
+    """reset_each_shift: the adapter starts anew at each corruption. continual: one stream through
+    all of them. gradual: each rises to severity 5 and falls again. mixed: interleaved."""
+    order: Literal["shuffled", "stored", "correlated", "dirichlet"] = "shuffled"
+    """Of the pictures in a stream. correlated: sorted by class; dirichlet: unevenly so."""
+    concentration: float = 0.1
+    """Of the Dirichlet order; the smaller, the nearer to sorted by class."""
+    seeds: tuple[int, ...] = (1,)
+    """Seeds of the order and of corruptions made on the fly; each is a run of its own."""
+    limit: int | None = None
+    """Use only so many pictures, drawn by the seed."""
+    templates: tuple[str, ...] = ()
+    """Prompt templates; several are averaged. Default: the layout's usual ones."""
     preset: Literal["cifar10-c", "cifar100-c", "imagenet-c"] = "cifar10-c"
     """Published optimiser settings (TENT has two of its own: CIFAR and ImageNet)."""
     learning_rate: float | None = None
-    """Run BATCLIP with AdamW at this learning rate in place of the preset's optimiser."""
+    """In place of the preset's optimiser: TENT with SGD and momentum, BATCLIP with AdamW."""
+    choose_learning_rate: tuple[float, ...] = ()
+    """Choose each adapter's learning rate among these on the four validation corruptions first."""
+    validation: str | None = None
+    """Other pictures of the same layout to choose on (default: the same pictures)."""
     batch_size: int = 100
     """Pictures a batch."""
-    limit: int | None = None
-    """Use only so many pictures, drawn by the shuffle."""
-    shuffle: bool = True
-    """Shuffle the stream; stored order otherwise (folders are sorted by class)."""
-    seed: int = 1
-    """Seed of the shuffle and of the corruptions."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the matrix products."""
     workers: int = 1
     """Processes that decode and corrupt pictures; 0 does it in this one."""
+    worker: str = "0/1"
+    """This machine's number and how many share the streams, for example 0/4."""
+    checkpoint_every: int | None = None
+    """Batches between two checkpoints inside a stream; a killed run goes on at the last one."""
+    save_predictions: bool = False
+    """Keep an .npz of every stream, picture by picture."""
     debug: bool = False
     """Show tracebacks."""
 
 
 def main(options: Options) -> None:
     """Run the sweep and report."""
-    check(options)
+    worker = check(options)
     model, params = jaxtta.clip.load(options.model, compute_dtype=jnp.dtype(options.compute_dtype))
-    source = open_source(options, model)
-    for corruption in options.corruptions:
-        source.check(corruption)
-    task = jaxtta.clip.zero_shot_task(model, source.class_names, options.templates)
-    adapters = {name: make_adapter(name, options, model, task) for name in options.adapters}
-    order = data.picture_order(
-        len(source.labels), shuffle=options.seed if options.shuffle else None, limit=options.limit
+    source = open_source(options, options.data, model)
+    severities = choose_severities(options)
+    streams = lay_out(options, source, options.setting, options.corruptions, severities)
+    for domain in dict.fromkeys(domain for stream in streams for domain in stream.segments):
+        source.check(domain)
+    templates = options.templates or data.templates_for(options.layout)
+    task = jaxtta.clip.zero_shot_task(model, source.class_names, templates)
+
+    running = {"workers": options.workers, "checkpoint_every": options.checkpoint_every}
+    rates = dict.fromkeys(options.adapters, options.learning_rate)
+    chosen = {}
+    if options.choose_learning_rate:
+        for name in [name for name in options.adapters if name != "zero_shot"]:
+            chosen[name] = choose(name, options, model, params, task, **running)
+            rates[name] = chosen[name].rate
+    adapters = {
+        name: make_adapter(name, options.preset, rates[name], model, task)
+        for name in options.adapters
+    }
+    batches = data.Batches(source, tuple(streams), options.batch_size)
+    settings = describe(options, severities, templates, chosen)
+    cells = sweep.run(
+        adapters,
+        params,
+        batches,
+        sweep.Results(options.output, settings, about()),
+        setting=options.setting,
+        worker=worker,
+        save_predictions=options.save_predictions,
+        **running,
     )
-    batches = data.Batches(source, options.corruptions, order, options.batch_size)
-    settings = describe(options)
-
-    def save(row: sweep.Row) -> None:
-        path = options.output / f"{row['adapter']}-{row['corruption']}.json"
-        sweep.write_json(path, {**row, "settings": settings})
-
-    options.output.mkdir(parents=True, exist_ok=True)
-    rows = sweep.run(adapters, params, batches, finished=save, workers=options.workers)
-    table = sweep.table(rows)
-    (options.output / "table.txt").write_text(table + "\n")
-    title = f"{Path(options.model).name}, severity {options.severity}, {len(order)} pictures"
-    if options.arrays:
-        title = f"{Path(options.model).name}, {options.arrays.name}, {len(order)} pictures"
-    sweep.plot(rows, options.output / "accuracy.png", title)
-    print(f"top-1 accuracy in % (gain over zero_shot in points), {title}\n\n{table}\n")
-    report_skipped(rows)
-    print(f"results and plot: {options.output}")
+    if worker[1] > 1:
+        print(
+            f"{len(cells)} cells in {options.output}; once all workers are done, the same command"
+        )
+        print("without --worker on their folders put together makes the report")
+        return
+    report(options, batches, cells)
 
 
-def check(options: Options) -> None:
-    """Raise a ValueError for options that cannot be meant."""
+def check(options: Options) -> tuple[int, int]:
+    """Raise a ValueError for options that cannot be meant; return the worker's share."""
     for name in options.adapters:
         if name not in ADAPTERS:
             raise ValueError(f"unknown adapter {name!r}, expected one of {', '.join(ADAPTERS)}")
-    for what in ("adapters", "corruptions"):
-        chosen = getattr(options, what)
-        if not chosen or len(set(chosen)) < len(chosen):
-            raise ValueError(f"--{what} needs one or more different names, not {list(chosen)}")
-    for what, least in (("batch_size", 1), ("workers", 0)):
-        if getattr(options, what) < least:
+    for what in ("adapters", "corruptions", "seeds"):
+        given = getattr(options, what)
+        if not given or len(set(given)) < len(given):
+            raise ValueError(f"--{what} needs one or more different values, not {list(given)}")
+    for what, least in (("batch_size", 1), ("workers", 0), ("checkpoint_every", 1)):
+        value = getattr(options, what)
+        if value is not None and value < least:
             option = what.replace("_", "-")
-            raise ValueError(f"--{option} is {getattr(options, what)}, expected at least {least}")
-    rate = options.learning_rate
-    if rate is not None and not (math.isfinite(rate) and rate > 0):
-        raise ValueError(f"--learning-rate is {rate}, expected a positive number")
-    if options.pictures and options.arrays:
-        raise ValueError("--pictures and --arrays exclude each other")
-    if options.arrays and not options.class_names:
-        raise ValueError("--arrays needs --class-names, in the labels' order")
+            raise ValueError(f"--{option} is {value}, expected at least {least}")
+    for what in ("learning_rate", "choose_learning_rate"):
+        value = getattr(options, what)
+        for rate in value if isinstance(value, tuple) else (value,):
+            if rate is not None and not (math.isfinite(rate) and rate > 0):
+                option = what.replace("_", "-")
+                raise ValueError(f"--{option} is {rate}, expected a positive number")
+    if options.learning_rate and options.choose_learning_rate:
+        raise ValueError("--learning-rate and --choose-learning-rate exclude each other")
+    if options.setting == "gradual" and set(options.severities) - set(range(1, 6)):
+        raise ValueError("--setting gradual takes severities 1 to 5, leave --severities out")
+    number, slash, count = options.worker.partition("/")
+    if not (slash and number.isdecimal() and count.isdecimal() and int(number) < int(count)):
+        raise ValueError(f"--worker is {options.worker!r}, expected i/n with i below n, as 0/2")
+    return int(number), int(count)
 
 
-def open_source(options: Options, model: jaxtta.clip.CLIP) -> data.Source:
+def open_source(options: Options, root: str, model: jaxtta.clip.CLIP) -> data.Source:
     """Open the pictures that the options name."""
-    folder = None if options.arrays else data.image_folder(options.pictures or assets.PICTURES)
-    names = options.class_names or folder.class_names
+    names = options.class_names
     if len(names) == 1 and Path(names[0]).suffix in (".json", ".txt"):
-        names = data.read_class_names(names[0], folder.class_names if folder else ())
-    if folder is None:
-        return data.corrupted_arrays(options.arrays, model.preprocessing, names)
-    if len(names) != len(folder.class_names):
-        raise ValueError(f"{len(names)} class names for {len(folder.class_names)} class folders")
-    folder = folder._replace(class_names=names)
-    return data.CorruptedOnTheFly(folder, model.preprocessing, options.severity, options.seed)
+        folders = data.image_folder(root).class_names if options.layout == "folder" else ()
+        names = data.read_class_names(names[0], folders)
+    return data.open_source(options.layout, root, model.preprocessing, names)
+
+
+def choose_severities(options: Options) -> tuple[int, ...]:
+    """The severities asked for, or what suits the data."""
+    if options.setting == "gradual":
+        return (1, 2, 3, 4, 5)
+    if options.layout == "arrays":
+        return (0,)
+    return options.severities or ((1,) if options.data == str(assets.PICTURES) else (5,))
+
+
+def lay_out(
+    options: Options,
+    source: data.Source,
+    setting: str,
+    corruptions: tuple[str, ...],
+    severities: tuple[int, ...],
+) -> list[data.Stream]:
+    """The streams of all seeds."""
+    return [
+        stream
+        for seed in options.seeds
+        for stream in data.make_streams(
+            setting,
+            corruptions,
+            severities,
+            source.labels,
+            order=options.order,
+            seed=seed,
+            limit=options.limit,
+            concentration=options.concentration,
+        )
+    ]
 
 
 def make_adapter(
-    name: str, options: Options, model: jaxtta.clip.CLIP, task: jaxtta.clip.Task
+    name: str, preset: str, rate: float | None, model: jaxtta.clip.CLIP, task: jaxtta.clip.Task
 ) -> jaxtta.Adapter:
-    """Make an adapter with the preset's optimiser."""
+    """Make an adapter with the preset's optimiser, or the usual one at another learning rate."""
     if name == "zero_shot":
         return jaxtta.adapters.zero_shot(model, task)
     if name == "tent":
-        return jaxtta.adapters.tent(model, task, TENT_PRESETS[options.preset].optimizer())
-    optimizer = BATCLIP_PRESETS[options.preset].optimizer()
-    if options.learning_rate is not None:
-        optimizer = optax.adamw(options.learning_rate, weight_decay=1e-2)
-    return jaxtta.adapters.batclip(model, task, optimizer)
+        sgd = TENT_PRESETS[preset].optimizer() if rate is None else optax.sgd(rate, momentum=0.9)
+        return jaxtta.adapters.tent(model, task, sgd)
+    adamw = optax.adamw(rate, weight_decay=1e-2) if rate else BATCLIP_PRESETS[preset].optimizer()
+    return jaxtta.adapters.batclip(model, task, adamw)
 
 
-def describe(options: Options) -> dict:
-    """All settings, versions and the device, for the result files."""
-    settings = {
-        name: str(value) if isinstance(value, Path) else value
-        for name, value in dataclasses.asdict(options).items()
-    }
+def choose(
+    name: str,
+    options: Options,
+    model: jaxtta.clip.CLIP,
+    params: jaxtta.clip.Params,
+    task: jaxtta.clip.Task,
+    **running: int | None,
+) -> sweep.Choice:
+    """Choose an adapter's learning rate on the validation corruptions, and say so."""
+    source = open_source(options, options.validation or options.data, model)
+    severities = choose_severities(dataclasses.replace(options, setting="reset_each_shift"))
+    streams = lay_out(options, source, "reset_each_shift", data.VALIDATION, severities)
+    for stream in streams:
+        source.check(stream.segments[0])
+    choice = sweep.choose_learning_rate(
+        name,
+        lambda rate: make_adapter(name, options.preset, rate, model, task),
+        options.choose_learning_rate,
+        params,
+        data.Batches(source, tuple(streams), options.batch_size),
+        sweep.Results(
+            options.output / "validation",
+            describe(options, severities, (), {}) | {"choose_learning_rate": None},
+            about(),
+        ),
+        **running,
+    )
+    figures = ", ".join(f"{rate:g}: {100 * top1:.2f} %" for rate, top1 in choice.accuracies.items())
+    print(f"{name}: learning rate {choice.rate:g}, chosen on {choice.chosen_on} ({figures})")
+    return choice
+
+
+def describe(
+    options: Options,
+    severities: tuple[int, ...],
+    templates: tuple[str, ...],
+    chosen: dict[str, sweep.Choice],
+) -> dict:
+    """All settings that decide a figure, for the result files."""
+    left_out = {*ELSEWHERE, "adapters", "seeds"}  # which cells, not what is in them
+    if options.setting == "reset_each_shift":
+        left_out |= {"corruptions", "severities"}  # each is a stream of its own
+    settings = dataclasses.asdict(options) | {"templates": templates, "severities": severities}
+    for name, path in (("data", assets.PICTURES), ("model", assets.MODEL)):
+        if settings[name] == str(path):
+            settings[name] = "embedded"
+    settings["chosen"] = {name: choice._asdict() for name, choice in chosen.items()}
+    return {name: value for name, value in settings.items() if name not in left_out}
+
+
+def about() -> dict:
+    """Versions and device, for the result files."""
     packages = ("jax", "jaxlib", "flax", "optax", "transformers", "numpy", "pillow")
-    if options.arrays:
-        settings["severity"] = None  # the arrays' own
+    versions = {"jaxtta": jaxtta.__version__, "python": platform.python_version()}
     return {
-        **settings,
-        "versions": {"jaxtta": jaxtta.__version__, "python": platform.python_version()}
-        | {name: version(name) for name in packages},
+        "versions": versions | {name: version(name) for name in packages},
         "device": jax.devices()[0].device_kind,
     }
 
 
-def report_skipped(rows: list[sweep.Row]) -> None:
+def report(options: Options, batches: data.Batches, cells: list[sweep.Cell]) -> None:
+    """Print the table and leave report, plots and summary beside the cells."""
+    pictures = len(np.unique(batches.streams[0].items[:, 1]))
+    title = f"{Path(options.model).name} on {Path(options.data).name}, {options.setting}, "
+    title += f"{options.order}, {pictures} pictures"
+    table = sweep.table(cells)
+    (options.output / "table.txt").write_text(table + "\n")
+    sweep.summary_csv(cells, options.output / "summary.csv")
+    sweep.save_all(cells, options.output)
+    sweep.write_report(cells, options.output / "report.html", samples(batches), title)
+    print(f"top-1 accuracy in %, and gain over zero_shot in points; {title}\n\n{table}\n")
+    say_what_was_skipped(cells)
+    print(f"results: {options.output / 'report.html'}")
+
+
+def samples(batches: data.Batches) -> dict[str, np.ndarray]:
+    """One picture under every domain, the same one throughout."""
+    stream = batches.streams[0]
+    shown = {}
+    for picture in stream.items[:20, 1].tolist():  # the first that can be read
+        try:
+            for domain in dict.fromkeys(d for s in batches.streams for d in s.segments):
+                shown[str(domain)] = batches.source.read(domain, picture, stream.seed)
+            return shown
+        except data.UnreadablePictureError:
+            shown = {}
+    return shown
+
+
+def say_what_was_skipped(cells: list[sweep.Cell]) -> None:
     """Name the pictures and steps that were passed over."""
-    lost = sorted({name for row in rows for name in row["unreadable"]})
+    lost = sorted({name for c in cells for s in c["segments"] for name in s["unreadable"]})
     if lost:
         more = f" and {len(lost) - 5} more" if len(lost) > 5 else ""
         print(f"{len(lost)} pictures could not be used: {', '.join(lost[:5])}{more}")
-    for row in rows:
-        if row["skipped_steps"]:
+    for cell in cells:
+        if cell["skipped_steps"]:
             print(
-                f"{row['adapter']} on {row['corruption']}: {len(row['skipped_steps'])} steps "
-                f"skipped, their loss or update not finite: batches {row['skipped_steps']}"
+                f"{cell['adapter']} on {cell['stream']}: {len(cell['skipped_steps'])} steps "
+                f"skipped, their loss or update not finite: batches {cell['skipped_steps']}"
             )
 
 

@@ -1,5 +1,9 @@
 """How good predictions are: pure functions of arrays, for numpy and JAX alike."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
@@ -33,6 +37,45 @@ def brier(logits: Array, labels: Array) -> Array:
     return ((jax.nn.softmax(logits) - target) ** 2).sum(-1)
 
 
+class Reliability(NamedTuple):
+    """How confidence compares with accuracy, in equal bins of confidence; all (bins,).
+
+    Attributes:
+        count: pictures in the bin.
+        confidence: their mean confidence; 0 for an empty bin.
+        accuracy: the share that is right; 0 for an empty bin.
+    """
+
+    count: Array
+    confidence: Array
+    accuracy: Array
+
+
+def reliability(confidence: Array, correct: Array, bins: int = 15) -> Reliability:
+    """Sort predictions by confidence into bins.
+
+    Args:
+        confidence: (pictures,) the winning probability, in [0, 1].
+        correct: (pictures,) bool.
+        bins: number of bins, each open on the left.
+
+    Returns:
+        The reliability diagram's numbers.
+
+    References:
+        Guo et al. 2017, https://arxiv.org/abs/1706.04599
+    """
+    which = jnp.clip(jnp.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+
+    def total(values: Array) -> Array:
+        return jnp.zeros(bins).at[which].add(values)
+
+    count = total(1.0)
+    return Reliability(
+        count, total(confidence) / jnp.maximum(count, 1), total(correct) / jnp.maximum(count, 1)
+    )
+
+
 def expected_calibration_error(confidence: Array, correct: Array, bins: int = 15) -> Array:
     """Mean gap between confidence and accuracy over equal bins of confidence.
 
@@ -47,6 +90,50 @@ def expected_calibration_error(confidence: Array, correct: Array, bins: int = 15
     References:
         Guo et al. 2017, https://arxiv.org/abs/1706.04599
     """
-    which = jnp.clip(jnp.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
-    gaps = jnp.zeros(bins).at[which].add(correct - confidence)
-    return jnp.abs(gaps).sum() / max(len(confidence), 1)
+    binned = reliability(confidence, correct, bins)
+    gaps = binned.count * jnp.abs(binned.confidence - binned.accuracy)
+    return gaps.sum() / jnp.maximum(binned.count.sum(), 1)
+
+
+ALEXNET_ERRORS = {
+    "gaussian_noise": 0.886428,
+    "shot_noise": 0.894468,
+    "impulse_noise": 0.922640,
+    "defocus_blur": 0.819880,
+    "glass_blur": 0.826268,
+    "motion_blur": 0.785948,
+    "zoom_blur": 0.798360,
+    "snow": 0.866816,
+    "frost": 0.826572,
+    "fog": 0.819324,
+    "brightness": 0.564592,
+    "contrast": 0.853204,
+    "elastic_transform": 0.646056,
+    "pixelate": 0.717840,
+    "jpeg_compression": 0.606500,
+}
+"""AlexNet's published top-1 error on ImageNet-C, the mean of the five severities."""
+
+
+def mean_corruption_error(
+    errors: Mapping[str, float], baseline: Mapping[str, float] = MappingProxyType(ALEXNET_ERRORS)
+) -> float:
+    """Error relative to a baseline's, corruption by corruption, averaged.
+
+    Args:
+        errors: top-1 error by corruption in [0, 1], each the mean of severities 1 to 5.
+        baseline: likewise, of the model that counts as 1.
+
+    Returns:
+        The mean of the ratios; the field quotes it in per cent.
+
+    Raises:
+        ValueError: if the corruptions are not the baseline's.
+
+    References:
+        Hendrycks and Dietterich 2019, https://arxiv.org/abs/1903.12261
+    """
+    if set(errors) != set(baseline):
+        odd = sorted(set(errors) ^ set(baseline))
+        raise ValueError(f"the mean corruption error needs the baseline's corruptions, not {odd}")
+    return sum(errors[name] / baseline[name] for name in baseline) / len(baseline)

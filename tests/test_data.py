@@ -1,5 +1,3 @@
-import hypothesis
-import hypothesis.strategies as st
 import numpy as np
 import pytest
 from PIL import Image
@@ -23,12 +21,6 @@ def folder(tmp_path):
     (tmp_path / "pictures" / ".hidden").mkdir()
     (tmp_path / "pictures" / "cat" / "notes.txt").write_text("no picture")
     return tmp_path / "pictures"
-
-
-def batches_of(folder, corruptions=("gaussian_noise", "clean"), size=2, **options):
-    listed = data.image_folder(folder)
-    source = data.CorruptedOnTheFly(listed, PREPROCESS, **options)
-    return data.Batches(source, corruptions, np.arange(len(listed.files)), size)
 
 
 def test_image_folder(folder):
@@ -76,37 +68,11 @@ def test_pictures_have_seeds_of_their_own():
 def test_pictures_smaller_than_the_model_are_corrupted_before_they_are_enlarged(folder):
     large = Preprocessing(96, 96, (96, 96))
     listed = data.image_folder(folder)
-    source = data.CorruptedOnTheFly(listed, large, severity=5)
+    source = data.CorruptedOnTheFly(listed, large)
     original = np.asarray(Image.open(listed.files[0]))
-    seed = picture_seed(0, "pixelate", 5, 0)
+    seed = picture_seed(3, "pixelate", 5, 0)
     expected = large(Image.fromarray(data.corrupt(original, "pixelate", 5, seed)))
-    np.testing.assert_array_equal(source.read("pixelate", 0), expected)
-
-
-@hypothesis.given(size=st.integers(1, 7))
-@hypothesis.settings(suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
-def test_batches_hold_every_picture_once(folder, size):
-    batches = batches_of(folder, size=size)
-    whole = list(batches[i] for i in range(len(batches)))
-    assert {b.images.shape for b in whole} == {(size, 32, 32, 3)}
-    pictures = np.concatenate([b.pictures[b.mask] for b in whole])
-    np.testing.assert_array_equal(pictures, [0, 1, 2, 3, 4] * 2)
-    labels = np.concatenate([b.labels[b.mask] for b in whole])
-    np.testing.assert_array_equal(labels, [0, 0, 0, 1, 1] * 2)
-    index = np.concatenate([b.index[b.mask] for b in whole])
-    np.testing.assert_array_equal(index, [0, 1, 2, 3, 4] * 2)
-    alone = batches_of(folder, size=1)
-    images = np.concatenate([b.images[b.mask] for b in whole])
-    np.testing.assert_array_equal(images, np.concatenate([alone[i].images for i in range(10)]))
-
-
-def test_workers_change_nothing(folder):
-    batches = batches_of(folder, ("snow", "glass_blur", "elastic_transform"))
-    here, ahead = (list(data.read_ahead(batches, workers)) for workers in (0, 2))
-    assert len(here) == len(batches) == 9
-    for a, b in zip(here, ahead, strict=True):
-        for x, y in zip(a, b, strict=True):
-            np.testing.assert_array_equal(x, y)
+    np.testing.assert_array_equal(source.read(data.Domain("pixelate", 5), 0, 3), expected)
 
 
 @pytest.mark.parametrize("spoil", ["truncate", "empty", "text", "small"])
@@ -117,20 +83,12 @@ def test_unreadable_pictures_are_masked(folder, spoil):
         Image.new("RGB", (20, 20)).save(path)
     else:
         path.write_bytes({"truncate": content[:200], "empty": b"", "text": b"hello"}[spoil])
-    batches = batches_of(folder, ("fog",), size=3)
-    assert list(batches[0].mask) == [True, False, True]
-    assert not batches[0].images[1].any()
-    assert batches.source.name(batches[0].pictures[1]).endswith("1.png")
-
-
-def test_order():
-    assert list(data.picture_order(4, shuffle=None)) == [0, 1, 2, 3]
-    shuffled = data.picture_order(100, shuffle=1)
-    np.testing.assert_array_equal(np.sort(shuffled), np.arange(100))
-    np.testing.assert_array_equal(data.picture_order(100, shuffle=1, limit=7), shuffled[:7])
-    assert np.any(shuffled != data.picture_order(100, shuffle=2))
-    with pytest.raises(ValueError, match="limit is 0"):
-        data.picture_order(4, shuffle=None, limit=0)
+    source = data.CorruptedOnTheFly(data.image_folder(folder), PREPROCESS)
+    streams = data.make_streams("continual", ("fog",), (5,), source.labels, order="stored")
+    batch = data.Batches(source, tuple(streams), 3)[0]
+    assert list(batch.mask) == [True, False, True]
+    assert not batch.images[1].any()
+    assert source.name(streams[0].segments[0], batch.pictures[1]).endswith("1.png")
 
 
 @pytest.fixture
@@ -143,10 +101,10 @@ def arrays(tmp_path):
 
 def test_ready_arrays(arrays):
     source = data.corrupted_arrays(arrays, PREPROCESS, ["cat", "dog"])
-    source.check("fog")
-    np.testing.assert_array_equal(source.read("fog", 2), np.load(arrays / "fog.npy")[2])
-    batch = data.Batches(source, ("fog",), np.array([2, 0]), 3)[0]
-    assert list(batch.labels[:2]) == [1, 0]
+    fog = data.Domain("fog")
+    source.check(fog)
+    np.testing.assert_array_equal(source.read(fog, 2, 0), np.load(arrays / "fog.npy")[2])
+    assert list(source.labels) == [0, 1, 1, 0]
 
 
 @pytest.mark.parametrize(
@@ -159,7 +117,7 @@ def test_ready_arrays(arrays):
         ("labels", np.array([{}]), "cannot be read as an array"),
         ("fog", np.zeros((4, 32, 32, 3)), "is float64 of shape"),
         ("fog", np.zeros((4, 3, 32, 32), np.uint8), r"shape \(4, 3, 32, 32\), expected"),
-        ("fog", np.zeros((5, 32, 32, 3), np.uint8), "has 5 pictures for 4 labels"),
+        ("fog", np.zeros((5, 32, 32, 3), np.uint8), "has 5 pictures, expected 4 for 4 labels"),
         ("snow", np.zeros(0), "unknown corruption 'rain', .* has fog, snow"),
     ],
 )
@@ -167,7 +125,7 @@ def test_bad_arrays_are_refused(arrays, name, content, message):
     np.save(arrays / f"{name}.npy", content)
     with pytest.raises(ValueError, match=message):
         data.corrupted_arrays(arrays, PREPROCESS, ["cat", "dog"]).check(
-            "rain" if name == "snow" else "fog"
+            data.Domain("rain" if name == "snow" else "fog")
         )
 
 
@@ -178,12 +136,13 @@ def test_missing_labels_are_refused(arrays):
 
 
 def test_unknown_corruptions_and_severities_are_refused(folder):
-    source = data.CorruptedOnTheFly(data.image_folder(folder), PREPROCESS, severity=3)
+    source = data.CorruptedOnTheFly(data.image_folder(folder), PREPROCESS)
     with pytest.raises(ValueError, match="unknown corruption 'rain', expected one of gaussian_"):
-        source.check("rain")
-    source = data.CorruptedOnTheFly(source.folder, PREPROCESS, severity=6)
-    with pytest.raises(ValueError, match="severity is 6, expected 1 to 5"):
-        source.check("fog")
+        source.check(data.Domain("rain", 3))
+    for severity in (0, 6):
+        with pytest.raises(ValueError, match=f"severity is {severity}, expected 1 to 5"):
+            source.check(data.Domain("fog", severity))
+    source.check(data.Domain("clean"))
 
 
 def test_the_embedded_pictures_are_balanced():

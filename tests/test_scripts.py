@@ -1,5 +1,6 @@
 """The scripts, run as a user runs them: on real pictures, and on what users get wrong."""
 
+import csv
 import json
 import runpy
 import shutil
@@ -38,22 +39,34 @@ def run_script(monkeypatch, capsys):
 QUICK = ("--workers", "0", "--limit", "20", "--batch-size", "10", "--corruptions", "fog", "clean")
 
 
+def cell_of(folder, adapter, stream):
+    return json.loads((folder / "cells" / f"{adapter}--{stream}--seed1.json").read_text())
+
+
 def test_the_main_job_end_to_end(run_script, tmp_path):
     code, out, _ = run_script("corruption_sweep.py", *QUICK, "--output", tmp_path / "a")
     assert code == 0
     for name in ("zero_shot", "tent", "batclip"):
-        for corruption in ("fog", "clean"):
-            row = json.loads((tmp_path / "a" / f"{name}-{corruption}.json").read_text())
-            assert (row["adapter"], row["corruption"], row["pictures"]) == (name, corruption, 20)
+        for corruption in ("fog-1", "clean"):
+            cell = cell_of(tmp_path / "a", name, corruption)
+            (row,) = cell["segments"]
+            assert (cell["adapter"], row["corruption"], row["pictures"]) == (
+                name,
+                corruption.removesuffix("-1"),
+                20,
+            )
             assert 0 <= row["top1"] <= row["top5"] <= 1
-            assert row["skipped_steps"] == row["unreadable"] == []
-            assert row["settings"]["seed"] == 1
-            assert row["settings"]["versions"]["jaxtta"] == jaxtta.__version__
+            assert cell["skipped_steps"] == row["unreadable"] == []
+            assert cell["settings"]["data"] == "embedded"
+            assert cell["about"]["versions"]["jaxtta"] == jaxtta.__version__
     assert (tmp_path / "a" / "table.txt").read_text().strip() in out
     assert Image.open(tmp_path / "a" / "accuracy.png").size[0] > 500
+    assert "data:image/png;base64" in (tmp_path / "a" / "report.html").read_text()
+    with (tmp_path / "a" / "summary.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 6
     # adapted predictions differ from zero-shot's once a step was taken
     zero, adapted = (
-        json.loads((tmp_path / "a" / f"{name}-fog.json").read_text())["nll"]
+        cell_of(tmp_path / "a", name, "fog-1")["segments"][0]["nll"]
         for name in ("zero_shot", "batclip")
     )
     assert zero != adapted
@@ -65,9 +78,8 @@ def test_the_same_seed_gives_the_same_figures(run_script, tmp_path):
         options = [*QUICK[2:-1], "--adapters", "batclip", "--workers", workers]
         code, _, _ = run_script("corruption_sweep.py", *options, "--output", tmp_path / folder)
         assert code == 0
-        row = json.loads((tmp_path / folder / "batclip-fog.json").read_text())
-        figures.append({k: v for k, v in row.items() if k not in ("settings",)})
-        figures[-1].pop("pictures_per_second")
+        cell = cell_of(tmp_path / folder, "batclip", "fog-1")
+        figures.append((cell["segments"], cell["running"]))
     assert figures[0] == figures[1]
 
 
@@ -81,13 +93,13 @@ def test_ready_arrays_and_a_partly_unreadable_folder_run(run_script, tmp_path):
     broken.write_bytes(broken.read_bytes()[:300])
     common = ("--adapters", "batclip", "--workers", "0", "--batch-size", "4")
     code, out, _ = run_script(
-        *("corruption_sweep.py", *common, "--pictures", pictures, "--corruptions", "clean"),
+        *("corruption_sweep.py", *common, "--data", pictures, "--corruptions", "clean"),
         *("--output", tmp_path / "a"),
     )
     assert code == 0
     assert "1 pictures could not be used" in out
     assert "0001.jpg" in out
-    row = json.loads((tmp_path / "a" / "batclip-clean.json").read_text())
+    (row,) = cell_of(tmp_path / "a", "batclip", "clean")["segments"]
     assert row["pictures"] == 5
     assert row["unreadable"] == [str(broken)]
 
@@ -97,11 +109,12 @@ def test_ready_arrays_and_a_partly_unreadable_folder_run(run_script, tmp_path):
     np.save(tmp_path / "arrays" / "haze.npy", arrays)
     np.save(tmp_path / "arrays" / "labels.npy", listed.labels[::100])
     code, out, _ = run_script(
-        *("corruption_sweep.py", *common, "--arrays", tmp_path / "arrays", "--corruptions", "haze"),
-        *("--class-names", *listed.class_names, "--output", tmp_path / "b"),
+        *("corruption_sweep.py", *common, "--layout", "arrays", "--data", tmp_path / "arrays"),
+        *("--corruptions", "haze", "--class-names", *listed.class_names),
+        *("--output", tmp_path / "b"),
     )
     assert code == 0
-    assert json.loads((tmp_path / "b" / "batclip-haze.json").read_text())["pictures"] == 20
+    assert cell_of(tmp_path / "b", "batclip", "haze")["pictures"] == 20
 
 
 def test_a_step_with_a_nan_loss_is_skipped_counted_and_named(run_script, tmp_path, monkeypatch):
@@ -119,15 +132,16 @@ def test_a_step_with_a_nan_loss_is_skipped_counted_and_named(run_script, tmp_pat
     np.save(tmp_path / "arrays" / "labels.npy", np.zeros(6, int))
     code, out, _ = run_script(
         *("corruption_sweep.py", "--adapters", "zero_shot", "batclip", "--batch-size", "2"),
-        *("--workers", "0", "--no-shuffle", "--arrays", tmp_path / "arrays"),
+        *("--workers", "0", "--order", "stored", "--layout", "arrays"),
+        *("--data", tmp_path / "arrays"),
         *("--corruptions", "dark", "--class-names", "cat", "dog", "--output", tmp_path / "a"),
     )
     assert code == 0
     assert "batclip on dark: 1 steps skipped" in out
-    row = json.loads((tmp_path / "a" / "batclip-dark.json").read_text())
-    assert row["skipped_steps"] == [1]
-    assert row["without_prediction"] == 1
-    assert row["pictures"] == 6
+    cell = cell_of(tmp_path / "a", "batclip", "dark")
+    assert cell["skipped_steps"] == [1]
+    assert cell["segments"][0]["without_prediction"] == 1
+    assert cell["pictures"] == 6
 
 
 @pytest.mark.parametrize(
@@ -139,18 +153,22 @@ def test_a_step_with_a_nan_loss_is_skipped_counted_and_named(run_script, tmp_pat
         ),
         (["--corruptions", "rain"], "unknown corruption 'rain', expected one of gaussian_noise"),
         (["--corruptions", "fog", "fog"], "--corruptions needs one or more different names"),
-        (["--severity", "9"], "severity is 9, expected 1 to 5"),
+        (["--severities", "9"], "severity is 9, expected 1 to 5"),
         (["--batch-size", "0"], "--batch-size is 0, expected at least 1"),
         (["--limit", "0"], "limit is 0"),
         (["--learning-rate", "nan"], "--learning-rate is nan, expected a positive number"),
         (["--class-names", "/nowhere.json"], "/nowhere.json: cannot be read as class names"),
-        (["--pictures", "/nowhere/at/all"], "/nowhere/at/all: no such folder"),
+        (["--data", "/nowhere/at/all"], "/nowhere/at/all: no such folder"),
+        (["--layout", "cifar"], "unknown layout 'cifar', expected one of folder"),
+        (["--checkpoint-every", "0"], "--checkpoint-every is 0, expected at least 1"),
+        (["--worker", "2/2"], "--worker is '2/2', expected i/n with i below n"),
+        (["--seeds", "1", "1"], "--seeds needs one or more different values"),
+        (["--choose-learning-rate", "-1"], "--choose-learning-rate is -1.0, expected a positive"),
+        (["--setting", "gradual", "--severities", "7"], "gradual takes severities 1 to 5"),
         (["--model", "/nowhere/model"], "is neither a folder here nor a model"),
         (["--model", str(GOLDEN / "tiny-clip")], "has no tokenizer"),
         (["--class-names", "cat", "dog"], "2 class names for 10 class folders"),
-        (["--arrays", "/nowhere"], "--arrays needs --class-names"),
-        (["--arrays", "/nowhere", "--pictures", "/nowhere"], "exclude each other"),
-        (["--arrays", "/nowhere", "--class-names", "a", "b"], "labels.npy: no such file"),
+        (["--layout", "arrays", "--data", "/nowhere", "--class-names", "a", "b"], "/nowhere"),
     ],
 )
 def test_bad_options_are_one_sentence(run_script, tmp_path, options, message):
@@ -164,7 +182,7 @@ def test_bad_options_are_one_sentence(run_script, tmp_path, options, message):
 
 def test_debug_shows_the_traceback(run_script, tmp_path):
     with pytest.raises(ValueError, match="severity is 9"):
-        run_script("corruption_sweep.py", "--output", tmp_path, "--severity", "9", "--debug")
+        run_script("corruption_sweep.py", "--output", tmp_path, "--severities", "9", "--debug")
 
 
 @pytest.mark.parametrize("script", sorted(p.name for p in EXPERIMENTS.glob("*.py")))
@@ -217,7 +235,7 @@ def test_a_stream_without_one_readable_picture_is_an_error(run_script, tmp_path)
         (tmp_path / "pictures" / name).mkdir(parents=True)
         (tmp_path / "pictures" / name / "a.jpg").write_bytes(b"no picture")
     code, _, err = run_script(
-        *("corruption_sweep.py", "--pictures", tmp_path / "pictures", "--adapters", "zero_shot"),
+        *("corruption_sweep.py", "--data", tmp_path / "pictures", "--adapters", "zero_shot"),
         *("--batch-size", "2", "--workers", "0", "--output", tmp_path / "a"),
     )
     assert code == 1
@@ -233,17 +251,31 @@ def test_json_is_written_whole_or_not_at_all(tmp_path):
     assert [p.name for p in path.parent.iterdir()] == ["row.json"]
 
 
-def test_the_table_counts_gains_from_zero_shot():
-    rows = [
-        {"corruption": c, "adapter": a, "top1": x}
-        for c, a, x in [
-            ("fog", "zero_shot", 0.5),
-            ("fog", "batclip", 0.625),
-            ("snow", "zero_shot", 0.25),
-            ("snow", "batclip", 0.2),
-        ]
-    ]
-    table = sweep.table(rows)
-    assert "62.50 (+12.50)" in table
-    assert "20.00 (-5.00)" in table
-    assert "41.25 (+3.75)" in table.splitlines()[-1]
+def test_a_learning_rate_is_chosen_and_said(run_script, tmp_path):
+    options = ["--workers", "0", "--limit", "10", "--batch-size", "10", "--corruptions", "fog"]
+    options += ["--adapters", "batclip", "--choose-learning-rate", "1e-3", "1e-2"]
+    code, out, _ = run_script("corruption_sweep.py", *options, "--output", tmp_path / "a")
+    assert code == 0
+    assert "chosen on gaussian_blur, saturate, spatter, speckle_noise; 10 pictures each" in out
+    chosen = cell_of(tmp_path / "a", "batclip", "fog-1")["settings"]["chosen"]["batclip"]
+    assert chosen["rate"] in (1e-3, 1e-2)
+    assert set(chosen["accuracies"]) == {"0.001", "0.01"}
+
+
+@pytest.mark.parametrize("adapter", ["zero_shot", "batclip"])
+def test_serving_labels_every_picture(run_script, tmp_path, adapter):
+    for name in ("cat", "ship"):
+        for file in sorted((assets.PICTURES / name).iterdir())[:2]:
+            shutil.copyfile(file, tmp_path / f"{name}-{file.name}")
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    options = ["--batch-size", "3", "--adapter", adapter]
+    code, out, err = run_script("serve.py", tmp_path, *options)
+    assert code == 0
+    lines = out.splitlines()
+    assert len(lines) == 4
+    assert all(("not adapted" in line) == (adapter == "zero_shot") for line in lines)
+    assert sum(line.split()[0].rpartition("/")[2][:3] == line.split()[1][:3] for line in lines) >= 3
+    assert "broken.png: cannot be decoded" in err
+    code, _, err = run_script("serve.py", tmp_path / "nothing")
+    assert code == 1
+    assert "nothing: no such file or folder" in err

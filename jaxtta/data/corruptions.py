@@ -33,7 +33,7 @@ def check_corruption(name: str, severity: int) -> None:
 
     Args:
         name: one of `COMMON`, `VALIDATION` or "clean".
-        severity: 1 to 5.
+        severity: 1 to 5, and 0 for clean pictures.
 
     Raises:
         ValueError: if either is another; the valid names are listed.
@@ -41,7 +41,7 @@ def check_corruption(name: str, severity: int) -> None:
     known = (*COMMON, *VALIDATION, CLEAN)
     if name not in known:
         raise ValueError(f"unknown corruption {name!r}, expected one of {', '.join(known)}")
-    if severity not in range(1, 6):
+    if name != CLEAN and severity not in range(1, 6):
         raise ValueError(f"severity is {severity}, expected 1 to 5")
 
 

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -12,19 +12,90 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", "
 
 
 class ImageFolder(NamedTuple):
-    """A folder of class folders.
+    """Pictures in files, with their classes.
 
     Attributes:
         root: the folder.
-        files: every picture, sorted by class folder and name.
-        labels: (pictures,) integers, the class folder's place in the alphabet.
-        class_names: the class folders' names.
+        files: every picture; from `image_folder`, sorted by class folder and name.
+        labels: (pictures,) int32, each picture's place in `class_names`.
+        class_names: names of the classes; from `image_folder`, the class folders' names.
+        border: pixels to cut off on every side of a picture.
     """
 
     root: Path
     files: tuple[Path, ...]
     labels: np.ndarray
     class_names: tuple[str, ...]
+    border: int = 0
+
+    def open(self, number: int) -> Image.Image:
+        """Open one picture, or raise an UnreadablePictureError."""
+        picture = open_picture(self.files[number])
+        if not self.border:
+            return picture
+        if min(picture.size) <= 2 * self.border:
+            raise UnreadablePictureError(
+                f"{self.files[number]}: {picture.width}×{picture.height} pixels leave nothing "
+                f"within a border of {self.border}"
+            )
+        width, height = picture.size
+        return picture.crop((self.border, self.border, width - self.border, height - self.border))
+
+    def name(self, number: int) -> str:
+        """The picture's path."""
+        return str(self.files[number])
+
+
+def class_folders(root: str | Path) -> list[Path]:
+    """The class folders of a folder.
+
+    Args:
+        root: the folder; hidden entries are passed over.
+
+    Returns:
+        Their paths, sorted by name.
+
+    Raises:
+        FileNotFoundError: if there is no such folder.
+        ValueError: if it has fewer than two class folders.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root}: no such folder")
+    folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    if len(folders) < 2:
+        raise ValueError(f"{root}: has {len(folders)} class folders, expected at least two")
+    return folders
+
+
+def list_folders(
+    root: str | Path, folders: Sequence[Path], class_names: Sequence[str]
+) -> ImageFolder:
+    """List the pictures of class folders.
+
+    Args:
+        root: what to call the whole.
+        folders: one a class, in the labels' order.
+        class_names: what each is called.
+
+    Returns:
+        What is in them. No picture is opened.
+
+    Raises:
+        ValueError: if one of them has no picture.
+    """
+    files, labels = [], []
+    for label, folder in enumerate(folders):
+        found = sorted(
+            path
+            for path in folder.rglob("*")
+            if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
+        )
+        if not found:
+            raise ValueError(f"{folder}: class folder without pictures")
+        files += found
+        labels += [label] * len(found)
+    return ImageFolder(Path(root), tuple(files), np.asarray(labels, np.int32), tuple(class_names))
 
 
 def image_folder(root: str | Path) -> ImageFolder:
@@ -40,25 +111,8 @@ def image_folder(root: str | Path) -> ImageFolder:
         FileNotFoundError: if there is no such folder.
         ValueError: if it has fewer than two class folders, or one of them has no picture.
     """
-    root = Path(root)
-    if not root.is_dir():
-        raise FileNotFoundError(f"{root}: no such folder")
-    folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
-    if len(folders) < 2:
-        raise ValueError(f"{root}: has {len(folders)} class folders, expected at least two")
-    files, labels = [], []
-    for label, folder in enumerate(folders):
-        found = sorted(
-            path
-            for path in folder.rglob("*")
-            if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
-        )
-        if not found:
-            raise ValueError(f"{folder}: class folder without pictures")
-        files += found
-        labels += [label] * len(found)
-    names = tuple(folder.name for folder in folders)
-    return ImageFolder(root, tuple(files), np.asarray(labels, np.int32), names)
+    folders = class_folders(root)
+    return list_folders(root, folders, [folder.name for folder in folders])
 
 
 def read_class_names(path: str | Path, folders: Sequence[str]) -> tuple[str, ...]:
@@ -92,11 +146,12 @@ def read_class_names(path: str | Path, folders: Sequence[str]) -> tuple[str, ...
     return tuple(names)
 
 
-def open_picture(path: Path) -> Image.Image:
+def open_picture(file: Path | BinaryIO, name: str = "") -> Image.Image:
     """Open and decode a picture.
 
     Args:
-        path: the file.
+        file: its path, or an open file.
+        name: what to call it in a message, if not by its path.
 
     Returns:
         The picture, decoded.
@@ -105,11 +160,11 @@ def open_picture(path: Path) -> Image.Image:
         UnreadablePictureError: if it cannot be read whole.
     """
     try:
-        with Image.open(path) as picture:
+        with Image.open(file) as picture:
             picture.load()
             return picture
     except Exception as error:  # Pillow's plugins raise what they please on broken files
-        raise UnreadablePictureError(f"{path}: cannot be decoded ({error})") from error
+        raise UnreadablePictureError(f"{name or file}: cannot be decoded ({error})") from error
 
 
 class UnreadablePictureError(Exception):

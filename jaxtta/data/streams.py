@@ -1,217 +1,175 @@
-"""Streams: the pictures of one corruption in an order, cut into padded batches.
+"""Streams: what an adapter meets without being told when the weather changes, in padded batches.
 
-A source answers `read(corruption, i)` with one picture at the model's resolution. `Batches` makes
-of it a random-access sequence of batches over several corruptions, which Grain reads ahead in
-worker processes: one set of workers serves a whole sweep.
+    streams = make_streams("continual", ("fog", "snow"), (5,), labels, order="shuffled", seed=1)
+    for batch in read_ahead(Batches(source, streams, 64), workers=2):
+        ...
+
+The settings are those the field names. In which order a stream shows its pictures is a choice of
+its own and goes with any of them.
 """
 
 import dataclasses
 import functools
 import signal
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 
-from jaxtta.data.corruptions import (
-    CLEAN,
-    SMALLEST,
-    check_corruption,
-    corrupt,
-    picture_seed,
-)
-from jaxtta.data.folders import ImageFolder, UnreadablePictureError, open_picture
+from jaxtta.data.corruptions import CLEAN
+from jaxtta.data.folders import UnreadablePictureError
+from jaxtta.data.sources import Domain, Source
+
+SETTINGS = ("reset_each_shift", "continual", "gradual", "mixed")
+ORDERS = ("shuffled", "stored", "correlated", "dirichlet")
 
 
-class Preprocess(Protocol):
-    """What a source needs of a model; `jaxtta.clip.CLIP.preprocessing` is one."""
-
-    image_size: int
-
-    def rgb(self, picture: Image.Image) -> Image.Image:
-        """Convert to 8-bit RGB."""
-
-    def __call__(self, picture: Image.Image) -> np.ndarray:
-        """Resize and crop to (image_size, image_size, 3) uint8."""
-
-
-class Source(Protocol):
-    """Labelled pictures under several corruptions."""
-
-    labels: np.ndarray
-    class_names: tuple[str, ...]
-    preprocess: Preprocess
-
-    def check(self, corruption: str) -> None:
-        """Raise an error if there is no such corruption."""
-
-    def read(self, corruption: str, number: int) -> np.ndarray:
-        """One picture, (height, width, 3) uint8, or an UnreadablePictureError."""
-
-    def name(self, number: int) -> str:
-        """What to call a picture in a message."""
-
-
-@dataclasses.dataclass(frozen=True)
-class CorruptedOnTheFly:
-    """Clean pictures from a folder, corrupted as they are read.
-
-    A picture is corrupted at the smaller of its own and the model's resolution: photographs after
-    resize and crop, as ImageNet-C is made, and pictures smaller than the model's input before
-    they are enlarged, as CIFAR-10-C is.
+class Stream(NamedTuple):
+    """One sequence of pictures; an adapter starts anew at its beginning and nowhere else.
 
     Attributes:
-        folder: the pictures.
-        preprocess: the model's preprocessing.
-        severity: 1 to 5.
-        seed: of the corruptions; each picture has its own under each corruption.
+        name: unique among the streams of one seed.
+        seed: of the order and of corruptions made on the fly.
+        segments: the domains that are reported one by one; one may come twice.
+        parts: (pictures, 2) integers each: the segment's number and the picture's number in the
+            source. No batch reaches from one part into the next.
     """
 
-    folder: ImageFolder
-    preprocess: Preprocess
-    severity: int = 5
-    seed: int = 0
+    name: str
+    seed: int
+    segments: tuple[Domain, ...]
+    parts: tuple[np.ndarray, ...]
 
     @property
-    def labels(self) -> np.ndarray:
-        """Labels (pictures,)."""
-        return self.folder.labels
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """Names of the classes."""
-        return self.folder.class_names
-
-    def name(self, number: int) -> str:
-        """The picture's path."""
-        return str(self.folder.files[number])
-
-    def check(self, corruption: str) -> None:
-        """Raise a ValueError if there is no such corruption."""
-        check_corruption(corruption, self.severity)
-        if corruption != CLEAN and self.preprocess.image_size < SMALLEST:
-            raise ValueError(
-                f"the model takes pictures of {self.preprocess.image_size} pixels, corruptions "
-                f"need at least {SMALLEST}"
-            )
-
-    def read(self, corruption: str, number: int) -> np.ndarray:
-        """Read, preprocess and corrupt one picture."""
-        picture = open_picture(self.folder.files[number])
-        try:
-            picture = self.preprocess.rgb(picture)
-        except ValueError as error:
-            raise UnreadablePictureError(f"{self.name(number)}: {error}") from error
-        if corruption != CLEAN and min(picture.size) < SMALLEST:
-            raise UnreadablePictureError(f"{self.name(number)}: smaller than {SMALLEST} pixels")
-        seed = picture_seed(self.seed, corruption, self.severity, number)
-        distort = functools.partial(corrupt, name=corruption, severity=self.severity, seed=seed)
-        if min(picture.size) < self.preprocess.image_size:
-            return self.preprocess(Image.fromarray(distort(np.asarray(picture))))
-        return distort(self.preprocess(picture))
+    def items(self) -> np.ndarray:
+        """Segments and pictures along the whole stream, (pictures, 2)."""
+        return np.concatenate(self.parts)
 
 
-@dataclasses.dataclass(frozen=True)
-class CorruptedArrays:
-    """Ready corrupted pictures: `<corruption>.npy`, each (pictures, height, width, 3) uint8.
-
-    Attributes:
-        root: the folder; the same pictures in the same order in every file.
-        preprocess: the model's preprocessing.
-        class_names: names of the classes, in the labels' order.
-        labels: (pictures,) integers.
-    """
-
-    root: Path
-    preprocess: Preprocess
-    class_names: tuple[str, ...]
-    labels: np.ndarray
-
-    def name(self, number: int) -> str:
-        """The picture's number."""
-        return f"{self.root} picture {number}"
-
-    def check(self, corruption: str) -> None:
-        """Raise an error if there is no such file, or it does not fit the labels."""
-        _open_array(self.root, corruption, len(self.labels))
-
-    def read(self, corruption: str, number: int) -> np.ndarray:
-        """Read and preprocess one picture."""
-        array = _open_array(self.root, corruption, len(self.labels))
-        return self.preprocess(Image.fromarray(array[number]))
-
-
-@functools.lru_cache(maxsize=32)  # open files, not pictures
-def _open_array(root: Path, corruption: str, pictures: int) -> np.ndarray:
-    path = root / f"{corruption}.npy"
-    if not path.exists():
-        known = sorted(p.stem for p in root.glob("*.npy") if p.stem != "labels")
-        raise ValueError(
-            f"unknown corruption {corruption!r}, {root} has {', '.join(known) or 'none'}"
-        )
-    array = _load(path, mmap_mode="r")
-    if array.ndim != 4 or array.shape[-1] != 3 or array.dtype != np.uint8:
-        raise ValueError(
-            f"{path}: is {array.dtype} of shape {array.shape}, expected uint8 of shape (pictures, "
-            "height, width, 3)"
-        )
-    if len(array) != pictures:
-        raise ValueError(f"{path}: has {len(array)} pictures for {pictures} labels")
-    return array
-
-
-def _load(path: Path, **options: Any) -> np.ndarray:
-    try:
-        return np.load(path, allow_pickle=False, **options)
-    except (OSError, ValueError, EOFError) as error:
-        raise ValueError(f"{path}: cannot be read as an array ({error})") from error
-
-
-def corrupted_arrays(
-    root: str | Path, preprocess: Preprocess, class_names: Sequence[str]
-) -> CorruptedArrays:
-    """Open a folder of `<corruption>.npy` files beside one `labels.npy`.
+def make_streams(
+    setting: str,
+    corruptions: Sequence[str],
+    severities: Sequence[int],
+    labels: np.ndarray,
+    *,
+    order: str = "shuffled",
+    seed: int = 1,
+    limit: int | None = None,
+    concentration: float = 0.1,
+) -> list[Stream]:
+    """Lay out the streams of one seed.
 
     Args:
-        root: the folder.
-        preprocess: the model's preprocessing.
-        class_names: names of the classes, in the labels' order.
+        setting: `reset_each_shift`, one stream a domain; `continual`, one stream through all
+            corruptions at one severity; `gradual`, one stream that takes every corruption from
+            severity 1 to 5 and back; `mixed`, one stream of all corruptions interleaved.
+        corruptions: their names, in order.
+        severities: what strengths to show; (0,) for data that has its own. Gradual needs 1 to 5.
+        labels: (pictures,) the source's.
+        order: `shuffled`, `stored`, `correlated` (sorted by class) or `dirichlet` (each class
+            spread unevenly over as many slots as there are classes).
+        seed: of everything that is drawn.
+        limit: show only so many pictures: the first in stored order, drawn by the seed otherwise.
+        concentration: of the Dirichlet order; the smaller, the nearer to sorted by class.
 
     Returns:
-        The source.
+        The streams.
 
     Raises:
-        FileNotFoundError: if folder or labels are missing.
-        ValueError: if the labels are no integers or lie outside the classes.
+        ValueError: for an unknown setting or order, or numbers that make no sense.
+
+    References:
+        Yuan et al. 2023 (Dirichlet order), https://arxiv.org/abs/2303.13899
     """
-    root = Path(root)
-    path = root / "labels.npy"
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file")
-    labels = _load(path)
-    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
-        raise ValueError(f"{path}: is {labels.dtype} of shape {labels.shape}, expected integers")
-    if not len(labels):
-        raise ValueError(f"{path}: holds no labels")
-    if labels.min() < 0 or labels.max() >= len(class_names):
-        raise ValueError(
-            f"{path}: labels run from {labels.min()} to {labels.max()}, expected 0 to "
-            f"{len(class_names) - 1} for {len(class_names)} class names"
-        )
-    return CorruptedArrays(root, preprocess, tuple(class_names), labels.astype(np.int32))
+    _check(setting, order, limit, concentration)
+    rng = np.random.default_rng(seed)
+    pictures = arrange(labels, "stored" if order == "stored" else "shuffled", rng)[:limit]
+
+    def part(segments: Sequence[int]) -> np.ndarray:
+        # Picture by picture through the segments, so that stored order interleaves them.
+        items = np.stack(np.meshgrid(pictures, segments, indexing="ij"), -1).reshape(-1, 2)
+        if order not in ("stored", "shuffled") or len(segments) > 1:
+            items = items[arrange(labels[items[:, 0]], order, rng, concentration)]
+        return items[:, ::-1].astype(np.int32)
+
+    def stream(name: str, domains: Sequence[Domain], mixed: bool = False) -> Stream:
+        numbers = range(len(domains))
+        parts = [part(numbers)] if mixed else [part([number]) for number in numbers]
+        return Stream(name, seed, tuple(domains), tuple(parts))
+
+    def domains_at(severity: int) -> list[Domain]:
+        return [Domain(name, 0 if name == CLEAN else severity) for name in corruptions]
+
+    if setting == "gradual":
+        steps = (1, 2, 3, 4, 5, 4, 3, 2, 1)
+        domains = [
+            Domain(name, severity)
+            for name in corruptions
+            for severity in ((0,) if name == CLEAN else steps)
+        ]
+        return [stream(setting, domains)]
+    if setting == "reset_each_shift":
+        every = dict.fromkeys(d for severity in severities for d in domains_at(severity))
+        return [stream(str(domain), [domain]) for domain in every]
+    return [
+        stream(f"{setting}-{severity}" if severity else setting, domains_at(severity), mixed)
+        for mixed in [setting == "mixed"]
+        for severity in severities
+    ]
+
+
+def _check(setting: str, order: str, limit: int | None, concentration: float) -> None:
+    for what, value, known in (("setting", setting, SETTINGS), ("order", order, ORDERS)):
+        if value not in known:
+            raise ValueError(f"unknown {what} {value!r}, expected one of {', '.join(known)}")
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit is {limit}, expected at least 1")
+    if not concentration > 0:
+        raise ValueError(f"concentration is {concentration}, expected a positive number")
+
+
+def arrange(
+    labels: np.ndarray, order: str, rng: np.random.Generator, concentration: float = 0.1
+) -> np.ndarray:
+    """Put pictures into an order.
+
+    Args:
+        labels: (pictures,) integers.
+        order: one of `ORDERS`.
+        rng: what is drawn comes from here.
+        concentration: of the Dirichlet order.
+
+    Returns:
+        (pictures,) a permutation.
+    """
+    if order == "stored":
+        return np.arange(len(labels))
+    shuffled = rng.permutation(len(labels))
+    if order == "shuffled":
+        return shuffled
+    if order == "correlated":
+        return shuffled[np.argsort(labels[shuffled], kind="stable")]
+    classes = np.unique(labels)
+    slot = np.empty(len(labels), int)
+    for name in classes:
+        members = shuffled[labels[shuffled] == name]
+        shares = rng.dirichlet(np.full(len(classes), concentration))
+        edges = (np.cumsum(shares[:-1]) * len(members)).round().astype(int)
+        slot[members] = np.searchsorted(edges, np.arange(len(members)), side="right")
+    again = rng.permutation(len(labels))
+    return again[np.argsort(slot[again], kind="stable")]
 
 
 class StreamBatch(NamedTuple):
-    """One batch of a stream, in numpy; padding stands at the end of a stream's last batch.
+    """One batch of a stream, in numpy; padding stands at the end of a part's last batch.
 
     Attributes:
         images: (batch, height, width, 3) uint8.
         mask: (batch,) bool, false for padding and for pictures that could not be read.
-        index: (batch,) integers, each picture's number in the stream.
+        index: (batch,) integers, each picture's place in the stream.
         labels: (batch,) integers.
         pictures: (batch,) integers, each picture's number in the source; -1 for padding.
+        segments: (batch,) integers, the segment of each picture; -1 for padding.
     """
 
     images: np.ndarray
@@ -219,76 +177,88 @@ class StreamBatch(NamedTuple):
     index: np.ndarray
     labels: np.ndarray
     pictures: np.ndarray
+    segments: np.ndarray
+
+
+class Place(NamedTuple):
+    """Where a batch lies: its stream and part, and its first picture's place in both."""
+
+    stream: int
+    part: int
+    offset: int
+    index: int
 
 
 @dataclasses.dataclass(frozen=True)
 class Batches:
-    """All batches of a sweep as one sequence: stream after stream, in the same order of pictures.
+    """All batches of a sweep as one random-access sequence, stream after stream.
 
     Attributes:
         source: where pictures come from.
-        corruptions: one stream each.
-        order: (pictures,) which pictures, in which order.
+        streams: the streams.
         size: pictures a batch.
     """
 
     source: Source
-    corruptions: tuple[str, ...]
-    order: np.ndarray
+    streams: tuple[Stream, ...]
     size: int
 
-    @property
-    def per_stream(self) -> int:
-        """Batches of one stream."""
-        return -(-len(self.order) // self.size)
+    @functools.cached_property
+    def places(self) -> list[Place]:
+        """Where each batch lies."""
+        places = []
+        for number, stream in enumerate(self.streams):
+            before = 0
+            for part, items in enumerate(stream.parts):
+                for offset in range(0, len(items), self.size):
+                    places.append(Place(number, part, offset, before + offset))
+                before += len(items)
+        return places
+
+    def of(self, stream: int) -> list[int]:
+        """Numbers of the batches of one stream."""
+        return [number for number, place in enumerate(self.places) if place.stream == stream]
 
     def __len__(self) -> int:
         """Batches of all streams."""
-        return self.per_stream * len(self.corruptions)
+        return len(self.places)
 
     def __getitem__(self, number: int) -> StreamBatch:
         """Read one batch."""
-        stream, number = divmod(int(number), self.per_stream)
-        pictures = self.order[number * self.size : (number + 1) * self.size]
-        read = [self._read(self.corruptions[stream], int(picture)) for picture in pictures]
+        place = self.places[int(number)]
+        stream = self.streams[place.stream]
+        items = stream.parts[place.part][place.offset : place.offset + self.size]
+        read = [self._read(stream, *item) for item in items.tolist()]
         side = self.source.preprocess.image_size
         blank = np.zeros((side, side, 3), np.uint8)
-        padding = self.size - len(pictures)
+        padding = self.size - len(items)
+        segments, pictures = np.pad(items, ((0, padding), (0, 0)), constant_values=-1).T
         return StreamBatch(
             np.stack([blank if x is None else x for x in read] + [blank] * padding),
             np.asarray([x is not None for x in read] + [False] * padding),
-            (number * self.size + np.arange(self.size)).astype(np.int32),
-            np.pad(self.source.labels[pictures], (0, padding)),
-            np.pad(pictures, (0, padding), constant_values=-1),
+            (place.index + np.arange(self.size)).astype(np.int32),
+            np.pad(self.source.labels[items[:, 1]], (0, padding)),
+            pictures,
+            segments,
         )
 
-    def _read(self, corruption: str, picture: int) -> np.ndarray | None:
+    def _read(self, stream: Stream, segment: int, picture: int) -> np.ndarray | None:
         try:
-            return self.source.read(corruption, picture)
+            return self.source.read(stream.segments[segment], picture, stream.seed)
         except UnreadablePictureError:
             return None  # masked; whoever reads the batch knows which by `pictures`
 
 
-def picture_order(pictures: int, *, shuffle: int | None, limit: int | None = None) -> np.ndarray:
-    """Which pictures a stream shows, in which order.
+@dataclasses.dataclass(frozen=True)
+class _Chosen:
+    batches: Batches
+    numbers: tuple[int, ...]
 
-    Args:
-        pictures: how many there are.
-        shuffle: seed of the shuffling; None for stored order.
-        limit: take only the first so many after shuffling.
+    def __len__(self) -> int:
+        return len(self.numbers)
 
-    Returns:
-        Their numbers.
-
-    Raises:
-        ValueError: if there is none, or the limit is below one.
-    """
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit is {limit}, expected at least 1")
-    order = np.arange(pictures)
-    if shuffle is not None:
-        order = np.random.default_rng(shuffle).permutation(pictures)
-    return order[:limit]
+    def __getitem__(self, place: int) -> StreamBatch:
+        return self.batches[self.numbers[place]]
 
 
 def _leave_interrupts_to_the_parent(worker: int, workers: int) -> None:
@@ -296,12 +266,15 @@ def _leave_interrupts_to_the_parent(worker: int, workers: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def read_ahead(batches: Batches, workers: int = 1) -> Iterator[StreamBatch]:
-    """Read all batches in order, ahead of their use.
+def read_ahead(
+    batches: Batches, workers: int = 1, numbers: Sequence[int] | None = None
+) -> Iterator[StreamBatch]:
+    """Read batches in order, ahead of their use.
 
     Args:
         batches: what to read.
         workers: processes that decode and corrupt; 0 for this process.
+        numbers: which batches, to go on where something stopped; None for all.
 
     Returns:
         An iterator over the batches, the same for any number of workers.
@@ -311,10 +284,14 @@ def read_ahead(batches: Batches, workers: int = 1) -> Iterator[StreamBatch]:
 
     if not flags.FLAGS.is_parsed():  # Grain reads its own; here no absl app has parsed any
         flags.FLAGS.mark_as_parsed()
+    chosen = _Chosen(batches, tuple(range(len(batches)) if numbers is None else numbers))
     # One thread a process: the corruptions seed numpy's global state.
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
-    dataset = grain.MapDataset.source(batches).to_iter_dataset(options)
+    dataset = grain.MapDataset.source(chosen).to_iter_dataset(options)
     if workers:
         options = grain.MultiprocessingOptions(workers, 2)
         dataset = dataset.mp_prefetch(options, worker_init_fn=_leave_interrupts_to_the_parent)
+        # By pipe: Grain's shared memory is freed so late that Python calls it leaked at exit.
+        by_pipe = grain.experimental.DatasetOptions(min_shm_size=2**40)
+        dataset = grain.experimental.WithOptionsIterDataset(dataset, by_pipe)
     return iter(dataset)

@@ -2,176 +2,209 @@
 
 import dataclasses
 import itertools
-import json
-import os
+import resource
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import numpy as np
 from tqdm import tqdm
 
-from jaxtta import metrics
-from jaxtta.adapters import Adapter, Prediction
-from jaxtta.data import Batches, StreamBatch, read_ahead
+from jaxtta.adapters import Adapter
+from jaxtta.data import Batches, Stream, StreamBatch, read_ahead
 from jaxtta.objectives import Batch
+from jaxtta.sweep.checkpoint import Checkpoints
+from jaxtta.sweep.record import Record, gain
+from jaxtta.sweep.results import Cell, Results
 
-Row = dict[str, Any]
-
-
-class Scores(NamedTuple):
-    """What is kept of each picture's prediction, all (pictures,).
-
-    Attributes:
-        top1: whether the label has the highest logit.
-        top5: whether it is among the five highest.
-        confidence: the winning probability.
-        nll: negative log-likelihood of the label, in nats.
-        brier: Brier score.
-    """
-
-    top1: Any
-    top5: Any
-    confidence: Any
-    nll: Any
-    brier: Any
-
-
-@jax.jit
-def score(logits: jax.Array, labels: jax.Array) -> Scores:
-    """Score predictions.
-
-    Args:
-        logits: (batch, classes).
-        labels: (batch,) integers.
-
-    Returns:
-        One entry a picture.
-    """
-    return Scores(
-        metrics.top_k(logits, labels),
-        metrics.top_k(logits, labels, 5),
-        jax.nn.softmax(logits).max(-1),
-        metrics.nll(logits, labels),
-        metrics.brier(logits, labels),
-    )
+BASELINE = "zero_shot"
 
 
 @dataclasses.dataclass
-class Record:
-    """What one adapter did on one stream so far."""
+class _Job:
+    """One stream and the adapters that have still to run on it."""
 
-    scores: list[Scores] = dataclasses.field(default_factory=list)
-    seconds: float = 0.0
-    skipped: list[int] = dataclasses.field(default_factory=list)
-
-    def add(self, number: int, batch: StreamBatch, prediction: Prediction, seconds: float) -> None:
-        """Add one batch."""
-        scores = score(prediction.logits, batch.labels)
-        self.scores.append(Scores(*(np.asarray(x)[batch.mask] for x in scores)))
-        self.seconds += seconds
-        if bool(prediction.metrics.get("skipped", False)):
-            self.skipped.append(number)
-
-    @property
-    def accuracy(self) -> float:
-        """Top-1 accuracy so far, in per cent."""
-        right = np.concatenate([s.top1 for s in self.scores])
-        return 100 * float(right.mean()) if len(right) else 0.0
-
-    def row(self) -> Row:
-        """The stream's figures."""
-        scores = Scores(*(np.concatenate(x) for x in zip(*self.scores, strict=True)))
-        finite = np.isfinite(scores.nll)  # a picture whose logits are NaN counts as wrong
-        kept = Scores(*(x[finite] for x in scores))
-        mean = lambda x: float(x.mean()) if len(x) else None  # noqa: E731
-        return {
-            "pictures": len(finite),
-            "top1": mean(scores.top1),
-            "top5": mean(scores.top5),
-            "nll": mean(kept.nll),
-            "brier": mean(kept.brier),
-            "ece": float(metrics.expected_calibration_error(kept.confidence, kept.top1)),
-            "without_prediction": int((~finite).sum()),
-            "skipped_steps": self.skipped,
-            "pictures_per_second": round(len(finite) / self.seconds, 2) if self.seconds else None,
-        }
+    stream: Stream
+    numbers: list[int]
+    adapters: list[str]
+    states: dict[str, Any]
+    records: dict[str, Record]
+    checkpoints: Checkpoints
+    done: int = 0
 
 
 def run(
     adapters: Mapping[str, Adapter],
     params: Any,
     batches: Batches,
+    results: Results,
     *,
-    finished: Callable[[Row], None],
+    setting: str = "",
     workers: int = 1,
+    worker: tuple[int, int] = (0, 1),
+    checkpoint_every: int | None = None,
+    save_predictions: bool = False,
     progress: bool = True,
-) -> list[Row]:
-    """Run every adapter over every stream; the state starts anew at each stream.
+) -> list[Cell]:
+    """Run every adapter over every stream, save each cell when its stream is done.
+
+    Cells that the folder holds already are not computed again. Adapters step in lockstep, so that
+    each picture is read once.
 
     Args:
         adapters: by name.
         params: the frozen parameters.
         batches: the streams.
-        finished: called with each row as soon as its stream is done, to save it.
+        results: the folder, claimed while this runs.
+        setting: what the streams are called together, for the cells.
         workers: processes that read ahead.
+        worker: this machine's number and how many share the streams.
+        checkpoint_every: batches between two checkpoints inside a stream.
+        save_predictions: keep an `.npz` of each cell, picture by picture.
         progress: show a progress bar.
 
     Returns:
-        One row per stream and adapter: names, accuracy and the other figures.
+        The cells of this worker's streams, stream by stream in the adapters' order.
+
+    Raises:
+        ValueError: if the folder holds another sweep, or no picture of a stream can be read.
+        OSError: if the folder cannot be written; what was finished is saved.
     """
-    rows: list[Row] = []
-    steps: dict[str, Callable] = {}
-    with tqdm(total=len(batches), unit="batch", disable=not progress) as bar:
-        stream = iter(read_ahead(batches, workers))
-        for corruption in batches.corruptions:
-            bar.set_description(corruption)
-            for row in _run_stream(adapters, steps, params, batches, stream, bar):
-                rows.append({"corruption": corruption, **row})
-                finished(rows[-1])
-    return rows
+    cells: dict[tuple[str, int, str], Cell] = {}
+    share = range(worker[0], len(batches.streams), worker[1])
+    with results.claim(worker):
+        for number, name in itertools.product(share, adapters):
+            stream = batches.streams[number]
+            cell = results.read(name, stream.name, stream.seed)
+            if cell is not None:
+                cells[stream.name, stream.seed, name] = cell
+        missing = {
+            number: [n for n in adapters if (*_key(batches.streams[number]), n) not in cells]
+            for number in share
+        }
+        jobs = [
+            _prepare(number, names, adapters, params, batches, results, checkpoint_every)
+            for number, names in missing.items()
+            if names
+        ]
+        to_read = [number for job in jobs for number in job.numbers[job.done :]]
+        total = sum(len(job.numbers) for job in jobs)
+        bar = tqdm(
+            total=total,
+            initial=total - len(to_read),
+            unit="batch",
+            disable=not progress or not jobs,
+        )
+        with bar:
+            source = iter(read_ahead(batches, workers, to_read)) if jobs else iter(())
+            steps: dict[str, Callable] = {}
+            for job in jobs:
+                _run_stream(job, adapters, steps, params, batches, source, bar)
+                known = {name: cells.get((*_key(job.stream), name)) for name in adapters}
+                for name, cell in _cells(job, batches, known, setting).items():
+                    arrays = job.records[name].arrays() if save_predictions else None
+                    cells[(*_key(job.stream), name)] = results.write(cell, arrays)
+                job.checkpoints.remove()
+                job.states.clear()
+                job.records.clear()
+            next(source, None)  # the end of the reading: its processes leave
+    order = [(*_key(batches.streams[number]), name) for number in share for name in adapters]
+    return [cells[key] for key in order]
+
+
+def _key(stream: Stream) -> tuple[str, int]:
+    return stream.name, stream.seed
+
+
+def _prepare(
+    number: int,
+    names: list[str],
+    adapters: Mapping[str, Adapter],
+    params: Any,
+    batches: Batches,
+    results: Results,
+    checkpoint_every: int | None,
+) -> _Job:
+    """Set a stream up, at its beginning or where a checkpoint left it."""
+    stream, numbers = batches.streams[number], batches.of(number)
+    folder = results.root / "checkpoints" / f"{stream.name}--seed{stream.seed}"
+    job = _Job(stream, numbers, names, {}, {}, Checkpoints(folder, checkpoint_every))
+    if folder.is_dir() and checkpoint_every is not None:
+        _start(job, adapters, params)
+        job.done = job.checkpoints.restore(job.states, job.records)
+    return job
+
+
+def _start(job: _Job, adapters: Mapping[str, Adapter], params: Any) -> None:
+    for name in job.adapters:
+        job.states[name] = adapters[name].init(params)
+        job.records[name] = Record.empty(job.stream, len(job.numbers))
 
 
 def _run_stream(
+    job: _Job,
     adapters: Mapping[str, Adapter],
     steps: dict[str, Callable],
     params: Any,
     batches: Batches,
-    stream: Iterator[StreamBatch],
+    source: Iterator[StreamBatch],
     bar: tqdm,
-) -> list[Row]:
-    states = {name: adapter.init(params) for name, adapter in adapters.items()}
-    records = {name: Record() for name in adapters}
-    unreadable: list[str] = []
-    for number, batch in enumerate(itertools.islice(stream, batches.per_stream)):
+) -> None:
+    if not job.states:
+        _start(job, adapters, params)
+    bar.set_description(f"{job.stream.name} seed {job.stream.seed}")
+    for number in range(job.done, len(job.numbers)):
+        batch = next(source)
         inputs = Batch(batch.images, batch.mask, batch.index)
-        for name, adapter in adapters.items():
+        for name in job.adapters:
             if name not in steps:  # once a sweep, outside the clock
-                jitted = jax.jit(adapter.step, donate_argnums=1)
-                steps[name] = jitted.lower(params, states[name], inputs).compile()
+                jitted = jax.jit(adapters[name].step, donate_argnums=1)
+                steps[name] = jitted.lower(params, job.states[name], inputs).compile()
             start = time.perf_counter()
-            states[name], prediction = steps[name](params, states[name], inputs)
+            job.states[name], prediction = steps[name](params, job.states[name], inputs)
             jax.block_until_ready(prediction)
-            records[name].add(number, batch, prediction, time.perf_counter() - start)
-        lost = batch.pictures[~batch.mask & (batch.pictures >= 0)]
-        unreadable += [batches.source.name(int(picture)) for picture in lost]
-        bar.set_postfix({name: f"{r.accuracy:.1f}" for name, r in records.items()})
+            job.records[name].add(number, batch, prediction, time.perf_counter() - start)
+        bar.set_postfix({name: f"{r.accuracy:.1f}" for name, r in job.records.items()})
         bar.update()
-    if len(unreadable) == len(batches.order):
-        raise ValueError(f"none of the pictures could be read, the first is {unreadable[0]}")
-    return [{"adapter": n, **r.row(), "unreadable": unreadable} for n, r in records.items()]
+        if job.checkpoints.due(number + 1) and number + 1 < len(job.numbers):
+            job.checkpoints.save(number + 1, job.states, job.records)
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file whole or not at all.
+def _cells(
+    job: _Job, batches: Batches, known: Mapping[str, Cell | None], setting: str
+) -> dict[str, Cell]:
+    """The finished stream's cells, with their gain over the baseline where that is known."""
+    cells = {
+        name: {
+            "adapter": name,
+            "stream": job.stream.name,
+            "seed": job.stream.seed,
+            "setting": setting,
+            **job.records[name].figures(),
+            "peak_memory_gb": peak_memory_gb(),
+        }
+        for name in job.adapters
+    }
+    record = next(iter(job.records.values()))
+    if not record.seen.any():
+        segment, picture = job.stream.items[0]
+        first = batches.source.name(job.stream.segments[segment], int(picture))
+        raise ValueError(f"none of the pictures could be read, the first is {first}")
+    unreadable: list[list[str]] = [[] for _ in job.stream.segments]
+    for segment, picture in job.stream.items[~record.seen].tolist():
+        unreadable[segment].append(batches.source.name(job.stream.segments[segment], picture))
+    baseline = cells.get(BASELINE) or known.get(BASELINE)
+    for name, cell in cells.items():
+        for number, segment in enumerate(cell["segments"]):
+            segment["unreadable"] = unreadable[number]
+            if baseline is not None and name != BASELINE:
+                segment["gain"] = gain([segment], [baseline["segments"][number]])
+    return cells
 
-    Args:
-        path: the file; its folder is made.
-        content: anything JSON knows; NaN is refused.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
-    temporary.replace(path)
+
+def peak_memory_gb() -> float:
+    """The most memory in use so far: the accelerator's, or else this process's."""
+    used = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    unit = 1 if sys.platform == "darwin" else 1024
+    return (used or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit) / 1e9

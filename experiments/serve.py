@@ -1,0 +1,125 @@
+r"""Label pictures as they come, adapting all the while.
+
+    python experiments/serve.py FOLDER_OR_PICTURES… --class-names cat dog
+
+prints a line a picture: its label, the confidence, and whether the model adapted to it. The model
+sees `--batch-size` pictures at a time and answers before it adapts to them; a last batch that is
+not full is padded. `--class-names` and `--model` default to the embedded model and its ten classes.
+
+What to expect of small batches: TENT's and BATCLIP's losses are averages over a batch. Of one
+picture BATCLIP sees one class, and has nothing to separate it from; its learning rate belongs to
+batches of 64 and more. `--learning-rate` sets another. A step whose loss or update is not finite
+is not taken, and the line says so.
+"""
+
+import dataclasses
+import itertools
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import jax
+import numpy as np
+import optax
+import tyro
+from PIL import Image
+
+import jaxtta
+from jaxtta import assets, data
+from jaxtta.data.folders import SUFFIXES
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Label pictures with an adapting model."""
+
+    pictures: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Pictures, or folders of them, in the order in which the model is to see them."""
+    class_names: tuple[str, ...] = ()
+    """Names for the prompts (default: the embedded model's ten)."""
+    model: str = str(assets.MODEL)
+    """Folder or hub id of a CLIP checkpoint."""
+    adapter: Literal["zero_shot", "tent", "batclip"] = "batclip"
+    """How to adapt."""
+    learning_rate: float = 5e-4
+    """Of TENT's SGD or BATCLIP's AdamW."""
+    batch_size: int = 8
+    """Pictures a step."""
+    debug: bool = False
+    """Show tracebacks."""
+
+
+def main(options: Options) -> None:
+    """Print a line a picture."""
+    if options.batch_size < 1:
+        raise ValueError(f"--batch-size is {options.batch_size}, expected at least 1")
+    if not options.learning_rate > 0:
+        raise ValueError(f"--learning-rate is {options.learning_rate}, expected a positive number")
+    names = options.class_names or data.image_folder(assets.PICTURES).class_names
+    files = list_pictures(options.pictures)
+    model, params = jaxtta.clip.load(options.model)
+    task = jaxtta.clip.zero_shot_task(model, names)
+    adapter = {
+        "zero_shot": lambda: jaxtta.adapters.zero_shot(model, task),
+        "tent": lambda: jaxtta.adapters.tent(model, task, optax.sgd(options.learning_rate, 0.9)),
+        "batclip": lambda: jaxtta.adapters.batclip(model, task, optax.adamw(options.learning_rate)),
+    }[options.adapter]()
+    pictures = readable(files)
+    width = max(len(str(file)) for file in files)
+    for file, (label, confidence, adapted) in serve(model, params, adapter, pictures, options):
+        said = f"{names[label]:<16}  {confidence:6.1%}  {'adapted' if adapted else 'not adapted'}"
+        print(f"{file!s:<{width}}  {said}", flush=True)
+
+
+def list_pictures(paths: Sequence[Path]) -> list[Path]:
+    """The files that are meant, those of a folder by name."""
+    files: list[Path] = []
+    for path in paths:
+        found = sorted(path.rglob("*")) if path.is_dir() else [path]
+        chosen = [file for file in found if file.suffix.lower() in SUFFIXES]
+        if not path.exists():
+            raise FileNotFoundError(f"{path}: no such file or folder")
+        if not chosen:
+            raise ValueError(f"{path}: no picture ({', '.join(SUFFIXES)})")
+        files += chosen
+    return files
+
+
+def readable(files: Sequence[Path]) -> Iterator[tuple[Path, Image.Image]]:
+    """Pictures one by one, without those that cannot be decoded."""
+    for file in files:
+        try:
+            yield file, data.open_picture(file)
+        except data.UnreadablePictureError as error:
+            print(error, file=sys.stderr)
+
+
+def serve(
+    model: jaxtta.clip.CLIP,
+    params: jaxtta.clip.Params,
+    adapter: jaxtta.Adapter,
+    pictures: Iterator[tuple[Path, Image.Image]],
+    options: Options,
+) -> Iterator[tuple[Path, tuple[int, float, bool]]]:
+    """Label, confidence and whether the model adapted, for each picture."""
+    state, step = adapter.init(params), jax.jit(adapter.step, donate_argnums=1)
+    seen, size = 0, options.batch_size
+    while batch := list(itertools.islice(pictures, size)):
+        images = model.preprocess([picture for _, picture in batch])
+        padding = size - len(batch)
+        images = np.pad(images, ((0, padding), (0, 0), (0, 0), (0, 0)))
+        mask = np.arange(size) < len(batch)
+        index = (seen + np.arange(size)).astype(np.int32)
+        state, prediction = step(params, state, jaxtta.Batch(images, mask, index))
+        probabilities = np.asarray(jax.nn.softmax(prediction.logits))
+        adapted = options.adapter != "zero_shot" and not prediction.metrics["skipped"]
+        for (file, _), row in zip(batch, probabilities, strict=False):
+            yield file, (int(row.argmax()), float(row.max()), adapted)
+        seen += len(batch)
+
+
+if __name__ == "__main__":
+    from jaxtta.sweep import run_script
+
+    run_script(Options, main, __doc__)

@@ -1,0 +1,318 @@
+"""Layouts: the arrangements of folders and files in which datasets are published.
+
+`open_source` is the one door to all of them:
+
+    source = open_source("imagenet-c", "/data/imagenet-c", model.preprocessing)
+    source.check(Domain("fog", 5))
+    image = source.read(Domain("fog", 5), number=0, seed=0)
+
+The functions below it list clean pictures. Those with a public train and test set list the test
+set. Class names are those usual for CLIP; where only some of ImageNet's class folders are there,
+as in ImageNet-A and -R, the task has those classes only.
+"""
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxtta.data.folders import ImageFolder, class_folders, image_folder, list_folders
+from jaxtta.data.names import CIFAR10_CLASSES, cifar100_classes, imagenet_classes
+from jaxtta.data.sources import (
+    CorruptedOnTheFly,
+    Preprocess,
+    Source,
+    corrupted_arrays,
+    corrupted_folders,
+    read_labels,
+)
+from jaxtta.data.tensorflow_datasets_pictures import tfds_pictures
+
+# Layout: the dataset's folder, its list of pictures, the folder that the list's paths start from.
+_SPLITS = {
+    "caltech101": ("caltech-101", "split_zhou_Caltech101.json", "101_ObjectCategories"),
+    "oxford-pets": ("oxford_pets", "split_zhou_OxfordPets.json", "images"),
+    "stanford-cars": ("stanford_cars", "split_zhou_StanfordCars.json", ""),
+    "oxford-flowers": ("oxford_flowers", "split_zhou_OxfordFlowers.json", "jpg"),
+    "food101": ("food-101", "split_zhou_Food101.json", "images"),
+    "sun397": ("sun397", "split_zhou_SUN397.json", "SUN397"),
+    "dtd": ("dtd", "split_zhou_DescribableTextures.json", "images"),
+    "eurosat": ("eurosat", "split_zhou_EuroSAT.json", "2750"),
+    "ucf101": ("ucf101", "split_zhou_UCF101.json", "UCF-101-midframes"),
+}
+_OBJECTNET_BORDER = 2  # red, so that nobody trains on these pictures unknowingly
+
+
+def imagenet(root: str | Path) -> ImageFolder:
+    """List `root/<wnid>/…`: ImageNet's train or val folder, ImageNet-A, -R or -Sketch.
+
+    Args:
+        root: the folder that holds the wnid folders.
+
+    Returns:
+        The pictures; the classes are the wnids present, in their order.
+
+    Raises:
+        FileNotFoundError: if there is no such folder.
+        ValueError: if a class folder is none of ImageNet's 1,000 wnids, or has no picture.
+    """
+    folders, names = class_folders(root), imagenet_classes()
+    unknown = [folder.name for folder in folders if folder.name not in names]
+    if unknown:
+        raise ValueError(
+            f"{root}: folder {unknown[0]} is none of ImageNet's 1,000 wnids (as n01440764)"
+        )
+    return list_folders(root, folders, [names[folder.name] for folder in folders])
+
+
+def imagenet_v2(root: str | Path) -> ImageFolder:
+    """List `root/<0 to 999>/…`, folders named by the class's place among ImageNet's wnids.
+
+    Args:
+        root: the folder of one of ImageNet-V2's three sets.
+
+    Returns:
+        The pictures; the classes are those present, in order of number (not of the alphabet).
+
+    Raises:
+        FileNotFoundError: if there is no such folder.
+        ValueError: if a class folder is no such number, or has no picture.
+    """
+    folders, names = class_folders(root), tuple(imagenet_classes().values())
+    for folder in folders:
+        if not re.fullmatch("0|[1-9][0-9]{0,2}", folder.name):
+            raise ValueError(f"{root}: folder {folder.name} is no class number from 0 to 999")
+    folders.sort(key=lambda folder: int(folder.name))
+    return list_folders(root, folders, [names[int(folder.name)] for folder in folders])
+
+
+def objectnet(root: str | Path) -> ImageFolder:
+    """List ObjectNet's pictures of the classes that ImageNet has too, without their red border.
+
+    Args:
+        root: the folder that holds `images/` and `mappings/`.
+
+    Returns:
+        The pictures; the classes are those present, in their folders' order, by ObjectNet's names.
+
+    Raises:
+        FileNotFoundError: if the images' folder is missing.
+        ValueError: if a mapping cannot be read or lacks a folder, or no class is ImageNet's.
+    """
+    images, mappings = Path(root) / "images", Path(root) / "mappings"
+    labels = _json(mappings / "folder_to_objectnet_label.json", dict)
+    overlap = _json(mappings / "objectnet_to_imagenet_1k.json", dict)
+    folders = class_folders(images)
+    unknown = [folder.name for folder in folders if folder.name not in labels]
+    if unknown:
+        raise ValueError(
+            f"{mappings / 'folder_to_objectnet_label.json'}: has no label for folder {unknown[0]}"
+        )
+    folders = [folder for folder in folders if labels[folder.name] in overlap]
+    if not folders:
+        raise ValueError(f"{images}: has no folder of a class that ImageNet has too")
+    listed = list_folders(root, folders, [labels[folder.name] for folder in folders])
+    return listed._replace(border=_OBJECTNET_BORDER)
+
+
+def listed_split(path: str | Path, images: str | Path, split: str = "test") -> ImageFolder:
+    """List the pictures of a `split_zhou_….json`, as prompt-learning benchmarks share them.
+
+    Args:
+        path: the file: `{"train": [[path, label, class name], …], "val": …, "test": …}`.
+        images: the folder that its paths start from.
+        split: which list.
+
+    Returns:
+        The pictures. The classes are those of all lists; underscores in names become spaces.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is arranged otherwise, or its labels do not run from 0 without a gap.
+    """
+    lists = _json(path, dict)
+    if not all(isinstance(entries, list) for entries in lists.values()):
+        raise ValueError(f"{path}: expected a list of pictures under each of {_few(lists)}")
+    if not lists.get(split):
+        raise ValueError(f"{path}: has no pictures for {split!r}, expected one of {_few(lists)}")
+    names: dict[int, str] = {}
+    for entry in (entry for entries in lists.values() for entry in entries):
+        match entry:
+            case [str(), int(label), str(name)]:
+                if names.setdefault(label, name) != name:
+                    raise ValueError(f"{path}: label {label} is both {names[label]!r} and {name!r}")
+            case _:
+                raise ValueError(f"{path}: holds {entry!r}, expected [path, label, class name]")
+    if sorted(names) != list(range(len(names))):
+        raise ValueError(
+            f"{path}: labels run from {min(names)} to {max(names)}, expected 0 to "
+            f"{len(names) - 1} for {len(names)} classes"
+        )
+    files, labels, _ = zip(*lists[split], strict=True)
+    return ImageFolder(
+        Path(images),
+        tuple(Path(images) / file for file in files),
+        np.asarray(labels, np.int32),
+        tuple(names[label].replace("_", " ") for label in range(len(names))),
+    )
+
+
+def fgvc_aircraft(root: str | Path, split: str = "test") -> ImageFolder:
+    """List FGVC-Aircraft's pictures by variant.
+
+    Args:
+        root: the folder that holds `variants.txt`, `images_variant_<split>.txt` and `images/`.
+        split: which list.
+
+    Returns:
+        The pictures; the classes are the variants, in their file's order.
+
+    Raises:
+        FileNotFoundError: if a list is missing.
+        ValueError: if a picture's variant is none of the listed ones.
+    """
+    root = Path(root)
+    variants = _text(root / "variants.txt").splitlines()
+    listed = root / f"images_variant_{split}.txt"
+    numbers = {variant.strip(): number for number, variant in enumerate(variants)}
+    files, labels = [], []
+    for line in _text(listed).splitlines():
+        file, _, variant = line.partition(" ")
+        if variant.strip() not in numbers:
+            raise ValueError(f"{listed}: line {line!r} names none of the {len(numbers)} variants")
+        files.append(root / "images" / f"{file}.jpg")
+        labels.append(numbers[variant.strip()])
+    if not files:
+        raise ValueError(f"{listed}: lists no pictures")
+    return ImageFolder(root, tuple(files), np.asarray(labels, np.int32), tuple(numbers))
+
+
+def _zhou(layout: str) -> Callable[[Path], ImageFolder]:
+    folder, name, images = _SPLITS[layout]
+
+    def listed(root: Path) -> ImageFolder:
+        root = _within(root, folder)
+        return listed_split(root / name, root / images)
+
+    return listed
+
+
+_LISTINGS: Mapping[str, Callable[[Path], ImageFolder]] = {
+    "folder": image_folder,
+    "imagenet": imagenet,
+    "imagenet-v2": imagenet_v2,
+    "objectnet": objectnet,
+    **{layout: _zhou(layout) for layout in _SPLITS},
+    "fgvc-aircraft": lambda root: fgvc_aircraft(_within(root, "fgvc_aircraft")),
+}
+LAYOUTS = (*_LISTINGS, "imagenet-c", "cifar-c", "arrays", "tfds")
+"""What `open_source` knows."""
+
+
+def open_source(
+    layout: str,
+    root: str | Path,
+    preprocess: Preprocess,
+    class_names: Sequence[str] = (),
+    data_dir: str | Path | None = None,
+) -> Source:
+    """Open a dataset by the name of its layout.
+
+    Pictures that are there clean only are corrupted on the fly.
+
+    Args:
+        layout: one of `LAYOUTS`: "folder" for `<class>/…`; "imagenet" for wnid folders (ImageNet,
+            -A, -R, -Sketch), "imagenet-v2", "objectnet"; "imagenet-c" for
+            `<corruption>/<severity>/<class>/…`; "cifar-c" for `.npy` files with five severities
+            each, "arrays" for such with one; the cross-dataset sets by name, in the folders that
+            prompt-learning benchmarks use; "tfds" for tensorflow-datasets.
+        root: the folder; for a cross-dataset set its own or the one above; for "tfds" a name, with
+            a split after a colon where it is another than the test split ("cifar10:train").
+        preprocess: the model's preprocessing.
+        class_names: what to call the classes, instead of the layout's names.
+        data_dir: where "tfds" finds prepared datasets, if not in its usual place.
+
+    Returns:
+        The source.
+
+    Raises:
+        FileNotFoundError: if a folder or file of the layout is missing.
+        ImportError: if "tfds" is asked for and tensorflow-datasets is not installed.
+        ValueError: if there is no such layout, the data is arranged otherwise, or the class names
+            are not as many as the classes.
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"unknown layout {layout!r}, expected one of {', '.join(LAYOUTS)}")
+    if layout in ("arrays", "cifar-c"):
+        return corrupted_arrays(
+            root, preprocess, class_names or _array_classes(layout, root), layout == "cifar-c"
+        )
+    if layout == "imagenet-c":
+        wnids = imagenet_classes()
+
+        def listing(folder: Path) -> ImageFolder:
+            known = all(path.name in wnids for path in class_folders(folder))
+            return _named((imagenet if known else image_folder)(folder), class_names)
+
+        return corrupted_folders(root, preprocess, listing)
+    if layout == "tfds":
+        name, split = _name_and_split(str(root))
+        pictures = tfds_pictures(name, split, data_dir)
+    else:
+        pictures = _LISTINGS[layout](Path(root))
+    return CorruptedOnTheFly(_named(pictures, class_names), preprocess)
+
+
+def _name_and_split(text: str) -> tuple[str, str]:
+    """Both from "cifar10", "cifar10:train" or, with a version, "cifar10:3.0.2:train"."""
+    name, split = re.fullmatch(r"([^:]*(?::\d+\.\d+\.\d+)?)(?::(.*))?", text).groups()
+    return name, split or "test"
+
+
+def _named(pictures: Any, class_names: Sequence[str]) -> Any:
+    """The pictures, their classes renamed."""
+    if not class_names:
+        return pictures
+    if len(class_names) != len(pictures.class_names):
+        raise ValueError(
+            f"{len(class_names)} class names for {len(pictures.class_names)} classes "
+            f"({_few(pictures.class_names)})"
+        )
+    return pictures._replace(class_names=tuple(class_names))
+
+
+def _array_classes(layout: str, root: str | Path) -> tuple[str, ...]:
+    if layout == "arrays":
+        raise ValueError(f"{root}: arrays do not say what their classes are called, name them")
+    few = read_labels(root).max() < len(CIFAR10_CLASSES)
+    return CIFAR10_CLASSES if few else cifar100_classes()
+
+
+def _within(root: str | Path, folder: str) -> Path:
+    """The dataset's folder, whether it or the one above it was given."""
+    return Path(root) / folder if (Path(root) / folder).is_dir() else Path(root)
+
+
+def _few(items: Any) -> str:
+    items = list(map(str, items))
+    return ", ".join(items[:5]) + (", …" if len(items) > 5 else "") or "none"
+
+
+def _text(path: str | Path) -> str:
+    if not Path(path).exists():
+        raise FileNotFoundError(f"{path}: no such file")
+    return Path(path).read_text(encoding="utf-8")
+
+
+def _json(path: str | Path, kind: type) -> Any:
+    text = _text(path)
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{path}: is no JSON ({error})") from error
+    if not isinstance(value, kind):
+        raise ValueError(f"{path}: holds a {type(value).__name__}, expected an object")
+    return value

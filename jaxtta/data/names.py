@@ -1,0 +1,72 @@
+"""What classes are called and how prompts are worded for the usual datasets."""
+
+import functools
+import json
+import types
+from pathlib import Path
+
+_TABLES = Path(__file__).parent / "tables"
+
+CIFAR10_CLASSES = (
+    "airplane",
+    "automobile",
+    "bird",
+    "cat",
+    "deer",
+    "dog",
+    "frog",
+    "horse",
+    "ship",
+    "truck",
+)
+"""CIFAR-10's classes in the labels' order."""
+
+TEMPLATES = types.MappingProxyType(
+    {
+        "caltech101": ("a photo of a {}.",),
+        "oxford-pets": ("a photo of a {}, a type of pet.",),
+        "stanford-cars": ("a photo of a {}.",),
+        "oxford-flowers": ("a photo of a {}, a type of flower.",),
+        "food101": ("a photo of {}, a type of food.",),
+        "fgvc-aircraft": ("a photo of a {}, a type of aircraft.",),
+        "sun397": ("a photo of a {}.",),
+        "dtd": ("{} texture.",),
+        "eurosat": ("a centered satellite photo of {}.",),
+        "ucf101": ("a photo of a person doing {}.",),
+    }
+)
+"""The usual prompt template of each cross-dataset set, by layout."""
+
+
+def templates_for(layout: str) -> tuple[str, ...]:
+    """The usual prompt templates of a layout; `imagenet_templates` has ImageNet's ensemble.
+
+    Args:
+        layout: its name.
+
+    Returns:
+        Templates with `{}` in the class's place, "a photo of a {}." where there are no others.
+    """
+    return TEMPLATES.get(layout, ("a photo of a {}.",))
+
+
+@functools.cache
+def imagenet_templates() -> tuple[str, ...]:
+    """CLIP's 80 prompt templates for ImageNet."""
+    return tuple(_table("imagenet-templates.json"))
+
+
+@functools.cache
+def imagenet_classes() -> types.MappingProxyType[str, str]:
+    """CLIP's name for each of ImageNet's 1,000 classes, by wnid in the labels' order."""
+    return types.MappingProxyType(dict(sorted(_table("imagenet-class-names.json").items())))
+
+
+@functools.cache
+def cifar100_classes() -> tuple[str, ...]:
+    """CIFAR-100's fine classes in the labels' order."""
+    return tuple(_table("cifar100-class-names.json"))
+
+
+def _table(name: str) -> list[str] | dict[str, str]:
+    return json.loads((_TABLES / name).read_text())

@@ -1,0 +1,163 @@
+"""A sweep's folder: one file a cell, written whole, that outlives whatever happens to the run.
+
+settings.json                    what decides the figures; another run must agree with it
+cells/batclip--fog-5--seed1.json one adapter on one stream with one seed
+predictions/….npz                the same cell picture by picture, where asked for
+checkpoints/                     where a stream stands that is not finished
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Cell = dict[str, Any]
+log = logging.getLogger(__name__)
+
+
+class Results:
+    """A folder of results."""
+
+    def __init__(
+        self, root: str | Path, settings: Mapping[str, Any], about: Mapping[str, Any] | None = None
+    ) -> None:
+        """Describe the folder; nothing is touched before `claim`.
+
+        Args:
+            root: the folder.
+            settings: what decides the figures, as JSON has it.
+            about: what else each cell should say: versions, device.
+        """
+        self.root = Path(root)
+        self.settings = json.loads(json.dumps(settings))
+        self.about = json.loads(json.dumps(about or {}))
+
+    @contextlib.contextmanager
+    def claim(self, worker: tuple[int, int] = (0, 1)) -> Iterator[None]:
+        """Hold the folder for this run, so that no other writes the same cells.
+
+        Args:
+            worker: this worker's number and how many there are.
+
+        Raises:
+            ValueError: if the folder belongs to other settings, or to a run that is going on.
+            OSError: if it cannot be written.
+        """
+        for folder in (self.root, self.root / "cells"):
+            folder.mkdir(parents=True, exist_ok=True)
+        number, count = worker
+        with contextlib.ExitStack() as locks:
+            # Workers share the folder with each other and with nobody else.
+            locks.enter_context(self._lock(".lock", shared=count > 1))
+            if count > 1:
+                locks.enter_context(self._lock(f".lock-{number}-of-{count}", shared=False))
+            self._agree()
+            yield
+
+    @contextlib.contextmanager
+    def _lock(self, name: str, *, shared: bool) -> Iterator[None]:
+        with (self.root / name).open("a") as file:
+            try:
+                fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"{self.root}: another run is writing to this folder") from None
+            yield  # the system drops the lock with the process, however it ends
+
+    def _agree(self) -> None:
+        path = self.root / "settings.json"
+        if not path.exists():
+            write_json(path, self.settings)
+            return
+        try:
+            earlier = json.loads(path.read_text())
+        except ValueError as error:
+            raise ValueError(f"{path}: is no JSON ({error}); remove it or the folder") from error
+        for name in dict.fromkeys([*earlier, *self.settings]):
+            old, new = earlier.get(name), self.settings.get(name)
+            if old != new:
+                raise ValueError(
+                    f"{self.root}: holds results with {name} {old!r}, this run has {new!r}; "
+                    "choose another folder"
+                )
+
+    def path(self, adapter: str, stream: str, seed: int) -> Path:
+        """Where a cell's file lies."""
+        return self.root / "cells" / f"{adapter}--{stream}--seed{seed}.json"
+
+    def read(self, adapter: str, stream: str, seed: int) -> Cell | None:
+        """A finished cell, or None if it has to be computed.
+
+        Raises:
+            ValueError: if the file was changed after it was written.
+        """
+        path = self.path(adapter, stream, seed)
+        if not path.exists():
+            return None
+        try:
+            cell = json.loads(path.read_text())
+            digest = cell.pop("digest")
+        except (ValueError, KeyError, AttributeError):
+            log.warning("%s: is torn, the cell is computed again", path)
+            return None
+        if digest != _digest(cell):
+            raise ValueError(
+                f"{path}: was changed after it was written; remove it to compute the cell again"
+            )
+        if cell["settings"] != self.settings:
+            raise ValueError(f"{path}: comes from a run with other settings; remove it")
+        return cell
+
+    def write(self, cell: Cell, arrays: Mapping[str, np.ndarray] | None = None) -> Cell:
+        """Save a finished cell, and its predictions if there are any.
+
+        Args:
+            cell: with `adapter`, `stream` and `seed`.
+            arrays: one entry a picture, for the `.npz`.
+
+        Returns:
+            The cell as it was written.
+        """
+        path = self.path(cell["adapter"], cell["stream"], cell["seed"])
+        if arrays is not None:
+            folder = self.root / "predictions"
+            folder.mkdir(exist_ok=True)
+            with whole(folder / f"{path.stem}.npz") as temporary, temporary.open("wb") as file:
+                np.savez_compressed(file, **arrays)
+        cell = json.loads(json.dumps({**cell, "settings": self.settings, "about": self.about}))
+        write_json(path, {**cell, "digest": _digest(cell)})
+        return cell
+
+
+def _digest(cell: Cell) -> str:
+    words = json.dumps(cell, sort_keys=True).encode()
+    return hashlib.blake2b(words, digest_size=16).hexdigest()
+
+
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Lend a temporary name; the file gets its own once it is complete, and vanishes otherwise."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file whole or not at all.
+
+    Args:
+        path: the file; its folder is made.
+        content: anything JSON knows; NaN is refused.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")

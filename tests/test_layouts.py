@@ -1,0 +1,418 @@
+"""Every layout is read from files laid out as the public archives are."""
+
+import io
+import json
+import pickle
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from jaxtta import assets, data
+from jaxtta.clip.preprocess import Preprocessing
+
+PREPROCESS = Preprocessing(32, 32, (32, 32))
+PREPARED = Path(__file__).parent / "data"
+CLEAN = data.Domain("clean")
+WNIDS = ("n01440764", "n01443537", "n01484850")
+CLASSES = ("tench", "goldfish", "great white shark")
+PIXELS = np.random.default_rng(0).integers(0, 256, (3, 2, 40, 44, 3), np.uint8)
+
+
+def save(path, pixels):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path, "PNG")  # lossless, whatever the suffix says
+    return path
+
+
+def write_folders(root, folders, suffix=".JPEG", pixels=PIXELS):
+    for folder, pictures in zip(folders, pixels, strict=True):
+        for i, picture in enumerate(pictures):
+            save(root / folder / f"{i}{suffix}", picture)
+    return root
+
+
+def write_split(root, json_name, images, names=("abbey", "air_hockey", "zoo")):
+    """Entries in another order than by label, so that order is not taken for label."""
+    entries = [
+        [f"{names[c]}/{i}.jpg", c, names[c]] for i in range(PIXELS.shape[1]) for c in (2, 0, 1)
+    ]
+    for path, c, _ in entries:
+        save(root / images / path, PIXELS[c, int(Path(path).stem)])
+    root.mkdir(exist_ok=True)
+    lists = {"train": entries[:1], "val": [], "test": entries}
+    (root / json_name).write_text(json.dumps(lists))
+    return root / json_name
+
+
+def every_picture(source, domain=CLEAN):
+    """All pictures by class and number in it, as the model sees them."""
+    source = pickle.loads(pickle.dumps(source))  # as they go to worker processes
+    source.check(domain)
+    assert source.labels.dtype == np.int32
+    read = [source.read(domain, i, 0) for i in range(len(source.labels))]
+    classes = range(len(source.class_names))
+    return np.stack(
+        [np.stack([read[i] for i in np.flatnonzero(source.labels == c)]) for c in classes]
+    )
+
+
+EXPECTED = np.stack([np.stack([PREPROCESS(Image.fromarray(p)) for p in c]) for c in PIXELS])
+
+
+@pytest.mark.parametrize("layout", ["folder", "imagenet"])
+def test_class_folders(tmp_path, layout):
+    write_folders(tmp_path, WNIDS)
+    (tmp_path / "README.txt").write_text("as in ImageNet-A and -R")
+    source = data.open_source(layout, tmp_path, PREPROCESS)
+    assert source.class_names == (CLASSES if layout == "imagenet" else WNIDS)
+    np.testing.assert_array_equal(every_picture(source), EXPECTED)
+
+
+def test_imagenet_classes_are_those_present(tmp_path):
+    write_folders(tmp_path, ("n15075141", "n02123045", "n01440764"))
+    source = data.open_source("imagenet", tmp_path, PREPROCESS)
+    assert source.class_names == ("tench", "tabby cat", "toilet paper")
+    np.testing.assert_array_equal(every_picture(source), EXPECTED[[2, 1, 0]])
+    (tmp_path / "n01440764").rename(tmp_path / "n00000000")
+    with pytest.raises(ValueError, match="folder n00000000 is none of ImageNet's 1,000 wnids"):
+        data.imagenet(tmp_path)
+
+
+def test_imagenet_v2_folders_are_numbers(tmp_path):
+    write_folders(tmp_path, ("2", "10", "0"))
+    source = data.open_source("imagenet-v2", tmp_path, PREPROCESS)
+    assert source.class_names == ("tench", "great white shark", "brambling")
+    np.testing.assert_array_equal(every_picture(source), EXPECTED[[2, 0, 1]])
+    for wrong in ("1000", "01", "n01440764"):
+        (tmp_path / "10").rename(tmp_path / wrong)
+        with pytest.raises(ValueError, match=f"folder {wrong} is no class number from 0 to 999"):
+            data.imagenet_v2(tmp_path)
+        (tmp_path / wrong).rename(tmp_path / "10")
+
+
+@pytest.fixture
+def objectnet(tmp_path):
+    framed = np.zeros((3, 2, 44, 48, 3), np.uint8) + np.array([255, 0, 0], np.uint8)
+    framed[:, :, 2:-2, 2:-2] = PIXELS
+    write_folders(tmp_path / "images", ("alarm_clock", "backpack", "tv"), ".png", framed)
+    save(tmp_path / "images" / "air_freshener" / "0.png", PIXELS[0, 0])
+    labels = {"air_freshener": "Air freshener", "alarm_clock": "Alarm clock", "tv": "TV"}
+    overlap = {"Alarm clock": "analog clock; digital clock", "Backpack": "backpack", "TV": "tv"}
+    for name, table in (
+        ("folder_to_objectnet_label", labels | {"backpack": "Backpack", "absent": "Absent"}),
+        ("objectnet_to_imagenet_1k", overlap),
+    ):
+        (tmp_path / "mappings").mkdir(exist_ok=True)
+        (tmp_path / "mappings" / f"{name}.json").write_text(json.dumps(table))
+    return tmp_path
+
+
+def test_objectnet_keeps_imagenets_classes_and_loses_its_border(objectnet):
+    source = data.open_source("objectnet", objectnet, PREPROCESS)
+    assert source.class_names == ("Alarm clock", "Backpack", "TV")
+    np.testing.assert_array_equal(every_picture(source), EXPECTED)
+    save(objectnet / "images" / "tv" / "1.png", np.zeros((4, 9, 3), np.uint8))
+    with pytest.raises(data.UnreadablePictureError, match=r"1\.png: 9×4 pixels leave nothing"):
+        source.read(CLEAN, 5, 0)
+    (objectnet / "images" / "tv").rename(objectnet / "images" / "telly")
+    with pytest.raises(ValueError, match=r"objectnet_label\.json: has no label for folder telly"):
+        data.objectnet(objectnet)
+
+
+SPLITS = [
+    ("caltech101", "caltech-101", "Caltech101", "101_ObjectCategories"),
+    ("oxford-pets", "oxford_pets", "OxfordPets", "images"),
+    ("stanford-cars", "stanford_cars", "StanfordCars", "."),
+    ("oxford-flowers", "oxford_flowers", "OxfordFlowers", "jpg"),
+    ("food101", "food-101", "Food101", "images"),
+    ("sun397", "sun397", "SUN397", "SUN397"),
+    ("dtd", "dtd", "DescribableTextures", "images"),
+    ("eurosat", "eurosat", "EuroSAT", "2750"),
+    ("ucf101", "ucf101", "UCF101", "UCF-101-midframes"),
+]
+
+
+@pytest.mark.parametrize(("layout", "folder", "name", "images"), SPLITS)
+def test_cross_dataset_sets(tmp_path, layout, folder, name, images):
+    write_split(tmp_path / folder, f"split_zhou_{name}.json", images)
+    for root in (tmp_path, tmp_path / folder):
+        source = data.open_source(layout, root, PREPROCESS)
+        assert source.class_names == ("abbey", "air hockey", "zoo")
+        np.testing.assert_array_equal(every_picture(source), EXPECTED)
+
+
+@pytest.mark.parametrize(
+    ("split", "entries", "message"),
+    [
+        ("test", [], "no pictures for 'test', expected one of train, val, test"),
+        ("val", [["a.jpg", 1, "abbey"]], "label 1 is both '.*' and '.*'"),
+        ("val", [["a.jpg", 7, "far"]], "labels run from 0 to 7, expected 0 to 3 for 4 classes"),
+        ("val", [["a.jpg", -1, "far"]], "labels run from -1 to 2, expected 0 to 3"),
+        ("val", [["a.jpg", "zoo"]], r"holds \['a.jpg', 'zoo'\], expected \[path, label, class"),
+        ("val", 3, "expected a list of pictures under each of train, val, test"),
+    ],
+)
+def test_bad_splits_are_refused(tmp_path, split, entries, message):
+    path = write_split(tmp_path / "x", "split.json", "images")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {split: entries}))
+    with pytest.raises(ValueError, match=message):
+        data.listed_split(path, tmp_path / "images")
+
+
+@pytest.mark.parametrize(("text", "message"), [("{", "is no JSON"), ("[]", "holds a list, expect")])
+def test_what_is_no_split_is_refused(tmp_path, text, message):
+    with pytest.raises(FileNotFoundError, match=r"split\.json: no such file"):
+        data.listed_split(tmp_path / "split.json", tmp_path)
+    (tmp_path / "split.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        data.listed_split(tmp_path / "split.json", tmp_path)
+
+
+def test_fgvc_aircraft(tmp_path):
+    root, variants = tmp_path / "fgvc_aircraft", ("707-320", "F/A-18", "Cessna 172")
+    lines = []
+    for i in range(2):
+        for c in (1, 0, 2):
+            save(root / "images" / f"10{c}{i}.jpg", PIXELS[c, i])
+            lines.append(f"10{c}{i} {variants[c]}")
+    (root / "variants.txt").write_text("\n".join(variants) + "\n")
+    (root / "images_variant_test.txt").write_text("\n".join(lines) + "\n")
+    for place in (root, tmp_path):
+        source = data.open_source("fgvc-aircraft", place, PREPROCESS)
+        assert source.class_names == variants
+        np.testing.assert_array_equal(every_picture(source), EXPECTED)
+    (root / "images_variant_test.txt").write_text("1000 Concorde\n")
+    with pytest.raises(ValueError, match="line '1000 Concorde' names none of the 3 variants"):
+        data.fgvc_aircraft(root)
+
+
+@pytest.mark.parametrize("above", [("", ""), ("noise", "weather")])
+def test_imagenet_c(tmp_path, above):
+    for group, corruption in zip(above, ("gaussian_noise", "fog"), strict=True):
+        for severity in (1, 5):
+            pixels = PIXELS + np.uint8(severity * len(corruption))
+            write_folders(tmp_path / group / corruption / str(severity), WNIDS, pixels=pixels)
+    source = data.open_source("imagenet-c", tmp_path, PREPROCESS)
+    assert source.class_names == CLASSES
+    for domain in (data.Domain("fog", 5), data.Domain("gaussian_noise", 1)):
+        shift = np.uint8(domain.severity * len(domain.corruption))
+        alone = write_folders(tmp_path / f"alone {domain}", WNIDS, pixels=PIXELS + shift)
+        expected = data.open_source("imagenet", alone, PREPROCESS)
+        np.testing.assert_array_equal(every_picture(source, domain), every_picture(expected))
+    with pytest.raises(ValueError, match="fog has severity 1, 5, not 3"):
+        source.check(data.Domain("fog", 3))
+    with pytest.raises(ValueError, match=r"unknown corruption 'rain', .* has .*gaussian_noise"):
+        source.check(data.Domain("rain", 5))
+    with pytest.raises(ValueError, match="unknown corruption 'clean'"):
+        source.check(CLEAN)
+    (tmp_path / above[1] / "fog" / "5" / WNIDS[1] / "0.JPEG").unlink()
+    with pytest.raises(data.UnreadablePictureError, match=rf"{WNIDS[1]}/0\.JPEG: cannot be dec"):
+        source.read(data.Domain("fog", 5), 2, 0)
+    assert source.name(data.Domain("fog", 5), 2).endswith(f"fog/5/{WNIDS[1]}/0.JPEG")
+
+
+def test_imagenet_c_with_clean_pictures_and_other_classes(tmp_path):
+    write_folders(tmp_path / "clean", ("a", "b", "c"))
+    write_folders(tmp_path / "fog" / "3", ("a", "b", "c"), pixels=PIXELS[::-1])
+    source = data.open_source("imagenet-c", tmp_path, PREPROCESS, ["x", "y", "z"])
+    assert source.class_names == ("x", "y", "z")
+    for clean in (CLEAN, data.Domain("clean", 3)):
+        np.testing.assert_array_equal(every_picture(source, clean), EXPECTED)
+    np.testing.assert_array_equal(every_picture(source, data.Domain("fog", 3)), EXPECTED[::-1])
+    with pytest.raises(ValueError, match="holds no <corruption>/<severity 1 to 5> folders"):
+        data.corrupted_folders(tmp_path / "fog" / "3" / "a", PREPROCESS)
+    with pytest.raises(FileNotFoundError, match="nowhere: no such folder"):
+        data.corrupted_folders(tmp_path / "nowhere", PREPROCESS)
+
+
+@pytest.fixture
+def stacked(tmp_path):
+    """Five severities of six pictures, labels five times."""
+    pictures = PIXELS.reshape(6, 40, 44, 3)
+    np.save(tmp_path / "fog.npy", np.concatenate([pictures + np.uint8(s) for s in range(1, 6)]))
+    np.save(tmp_path / "clean.npy", pictures)
+    np.save(tmp_path / "labels.npy", np.tile(np.repeat([0, 1, 2], 2), 5).astype(np.uint8))
+    return tmp_path
+
+
+@pytest.mark.parametrize("repeated", [5, 1])
+def test_cifar_c(stacked, repeated):
+    np.save(stacked / "labels.npy", np.tile(np.repeat([0, 1, 2], 2), repeated))
+    source = data.open_source("cifar-c", stacked, PREPROCESS)
+    assert source.class_names == data.CIFAR10_CLASSES
+    assert list(source.labels) == [0, 0, 1, 1, 2, 2]
+    source = data.open_source("cifar-c", stacked, PREPROCESS, CLASSES)
+    np.testing.assert_array_equal(every_picture(source), EXPECTED)
+    for s in range(1, 6):
+        expected = PREPROCESS(Image.fromarray(PIXELS[1, 1] + np.uint8(s)))
+        np.testing.assert_array_equal(source.read(data.Domain("fog", s), 3, 0), expected)
+    for s in (0, 6):
+        with pytest.raises(ValueError, match=f"severity is {s}, expected 1 to 5"):
+            source.check(data.Domain("fog", s))
+    assert source.name(data.Domain("fog", 2), 3).endswith("fog.npy row 9")
+
+
+def test_cifar_c_files_that_do_not_fit_their_labels(stacked):
+    np.save(stacked / "snow.npy", np.load(stacked / "fog.npy")[:29])
+    source = data.corrupted_arrays(stacked, PREPROCESS, CLASSES, stacked=True)
+    with pytest.raises(
+        ValueError, match=r"snow\.npy: has 29 pictures, expected 30 for 6 labels at"
+    ):
+        source.check(data.Domain("snow", 1))
+    np.save(stacked / "labels.npy", np.sort(np.arange(30) % 3))
+    with pytest.raises(ValueError, match=r"labels\.npy: has 30 labels, expected one for each"):
+        data.corrupted_arrays(stacked, PREPROCESS, CLASSES, stacked=True)
+
+
+def test_arrays_of_one_strength(stacked):
+    np.save(stacked / "labels.npy", np.repeat([0, 1, 2], 2))
+    np.save(stacked / "snow.npy", PIXELS.reshape(6, 40, 44, 3))
+    with pytest.raises(ValueError, match="arrays do not say what their classes are called"):
+        data.open_source("arrays", stacked, PREPROCESS)
+    source = data.open_source("arrays", stacked, PREPROCESS, CLASSES)
+    for domain in (data.Domain("snow"), CLEAN, data.Domain("clean", 5)):
+        np.testing.assert_array_equal(every_picture(source, domain), EXPECTED)
+    with pytest.raises(ValueError, match="severity is 5, expected 0 as the files hold one"):
+        source.check(data.Domain("snow", 5))
+    with pytest.raises(ValueError, match=r"unknown corruption 'labels', .* has clean, fog, snow"):
+        source.check(data.Domain("labels"))
+
+
+def test_cifar100_is_known_by_its_labels(stacked):
+    np.save(stacked / "labels.npy", np.tile([0, 1, 2, 3, 4, 99], 5))
+    source = data.open_source("cifar-c", stacked, PREPROCESS)
+    assert len(source.class_names) == 100
+    assert source.class_names[:2] == ("apple", "aquarium fish")
+    np.save(stacked / "labels.npy", np.tile([0, 1, 2, 3, 4, 100], 5))
+    with pytest.raises(ValueError, match="labels run from 0 to 100, expected 0 to 99"):
+        data.open_source("cifar-c", stacked, PREPROCESS)
+
+
+def prepared(split="test"):
+    pytest.importorskip("tensorflow_datasets")
+    return data.tfds_pictures("tiny_pictures", split, PREPARED)
+
+
+def test_a_prepared_tensorflow_dataset_is_read_without_tensorflow():
+    pictures = prepared()
+    assert pictures.class_names == ("cat", "dog", "frog")
+    assert list(np.bincount(pictures.labels)) == [4, 4, 4]
+    assert len(prepared("test[:50%]").labels) == 6
+    source = data.open_source("tfds", "tiny_pictures:1.0.0:test", PREPROCESS, data_dir=PREPARED)
+    read = every_picture(source)
+    listed = data.image_folder(assets.PICTURES)
+    for c, name in enumerate(pictures.class_names):
+        files = [path for path in listed.files if path.parent.name == name][:4]
+        expected = {PREPROCESS(data.open_picture(path)).tobytes() for path in files}
+        assert {picture.tobytes() for picture in read[c]} == expected
+    assert "tensorflow" not in sys.modules
+    assert source.name(CLEAN, 3) == "tiny_pictures:1.0.0 test picture 3"
+
+
+def test_tensorflow_datasets_own_mock_data():
+    """Its features and random pictures, encoded here: by itself it needs TensorFlow for that."""
+    tfds = pytest.importorskip("tensorflow_datasets")
+
+    def encoded(builder, split, decoders, **_):
+        from tensorflow_datasets.testing import mocking
+
+        assert isinstance(decoders["image"], tfds.decode.SkipDecoding)
+        generator = mocking.RandomFakeGenerator(builder.info.features, 5)
+        return [example | {"image": png(example["image"])} for example in generator]
+
+    with tfds.testing.mock_data(num_examples=5, as_data_source_fn=encoded):
+        pictures = data.tfds_pictures("cifar100", "test")
+        assert len(pictures.class_names) == 100
+        source = data.CorruptedOnTheFly(pictures, PREPROCESS)
+        assert source.read(data.Domain("fog", 1), 4, 0).shape == (32, 32, 3)
+        assert len(pictures.labels) == 5
+        with pytest.raises(
+            ValueError, match=r"imdb_reviews.*expected an image and one class label"
+        ):
+            data.tfds_pictures("imdb_reviews", "test")
+
+
+def png(pixels):
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("name", "split", "error", "message"),
+    [
+        ("no_such_set", "test", ValueError, "has no dataset 'no_such_set' in .*not found"),
+        ("No Such:", "test", ValueError, "has no dataset 'No Such:'"),
+        ("tiny_pictures", "val", ValueError, "unknown split 'val', expected one of test$"),
+        ("tiny_pictures", "test[:x", ValueError, r"split 'test\[:x' cannot be read"),
+        (
+            "cifar10",
+            "test",
+            FileNotFoundError,
+            r"needs TensorFlow: tfds\.builder\('cifar10', data_dir=",
+        ),
+    ],
+)
+def test_bad_tensorflow_datasets_are_refused(name, split, error, message):
+    pytest.importorskip("tensorflow_datasets")
+    with pytest.raises(error, match=message) as raised:
+        data.tfds_pictures(name, split, PREPARED)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.fixture
+def copied(tmp_path):
+    pytest.importorskip("tensorflow_datasets")
+    shutil.copytree(PREPARED / "tiny_pictures", tmp_path / "tiny_pictures")
+    return tmp_path / "tiny_pictures" / "1.0.0"
+
+
+def test_tensorflow_datasets_in_another_format_are_refused(copied):
+    info = (copied / "dataset_info.json").read_text()
+    (copied / "dataset_info.json").write_text(info.replace("array_record", "tfrecord"))
+    records = next(copied.glob("*.array_record*"))
+    records.rename(copied / records.name.replace("array_record", "tfrecord"))
+    with pytest.raises(FileNotFoundError, match=r"expected array_record files .* has tfrecord;"):
+        data.tfds_pictures("tiny_pictures", "test", copied.parents[1])
+
+
+def test_damaged_tensorflow_datasets_are_refused(copied):
+    pictures = data.tfds_pictures("tiny_pictures", "test", copied.parents[1])
+    records = next(copied.glob("*.array_record*"))
+    records.write_bytes(records.read_bytes()[:70000])
+    with pytest.raises(ValueError, match="tiny_pictures: split 'test' cannot be read"):
+        data.tfds_pictures("tiny_pictures", "test", copied.parents[1])
+    with pytest.raises(data.UnreadablePictureError, match="test picture 3: cannot be read"):
+        pictures.open(3)
+
+
+def test_a_missing_tensorflow_datasets_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "importlib_resources", None)
+    with pytest.raises(ImportError, match=r"needs tensorflow-datasets .* jaxtta\[experiments\]"):
+        data.open_source("tfds", "cifar10", PREPROCESS)
+
+
+def test_the_door_refuses_what_it_does_not_know(tmp_path):
+    with pytest.raises(ValueError, match="unknown layout 'imagnet', expected one of folder, imag"):
+        data.open_source("imagnet", tmp_path, PREPROCESS)
+    write_folders(tmp_path, ("cat", "dog", "emu"))
+    with pytest.raises(ValueError, match=r"2 class names for 3 classes \(cat, dog, emu\)"):
+        data.open_source("folder", tmp_path, PREPROCESS, ["cat", "dog"])
+    source = data.open_source("folder", tmp_path, PREPROCESS, ["a cat", "a dog", "an emu"])
+    assert source.class_names == ("a cat", "a dog", "an emu")
+
+
+def test_tables():
+    assert len(data.imagenet_classes()) == 1000
+    assert list(data.imagenet_classes()) == sorted(data.imagenet_classes())
+    assert len(data.imagenet_templates()) == 80
+    assert len(data.cifar100_classes()) == len(set(data.cifar100_classes())) == 100
+    for layout in data.LAYOUTS:
+        assert all(template.count("{}") == 1 for template in data.templates_for(layout))
+    assert set(data.TEMPLATES) < set(data.LAYOUTS)
+    assert data.templates_for("dtd") == ("{} texture.",)
+    assert data.templates_for("imagenet-c") == ("a photo of a {}.",)

@@ -1,0 +1,153 @@
+"""What an adapter meets, in which order, and how it is cut into batches."""
+
+import hypothesis
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+from PIL import Image
+
+from jaxtta import data
+from jaxtta.clip.preprocess import Preprocessing
+from jaxtta.data import Domain
+
+PREPROCESS = Preprocessing(32, 32, (32, 32))
+
+
+class Fake:
+    """Pictures whose pixels say which they are; number 3 cannot be read."""
+
+    labels = np.array([0, 1, 1, 0, 1, 2, 2], np.int32)
+    class_names = ("a", "b", "c")
+    preprocess = PREPROCESS
+
+    def check(self, domain):
+        pass
+
+    def name(self, domain, number):
+        return f"{domain} {number}"
+
+    def read(self, domain, number, seed):
+        if number == 3:
+            raise data.UnreadablePictureError("broken")
+        picture = np.full((32, 32, 3), number, np.uint8)
+        picture[0, 0] = len(domain.corruption), domain.severity, seed
+        return picture
+
+
+settings = st.sampled_from(data.SETTINGS)
+orders = st.sampled_from(data.ORDERS)
+
+
+@hypothesis.given(settings, orders, st.integers(1, 9), st.integers(0, 3), st.integers(1, 8))
+@hypothesis.settings(deadline=None)
+def test_every_setting_shows_every_picture_once_a_segment(setting, order, size, seed, limit):
+    severities = (1, 2, 3, 4, 5) if setting == "gradual" else (2, 5)
+    source = Fake()
+    streams = data.make_streams(
+        setting, ("fog", "snow"), severities, source.labels, order=order, seed=seed, limit=limit
+    )
+    assert len({stream.name for stream in streams}) == len(streams)
+    expected = {"reset_each_shift": 4, "continual": 2, "gradual": 1, "mixed": 2}[setting]
+    assert len(streams) == expected
+    batches = data.Batches(source, tuple(streams), size)
+    for number, stream in enumerate(streams):
+        read = [batches[i] for i in batches.of(number)]
+        shown = np.concatenate([b.pictures for b in read])
+        segments = np.concatenate([b.segments for b in read])
+        index = np.concatenate([b.index for b in read])[shown >= 0]
+        np.testing.assert_array_equal(index, np.arange(len(stream.items)))
+        pictures = set(shown[shown >= 0].tolist())
+        assert len(pictures) == min(limit, 7)
+        for segment in range(len(stream.segments)):
+            assert sorted(shown[segments == segment].tolist()) == sorted(pictures)
+        for batch in read:
+            valid = batch.pictures >= 0
+            np.testing.assert_array_equal(batch.mask, valid & (batch.pictures != 3))
+            np.testing.assert_array_equal(batch.labels[valid], source.labels[batch.pictures[valid]])
+            np.testing.assert_array_equal(
+                batch.images[batch.mask][:, 5, 5, 0], batch.pictures[batch.mask]
+            )
+            for k in np.flatnonzero(batch.mask):
+                domain = stream.segments[batch.segments[k]]
+                assert batch.images[k, 0, 0].tolist() == [len(domain[0]), domain[1], seed]
+            if setting != "mixed":
+                assert len(set(batch.segments[valid].tolist())) == 1
+
+
+def test_gradual_goes_up_and_down_again():
+    (stream,) = data.make_streams("gradual", ("fog", "clean"), (), np.zeros(2, int))
+    assert [domain.severity for domain in stream.segments] == [1, 2, 3, 4, 5, 4, 3, 2, 1, 0]
+
+
+def test_mixed_in_stored_order_interleaves():
+    (stream,) = data.make_streams("mixed", ("fog", "snow"), (5,), np.zeros(3, int), order="stored")
+    assert stream.items.tolist() == [[0, 0], [1, 0], [0, 1], [1, 1], [0, 2], [1, 2]]
+
+
+def test_every_corruption_is_met_in_the_same_order():
+    a, b = data.make_streams("reset_each_shift", ("fog", "snow"), (5,), np.zeros(50, int), seed=4)
+    np.testing.assert_array_equal(a.items, b.items)
+    (c, _) = data.make_streams("reset_each_shift", ("fog", "snow"), (5,), np.zeros(50, int), seed=5)
+    assert np.any(a.items != c.items)
+
+
+@pytest.mark.parametrize("setting", ["continual", "mixed"])
+def test_correlated_is_sorted_by_class(setting):
+    labels = np.random.default_rng(0).integers(0, 4, 40)
+    (stream,) = data.make_streams(setting, ("fog", "snow"), (5,), labels, order="correlated")
+    for part in stream.parts:
+        assert np.all(np.diff(labels[part[:, 1]]) >= 0)
+
+
+def test_the_dirichlet_order_lies_between_shuffled_and_sorted():
+    labels = np.repeat(np.arange(10), 100)
+
+    def neighbours(order, concentration=1.0):
+        rng = np.random.default_rng(0)
+        arranged = labels[data.arrange(labels, order, rng, concentration)]
+        return (np.diff(arranged) == 0).mean()
+
+    shares = [neighbours("dirichlet", c) for c in (0.05, 1.0, 1e4)]
+    assert shares == sorted(shares, reverse=True)
+    assert shares[-1] == pytest.approx(neighbours("shuffled"), abs=0.05)
+    assert shares[0] > 0.3 > 0.15 > shares[-1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"setting": "weekly"}, "unknown setting 'weekly', expected one of reset_each_shift"),
+        ({"order": "random"}, "unknown order 'random', expected one of shuffled"),
+        ({"limit": 0}, "limit is 0, expected at least 1"),
+        ({"concentration": 0.0}, "concentration is 0.0, expected a positive number"),
+    ],
+)
+def test_bad_streams_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        data.make_streams(
+            options.pop("setting", "mixed"), ("fog",), (5,), np.zeros(2, int), **options
+        )
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_reading_can_begin_anywhere_and_workers_change_nothing(workers, tmp_path):
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        for i in range(3):
+            pixels = np.random.default_rng(i).integers(0, 256, (40, 44, 3), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / name / f"{i}.png")
+    source = data.CorruptedOnTheFly(data.image_folder(tmp_path), PREPROCESS)
+    streams = data.make_streams(
+        "reset_each_shift", ("snow", "glass_blur"), (3,), source.labels, seed=2
+    )
+    batches = data.Batches(source, tuple(streams), 4)
+    assert [len(batches.of(0)), len(batches.of(1)), len(batches)] == [2, 2, 4]
+    read = list(data.read_ahead(batches, workers, [1, 2, 3]))
+    assert len(read) == 3
+    for number, batch in zip([1, 2, 3], read, strict=True):
+        for x, y in zip(batch, batches[number], strict=True):
+            np.testing.assert_array_equal(x, y)
+
+
+def test_a_domain_says_its_severity_where_it_has_one():
+    assert [str(Domain("fog", 3)), str(Domain("fog"))] == ["fog-3", "fog"]

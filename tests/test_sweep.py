@@ -1,0 +1,309 @@
+"""Sweeps that are interrupted, shared, repeated and spoilt."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxtta import Adapter, Prediction, data, sweep
+from jaxtta.clip.preprocess import Preprocessing
+from jaxtta.objectives.base import as_batch
+from jaxtta.sweep.statistics import bootstrap, interval
+
+SCRIPT = Path(__file__).parents[1] / "experiments" / "corruption_sweep.py"
+
+
+class Source:
+    """Twenty small pictures; reading the `fatal`-th time ends the run."""
+
+    labels = np.arange(20, dtype=np.int32) % 3
+    class_names = ("a", "b", "c")
+    preprocess = Preprocessing(4)
+
+    def __init__(self, fatal=None):
+        self.fatal, self.reads = fatal, 0
+
+    def check(self, domain):
+        pass
+
+    def name(self, domain, number):
+        return f"{domain} {number}"
+
+    def read(self, domain, number, seed):
+        self.reads += 1
+        if self.reads == self.fatal:
+            raise KeyboardInterrupt
+        if number == 7:
+            raise data.UnreadablePictureError("broken")
+        rng = np.random.default_rng([number, domain.severity, len(domain.corruption), seed])
+        return rng.integers(0, 256, (4, 4, 3), np.uint8)
+
+
+def drifting(rate):
+    """An adapter whose predictions depend on everything it has seen."""
+
+    def init(params, key=None):
+        return {"mean": jnp.zeros(3), "seen": jnp.zeros((), jnp.int32)}
+
+    def step(params, state, batch):
+        batch = as_batch(batch, state["seen"])
+        colour = batch.images.mean((1, 2)) / 255
+        logits = (colour - state["mean"]) * params["scale"]
+        weight = batch.mask[:, None]
+        mean = (colour * weight).sum(0) / jnp.maximum(weight.sum(), 1)
+        state = {"mean": state["mean"] + rate * mean, "seen": state["seen"] + batch.mask.sum()}
+        return state, Prediction(logits, {})
+
+    return Adapter(init, step)
+
+
+ADAPTERS = {"zero_shot": drifting(0.0), "drift": drifting(0.3)}
+PARAMS = {"scale": jnp.float32(3)}
+
+
+def go(folder, source=None, adapters=ADAPTERS, setting="continual", seeds=(1, 2), **options):
+    source = source or Source()
+    streams = [
+        stream
+        for seed in seeds
+        for stream in data.make_streams(setting, ("fog", "haze"), (5,), source.labels, seed=seed)
+    ]
+    return sweep.run(
+        adapters,
+        PARAMS,
+        data.Batches(source, tuple(streams), 6),
+        sweep.Results(folder, options.pop("settings", {"setting": setting})),
+        setting=setting,
+        workers=0,
+        progress=False,
+        **options,
+    )
+
+
+def figures(cells):
+    """The cells without what no two runs share."""
+    timing = ("pictures_per_second", "peak_memory_gb")
+    return [{k: v for k, v in cell.items() if k not in timing} for cell in cells]
+
+
+def test_a_cell_says_everything(tmp_path):
+    cells = go(tmp_path)
+    assert [(c["stream"], c["seed"], c["adapter"]) for c in cells] == [
+        ("continual-5", seed, name) for seed in (1, 2) for name in ADAPTERS
+    ]
+    for cell in cells:
+        assert [s["corruption"] for s in cell["segments"]] == ["fog", "haze"]
+        assert cell["pictures"] == 38
+        for segment in cell["segments"]:
+            assert segment["pictures"] == 19
+            assert segment["unreadable"] == [f"{segment['corruption']}-5 7"]
+            low, high = segment["intervals"]["top1"]
+            assert low <= segment["top1"] <= high
+            seen, right = sweep.outcomes(segment)
+            assert np.flatnonzero(~seen).tolist() == [7]
+            assert right.sum() / seen.sum() == pytest.approx(segment["top1"])
+            assert np.sum(segment["reliability"]["count"]) == 19
+            if cell["adapter"] == "zero_shot":
+                assert segment["gain"] is None
+        count, top1 = cell["running"][-1]
+        assert count == 38
+        assert top1 == pytest.approx(np.mean([s["top1"] for s in cell["segments"]]))
+    zero, drift = cells[:2]
+    for a, b in zip(drift["segments"], zero["segments"], strict=True):
+        assert a["gain"]["top1"] == pytest.approx(a["top1"] - b["top1"])
+        low, high = a["gain"]["interval"]
+        assert low <= a["gain"]["top1"] <= high
+
+
+@pytest.mark.parametrize("setting", ["continual", "reset_each_shift", "mixed"])
+@pytest.mark.parametrize("fatal", [14, 33, 61])
+def test_an_interrupted_sweep_goes_on_and_ends_the_same(tmp_path, setting, fatal):
+    expected = go(tmp_path / "whole", setting=setting)
+    with pytest.raises(KeyboardInterrupt):
+        go(tmp_path / "cut", Source(fatal), setting=setting, checkpoint_every=2)
+    source = Source()
+    resumed = go(tmp_path / "cut", source, setting=setting, checkpoint_every=2)
+    assert figures(resumed) == figures(expected)
+    assert source.reads < 80 - fatal + 2 * 6 + 6  # two batches are lost, and the one in hand
+    assert not list((tmp_path / "cut" / "checkpoints").glob("*"))
+    untouched = Source(fatal=1)
+    assert figures(go(tmp_path / "cut", untouched, setting=setting)) == figures(expected)
+
+
+def test_two_workers_together_equal_one(tmp_path):
+    expected = go(tmp_path / "one", setting="reset_each_shift")
+    for number in range(2):
+        share = go(tmp_path / "two", setting="reset_each_shift", worker=(number, 2))
+        assert len(share) == 4
+    together = go(tmp_path / "two", Source(fatal=1), setting="reset_each_shift")
+    assert figures(together) == figures(expected)
+
+
+def test_an_adapter_can_be_added_later(tmp_path):
+    expected = go(tmp_path / "at once")
+    go(tmp_path / "later", adapters={"zero_shot": ADAPTERS["zero_shot"]})
+    assert figures(go(tmp_path / "later")) == figures(expected)
+
+
+def test_a_folder_of_other_settings_is_refused(tmp_path):
+    go(tmp_path, settings={"batch_size": 6, "model": "a"})
+    with pytest.raises(ValueError, match="holds results with model 'a', this run has 'b'"):
+        go(tmp_path, settings={"batch_size": 6, "model": "b"})
+
+
+def test_a_torn_file_is_computed_again_and_an_edited_one_refused(tmp_path, caplog):
+    expected = go(tmp_path)
+    path = sorted((tmp_path / "cells").iterdir())[0]
+    content = path.read_text()
+    path.write_text(content[:500])
+    assert figures(go(tmp_path)) == figures(expected)
+    assert f"{path}: is torn" in caplog.text
+    cell = json.loads(content)
+    cell["segments"][0]["top1"] = 0.99
+    path.write_text(json.dumps(cell))
+    with pytest.raises(ValueError, match="was changed after it was written"):
+        go(tmp_path)
+
+
+def test_two_runs_on_one_folder_are_refused(tmp_path):
+    results = sweep.Results(tmp_path, {"setting": "continual"})
+    with results.claim(), pytest.raises(ValueError, match="another run is writing"):
+        go(tmp_path)
+    with results.claim((0, 2)), pytest.raises(ValueError, match="another run is writing"):
+        go(tmp_path, worker=(0, 2))
+    with results.claim((0, 2)):
+        go(tmp_path, worker=(1, 2))
+
+
+def test_a_folder_that_cannot_be_made_is_an_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        go(tmp_path / "file" / "out")
+
+
+def test_predictions_are_saved_picture_by_picture(tmp_path):
+    cells = go(tmp_path, save_predictions=True, seeds=(1,))
+    saved = np.load(tmp_path / "predictions" / "drift--continual-5--seed1.npz")
+    for number, segment in enumerate(cells[1]["segments"]):
+        chosen = (saved["segment"] == number) & saved["seen"]
+        assert saved["top1"][chosen].mean() == pytest.approx(segment["top1"])
+        right = saved["prediction"][chosen] == Source.labels[saved["picture"][chosen]]
+        np.testing.assert_array_equal(right, saved["top1"][chosen])
+
+
+def test_a_learning_rate_is_chosen_on_validation_corruptions_only(tmp_path):
+    source = Source()
+
+    def batches(corruptions):
+        streams = data.make_streams("reset_each_shift", corruptions, (1,), source.labels)
+        return data.Batches(source, tuple(streams), 6)
+
+    rates = (0.1, 0.5, 2.0)
+    choice = sweep.choose_learning_rate(
+        *("drift", drifting, rates, PARAMS, batches(data.VALIDATION)),
+        *(sweep.Results(tmp_path, {}),),
+        workers=0,
+        progress=False,
+    )
+    assert set(choice.accuracies) == set(rates)
+    assert choice.accuracies[choice.rate] == max(choice.accuracies.values())
+    assert "speckle_noise" in choice.chosen_on
+    with pytest.raises(ValueError, match=r"a learning rate is chosen on speckle_noise.*not fog"):
+        sweep.choose_learning_rate(
+            *("drift", drifting, rates, PARAMS, batches(("fog",))),
+            *(sweep.Results(tmp_path / "b", {}),),
+        )
+
+
+def test_the_bootstrap_agrees_with_the_textbook():
+    rng = np.random.default_rng(0)
+    flags = rng.random((1000, 2)) < (0.7, 0.6)  # few kinds of pictures
+    values = rng.normal(size=(1000, 2))  # every picture its own
+    for columns in (flags.astype(float), values):
+        means = bootstrap(columns, np.ones_like(columns), 4000)
+        error = columns.std(0) / np.sqrt(len(columns))
+        np.testing.assert_allclose(means.mean(0), columns.mean(0), atol=4 * error.max() / 63)
+        np.testing.assert_allclose(means.std(0), error, rtol=0.05)
+        paired = (columns[:, 0] - columns[:, 1]).std() / np.sqrt(len(columns))
+        np.testing.assert_allclose((means[:, 0] - means[:, 1]).std(), paired, rtol=0.05)
+        low, high = interval(means[:, 0])
+        np.testing.assert_allclose((high - low) / 2, 1.96 * error[0], rtol=0.06)
+
+
+def test_pictures_that_were_not_seen_do_not_count():
+    totals = np.array([[1.0], [0.0], [5.0]])
+    means = bootstrap(totals, np.array([[1.0], [1.0], [0.0]]) * 0 + [[1.0], [1.0], [5.0]])
+    assert np.nanmin(means) >= 0
+    assert np.nanmax(means) <= 1
+
+
+def test_a_killed_script_goes_on_where_it_was(tmp_path):
+    """The real thing: kill -9 in the middle of a stream, then the same command."""
+    command = [sys.executable, str(SCRIPT), "--adapters", "zero_shot", "batclip", "--limit", "60"]
+    command += ["--corruptions", "fog", "brightness", "--batch-size", "5", "--setting", "continual"]
+    environment = os.environ | {"TQDM_DISABLE": "1"}
+
+    def call(folder, every="4", **options):
+        return subprocess.Popen(
+            [*command, "--checkpoint-every", every, "--output", str(tmp_path / folder)],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+            **options,
+        )
+
+    killed = call("cut", start_new_session=True)
+    deadline = time.time() + 240
+    while not list((tmp_path / "cut").glob("checkpoints/*/[0-9]*")):
+        assert killed.poll() is None, "it ended before its first checkpoint"
+        assert time.time() < deadline
+        time.sleep(0.02)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait()
+    assert not list((tmp_path / "cut" / "cells").iterdir())
+    tables = []
+    for folder in ("cut", "whole"):
+        process = call(folder)
+        out, _ = process.communicate()
+        assert process.returncode == 0
+        tables.append((tmp_path / folder / "table.txt").read_text())
+        assert tables[-1].strip() in out
+    assert tables[0] == tables[1]
+    for path in (tmp_path / "whole" / "cells").iterdir():
+        a, b = (
+            json.loads((tmp_path / folder / "cells" / path.name).read_text())["segments"]
+            for folder in ("cut", "whole")
+        )
+        for one, other in zip(a, b, strict=True):
+            assert one["correct"] == other["correct"]
+            for name in ("top1", "top5", "nll", "brier", "ece"):
+                assert one[name] == pytest.approx(other[name], abs=1e-6)
+
+
+def test_states_of_any_shape_survive(tmp_path):
+    """Typed optimiser states with empty nodes come back as they were."""
+    from jaxtta.sweep.checkpoint import Checkpoints
+
+    stream = data.make_streams("mixed", ("fog",), (1,), np.zeros(4, int))[0]
+    import optax
+
+    state = optax.adamw(1e-3).init({"w": jnp.arange(3.0)})
+    moved = jax.tree.map(lambda x: x + 1, state)
+    records = {"a": sweep.Record.empty(stream, 2)}
+    records["a"].seen[:2] = True
+    checkpoints = Checkpoints(tmp_path / "c", 1)
+    checkpoints.save(1, {"a": moved}, records)
+    states, empty = {"a": state}, {"a": sweep.Record.empty(stream, 2)}
+    assert checkpoints.restore(states, empty) == 1
+    jax.tree.map(np.testing.assert_array_equal, states["a"], moved)
+    assert jax.tree.structure(states["a"]) == jax.tree.structure(moved)
+    np.testing.assert_array_equal(empty["a"].seen, [True, True, False, False])
+    assert checkpoints.restore({"b": state}, empty) == 0
