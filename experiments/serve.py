@@ -7,9 +7,10 @@ sees `--batch-size` pictures at a time and answers before it adapts to them; a l
 not full is padded. `--class-names` and `--model` default to the embedded model and its ten classes.
 
 What to expect of small batches: TENT's and BATCLIP's losses are averages over a batch. Of one
-picture BATCLIP sees one class, and has nothing to separate it from; its learning rate belongs to
-batches of 64 and more. `--learning-rate` sets another. A step whose loss or update is not finite
-is not taken, and the line says so.
+picture BATCLIP sees one class and has nothing to separate it from: at a learning rate of 1e-3 it
+lost 21 points on the embedded model, and TENT 3; from four pictures a batch on BATCLIP gained (the
+table is in the README). Serve single pictures with zero_shot. A step whose loss or update is not
+finite is not taken, and the line says so.
 """
 
 import dataclasses

@@ -54,6 +54,14 @@ def test_every_corruption_is_repeatable_and_keeps_its_hands_off_global_state(nam
     np.testing.assert_array_equal(first, data.corrupt(image, name, 3, seed=5))
 
 
+def test_spatter_without_a_drop_leaves_the_picture_as_it_is():
+    """The library divides by the largest drop, and makes a black picture of none."""
+    image = np.full((32, 32, 3), 120, np.uint8)
+    spattered = [data.corrupt(image, "spatter", 1, seed) for seed in range(60)]
+    assert min(picture.mean() for picture in spattered) > 60
+    assert any(np.array_equal(picture, image) for picture in spattered)
+
+
 def test_pictures_have_seeds_of_their_own():
     seeds = {
         picture_seed(s, name, severity, number)

@@ -81,33 +81,25 @@ def test_accuracies_equal_the_reference(shared, tmp_path):
         archive.extractall(tmp_path)
     folder = tmp_path / "cifar10-c-severity5/test"
     model, params = clip.load(shared / "weights/tiny-clip-cifar10")
-    names = [
-        "airplane",
-        "automobile",
-        "bird",
-        "cat",
-        "deer",
-        "dog",
-        "frog",
-        "horse",
-        "ship",
-        "truck",
-    ]
+    names = data.CIFAR10_CLASSES
     source = data.corrupted_arrays(folder, model.preprocessing, names)
     task = clip.zero_shot_task(model, names)
-    rows = sweep.run(
+    streams = data.make_streams(
+        "reset_each_shift", tuple(expected), (0,), source.labels, order="stored"
+    )
+    cells = sweep.run(
         {
             "zero_shot": adapters.zero_shot(model, task),
             "batclip": adapters.batclip(model, task, optax.adamw(1e-3, weight_decay=1e-2)),
         },
         params,
-        data.Batches(source, tuple(expected), np.arange(2000), 100),
-        finished=print,
+        data.Batches(source, tuple(streams), 100),
+        sweep.Results(tmp_path / "results", {}),
         workers=0,
         progress=False,
     )
-    ours = {(row["adapter"], row["corruption"]): 100 * row["top1"] for row in rows}
-    print(sweep.table(rows))
+    ours = {(cell["adapter"], cell["stream"]): 100 * cell["segments"][0]["top1"] for cell in cells}
+    print(sweep.table(cells))
     for corruption, (zero_shot, _) in expected.items():
         assert ours["zero_shot", corruption] == pytest.approx(zero_shot, abs=0.3), corruption
     common = [name for name in expected if name != "clean"]

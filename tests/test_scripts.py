@@ -152,7 +152,7 @@ def test_a_step_with_a_nan_loss_is_skipped_counted_and_named(run_script, tmp_pat
             "unknown adapter 'tnet', expected one of zero_shot, tent",
         ),
         (["--corruptions", "rain"], "unknown corruption 'rain', expected one of gaussian_noise"),
-        (["--corruptions", "fog", "fog"], "--corruptions needs one or more different names"),
+        (["--corruptions", "fog", "fog"], "--corruptions needs one or more different values"),
         (["--severities", "9"], "severity is 9, expected 1 to 5"),
         (["--batch-size", "0"], "--batch-size is 0, expected at least 1"),
         (["--limit", "0"], "limit is 0"),
@@ -167,7 +167,7 @@ def test_a_step_with_a_nan_loss_is_skipped_counted_and_named(run_script, tmp_pat
         (["--setting", "gradual", "--severities", "7"], "gradual takes severities 1 to 5"),
         (["--model", "/nowhere/model"], "is neither a folder here nor a model"),
         (["--model", str(GOLDEN / "tiny-clip")], "has no tokenizer"),
-        (["--class-names", "cat", "dog"], "2 class names for 10 class folders"),
+        (["--class-names", "cat", "dog"], "2 class names for 10 classes"),
         (["--layout", "arrays", "--data", "/nowhere", "--class-names", "a", "b"], "/nowhere"),
     ],
 )
