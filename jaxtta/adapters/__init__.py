@@ -4,18 +4,26 @@ from jaxtta.adapters.base import Adapter, Prediction, Preset, State
 from jaxtta.adapters.batclip import BATCLIP_PRESETS, adam_l2, batclip
 from jaxtta.adapters.online import online
 from jaxtta.adapters.tent import TENT_PRESETS, tent
+from jaxtta.adapters.tnt import TNT_PRESETS, Tuned, Tuning, load_noise, save_noise, tnt, tune
 from jaxtta.adapters.zero_shot import zero_shot
 
 __all__ = [
     "BATCLIP_PRESETS",
     "TENT_PRESETS",
+    "TNT_PRESETS",
     "Adapter",
     "Prediction",
     "Preset",
     "State",
+    "Tuned",
+    "Tuning",
     "adam_l2",
     "batclip",
+    "load_noise",
     "online",
+    "save_noise",
     "tent",
+    "tnt",
+    "tune",
     "zero_shot",
 ]

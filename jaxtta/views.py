@@ -1,0 +1,201 @@
+"""Augmented views of pictures, cut from the originals on the device.
+
+    crops = random_resized_crops(key, original, size, 64, 224)     # (64, 224, 224, 3) in [0, 1]
+
+An original is a corner of a padded canvas: (height, width, 3) with `size` (2,), its true height and
+width, so that pictures of any size share one compiled program. Every view is a crop and a resize
+in one: two small matrix products, with the antialiased kernels of PIL, which widen as the picture
+shrinks and see nothing beyond the crop.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+TRIES = 10  # crops drawn before one in the centre is taken, as usual
+
+
+class Box(NamedTuple):
+    """Part of a picture, in pixels; scalars or arrays of one shape.
+
+    Attributes:
+        top: first row.
+        left: first column.
+        height: rows.
+        width: columns.
+    """
+
+    top: Array
+    left: Array
+    height: Array
+    width: Array
+
+
+def _triangle(x: Array) -> Array:
+    return jnp.maximum(1 - jnp.abs(x), 0)
+
+
+def _cubic(x: Array) -> Array:  # Keys' kernel with a = −1/2, as PIL has it
+    x = jnp.abs(x)
+    near = (1.5 * x - 2.5) * x * x + 1
+    far = ((-0.5 * x + 2.5) * x - 4) * x + 2
+    return jnp.where(x < 1, near, jnp.where(x < 2, far, 0))
+
+
+KERNELS = {"bilinear": (_triangle, 1.0), "bicubic": (_cubic, 2.0)}
+"""The function and how far it reaches, in pixels of the result."""
+
+
+def resampling(
+    canvas: int, out: int, start: Array, length: Array, first: Array, step: Array, kernel: str
+) -> Array:
+    """The matrix that resamples one axis.
+
+    Args:
+        canvas: length of the axis.
+        out: length of the result.
+        start: () first sample that may be read.
+        length: () how many may be read.
+        first: () where the first pixel of the result begins, in samples.
+        step: () samples a pixel of the result.
+        kernel: a key of `KERNELS`.
+
+    Returns:
+        (out, canvas), rows of sum 1.
+    """
+    function, reach = KERNELS[kernel]
+    samples = jnp.arange(canvas)
+    centres = first + (jnp.arange(out) + 0.5) * step
+    width = jnp.maximum(step, 1.0)
+    weights = function((samples + 0.5 - centres[:, None]) / width)
+    inside = (samples >= start) & (samples < start + length)
+    # PIL rounds the ends of the kernel's support to whole samples.
+    low = jnp.floor(centres - reach * width + 0.5)[:, None]
+    high = jnp.floor(centres + reach * width + 0.5)[:, None]
+    weights = jnp.where(inside & (samples >= low) & (samples < high), weights, 0.0)
+    return weights / weights.sum(-1, keepdims=True)
+
+
+def crop_and_resize(picture: Array, box: Box, out: int, flip: Array | bool = False) -> Array:
+    """Cut a box out of a picture and resize it, bilinear with antialiasing.
+
+    Args:
+        picture: (height, width, 3) float.
+        box: what to cut, scalars.
+        out: side of the result.
+        flip: () whether to mirror left and right.
+
+    Returns:
+        (out, out, 3).
+    """
+    rows = resampling(
+        picture.shape[0], out, box.top, box.height, box.top, box.height / out, "bilinear"
+    )
+    columns = resampling(
+        picture.shape[1], out, box.left, box.width, box.left, box.width / out, "bilinear"
+    )
+    columns = jnp.where(flip, columns[::-1], columns)
+    return jnp.einsum("oh,hwc,pw->opc", rows, picture, columns)
+
+
+def plain(picture: Array, size: Array, out: int, resize: int | None = None) -> Array:
+    """The plain preprocessing: shorter side to `resize`, bicubic, then the centre.
+
+    Args:
+        picture: (height, width, 3) float in [0, 1].
+        size: (2,) true height and width.
+        out: side of the result.
+        resize: length of the shorter side before the crop; None for `out`.
+
+    Returns:
+        (out, out, 3) in [0, 1].
+    """
+    size = size.astype(jnp.float32)
+    shorter = resize or out
+    # As PIL-based preprocessing rounds: the longer side down, the crop's corner down.
+    resized = jnp.floor(shorter * size / size.min() + 1e-4)
+
+    def axis(number: int) -> Array:
+        step = size[number] / resized[number]
+        corner = jnp.floor((resized[number] - out) / 2)
+        return resampling(
+            picture.shape[number], out, 0.0, size[number], corner * step, step, "bicubic"
+        )
+
+    return jnp.einsum("oh,hwc,pw->opc", axis(0), picture, axis(1)).clip(0, 1)
+
+
+def random_boxes(
+    key: Array,
+    size: Array,
+    count: int,
+    scale: tuple[float, float] = (0.08, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> Box:
+    """Draw boxes as random resized crops do.
+
+    Args:
+        key: PRNG key.
+        size: (2,) true height and width.
+        count: how many.
+        scale: least and greatest share of the area.
+        ratio: least and greatest width over height; drawn uniformly in the logarithm.
+
+    Returns:
+        Boxes with arrays (count,); where ten draws do not fit, one in the centre.
+    """
+    height, width = size.astype(jnp.float32)
+    keys = jax.random.split(key, 4)
+    shape = (count, TRIES)
+    area = height * width * jax.random.uniform(keys[0], shape, minval=scale[0], maxval=scale[1])
+    low, high = jnp.log(ratio[0]), jnp.log(ratio[1])
+    aspect = jnp.exp(jax.random.uniform(keys[1], shape, minval=low, maxval=high))
+    h, w = jnp.round(jnp.sqrt(area / aspect)), jnp.round(jnp.sqrt(area * aspect))
+    fits = (h > 0) & (w > 0) & (h <= height) & (w <= width)
+    # The whole picture, or as much of it as the ratio allows.
+    fallback_w = jnp.minimum(width, jnp.round(height * ratio[1]))
+    fallback_h = jnp.minimum(height, jnp.round(width / ratio[0]))
+    chosen = jnp.argmax(fits, -1)[:, None]
+    found = fits.any(-1)
+    h = jnp.where(found, jnp.take_along_axis(h, chosen, 1)[:, 0], fallback_h)
+    w = jnp.where(found, jnp.take_along_axis(w, chosen, 1)[:, 0], fallback_w)
+    top, left = (
+        jnp.where(
+            found,
+            jnp.floor(jax.random.uniform(k, (count,)) * (side - x + 1)),
+            jnp.floor((side - x) / 2),
+        )
+        for k, side, x in ((keys[2], height, h), (keys[3], width, w))
+    )
+    return Box(top, left, h, w)
+
+
+def random_resized_crops(
+    key: Array,
+    picture: Array,
+    size: Array,
+    count: int,
+    out: int,
+    scale: tuple[float, float] = (0.08, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> Array:
+    """Cut random boxes, resize them and mirror half of them.
+
+    Args:
+        key: PRNG key; the same key, the same views.
+        picture: (height, width, 3) float in [0, 1].
+        size: (2,) true height and width.
+        count: how many views.
+        out: side of a view.
+        scale: least and greatest share of the area.
+        ratio: least and greatest width over height.
+
+    Returns:
+        (count, out, out, 3) in [0, 1].
+    """
+    box_key, flip_key = jax.random.split(key)
+    boxes = random_boxes(box_key, size, count, scale, ratio)
+    flips = jax.random.bernoulli(flip_key, shape=(count,))
+    return jax.vmap(crop_and_resize, (None, 0, None, 0))(picture, boxes, out, flips)

@@ -1,0 +1,192 @@
+"""TNT against the published code's numbers, and the laws that it keeps."""
+
+import dataclasses
+import json
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import golden
+
+import jaxtta
+from jaxtta.adapters import TNT_PRESETS, Tuning, load_noise, save_noise, tnt, tune
+from jaxtta.adapters.tnt import inter_view_distance, marginal_entropy
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return golden("tnt")
+
+
+@pytest.fixture(scope="module")
+def setup(tiny, reference):
+    model, params = tiny
+    task = jaxtta.clip.task_from_token_ids(reference["token_ids"])
+    classes = model.class_embeddings(params, model.prompts(task))
+
+    def embed(params, pictures):
+        return model.encode_image(params, model.normalize(pictures))
+
+    return embed, params, classes, jnp.exp(params["logit_scale"])
+
+
+def tuning_of(reference, **changes):
+    meta = json.loads(str(reference["meta"]))
+    return Tuning(
+        views=20,
+        steps=meta["steps"],
+        select_fraction=meta["select_fraction"],
+        vote_fraction=meta["vote_fraction"],
+        entropy_weight=meta["entropy_weight"],
+        learning_rate=meta["lr"],
+        epsilon=meta["eps"],
+        temperature=meta["paper_temperature"],
+        **changes,
+    )
+
+
+def test_equal_to_the_published_code(setup, reference):
+    def run(tuning):
+        return jax.jit(
+            jax.vmap(lambda views, noise: tune(*setup, views, noise, tuning)),
+        )(reference["views"], reference["noise_init"])
+
+    tuned = run(tuning_of(reference))
+    wrong = np.abs(tuned.noise_steps - reference["noise_steps"]) > 1e-7
+    assert wrong.mean() <= 0.005
+    np.testing.assert_allclose(tuned.losses, reference["losses"], atol=1e-4)
+    for name in ("selected", "voting"):
+        ours, theirs = np.sort(getattr(tuned, name), -1), np.sort(reference[name], -1)
+        np.testing.assert_array_equal(ours, theirs)
+    np.testing.assert_allclose(tuned.logits, reference["adapted_logits"], atol=5e-3)
+    paper = np.exp(tuned.log_probabilities)
+    np.testing.assert_allclose(paper, reference["paper_probs"], atol=5e-3)
+    code = run(dataclasses.replace(tuning_of(reference), temperature="code"))
+    np.testing.assert_allclose(np.exp(code.log_probabilities), reference["code_probs"], atol=5e-3)
+
+
+@hypothesis.given(
+    st.integers(2, 12), st.floats(0.05, 1), st.integers(1, 3), st.integers(0, 2**31 - 1)
+)
+@hypothesis.settings(max_examples=5)
+def test_selecting_first_changes_nothing(setup, count, fraction, steps, seed):
+    view_key, noise_key = jax.random.split(jax.random.key(seed))
+    views = jax.random.uniform(view_key, (count, 32, 32, 3))
+    noise = jax.random.normal(noise_key, (32, 32, 3)).clip(-1 / 255, 1 / 255)
+    tuning = Tuning(views=count, steps=steps, select_fraction=fraction)
+    few, all_ = (
+        jax.jit(lambda s=select: tune(*setup, views, noise, tuning, s))()
+        for select in (True, False)
+    )
+    # A gradient that is rounding noise has a sign of its own.
+    assert np.mean(np.abs(few.noise - all_.noise) > 1e-7) <= 0.005
+    np.testing.assert_array_equal(few.selected, all_.selected)
+    np.testing.assert_allclose(few.losses, all_.losses, atol=1e-4)
+
+
+def test_pictures_of_a_batch_know_nothing_of_each_other(tiny):
+    model, params = tiny
+    task = jaxtta.clip.task_from_token_ids(golden("tnt")["token_ids"])
+    images = jax.random.uniform(jax.random.key(1), (4, 32, 32, 3))
+    index, mask = jnp.arange(4), jnp.ones(4, bool)
+
+    def predict(pictures, chosen):
+        adapter = tnt(model, task, Tuning(views=6, pictures=pictures))
+        batch = jaxtta.Batch(images[chosen], mask[chosen], index[chosen])
+        return jax.jit(adapter.step)(params, adapter.init(params), batch)[1].logits
+
+    together = predict(1, slice(0, 4))
+    np.testing.assert_allclose(jnp.exp(together).sum(-1), 1, atol=1e-5)
+    for pictures in (2, 3, 8):
+        np.testing.assert_allclose(predict(pictures, slice(0, 4)), together, atol=2e-3)
+    for number in range(2):
+        alone = predict(1, slice(number, number + 1))
+        np.testing.assert_allclose(alone[0], together[number], atol=2e-3)
+
+
+def test_a_map_is_carried_saved_frozen_and_refreshed(tiny, tmp_path):
+    model, params = tiny
+    task = jaxtta.clip.task_from_token_ids(golden("tnt")["token_ids"])
+    images = jax.random.uniform(jax.random.key(1), (3, 32, 32, 3))
+    tuning = Tuning(views=4, carry=True)
+    carrying = tnt(model, task, tuning)
+    state = carrying.init(params)
+    first = state.noise
+    state, _ = jax.jit(carrying.step)(params, state, images)
+    assert np.abs(state.noise - first).max() > 0
+    assert np.abs(state.noise).max() <= tuning.epsilon
+    # picture by picture is the same as in one batch
+    single = carrying.init(params)
+    for number in range(3):
+        single, _ = jax.jit(carrying.step)(params, single, images[number : number + 1])
+    assert np.mean(np.abs(single.noise - state.noise) > 1e-7) <= 0.005
+    # padding leaves the map alone
+    masked = jaxtta.Batch(images, np.zeros(3, bool), np.arange(3))
+    again, _ = jax.jit(carrying.step)(params, state, masked)
+    np.testing.assert_array_equal(again.noise, state.noise)
+
+    save_noise(tmp_path / "camera.safetensors", state.noise, tuning)
+    noise, settings = load_noise(tmp_path / "camera.safetensors")
+    assert settings == tuning
+    frozen = tnt(model, task, Tuning(views=1, steps=0), noise=noise)
+    kept, prediction = jax.jit(frozen.step)(params, frozen.init(params), images)
+    np.testing.assert_array_equal(kept.noise, noise)
+    adapted = model.normalize(jnp.clip(images + noise, 0, 1))
+    cosines = jaxtta.clip.unit(model.encode_image(params, adapted)) @ kept.classes.T
+    expected = jax.nn.log_softmax(cosines / 7e-3)
+    np.testing.assert_allclose(prediction.logits, expected, atol=1e-3)
+    refreshed, _ = jax.jit(carrying.step)(params, kept, images)
+    assert np.abs(refreshed.noise - noise).max() > 0
+
+
+def test_on_parameters_that_another_adapter_adapted(tiny):
+    model, params = tiny
+    task = jaxtta.clip.task_from_token_ids(golden("tnt")["token_ids"])
+    images = jax.random.uniform(jax.random.key(1), (3, 32, 32, 3))
+    first = jaxtta.adapters.batclip(model, task)
+    state, _ = first.step(params, first.init(params), images)
+    adapted = jaxtta.tree.merge(params, state.adapted)
+    adapter = tnt(model, task, Tuning(views=4))
+    outputs = [
+        jax.jit(adapter.step)(p, adapter.init(p), images)[1].logits for p in (params, adapted)
+    ]
+    assert np.abs(outputs[0] - outputs[1]).max() > 1e-3
+
+
+def test_terms_where_views_agree():
+    one = jnp.ones((1, 4)) / 2
+    assert float(inter_view_distance(one)) == 0
+    same = jnp.concatenate([one, one])
+    assert float(inter_view_distance(same)) == 0
+    assert np.all(np.isfinite(jax.grad(inter_view_distance)(same)))
+    assert float(marginal_entropy(jnp.zeros((3, 8)))) == pytest.approx(np.log(8), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"views": 0}, "views is 0, expected at least 1"),
+        ({"select_fraction": 0.0}, "select_fraction is 0.0, expected above 0 and at most 1"),
+        ({"vote_fraction": 1.5}, "vote_fraction is 1.5"),
+        ({"epsilon": -1 / 255}, "epsilon is -0.0039.*, expected a positive number"),
+        ({"temperature": 0.0}, "temperature is 0.0, expected a positive number"),
+    ],
+)
+def test_settings_that_make_no_sense(options, message):
+    with pytest.raises(ValueError, match=message):
+        Tuning(**options)
+
+
+def test_bad_maps_are_refused(tiny, tmp_path):
+    model, _ = tiny
+    task = jaxtta.clip.task_from_token_ids(golden("tnt")["token_ids"])
+    with pytest.raises(ValueError, match=r"shape \(16, 16, 3\), expected \(32, 32, 3\)"):
+        tnt(model, task, TNT_PRESETS["code"], noise=np.zeros((16, 16, 3)))
+    with pytest.raises(FileNotFoundError, match="nothing: no such file"):
+        load_noise(tmp_path / "nothing")
+    (tmp_path / "odd").write_text("no noise")
+    with pytest.raises(ValueError, match="odd: holds no noise map"):
+        load_noise(tmp_path / "odd")
