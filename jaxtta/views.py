@@ -100,28 +100,38 @@ def crop_and_resize(picture: Array, box: Box, out: int, flip: Array | bool = Fal
     return jnp.einsum("oh,hwc,pw->opc", rows, picture, columns)
 
 
-def plain(picture: Array, size: Array, out: int, resize: int | None = None) -> Array:
-    """The plain preprocessing: shorter side to `resize`, bicubic, then the centre.
+def plain(
+    picture: Array,
+    size: Array,
+    out: int,
+    resize: int | tuple[int, int] | None = None,
+    kernel: str = "bicubic",
+) -> Array:
+    """The plain preprocessing: resize, then the centre.
 
     Args:
         picture: (height, width, 3) float in [0, 1].
         size: (2,) true height and width.
         out: side of the result.
-        resize: length of the shorter side before the crop; None for `out`.
+        resize: length of the shorter side, or (height, width), before the crop; None for no resize.
+        kernel: a key of `KERNELS`.
 
     Returns:
         (out, out, 3) in [0, 1].
     """
     size = size.astype(jnp.float32)
-    shorter = resize or out
-    # As PIL-based preprocessing rounds: the longer side down, the crop's corner down.
-    resized = jnp.floor(shorter * size / size.min() + 1e-4)
+    if resize is None:
+        resized = size
+    elif isinstance(resize, tuple):
+        resized = jnp.array(resize, jnp.float32)
+    else:  # as PIL-based preprocessing rounds: the longer side down
+        resized = jnp.floor(resize * size / size.min() + 1e-4)
 
     def axis(number: int) -> Array:
         step = size[number] / resized[number]
         corner = jnp.floor((resized[number] - out) / 2)
         return resampling(
-            picture.shape[number], out, 0.0, size[number], corner * step, step, "bicubic"
+            picture.shape[number], out, 0.0, size[number], corner * step, step, kernel
         )
 
     return jnp.einsum("oh,hwc,pw->opc", axis(0), picture, axis(1)).clip(0, 1)

@@ -246,7 +246,13 @@ def tnt(
     References:
         https://arxiv.org/abs/2502.06019
     """
-    side = model.preprocessing.image_size
+    side, resize = model.preprocessing.image_size, model.preprocessing.resize
+    kernel = {2: "bilinear", 3: "bicubic"}.get(model.preprocessing.resample)
+    if kernel is None:
+        raise ValueError(
+            f"the checkpoint resizes with PIL's filter {model.preprocessing.resample}; views are cut "
+            "with 2 (bilinear) or 3 (bicubic)"
+        )
     if noise is not None and jnp.shape(noise) != (side, side, 3):
         raise ValueError(
             f"a noise map of shape {jnp.shape(noise)}, expected {(side, side, 3)} for this model"
@@ -281,7 +287,9 @@ def tnt(
             noise_key, view_key = jax.random.split(jax.random.fold_in(key, index))
             start = draw(noise_key) if own_map else noise
             original = _float(image)
-            first = cut.plain(original, size, side) if batch.sizes is not None else original
+            first = original
+            if batch.sizes is not None:
+                first = cut.plain(original, size, side, resize, kernel)
             others = cut.random_resized_crops(
                 view_key, original, size, tuning.views - 1, side, tuning.scale, tuning.ratio
             )

@@ -17,6 +17,7 @@ from jaxtta.sweep.report import BASELINE, NONE, Entry, Summary
 from jaxtta.sweep.results import Cell, whole
 
 SMALL = 128
+MANY = 4
 NAMED = 5
 CAPTIONS = {
     "accuracy": (
@@ -26,8 +27,8 @@ CAPTIONS = {
     ),
     "running": (
         "Accuracy along the stream",
-        "Share of right answers among all pictures so far. A line that bends down is an adapter "
-        "that loses its way; the first pictures swing by chance.",
+        "Share of right answers among all pictures so far; the first pictures swing by chance. "
+        "A gain that falls along the stream is an adapter that loses its way.",
     ),
     "severity": (
         "Accuracy by severity",
@@ -77,6 +78,7 @@ figure { margin: .6rem 0; }
 figcaption { font-size: .9rem; color: var(--soft); overflow-wrap: anywhere; }
 summary { cursor: pointer; font-size: 1.2rem; font-weight: bold; margin: 2.2rem 0 .5rem; }
 details td { white-space: pre-wrap; overflow-wrap: anywhere; }
+.many .interval { display: block; }
 @media (max-width: 40rem) { .interval { display: block; } }
 @media print { body { max-width: none; padding: 0; font-size: 10pt; }
   figure, tr, .answer { break-inside: avoid; } h2 { break-after: avoid; }
@@ -232,7 +234,9 @@ def _table(
         for name, texts in group:
             columns = "".join(f"<td>{text}</td>" for text in texts)
             lines.append(f'<tr{kind}><th scope="row">{escape(name)}</th>{columns}</tr>')
-    return '<div class="wide"><table><thead>' + "\n".join(lines) + "</tbody></table></div>"
+    kind = "wide many" if len(heads) > MANY else "wide"
+    body = "\n".join(lines)
+    return f'<div class="{kind}"><table><thead>{body}</tbody></table></div>'
 
 
 def _plot(name: str, figure: Figure, baseline: str) -> str:

@@ -51,7 +51,8 @@ def bars(cells: Sequence[Cell], title: str = "", baseline: str = BASELINE) -> Fi
         columns.append(("mean", summary.means))
     count = len(summary.adapters)
     figure = Figure(
-        figsize=(max(6.0, (0.3 + 0.16 * count) * len(columns) + 1), 4.2), layout="constrained"
+        figsize=(np.clip((0.25 + 0.14 * count) * len(columns) + 1, 6, 12), 4.2),
+        layout="constrained",
     )
     axes = figure.subplots()
     places, width = np.arange(len(columns)), 0.8 / count
@@ -84,14 +85,14 @@ def bars(cells: Sequence[Cell], title: str = "", baseline: str = BASELINE) -> Fi
 
 
 def running(cells: Sequence[Cell], title: str = "", baseline: str = BASELINE) -> Figure:
-    """Draw accuracy so far along the stream.
+    """Draw accuracy so far along the stream, and below it the gain so far over the baseline.
 
-    Streams of one segment are averaged; each longer one has its panel, with its segments marked.
+    Streams of one segment are averaged; each longer one has its panels, with its segments marked.
 
     Args:
         cells: of one sweep.
         title: stands above.
-        baseline: the adapter drawn in grey.
+        baseline: the adapter that gains are counted from, if it is there.
 
     Returns:
         The figure.
@@ -100,44 +101,64 @@ def running(cells: Sequence[Cell], title: str = "", baseline: str = BASELINE) ->
     for cell in cells:
         name = cell["stream"] if len(cell["segments"]) > 1 else ""
         groups.setdefault(name, []).append(cell)
-    figure = Figure(figsize=(9, 4.2 * len(groups)), layout="constrained")
-    panels = figure.subplots(len(groups), squeeze=False)[:, 0]
-    for axes, (name, members) in zip(panels, groups.items(), strict=True):
-        late = []
+    adapters = {cell["adapter"] for cell in cells}
+    kinds = 2 if baseline in adapters and len(adapters) > 1 else 1
+    figure = Figure(figsize=(9, (1.2 + 2.5 * kinds) * len(groups)), layout="constrained")
+    grid = figure.subplots(len(groups) * kinds, squeeze=False)[:, 0].reshape(-1, kinds)
+    for panels, (name, members) in zip(grid, groups.items(), strict=True):
+        curves = _mean_curves(members)
+        base = curves.get(baseline)
         for adapter, (colour, dashes) in styles(cells, baseline).items():
-            curve = _mean_curve([c["running"] for c in members if c["adapter"] == adapter])
-            if curve is None:
+            if adapter not in curves:
                 continue
-            axes.plot(*curve, color=colour, linestyle=dashes, linewidth=1.8, label=_label(adapter))
-            late.append(curve[1][len(curve[1]) // 20 :])
-        if late:  # the first few pictures swing from 0 to 100 %: they shall not set the scale
-            low, high = np.min(late), np.max(late)
-            margin = 0.08 * (high - low) + 0.5
-            axes.set_ylim(low - margin, high + margin)
-        axes.set_ylabel("top-1 accuracy so far (%)")
-        axes.set_xlabel("pictures seen since the start of the stream")
-        if name:
-            _mark_segments(axes, members[0])
-            if len(groups) > 1:
-                axes.set_title(_label(name), loc="left", fontsize=10)
-    _finish(figure, panels, title)
+            places, heights = curves[adapter]
+            look = {"color": colour, "linestyle": dashes, "linewidth": 1.8}
+            panels[0].plot(places, heights, label=_label(adapter), **look)
+            if kinds > 1 and base is not None:
+                panels[1].plot(places, heights - base[1], **look)
+        panels[0].set_ylabel("accuracy so far (%)")
+        if kinds > 1:
+            panels[1].set_ylabel(f"gain over {_label(baseline)}\n(points)")
+        for axes in panels:
+            _fit(axes)
+            _mark_segments(axes, members[0], named=axes is panels[0])
+        panels[-1].set_xlabel("pictures seen since the start of the stream")
+        if len(groups) > 1:
+            panels[0].set_title(_label(name), loc="left", fontsize=10)
+    _finish(figure, list(grid.flat), title)
     return figure
 
 
-def _mean_curve(
-    curves: Sequence[Sequence[Sequence[float]]],
-) -> tuple[np.ndarray, np.ndarray] | None:
-    """Average curves whose points lie at slightly different numbers of pictures."""
-    arrays = [np.asarray(curve, float) for curve in curves if len(curve)]
-    if not arrays:
-        return None
-    start, stop = max(c[0, 0] for c in arrays), min(c[-1, 0] for c in arrays)
+def _fit(axes: Axes) -> None:
+    """Fit the scale to what comes after the first pictures, which swing from 0 to 100 %."""
+    late = [line.get_ydata()[len(line.get_ydata()) // 10 :] for line in axes.lines]
+    if late:
+        low, high = min(map(np.min, late)), max(map(np.max, late))
+        margin = 0.08 * (high - low) + 0.3
+        axes.set_ylim(low - margin, high + margin)
+
+
+def _mean_curves(cells: Sequence[Cell]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Each adapter's average curve, all over the same numbers of pictures."""
+    curves: dict[str, list[np.ndarray]] = {}
+    for cell in cells:
+        if cell["running"]:
+            curves.setdefault(cell["adapter"], []).append(np.asarray(cell["running"], float))
+    if not curves:
+        return {}
+    every = [curve for own in curves.values() for curve in own]
+    # Unreadable pictures make some streams shorter than others.
+    start, stop = max(c[0, 0] for c in every), min(c[-1, 0] for c in every)
     places = np.linspace(start, max(start, stop), 200)
-    return places, 100 * np.mean([np.interp(places, *curve.T) for curve in arrays], axis=0)
+    return {
+        name: (places, 100 * np.mean([np.interp(places, *curve.T) for curve in own], axis=0))
+        for name, own in curves.items()
+    }
 
 
-def _mark_segments(axes: Axes, cell: Cell) -> None:
-    if cell["setting"] == "mixed":  # its segments do not follow one another
+def _mark_segments(axes: Axes, cell: Cell, *, named: bool) -> None:
+    # The segments of a mixed stream do not follow one another.
+    if cell["setting"] == "mixed" or len(cell["segments"]) == 1:
         return
     edges, names = [0], []
     for segment in cell["segments"]:
@@ -148,7 +169,9 @@ def _mark_segments(axes: Axes, cell: Cell) -> None:
             edges.append(edges[-1] + segment["pictures"])
     for edge in edges[1:-1]:
         axes.axvline(edge, color="0.75", linewidth=0.8, zorder=0)
-    axes.set_xlim(0, edges[-1])
+    axes.set_xlim(0, max(edges[-1], 1))
+    if not named:
+        return
     top = axes.secondary_xaxis("top")
     middles = (np.asarray(edges[1:]) + edges[:-1]) / 2
     top.set_xticks(middles, map(_label, names), rotation=40, ha="left", fontsize=8)
@@ -169,7 +192,7 @@ def reliability(cells: Sequence[Cell], title: str = "", baseline: str = BASELINE
     styled = styles(cells, baseline)
     columns = min(len(styled), 4)
     rows = math.ceil(len(styled) / columns)
-    figure = Figure(figsize=(2.8 * columns + 0.6, 2.9 * rows + 0.3), layout="constrained")
+    figure = Figure(figsize=(2.6 * columns + 0.6, 3.2 * rows), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     for axes, (adapter, (colour, _)) in zip(panels.flat, styled.items(), strict=False):
         count, confidence, right = _pooled_bins(cells, adapter)
@@ -185,7 +208,7 @@ def reliability(cells: Sequence[Cell], title: str = "", baseline: str = BASELINE
         ece = average(cells, adapter, "ece", averaged_corruptions(cells))
         text = "" if ece is None else f"\nmean ECE {100 * ece:.1f} %"
         axes.set_title(_label(adapter) + text, fontsize=10)
-        axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", xlabel="confidence")
+        axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", box_aspect=1)
     for axes in panels[:, 0]:
         axes.set_ylabel("share that is right")
     for axes in panels.flat[len(styled) :]:
@@ -227,8 +250,8 @@ def severity_curves(
     panels = {"mean": names} | {name: [name] for name in names if len(names) > 1}
     columns = min(len(panels), 4)
     rows = math.ceil(len(panels) / columns)
-    figure = Figure(figsize=(2.4 * columns + 1.2, 2.1 * rows + 0.8), layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    figure = Figure(figsize=(2.4 * columns + 1.2, 2.3 * rows + 0.8), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False, sharey=True)
     at = {severity: _at_severity(cells, severity) for severity in shown}
     for axes, (panel, members) in zip(grid.flat, panels.items(), strict=False):
         for adapter, (colour, dashes) in styles(cells, baseline).items():
@@ -246,9 +269,9 @@ def severity_curves(
         axes.set_title(_label(names[0] if only else panel), fontsize=9)
         axes.title.set_fontweight("bold" if panel == "mean" and not only else "normal")
         axes.set_xticks(shown)
+        axes.set_xlabel("severity", fontsize=9)
     for axes in grid.flat[len(panels) :]:
         axes.set_visible(False)
-    figure.supxlabel("severity", fontsize=10)
     figure.supylabel("top-1 accuracy (%)", fontsize=10)
     _finish(figure, list(grid.flat), title)
     return figure

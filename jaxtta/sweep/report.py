@@ -258,20 +258,17 @@ def answer_from(summary: Summary) -> str:
             f"every adapter is worse than {base} with {share:.2f} %: the nearest, {best}, gets "
             f"{entry.top1:.2f} %, {figures}"
         )
-    counts = "; ".join(_counts(summary, name) for name in summary.rivals)
+    counts = ", ".join(_counts(summary, name) for name in summary.rivals)
     noun = "corruption" if count == 1 else "corruptions"
-    return f"{where}, {said}. Of {count} {noun}, {counts}."
+    return f"{where}, {said}. Significant differences from {base} on {count} {noun}: {counts}."
 
 
 def _counts(summary: Summary, adapter: str) -> str:
     verdicts = [summary.entries[name, adapter].verdict for name in summary.averaged]
-    text = (
-        f"{adapter} is significantly better than {summary.baseline} on {verdicts.count(1)} and "
-        f"worse on {verdicts.count(-1)}"
-    )
+    text = f"{adapter} better on {verdicts.count(1)} and worse on {verdicts.count(-1)}"
     clean = summary.entries.get((CLEAN, adapter))
     if CLEAN not in summary.averaged and clean is not None and clean.verdict:
-        text += f" (and {'better' if clean.verdict > 0 else 'worse'} on clean pictures)"
+        text += f" (clean pictures: {'better' if clean.verdict > 0 else 'worse'})"
     return text
 
 
