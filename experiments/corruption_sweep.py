@@ -20,6 +20,7 @@ The same command again computes only what is missing. Other pictures and models:
 """
 
 import dataclasses
+import hashlib
 import math
 import platform
 from importlib.metadata import version
@@ -37,8 +38,14 @@ from jaxtta.adapters import BATCLIP_PRESETS, TENT_PRESETS
 from jaxtta.data import COMMON
 
 ADAPTERS = ("zero_shot", "tent", "batclip")
-ELSEWHERE = ("output", "worker", "workers", "checkpoint_every", "save_predictions", "debug")
-"""Options that change no figure, so that a run may go on with others."""
+LEFT_OUT = (
+    *("output", "worker", "workers", "checkpoint_every", "save_predictions", "debug"),
+    *("adapters", "seeds"),  # which cells there are, not what is in them
+    *("learning_rate", "choose_learning_rate", "validation"),  # an adapter's own
+    *("data", "model", "class_names"),  # places; what was found there is compared
+)
+"""Options that another run may give otherwise and go on in the same folder."""
+CORRUPTED = ("folder", "imagenet", "tfds", "imagenet-c", "cifar-c", "arrays")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,8 +69,9 @@ class Options:
     """Folder or hub id of a CLIP checkpoint (default: the embedded one)."""
     adapters: tuple[str, ...] = ADAPTERS
     """Which adapters to run."""
-    corruptions: tuple[str, ...] = COMMON
-    """Which corruptions to run; "clean" is one too."""
+    corruptions: tuple[str, ...] = ()
+    """Which corruptions to run; "clean" is one too. Default: the 15 usual ones, but clean for sets
+    that are a shift by themselves (give it for ImageNet-A, -R and -Sketch with layout imagenet)."""
     severities: tuple[int, ...] = ()
     """Each 1 to 5. Default: 5, but 1 on the embedded pictures, where it looks about as strong as
     CIFAR-10-C's 5 (the corruptions are made for 224-pixel photographs), and all five if gradual."""
@@ -79,7 +87,8 @@ class Options:
     limit: int | None = None
     """Use only so many pictures, drawn by the seed."""
     templates: tuple[str, ...] = ()
-    """Prompt templates; several are averaged. Default: the layout's usual ones."""
+    """Prompt templates; several are averaged. "imagenet" stands for CLIP's 80. Default: the
+    layout's usual one."""
     preset: Literal["cifar10-c", "cifar100-c", "imagenet-c"] = "cifar10-c"
     """Published optimiser settings (TENT has two of its own: CIFAR and ImageNet)."""
     learning_rate: float | None = None
@@ -87,7 +96,8 @@ class Options:
     choose_learning_rate: tuple[float, ...] = ()
     """Choose each adapter's learning rate among these on the four validation corruptions first."""
     validation: str | None = None
-    """Other pictures of the same layout to choose on (default: the same pictures)."""
+    """Other pictures of the same layout to choose on (default: the same pictures, with their
+    labels)."""
     batch_size: int = 100
     """Pictures a batch."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -110,30 +120,37 @@ def main(options: Options) -> None:
     model, params = jaxtta.clip.load(options.model, compute_dtype=jnp.dtype(options.compute_dtype))
     source = open_source(options, options.data, model)
     severities = choose_severities(options)
+    if not options.corruptions:
+        usual = COMMON if options.layout in CORRUPTED else (data.CLEAN,)
+        options = dataclasses.replace(options, corruptions=usual)
     streams = lay_out(options, source, options.setting, options.corruptions, severities)
     for domain in dict.fromkeys(domain for stream in streams for domain in stream.segments):
         source.check(domain)
     templates = options.templates or data.templates_for(options.layout)
+    if templates == ("imagenet",):
+        templates = data.imagenet_templates()
     task = jaxtta.clip.zero_shot_task(model, source.class_names, templates)
 
     running = {"workers": options.workers, "checkpoint_every": options.checkpoint_every}
-    rates = dict.fromkeys(options.adapters, options.learning_rate)
+    settings = describe(options, severities, templates) | fingerprints(source, params)
+    rates = dict.fromkeys(options.adapters, options.learning_rate) | {"zero_shot": None}
     chosen = {}
     if options.choose_learning_rate:
         for name in [name for name in options.adapters if name != "zero_shot"]:
-            chosen[name] = choose(name, options, model, params, task, **running)
+            chosen[name] = choose(name, options, model, params, task, settings, **running)
             rates[name] = chosen[name].rate
     adapters = {
         name: make_adapter(name, options.preset, rates[name], model, task)
         for name in options.adapters
     }
     batches = data.Batches(source, tuple(streams), options.batch_size)
-    settings = describe(options, severities, templates, chosen)
+    own = {name: {"learning_rate": rate} for name, rate in rates.items() if rate is not None}
+    told = {"chosen": {name: choice._asdict() for name, choice in chosen.items()}}
     cells = sweep.run(
         adapters,
         params,
         batches,
-        sweep.Results(options.output, settings, about()),
+        sweep.Results(options.output, settings, about(options) | told, own),
         setting=options.setting,
         worker=worker,
         save_predictions=options.save_predictions,
@@ -153,9 +170,9 @@ def check(options: Options) -> tuple[int, int]:
     for name in options.adapters:
         if name not in ADAPTERS:
             raise ValueError(f"unknown adapter {name!r}, expected one of {', '.join(ADAPTERS)}")
-    for what in ("adapters", "corruptions", "seeds"):
-        given = getattr(options, what)
-        if not given or len(set(given)) < len(given):
+    for what in ("adapters", "corruptions", "seeds", "severities"):
+        given, may_be_empty = getattr(options, what), what in ("corruptions", "severities")
+        if not (given or may_be_empty) or len(set(given)) < len(given):
             raise ValueError(f"--{what} needs one or more different values, not {list(given)}")
     for what, least in (("batch_size", 1), ("workers", 0), ("checkpoint_every", 1)):
         value = getattr(options, what)
@@ -170,11 +187,18 @@ def check(options: Options) -> tuple[int, int]:
                 raise ValueError(f"--{option} is {rate}, expected a positive number")
     if options.learning_rate and options.choose_learning_rate:
         raise ValueError("--learning-rate and --choose-learning-rate exclude each other")
-    if options.setting == "gradual" and set(options.severities) - set(range(1, 6)):
-        raise ValueError("--setting gradual takes severities 1 to 5, leave --severities out")
+    if options.severities and (options.setting == "gradual" or options.layout == "arrays"):
+        what = "--setting gradual" if options.setting == "gradual" else "--layout arrays"
+        raise ValueError(f"{what} has severities of its own, leave --severities out")
+    if options.choose_learning_rate and set(options.corruptions) & set(data.VALIDATION):
+        raise ValueError(
+            "a learning rate chosen on the validation corruptions is not tested on them"
+        )
     number, slash, count = options.worker.partition("/")
     if not (slash and number.isdecimal() and count.isdecimal() and int(number) < int(count)):
         raise ValueError(f"--worker is {options.worker!r}, expected i/n with i below n, as 0/2")
+    if options.choose_learning_rate and int(count) > 1:
+        raise ValueError("--choose-learning-rate is for one machine, leave --worker out")
     return int(number), int(count)
 
 
@@ -239,6 +263,7 @@ def choose(
     model: jaxtta.clip.CLIP,
     params: jaxtta.clip.Params,
     task: jaxtta.clip.Task,
+    settings: dict,
     **running: int | None,
 ) -> sweep.Choice:
     """Choose an adapter's learning rate on the validation corruptions, and say so."""
@@ -255,39 +280,47 @@ def choose(
         data.Batches(source, tuple(streams), options.batch_size),
         sweep.Results(
             options.output / "validation",
-            describe(options, severities, (), {}) | {"choose_learning_rate": None},
-            about(),
+            settings | fingerprints(source, params) | {"setting": "reset_each_shift"},
+            about(options),
         ),
         **running,
     )
+    whose = "other pictures" if options.validation else "the pictures that are tested"
+    choice = choice._replace(chosen_on=f"{choice.chosen_on}; {whose}, with their labels")
     figures = ", ".join(f"{rate:g}: {100 * top1:.2f} %" for rate, top1 in choice.accuracies.items())
     print(f"{name}: learning rate {choice.rate:g}, chosen on {choice.chosen_on} ({figures})")
     return choice
 
 
-def describe(
-    options: Options,
-    severities: tuple[int, ...],
-    templates: tuple[str, ...],
-    chosen: dict[str, sweep.Choice],
-) -> dict:
-    """All settings that decide a figure, for the result files."""
-    left_out = {*ELSEWHERE, "adapters", "seeds"}  # which cells, not what is in them
+def describe(options: Options, severities: tuple[int, ...], templates: tuple[str, ...]) -> dict:
+    """The settings that decide every figure, for the result files."""
+    left_out = set(LEFT_OUT)
     if options.setting == "reset_each_shift":
         left_out |= {"corruptions", "severities"}  # each is a stream of its own
     settings = dataclasses.asdict(options) | {"templates": templates, "severities": severities}
-    for name, path in (("data", assets.PICTURES), ("model", assets.MODEL)):
-        if settings[name] == str(path):
-            settings[name] = "embedded"
-    settings["chosen"] = {name: choice._asdict() for name, choice in chosen.items()}
     return {name: value for name, value in settings.items() if name not in left_out}
 
 
-def about() -> dict:
-    """Versions and device, for the result files."""
+def fingerprints(source: data.Source, params: jaxtta.clip.Params) -> dict:
+    """What was found where the options point: pictures by number and label, names, weights."""
+    weights = hashlib.blake2b(digest_size=8)
+    for leaf in jax.tree.leaves(params):
+        weights.update(np.asarray(leaf).tobytes())
+    labels = hashlib.blake2b(source.labels.tobytes(), digest_size=8).hexdigest()
+    return {
+        "pictures": f"{len(source.labels)}, labels {labels}",
+        "class_names": source.class_names,
+        "weights": weights.hexdigest(),
+    }
+
+
+def about(options: Options) -> dict:
+    """Places, versions and device, for the result files."""
     packages = ("jax", "jaxlib", "flax", "optax", "transformers", "numpy", "pillow")
     versions = {"jaxtta": jaxtta.__version__, "python": platform.python_version()}
     return {
+        "data": options.data,
+        "model": options.model,
         "versions": versions | {name: version(name) for name in packages},
         "device": jax.devices()[0].device_kind,
     }
@@ -301,20 +334,23 @@ def report(options: Options, batches: data.Batches, cells: list[sweep.Cell]) -> 
     table = sweep.table(cells)
     (options.output / "table.txt").write_text(table + "\n")
     sweep.summary_csv(cells, options.output / "summary.csv")
-    sweep.save_all(cells, options.output)
+    sweep.save_all(cells, options.output, title)
     sweep.write_report(cells, options.output / "report.html", samples(batches), title)
     print(f"top-1 accuracy in %, and gain over zero_shot in points; {title}\n\n{table}\n")
+    print(sweep.answer(cells))
     say_what_was_skipped(cells)
     print(f"results: {options.output / 'report.html'}")
 
 
 def samples(batches: data.Batches) -> dict[str, np.ndarray]:
-    """One picture under every domain, the same one throughout."""
-    stream = batches.streams[0]
-    shown = {}
+    """One picture under every corruption at its strongest, the same one throughout."""
+    stream, shown = batches.streams[0], {}
+    domains = sorted({d for s in batches.streams for d in s.segments}, key=lambda d: d.severity)
+    strongest = {domain.corruption: domain for domain in domains}
+    order = dict.fromkeys(d.corruption for s in batches.streams for d in s.segments)
     for picture in stream.items[:20, 1].tolist():  # the first that can be read
         try:
-            for domain in dict.fromkeys(d for s in batches.streams for d in s.segments):
+            for domain in map(strongest.__getitem__, order):
                 shown[str(domain)] = batches.source.read(domain, picture, stream.seed)
             return shown
         except data.UnreadablePictureError:

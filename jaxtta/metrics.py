@@ -90,9 +90,13 @@ def expected_calibration_error(confidence: Array, correct: Array, bins: int = 15
     References:
         Guo et al. 2017, https://arxiv.org/abs/1706.04599
     """
-    binned = reliability(confidence, correct, bins)
-    gaps = binned.count * jnp.abs(binned.confidence - binned.accuracy)
-    return gaps.sum() / jnp.maximum(binned.count.sum(), 1)
+    return calibration_gap(reliability(confidence, correct, bins))
+
+
+def calibration_gap(bins: Reliability) -> Array:
+    """The expected calibration error of a reliability diagram, a scalar in [0, 1]."""
+    gaps = bins.count * jnp.abs(bins.confidence - bins.accuracy)
+    return gaps.sum() / jnp.maximum(bins.count.sum(), 1)
 
 
 ALEXNET_ERRORS = {

@@ -67,8 +67,12 @@ EXPECTED = np.stack([np.stack([PREPROCESS(Image.fromarray(p)) for p in c]) for c
 def test_class_folders(tmp_path, layout):
     write_folders(tmp_path, WNIDS)
     (tmp_path / "README.txt").write_text("as in ImageNet-A and -R")
-    source = data.open_source(layout, tmp_path, PREPROCESS)
-    assert source.class_names == (CLASSES if layout == "imagenet" else WNIDS)
+    if layout == "folder":
+        with pytest.raises(ValueError, match="n01440764 is named by a wnid: use layout imagenet"):
+            data.open_source(layout, tmp_path, PREPROCESS)
+    names = CLASSES if layout == "folder" else ()
+    source = data.open_source(layout, tmp_path, PREPROCESS, names)
+    assert source.class_names == CLASSES
     np.testing.assert_array_equal(every_picture(source), EXPECTED)
 
 

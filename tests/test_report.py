@@ -326,6 +326,7 @@ def test_an_adapter_keeps_its_colour():
 def test_the_report_is_one_page_that_needs_nothing_else(tmp_path):
     cells = cells_of(severities=(1, 5), unreadable=(7,))
     cells[2]["skipped_steps"] = [1, 2]
+    cells[2]["segments"][0]["without_prediction"] = 9
     samples = {name: np.full((32, 32, 3), 99, np.uint8) for name in CORRUPTIONS}
     page.write_report(cells, tmp_path / "report.html", samples, "fog & <snow>")
     text = (tmp_path / "report.html").read_text()
@@ -342,6 +343,7 @@ def test_the_report_is_one_page_that_needs_nothing_else(tmp_path):
     for words in ("fog & <snow>", "motion blur", "made up", "versions: jax", "1.25"):
         assert words in shown
     assert "batclip: 2 steps skipped" in shown
+    assert "batclip: without a finite prediction, counted as wrong: 9" in shown
     assert "1 picture could not be used: picture 7." in shown
 
 

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 
 HOUSE = Path(__file__).parents[1] / "jaxtta"
-PRIMITIVES = {"clip", "tree", "losses", "metrics"}
+PRIMITIVES = {"clip", "tree", "losses", "metrics", "views"}
 MAY_IMPORT = {
     "clip": set(),
     "tree": set(),
     "losses": set(),
     "metrics": set(),
+    "views": set(),
     "data": set(),
     "assets": set(),
     "objectives": PRIMITIVES,

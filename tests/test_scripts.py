@@ -57,7 +57,8 @@ def test_the_main_job_end_to_end(run_script, tmp_path):
             )
             assert 0 <= row["top1"] <= row["top5"] <= 1
             assert cell["skipped_steps"] == row["unreadable"] == []
-            assert cell["settings"]["data"] == "embedded"
+            assert cell["about"]["data"] == str(assets.PICTURES)
+            assert cell["settings"]["class_names"][:2] == ["airplane", "automobile"]
             assert cell["about"]["versions"]["jaxtta"] == jaxtta.__version__
     assert (tmp_path / "a" / "table.txt").read_text().strip() in out
     assert Image.open(tmp_path / "a" / "accuracy.png").size[0] > 500
@@ -91,7 +92,7 @@ def test_ready_arrays_and_a_partly_unreadable_folder_run(run_script, tmp_path):
             shutil.copyfile(file, pictures / name / file.name)
     broken = pictures / "cat" / "0001.jpg"
     broken.write_bytes(broken.read_bytes()[:300])
-    common = ("--adapters", "batclip", "--workers", "0", "--batch-size", "4")
+    common = ("--adapters", "batclip", "--workers", "1", "--batch-size", "4")
     code, out, _ = run_script(
         *("corruption_sweep.py", *common, "--data", pictures, "--corruptions", "clean"),
         *("--output", tmp_path / "a"),
@@ -115,6 +116,33 @@ def test_ready_arrays_and_a_partly_unreadable_folder_run(run_script, tmp_path):
     )
     assert code == 0
     assert cell_of(tmp_path / "b", "batclip", "haze")["pictures"] == 20
+
+
+def test_two_layouts_of_the_same_pictures_give_the_same_predictions(run_script, tmp_path):
+    listed = jaxtta.data.image_folder(assets.PICTURES)
+    files, labels = listed.files[::100], listed.labels[::100]
+    for file in files:
+        copy = tmp_path / "folder" / file.parent.name / file.name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, copy)
+    (tmp_path / "arrays").mkdir()
+    pictures = [np.asarray(Image.open(file).convert("RGB")) for file in files]
+    np.save(tmp_path / "arrays" / "clean.npy", np.stack(pictures))
+    np.save(tmp_path / "arrays" / "labels.npy", labels)
+    common = ("--workers", "0", "--batch-size", "10", "--corruptions", "clean", "--adapters")
+    segments = []
+    for layout in ("folder", "arrays"):
+        code, _, _ = run_script(
+            *("corruption_sweep.py", *common, "batclip", "--layout", layout),
+            *("--data", tmp_path / layout, "--class-names", *listed.class_names),
+            *("--output", tmp_path / f"{layout}-results", "--save-predictions"),
+        )
+        assert code == 0
+        results = tmp_path / f"{layout}-results"
+        segments.append(cell_of(results, "batclip", "clean")["segments"])
+        saved = np.load(results / "predictions" / "batclip--clean--seed1.npz")
+        segments[-1].append(saved["prediction"].tolist())
+    assert segments[0] == segments[1]
 
 
 def test_a_step_with_a_nan_loss_is_skipped_counted_and_named(run_script, tmp_path, monkeypatch):
@@ -164,7 +192,13 @@ def test_a_step_with_a_nan_loss_is_skipped_counted_and_named(run_script, tmp_pat
         (["--worker", "2/2"], "--worker is '2/2', expected i/n with i below n"),
         (["--seeds", "1", "1"], "--seeds needs one or more different values"),
         (["--choose-learning-rate", "-1"], "--choose-learning-rate is -1.0, expected a positive"),
-        (["--setting", "gradual", "--severities", "7"], "gradual takes severities 1 to 5"),
+        (["--setting", "gradual", "--severities", "3"], "--setting gradual has severities of its"),
+        (["--severities", "5", "5"], "--severities needs one or more different values"),
+        (
+            ["--choose-learning-rate", "0.1", "--corruptions", "spatter"],
+            "a learning rate chosen on the validation corruptions",
+        ),
+        (["--choose-learning-rate", "0.1", "--worker", "0/2"], "is for one machine"),
         (["--model", "/nowhere/model"], "is neither a folder here nor a model"),
         (["--model", str(GOLDEN / "tiny-clip")], "has no tokenizer"),
         (["--class-names", "cat", "dog"], "2 class names for 10 classes"),
@@ -257,7 +291,10 @@ def test_a_learning_rate_is_chosen_and_said(run_script, tmp_path):
     code, out, _ = run_script("corruption_sweep.py", *options, "--output", tmp_path / "a")
     assert code == 0
     assert "chosen on gaussian_blur, saturate, spatter, speckle_noise; 10 pictures each" in out
-    chosen = cell_of(tmp_path / "a", "batclip", "fog-1")["settings"]["chosen"]["batclip"]
+    assert "the pictures that are tested, with their labels" in out
+    cell = cell_of(tmp_path / "a", "batclip", "fog-1")
+    chosen = cell["about"]["chosen"]["batclip"]
+    assert cell["settings"]["learning_rate"] == chosen["rate"]
     assert chosen["rate"] in (1e-3, 1e-2)
     assert set(chosen["accuracies"]) == {"0.001", "0.01"}
 

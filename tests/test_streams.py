@@ -91,6 +91,17 @@ def test_every_corruption_is_met_in_the_same_order():
     assert np.any(a.items != c.items)
 
 
+@pytest.mark.parametrize("order", data.ORDERS)
+def test_a_stream_does_not_depend_on_what_other_streams_there_are(order):
+    labels = np.arange(30) % 4
+    alone, among = (
+        data.make_streams("reset_each_shift", names, (5,), labels, order=order)[-1]
+        for names in (("fog",), ("snow", "frost", "fog"))
+    )
+    assert alone.name == among.name == "fog-5"
+    np.testing.assert_array_equal(alone.items, among.items)
+
+
 @pytest.mark.parametrize("setting", ["continual", "mixed"])
 def test_correlated_is_sorted_by_class(setting):
     labels = np.random.default_rng(0).integers(0, 4, 40)

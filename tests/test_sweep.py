@@ -2,6 +2,8 @@
 
 import json
 import os
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -123,6 +125,38 @@ def test_a_cell_says_everything(tmp_path):
         assert low <= a["gain"]["top1"] <= high
 
 
+def test_a_checkpoint_that_does_not_fit_is_not_used(tmp_path, caplog):
+    def cut(folder, **options):
+        with pytest.raises(KeyboardInterrupt):
+            go(folder, Source(33), seeds=(1,), checkpoint_every=2, **options)
+
+    expected = go(tmp_path / "whole", seeds=(1,))
+    # without one of the adapters
+    cut(tmp_path / "a", adapters={"zero_shot": ADAPTERS["zero_shot"]})
+    assert figures(go(tmp_path / "a", seeds=(1,), checkpoint_every=2)) == figures(expected)
+    assert "is not used, the stream starts anew" in caplog.text
+    # of other settings, whose record somebody removed
+    cut(tmp_path / "b", settings={"batch_size": 7})
+    (tmp_path / "b" / "settings.json").unlink()
+    assert figures(go(tmp_path / "b", seeds=(1,), checkpoint_every=2)) == figures(expected)
+    # torn
+    cut(tmp_path / "c")
+    for file in (tmp_path / "c" / "checkpoints").rglob("*"):
+        if file.is_file() and file.stat().st_size:
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    caplog.clear()
+    assert figures(go(tmp_path / "c", seeds=(1,), checkpoint_every=2)) == figures(expected)
+    assert "is not used, the stream starts anew" in caplog.text
+    # one adapter's cell was written before the end, the other's goes on
+    cut(tmp_path / "d")
+    drift = sorted((tmp_path / "whole" / "cells").glob("zero_shot*"))[0]
+    shutil.copyfile(drift, tmp_path / "d" / "cells" / drift.name)
+    source = Source()
+    resumed = go(tmp_path / "d", source, seeds=(1,), checkpoint_every=2)
+    assert figures(resumed) == figures(expected)
+    assert source.reads < 40
+
+
 @pytest.mark.parametrize("setting", ["continual", "reset_each_shift", "mixed"])
 @pytest.mark.parametrize("fatal", [14, 33, 61])
 def test_an_interrupted_sweep_goes_on_and_ends_the_same(tmp_path, setting, fatal):
@@ -155,8 +189,31 @@ def test_an_adapter_can_be_added_later(tmp_path):
 
 def test_a_folder_of_other_settings_is_refused(tmp_path):
     go(tmp_path, settings={"batch_size": 6, "model": "a"})
-    with pytest.raises(ValueError, match="holds results with model 'a', this run has 'b'"):
+    with pytest.raises(ValueError, match=r"holds results with model 'a' \(this run: 'b'\)"):
         go(tmp_path, settings={"batch_size": 6, "model": "b"})
+    # a cell that came from elsewhere, under this folder's settings
+    (tmp_path / "settings.json").write_text('{"batch_size": 6, "model": "b"}')
+    with pytest.raises(ValueError, match=r"was made with model 'a' \(this run: 'b'\)"):
+        go(tmp_path, settings={"batch_size": 6, "model": "b"})
+    for text, message in (("[]", "holds no settings"), ("{", "is no JSON")):
+        (tmp_path / "settings.json").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            go(tmp_path, settings={"batch_size": 6, "model": "b"})
+
+
+def test_what_one_adapter_is_set_to_concerns_its_own_cells_only(tmp_path):
+    def run(rate, adapters=ADAPTERS):
+        source = Source()
+        streams = data.make_streams("mixed", ("fog",), (5,), source.labels)
+        batches = data.Batches(source, tuple(streams), 6)
+        own = {"drift": {"learning_rate": rate}}
+        results = sweep.Results(tmp_path, {"batch_size": 6}, {}, own)
+        return sweep.run(adapters, PARAMS, batches, results, workers=0, progress=False)
+
+    run(0.1)
+    run(0.2, {"zero_shot": ADAPTERS["zero_shot"]})
+    with pytest.raises(ValueError, match=r"learning_rate 0\.1 \(this run: 0\.2\)"):
+        run(0.2)
 
 
 def test_a_torn_file_is_computed_again_and_an_edited_one_refused(tmp_path, caplog):
@@ -166,7 +223,15 @@ def test_a_torn_file_is_computed_again_and_an_edited_one_refused(tmp_path, caplo
     path.write_text(content[:500])
     assert figures(go(tmp_path)) == figures(expected)
     assert f"{path}: is torn" in caplog.text
+    path.write_text("[]")
+    assert figures(go(tmp_path)) == figures(expected)
     cell = json.loads(content)
+    copied = path.with_name(path.name.replace("seed1", "seed2"))
+    copied.write_text(content)
+    with pytest.raises(ValueError, match="is the cell of another stream"):
+        go(tmp_path)
+    copied.unlink()
+    go(tmp_path)
     cell["segments"][0]["top1"] = 0.99
     path.write_text(json.dumps(cell))
     with pytest.raises(ValueError, match="was changed after it was written"):
@@ -179,6 +244,8 @@ def test_two_runs_on_one_folder_are_refused(tmp_path):
         go(tmp_path)
     with results.claim((0, 2)), pytest.raises(ValueError, match="another run is writing"):
         go(tmp_path, worker=(0, 2))
+    with results.claim((0, 2)), pytest.raises(ValueError, match="another run is writing"):
+        go(tmp_path, worker=(0, 3))
     with results.claim((0, 2)):
         go(tmp_path, worker=(1, 2))
 
@@ -187,6 +254,21 @@ def test_a_folder_that_cannot_be_made_is_an_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"):
         go(tmp_path / "file" / "out")
+
+
+def test_a_full_disk_loses_nothing_that_was_finished(tmp_path):
+    expected = go(tmp_path / "whole", setting="reset_each_shift")
+    go(tmp_path / "full", setting="reset_each_shift", seeds=(1,))
+    before = sorted(p.name for p in (tmp_path / "full" / "cells").iterdir())
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            go(tmp_path / "full", setting="reset_each_shift")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert sorted(p.name for p in (tmp_path / "full" / "cells").iterdir()) == before
+    assert figures(go(tmp_path / "full", setting="reset_each_shift")) == figures(expected)
 
 
 def test_predictions_are_saved_picture_by_picture(tmp_path):
@@ -245,6 +327,17 @@ def test_pictures_that_were_not_seen_do_not_count():
     assert np.nanmax(means) <= 1
 
 
+def children(pid):
+    lists = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(child) for path in lists for child in path.read_text().split()]
+
+
+def alive(pid):
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's /proc")
 def test_a_killed_script_goes_on_where_it_was(tmp_path):
     """The real thing: kill -9 in the middle of a stream, then the same command."""
     command = [sys.executable, str(SCRIPT), "--adapters", "zero_shot", "batclip", "--limit", "60"]
@@ -260,15 +353,29 @@ def test_a_killed_script_goes_on_where_it_was(tmp_path):
             **options,
         )
 
-    killed = call("cut", start_new_session=True)
+    killed = call("cut")
     deadline = time.time() + 240
     while not list((tmp_path / "cut").glob("checkpoints/*/[0-9]*")):
         assert killed.poll() is None, "it ended before its first checkpoint"
         assert time.time() < deadline
         time.sleep(0.02)
-    os.killpg(killed.pid, signal.SIGKILL)
+    readers = children(killed.pid)
+    assert readers
+    killed.send_signal(signal.SIGKILL)
     killed.wait()
+    deadline = time.time() + 20
+    while any(alive(pid) for pid in readers):  # its reading processes do not outlive it
+        assert time.time() < deadline
+        time.sleep(0.1)
     assert not list((tmp_path / "cut" / "cells").iterdir())
+    stopped = call("cut", stderr=subprocess.PIPE)
+    for line in stopped.stderr:  # the progress bar begins where it was, and moves
+        if " 6/24" in line or " 10/24" in line:
+            break
+    stopped.send_signal(signal.SIGINT)
+    _, err = stopped.communicate()
+    assert stopped.returncode == 130
+    assert "stopped; what was finished is saved" in err
     tables = []
     for folder in ("cut", "whole"):
         process = call(folder)
@@ -299,11 +406,12 @@ def test_states_of_any_shape_survive(tmp_path):
     moved = jax.tree.map(lambda x: x + 1, state)
     records = {"a": sweep.Record.empty(stream, 2)}
     records["a"].seen[:2] = True
-    checkpoints = Checkpoints(tmp_path / "c", 1)
+    checkpoints = Checkpoints(tmp_path / "c", 1, "this")
     checkpoints.save(1, {"a": moved}, records)
     states, empty = {"a": state}, {"a": sweep.Record.empty(stream, 2)}
     assert checkpoints.restore(states, empty) == 1
     jax.tree.map(np.testing.assert_array_equal, states["a"], moved)
     assert jax.tree.structure(states["a"]) == jax.tree.structure(moved)
     np.testing.assert_array_equal(empty["a"].seen, [True, True, False, False])
-    assert checkpoints.restore({"b": state}, empty) == 0
+    assert checkpoints.restore({"b": state}, {"b": empty["a"]}) == 0
+    assert not (tmp_path / "c").exists()

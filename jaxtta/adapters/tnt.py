@@ -250,8 +250,8 @@ def tnt(
     kernel = {2: "bilinear", 3: "bicubic"}.get(model.preprocessing.resample)
     if kernel is None:
         raise ValueError(
-            f"the checkpoint resizes with PIL's filter {model.preprocessing.resample}; views are cut "
-            "with 2 (bilinear) or 3 (bicubic)"
+            f"the checkpoint resizes with PIL's filter {model.preprocessing.resample}, expected 2 "
+            "(bilinear) or 3 (bicubic)"
         )
     if noise is not None and jnp.shape(noise) != (side, side, 3):
         raise ValueError(

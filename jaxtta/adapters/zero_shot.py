@@ -31,6 +31,6 @@ def zero_shot(model: CLIP, task: Task) -> Adapter:
         batch = as_batch(batch, state.seen)
         logits = model.forward(params, state.context, batch.images).logits
         seen = state.seen + batch.mask.sum(dtype=jnp.int32)
-        return state._replace(seen=seen), Prediction(logits, {})
+        return state._replace(seen=seen), Prediction(logits, {"skipped": jnp.zeros((), bool)})
 
     return Adapter(init, step)

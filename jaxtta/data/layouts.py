@@ -275,6 +275,12 @@ def _name_and_split(text: str) -> tuple[str, str]:
 def _named(pictures: Any, class_names: Sequence[str]) -> Any:
     """The pictures, their classes renamed."""
     if not class_names:
+        wnids = [name for name in pictures.class_names if re.fullmatch(r"n\d{8}", name)]
+        if wnids:  # "a photo of a n01440764." says nothing to any model
+            raise ValueError(
+                f"class folder {wnids[0]} is named by a wnid: use layout imagenet, if all are "
+                "ImageNet's, or give class names"
+            )
         return pictures
     if len(class_names) != len(pictures.class_names):
         raise ValueError(

@@ -8,9 +8,13 @@ The settings are those the field names. In which order a stream shows its pictur
 its own and goes with any of them.
 """
 
+import bisect
 import dataclasses
 import functools
+import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -82,12 +86,14 @@ def make_streams(
         Yuan et al. 2023 (Dirichlet order), https://arxiv.org/abs/2303.13899
     """
     _check(setting, order, limit, concentration)
-    rng = np.random.default_rng(seed)
-    pictures = arrange(labels, "stored" if order == "stored" else "shuffled", rng)[:limit]
+    first = "stored" if order == "stored" else "shuffled"
+    pictures = arrange(labels, first, np.random.default_rng(seed))[:limit]
 
     def part(segments: Sequence[int]) -> np.ndarray:
         # Picture by picture through the segments, so that stored order interleaves them.
         items = np.stack(np.meshgrid(pictures, segments, indexing="ij"), -1).reshape(-1, 2)
+        # Seeded anew at each shift: a stream does not depend on what other streams there are.
+        rng = np.random.default_rng([seed, 1])
         if order not in ("stored", "shuffled") or len(segments) > 1:
             items = items[arrange(labels[items[:, 0]], order, rng, concentration)]
         return items[:, ::-1].astype(np.int32)
@@ -215,9 +221,10 @@ class Batches:
                 before += len(items)
         return places
 
-    def of(self, stream: int) -> list[int]:
+    def of(self, stream: int) -> range:
         """Numbers of the batches of one stream."""
-        return [number for number, place in enumerate(self.places) if place.stream == stream]
+        numbers = [place.stream for place in self.places]
+        return range(bisect.bisect_left(numbers, stream), bisect.bisect_right(numbers, stream))
 
     def __len__(self) -> int:
         """Batches of all streams."""
@@ -261,9 +268,18 @@ class _Chosen:
         return self.batches[self.numbers[place]]
 
 
-def _leave_interrupts_to_the_parent(worker: int, workers: int) -> None:
+def _follow_the_parent(worker: int, workers: int) -> None:
+    """Leave interrupts to the parent, and do not outlive it, even if it is killed."""
     del worker, workers
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+
+    def end() -> None:
+        parent.join()
+        os._exit(1)
+
+    if parent is not None:
+        threading.Thread(target=end, daemon=True).start()
 
 
 def read_ahead(
@@ -290,7 +306,7 @@ def read_ahead(
     dataset = grain.MapDataset.source(chosen).to_iter_dataset(options)
     if workers:
         options = grain.MultiprocessingOptions(workers, 2)
-        dataset = dataset.mp_prefetch(options, worker_init_fn=_leave_interrupts_to_the_parent)
+        dataset = dataset.mp_prefetch(options, worker_init_fn=_follow_the_parent)
         # By pipe: Grain's shared memory is freed so late that Python calls it leaked at exit.
         by_pipe = grain.experimental.DatasetOptions(min_shm_size=2**40)
         dataset = grain.experimental.WithOptionsIterDataset(dataset, by_pipe)

@@ -4,7 +4,7 @@ from jaxtta.sweep.choose import Choice, choose_learning_rate
 from jaxtta.sweep.page import write_report
 from jaxtta.sweep.plots import save_all
 from jaxtta.sweep.record import Record, Scores, gain, outcomes, paired, score
-from jaxtta.sweep.report import summary_csv, table
+from jaxtta.sweep.report import answer, summary_csv, table
 from jaxtta.sweep.results import Cell, Results, write_json
 from jaxtta.sweep.run import run
 from jaxtta.sweep.script import run_script
@@ -15,6 +15,7 @@ __all__ = [
     "Record",
     "Results",
     "Scores",
+    "answer",
     "choose_learning_rate",
     "gain",
     "outcomes",

@@ -1,5 +1,6 @@
 """Where a stream stands: adapter states and records, so that a killed run goes on and not back."""
 
+import logging
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,19 +11,23 @@ import numpy as np
 
 from jaxtta.sweep.record import Record
 
+log = logging.getLogger(__name__)
+
 
 class Checkpoints:
     """The checkpoints of one stream with one seed; the newest is kept."""
 
-    def __init__(self, folder: Path, every: int | None) -> None:
+    def __init__(self, folder: Path, every: int | None, identity: str) -> None:
         """Choose the folder.
 
         Args:
             folder: for this stream and seed alone; made when first needed.
             every: batches between two checkpoints; None for none at all.
+            identity: of stream and settings; a checkpoint with another is not used.
         """
         self.folder = folder
         self.every = every
+        self.identity = identity
 
     def due(self, batches: int) -> bool:
         """Whether to save after so many batches."""
@@ -32,38 +37,36 @@ class Checkpoints:
         """Save all adapters after so many batches of the stream."""
         import orbax.checkpoint as ocp
 
+        names = sorted(states)
+        arrays = {
+            f"adapter{number}": ocp.args.StandardSave(_arrays(states[name], records[name]))
+            for number, name in enumerate(names)
+        }
+        about = ocp.args.JsonSave({"identity": self.identity, "adapters": names})
         with self._manager() as manager:
-            arguments = ocp.args.Composite(
-                adapters=ocp.args.JsonSave(sorted(states)),
-                arrays=ocp.args.StandardSave(_arrays(states, records)),
-            )
-            manager.save(batches, args=arguments, force=True)
+            manager.save(batches, args=ocp.args.Composite(about=about, **arrays), force=True)
 
     def restore(self, states: dict[str, Any], records: dict[str, Record]) -> int:
-        """Fill states and records from the newest checkpoint, if it is of the same adapters.
+        """Fill states and records from the newest checkpoint that has them all.
+
+        One of other settings, without some of the adapters, or that cannot be read is removed.
 
         Args:
             states: freshly initialised, replaced by those saved.
             records: empty, filled.
 
         Returns:
-            How many batches were done.
+            How many batches were done; 0 if there is no such checkpoint.
         """
         if self.every is None or not self.folder.is_dir():
             return 0
-        import orbax.checkpoint as ocp
-
-        with self._manager() as manager:
-            batches = manager.latest_step()
-            if batches is None:
-                return 0
-            saved = manager.restore(
-                batches, args=ocp.args.Composite(adapters=ocp.args.JsonRestore())
-            )
-            if saved["adapters"] != sorted(states):
-                return 0
-            target = ocp.args.StandardRestore(_arrays(states, records))
-            saved = manager.restore(batches, args=ocp.args.Composite(arrays=target))["arrays"]
+        try:
+            batches, saved = self._read(states, records)
+        except (ValueError, OSError, KeyError, TypeError) as error:
+            reason = str(error).partition("\n")[0][:200]
+            log.warning("%s: is not used, the stream starts anew (%s)", self.folder, reason)
+            self.remove()
+            return 0
         for name, state in states.items():
             leaves = saved[name]["state"]
             states[name] = jax.tree.unflatten(
@@ -76,6 +79,29 @@ class Checkpoints:
             ):
                 kept[:] = values
         return batches
+
+    def _read(
+        self, states: Mapping[str, Any], records: Mapping[str, Record]
+    ) -> tuple[int, dict[str, Any]]:
+        import orbax.checkpoint as ocp
+
+        with self._manager() as manager:
+            batches = manager.latest_step()
+            if batches is None:
+                raise ValueError("nothing was saved")
+            arguments = ocp.args.Composite(about=ocp.args.JsonRestore())
+            about = manager.restore(batches, args=arguments)["about"]
+            if about["identity"] != self.identity:
+                raise ValueError("it is of another stream or other settings")
+            if lacking := sorted(set(states) - set(about["adapters"])):
+                raise ValueError(f"it lacks {', '.join(lacking)}")
+            places = {name: f"adapter{about['adapters'].index(name)}" for name in states}
+            targets = {
+                place: ocp.args.StandardRestore(_arrays(states[name], records[name]))
+                for name, place in places.items()
+            }
+            saved = manager.restore(batches, args=ocp.args.Composite(**targets))
+        return batches, {name: saved[place] for name, place in places.items()}
 
     def remove(self) -> None:
         """Forget the stream, once it is done."""
@@ -93,12 +119,7 @@ def _record(record: Record) -> dict[str, np.ndarray]:
     return scores | {"seen": record.seen, "skipped": record.skipped, "seconds": record.seconds}
 
 
-def _arrays(states: Mapping[str, Any], records: Mapping[str, Record]) -> dict[str, Any]:
-    # Leaves by number: states are any pytree, some of their nodes empty.
-    return {
-        name: {
-            "state": {str(i): leaf for i, leaf in enumerate(jax.tree.leaves(state))},
-            "record": _record(records[name]),
-        }
-        for name, state in states.items()
-    }
+def _arrays(state: Any, record: Record) -> dict[str, Any]:
+    # Leaves by number: a state is any pytree, some of its nodes empty.
+    leaves = {str(number): leaf for number, leaf in enumerate(jax.tree.leaves(state))}
+    return {"state": leaves, "record": _record(record)}

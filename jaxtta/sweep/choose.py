@@ -17,7 +17,7 @@ class Choice(NamedTuple):
     Attributes:
         rate: the chosen one.
         accuracies: mean top-1 accuracy by rate, in [0, 1].
-        chosen_on: the corruptions and how many pictures of each.
+        chosen_on: the corruptions, and how many pictures of each.
     """
 
     rate: float
@@ -36,7 +36,8 @@ def choose_learning_rate(
 ) -> Choice:
     """Take the rate with the highest mean accuracy on the four validation corruptions.
 
-    The labels of these pictures are used; those of the test corruptions never are.
+    The labels of these pictures are used. Where they are the pictures that are tested too, the
+    choice is blind to the test corruptions but not to the pictures.
 
     Args:
         name: of the adapter, for the files and the progress bar.
@@ -56,7 +57,7 @@ def choose_learning_rate(
     shown = {domain.corruption for stream in batches.streams for domain in stream.segments}
     if odd := sorted(shown - set(VALIDATION)):
         raise ValueError(f"a learning rate is chosen on {', '.join(VALIDATION)}, not {odd[0]}")
-    names = {f"{name}@{rate:g}": rate for rate in sorted(rates)}
+    names = {f"{name}@{rate!r}": rate for rate in sorted(set(rates))}
     adapters = {label: make(rate) for label, rate in names.items()}
     top1: dict[str, list[float]] = {label: [] for label in names}
     for cell in run(adapters, params, batches, results, **options):

@@ -16,19 +16,20 @@ from jaxtta.sweep import plots, report
 from jaxtta.sweep.report import BASELINE, NONE, Entry, Summary
 from jaxtta.sweep.results import Cell, whole
 
-SMALL = 128
-MANY = 4
-NAMED = 5
+SMALL = 128  # pixels a side: below, samples are enlarged without blurring them
+MANY = 4  # adapters: above, intervals go below the gains
+TALL = 500  # CSS pixels: above, a plot gets more height on a phone
+NAMED = 5  # pictures or streams that a warning lists
 CAPTIONS = {
     "accuracy": (
         "Accuracy by corruption",
         "Top-1 accuracy. A black whisker is the 95 % interval of the gain over {baseline}: where "
-        "it reaches down to the grey bar, chance may explain the difference.",
+        "it crosses the height of the grey bar, chance may explain the difference.",
     ),
     "running": (
         "Accuracy along the stream",
         "Share of right answers among all pictures so far; the first pictures swing by chance. "
-        "A gain that falls along the stream is an adapter that loses its way.",
+        "A gain that goes on falling is the mark of an adapter that loses its way.",
     ),
     "severity": (
         "Accuracy by severity",
@@ -79,7 +80,8 @@ figcaption { font-size: .9rem; color: var(--soft); overflow-wrap: anywhere; }
 summary { cursor: pointer; font-size: 1.2rem; font-weight: bold; margin: 2.2rem 0 .5rem; }
 details td { white-space: pre-wrap; overflow-wrap: anywhere; }
 .many .interval { display: block; }
-@media (max-width: 40rem) { .interval { display: block; } }
+@media screen and (max-width: 40rem) { .interval { display: block; }
+  .plot { max-width: none; width: auto; height: 19rem; } .plot.tall { height: 30rem; } }
 @media print { body { max-width: none; padding: 0; font-size: 10pt; }
   figure, tr, .answer { break-inside: avoid; } h2 { break-after: avoid; }
   .wide { overflow: visible; } details::details-content { content-visibility: visible; } }
@@ -244,11 +246,12 @@ def _plot(name: str, figure: Figure, baseline: str) -> str:
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=150)
     above = "" if name == "reliability" else f"<h2>{heading}</h2>\n"
-    width = round(figure.get_size_inches()[0] * 100)
+    width, height = (round(100 * inches) for inches in figure.get_size_inches())
+    kind = "plot tall" if height > TALL else "plot"
     return (
-        f'{above}<figure><img class="plot" width="{width}" src="{_uri(file.getvalue())}" '
-        f'alt="{heading}"><figcaption>{escape(caption.format(baseline=baseline))}</figcaption>'
-        "</figure>"
+        f'{above}<figure><div class="wide"><img class="{kind}" width="{width}" height="{height}" '
+        f'src="{_uri(file.getvalue())}" alt="{heading}"></div>'
+        f"<figcaption>{escape(caption.format(baseline=baseline))}</figcaption></figure>"
     )
 
 

@@ -103,16 +103,17 @@ class Record:
     def figures(self) -> Figures:
         """All figures of the stream: its segments', and those of the stream as a whole."""
         pictures, seconds = int(self.seen.sum()), float(self.seconds.sum())
+        items = self.stream.items
         return {
-            "segments": [self._segment(number) for number in range(len(self.stream.segments))],
+            "segments": [self._segment(n, items) for n in range(len(self.stream.segments))],
             "running": self._running(),
             "skipped_steps": np.flatnonzero(self.skipped).tolist(),
             "pictures": pictures,
             "pictures_per_second": round(pictures / seconds, 2) if seconds else None,
         }
 
-    def _segment(self, number: int) -> Figures:
-        segments, pictures = self.stream.items.T
+    def _segment(self, number: int, items: np.ndarray) -> Figures:
+        segments, pictures = items.T
         chosen = np.flatnonzero(segments == number)
         # By picture, whatever the order of the stream, so that rows of different streams pair up.
         chosen = chosen[np.argsort(pictures[chosen])]
@@ -120,7 +121,6 @@ class Record:
         scores = Scores(*(x[chosen][seen] for x in self.scores))
         finite = np.isfinite(scores.nll)  # a picture whose logits are NaN counts as wrong
         kept = Scores(*(x[finite] for x in scores))
-        ece = metrics.expected_calibration_error(kept.confidence, kept.top1)
         bins = metrics.reliability(kept.confidence, kept.top1)
         domain = self.stream.segments[number]
         return {
@@ -129,7 +129,7 @@ class Record:
             "pictures": len(finite),
             **{name: _mean(getattr(scores, name)) for name in ("top1", "top5")},
             **{name: _mean(getattr(kept, name)) for name in ("nll", "brier")},
-            "ece": float(ece) if finite.any() else None,
+            "ece": float(metrics.calibration_gap(bins)) if finite.any() else None,
             "intervals": _intervals(scores, kept),
             "gain": None,
             "without_prediction": int((~finite).sum()),
@@ -232,6 +232,7 @@ def gain(segments: Sequence[Figures], baseline: Sequence[Figures]) -> Figures | 
     right, seen = paired(segments, baseline)
     if not seen.any():
         return None
-    means = bootstrap(right, seen)
+    shown = seen.any(1)
+    means = bootstrap(right[shown], seen[shown])
     share = right.sum(0) / seen.sum(0)
     return {"top1": float(share[0] - share[1]), "interval": interval(means[:, 0] - means[:, 1])}

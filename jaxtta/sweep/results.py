@@ -26,7 +26,11 @@ class Results:
     """A folder of results."""
 
     def __init__(
-        self, root: str | Path, settings: Mapping[str, Any], about: Mapping[str, Any] | None = None
+        self,
+        root: str | Path,
+        settings: Mapping[str, Any],
+        about: Mapping[str, Any] | None = None,
+        adapters: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
         """Describe the folder; nothing is touched before `claim`.
 
@@ -34,10 +38,16 @@ class Results:
             root: the folder.
             settings: what decides the figures, as JSON has it.
             about: what else each cell should say: versions, device.
+            adapters: what decides one adapter's figures alone, by its name.
         """
         self.root = Path(root)
         self.settings = json.loads(json.dumps(settings))
         self.about = json.loads(json.dumps(about or {}))
+        self.adapters = json.loads(json.dumps(adapters or {}))
+
+    def settings_of(self, adapter: str) -> dict[str, Any]:
+        """All that decides an adapter's figures."""
+        return self.settings | self.adapters.get(adapter, {})
 
     @contextlib.contextmanager
     def claim(self, worker: tuple[int, int] = (0, 1)) -> Iterator[None]:
@@ -58,14 +68,20 @@ class Results:
             locks.enter_context(self._lock(".lock", shared=count > 1))
             if count > 1:
                 locks.enter_context(self._lock(f".lock-{number}-of-{count}", shared=False))
-            self._agree()
+            for other in self.root.glob(".lock-*-of-*"):
+                if not other.name.endswith(f"-of-{count}"):  # its workers share otherwise
+                    with self._lock(other.name, shared=False):
+                        pass
+            with self._lock(".lock-settings", shared=False, wait=True):
+                self._agree()
             yield
 
     @contextlib.contextmanager
-    def _lock(self, name: str, *, shared: bool) -> Iterator[None]:
+    def _lock(self, name: str, *, shared: bool, wait: bool = False) -> Iterator[None]:
+        kind = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB)
         with (self.root / name).open("a") as file:
             try:
-                fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+                fcntl.flock(file, kind)
             except BlockingIOError:
                 raise ValueError(f"{self.root}: another run is writing to this folder") from None
             yield  # the system drops the lock with the process, however it ends
@@ -78,14 +94,14 @@ class Results:
         try:
             earlier = json.loads(path.read_text())
         except ValueError as error:
-            raise ValueError(f"{path}: is no JSON ({error}); remove it or the folder") from error
-        for name in dict.fromkeys([*earlier, *self.settings]):
-            old, new = earlier.get(name), self.settings.get(name)
-            if old != new:
-                raise ValueError(
-                    f"{self.root}: holds results with {name} {old!r}, this run has {new!r}; "
-                    "choose another folder"
-                )
+            raise ValueError(f"{path}: is no JSON ({error}); remove the folder") from error
+        if not isinstance(earlier, dict):
+            raise ValueError(f"{path}: holds no settings; remove the folder")
+        if earlier != self.settings:
+            raise ValueError(
+                f"{self.root}: holds results with {differences(earlier, self.settings)}; choose "
+                "another folder"
+            )
 
     def path(self, adapter: str, stream: str, seed: int) -> Path:
         """Where a cell's file lies."""
@@ -103,15 +119,21 @@ class Results:
         try:
             cell = json.loads(path.read_text())
             digest = cell.pop("digest")
-        except (ValueError, KeyError, AttributeError):
+        except (ValueError, KeyError, AttributeError, TypeError):
             log.warning("%s: is torn, the cell is computed again", path)
             return None
-        if digest != _digest(cell):
+        if digest != digest_of(cell):
             raise ValueError(
                 f"{path}: was changed after it was written; remove it to compute the cell again"
             )
-        if cell["settings"] != self.settings:
-            raise ValueError(f"{path}: comes from a run with other settings; remove it")
+        if (cell["adapter"], cell["stream"], cell["seed"]) != (adapter, stream, seed):
+            raise ValueError(f"{path}: is the cell of another stream under this one's name")
+        settings = self.settings_of(adapter)
+        if cell["settings"] != settings:
+            raise ValueError(
+                f"{path}: was made with {differences(cell['settings'], settings)}; choose another "
+                "folder"
+            )
         return cell
 
     def write(self, cell: Cell, arrays: Mapping[str, np.ndarray] | None = None) -> Cell:
@@ -130,13 +152,24 @@ class Results:
             folder.mkdir(exist_ok=True)
             with whole(folder / f"{path.stem}.npz") as temporary, temporary.open("wb") as file:
                 np.savez_compressed(file, **arrays)
-        cell = json.loads(json.dumps({**cell, "settings": self.settings, "about": self.about}))
-        write_json(path, {**cell, "digest": _digest(cell)})
+        settings = self.settings_of(cell["adapter"])
+        cell = json.loads(json.dumps({**cell, "settings": settings, "about": self.about}))
+        write_json(path, {**cell, "digest": digest_of(cell)})
         return cell
 
 
-def _digest(cell: Cell) -> str:
-    words = json.dumps(cell, sort_keys=True).encode()
+def differences(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Say which settings differ, and how."""
+    return ", ".join(
+        f"{name} {earlier.get(name)!r} (this run: {now.get(name)!r})"
+        for name in dict.fromkeys([*earlier, *now])
+        if earlier.get(name) != now.get(name)
+    )
+
+
+def digest_of(content: Any) -> str:
+    """A short hash of anything JSON knows."""
+    words = json.dumps(content, sort_keys=True).encode()
     return hashlib.blake2b(words, digest_size=16).hexdigest()
 
 

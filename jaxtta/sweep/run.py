@@ -5,6 +5,7 @@ import itertools
 import resource
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -16,7 +17,7 @@ from jaxtta.data import Batches, Stream, StreamBatch, read_ahead
 from jaxtta.objectives import Batch
 from jaxtta.sweep.checkpoint import Checkpoints
 from jaxtta.sweep.record import Record, gain
-from jaxtta.sweep.results import Cell, Results
+from jaxtta.sweep.results import Cell, Results, digest_of
 
 BASELINE = "zero_shot"
 
@@ -26,7 +27,7 @@ class _Job:
     """One stream and the adapters that have still to run on it."""
 
     stream: Stream
-    numbers: list[int]
+    numbers: range
     adapters: list[str]
     states: dict[str, Any]
     records: dict[str, Record]
@@ -129,7 +130,9 @@ def _prepare(
     """Set a stream up, at its beginning or where a checkpoint left it."""
     stream, numbers = batches.streams[number], batches.of(number)
     folder = results.root / "checkpoints" / f"{stream.name}--seed{stream.seed}"
-    job = _Job(stream, numbers, names, {}, {}, Checkpoints(folder, checkpoint_every))
+    settings = {name: results.settings_of(name) for name in adapters}
+    identity = digest_of([settings, stream.segments, zlib.crc32(stream.items.tobytes())])
+    job = _Job(stream, numbers, names, {}, {}, Checkpoints(folder, checkpoint_every, identity))
     if folder.is_dir() and checkpoint_every is not None:
         _start(job, adapters, params)
         job.done = job.checkpoints.restore(job.states, job.records)
