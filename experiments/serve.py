@@ -15,6 +15,7 @@ finite is not taken, and the line says so.
 
 import dataclasses
 import itertools
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -43,7 +44,7 @@ class Options:
     """Folder or hub id of a CLIP checkpoint."""
     adapter: Literal["zero_shot", "tent", "batclip"] = "batclip"
     """How to adapt."""
-    learning_rate: float = 5e-4
+    learning_rate: float = 1e-3
     """Of TENT's SGD or BATCLIP's AdamW."""
     batch_size: int = 8
     """Pictures a step."""
@@ -55,7 +56,7 @@ def main(options: Options) -> None:
     """Print a line a picture."""
     if options.batch_size < 1:
         raise ValueError(f"--batch-size is {options.batch_size}, expected at least 1")
-    if not options.learning_rate > 0:
+    if not 0 < options.learning_rate < math.inf:
         raise ValueError(f"--learning-rate is {options.learning_rate}, expected a positive number")
     names = options.class_names or data.image_folder(assets.PICTURES).class_names
     files = list_pictures(options.pictures)
@@ -64,7 +65,9 @@ def main(options: Options) -> None:
     adapter = {
         "zero_shot": lambda: jaxtta.adapters.zero_shot(model, task),
         "tent": lambda: jaxtta.adapters.tent(model, task, optax.sgd(options.learning_rate, 0.9)),
-        "batclip": lambda: jaxtta.adapters.batclip(model, task, optax.adamw(options.learning_rate)),
+        "batclip": lambda: jaxtta.adapters.batclip(
+            model, task, optax.adamw(options.learning_rate, weight_decay=1e-2)
+        ),
     }[options.adapter]()
     pictures = readable(files)
     width = max(len(str(file)) for file in files)
