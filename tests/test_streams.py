@@ -162,3 +162,24 @@ def test_reading_can_begin_anywhere_and_workers_change_nothing(workers, tmp_path
 
 def test_a_domain_says_its_severity_where_it_has_one():
     assert [str(Domain("fog", 3)), str(Domain("fog"))] == ["fog-3", "fog"]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_originals_lie_in_a_corner_of_a_canvas(tmp_path, workers):
+    for name, size in (("cat", (40, 44)), ("dog", (33, 100))):
+        (tmp_path / name).mkdir()
+        pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / name / "a.png")
+    preprocess = Preprocessing(32, 32, (32, 32))
+    source = data.CorruptedOnTheFly(data.image_folder(tmp_path), preprocess)
+    streams = data.make_streams("continual", ("clean", "fog"), (3,), source.labels, order="stored")
+    clean, fog = data.read_ahead(data.Batches(source, tuple(streams), 3, 64), workers)
+    assert clean.sizes.tolist() == [[40, 44], [21, 64], [1, 1]]  # 33×100 is shrunk to fit
+    np.testing.assert_array_equal(
+        clean.originals[0, :40, :44], np.asarray(Image.open(tmp_path / "cat" / "a.png"))
+    )
+    assert not clean.originals[0, 40:].any()
+    assert not clean.originals[0, :, 44:].any()
+    # photographs are corrupted after resize and crop: there is no larger original
+    assert fog.sizes.tolist() == [[32, 32], [32, 32], [1, 1]]
+    np.testing.assert_array_equal(fog.originals[:2, :32, :32], fog.images[:2])

@@ -87,6 +87,9 @@ class Source(Protocol):
         The seed is that of the corruption, where there is something to draw.
         """
 
+    def original(self, domain: Domain, number: int, seed: int) -> np.ndarray:
+        """The same picture before resize and crop, (height, width, 3) uint8 of any size."""
+
     def name(self, domain: Domain, number: int) -> str:
         """What to call a picture in a message."""
 
@@ -133,10 +136,19 @@ class CorruptedOnTheFly:
 
     def read(self, domain: Domain, number: int, seed: int) -> np.ndarray:
         """Read, preprocess and corrupt one picture."""
+        picture, preprocessed = self._make(domain, number, seed)
+        return picture if preprocessed else self.preprocess(Image.fromarray(picture))
+
+    def original(self, domain: Domain, number: int, seed: int) -> np.ndarray:
+        """The clean picture as it is stored, a corrupted one at its corruption's resolution."""
+        return self._make(domain, number, seed)[0]
+
+    def _make(self, domain: Domain, number: int, seed: int) -> tuple[np.ndarray, bool]:
+        """A picture, and whether it has been preprocessed."""
         name = self.pictures.name(number)
         picture = _rgb(self.preprocess, self.pictures.open(number), name)
         if domain.corruption == CLEAN:
-            return self.preprocess(picture)
+            return np.asarray(picture), False
         if min(picture.size) < SMALLEST:
             raise UnreadablePictureError(f"{name}: smaller than {SMALLEST} pixels")
         distort = functools.partial(
@@ -146,8 +158,8 @@ class CorruptedOnTheFly:
             seed=picture_seed(seed, domain.corruption, domain.severity, number),
         )
         if min(picture.size) < self.preprocess.image_size:
-            return self.preprocess(Image.fromarray(distort(np.asarray(picture))))
-        return distort(self.preprocess(picture))
+            return distort(np.asarray(picture)), False
+        return distort(self.preprocess(picture)), True
 
 
 def _rgb(preprocess: Preprocess, picture: Image.Image, name: str) -> Image.Image:
@@ -198,10 +210,14 @@ class CorruptedFolders:
 
     def read(self, domain: Domain, number: int, seed: int) -> np.ndarray:
         """Read and preprocess one picture."""
+        return self.preprocess(Image.fromarray(self.original(domain, number, seed)))
+
+    def original(self, domain: Domain, number: int, seed: int) -> np.ndarray:
+        """Read one picture."""
         del seed
         self.check(domain)
         name = self.name(domain, number)
-        return self.preprocess(_rgb(self.preprocess, open_picture(Path(name)), name))
+        return np.asarray(_rgb(self.preprocess, open_picture(Path(name)), name))
 
 
 def _of_data(domain: Domain) -> Domain:
@@ -291,9 +307,12 @@ class CorruptedArrays:
 
     def read(self, domain: Domain, number: int, seed: int) -> np.ndarray:
         """Read and preprocess one picture."""
+        return self.preprocess(Image.fromarray(self.original(domain, number, seed)))
+
+    def original(self, domain: Domain, number: int, seed: int) -> np.ndarray:
+        """Read one picture."""
         del seed
-        picture = self._open(domain)[self._row(domain, number)]
-        return self.preprocess(Image.fromarray(picture))
+        return self._open(domain)[self._row(domain, number)]
 
     def _row(self, domain: Domain, number: int) -> int:
         domain = _of_data(domain)

@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from PIL import Image
 
 from jaxtta.data.corruptions import CLEAN
 from jaxtta.data.folders import UnreadablePictureError
@@ -176,6 +177,9 @@ class StreamBatch(NamedTuple):
         labels: (batch,) integers.
         pictures: (batch,) integers, each picture's number in the source; -1 for padding.
         segments: (batch,) integers, the segment of each picture; -1 for padding.
+        originals: (batch, canvas, canvas, 3) uint8, the pictures before resize and crop in a corner
+            of a canvas; None where no canvas was asked for.
+        sizes: (batch, 2) integers, the originals' height and width.
     """
 
     images: np.ndarray
@@ -184,6 +188,8 @@ class StreamBatch(NamedTuple):
     labels: np.ndarray
     pictures: np.ndarray
     segments: np.ndarray
+    originals: np.ndarray | None = None
+    sizes: np.ndarray | None = None
 
 
 class Place(NamedTuple):
@@ -203,11 +209,14 @@ class Batches:
         source: where pictures come from.
         streams: the streams.
         size: pictures a batch.
+        canvas: side of the originals' canvas; a larger original is shrunk to fit. None for no
+            originals.
     """
 
     source: Source
     streams: tuple[Stream, ...]
     size: int
+    canvas: int | None = None
 
     @functools.cached_property
     def places(self) -> list[Place]:
@@ -240,6 +249,15 @@ class Batches:
         blank = np.zeros((side, side, 3), np.uint8)
         padding = self.size - len(items)
         segments, pictures = np.pad(items, ((0, padding), (0, 0)), constant_values=-1).T
+        originals = sizes = None
+        if self.canvas:
+            originals = np.zeros((self.size, self.canvas, self.canvas, 3), np.uint8)
+            sizes = np.ones((self.size, 2), np.int32)
+            for row, item in enumerate(items.tolist()):
+                if read[row] is not None:
+                    original = self._original(stream, *item)
+                    height, width = sizes[row] = original.shape[:2]
+                    originals[row, :height, :width] = original
         return StreamBatch(
             np.stack([blank if x is None else x for x in read] + [blank] * padding),
             np.asarray([x is not None for x in read] + [False] * padding),
@@ -247,7 +265,18 @@ class Batches:
             np.pad(self.source.labels[items[:, 1]], (0, padding)),
             pictures,
             segments,
+            originals,
+            sizes,
         )
+
+    def _original(self, stream: Stream, segment: int, picture: int) -> np.ndarray:
+        original = self.source.original(stream.segments[segment], picture, stream.seed)
+        shrink = self.canvas / max(original.shape[:2])
+        if shrink >= 1:
+            return original
+        height, width = (max(round(shrink * side), 1) for side in original.shape[:2])
+        smaller = Image.fromarray(original).resize((width, height), Image.Resampling.BICUBIC)
+        return np.asarray(smaller)
 
     def _read(self, stream: Stream, segment: int, picture: int) -> np.ndarray | None:
         try:

@@ -6,7 +6,7 @@ import resource
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -42,6 +42,7 @@ def run(
     results: Results,
     *,
     setting: str = "",
+    from_originals: Collection[str] = (),
     workers: int = 1,
     worker: tuple[int, int] = (0, 1),
     checkpoint_every: int | None = None,
@@ -59,6 +60,7 @@ def run(
         batches: the streams.
         results: the folder, claimed while this runs.
         setting: what the streams are called together, for the cells.
+        from_originals: adapters that cut their own views; `batches` needs a canvas for them.
         workers: processes that read ahead.
         worker: this machine's number and how many share the streams.
         checkpoint_every: batches between two checkpoints inside a stream.
@@ -101,7 +103,7 @@ def run(
             source = iter(read_ahead(batches, workers, to_read)) if jobs else iter(())
             steps: dict[str, Callable] = {}
             for job in jobs:
-                _run_stream(job, adapters, steps, params, batches, source, bar)
+                _run_stream(job, adapters, steps, params, from_originals, source, bar)
                 known = {name: cells.get((*_key(job.stream), name)) for name in adapters}
                 for name, cell in _cells(job, batches, known, setting).items():
                     arrays = job.records[name].arrays() if save_predictions else None
@@ -150,7 +152,7 @@ def _run_stream(
     adapters: Mapping[str, Adapter],
     steps: dict[str, Callable],
     params: Any,
-    batches: Batches,
+    from_originals: Collection[str],
     source: Iterator[StreamBatch],
     bar: tqdm,
 ) -> None:
@@ -159,8 +161,10 @@ def _run_stream(
     bar.set_description(f"{job.stream.name} seed {job.stream.seed}")
     for number in range(job.done, len(job.numbers)):
         batch = next(source)
-        inputs = Batch(batch.images, batch.mask, batch.index)
+        plain = Batch(batch.images, batch.mask, batch.index)
+        uncut = Batch(batch.originals, batch.mask, batch.index, batch.sizes)
         for name in job.adapters:
+            inputs = uncut if name in from_originals else plain
             if name not in steps:  # once a sweep, outside the clock
                 jitted = jax.jit(adapters[name].step, donate_argnums=1)
                 steps[name] = jitted.lower(params, job.states[name], inputs).compile()
