@@ -321,10 +321,12 @@ def test_the_bootstrap_agrees_with_the_textbook():
 
 
 def test_pictures_that_were_not_seen_do_not_count():
-    totals = np.array([[1.0], [0.0], [5.0]])
-    means = bootstrap(totals, np.array([[1.0], [1.0], [0.0]]) * 0 + [[1.0], [1.0], [5.0]])
-    assert np.nanmin(means) >= 0
-    assert np.nanmax(means) <= 1
+    seen = np.repeat([1.0, 0.0], 100)[:, None]
+    right = seen * (np.arange(200) < 50)[:, None]
+    means = bootstrap(right, seen)
+    assert means.mean() == pytest.approx(0.5, abs=0.02)  # 0.25 if they counted as wrong
+    assert np.isnan(bootstrap(right * 0, seen * 0)).all()
+    assert interval(bootstrap(right * 0, seen * 0)[:, 0]) is None
 
 
 def children(pid):

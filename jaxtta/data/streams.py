@@ -118,10 +118,10 @@ def make_streams(
     if setting == "reset_each_shift":
         every = dict.fromkeys(d for severity in severities for d in domains_at(severity))
         return [stream(str(domain), [domain]) for domain in every]
+    names = [f"{setting}-{severity}" if severity else setting for severity in severities]
     return [
-        stream(f"{setting}-{severity}" if severity else setting, domains_at(severity), mixed)
-        for mixed in [setting == "mixed"]
-        for severity in severities
+        stream(name, domains_at(severity), mixed=setting == "mixed")
+        for name, severity in zip(names, severities, strict=True)
     ]
 
 

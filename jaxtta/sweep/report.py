@@ -20,8 +20,8 @@ from jaxtta.data.corruptions import CLEAN
 from jaxtta.metrics import ALEXNET_ERRORS, mean_corruption_error
 from jaxtta.sweep.record import Figures, gain
 from jaxtta.sweep.results import Cell, whole
+from jaxtta.sweep.run import BASELINE
 
-BASELINE = "zero_shot"
 NONE = "–"
 
 

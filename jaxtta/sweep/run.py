@@ -104,8 +104,8 @@ def run(
             steps: dict[str, Callable] = {}
             for job in jobs:
                 _run_stream(job, adapters, steps, params, from_originals, source, bar)
-                known = {name: cells.get((*_key(job.stream), name)) for name in adapters}
-                for name, cell in _cells(job, batches, known, setting).items():
+                baseline = cells.get((*_key(job.stream), BASELINE))
+                for name, cell in _cells(job, batches, baseline, setting).items():
                     arrays = job.records[name].arrays() if save_predictions else None
                     cells[(*_key(job.stream), name)] = results.write(cell, arrays)
                 job.checkpoints.remove()
@@ -178,9 +178,7 @@ def _run_stream(
             job.checkpoints.save(number + 1, job.states, job.records)
 
 
-def _cells(
-    job: _Job, batches: Batches, known: Mapping[str, Cell | None], setting: str
-) -> dict[str, Cell]:
+def _cells(job: _Job, batches: Batches, baseline: Cell | None, setting: str) -> dict[str, Cell]:
     """The finished stream's cells, with their gain over the baseline where that is known."""
     cells = {
         name: {
@@ -201,7 +199,7 @@ def _cells(
     unreadable: list[list[str]] = [[] for _ in job.stream.segments]
     for segment, picture in job.stream.items[~record.seen].tolist():
         unreadable[segment].append(batches.source.name(job.stream.segments[segment], picture))
-    baseline = cells.get(BASELINE) or known.get(BASELINE)
+    baseline = cells.get(BASELINE, baseline)
     for name, cell in cells.items():
         for number, segment in enumerate(cell["segments"]):
             segment["unreadable"] = unreadable[number]
