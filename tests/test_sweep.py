@@ -48,6 +48,9 @@ class Source:
         rng = np.random.default_rng([number, domain.severity, len(domain.corruption), seed])
         return rng.integers(0, 256, (4, 4, 3), np.uint8)
 
+    def original(self, domain, number, seed):
+        return np.full((6, 5, 3), 10 * number, np.uint8)
+
 
 def drifting(rate):
     """An adapter whose predictions depend on everything it has seen."""
@@ -179,6 +182,34 @@ def test_two_workers_together_equal_one(tmp_path):
         assert len(share) == 4
     together = go(tmp_path / "two", Source(fatal=1), setting="reset_each_shift")
     assert figures(together) == figures(expected)
+
+
+def test_an_adapter_that_cuts_its_own_views_is_given_the_originals(tmp_path):
+    def step(params, state, batch):
+        # the picture's number, read off its original; the plain picture knows nothing of it
+        valid = jnp.arange(8) < batch.sizes[:, :1]
+        number = (batch.images[..., 2, 0] * valid).sum(1) // (10 * batch.sizes[:, 0])
+        return state, Prediction(jax.nn.one_hot(number % 3, 3), {})
+
+    source = Source()
+    streams = data.make_streams("mixed", ("fog",), (5,), source.labels)
+    batches = data.Batches(source, tuple(streams), 6, canvas=8)
+    adapters = ADAPTERS | {"reader": Adapter(lambda params: {"seen": jnp.zeros(())}, step)}
+    cells = sweep.run(
+        *(adapters, PARAMS, batches, sweep.Results(tmp_path, {})),
+        from_originals=("reader",),
+        workers=0,
+        progress=False,
+    )
+    assert [cell["segments"][0]["pictures"] for cell in cells] == [19] * 3
+    assert cells[2]["segments"][0]["top1"] == 1
+    assert cells[0]["segments"][0]["top1"] < 1
+    with pytest.raises(ValueError, match="reader cuts its own views"):
+        sweep.run(
+            *(adapters, PARAMS, data.Batches(source, tuple(streams), 6)),
+            sweep.Results(tmp_path / "b", {}),
+            from_originals=("reader",),
+        )
 
 
 def test_an_adapter_can_be_added_later(tmp_path):

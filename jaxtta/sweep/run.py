@@ -71,9 +71,12 @@ def run(
         The cells of this worker's streams, stream by stream in the adapters' order.
 
     Raises:
-        ValueError: if the folder holds another sweep, or no picture of a stream can be read.
+        ValueError: if the folder holds another sweep, no picture of a stream can be read, or
+            originals are needed and not there.
         OSError: if the folder cannot be written; what was finished is saved.
     """
+    if from_originals and batches.canvas is None:
+        raise ValueError(f"{', '.join(from_originals)} cuts its own views: batches need a canvas")
     cells: dict[tuple[str, int, str], Cell] = {}
     share = range(worker[0], len(batches.streams), worker[1])
     with results.claim(worker):
