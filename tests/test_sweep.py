@@ -402,8 +402,8 @@ def test_a_killed_script_goes_on_where_it_was(tmp_path):
         time.sleep(0.1)
     assert not list((tmp_path / "cut" / "cells").iterdir())
     stopped = call("cut", stderr=subprocess.PIPE)
-    for line in stopped.stderr:  # the progress bar begins where it was, and moves
-        if " 6/24" in line or " 10/24" in line:
+    for line in stopped.stderr:
+        if "/24" in line:  # the bar stands before the first step
             break
     stopped.send_signal(signal.SIGINT)
     _, err = stopped.communicate()
