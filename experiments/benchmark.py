@@ -2,6 +2,7 @@
 
     python experiments/benchmark.py --classes 100 --batch 16
     python experiments/benchmark.py --classes 1000 --frameworks jax --adapters batclip
+    python experiments/benchmark.py --classes 1000 --adapters tnt-1 tnt-3 --steps 1
     python experiments/benchmark.py --model tiny --classes 10   # does it run?
     python experiments/benchmark.py --adapters zero_shot --frameworks jax --reading FOLDER
 
@@ -10,8 +11,12 @@ the lengths of ImageNet's "a photo of a {}.": start, four shared tokens, 1 to 11
 and end of text, so that the longest has 18. JAX runs jaxtta's adapters. PyTorch runs transformers'
 CLIPModel, in eval mode and with its fused attention, twice: on prompts padded to 77 tokens, the
 published procedure, and on prompts cut to the longest. The loss and the optimiser are the same;
-zero-shot and TENT encode the text once, beforehand. 1,000 classes at batch 16 and 77 tokens do not
+all but BATCLIP encode the text once, beforehand. 1,000 classes at batch 16 and 77 tokens do not
 fit in 24 GB in PyTorch: run JAX alone there, or give a --memory-limit-gb.
+
+A step of tnt-1 is one picture, 64 views and one update of the noise; tnt-3 makes three updates.
+jaxtta cuts the views from the picture within the step. PyTorch is handed them, and follows the
+published procedure: every update runs all views forward and backward and then selects.
 
 Every row has a process of its own. The columns:
 
@@ -20,8 +25,8 @@ Every row has a process of its own. The columns:
 - peak GB: the most memory the process has held up to the last measured step, weights, libraries and
   compilation included; on a GPU the most that was allocated on it. JAX rows hide PyTorch, which
   transformers would load beside JAX where it is installed.
-- GFLOP: floating-point operations of a step. XLA counts the elementwise ones too, PyTorch matrix
-  products alone, and whole score matrices where attention is causal. Recomputation counts.
+- GFLOP: floating-point operations of a step's matrix products, recomputed ones too; PyTorch counts
+  whole score matrices where attention is causal.
 - of peak: those operations per second as a share of what a large matrix product reaches just
   before, in the same library and process and at its default precision.
 - faster, less memory, fewer FLOPs: PyTorch's row with 77 tokens of the same adapter and this run,
@@ -32,6 +37,7 @@ import dataclasses
 import importlib.metadata
 import importlib.util
 import json
+import math
 import multiprocessing
 import os
 import resource
@@ -71,11 +77,18 @@ class Settings:
     classes: int = 100
     """Number of classes, one prompt each."""
     batch: int = 16
-    """Pictures a step."""
-    adapters: tuple[Literal["zero_shot", "tent", "batclip"], ...] = ("zero_shot", "tent", "batclip")
+    """Pictures a step (TNT: always one)."""
+    views: int = 64
+    """Views a picture (TNT)."""
+    adapters: tuple[Literal["zero_shot", "tent", "batclip", "tnt-1", "tnt-3"], ...] = (
+        "zero_shot",
+        "tent",
+        "batclip",
+    )
     """Adapters to measure."""
     frameworks: tuple[Literal["jax", "torch"], ...] = ("jax", "torch")
-    """Libraries to measure them in; each adapter has one row in JAX and two in PyTorch."""
+    """Libraries to measure them in; each adapter has one row in JAX and two in PyTorch (TNT one, as
+    its prompts are encoded beforehand)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the matrix products; the parameters are float32."""
     remat: bool = False
@@ -124,7 +137,8 @@ def main(settings: Settings) -> None:
                 report = json.loads(json.dumps(report, default=str))
                 write_json(settings.output, report)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    print(f"{settings.model}, {settings.classes} classes, batch {settings.batch}, ", end="")
+    batch = 1 if all(map(is_tnt, settings.adapters)) else settings.batch
+    print(f"{settings.model}, {settings.classes} classes, batch {batch}, ", end="")
     print(f"{settings.dtype}{', remat' * settings.remat}, {cores} CPU cores\n")
     print(table(results))
     if settings.reading:
@@ -135,7 +149,7 @@ def main(settings: Settings) -> None:
 
 def check(settings: Settings) -> None:
     """Raise a ValueError where an option makes no sense."""
-    for name, least in (("classes", 2), ("batch", 1), ("steps", 1)):
+    for name, least in (("classes", 2), ("batch", 1), ("views", 1), ("steps", 1)):
         if getattr(settings, name) < least:
             raise ValueError(f"--{name} must be at least {least}, not {getattr(settings, name)}")
     for name in ("adapters", "frameworks"):
@@ -172,7 +186,13 @@ def plan(settings: Settings) -> list[Row]:
         for adapter in settings.adapters
         for framework in frameworks
         for form in prompts[framework]
+        if not (is_tnt(adapter) and form == "cut")
     ]
+
+
+def is_tnt(adapter: str) -> bool:
+    """Whether it is one of TNT's rows."""
+    return adapter.startswith("tnt-")
 
 
 def supervise(settings: Settings, row: Row) -> Result:
@@ -213,7 +233,7 @@ def measure(settings: Settings, row: Row, sender: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process
     try:
         result = {"jax": jax_row, "torch": torch_row}[row.framework](settings, row)
-        result["pictures_per_second"] = settings.batch / result["seconds"]
+        result["pictures_per_second"] = pictures_a_step(settings, row) / result["seconds"]
     except Exception as error:  # whatever a library raises when memory runs out, say
         text = str(error).strip().partition("\n")[0]
         result = {"error": f"{type(error).__name__}: {text[:160]}"}
@@ -261,9 +281,14 @@ def clip_config(model: str) -> "CLIPConfig":
     )
 
 
-def pictures(settings: Settings, size: int) -> np.ndarray:
-    """Random pictures (batch, size, size, 3) in [0, 1]."""
-    return np.random.default_rng(1).random((settings.batch, size, size, 3), np.float32)
+def pictures_a_step(settings: Settings, row: Row) -> int:
+    """How many pictures a step takes."""
+    return 1 if is_tnt(row.adapter) else settings.batch
+
+
+def pictures(count: int, size: int) -> np.ndarray:
+    """Random pictures (count, size, size, 3) in [0, 1]."""
+    return np.random.default_rng(1).random((count, size, size, 3), np.float32)
 
 
 def timed(step: Callable[[], Any], steps: int) -> tuple[list[float], Any]:
@@ -321,13 +346,18 @@ def jax_row(settings: Settings, row: Row) -> Result:
         remat=settings.remat,
     )
     task = jaxtta.clip.task_from_token_ids(prompt_tokens(settings.classes))
-    adapter = getattr(jaxtta.adapters, row.adapter)(model, task)
-    images = jnp.asarray(pictures(settings, model.preprocessing.image_size))
+    images = jnp.asarray(pictures(pictures_a_step(settings, row), model.preprocessing.image_size))
+    if is_tnt(row.adapter):
+        tuning = jaxtta.adapters.Tuning(views=settings.views, steps=int(row.adapter[-1]))
+        adapter = jaxtta.adapters.tnt(model, task, tuning)
+    else:
+        adapter = getattr(jaxtta.adapters, row.adapter)(model, task)
     params = random_params(model)
     state = jax.block_until_ready(adapter.init(params))
 
     start = time.perf_counter()
-    compiled = jax.jit(adapter.step, donate_argnums=1).lower(params, state, images).compile()
+    traced = jax.jit(adapter.step, donate_argnums=1).trace(params, state, images)
+    compiled = traced.lower().compile()
     compilation = time.perf_counter() - start
 
     def step() -> jax.Array:
@@ -339,10 +369,28 @@ def jax_row(settings: Settings, row: Row) -> Result:
     if not jnp.isfinite(logits).all():
         raise FloatingPointError("the logits are not finite")
     memory = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
-    result = figures(
-        "jax", seconds, memory or resident_peak(), compiled.cost_analysis()["flops"], peak
-    )
+    flops = jax_flops(traced.jaxpr.jaxpr)
+    result = figures("jax", seconds, memory or resident_peak(), flops, peak)
     return result | {"device": jax.devices()[0].device_kind, "compile_seconds": compilation}
+
+
+def jax_flops(jaxpr: "jax.extend.core.Jaxpr") -> int:
+    """Operations of the matrix products in a program; XLA's own count takes loops for one turn."""
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            left = equation.invars[0].aval.shape
+            terms = math.prod(left[axis] for axis in contracted)
+            total += 2 * terms * math.prod(equation.outvars[0].aval.shape)
+        inner = sum(jax_flops(getattr(x, "jaxpr", x)) for x in _programs(equation.params))
+        total += inner * equation.params.get("length", 1)
+    return total
+
+
+def _programs(params: dict[str, Any]) -> list[Any]:
+    """The programs among an equation's parameters: loop bodies, jitted and derived functions."""
+    return [x for x in params.values() if hasattr(x, "eqns") or hasattr(x, "jaxpr")]
 
 
 def random_params(model: "jaxtta.clip.CLIP") -> dict[str, Any]:
@@ -384,7 +432,7 @@ def torch_row(settings: Settings, row: Row) -> Result:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     peak = torch_peak(getattr(torch, settings.dtype), device)
-    step = torch_step(settings, row, device)
+    step = (torch_tnt if is_tnt(row.adapter) else torch_step)(settings, row, device)
     seconds, logits = timed(step, settings.steps)
     if not logits.isfinite().all():
         raise FloatingPointError("the logits are not finite")
@@ -399,23 +447,13 @@ def torch_step(
 ) -> "Callable[[], torch.Tensor]":
     """Make the step; it returns the logits before the update."""
     import torch
-    from transformers import AutoModel
 
-    torch.manual_seed(0)
-    config = clip_config(settings.model)
-    model = AutoModel.from_config(config, attn_implementation="sdpa").eval().to(device)
+    model, encode = torch_model(settings, device)
     optimizer = torch_optimizer(model, row.adapter)
-    pixels = torch.from_numpy(pictures(settings, config.vision_config.image_size))
-    pixels = pixels.permute(0, 3, 1, 2).sub(0.5).div(0.27).contiguous().to(device)
+    pixels = torch_pixels(settings.batch, model).sub(0.5).div(0.27).to(device)
     token_ids = torch.from_numpy(prompt_tokens(settings.classes)).to(device)
     if row.prompts == "cut":
         token_ids = token_ids[:, : int(token_ids.argmax(-1).max()) + 1].contiguous()
-
-    def encode(features: Callable, inputs: torch.Tensor) -> torch.Tensor:
-        half = settings.dtype == "bfloat16"
-        with torch.autocast(device.type, torch.bfloat16, enabled=half):
-            outputs = features(inputs)
-        return getattr(outputs, "pooler_output", outputs).float()  # transformers 5, 4
 
     def encode_text() -> torch.Tensor:
         return unit(encode(model.get_text_features, token_ids))
@@ -437,6 +475,77 @@ def torch_step(
         return logits.detach()
 
     return step
+
+
+def torch_tnt(settings: Settings, row: Row, device: "torch.device") -> "Callable[[], torch.Tensor]":
+    """Make a step of TNT as published; it returns the votes' mean cosines."""
+    import torch
+
+    model, encode = torch_model(settings, device)
+    model.requires_grad_(False)
+    views = torch_pixels(settings.views, model).to(device)
+    token_ids = torch.from_numpy(prompt_tokens(settings.classes)).to(device)
+    eps, rate, kept = 1 / 255, 1e-3, max(int(0.1 * settings.views), 1)  # as many vote
+    with torch.no_grad():
+        texts = unit(encode(model.get_text_features, token_ids))
+
+    def embed(noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        pixels = (views + noise).clamp(0, 1).sub(0.5).div(0.27)
+        images = unit(encode(model.get_image_features, pixels))
+        return images, model.logit_scale.exp() * images @ texts.T
+
+    def surest(logits: torch.Tensor) -> torch.Tensor:
+        log_p = logits.detach().log_softmax(-1)
+        return (-(log_p.exp() * log_p).sum(-1)).argsort()[:kept]
+
+    def step() -> torch.Tensor:
+        noise, selected = torch.randn(views.shape[1:], device=device).clamp(-eps, eps), None
+        for _ in range(int(row.adapter[-1])):
+            noise.requires_grad_()
+            images, logits = embed(noise)
+            selected = surest(logits) if selected is None else selected
+            loss = torch_tnt_loss(images[selected], logits[selected])
+            gradient = torch.autograd.grad(loss, noise)[0]
+            noise = (noise.detach() - rate * gradient.sign()).clamp(-eps, eps)
+        with torch.no_grad():
+            _, logits = embed(noise)
+            return logits[surest(logits)].mean(0)
+
+    return step
+
+
+def torch_tnt_loss(images: "torch.Tensor", logits: "torch.Tensor") -> "torch.Tensor":
+    """TNT's loss of the selected views' normalised embeddings and logits."""
+    import torch
+
+    mean = logits.log_softmax(-1).logsumexp(0) - math.log(len(logits))
+    return -(mean.exp() * mean).sum() + torch.nn.functional.pdist(images).mean()
+
+
+def torch_model(settings: Settings, device: "torch.device") -> "tuple[torch.nn.Module, Callable]":
+    """The model with random weights, and what runs one of its towers in the settings' dtype."""
+    import torch
+    from transformers import AutoModel
+
+    torch.manual_seed(0)
+    config = clip_config(settings.model)
+    model = AutoModel.from_config(config, attn_implementation="sdpa").eval().to(device)
+
+    def encode(features: Callable, inputs: torch.Tensor) -> torch.Tensor:
+        half = settings.dtype == "bfloat16"
+        with torch.autocast(device.type, torch.bfloat16, enabled=half):
+            outputs = features(inputs)
+        return getattr(outputs, "pooler_output", outputs).float()  # transformers 5, 4
+
+    return model, encode
+
+
+def torch_pixels(count: int, model: "torch.nn.Module") -> "torch.Tensor":
+    """The random pictures, (count, 3, size, size) in [0, 1]."""
+    import torch
+
+    size = model.config.vision_config.image_size
+    return torch.from_numpy(pictures(count, size)).permute(0, 3, 1, 2).contiguous()
 
 
 def torch_optimizer(model: "torch.nn.Module", adapter: str) -> "torch.optim.Optimizer | None":

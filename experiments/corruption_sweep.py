@@ -20,28 +20,23 @@ The same command again computes only what is missing. Other pictures and models:
 """
 
 import dataclasses
-import hashlib
 import math
-import platform
-from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 import jaxtta
 from jaxtta import assets, data, sweep
-from jaxtta.adapters import BATCLIP_PRESETS, TENT_PRESETS
+from jaxtta.adapters import Tuning
 from jaxtta.data import COMMON
 
-ADAPTERS = ("zero_shot", "tent", "batclip")
 LEFT_OUT = (
     *("output", "worker", "workers", "checkpoint_every", "save_predictions", "debug"),
     *("adapters", "seeds"),  # which cells there are, not what is in them
-    *("learning_rate", "choose_learning_rate", "validation"),  # an adapter's own
+    *("learning_rate", "choose_learning_rate", "validation", "tnt", "canvas"),  # an adapter's own
+    "save_examples",
     *("data", "model", "class_names"),  # places; what was found there is compared
 )
 """Options that another run may give otherwise and go on in the same folder."""
@@ -67,8 +62,8 @@ class Options:
     own; needed with arrays."""
     model: str = str(assets.MODEL)
     """Folder or hub id of a CLIP checkpoint (default: the embedded one)."""
-    adapters: tuple[str, ...] = ADAPTERS
-    """Which adapters to run."""
+    adapters: tuple[str, ...] = ("zero_shot", "tent", "batclip")
+    """Which adapters to run: zero_shot, tent, batclip, tnt (or tnt-3, with three steps)."""
     corruptions: tuple[str, ...] = ()
     """Which corruptions to run; "clean" is one too. Default: the 15 usual ones, but clean for sets
     that are a shift by themselves (give it for ImageNet-A, -R and -Sketch with layout imagenet)."""
@@ -98,6 +93,13 @@ class Options:
     validation: str | None = None
     """Other pictures of the same layout to choose on (default: the same pictures, with their
     labels)."""
+    tnt: Tuning = dataclasses.field(default_factory=Tuning)
+    """TNT's settings."""
+    canvas: int | None = None
+    """Side of the canvas that TNT's originals lie on; larger ones are shrunk to fit. Default: what
+    the first pictures need, up to 512."""
+    save_examples: int = 0
+    """Draw what TNT's noise did to so many pictures that it set right or spoilt."""
     batch_size: int = 100
     """Pictures a batch."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -132,26 +134,38 @@ def main(options: Options) -> None:
     task = jaxtta.clip.zero_shot_task(model, source.class_names, templates)
 
     running = {"workers": options.workers, "checkpoint_every": options.checkpoint_every}
-    settings = describe(options, severities, templates) | fingerprints(source, params)
-    rates = dict.fromkeys(options.adapters, options.learning_rate) | {"zero_shot": None}
+    settings = describe(options, severities, templates) | sweep.fingerprints(source, params)
+    about = sweep.about(data=options.data, model=options.model)
+    rates = {
+        name: options.learning_rate if name in sweep.WITH_RATE else None
+        for name in options.adapters
+    }
     chosen = {}
     if options.choose_learning_rate:
-        for name in [name for name in options.adapters if name != "zero_shot"]:
+        for name in [name for name in options.adapters if name in sweep.WITH_RATE]:
             chosen[name] = choose(name, options, model, params, task, settings, **running)
             rates[name] = chosen[name].rate
     adapters = {
-        name: make_adapter(name, options.preset, rates[name], model, task)
+        name: sweep.make_adapter(name, model, task, options.preset, rates[name], options.tnt)
         for name in options.adapters
     }
+    cutting = tuple(filter(sweep.is_tnt, options.adapters))
     batches = data.Batches(source, tuple(streams), options.batch_size)
-    own = {name: {"learning_rate": rate} for name, rate in rates.items() if rate is not None}
+    if cutting:
+        canvas = options.canvas or data.canvas_for(source, streams[0])
+        batches = dataclasses.replace(batches, canvas=canvas)
+    own = {
+        name: sweep.own_settings(name, rates[name], options.tnt, batches.canvas)
+        for name in options.adapters
+    }
     told = {"chosen": {name: choice._asdict() for name, choice in chosen.items()}}
     cells = sweep.run(
         adapters,
         params,
         batches,
-        sweep.Results(options.output, settings, about(options) | told, own),
+        sweep.Results(options.output, settings, about | told, own),
         setting=options.setting,
+        from_originals=cutting,
         worker=worker,
         save_predictions=options.save_predictions,
         **running,
@@ -162,19 +176,32 @@ def main(options: Options) -> None:
         )
         print("without --worker on their folders put together makes the report")
         return
-    report(options, batches, cells)
+    examples = []
+    if options.save_examples:
+        examples = sweep.find_examples(
+            *(cells, cutting[-1], batches, options.save_examples, model, params, task),
+            sweep.tuning_of(cutting[-1], options.tnt),
+        )
+    pictures = len(np.unique(streams[0].items[:, 1]))
+    title = f"{Path(options.model).name} on {Path(options.data).name}, {options.setting}, "
+    title += f"{options.order}, {pictures} pictures"
+    sweep.finish(cells, options.output, title, sweep.samples_of(batches), examples)
 
 
 def check(options: Options) -> tuple[int, int]:
     """Raise a ValueError for options that cannot be meant; return the worker's share."""
-    for name in options.adapters:
-        if name not in ADAPTERS:
-            raise ValueError(f"unknown adapter {name!r}, expected one of {', '.join(ADAPTERS)}")
+    sweep.check_adapters(options.adapters)
     for what in ("adapters", "corruptions", "seeds", "severities"):
         given, may_be_empty = getattr(options, what), what in ("corruptions", "severities")
         if not (given or may_be_empty) or len(set(given)) < len(given):
             raise ValueError(f"--{what} needs one or more different values, not {list(given)}")
-    for what, least in (("batch_size", 1), ("workers", 0), ("checkpoint_every", 1)):
+    for what, least in (
+        ("batch_size", 1),
+        ("workers", 0),
+        ("checkpoint_every", 1),
+        ("canvas", 1),
+        ("save_examples", 0),
+    ):
         value = getattr(options, what)
         if value is not None and value < least:
             option = what.replace("_", "-")
@@ -194,6 +221,13 @@ def check(options: Options) -> tuple[int, int]:
         raise ValueError(
             "a learning rate chosen on the validation corruptions is not tested on them"
         )
+    if options.save_examples:
+        if not any(map(sweep.is_tnt, options.adapters)) or "zero_shot" not in options.adapters:
+            raise ValueError(
+                "--save-examples shows what tnt makes of zero_shot's answers: run both"
+            )
+        if options.tnt.carry:
+            raise ValueError("--save-examples is for maps of single pictures, not --tnt.carry")
     number, slash, count = options.worker.partition("/")
     if not (slash and number.isdecimal() and count.isdecimal() and int(number) < int(count)):
         raise ValueError(f"--worker is {options.worker!r}, expected i/n with i below n, as 0/2")
@@ -244,19 +278,6 @@ def lay_out(
     ]
 
 
-def make_adapter(
-    name: str, preset: str, rate: float | None, model: jaxtta.clip.CLIP, task: jaxtta.clip.Task
-) -> jaxtta.Adapter:
-    """Make an adapter with the preset's optimiser, or the usual one at another learning rate."""
-    if name == "zero_shot":
-        return jaxtta.adapters.zero_shot(model, task)
-    if name == "tent":
-        sgd = TENT_PRESETS[preset].optimizer() if rate is None else optax.sgd(rate, momentum=0.9)
-        return jaxtta.adapters.tent(model, task, sgd)
-    adamw = optax.adamw(rate, weight_decay=1e-2) if rate else BATCLIP_PRESETS[preset].optimizer()
-    return jaxtta.adapters.batclip(model, task, adamw)
-
-
 def choose(
     name: str,
     options: Options,
@@ -274,14 +295,14 @@ def choose(
         source.check(stream.segments[0])
     choice = sweep.choose_learning_rate(
         name,
-        lambda rate: make_adapter(name, options.preset, rate, model, task),
+        lambda rate: sweep.make_adapter(name, model, task, options.preset, rate, options.tnt),
         options.choose_learning_rate,
         params,
         data.Batches(source, tuple(streams), options.batch_size),
         sweep.Results(
             options.output / "validation",
-            settings | fingerprints(source, params) | {"setting": "reset_each_shift"},
-            about(options),
+            settings | sweep.fingerprints(source, params) | {"setting": "reset_each_shift"},
+            sweep.about(data=options.data, model=options.model),
         ),
         **running,
     )
@@ -299,77 +320,6 @@ def describe(options: Options, severities: tuple[int, ...], templates: tuple[str
         left_out |= {"corruptions", "severities"}  # each is a stream of its own
     settings = dataclasses.asdict(options) | {"templates": templates, "severities": severities}
     return {name: value for name, value in settings.items() if name not in left_out}
-
-
-def fingerprints(source: data.Source, params: jaxtta.clip.Params) -> dict:
-    """What was found where the options point: pictures by number and label, names, weights."""
-    weights = hashlib.blake2b(digest_size=8)
-    for leaf in jax.tree.leaves(params):
-        weights.update(np.asarray(leaf).tobytes())
-    labels = hashlib.blake2b(source.labels.tobytes(), digest_size=8).hexdigest()
-    return {
-        "pictures": f"{len(source.labels)}, labels {labels}",
-        "class_names": source.class_names,
-        "weights": weights.hexdigest(),
-    }
-
-
-def about(options: Options) -> dict:
-    """Places, versions and device, for the result files."""
-    packages = ("jax", "jaxlib", "flax", "optax", "transformers", "numpy", "pillow")
-    versions = {"jaxtta": jaxtta.__version__, "python": platform.python_version()}
-    return {
-        "data": options.data,
-        "model": options.model,
-        "versions": versions | {name: version(name) for name in packages},
-        "device": jax.devices()[0].device_kind,
-    }
-
-
-def report(options: Options, batches: data.Batches, cells: list[sweep.Cell]) -> None:
-    """Print the table and leave report, plots and summary beside the cells."""
-    pictures = len(np.unique(batches.streams[0].items[:, 1]))
-    title = f"{Path(options.model).name} on {Path(options.data).name}, {options.setting}, "
-    title += f"{options.order}, {pictures} pictures"
-    table = sweep.table(cells)
-    (options.output / "table.txt").write_text(table + "\n")
-    sweep.summary_csv(cells, options.output / "summary.csv")
-    sweep.save_all(cells, options.output, title)
-    sweep.write_report(cells, options.output / "report.html", samples(batches), title)
-    print(f"top-1 accuracy in %, and gain over zero_shot in points; {title}\n\n{table}\n")
-    print(sweep.answer(cells))
-    say_what_was_skipped(cells)
-    print(f"results: {options.output / 'report.html'}")
-
-
-def samples(batches: data.Batches) -> dict[str, np.ndarray]:
-    """One picture under every corruption at its strongest, the same one throughout."""
-    stream, shown = batches.streams[0], {}
-    domains = sorted({d for s in batches.streams for d in s.segments}, key=lambda d: d.severity)
-    strongest = {domain.corruption: domain for domain in domains}
-    order = dict.fromkeys(d.corruption for s in batches.streams for d in s.segments)
-    for picture in stream.items[:20, 1].tolist():  # the first that can be read
-        try:
-            for domain in map(strongest.__getitem__, order):
-                shown[str(domain)] = batches.source.read(domain, picture, stream.seed)
-            return shown
-        except data.UnreadablePictureError:
-            shown = {}
-    return shown
-
-
-def say_what_was_skipped(cells: list[sweep.Cell]) -> None:
-    """Name the pictures and steps that were passed over."""
-    lost = sorted({name for c in cells for s in c["segments"] for name in s["unreadable"]})
-    if lost:
-        more = f" and {len(lost) - 5} more" if len(lost) > 5 else ""
-        print(f"{len(lost)} pictures could not be used: {', '.join(lost[:5])}{more}")
-    for cell in cells:
-        if cell["skipped_steps"]:
-            print(
-                f"{cell['adapter']} on {cell['stream']}: {len(cell['skipped_steps'])} steps "
-                f"skipped, their loss or update not finite: batches {cell['skipped_steps']}"
-            )
 
 
 if __name__ == "__main__":

@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 
 HOUSE = Path(__file__).parents[1] / "jaxtta"
-PRIMITIVES = {"clip", "tree", "losses", "metrics", "views"}
+PRIMITIVES = {"clip", "tree", "losses", "metrics", "views", "augmix"}
 MAY_IMPORT = {
     "clip": set(),
     "tree": set(),
     "losses": set(),
     "metrics": set(),
     "views": set(),
+    "augmix": set(),
     "data": set(),
     "assets": set(),
     "objectives": PRIMITIVES,

@@ -48,8 +48,9 @@ class Source:
         rng = np.random.default_rng([number, domain.severity, len(domain.corruption), seed])
         return rng.integers(0, 256, (4, 4, 3), np.uint8)
 
-    def original(self, domain, number, seed):
-        return np.full((6, 5, 3), 10 * number, np.uint8)
+    def read_both(self, domain, number, seed):
+        original = np.full((6, 5, 3), 10 * number, np.uint8)
+        return self.read(domain, number, seed), original
 
 
 def drifting(rate):

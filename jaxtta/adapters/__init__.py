@@ -4,7 +4,16 @@ from jaxtta.adapters.base import Adapter, Prediction, Preset, State
 from jaxtta.adapters.batclip import BATCLIP_PRESETS, adam_l2, batclip
 from jaxtta.adapters.online import online
 from jaxtta.adapters.tent import TENT_PRESETS, tent
-from jaxtta.adapters.tnt import TNT_PRESETS, Tuned, Tuning, load_noise, save_noise, tnt, tune
+from jaxtta.adapters.tnt import (
+    TNT_PRESETS,
+    Tuned,
+    Tuning,
+    load_noise,
+    save_noise,
+    tnt,
+    tune,
+    tune_picture,
+)
 from jaxtta.adapters.zero_shot import zero_shot
 
 __all__ = [
@@ -25,5 +34,6 @@ __all__ = [
     "tent",
     "tnt",
     "tune",
+    "tune_picture",
     "zero_shot",
 ]

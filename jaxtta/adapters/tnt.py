@@ -11,6 +11,7 @@ refreshed from time to time by stepping the carrying adapter.
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -21,6 +22,7 @@ import numpy as np
 
 from jaxtta import views as cut
 from jaxtta.adapters.base import Adapter, Array, Prediction
+from jaxtta.augmix import augmix
 from jaxtta.clip import CLIP, Task, unit
 from jaxtta.losses import entropy
 from jaxtta.objectives.base import Batch, as_batch
@@ -42,8 +44,10 @@ class Tuning:
             does in half precision.
         scale: least and greatest share of a random crop's area.
         ratio: least and greatest width over height of a random crop.
+        augmix: severity of AugMix on the random crops, up to 10; 0 for none, as published.
         carry: go on with one map along the stream, picture by picture.
-        pictures: how many pictures are mapped over at once; more need more memory.
+        chunk: how many views of a picture are embedded at once; fewer need less memory.
+        pictures: how many pictures are mapped over at once; 1 on a CPU, more fill an accelerator.
     """
 
     views: int = 64
@@ -56,12 +60,14 @@ class Tuning:
     temperature: float | Literal["code"] = 7e-3
     scale: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    augmix: float = 0.0
     carry: bool = False
+    chunk: int = 8
     pictures: int = 1
 
     def __post_init__(self) -> None:
         """Refuse what cannot be meant."""
-        for name, least in (("views", 1), ("steps", 0), ("pictures", 1)):
+        for name, least in (("views", 1), ("steps", 0), ("chunk", 1), ("pictures", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least {least}")
         for name in ("learning_rate", "epsilon"):
@@ -70,12 +76,25 @@ class Tuning:
         for name in ("select_fraction", "vote_fraction"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected above 0 and at most 1")
+        for name, greatest in (("scale", 1), ("ratio", math.inf)):
+            low, high = getattr(self, name)
+            if not 0 < low <= high <= greatest:
+                limits = " at most 1" if greatest == 1 else ""
+                raise ValueError(
+                    f"{name} is {low} to {high}, expected positive numbers in order{limits}"
+                )
+        if not 0 <= self.augmix <= 10:
+            raise ValueError(f"augmix is {self.augmix}, expected 0 to 10")
         if self.temperature != "code" and not self.temperature > 0:
             raise ValueError(f"temperature is {self.temperature}, expected a positive number")
 
 
 TNT_PRESETS = {"paper": Tuning(), "code": Tuning(entropy_weight=0.1, temperature="code")}
 """The published settings: those of the paper, and the published code's defaults."""
+
+
+KERNELS = {2: "bilinear", 3: "bicubic"}
+"""PIL's numbers of the kernels that views can be resized with."""
 
 
 class Tuned(NamedTuple):
@@ -129,9 +148,14 @@ def tune(
     Returns:
         The tuned map and its prediction.
 
+    Raises:
+        ValueError: if views and map differ in size.
+
     References:
         https://arxiv.org/abs/2502.06019
     """
+    if views.shape[1:] != noise.shape:
+        raise ValueError(f"a noise map of shape {noise.shape} for views of {views.shape[1:]}")
 
     def embeddings(views: Array, noise: Array) -> Array:
         return unit(embed(params, _clip(views + noise)))
@@ -139,12 +163,15 @@ def tune(
     def logits_of(embedded: Array) -> Array:
         return scale * embedded @ classes.T
 
+    def logits_of_all(noise: Array) -> Array:
+        return logits_of(_in_chunks(lambda part: embeddings(part, noise), views, tuning.chunk))
+
     count = len(views)
     kept, votes = (_share(f, count) for f in (tuning.select_fraction, tuning.vote_fraction))
     selected = jnp.arange(0)
     losses, noise_steps = jnp.zeros((0, 3)), jnp.zeros((0, *noise.shape))
     if tuning.steps:
-        selected = _surest(logits_of(embeddings(views, noise)), kept)
+        selected = _surest(logits_of_all(noise), kept)
         chosen = views[selected] if select else views
 
         def loss(noise: Array) -> tuple[Array, Array]:
@@ -161,7 +188,7 @@ def tune(
             return noise, (terms, noise)
 
         noise, (losses, noise_steps) = jax.lax.scan(update, noise, length=tuning.steps)
-    logits = logits_of(embeddings(views, noise))
+    logits = logits_of_all(noise)
     voting = _surest(logits, votes)
     temperature = tuning.temperature
     if temperature == "code":  # half precision's epsilon, and the entropy that the code adds to it
@@ -169,6 +196,17 @@ def tune(
     probabilities = jax.nn.log_softmax(logits[voting] / scale / temperature)
     log_probabilities = jax.nn.logsumexp(probabilities, 0) - jnp.log(votes)
     return Tuned(noise, log_probabilities, noise_steps, losses, selected, voting, logits)
+
+
+def _in_chunks(function: Callable[[Array], Array], rows: Array, chunk: int) -> Array:
+    """Apply a function of rows to at most `chunk` of them at a time."""
+    count = -(-len(rows) // chunk)
+    if count == 1:
+        return function(rows)
+    size = -(-len(rows) // count)  # all chunks as even as can be, so that few rows are padding
+    padded = jnp.pad(rows, ((0, count * size - len(rows)), *((0, 0),) * (rows.ndim - 1)))
+    parts = jax.lax.map(function, padded.reshape(count, size, *rows.shape[1:]))
+    return parts.reshape(count * size, *parts.shape[2:])[: len(rows)]
 
 
 def _share(fraction: float, count: int) -> int:
@@ -204,6 +242,60 @@ def inter_view_distance(embeddings: Array) -> Array:
     apart = squared > 0
     distances = jnp.sqrt(jnp.where(apart, squared, 1.0))  # a root of 0 has no derivative
     return jnp.where(apart, distances, 0).sum() / jnp.maximum(apart.sum(), 1)
+
+
+def tune_picture(
+    model: CLIP,
+    params: Any,
+    classes: Array,
+    key: Array,
+    picture: Array,
+    size: Array | None = None,
+    tuning: Tuning = Tuning(),
+    noise: Array | None = None,
+) -> tuple[Array, Tuned]:
+    """Cut a picture's views, tune a noise map on them, and vote.
+
+    Args:
+        model: the model.
+        params: its parameters.
+        classes: (classes, projection), normalised embeddings of the texts.
+        key: PRNG key of this picture.
+        picture: (height, width, 3), uint8 or float in [0, 1].
+        size: (2,) true height and width where the picture is an original on a canvas; None where
+            it has the model's resolution.
+        tuning: the settings.
+        noise: (size, size, 3), the map to begin with; None for noise within the bounds.
+
+    Returns:
+        The views (N, size, size, 3) without noise, the plain one first, and what was made of them.
+    """
+    preprocessing = model.preprocessing
+    side, kernel = preprocessing.image_size, KERNELS[preprocessing.resample]
+    noise_key, view_key, mix_key = jax.random.split(key, 3)
+    start = initial_noise(noise_key, side, tuning.epsilon) if noise is None else noise
+    original = picture.astype(jnp.float32) / 255 if picture.dtype == jnp.uint8 else picture
+    if size is None:
+        first, size = original, jnp.array(original.shape[:2])
+    else:
+        first = cut.plain(original, size, side, preprocessing.resize, kernel)
+    others = cut.random_resized_crops(
+        view_key, original, size, tuning.views - 1, side, tuning.scale, tuning.ratio
+    )
+    if tuning.augmix:
+        keys = jax.random.split(mix_key, len(others))
+        others = jax.vmap(augmix, (0, 0, None))(keys, others, tuning.augmix)
+    views = jnp.concatenate([first[None], others])
+
+    def embed(params: Any, pictures: Array) -> Array:
+        return model.encode_image(params, model.normalize(pictures))
+
+    return views, tune(embed, params, classes, jnp.exp(params["logit_scale"]), views, start, tuning)
+
+
+def initial_noise(key: Array, side: int, epsilon: float) -> Array:
+    """Draw the map to begin with, (side, side, 3): normal noise, clipped to its bounds."""
+    return jax.random.normal(key, (side, side, 3)).clip(-epsilon, epsilon)
 
 
 class TNTState(NamedTuple):
@@ -246,9 +338,8 @@ def tnt(
     References:
         https://arxiv.org/abs/2502.06019
     """
-    side, resize = model.preprocessing.image_size, model.preprocessing.resize
-    kernel = {2: "bilinear", 3: "bicubic"}.get(model.preprocessing.resample)
-    if kernel is None:
+    side = model.preprocessing.image_size
+    if model.preprocessing.resample not in KERNELS:
         raise ValueError(
             f"the checkpoint resizes with PIL's filter {model.preprocessing.resample}, expected 2 "
             "(bilinear) or 3 (bicubic)"
@@ -260,15 +351,12 @@ def tnt(
     own_map = not tuning.carry and noise is None
     prompts, encode = model.prompts(task), jax.jit(model.class_embeddings)
 
-    def draw(key: Array) -> Array:
-        return jax.random.normal(key, (side, side, 3)).clip(-tuning.epsilon, tuning.epsilon)
-
-    def embed(params: Any, pictures: Array) -> Array:
-        return model.encode_image(params, model.normalize(pictures))
-
     def init(params: Any, key: Array | None = None) -> TNTState:
         key = jax.random.key(0) if key is None else key
-        start = draw(jax.random.fold_in(key, 0)) if noise is None else jnp.array(noise, jnp.float32)
+        if noise is None:
+            start = initial_noise(jax.random.fold_in(key, 0), side, tuning.epsilon)
+        else:
+            start = jnp.array(noise, jnp.float32)
         return TNTState(
             start, encode(params, prompts), jax.random.key_data(key), jnp.zeros((), jnp.int32)
         )
@@ -276,30 +364,25 @@ def tnt(
     def step(params: Any, state: TNTState, batch: Batch | Array) -> tuple[TNTState, Prediction]:
         batch = as_batch(batch, state.seen)
         shape = batch.images.shape[1:3]
-        sizes = batch.sizes
-        if sizes is None:
-            sizes = jnp.broadcast_to(jnp.array(shape), (len(batch.images), 2))
+        if batch.sizes is None and shape != (side, side):
+            raise ValueError(
+                f"pictures of {shape[0]}×{shape[1]} pixels, expected {side}×{side} for this model, "
+                "or originals with their sizes"
+            )
         key = jax.random.wrap_key_data(state.key)
-        scale = jnp.exp(params["logit_scale"])
 
         def one(noise: Array, picture: tuple[Array, ...]) -> tuple[Array, tuple[Array, Array]]:
             image, size, index, valid = picture
-            noise_key, view_key = jax.random.split(jax.random.fold_in(key, index))
-            start = draw(noise_key) if own_map else noise
-            original = _float(image)
-            first = original
-            if batch.sizes is not None:
-                first = cut.plain(original, size, side, resize, kernel)
-            others = cut.random_resized_crops(
-                view_key, original, size, tuning.views - 1, side, tuning.scale, tuning.ratio
+            _, tuned = tune_picture(
+                *(model, params, state.classes, jax.random.fold_in(key, index), image, size),
+                *(tuning, None if own_map else noise),
             )
-            seen = jnp.concatenate([first[None], others])
-            tuned = tune(embed, params, state.classes, scale, seen, start, tuning)
             losses = tuned.losses[-1] if tuning.steps else jnp.zeros(3)
-            after = jnp.where(valid & jnp.isfinite(losses).all(), tuned.noise, start)
-            return after, (tuned.log_probabilities, losses)
+            # A carried map forgets a picture that was padding, or gave no finite loss.
+            kept = valid & jnp.isfinite(losses).all()
+            return jnp.where(kept, tuned.noise, noise), (tuned.log_probabilities, losses)
 
-        pictures = (batch.images, sizes, batch.index, batch.mask)
+        pictures = (batch.images, batch.sizes, batch.index, batch.mask)
         if tuning.carry:
             last, (logits, losses) = jax.lax.scan(one, state.noise, pictures)
         else:
@@ -322,10 +405,6 @@ def tnt(
         return state, Prediction(logits, metrics)
 
     return Adapter(init, step)
-
-
-def _float(image: Array) -> Array:
-    return image.astype(jnp.float32) / 255 if image.dtype == jnp.uint8 else image
 
 
 def save_noise(path: str | Path, noise: Array, tuning: Tuning) -> None:

@@ -87,8 +87,8 @@ class Source(Protocol):
         The seed is that of the corruption, where there is something to draw.
         """
 
-    def original(self, domain: Domain, number: int, seed: int) -> np.ndarray:
-        """The same picture before resize and crop, (height, width, 3) uint8 of any size."""
+    def read_both(self, domain: Domain, number: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """The same picture, and as it was before resize and crop, of any size."""
 
     def name(self, domain: Domain, number: int) -> str:
         """What to call a picture in a message."""
@@ -136,19 +136,14 @@ class CorruptedOnTheFly:
 
     def read(self, domain: Domain, number: int, seed: int) -> np.ndarray:
         """Read, preprocess and corrupt one picture."""
-        picture, preprocessed = self._make(domain, number, seed)
-        return picture if preprocessed else self.preprocess(Image.fromarray(picture))
+        return self.read_both(domain, number, seed)[0]
 
-    def original(self, domain: Domain, number: int, seed: int) -> np.ndarray:
-        """The clean picture as it is stored, a corrupted one at its corruption's resolution."""
-        return self._make(domain, number, seed)[0]
-
-    def _make(self, domain: Domain, number: int, seed: int) -> tuple[np.ndarray, bool]:
-        """A picture, and whether it has been preprocessed."""
+    def read_both(self, domain: Domain, number: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """The picture; the clean one as it is stored, or a corrupted one as it was corrupted."""
         name = self.pictures.name(number)
         picture = _rgb(self.preprocess, self.pictures.open(number), name)
         if domain.corruption == CLEAN:
-            return np.asarray(picture), False
+            return self.preprocess(picture), np.asarray(picture)
         if min(picture.size) < SMALLEST:
             raise UnreadablePictureError(f"{name}: smaller than {SMALLEST} pixels")
         distort = functools.partial(
@@ -158,8 +153,10 @@ class CorruptedOnTheFly:
             seed=picture_seed(seed, domain.corruption, domain.severity, number),
         )
         if min(picture.size) < self.preprocess.image_size:
-            return distort(np.asarray(picture)), False
-        return distort(self.preprocess(picture)), True
+            distorted = distort(np.asarray(picture))
+            return self.preprocess(Image.fromarray(distorted)), distorted
+        distorted = distort(self.preprocess(picture))
+        return distorted, distorted
 
 
 def _rgb(preprocess: Preprocess, picture: Image.Image, name: str) -> Image.Image:
@@ -210,14 +207,15 @@ class CorruptedFolders:
 
     def read(self, domain: Domain, number: int, seed: int) -> np.ndarray:
         """Read and preprocess one picture."""
-        return self.preprocess(Image.fromarray(self.original(domain, number, seed)))
+        return self.read_both(domain, number, seed)[0]
 
-    def original(self, domain: Domain, number: int, seed: int) -> np.ndarray:
-        """Read one picture."""
+    def read_both(self, domain: Domain, number: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """Read one picture, preprocessed and as it is stored."""
         del seed
         self.check(domain)
         name = self.name(domain, number)
-        return np.asarray(_rgb(self.preprocess, open_picture(Path(name)), name))
+        picture = _rgb(self.preprocess, open_picture(Path(name)), name)
+        return self.preprocess(picture), np.asarray(picture)
 
 
 def _of_data(domain: Domain) -> Domain:
@@ -307,12 +305,13 @@ class CorruptedArrays:
 
     def read(self, domain: Domain, number: int, seed: int) -> np.ndarray:
         """Read and preprocess one picture."""
-        return self.preprocess(Image.fromarray(self.original(domain, number, seed)))
+        return self.read_both(domain, number, seed)[0]
 
-    def original(self, domain: Domain, number: int, seed: int) -> np.ndarray:
-        """Read one picture."""
+    def read_both(self, domain: Domain, number: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """Read one picture, preprocessed and as it is stored."""
         del seed
-        return self._open(domain)[self._row(domain, number)]
+        stored = self._open(domain)[self._row(domain, number)]
+        return self.preprocess(Image.fromarray(stored)), stored
 
     def _row(self, domain: Domain, number: int) -> int:
         domain = _of_data(domain)
@@ -431,3 +430,52 @@ def _of_one_severity(root: Path, labels: np.ndarray) -> np.ndarray:
             f"{SEVERITIES} severities in the same order, or for each picture of one severity"
         )
     return once
+
+
+@dataclasses.dataclass(frozen=True)
+class Named:
+    """A source whose clean pictures are a domain by another name: a dataset that is a shift itself.
+
+    Attributes:
+        source: the pictures.
+        domain: what they are called, with severity 0.
+    """
+
+    source: Source
+    domain: str
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Labels (pictures,)."""
+        return self.source.labels
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes."""
+        return self.source.class_names
+
+    @property
+    def preprocess(self) -> Preprocess:
+        """The model's preprocessing."""
+        return self.source.preprocess
+
+    def name(self, domain: Domain, number: int) -> str:
+        """What the source calls the picture."""
+        return self.source.name(self._clean(domain), number)
+
+    def check(self, domain: Domain) -> None:
+        """Raise a ValueError for any other domain."""
+        self.source.check(self._clean(domain))
+
+    def read(self, domain: Domain, number: int, seed: int) -> np.ndarray:
+        """Read one picture."""
+        return self.source.read(self._clean(domain), number, seed)
+
+    def read_both(self, domain: Domain, number: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """Read one picture, preprocessed and as it is stored."""
+        return self.source.read_both(self._clean(domain), number, seed)
+
+    def _clean(self, domain: Domain) -> Domain:
+        if domain != Domain(self.domain):
+            raise ValueError(f"unknown domain {domain}, expected {self.domain}")
+        return Domain(CLEAN)

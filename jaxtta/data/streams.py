@@ -246,21 +246,22 @@ class Batches:
         items = stream.parts[place.part][place.offset : place.offset + self.size]
         read = [self._read(stream, *item) for item in items.tolist()]
         side = self.source.preprocess.image_size
-        blank = np.zeros((side, side, 3), np.uint8)
         padding = self.size - len(items)
-        segments, pictures = np.pad(items, ((0, padding), (0, 0)), constant_values=-1).T
+        images = np.zeros((self.size, side, side, 3), np.uint8)
         originals = sizes = None
         if self.canvas:
             originals = np.zeros((self.size, self.canvas, self.canvas, 3), np.uint8)
             sizes = np.ones((self.size, 2), np.int32)
-            for row, item in enumerate(items.tolist()):
-                if read[row] is not None:
-                    original = self._original(stream, *item)
-                    height, width = sizes[row] = original.shape[:2]
-                    originals[row, :height, :width] = original
+        for row, both in enumerate(read):
+            if both is None:
+                continue
+            images[row], original = both
+            if self.canvas:
+                originals[row], sizes[row] = on_canvas(original, self.canvas)
+        segments, pictures = np.pad(items, ((0, padding), (0, 0)), constant_values=-1).T
         return StreamBatch(
-            np.stack([blank if x is None else x for x in read] + [blank] * padding),
-            np.asarray([x is not None for x in read] + [False] * padding),
+            images,
+            np.asarray([both is not None for both in read] + [False] * padding),
             (place.index + np.arange(self.size)).astype(np.int32),
             np.pad(self.source.labels[items[:, 1]], (0, padding)),
             pictures,
@@ -269,20 +270,60 @@ class Batches:
             sizes,
         )
 
-    def _original(self, stream: Stream, segment: int, picture: int) -> np.ndarray:
-        original = self.source.original(stream.segments[segment], picture, stream.seed)
-        shrink = self.canvas / max(original.shape[:2])
-        if shrink >= 1:
-            return original
-        height, width = (max(round(shrink * side), 1) for side in original.shape[:2])
-        smaller = Image.fromarray(original).resize((width, height), Image.Resampling.BICUBIC)
-        return np.asarray(smaller)
-
-    def _read(self, stream: Stream, segment: int, picture: int) -> np.ndarray | None:
+    def _read(
+        self, stream: Stream, segment: int, picture: int
+    ) -> tuple[np.ndarray, np.ndarray | None] | None:
+        """A picture, and where a canvas waits for it its original."""
+        domain = stream.segments[segment]
         try:
-            return self.source.read(stream.segments[segment], picture, stream.seed)
+            if self.canvas:
+                return self.source.read_both(domain, picture, stream.seed)
+            return self.source.read(domain, picture, stream.seed), None
         except UnreadablePictureError:
             return None  # masked; whoever reads the batch knows which by `pictures`
+
+
+def canvas_for(source: Source, stream: Stream, greatest: int = 512, pictures: int = 50) -> int:
+    """A side for the canvas that suits a source.
+
+    Args:
+        source: the pictures.
+        stream: the first of the streams.
+        greatest: the largest side to choose; larger pictures are shrunk.
+        pictures: how many of the stream's first pictures are looked at.
+
+    Returns:
+        The longest side among them, or `greatest` if that is less or none can be read.
+    """
+    sides = []
+    for segment, picture in stream.items[:pictures].tolist():
+        try:
+            both = source.read_both(stream.segments[segment], picture, stream.seed)
+        except UnreadablePictureError:
+            continue
+        sides += both[1].shape[:2]
+    return min(max(sides, default=greatest), greatest)
+
+
+def on_canvas(original: np.ndarray, canvas: int) -> tuple[np.ndarray, np.ndarray]:
+    """Put a picture into the corner of a canvas.
+
+    Args:
+        original: (height, width, 3) uint8.
+        canvas: side; a larger picture is shrunk to fit.
+
+    Returns:
+        The canvas (canvas, canvas, 3) uint8, and the picture's height and width on it (2,).
+    """
+    shrink = canvas / max(original.shape[:2])
+    if shrink < 1:
+        height, width = (max(round(shrink * side), 1) for side in original.shape[:2])
+        smaller = Image.fromarray(original).resize((width, height), Image.Resampling.BICUBIC)
+        original = np.asarray(smaller)
+    height, width = original.shape[:2]
+    filled = np.zeros((canvas, canvas, 3), np.uint8)
+    filled[:height, :width] = original
+    return filled, np.array([height, width], np.int32)
 
 
 @dataclasses.dataclass(frozen=True)

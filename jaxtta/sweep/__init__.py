@@ -1,31 +1,58 @@
 """Running many streams through many adapters, and reporting what came of it."""
 
 from jaxtta.sweep.choose import Choice, choose_learning_rate
+from jaxtta.sweep.examples import Example, draw_examples, find_examples
+from jaxtta.sweep.finish import finish, samples_of
+from jaxtta.sweep.lineup import (
+    ADAPTERS,
+    WITH_RATE,
+    check_adapters,
+    is_tnt,
+    make_adapter,
+    own_settings,
+    tuning_of,
+)
 from jaxtta.sweep.page import write_report
 from jaxtta.sweep.plots import save_all
+from jaxtta.sweep.provenance import about, fingerprints
 from jaxtta.sweep.record import Record, Scores, gain, outcomes, paired, score
-from jaxtta.sweep.report import answer, summary_csv, table
+from jaxtta.sweep.report import DATASETS, answer, summary_csv, table
 from jaxtta.sweep.results import Cell, Results, write_json
 from jaxtta.sweep.run import run
 from jaxtta.sweep.script import run_script
 
 __all__ = [
+    "ADAPTERS",
+    "DATASETS",
+    "WITH_RATE",
     "Cell",
     "Choice",
+    "Example",
     "Record",
     "Results",
     "Scores",
+    "about",
     "answer",
+    "check_adapters",
     "choose_learning_rate",
+    "draw_examples",
+    "find_examples",
+    "fingerprints",
+    "finish",
     "gain",
+    "is_tnt",
+    "make_adapter",
     "outcomes",
+    "own_settings",
     "paired",
     "run",
     "run_script",
+    "samples_of",
     "save_all",
     "score",
     "summary_csv",
     "table",
+    "tuning_of",
     "write_json",
     "write_report",
 ]

@@ -22,7 +22,7 @@ TALL = 500  # CSS pixels: above, a plot gets more height on a phone
 NAMED = 5  # pictures or streams that a warning lists
 CAPTIONS = {
     "accuracy": (
-        "Accuracy by corruption",
+        "Accuracy by {noun}",
         "Top-1 accuracy. A black whisker is the 95 % interval of the gain over {baseline}: where "
         "it crosses the height of the grey bar, chance may explain the difference.",
     ),
@@ -39,6 +39,12 @@ CAPTIONS = {
         "Reliability",
         "How often predictions of each confidence are right; strong bars stand for many pictures. "
         "Below the dashed line a model is surer than it should be. All pictures pooled.",
+    ),
+    "examples": (
+        "What the noise does to single pictures",
+        "Pictures whose answer TNT set right or spoilt: the plain view, the noise that was added "
+        "(its bounds stretched to black and white), their sum, and the likeliest classes before "
+        "and after. The true class is bold.",
     ),
 }
 STYLE = """
@@ -94,6 +100,7 @@ def write_report(
     samples: Mapping[str, np.ndarray],
     title: str,
     baseline: str = BASELINE,
+    examples: Figure | None = None,
 ) -> None:
     """Write the report of a sweep.
 
@@ -103,22 +110,29 @@ def write_report(
         samples: a picture of each corruption by its name, (height, width, 3) uint8; may be empty.
         title: stands above.
         baseline: the adapter that gains are counted from, if it is there.
+        examples: what an adapter learnt on single pictures, from `draw_examples`.
     """
     path = Path(path)
-    text = render(cells, samples, title, baseline)
+    text = render(cells, samples, title, baseline, examples)
     with whole(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def render(
-    cells: Sequence[Cell], samples: Mapping[str, np.ndarray], title: str, baseline: str = BASELINE
+    cells: Sequence[Cell],
+    samples: Mapping[str, np.ndarray],
+    title: str,
+    baseline: str = BASELINE,
+    examples: Figure | None = None,
 ) -> str:
     """The page as text; see `write_report`."""
     summary = report.summarise(cells, baseline)
     colours = {name: colour for name, (colour, _) in plots.styles(cells, baseline).items()}
     drawn = plots.figures(cells, baseline=baseline)
     name = summary.baseline or "the baseline"
-    shown = {key: _plot(key, figure, name) for key, figure in drawn.items()}
+    if examples is not None:
+        drawn["examples"] = examples
+    shown = {key: _plot(key, figure, name, summary.noun) for key, figure in drawn.items()}
     body = [
         f"<h1>{escape(title)}</h1>",
         f'<p class="answer">{escape(report.answer_from(summary))}</p>',
@@ -127,6 +141,7 @@ def render(
         _accuracy(cells, summary, colours),
         *(shown[key] for key in ("accuracy", "running", "severity") if key in shown),
         _samples(samples),
+        shown.get("examples", ""),
         "<h2>Calibration</h2>",
         _calibration(cells, summary, colours),
         shown.get("reliability", ""),
@@ -166,14 +181,16 @@ def _accuracy(cells: Sequence[Cell], summary: Summary, colours: Mapping[str, str
         notes.append("Top-1 accuracy in per cent.")
     shown, count = report.severities(cells), len(report.seeds(cells))
     if len(shown) > 1:
-        notes.append(f"Each corruption is the mean over severities {', '.join(map(str, shown))}.")
+        notes.append(
+            f"Each {summary.noun} is the mean over severities {', '.join(map(str, shown))}."
+        )
     if len(summary.averaged) < len(summary.corruptions):
         notes.append("The mean leaves clean pictures out.")
     if count > 1:
         found = ((a, report.spread(cells, a)) for a in summary.adapters)
         spreads = ", ".join(f"{a} {_number(s)}" for a, s in found)
         notes.append(f"Mean over {count} seeds; its standard deviation over them: {spreads}.")
-    return _table("corruption", summary, colours, rows, last) + _note(" ".join(notes))
+    return _table(summary.noun, summary, colours, rows, last) + _note(" ".join(notes))
 
 
 def _entry(entry: Entry) -> str:
@@ -196,7 +213,7 @@ def _calibration(cells: Sequence[Cell], summary: Summary, colours: Mapping[str, 
     for key, (label, scale, digits) in kinds.items():
         found = [report.average(cells, a, key, summary.averaged) for a in summary.adapters]
         rows.append((label, [_number(None if x is None else scale * x, digits) for x in found]))
-    note = "Means over the corruptions. Lower is better in every row."
+    note = f"Means over the {summary.noun}s. Lower is better in every row."
     return _table("", summary, colours, rows) + _note(note)
 
 
@@ -241,8 +258,8 @@ def _table(
     return f'<div class="{kind}"><table><thead>{body}</tbody></table></div>'
 
 
-def _plot(name: str, figure: Figure, baseline: str) -> str:
-    heading, caption = CAPTIONS[name]
+def _plot(name: str, figure: Figure, baseline: str, noun: str) -> str:
+    heading, caption = (text.format(baseline=baseline, noun=noun) for text in CAPTIONS[name])
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=150)
     above = "" if name == "reliability" else f"<h2>{heading}</h2>\n"
@@ -251,7 +268,7 @@ def _plot(name: str, figure: Figure, baseline: str) -> str:
     return (
         f'{above}<figure><div class="wide"><img class="{kind}" width="{width}" height="{height}" '
         f'src="{_uri(file.getvalue())}" alt="{heading}"></div>'
-        f"<figcaption>{escape(caption.format(baseline=baseline))}</figcaption></figure>"
+        f"<figcaption>{escape(caption)}</figcaption></figure>"
     )
 
 

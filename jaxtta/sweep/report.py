@@ -23,6 +23,8 @@ from jaxtta.sweep.results import Cell, whole
 from jaxtta.sweep.run import BASELINE
 
 NONE = "–"
+DATASETS = "datasets"
+"""The setting of cells whose segments are whole datasets."""
 
 
 class Entry(NamedTuple):
@@ -56,6 +58,7 @@ class Summary(NamedTuple):
         baseline: the adapter that gains are counted from; None if it was not run.
         entries: by corruption and adapter.
         means: by adapter.
+        noun: what the rows are: "corruption" or "dataset".
     """
 
     adapters: tuple[str, ...]
@@ -64,6 +67,7 @@ class Summary(NamedTuple):
     baseline: str | None
     entries: dict[tuple[str, str], Entry]
     means: dict[str, Entry]
+    noun: str = "corruption"
 
     @property
     def rivals(self) -> tuple[str, ...]:
@@ -100,6 +104,7 @@ def summarise(cells: Sequence[Cell], baseline: str = BASELINE) -> Summary:
         baseline if baseline in adapters else None,
         entries,
         means,
+        "dataset" if all(cell["setting"] == DATASETS for cell in cells) else "corruption",
     )
 
 
@@ -233,7 +238,7 @@ def answer_from(summary: Summary) -> str:
     if not measured:
         return "No picture has been seen."
     count, first = len(summary.averaged), summary.averaged[0].replace("_", " ")
-    where = f"Averaged over {count} corruptions" if count > 1 else f"On {first} pictures"
+    where = f"Averaged over {count} {summary.noun}s" if count > 1 else f"On {first} pictures"
     if summary.baseline is None or not summary.rivals:
         best = max(measured, key=lambda name: summary.means[name].top1)
         missing = summary.baseline is None
@@ -259,7 +264,7 @@ def answer_from(summary: Summary) -> str:
             f"{entry.top1:.2f} %, {figures}"
         )
     counts = ", ".join(_counts(summary, name) for name in summary.rivals)
-    noun = "corruption" if count == 1 else "corruptions"
+    noun = summary.noun if count == 1 else f"{summary.noun}s"
     return f"{where}, {said}. Significant differences from {base} on {count} {noun}: {counts}."
 
 
@@ -283,7 +288,7 @@ def table(cells: Sequence[Cell], baseline: str = BASELINE) -> str:
         Lines of text; accuracies in per cent, gains and their 95 % intervals in points.
     """
     summary = summarise(cells, baseline)
-    rows = [("corruption", list(summary.adapters))]
+    rows = [(summary.noun, list(summary.adapters))]
     for name in summary.corruptions:
         rows.append((name, [_text(summary.entries[name, a]) for a in summary.adapters]))
     rows.append(("mean", [_text(summary.means[a]) for a in summary.adapters]))
