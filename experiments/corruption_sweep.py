@@ -20,7 +20,6 @@ The same command again computes only what is missing. Other pictures and models:
 """
 
 import dataclasses
-import math
 from pathlib import Path
 from typing import Literal
 
@@ -179,8 +178,8 @@ def main(options: Options) -> None:
     examples = []
     if options.save_examples:
         examples = sweep.find_examples(
-            *(cells, cutting[-1], batches, options.save_examples, model, params, task),
-            sweep.tuning_of(cutting[-1], options.tnt),
+            *(cells, cutting[0], batches, options.save_examples, model, params, task),
+            sweep.tuning_of(cutting[0], options.tnt),
         )
     pictures = len(np.unique(streams[0].items[:, 1]))
     title = f"{Path(options.model).name} on {Path(options.data).name}, {options.setting}, "
@@ -191,27 +190,20 @@ def main(options: Options) -> None:
 def check(options: Options) -> tuple[int, int]:
     """Raise a ValueError for options that cannot be meant; return the worker's share."""
     sweep.check_adapters(options.adapters)
-    for what in ("adapters", "corruptions", "seeds", "severities"):
-        given, may_be_empty = getattr(options, what), what in ("corruptions", "severities")
-        if not (given or may_be_empty) or len(set(given)) < len(given):
-            raise ValueError(f"--{what} needs one or more different values, not {list(given)}")
-    for what, least in (
-        ("batch_size", 1),
-        ("workers", 0),
-        ("checkpoint_every", 1),
-        ("canvas", 1),
-        ("save_examples", 0),
-    ):
-        value = getattr(options, what)
-        if value is not None and value < least:
-            option = what.replace("_", "-")
-            raise ValueError(f"--{option} is {value}, expected at least {least}")
-    for what in ("learning_rate", "choose_learning_rate"):
-        value = getattr(options, what)
-        for rate in value if isinstance(value, tuple) else (value,):
-            if rate is not None and not (math.isfinite(rate) and rate > 0):
-                option = what.replace("_", "-")
-                raise ValueError(f"--{option} is {rate}, expected a positive number")
+    sweep.check_choices(adapters=options.adapters, seeds=options.seeds)
+    for name in ("corruptions", "severities"):
+        if getattr(options, name):
+            sweep.check_choices(**{name: getattr(options, name)})
+    sweep.check_limits(
+        batch_size=(options.batch_size, 1),
+        workers=(options.workers, 0),
+        checkpoint_every=(options.checkpoint_every, 1),
+        canvas=(options.canvas, 1),
+        save_examples=(options.save_examples, 0),
+    )
+    sweep.check_rates(
+        learning_rate=(options.learning_rate,), choose_learning_rate=options.choose_learning_rate
+    )
     if options.learning_rate and options.choose_learning_rate:
         raise ValueError("--learning-rate and --choose-learning-rate exclude each other")
     if options.severities and (options.setting == "gradual" or options.layout == "arrays"):
@@ -222,12 +214,7 @@ def check(options: Options) -> tuple[int, int]:
             "a learning rate chosen on the validation corruptions is not tested on them"
         )
     if options.save_examples:
-        if not any(map(sweep.is_tnt, options.adapters)) or "zero_shot" not in options.adapters:
-            raise ValueError(
-                "--save-examples shows what tnt makes of zero_shot's answers: run both"
-            )
-        if options.tnt.carry:
-            raise ValueError("--save-examples is for maps of single pictures, not --tnt.carry")
+        sweep.check_examples(options.adapters, options.tnt)
     number, slash, count = options.worker.partition("/")
     if not (slash and number.isdecimal() and count.isdecimal() and int(number) < int(count)):
         raise ValueError(f"--worker is {options.worker!r}, expected i/n with i below n, as 0/2")

@@ -171,6 +171,22 @@ def test_the_means_interval_is_the_joint_one():
     assert row(table, "standard deviation").endswith(f"over 2 seeds: {expected}")
 
 
+def test_datasets_weigh_the_same_whatever_their_size():
+    cells = []
+    for name, size, skill in (("large", 120, 0.9), ("small", 20, 0.2)):
+        (stream,) = make_streams("reset_each_shift", (name,), (0,), LABELS, limit=size)
+        for adapter, of in (("zero_shot", 0.5), ("tnt", skill)):
+            cells.append(cell_of(adapter, stream, report.DATASETS, lambda _, of=of: of))
+    means = [
+        np.mean([accuracy(cells, adapter, name) for name in ("large", "small")])
+        for adapter in ("zero_shot", "tnt")
+    ]
+    table = report.table(cells)
+    assert table.startswith("dataset ")
+    assert f"{means[1]:.2f} {means[1] - means[0]:+.2f} [" in row(table, "mean")
+    assert "Averaged over 2 datasets" in report.answer(cells)
+
+
 def test_an_adapter_that_harms_is_marked():
     table = report.table(cells_of(skills={"zero_shot": 0.9, "tent": 0.5, "batclip": 0.9}))
     assert row(table, "fog").count("!") == 1

@@ -7,6 +7,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -251,14 +252,85 @@ def test_a_small_clip_is_trained_and_loads(run_script, tmp_path):
     assert "nowhere: no such folder" in err
 
 
+def test_natural_shifts_end_to_end(run_script, tmp_path):
+    for number, name in enumerate(("cat", "dog", "frog")):
+        (tmp_path / "shop" / name).mkdir(parents=True)
+        for file in sorted((assets.PICTURES / name).iterdir())[: 2 + number]:
+            picture = Image.open(file).resize((60 - 10 * number, 40))
+            picture.save(tmp_path / "shop" / name / file.name)
+    options = [
+        *("--limit", "8", "--batch-size", "4", "--workers", "0", "--output", tmp_path / "out"),
+        *("--datasets", f"cifar10={assets.PICTURES}", f"shop={tmp_path / 'shop'}"),
+        *("--tnt.views", "4", "--tnt.scale", "0.5", "1"),
+    ]
+    code, out, _ = run_script("natural_shifts.py", *options, "--save-examples", "3")
+    assert code == 0
+    assert out.splitlines()[-1].endswith("report.html")
+    cells = {
+        (name, adapter): cell_of(tmp_path / "out" / name, adapter, name)
+        for name in ("cifar10", "shop")
+        for adapter in ("zero_shot", "tnt")
+    }
+    pictures = {name: cell["segments"][0]["pictures"] for (name, _), cell in cells.items()}
+    assert pictures == {"cifar10": 8, "shop": 8}
+    assert cells["shop", "tnt"]["settings"]["class_names"] == ["cat", "dog", "frog"]
+    assert cells["shop", "tnt"]["settings"]["tnt"]["canvas"] == 60
+    assert cells["cifar10", "tnt"]["settings"]["tnt"]["canvas"] == 32
+    assert "tnt" not in cells["shop", "zero_shot"]["settings"]
+    table = (tmp_path / "out" / "table.txt").read_text()
+    assert table.startswith("dataset ")
+    assert "Averaged over 2 datasets" in out
+    figures = sorted(file.name for file in (tmp_path / "out").iterdir() if file.is_file())
+    assert {"accuracy.png", "report.html", "summary.csv"} <= set(figures)
+    # again: nothing is computed twice, and other settings are refused
+    code, again, _ = run_script("natural_shifts.py", *options)
+    assert (code, again) == (0, out)
+    code, _, err = run_script("natural_shifts.py", *options, "--tnt.epsilon", "0.01")
+    assert code == 1
+    assert "'epsilon': 0.01" in err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--datasets", "shop"], "--datasets has 'shop', expected NAME=FOLDER"),
+        (["--datasets", "a=x", "a=y"], "--datasets names a twice"),
+        (["--datasets", "imagenet-a=/nowhere"], "/nowhere: no such folder"),
+        (["--adapters", "tnt-x"], "unknown adapter 'tnt-x', expected one of zero_shot, tent"),
+        (["--adapters", "tnt", "--save-examples", "1"], "compares tnt with zero_shot: run both"),
+        (["--tnt.carry", "--save-examples", "1"], "for maps of single pictures, not --tnt.carry"),
+        (["--canvas", "0"], "--canvas is 0, expected at least 1"),
+    ],
+)
+def test_bad_options_of_natural_shifts(run_script, tmp_path, options, message):
+    code, _, err = run_script("natural_shifts.py", "--output", tmp_path / "a", *options)
+    assert code == 1
+    assert message in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "a").exists()
+
+
+def test_options_of_tnt_are_checked_as_they_are_read(run_script, tmp_path):
+    for option, message in (
+        (["--tnt.epsilon", "-1"], "epsilon is -1.0, expected a positive number"),
+        (["--tnt.scale", "0.5", "2"], "scale is 0.5 to 2.0, expected positive numbers in order"),
+        (["--tnt.select-fraction", "0"], "select_fraction is 0.0, expected above 0"),
+    ):
+        code, _, err = run_script("natural_shifts.py", "--output", tmp_path, *option)
+        assert code == 2
+        assert message in " ".join(err.replace("│", " ").split())
+
+
 def test_the_benchmark_measures_each_row_in_its_own_process(run_script, tmp_path):
     options = ["--model", "tiny", "--classes", "10", "--frameworks", "jax", "--steps", "1"]
+    adapters = ["zero_shot", "tent", "batclip", "tnt-3"]
+    options += ["--views", "4", "--adapters", *adapters]
     code, out, _ = run_script("benchmark.py", *options, "--output", tmp_path / "rows.json")
     assert code == 0
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
-    assert [row["adapter"] for row in rows] == ["zero_shot", "tent", "batclip"]
+    assert [row["adapter"] for row in rows] == adapters
     assert all(row["gflop"] > 0 and row["peak_memory_gb"] > 0 for row in rows)
-    assert out.count("packed") == 3
+    assert out.count("packed") == len(adapters)
     code, _, err = run_script("benchmark.py", "--classes", "1")
     assert code == 1
     assert "--classes must be at least 2, not 1" in err
@@ -316,3 +388,16 @@ def test_serving_labels_every_picture(run_script, tmp_path, adapter):
     code, _, err = run_script("serve.py", tmp_path / "nothing")
     assert code == 1
     assert "nothing: no such file or folder" in err
+
+
+def test_operations_are_counted_with_all_turns_of_a_loop():
+    flops = runpy.run_path(str(EXPERIMENTS / "benchmark.py"))["jax_flops"]
+
+    @jax.jit
+    def program(a, b):
+        turned = jax.lax.scan(lambda c, _: (jnp.tanh(c @ b), None), a, length=5)[0]
+        mapped = jax.lax.map(lambda row: b @ row, turned)
+        return jax.checkpoint(lambda x: jnp.einsum("nij,njk->nik", x, x))(jnp.stack([b, b])), mapped
+
+    traced = program.trace(jnp.ones((3, 4)), jnp.ones((4, 4)))
+    assert flops(traced.jaxpr.jaxpr) == 5 * 2 * 3 * 4 * 4 + 3 * 2 * 4 * 4 + 2 * 2 * 4 * 4 * 4

@@ -173,6 +173,8 @@ def test_originals_lie_in_a_corner_of_a_canvas(tmp_path, workers):
     preprocess = Preprocessing(32, 32, (32, 32))
     source = data.CorruptedOnTheFly(data.image_folder(tmp_path), preprocess)
     streams = data.make_streams("continual", ("clean", "fog"), (3,), source.labels, order="stored")
+    assert data.canvas_for(source, streams[0]) == 100
+    assert data.canvas_for(source, streams[0], greatest=64) == 64
     clean, fog = data.read_ahead(data.Batches(source, tuple(streams), 3, 64), workers)
     assert clean.sizes.tolist() == [[40, 44], [21, 64], [1, 1]]  # 33×100 is shrunk to fit
     np.testing.assert_array_equal(
@@ -183,3 +185,21 @@ def test_originals_lie_in_a_corner_of_a_canvas(tmp_path, workers):
     # photographs are corrupted after resize and crop: there is no larger original
     assert fog.sizes.tolist() == [[32, 32], [32, 32], [1, 1]]
     np.testing.assert_array_equal(fog.originals[:2, :32, :32], fog.images[:2])
+
+
+def test_a_dataset_is_a_domain_of_its_own_name(tmp_path):
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        pixels = np.random.default_rng(0).integers(0, 256, (40, 36, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / name / "a.png")
+    source = data.CorruptedOnTheFly(data.image_folder(tmp_path), PREPROCESS)
+    named = data.Named(source, "shop")
+    named.check(Domain("shop"))
+    ours = named.read_both(Domain("shop"), 1, 0)
+    for x, y in zip(ours, source.read_both(Domain("clean"), 1, 0), strict=True):
+        np.testing.assert_array_equal(x, y)
+    np.testing.assert_array_equal(named.read(Domain("shop"), 1, 0), ours[0])
+    assert named.name(Domain("shop"), 1) == str(tmp_path / "dog" / "a.png")
+    for other in (Domain("clean"), Domain("shop", 1)):
+        with pytest.raises(ValueError, match=f"unknown domain {other}, expected shop"):
+            named.check(other)

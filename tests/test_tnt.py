@@ -12,7 +12,7 @@ import pytest
 from conftest import golden
 
 import jaxtta
-from jaxtta.adapters import TNT_PRESETS, Tuning, load_noise, save_noise, tnt, tune
+from jaxtta.adapters import TNT_PRESETS, Tuning, load_noise, save_noise, tnt, tune, tune_picture
 from jaxtta.adapters.tnt import inter_view_distance, marginal_entropy
 
 
@@ -158,13 +158,30 @@ def test_on_parameters_that_another_adapter_adapted(tiny):
     task = jaxtta.clip.task_from_token_ids(golden("tnt")["token_ids"])
     images = jax.random.uniform(jax.random.key(1), (3, 32, 32, 3))
     first = jaxtta.adapters.batclip(model, task)
-    state, _ = first.step(params, first.init(params), images)
+    state, _ = jax.jit(first.step)(params, first.init(params), images)
     adapted = jaxtta.tree.merge(params, state.adapted)
     adapter = tnt(model, task, Tuning(views=4))
-    outputs = [
-        jax.jit(adapter.step)(p, adapter.init(p), images)[1].logits for p in (params, adapted)
-    ]
+    step = jax.jit(adapter.step)
+    outputs = [step(p, adapter.init(p), images)[1].logits for p in (params, adapted)]
     assert np.abs(outputs[0] - outputs[1]).max() > 1e-3
+
+
+def test_a_batch_is_its_pictures_tuned_one_by_one(tiny):
+    """What examples are drawn from is what the adapter did."""
+    model, params = tiny
+    task = jaxtta.clip.task_from_token_ids(golden("tnt")["token_ids"])
+    canvas = jax.random.randint(jax.random.key(1), (2, 50, 50, 3), 0, 256).astype(jnp.uint8)
+    sizes = jnp.array([[50, 40], [33, 47]])
+    tuning = Tuning(views=5, augmix=2.0)
+    adapter = tnt(model, task, tuning)
+    batch = jaxtta.Batch(canvas, jnp.ones(2, bool), jnp.array([7, 8]), sizes)
+    state, prediction = jax.jit(adapter.step)(params, adapter.init(params), batch)
+    views, tuned = jax.jit(
+        lambda *picture: tune_picture(model, params, state.classes, *picture, tuning)
+    )(jax.random.fold_in(jax.random.key(0), 8), canvas[1], sizes[1])
+    np.testing.assert_allclose(tuned.log_probabilities, prediction.logits[1], atol=2e-3)
+    assert views.shape == (5, 32, 32, 3)
+    assert np.abs(tuned.noise).max() <= tuning.epsilon
 
 
 def test_terms_where_views_agree():
@@ -183,6 +200,12 @@ def test_terms_where_views_agree():
         ({"select_fraction": 0.0}, "select_fraction is 0.0, expected above 0 and at most 1"),
         ({"vote_fraction": 1.5}, "vote_fraction is 1.5"),
         ({"epsilon": -1 / 255}, "epsilon is -0.0039.*, expected a positive number"),
+        (
+            {"scale": (0.5, 0.2)},
+            "scale is 0.5 to 0.2, expected positive numbers in order at most 1",
+        ),
+        ({"ratio": (0.0, 1.0)}, "ratio is 0.0 to 1.0, expected positive numbers in order"),
+        ({"augmix": 11.0}, "augmix is 11.0, expected 0 to 10"),
         ({"temperature": 0.0}, "temperature is 0.0, expected a positive number"),
     ],
 )
@@ -192,10 +215,16 @@ def test_settings_that_make_no_sense(options, message):
 
 
 def test_bad_maps_are_refused(tiny, tmp_path):
-    model, _ = tiny
+    model, params = tiny
     task = jaxtta.clip.task_from_token_ids(golden("tnt")["token_ids"])
     with pytest.raises(ValueError, match=r"shape \(16, 16, 3\), expected \(32, 32, 3\)"):
         tnt(model, task, TNT_PRESETS["code"], noise=np.zeros((16, 16, 3)))
+    adapter = tnt(model, task)
+    state = adapter.init(params)
+    with pytest.raises(ValueError, match="pictures of 40×40 pixels, expected 32×32 for this model"):
+        jax.eval_shape(adapter.step, params, state, jnp.zeros((1, 40, 40, 3)))
+    with pytest.raises(ValueError, match=r"a noise map of shape \(16, 16, 3\) for views of"):
+        tune(None, None, None, None, jnp.zeros((2, 32, 32, 3)), jnp.zeros((16, 16, 3)), Tuning())
     with pytest.raises(FileNotFoundError, match="nothing: no such file"):
         load_noise(tmp_path / "nothing")
     (tmp_path / "odd").write_text("no noise")

@@ -1,7 +1,7 @@
 """Running many streams through many adapters, and reporting what came of it."""
 
 from jaxtta.sweep.choose import Choice, choose_learning_rate
-from jaxtta.sweep.examples import Example, draw_examples, find_examples
+from jaxtta.sweep.examples import Example, check_examples, draw_examples, find_examples
 from jaxtta.sweep.finish import finish, samples_of
 from jaxtta.sweep.lineup import (
     ADAPTERS,
@@ -19,7 +19,7 @@ from jaxtta.sweep.record import Record, Scores, gain, outcomes, paired, score
 from jaxtta.sweep.report import DATASETS, answer, summary_csv, table
 from jaxtta.sweep.results import Cell, Results, write_json
 from jaxtta.sweep.run import run
-from jaxtta.sweep.script import run_script
+from jaxtta.sweep.script import check_choices, check_limits, check_rates, run_script
 
 __all__ = [
     "ADAPTERS",
@@ -34,6 +34,10 @@ __all__ = [
     "about",
     "answer",
     "check_adapters",
+    "check_choices",
+    "check_examples",
+    "check_limits",
+    "check_rates",
     "choose_learning_rate",
     "draw_examples",
     "find_examples",

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from jaxtta.adapters import Tuning, tune_picture
 from jaxtta.clip import CLIP, Params, Task, unit
 from jaxtta.data import Batches, on_canvas
+from jaxtta.sweep.lineup import is_tnt
 from jaxtta.sweep.plots import COLOURS, GREY
 from jaxtta.sweep.record import outcomes
 from jaxtta.sweep.results import Cell
@@ -43,6 +44,14 @@ class Example(NamedTuple):
     epsilon: float
     before: np.ndarray
     after: np.ndarray
+
+
+def check_examples(adapters: Sequence[str], tuning: Tuning) -> None:
+    """Raise a ValueError where a sweep of these adapters has no examples to show."""
+    if not any(map(is_tnt, adapters)) or BASELINE not in adapters:
+        raise ValueError(f"--save-examples compares tnt with {BASELINE}: run both")
+    if tuning.carry:
+        raise ValueError("--save-examples is for maps of single pictures, not --tnt.carry")
 
 
 class _Place(NamedTuple):

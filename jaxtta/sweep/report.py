@@ -104,7 +104,7 @@ def summarise(cells: Sequence[Cell], baseline: str = BASELINE) -> Summary:
         baseline if baseline in adapters else None,
         entries,
         means,
-        "dataset" if all(cell["setting"] == DATASETS for cell in cells) else "corruption",
+        "dataset" if {cell["setting"] for cell in cells} == {DATASETS} else "corruption",
     )
 
 

@@ -1,7 +1,8 @@
 """What every script does around its work: options, errors in one sentence, exit codes."""
 
+import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import tyro
@@ -36,3 +37,29 @@ def run_script(options: type[Options], main: Callable[[Options], Any], doc: str 
 def _say(sentence: str, code: int) -> int:
     print(f"error: {sentence}" if code == 1 else sentence, file=sys.stderr)
     return code
+
+
+def check_choices(**choices: Sequence[Any]) -> None:
+    """Raise a ValueError for an option without values, or with the same one twice."""
+    for name, given in choices.items():
+        if not given or len(set(given)) < len(given):
+            raise ValueError(f"{_option(name)} needs one or more different values, not {[*given]}")
+
+
+def check_limits(**limits: tuple[int | None, int]) -> None:
+    """Raise a ValueError for an option below its least value; None is not given."""
+    for name, (value, least) in limits.items():
+        if value is not None and value < least:
+            raise ValueError(f"{_option(name)} is {value}, expected at least {least}")
+
+
+def check_rates(**rates: Sequence[float | None]) -> None:
+    """Raise a ValueError for learning rates that are not positive; None is not given."""
+    for name, given in rates.items():
+        for rate in given:
+            if rate is not None and not 0 < rate < math.inf:
+                raise ValueError(f"{_option(name)} is {rate}, expected a positive number")
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"

@@ -1,0 +1,219 @@
+r"""How much does adaptation gain on datasets that are a shift by themselves?
+
+    python experiments/natural_shifts.py --output runs/natural
+
+runs zero-shot CLIP and TNT on the embedded CIFAR-10 pictures with the embedded model. On the sets
+of the literature, with TNT's published settings:
+
+    python experiments/natural_shifts.py --model openai/clip-vit-base-patch16 \
+        --datasets imagenet-a=DATA/imagenet-a imagenet-v2=DATA/imagenet-v2 \
+        imagenet-r=DATA/imagenet-r imagenet-sketch=DATA/sketch objectnet=DATA/objectnet \
+        --batch-size 16 --tnt.pictures 16 --checkpoint-every 20 --output runs/natural
+    # the ten cross-dataset sets, in the folders that prompt-learning benchmarks use
+    python experiments/natural_shifts.py --model openai/clip-vit-base-patch16 --output runs/cross \
+        --datasets caltech101=DATA oxford-pets=DATA stanford-cars=DATA oxford-flowers=DATA \
+        food101=DATA fgvc-aircraft=DATA sun397=DATA dtd=DATA eurosat=DATA ucf101=DATA
+    # your own pictures in folders by class, under any other name
+    python experiments/natural_shifts.py --datasets shop=FOLDER warehouse=FOLDER --output runs/own
+
+Every dataset has a folder of its own in the output, and is computed once: machines may take some
+datasets each, and whoever has all folders makes the report with the same command. A batch is a step
+of the other adapters; TNT takes each picture for itself.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+import jax.numpy as jnp
+
+import jaxtta
+from jaxtta import assets, data, sweep
+from jaxtta.adapters import Tuning
+
+LAYOUTS = {
+    **dict.fromkeys(("imagenet", "imagenet-a", "imagenet-r", "imagenet-sketch"), "imagenet"),
+    **{name: name for name in ("imagenet-v2", "objectnet", *data.TEMPLATES)},
+}
+"""How the known datasets lie; all others are folders by class."""
+PHOTO = "a photo of a {}."
+SMALL_CROPS = (0.5, 1.0)
+"""TNT's crops of the embedded pictures: less than half of 32 pixels shows too little."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """A sweep of adapters over datasets."""
+
+    output: Path
+    """Folder for the results; made if it is missing."""
+    datasets: tuple[str, ...] = ()
+    """NAME=FOLDER each. Known names: imagenet, imagenet-a, -r, -sketch, -v2, objectnet and the ten
+    cross-dataset sets (caltech101, oxford-pets, stanford-cars, oxford-flowers, food101,
+    fgvc-aircraft, sun397, dtd, eurosat, ucf101); any other name is for folders by class. Default:
+    the embedded CIFAR-10 pictures."""
+    model: str = str(assets.MODEL)
+    """Folder or hub id of a CLIP checkpoint (default: the embedded one)."""
+    adapters: tuple[str, ...] = ("zero_shot", "tnt")
+    """Which adapters to run: zero_shot, tent, batclip, tnt (or tnt-3, with three steps)."""
+    tnt: Tuning = dataclasses.field(default_factory=Tuning)
+    """TNT's settings. The scale's default is 0.5 to 1 on the embedded pictures."""
+    canvas: int | None = None
+    """Side of the canvas that TNT's originals lie on; larger ones are shrunk to fit. Default: what
+    each dataset's first pictures need, up to 512."""
+    save_examples: int = 0
+    """Draw what TNT's noise did to so many pictures that it set right or spoilt."""
+    templates: tuple[str, ...] = (PHOTO,)
+    """Prompt templates; several are averaged. "usual" stands for each dataset's own, "imagenet" for
+    CLIP's 80."""
+    order: Literal["shuffled", "stored", "correlated", "dirichlet"] = "shuffled"
+    """Of the pictures in a stream. correlated: sorted by class; dirichlet: unevenly so."""
+    seeds: tuple[int, ...] = (1,)
+    """Seeds of the order; each is a run of its own."""
+    limit: int | None = None
+    """Use only so many pictures of each dataset, drawn by the seed."""
+    preset: Literal["cifar10-c", "cifar100-c", "imagenet-c"] = "imagenet-c"
+    """Published optimiser settings of TENT and BATCLIP."""
+    learning_rate: float | None = None
+    """In place of the preset's optimiser: TENT with SGD and momentum, BATCLIP with AdamW."""
+    batch_size: int = 50
+    """Pictures a batch."""
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of the matrix products."""
+    workers: int = 1
+    """Processes that decode pictures; 0 does it in this one."""
+    checkpoint_every: int | None = None
+    """Batches between two checkpoints inside a dataset; a killed run goes on at the last one."""
+    save_predictions: bool = False
+    """Keep an .npz of every dataset, picture by picture."""
+    debug: bool = False
+    """Show tracebacks."""
+
+
+def main(options: Options) -> None:
+    """Run every dataset and report."""
+    places = check(options)
+    model, params = jaxtta.clip.load(options.model, compute_dtype=jnp.dtype(options.compute_dtype))
+    sources = {name: open_dataset(name, root, model) for name, root in places.items()}
+    cells, samples, examples = [], {}, []
+    for number, (name, source) in enumerate(sources.items()):
+        print(f"{name}: {len(source.labels)} pictures, {len(source.class_names)} classes")
+        wanted = -(-(options.save_examples - len(examples)) // (len(sources) - number))
+        found = run_dataset(options, name, places[name], source, model, params, wanted)
+        cells += found[0]
+        samples |= found[1]
+        examples += found[2]
+    title = f"{Path(options.model).name} on {', '.join(places)}"
+    sweep.finish(cells, options.output, title, samples, examples)
+
+
+def check(options: Options) -> dict[str, str]:
+    """Raise a ValueError for options that cannot be meant; return each dataset's folder."""
+    sweep.check_adapters(options.adapters)
+    sweep.check_choices(adapters=options.adapters, seeds=options.seeds, templates=options.templates)
+    sweep.check_limits(
+        batch_size=(options.batch_size, 1),
+        workers=(options.workers, 0),
+        checkpoint_every=(options.checkpoint_every, 1),
+        canvas=(options.canvas, 1),
+        save_examples=(options.save_examples, 0),
+    )
+    sweep.check_rates(learning_rate=(options.learning_rate,))
+    if options.save_examples:
+        sweep.check_examples(options.adapters, tuning(options))
+    places: dict[str, str] = {}
+    for text in options.datasets:
+        name, equals, root = text.partition("=")
+        if not (name and equals and root) or "/" in name:
+            raise ValueError(f"--datasets has {text!r}, expected NAME=FOLDER, as imagenet-a=DATA/a")
+        if name in places:
+            raise ValueError(f"--datasets names {name} twice")
+        places[name] = root
+    return places or {"cifar10": str(assets.PICTURES)}
+
+
+def tuning(options: Options) -> Tuning:
+    """TNT's settings, with crops that suit the embedded pictures if no others are asked for."""
+    if options.datasets or options.tnt.scale != Tuning().scale:
+        return options.tnt
+    return dataclasses.replace(options.tnt, scale=SMALL_CROPS)
+
+
+def open_dataset(name: str, root: str, model: jaxtta.clip.CLIP) -> data.Source:
+    """Open a dataset; its pictures are a domain that is called by its name."""
+    return data.Named(
+        data.open_source(LAYOUTS.get(name, "folder"), root, model.preprocessing), name
+    )
+
+
+def run_dataset(
+    options: Options,
+    name: str,
+    root: str,
+    source: data.Source,
+    model: jaxtta.clip.CLIP,
+    params: jaxtta.clip.Params,
+    wanted: int,
+) -> tuple[list[sweep.Cell], dict, list[sweep.Example]]:
+    """Run all adapters on one dataset: its cells, a sample, and some examples."""
+    templates = tuple(
+        template
+        for given in options.templates
+        for template in {
+            "usual": data.templates_for(LAYOUTS.get(name, "folder")),
+            "imagenet": data.imagenet_templates(),
+        }.get(given, (given,))
+    )
+    task = jaxtta.clip.zero_shot_task(model, source.class_names, templates)
+    streams = tuple(
+        stream
+        for seed in options.seeds
+        for stream in data.make_streams(
+            *("reset_each_shift", (name,), (0,), source.labels),
+            order=options.order,
+            seed=seed,
+            limit=options.limit,
+        )
+    )
+    cutting = tuple(filter(sweep.is_tnt, options.adapters))
+    canvas = (options.canvas or data.canvas_for(source, streams[0])) if cutting else None
+    batches = data.Batches(source, streams, options.batch_size, canvas)
+    settings = {
+        name: getattr(options, name)
+        for name in ("batch_size", "compute_dtype", "order", "limit", "preset")
+    }
+    rates = {
+        adapter: options.learning_rate if adapter in sweep.WITH_RATE else None
+        for adapter in options.adapters
+    }
+    results = sweep.Results(
+        options.output / name,
+        settings | {"templates": templates} | sweep.fingerprints(source, params),
+        sweep.about(data=root, model=options.model),
+        {a: sweep.own_settings(a, rates[a], tuning(options), canvas) for a in options.adapters},
+    )
+    cells = sweep.run(
+        {
+            a: sweep.make_adapter(a, model, task, options.preset, rates[a], tuning(options))
+            for a in options.adapters
+        },
+        params,
+        batches,
+        results,
+        setting=sweep.DATASETS,
+        from_originals=cutting,
+        workers=options.workers,
+        checkpoint_every=options.checkpoint_every,
+        save_predictions=options.save_predictions,
+    )
+    examples = []
+    if wanted:
+        examples = sweep.find_examples(
+            *(cells, cutting[0], batches, wanted, model, params, task),
+            sweep.tuning_of(cutting[0], tuning(options)),
+        )
+    return cells, sweep.samples_of(batches), examples
+
+
+if __name__ == "__main__":
+    sweep.run_script(Options, main, __doc__)
