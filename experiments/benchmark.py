@@ -80,6 +80,8 @@ class Settings:
     """Pictures a step (TNT: always one)."""
     views: int = 64
     """Views a picture (TNT)."""
+    chunk: int = 8
+    """Views that are embedded at once (TNT's JAX rows); more fill an accelerator."""
     adapters: tuple[Literal["zero_shot", "tent", "batclip", "tnt-1", "tnt-3"], ...] = (
         "zero_shot",
         "tent",
@@ -149,7 +151,7 @@ def main(settings: Settings) -> None:
 
 def check(settings: Settings) -> None:
     """Raise a ValueError where an option makes no sense."""
-    for name, least in (("classes", 2), ("batch", 1), ("views", 1), ("steps", 1)):
+    for name, least in (("classes", 2), ("batch", 1), ("views", 1), ("chunk", 1), ("steps", 1)):
         if getattr(settings, name) < least:
             raise ValueError(f"--{name} must be at least {least}, not {getattr(settings, name)}")
     for name in ("adapters", "frameworks"):
@@ -348,7 +350,9 @@ def jax_row(settings: Settings, row: Row) -> Result:
     task = jaxtta.clip.task_from_token_ids(prompt_tokens(settings.classes))
     images = jnp.asarray(pictures(pictures_a_step(settings, row), model.preprocessing.image_size))
     if is_tnt(row.adapter):
-        tuning = jaxtta.adapters.Tuning(views=settings.views, steps=int(row.adapter[-1]))
+        tuning = jaxtta.adapters.Tuning(
+            views=settings.views, steps=int(row.adapter[-1]), chunk=settings.chunk
+        )
         adapter = jaxtta.adapters.tnt(model, task, tuning)
     else:
         adapter = getattr(jaxtta.adapters, row.adapter)(model, task)
@@ -509,7 +513,10 @@ def torch_tnt(settings: Settings, row: Row, device: "torch.device") -> "Callable
             noise = (noise.detach() - rate * gradient.sign()).clamp(-eps, eps)
         with torch.no_grad():
             _, logits = embed(noise)
-            return logits[surest(logits)].mean(0)
+            voted = logits[surest(logits)].mean(0)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return voted
 
     return step
 

@@ -77,7 +77,8 @@ class Options:
     concentration: float = 0.1
     """Of the Dirichlet order; the smaller, the nearer to sorted by class."""
     seeds: tuple[int, ...] = (1,)
-    """Seeds of the order and of corruptions made on the fly; each is a run of its own."""
+    """Seeds of the order, of corruptions made on the fly and of TNT's views; each is a run of its
+    own."""
     limit: int | None = None
     """Use only so many pictures, drawn by the seed."""
     templates: tuple[str, ...] = ()
@@ -95,8 +96,8 @@ class Options:
     tnt: Tuning = dataclasses.field(default_factory=Tuning)
     """TNT's settings."""
     canvas: int | None = None
-    """Side of the canvas that TNT's originals lie on; larger ones are shrunk to fit. Default: what
-    the first pictures need, up to 512."""
+    """Side of the canvas that TNT's originals lie on; larger ones are shrunk to fit, and views are
+    cut from what is left. Default: what a sample of the pictures needs, up to 512."""
     save_examples: int = 0
     """Draw what TNT's noise did to so many pictures that it set right or spoilt."""
     batch_size: int = 100
@@ -151,7 +152,7 @@ def main(options: Options) -> None:
     cutting = tuple(filter(sweep.is_tnt, options.adapters))
     batches = data.Batches(source, tuple(streams), options.batch_size)
     if cutting:
-        canvas = options.canvas or data.canvas_for(source, streams[0])
+        canvas = options.canvas or data.canvas_for(source, streams[0].segments[0])
         batches = dataclasses.replace(batches, canvas=canvas)
     own = {
         name: sweep.own_settings(name, rates[name], options.tnt, batches.canvas)

@@ -1,9 +1,10 @@
 r"""How much does adaptation gain on datasets that are a shift by themselves?
 
-    python experiments/natural_shifts.py --output runs/natural
+    python experiments/natural_shifts.py --limit 200 --tnt.scale 0.5 1 --output runs/natural
 
-runs zero-shot CLIP and TNT on the embedded CIFAR-10 pictures with the embedded model. On the sets
-of the literature, with TNT's published settings:
+runs zero-shot CLIP and TNT on embedded CIFAR-10 pictures with the embedded model, with crops of at
+least half a picture, as less of 32 pixels shows little. On the sets of the literature, with TNT's
+published settings:
 
     python experiments/natural_shifts.py --model openai/clip-vit-base-patch16 \
         --datasets imagenet-a=DATA/imagenet-a imagenet-v2=DATA/imagenet-v2 \
@@ -22,6 +23,7 @@ of the other adapters; TNT takes each picture for itself.
 """
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -37,8 +39,6 @@ LAYOUTS = {
 }
 """How the known datasets lie; all others are folders by class."""
 PHOTO = "a photo of a {}."
-SMALL_CROPS = (0.5, 1.0)
-"""TNT's crops of the embedded pictures: less than half of 32 pixels shows too little."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,10 +57,10 @@ class Options:
     adapters: tuple[str, ...] = ("zero_shot", "tnt")
     """Which adapters to run: zero_shot, tent, batclip, tnt (or tnt-3, with three steps)."""
     tnt: Tuning = dataclasses.field(default_factory=Tuning)
-    """TNT's settings. The scale's default is 0.5 to 1 on the embedded pictures."""
+    """TNT's settings."""
     canvas: int | None = None
-    """Side of the canvas that TNT's originals lie on; larger ones are shrunk to fit. Default: what
-    each dataset's first pictures need, up to 512."""
+    """Side of the canvas that TNT's originals lie on; larger ones are shrunk to fit, and views are
+    cut from what is left. Default: what a sample of each dataset needs, up to 512."""
     save_examples: int = 0
     """Draw what TNT's noise did to so many pictures that it set right or spoilt."""
     templates: tuple[str, ...] = (PHOTO,)
@@ -69,7 +69,7 @@ class Options:
     order: Literal["shuffled", "stored", "correlated", "dirichlet"] = "shuffled"
     """Of the pictures in a stream. correlated: sorted by class; dirichlet: unevenly so."""
     seeds: tuple[int, ...] = (1,)
-    """Seeds of the order; each is a run of its own."""
+    """Seeds of the order and of TNT's views; each is a run of its own."""
     limit: int | None = None
     """Use only so many pictures of each dataset, drawn by the seed."""
     preset: Literal["cifar10-c", "cifar100-c", "imagenet-c"] = "imagenet-c"
@@ -120,23 +120,18 @@ def check(options: Options) -> dict[str, str]:
     )
     sweep.check_rates(learning_rate=(options.learning_rate,))
     if options.save_examples:
-        sweep.check_examples(options.adapters, tuning(options))
+        sweep.check_examples(options.adapters, options.tnt)
     places: dict[str, str] = {}
     for text in options.datasets:
         name, equals, root = text.partition("=")
-        if not (name and equals and root) or "/" in name:
-            raise ValueError(f"--datasets has {text!r}, expected NAME=FOLDER, as imagenet-a=DATA/a")
+        if not (equals and root and re.fullmatch(r"\w[\w.-]*", name)) or name == data.CLEAN:
+            raise ValueError(
+                f"--datasets has {text!r}, expected NAME=FOLDER, as imagenet-a=DATA/imagenet-a"
+            )
         if name in places:
             raise ValueError(f"--datasets names {name} twice")
         places[name] = root
     return places or {"cifar10": str(assets.PICTURES)}
-
-
-def tuning(options: Options) -> Tuning:
-    """TNT's settings, with crops that suit the embedded pictures if no others are asked for."""
-    if options.datasets or options.tnt.scale != Tuning().scale:
-        return options.tnt
-    return dataclasses.replace(options.tnt, scale=SMALL_CROPS)
 
 
 def open_dataset(name: str, root: str, model: jaxtta.clip.CLIP) -> data.Source:
@@ -176,7 +171,9 @@ def run_dataset(
         )
     )
     cutting = tuple(filter(sweep.is_tnt, options.adapters))
-    canvas = (options.canvas or data.canvas_for(source, streams[0])) if cutting else None
+    canvas = (
+        (options.canvas or data.canvas_for(source, streams[0].segments[0])) if cutting else None
+    )
     batches = data.Batches(source, streams, options.batch_size, canvas)
     settings = {
         name: getattr(options, name)
@@ -190,11 +187,11 @@ def run_dataset(
         options.output / name,
         settings | {"templates": templates} | sweep.fingerprints(source, params),
         sweep.about(data=root, model=options.model),
-        {a: sweep.own_settings(a, rates[a], tuning(options), canvas) for a in options.adapters},
+        {a: sweep.own_settings(a, rates[a], options.tnt, canvas) for a in options.adapters},
     )
     cells = sweep.run(
         {
-            a: sweep.make_adapter(a, model, task, options.preset, rates[a], tuning(options))
+            a: sweep.make_adapter(a, model, task, options.preset, rates[a], options.tnt)
             for a in options.adapters
         },
         params,
@@ -210,7 +207,7 @@ def run_dataset(
     if wanted:
         examples = sweep.find_examples(
             *(cells, cutting[0], batches, wanted, model, params, task),
-            sweep.tuning_of(cutting[0], tuning(options)),
+            sweep.tuning_of(cutting[0], options.tnt),
         )
     return cells, sweep.samples_of(batches), examples
 

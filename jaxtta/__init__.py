@@ -13,7 +13,19 @@ Use::
         state, prediction = step(params, state, images)
 """
 
-from jaxtta import adapters, assets, clip, data, losses, metrics, objectives, tree
+from jaxtta import (
+    adapters,
+    assets,
+    augmix,
+    clip,
+    data,
+    losses,
+    metrics,
+    objectives,
+    optim,
+    tree,
+    views,
+)
 from jaxtta.adapters import Adapter, Prediction
 from jaxtta.objectives import Batch
 
@@ -23,11 +35,14 @@ __all__ = [
     "Prediction",
     "adapters",
     "assets",
+    "augmix",
     "clip",
     "data",
     "losses",
     "metrics",
     "objectives",
+    "optim",
     "tree",
+    "views",
 ]
 __version__ = "0.1.0"

@@ -92,3 +92,29 @@ def prototype_separation(means: Array, present: Array) -> Array:
     pairs = present[:, None] & present & ~jnp.eye(len(present), dtype=bool)
     cosines = jnp.matmul(directions, directions.T, precision="highest")
     return jnp.where(pairs, 1 - cosines, 0).sum()
+
+
+def feature_discrepancy(features: Array, mask: Array, mean: Array, std: Array) -> Array:
+    """Squared distance of a batch's feature statistics from given ones.
+
+    Args:
+        features: (batch, …).
+        mask: (batch,) bool, false for padding.
+        mean: (…), to compare with.
+        std: (…), unbiased.
+
+    Returns:
+        A scalar, summed over all features; 0 below two valid pictures, and so is its gradient.
+
+    References:
+        MGTTA, https://arxiv.org/abs/2412.16901
+    """
+    features = features.astype(jnp.promote_types(features.dtype, jnp.float32))
+    rows, count = mask.reshape(-1, *(1,) * mean.ndim), mask.sum()
+    own_mean = jnp.where(rows, features, 0).sum(0) / jnp.maximum(count, 1)
+    squares = (jnp.where(rows, features - own_mean, 0) ** 2).sum(0)
+    varies = squares > 0  # the root of 0 has no derivative
+    own_std = jnp.sqrt(jnp.where(varies, squares, 1) / jnp.maximum(count - 1, 1))
+    own_std = jnp.where(varies, own_std, 0)
+    distance = ((own_std - std) ** 2 + (own_mean - mean) ** 2).sum()
+    return jnp.where(count > 1, distance, 0)

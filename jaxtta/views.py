@@ -130,9 +130,14 @@ def plain(
     def axis(number: int) -> Array:
         step = size[number] / resized[number]
         corner = jnp.floor((resized[number] - out) / 2)
-        return resampling(
+        pixels = corner + jnp.arange(out)
+        inside = (pixels >= 0) & (
+            pixels < resized[number]
+        )  # a smaller picture is padded with black
+        matrix = resampling(
             picture.shape[number], out, 0.0, size[number], corner * step, step, kernel
         )
+        return jnp.where(inside[:, None], matrix, 0)
 
     return jnp.einsum("oh,hwc,pw->opc", axis(0), picture, axis(1)).clip(0, 1)
 

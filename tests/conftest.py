@@ -17,6 +17,7 @@ from pathlib import Path
 import hypothesis
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
 import jaxtta
 
@@ -65,3 +66,12 @@ def pictures_of(model, pixels):
     """Pictures in [0, 1] (or beyond) whose normalisation gives these pixels."""
     mean, std = (np.asarray(x, np.float32) for x in model.preprocessing[-2:])
     return np.asarray(pixels) * std + mean
+
+
+def changes(params, adapted, reference):
+    """Our update of the normalisation parameters and a golden file's, each as one vector."""
+    start, end = (flatten_dict(tree) for tree in (params, adapted))
+    names = {path: "ln/" + ".".join(path).replace("scale", "weight") for path in end}
+    assert set(names.values()) == {n for n in reference.files if n.startswith("ln/")}
+    ours = np.concatenate([np.ravel(end[p] - start[p]) for p in end])
+    return ours, np.concatenate([np.ravel(reference[names[p]] - start[p]) for p in end])

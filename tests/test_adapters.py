@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import golden, pictures_of, relative
+from conftest import changes, golden, pictures_of, relative
 from flax.traverse_util import flatten_dict
 
 import jaxtta
@@ -79,11 +79,7 @@ def test_batclip_equals_the_published_runs(tiny, name, optimizer):
             value = float(prediction.metrics[term])
             assert value == pytest.approx(float(reference[term][t]), rel=1e-5, abs=1e-5)
         assert not prediction.metrics["skipped"]
-    start, end = (flatten_dict(t) for t in (params, state.adapted))
-    names = {path: "ln/" + ".".join(path).replace("scale", "weight") for path in end}
-    assert set(names.values()) == {n for n in reference.files if n.startswith("ln/")}
-    ours = np.concatenate([np.ravel(end[p] - start[p]) for p in end])
-    theirs = np.concatenate([np.ravel(reference[names[p]] - start[p]) for p in end])
+    ours, theirs = changes(params, state.adapted, reference)
     assert relative(ours, theirs) <= 1e-3
 
 

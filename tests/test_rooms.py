@@ -18,9 +18,10 @@ MAY_IMPORT = {
     "augmix": set(),
     "data": set(),
     "assets": set(),
+    "optim": {"tree"},
     "objectives": PRIMITIVES,
-    "adapters": PRIMITIVES | {"objectives"},
-    "sweep": PRIMITIVES | {"objectives", "adapters", "data", "assets"},
+    "adapters": PRIMITIVES | {"objectives", "optim", "assets"},
+    "sweep": PRIMITIVES | {"optim", "objectives", "adapters", "data", "assets"},
 }
 
 

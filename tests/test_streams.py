@@ -173,8 +173,8 @@ def test_originals_lie_in_a_corner_of_a_canvas(tmp_path, workers):
     preprocess = Preprocessing(32, 32, (32, 32))
     source = data.CorruptedOnTheFly(data.image_folder(tmp_path), preprocess)
     streams = data.make_streams("continual", ("clean", "fog"), (3,), source.labels, order="stored")
-    assert data.canvas_for(source, streams[0]) == 100
-    assert data.canvas_for(source, streams[0], greatest=64) == 64
+    assert data.canvas_for(source, Domain("fog", 3)) == 100
+    assert data.canvas_for(source, Domain("fog", 3), greatest=64) == 64
     clean, fog = data.read_ahead(data.Batches(source, tuple(streams), 3, 64), workers)
     assert clean.sizes.tolist() == [[40, 44], [21, 64], [1, 1]]  # 33×100 is shrunk to fit
     np.testing.assert_array_equal(

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import golden
+from safetensors.numpy import save_file
 
 import jaxtta
 from jaxtta.adapters import TNT_PRESETS, Tuning, load_noise, save_noise, tnt, tune, tune_picture
@@ -184,6 +185,30 @@ def test_a_batch_is_its_pictures_tuned_one_by_one(tiny):
     assert np.abs(tuned.noise).max() <= tuning.epsilon
 
 
+def test_a_map_that_is_not_finite_is_forgotten_and_said(tiny):
+    """Where the loss is finite and its gradient is not."""
+    model, params = tiny
+
+    class Broken:
+        preprocessing = model.preprocessing
+
+        def __getattr__(self, name):
+            return getattr(model, name)
+
+        def encode_image(self, params, pixels):
+            # The root of 0 has no derivative.
+            return model.encode_image(params, pixels) + jnp.sqrt(pixels.sum((1, 2, 3))[:, None] * 0)
+
+    task = jaxtta.clip.task_from_token_ids(golden("tnt")["token_ids"])
+    adapter = tnt(Broken(), task, Tuning(views=4, carry=True))
+    state = adapter.init(params)
+    images = jax.random.uniform(jax.random.key(1), (2, 32, 32, 3))
+    after, prediction = jax.jit(adapter.step)(params, state, images)
+    assert np.isfinite(prediction.metrics["loss"])
+    assert prediction.metrics["skipped"]
+    np.testing.assert_array_equal(after.noise, state.noise)
+
+
 def test_terms_where_views_agree():
     one = jnp.ones((1, 4)) / 2
     assert float(inter_view_distance(one)) == 0
@@ -206,7 +231,9 @@ def test_terms_where_views_agree():
         ),
         ({"ratio": (0.0, 1.0)}, "ratio is 0.0 to 1.0, expected positive numbers in order"),
         ({"augmix": 11.0}, "augmix is 11.0, expected 0 to 10"),
+        ({"learning_rate": float("inf")}, "learning_rate is inf, expected a positive number"),
         ({"temperature": 0.0}, "temperature is 0.0, expected a positive number"),
+        ({"temperature": "paper"}, "temperature is paper, expected a positive number or code"),
     ],
 )
 def test_settings_that_make_no_sense(options, message):
@@ -221,12 +248,18 @@ def test_bad_maps_are_refused(tiny, tmp_path):
         tnt(model, task, TNT_PRESETS["code"], noise=np.zeros((16, 16, 3)))
     adapter = tnt(model, task)
     state = adapter.init(params)
-    with pytest.raises(ValueError, match="pictures of 40×40 pixels, expected 32×32 for this model"):
+    with pytest.raises(ValueError, match="a picture of 40×40 pixels, expected 32×32, or"):
         jax.eval_shape(adapter.step, params, state, jnp.zeros((1, 40, 40, 3)))
     with pytest.raises(ValueError, match=r"a noise map of shape \(16, 16, 3\) for views of"):
         tune(None, None, None, None, jnp.zeros((2, 32, 32, 3)), jnp.zeros((16, 16, 3)), Tuning())
     with pytest.raises(FileNotFoundError, match="nothing: no such file"):
         load_noise(tmp_path / "nothing")
+    save_noise(tmp_path / "new", np.zeros((32, 32, 3)), Tuning())
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
+    for tuning in ('{"epsilon": -1}', '{"colour": 1}', "[1]"):
+        save_file({"noise": np.zeros((32, 32, 3))}, tmp_path / "new", {"tuning": tuning})
+        with pytest.raises(ValueError, match="new: holds no noise map"):
+            load_noise(tmp_path / "new")
     (tmp_path / "odd").write_text("no noise")
     with pytest.raises(ValueError, match="odd: holds no noise map"):
         load_noise(tmp_path / "odd")

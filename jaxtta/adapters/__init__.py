@@ -2,6 +2,7 @@
 
 from jaxtta.adapters.base import Adapter, Prediction, Preset, State
 from jaxtta.adapters.batclip import BATCLIP_PRESETS, adam_l2, batclip
+from jaxtta.adapters.mgtta import mgtta
 from jaxtta.adapters.online import online
 from jaxtta.adapters.tent import TENT_PRESETS, tent
 from jaxtta.adapters.tnt import (
@@ -29,6 +30,7 @@ __all__ = [
     "adam_l2",
     "batclip",
     "load_noise",
+    "mgtta",
     "online",
     "save_noise",
     "tent",

@@ -46,7 +46,8 @@ class Tuning:
         ratio: least and greatest width over height of a random crop.
         augmix: severity of AugMix on the random crops, up to 10; 0 for none, as published.
         carry: go on with one map along the stream, picture by picture.
-        chunk: how many views of a picture are embedded at once; fewer need less memory.
+        chunk: how many views of a picture are embedded at once where no gradient is taken; fewer
+            need less memory. With gradient it is those that the loss is taken over.
         pictures: how many pictures are mapped over at once; 1 on a CPU, more fill an accelerator.
     """
 
@@ -71,7 +72,7 @@ class Tuning:
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least {least}")
         for name in ("learning_rate", "epsilon"):
-            if not getattr(self, name) > 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected a positive number")
         for name in ("select_fraction", "vote_fraction"):
             if not 0 < getattr(self, name) <= 1:
@@ -85,8 +86,11 @@ class Tuning:
                 )
         if not 0 <= self.augmix <= 10:
             raise ValueError(f"augmix is {self.augmix}, expected 0 to 10")
-        if self.temperature != "code" and not self.temperature > 0:
-            raise ValueError(f"temperature is {self.temperature}, expected a positive number")
+        named = isinstance(self.temperature, str)
+        if self.temperature != "code" if named else not 0 < self.temperature < math.inf:
+            raise ValueError(
+                f"temperature is {self.temperature}, expected a positive number or code"
+            )
 
 
 TNT_PRESETS = {"paper": Tuning(), "code": Tuning(entropy_weight=0.1, temperature="code")}
@@ -161,7 +165,8 @@ def tune(
         return unit(embed(params, _clip(views + noise)))
 
     def logits_of(embedded: Array) -> Array:
-        return scale * embedded @ classes.T
+        # As CLIP's own cosines: the vote divides them by a small temperature.
+        return scale * jnp.matmul(embedded, classes.T, precision="highest")
 
     def logits_of_all(noise: Array) -> Array:
         return logits_of(_in_chunks(lambda part: embeddings(part, noise), views, tuning.chunk))
@@ -274,6 +279,11 @@ def tune_picture(
     side, kernel = preprocessing.image_size, KERNELS[preprocessing.resample]
     noise_key, view_key, mix_key = jax.random.split(key, 3)
     start = initial_noise(noise_key, side, tuning.epsilon) if noise is None else noise
+    if size is None and picture.shape[:2] != (side, side):
+        raise ValueError(
+            f"a picture of {picture.shape[0]}×{picture.shape[1]} pixels, expected {side}×{side}, "
+            "or an original with its size"
+        )
     original = picture.astype(jnp.float32) / 255 if picture.dtype == jnp.uint8 else picture
     if size is None:
         first, size = original, jnp.array(original.shape[:2])
@@ -354,7 +364,8 @@ def tnt(
     def init(params: Any, key: Array | None = None) -> TNTState:
         key = jax.random.key(0) if key is None else key
         if noise is None:
-            start = initial_noise(jax.random.fold_in(key, 0), side, tuning.epsilon)
+            # Not from one of the keys that pictures have.
+            start = initial_noise(jax.random.split(key)[0], side, tuning.epsilon)
         else:
             start = jnp.array(noise, jnp.float32)
         return TNTState(
@@ -363,31 +374,27 @@ def tnt(
 
     def step(params: Any, state: TNTState, batch: Batch | Array) -> tuple[TNTState, Prediction]:
         batch = as_batch(batch, state.seen)
-        shape = batch.images.shape[1:3]
-        if batch.sizes is None and shape != (side, side):
-            raise ValueError(
-                f"pictures of {shape[0]}×{shape[1]} pixels, expected {side}×{side} for this model, "
-                "or originals with their sizes"
-            )
         key = jax.random.wrap_key_data(state.key)
 
-        def one(noise: Array, picture: tuple[Array, ...]) -> tuple[Array, tuple[Array, Array]]:
+        def one(noise: Array, picture: tuple[Array, ...]) -> tuple[Array, tuple[Array, ...]]:
             image, size, index, valid = picture
             _, tuned = tune_picture(
                 *(model, params, state.classes, jax.random.fold_in(key, index), image, size),
                 *(tuning, None if own_map else noise),
             )
             losses = tuned.losses[-1] if tuning.steps else jnp.zeros(3)
-            # A carried map forgets a picture that was padding, or gave no finite loss.
-            kept = valid & jnp.isfinite(losses).all()
-            return jnp.where(kept, tuned.noise, noise), (tuned.log_probabilities, losses)
+            # The last loss is from before the last update: a gradient can be NaN and it not.
+            finite = jnp.isfinite(losses).all() & jnp.isfinite(tuned.noise).all()
+            # A carried map forgets a picture that was padding, or gave no finite map.
+            after = jnp.where(valid & finite, tuned.noise, noise)
+            return after, (tuned.log_probabilities, losses, finite)
 
         pictures = (batch.images, batch.sizes, batch.index, batch.mask)
         if tuning.carry:
-            last, (logits, losses) = jax.lax.scan(one, state.noise, pictures)
+            last, (logits, losses, finite) = jax.lax.scan(one, state.noise, pictures)
         else:
             last = state.noise
-            logits, losses = jax.lax.map(
+            logits, losses, finite = jax.lax.map(
                 lambda picture: one(state.noise, picture)[1],
                 pictures,
                 batch_size=min(tuning.pictures, len(batch.images)),
@@ -399,7 +406,7 @@ def tnt(
             "marginal_entropy": losses[0],
             "inter_view": losses[1],
             "loss": losses[2],
-            "skipped": (valid > 0) & ~jnp.isfinite(losses).all(),
+            "skipped": (batch.mask & ~finite).any(),
         }
         state = state._replace(noise=last, seen=state.seen + valid)
         return state, Prediction(logits, metrics)
@@ -418,7 +425,9 @@ def save_noise(path: str | Path, noise: Array, tuning: Tuning) -> None:
     from safetensors.numpy import save_file
 
     metadata = {"tuning": json.dumps(dataclasses.asdict(tuning))}
-    save_file({"noise": np.asarray(noise, np.float32)}, str(path), metadata)
+    temporary = Path(path).with_name(f".{Path(path).name}")
+    save_file({"noise": np.asarray(noise, np.float32)}, str(temporary), metadata)
+    temporary.replace(path)  # whole or not at all
 
 
 def load_noise(path: str | Path) -> tuple[np.ndarray, Tuning]:
@@ -440,9 +449,9 @@ def load_noise(path: str | Path) -> tuple[np.ndarray, Tuning]:
         raise FileNotFoundError(f"{path}: no such file")
     try:
         with safe_open(str(path), "np") as file:
-            settings = json.loads(file.metadata()["tuning"])
+            settings = dict(json.loads(file.metadata()["tuning"]))
             noise = file.get_tensor("noise")
+        settings = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
+        return noise, Tuning(**settings)
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: holds no noise map ({error})") from error
-    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
-    return noise, Tuning(**settings)

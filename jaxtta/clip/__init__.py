@@ -3,18 +3,32 @@
 from jaxtta.clip.checkpoint import from_config, load, save
 from jaxtta.clip.model import CLIP, ImageFeatures, Outputs, Params, unit
 from jaxtta.clip.prompts import Prompts, Task, task_from_token_ids
+from jaxtta.clip.statistics import (
+    FeatureStatistics,
+    feature_statistics,
+    load_statistics,
+    merge_statistics,
+    save_statistics,
+    statistics_of,
+)
 from jaxtta.clip.tasks import zero_shot_task
 
 __all__ = [
     "CLIP",
+    "FeatureStatistics",
     "ImageFeatures",
     "Outputs",
     "Params",
     "Prompts",
     "Task",
+    "feature_statistics",
     "from_config",
     "load",
+    "load_statistics",
+    "merge_statistics",
     "save",
+    "save_statistics",
+    "statistics_of",
     "task_from_token_ids",
     "unit",
     "zero_shot_task",

@@ -9,6 +9,7 @@ its own and goes with any of them.
 """
 
 import bisect
+import contextlib
 import dataclasses
 import functools
 import multiprocessing
@@ -283,25 +284,25 @@ class Batches:
             return None  # masked; whoever reads the batch knows which by `pictures`
 
 
-def canvas_for(source: Source, stream: Stream, greatest: int = 512, pictures: int = 50) -> int:
-    """A side for the canvas that suits a source.
+def canvas_for(source: Source, domain: Domain, greatest: int = 512, pictures: int = 50) -> int:
+    """A side for the canvas that suits a source, whatever streams are made of it.
 
     Args:
         source: the pictures.
-        stream: the first of the streams.
+        domain: any of its domains, looked at where it has no clean pictures.
         greatest: the largest side to choose; larger pictures are shrunk.
-        pictures: how many of the stream's first pictures are looked at.
+        pictures: how many are looked at, from the first to the last.
 
     Returns:
         The longest side among them, or `greatest` if that is less or none can be read.
     """
-    sides = []
-    for segment, picture in stream.items[:pictures].tolist():
-        try:
-            both = source.read_both(stream.segments[segment], picture, stream.seed)
-        except UnreadablePictureError:
-            continue
-        sides += both[1].shape[:2]
+    with contextlib.suppress(ValueError):  # it has no clean pictures
+        source.check(Domain(CLEAN))
+        domain = Domain(CLEAN)
+    sides: list[int] = []
+    for number in np.unique(np.linspace(0, len(source.labels) - 1, pictures).round().astype(int)):
+        with contextlib.suppress(UnreadablePictureError):
+            sides += source.read_both(domain, int(number), 0)[1].shape[:2]
     return min(max(sides, default=greatest), greatest)
 
 

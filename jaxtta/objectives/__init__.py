@@ -3,13 +3,16 @@
 from jaxtta.objectives.base import Batch, Classifier, Metrics, Objective, as_batch
 from jaxtta.objectives.batclip import batclip
 from jaxtta.objectives.entropy import entropy_minimisation
+from jaxtta.objectives.mgtta import MGTTAContext, mgtta
 
 __all__ = [
     "Batch",
     "Classifier",
+    "MGTTAContext",
     "Metrics",
     "Objective",
     "as_batch",
     "batclip",
     "entropy_minimisation",
+    "mgtta",
 ]

@@ -38,7 +38,7 @@ def as_batch(batch: Batch | Array, seen: Array) -> Batch:
         through the weights, masked loss or not.
 
     Raises:
-        ValueError: if mask or index has another length than the pictures.
+        ValueError: if mask, index or sizes have another length than the pictures.
     """
     if not isinstance(batch, Batch):
         images = jnp.asarray(batch)
@@ -47,6 +47,10 @@ def as_batch(batch: Batch | Array, seen: Array) -> Batch:
         shape = jnp.shape(getattr(batch, name))
         if shape != (len(batch.images),):
             raise ValueError(f"{name} has shape {shape} for {len(batch.images)} pictures")
+    if batch.sizes is not None and jnp.shape(batch.sizes) != (len(batch.images), 2):
+        raise ValueError(
+            f"sizes has shape {jnp.shape(batch.sizes)} for {len(batch.images)} pictures"
+        )
     mask = jnp.asarray(batch.mask, bool)
     images = jnp.where(mask.reshape(-1, *[1] * (jnp.ndim(batch.images) - 1)), batch.images, 0)
     return batch._replace(images=images.astype(batch.images.dtype), mask=mask)

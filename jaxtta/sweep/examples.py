@@ -5,13 +5,12 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from jaxtta.adapters import Tuning, tune_picture
-from jaxtta.clip import CLIP, Params, Task, unit
+from jaxtta.clip import CLIP, Params, Task
 from jaxtta.data import Batches, on_canvas
 from jaxtta.sweep.lineup import is_tnt
 from jaxtta.sweep.plots import COLOURS, GREY
@@ -95,8 +94,7 @@ def find_examples(
 
     @jax.jit
     def before(params: Params, classes: jax.Array, view: jax.Array) -> jax.Array:
-        embedding = unit(model.encode_image(params, model.normalize(view[None])))
-        return jax.nn.softmax(jnp.exp(params["logit_scale"]) * embedding @ classes.T)[0]
+        return jax.nn.softmax(model.forward(params, classes, view[None]).logits)[0]
 
     examples = []
     for place in _changed(cells, adapter, batches, count):
@@ -105,7 +103,7 @@ def find_examples(
         domain = stream.segments[segment]
         original = batches.source.read_both(domain, number, stream.seed)[1]
         picture, size = on_canvas(original, batches.canvas)
-        key = jax.random.fold_in(jax.random.key(0), place.index)
+        key = jax.random.fold_in(jax.random.key(stream.seed), place.index)
         views, tuned = tune(params, classes, key, picture, size)
         examples.append(
             Example(

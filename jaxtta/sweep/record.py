@@ -222,20 +222,31 @@ def paired(
     return right, seen
 
 
-def gain(segments: Sequence[Figures], baseline: Sequence[Figures]) -> Figures | None:
+def gain(
+    segments: Sequence[Figures], baseline: Sequence[Figures], independent: bool = False
+) -> Figures | None:
     """What an adapter gains in top-1 accuracy over the baseline on the pictures that both saw.
 
     Args:
         segments: the adapter's; several are averaged, each picture drawn with all its domains.
         baseline: the baseline's, of the same domains in the same order.
+        independent: the domains are datasets, with pictures of their own: each is drawn apart.
 
     Returns:
         The gain in [-1, 1] and its interval; None if no picture was seen by both.
     """
-    right, seen = paired(segments, baseline)
-    if not seen.any():
+    groups: dict[str, list[tuple[Figures, Figures]]] = {}
+    for pair in zip(segments, baseline, strict=True):
+        groups.setdefault(pair[0]["corruption"] if independent else "", []).append(pair)
+    gains, drawn = [], []
+    for number, pairs in enumerate(groups.values()):
+        right, seen = paired(*zip(*pairs, strict=True))
+        if seen.any():
+            shown = seen.any(1)
+            means = bootstrap(right[shown], seen[shown], seed=number)
+            share = right.sum(0) / seen.sum(0)
+            gains.append(share[0] - share[1])
+            drawn.append(means[:, 0] - means[:, 1])
+    if not gains:
         return None
-    shown = seen.any(1)
-    means = bootstrap(right[shown], seen[shown])
-    share = right.sum(0) / seen.sum(0)
-    return {"top1": float(share[0] - share[1]), "interval": interval(means[:, 0] - means[:, 1])}
+    return {"top1": float(np.mean(gains)), "interval": interval(np.mean(drawn, 0))}

@@ -89,6 +89,7 @@ def summarise(cells: Sequence[Cell], baseline: str = BASELINE) -> Summary:
     corruptions = _corruptions(cells)
     averaged = averaged_corruptions(cells)
     entries, means = {}, {}
+    datasets = {cell["setting"] for cell in cells} == {DATASETS}
     for adapter in adapters:
         pairs = [] if adapter == baseline else _pairs(cells, adapter, baseline)
         for name in corruptions:
@@ -96,7 +97,7 @@ def summarise(cells: Sequence[Cell], baseline: str = BASELINE) -> Summary:
             own = [pair for pair in pairs if pair[0]["corruption"] == name]
             entries[name, adapter] = _entry(top1, own)
         own = [pair for pair in pairs if pair[0]["corruption"] in averaged]
-        means[adapter] = _entry(average(cells, adapter, "top1", averaged), own)
+        means[adapter] = _entry(average(cells, adapter, "top1", averaged), own, datasets)
     return Summary(
         adapters,
         corruptions,
@@ -104,7 +105,7 @@ def summarise(cells: Sequence[Cell], baseline: str = BASELINE) -> Summary:
         baseline if baseline in adapters else None,
         entries,
         means,
-        "dataset" if {cell["setting"] for cell in cells} == {DATASETS} else "corruption",
+        "dataset" if datasets else "corruption",
     )
 
 
@@ -129,9 +130,11 @@ def _pairs(cells: Sequence[Cell], adapter: str, baseline: str) -> list[tuple[Fig
     ]
 
 
-def _entry(top1: float | None, pairs: Sequence[tuple[Figures, Figures]]) -> Entry:
+def _entry(
+    top1: float | None, pairs: Sequence[tuple[Figures, Figures]], datasets: bool = False
+) -> Entry:
     """Each picture is drawn with all its domains and seeds, so the interval is a joint one."""
-    found = gain(*zip(*pairs, strict=True)) if pairs else None
+    found = gain(*zip(*pairs, strict=True), independent=datasets) if pairs else None
     points = None if top1 is None else 100 * top1
     if found is None:
         return Entry(points)

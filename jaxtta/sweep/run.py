@@ -146,7 +146,7 @@ def _prepare(
 
 def _start(job: _Job, adapters: Mapping[str, Adapter], params: Any) -> None:
     for name in job.adapters:
-        job.states[name] = adapters[name].init(params)
+        job.states[name] = adapters[name].init(params, jax.random.key(job.stream.seed))
         job.records[name] = Record.empty(job.stream, len(job.numbers))
 
 

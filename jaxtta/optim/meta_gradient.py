@@ -1,0 +1,254 @@
+"""The meta gradient generator: an optimiser that learnt to clean noisy gradients.
+
+    phi = init_meta_gradient_generator(jax.random.key(0))
+    optimizer = meta_gradient_generator(phi, 1e-3)      # for any pytree and any objective
+
+Every scalar parameter has a small recurrent memory of its own, a linear layer that is trained by
+one gradient step on every gradient it sees; the weights `phi` that say how are shared by all.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.flatten_util import ravel_pytree
+
+Array = jax.Array
+Phi = dict[str, Array]
+EPSILON, NORM_EPSILON = 1e-8, 1e-6
+
+
+class MetaGradientState(NamedTuple):
+    """What the generator carries, for all scalar parameters of a tree in a row.
+
+    Attributes:
+        count: () updates so far.
+        mean: (parameters,) decaying mean of the gradients.
+        square: (parameters,) decaying mean of their squares.
+        kernel: (parameters, hidden, hidden) of the memories.
+        bias: (parameters, hidden) of the memories.
+    """
+
+    count: Array
+    mean: Array
+    square: Array
+    kernel: Array
+    bias: Array
+
+
+def init_meta_gradient_generator(key: Array, hidden: int = 8) -> Phi:
+    """Draw the generator's weights, from which meta-training starts.
+
+    Args:
+        key: PRNG key.
+        hidden: size of the memories.
+
+    Returns:
+        A flat dict of float32 arrays.
+    """
+    keys = jax.random.split(key, 6)
+
+    def linear(key: Array, inputs: int, outputs: int) -> Array:
+        return jax.random.uniform(key, (inputs, outputs), minval=-1, maxval=1) * inputs**-0.5
+
+    return {
+        "query": linear(keys[0], 2, hidden),
+        "key": linear(keys[1], 2, hidden),
+        "value": linear(keys[2], 2, hidden),
+        "lr_kernel": 0.02 * jax.random.normal(keys[3], (2,)),
+        "lr_bias": jnp.zeros(()),
+        "token_scale": jnp.zeros(()),
+        "memory_kernel": 0.02 * jax.random.normal(keys[4], (hidden, hidden)),
+        "memory_bias": jnp.zeros(hidden),
+        "memory_norm_scale": jnp.ones(hidden),
+        "memory_norm_bias": jnp.zeros(hidden),
+        "post_norm_scale": jnp.ones(hidden),
+        "post_norm_bias": jnp.zeros(hidden),
+        "output": linear(keys[5], hidden, 1),
+    }
+
+
+def check_phi(phi: Phi) -> int:
+    """Check the weights' names and shapes.
+
+    Args:
+        phi: the weights.
+
+    Returns:
+        The hidden size.
+
+    Raises:
+        ValueError: if an array is missing, unknown or of another shape than the hidden size asks.
+    """
+    shapes = {name: tuple(jnp.shape(array)) for name, array in phi.items()}
+    query = shapes.get("query", ())
+    hidden = query[1] if len(query) == 2 and query[1] else 8
+    wanted = jax.eval_shape(lambda: init_meta_gradient_generator(jax.random.key(0), hidden))
+    for name in dict.fromkeys([*wanted, *shapes]):
+        if name not in shapes or name not in wanted:
+            problem = "is missing" if name in wanted else "is none of the generator's arrays"
+            raise ValueError(f"phi: {name} {problem}, expected {', '.join(wanted)}")
+        if shapes[name] != wanted[name].shape:
+            raise ValueError(
+                f"phi: {name} has shape {shapes[name]}, expected {wanted[name].shape} for a hidden "
+                f"size of {hidden}"
+            )
+    return hidden
+
+
+def meta_gradient_generator(
+    phi: Phi, learning_rate: optax.ScalarOrSchedule, b1: float = 0.9, b2: float = 0.99
+) -> optax.GradientTransformation:
+    """Turn gradients into updates of magnitude at most the learning rate.
+
+    Differentiable with respect to `phi`, through `init` too, where the memories begin as it says.
+
+    Args:
+        phi: the weights, from `load_phi` or meta-training.
+        learning_rate: step size, or an optax schedule of it.
+        b1: decay of the gradients' mean.
+        b2: decay of their squares' mean.
+
+    Returns:
+        The transformation; all leaves go through it in one row, so that it does not matter how a
+        tree is cut into leaves.
+
+    Raises:
+        ValueError: if the weights do not fit together.
+
+    References:
+        https://arxiv.org/abs/2412.16901
+    """
+    hidden = check_phi(phi)
+
+    def init(params: Any) -> MetaGradientState:
+        flat = ravel_pytree(params)[0]
+        count = flat.size
+        zeros = jnp.zeros(count, jnp.promote_types(flat.dtype, jnp.float32))
+        return MetaGradientState(
+            jnp.zeros((), jnp.int32),
+            zeros,
+            zeros,
+            jnp.broadcast_to(phi["memory_kernel"].astype(zeros.dtype), (count, hidden, hidden)),
+            jnp.broadcast_to(phi["memory_bias"].astype(zeros.dtype), (count, hidden)),
+        )
+
+    def update(
+        gradients: Any, state: MetaGradientState, params: Any = None
+    ) -> tuple[Any, MetaGradientState]:
+        del params
+        flat, unravel = ravel_pytree(gradients)
+        flat = flat.astype(state.mean.dtype)
+        count = optax.safe_increment(state.count)
+        mean = b1 * state.mean + (1 - b1) * flat
+        square = b2 * state.square + (1 - b2) * flat**2
+        inputs = generator_inputs(flat, mean, square, count, b1, b2)
+        outputs, kernel, bias = generate(phi, inputs, state.kernel, state.bias)
+        state = MetaGradientState(count, mean, square, kernel, bias)
+        return jax.tree.map(lambda y, g: y.astype(g.dtype), unravel(outputs), gradients), state
+
+    return optax.chain(
+        optax.GradientTransformation(init, update), optax.scale_by_learning_rate(learning_rate)
+    )
+
+
+def generator_inputs(
+    gradients: Array, mean: Array, square: Array, count: Array, b1: float, b2: float
+) -> Array:
+    """What the generator sees: the direction of the mean and of the gradient itself.
+
+    Args:
+        gradients: (parameters,).
+        mean: (parameters,), the decaying mean.
+        square: (parameters,), the decaying mean square.
+        count: () number of this update, from 1.
+        b1: decay of the mean.
+        b2: decay of the mean square.
+
+    Returns:
+        (parameters, 2).
+    """
+    # The published code's exponent is one more than Adam's.
+    mean, square = (x / (1 - b ** (count + 1)) for x, b in ((mean, b1), (square, b2)))
+    return jnp.stack([mean, gradients], -1) / (jnp.sqrt(square) + EPSILON)[:, None]
+
+
+def generate(phi: Phi, inputs: Array, kernel: Array, bias: Array) -> tuple[Array, Array, Array]:
+    """Train every memory on its input, and read it out.
+
+    Args:
+        phi: the weights.
+        inputs: (parameters, 2).
+        kernel: (parameters, hidden, hidden) of the memories.
+        bias: (parameters, hidden).
+
+    Returns:
+        Updates (parameters,) in (-1, 1), and the memories' new kernel and bias.
+    """
+    phi = {name: array.astype(inputs.dtype) for name, array in phi.items()}
+    hidden = bias.shape[-1]
+    query, key, value = (inputs @ phi[name] for name in ("query", "key", "value"))
+    rate = jax.nn.sigmoid(inputs @ phi["lr_kernel"] + phi["lr_bias"]) / hidden
+    rate = (rate * jnp.maximum(1 + phi["token_scale"], 0))[:, None]
+
+    def norm(x: Array, name: str) -> Array:
+        centred = x - x.mean(-1, keepdims=True)
+        inverse = jax.lax.rsqrt((centred**2).mean(-1, keepdims=True) + NORM_EPSILON)
+        return centred * inverse * phi[f"{name}_norm_scale"] + phi[f"{name}_norm_bias"]
+
+    def read(what: Array, kernel: Array, bias: Array) -> Array:
+        return (what[:, :, None] * kernel).sum(1) + bias
+
+    # One gradient step on ½‖norm(z) − (value − key)‖².
+    normed, pull_back = jax.vjp(lambda z: norm(z, "memory"), read(key, kernel, bias))
+    (error,) = pull_back(normed - (value - key))
+    kernel = kernel - rate[:, :, None] * key[:, :, None] * error[:, None, :]
+    bias = bias - rate * error
+    out = query + norm(read(query, kernel, bias), "memory")
+    return jnp.tanh(norm(out, "post") @ phi["output"])[:, 0], kernel, bias
+
+
+def save_phi(path: str | Path, phi: Phi, about: dict[str, Any] | None = None) -> None:
+    """Save a generator's weights.
+
+    Args:
+        path: of the `.safetensors` file.
+        phi: the weights.
+        about: how they were trained, kept as JSON in the file's metadata.
+    """
+    from safetensors.numpy import save_file
+
+    check_phi(phi)
+    arrays = {name: np.asarray(array) for name, array in phi.items()}
+    save_file(arrays, str(path), {"about": json.dumps(about or {})})
+
+
+def load_phi(path: str | Path) -> tuple[Phi, dict[str, Any]]:
+    """Load what `save_phi` saved.
+
+    Args:
+        path: of the file.
+
+    Returns:
+        The weights, and how they were trained.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it holds no generator's weights.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        with safe_open(str(path), "np") as file:
+            about = json.loads((file.metadata() or {}).get("about", "{}"))
+            phi = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        check_phi(phi)
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    return phi, about

@@ -1,0 +1,173 @@
+"""MGTTA against the published code's numbers; source statistics; objective and optimiser apart."""
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import changes, golden, pictures_of, relative
+
+import jaxtta
+from jaxtta import clip, losses, optim
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return golden("mgtta")
+
+
+@pytest.fixture(scope="module")
+def task(reference):
+    return clip.task_from_token_ids(reference["token_ids"])
+
+
+@pytest.fixture(scope="module")
+def phi(reference):
+    names = [name for name in reference.files if name.startswith("phi/")]
+    return {name[4:]: jnp.asarray(reference[name], jnp.float32) for name in names}
+
+
+@pytest.fixture(scope="module")
+def statistics(tiny, reference):
+    model, params = tiny
+    pictures = pictures_of(model, reference["source_images"]).astype(np.float32)
+    return clip.feature_statistics(model, params, [pictures])
+
+
+def test_equal_to_the_published_run(tiny, reference, task, phi, statistics):
+    model, params = tiny
+    adapter = jaxtta.adapters.mgtta(
+        model, task, statistics, optim.meta_gradient_generator(phi, 1e-3)
+    )
+    assert relative(statistics.mean.ravel(), reference["source_mean"]) < 1e-5
+    assert relative(statistics.std.ravel(), reference["source_std"]) < 1e-5
+    state, step = adapter.init(params), jax.jit(adapter.step)
+    for number, pixels in enumerate(reference["images"]):
+        images = pictures_of(model, pixels).astype(np.float32)
+        state, prediction = step(params, state, images)
+        np.testing.assert_allclose(prediction.logits, reference["logits"][number], atol=2e-4)
+        for name in ("loss", "entropy", "discrepancy"):
+            ours, theirs = prediction.metrics[name], reference[name][number]
+            np.testing.assert_allclose(ours, theirs, rtol=1e-4, err_msg=name)
+    ours, theirs = changes(params, state.adapted, reference)
+    assert relative(ours, theirs) < 1e-3
+
+
+@hypothesis.given(st.lists(st.integers(0, 5), min_size=1, max_size=5), st.integers(0, 2**31 - 1))
+def test_statistics_do_not_depend_on_the_division(sizes, seed):
+    hypothesis.assume(sum(sizes) > 1)
+    features = 3 + np.random.default_rng(seed).normal(size=(sum(sizes), 2, 3)).astype(np.float32)
+    parts = np.split(features, np.cumsum(sizes)[:-1])
+    merged = clip.FeatureStatistics(jnp.zeros(()), jnp.zeros((2, 3)), jnp.zeros((2, 3)))
+    for part in parts:
+        padded = np.concatenate([part, np.full((2, 2, 3), np.nan, np.float32)])
+        mask = np.arange(len(padded)) < len(part)
+        merged = clip.merge_statistics(merged, clip.statistics_of(padded, mask))
+    assert merged.count == len(features)
+    np.testing.assert_allclose(merged.mean, features.mean(0), atol=1e-5)
+    np.testing.assert_allclose(merged.std, features.std(0, ddof=1), atol=1e-5)
+
+
+def test_statistics_of_a_stream_are_those_of_its_pictures(tiny, reference, statistics, tmp_path):
+    model, params = tiny
+    pictures = pictures_of(model, reference["source_images"]).astype(np.float32)
+    padding = np.full((3, *pictures.shape[1:]), np.nan, np.float32)
+    batches = [
+        jaxtta.Batch(pictures[:25], np.ones(25, bool), np.arange(25)),
+        jaxtta.Batch(np.concatenate([pictures[25:], padding[:]]), np.arange(18) < 15, None),
+    ]
+    found = clip.feature_statistics(model, params, batches)
+    assert found.count == len(pictures)
+    np.testing.assert_allclose(found.mean, statistics.mean, atol=1e-5)
+    np.testing.assert_allclose(found.std, statistics.std, atol=1e-5)
+    clip.save_statistics(tmp_path / "source.safetensors", found)
+    for x, y in zip(clip.load_statistics(tmp_path / "source.safetensors"), found, strict=True):
+        np.testing.assert_array_equal(x, y)
+    with pytest.raises(ValueError, match="source statistics of 1 pictures, expected at least two"):
+        clip.feature_statistics(model, params, [pictures[:1]])
+    with pytest.raises(FileNotFoundError, match="nothing: no such file"):
+        clip.load_statistics(tmp_path / "nothing")
+    (tmp_path / "odd").write_text("odd")
+    with pytest.raises(ValueError, match="odd: holds no feature statistics"):
+        clip.load_statistics(tmp_path / "odd")
+
+
+def test_statistics_of_another_model_are_refused(tiny, task, phi):
+    model, params = tiny
+    other = clip.FeatureStatistics(jnp.array(5.0), jnp.zeros((2, 32)), jnp.ones((2, 32)))
+    adapter = jaxtta.adapters.mgtta(model, task, other, optim.meta_gradient_generator(phi, 1e-3))
+    message = r"source statistics of shape \(2, 32\), expected \(3, 32\) for this model"
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(adapter.step, params, adapter.init(params), jnp.zeros((2, 32, 32, 3)))
+
+
+def test_the_discrepancy_is_that_of_the_valid_pictures():
+    features = np.random.default_rng(0).normal(size=(5, 2, 3)).astype(np.float32)
+    mean, std = np.full((2, 3), 0.5, np.float32), np.full((2, 3), 2.0, np.float32)
+    value = jax.jit(jax.value_and_grad(losses.feature_discrepancy))
+    padded = np.concatenate([features, np.full((2, 2, 3), np.nan, np.float32)])
+    ours, gradient = value(padded, np.arange(7) < 5, mean, std)
+    expected = ((features.std(0, ddof=1) - std) ** 2 + (features.mean(0) - mean) ** 2).sum()
+    np.testing.assert_allclose(ours, expected, rtol=1e-5)
+    assert np.all(gradient[5:] == 0)
+    assert np.all(gradient[:5] != 0)
+    for count in (0, 1):  # one picture has no standard deviation
+        ours, gradient = value(padded, np.arange(7) < count, mean, std)
+        assert ours == 0
+        assert not np.any(gradient)
+    equal = np.ones((4, 2, 3), np.float32)
+    assert np.all(np.isfinite(value(equal, np.ones(4, bool), mean, std)[1]))
+
+
+@pytest.fixture(scope="module")
+def images(tiny, reference):
+    return pictures_of(tiny[0], reference["images"]).astype(np.float32)
+
+
+@pytest.mark.parametrize("tower", ["image", "both"])
+@pytest.mark.parametrize("name", ["sgd", "adam"])
+def test_the_same_objective_under_other_optimisers(tiny, task, statistics, images, name, tower):
+    model, params = tiny
+    optimizer = {"sgd": optax.sgd(1e-3, momentum=0.9), "adam": optax.adam(1e-3)}[name]
+    adapter = jaxtta.adapters.mgtta(model, task, statistics, optimizer, tower=tower)
+    state = adapter.init(params)
+    assert ("text_model" in state.adapted) == (tower == "both")
+    step, found = jax.jit(adapter.step), []
+    for _ in range(4):  # the same pictures: the loss goes down
+        state, prediction = step(params, state, images[0])
+        found.append(float(prediction.metrics["loss"]))
+    assert found[-1] < found[0]
+
+
+def test_batclip_driven_by_the_generator(tiny, task, phi, images):
+    """Any loss goes with any optimiser, chained with clipping and a schedule."""
+    model, params = tiny
+    schedule = optax.linear_schedule(1e-3, 0.0, 2)
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(1.0), optim.meta_gradient_generator(phi, schedule)
+    )
+    adapter = jaxtta.adapters.batclip(model, task, optimizer)
+    state, step = adapter.init(params), jax.jit(adapter.step)
+    before = state.adapted
+    for number, rate in enumerate((1e-3, 5e-4, 0.0)):
+        before = state.adapted
+        state, prediction = step(params, state, images[number])
+        moved = optax.tree.norm(optax.tree.sub(state.adapted, before), ord=jnp.inf)
+        assert not prediction.metrics["skipped"]
+        assert moved <= rate * (1 + 1e-3)  # tanh bounds every update by the learning rate
+        assert (moved > 0.1 * rate) or rate == 0
+
+
+def test_a_gradient_that_is_nan_leaves_the_memory_unharmed(tiny, task, statistics, phi, images):
+    model, params = tiny
+    adapter = jaxtta.adapters.mgtta(
+        model, task, statistics, optim.meta_gradient_generator(phi, 1e-3)
+    )
+    state, step = adapter.init(params), jax.jit(adapter.step)
+    state, _ = step(params, state, images[0])
+    after, prediction = step(params, state, np.full_like(images[0], np.nan))
+    assert prediction.metrics["skipped"]
+    for x, y in zip(*map(jax.tree.leaves, (state, after)), strict=True):
+        np.testing.assert_array_equal(x, y)
