@@ -185,7 +185,7 @@ def main(options: Options) -> None:
     pictures = len(np.unique(streams[0].items[:, 1]))
     title = f"{Path(options.model).name} on {Path(options.data).name}, {options.setting}, "
     title += f"{options.order}, {pictures} pictures"
-    sweep.finish(cells, options.output, title, sweep.samples_of(batches), examples)
+    sweep.conclude(cells, options.output, title, sweep.samples_of(batches), examples)
 
 
 def check(options: Options) -> tuple[int, int]:

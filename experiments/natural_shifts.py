@@ -104,7 +104,7 @@ def main(options: Options) -> None:
         samples |= found[1]
         examples += found[2]
     title = f"{Path(options.model).name} on {', '.join(places)}"
-    sweep.finish(cells, options.output, title, samples, examples)
+    sweep.conclude(cells, options.output, title, samples, examples)
 
 
 def check(options: Options) -> dict[str, str]:

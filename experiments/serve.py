@@ -11,6 +11,12 @@ picture BATCLIP sees one class and has nothing to separate it from: at a learnin
 lost 21 points on the embedded model, and TENT 3; from four pictures a batch on BATCLIP gained (the
 table is in the README). Serve single pictures with zero_shot. A step whose loss or update is not
 finite is not taken, and the line says so.
+
+TNT needs no batch: it tunes a small noise map on each picture for itself, at the cost of more than
+a hundred passes. One map for a camera is learnt once and then costs nothing:
+
+    python experiments/serve.py PICTURES… --adapter tnt --learn-noise camera.safetensors
+    python experiments/serve.py FOLDER --adapter tnt --noise camera.safetensors
 """
 
 import dataclasses
@@ -29,7 +35,12 @@ from PIL import Image
 
 import jaxtta
 from jaxtta import assets, data
+from jaxtta.adapters import Tuning, load_noise, save_noise
 from jaxtta.data.folders import SUFFIXES
+
+CANVAS = 512
+"""Side of the canvas of TNT's originals; larger ones are shrunk to fit."""
+CARRIED = Tuning(carry=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +53,12 @@ class Options:
     """Names for the prompts (default: the embedded model's ten)."""
     model: str = str(assets.MODEL)
     """Folder or hub id of a CLIP checkpoint."""
-    adapter: Literal["zero_shot", "tent", "batclip"] = "batclip"
+    adapter: Literal["zero_shot", "tent", "batclip", "tnt"] = "batclip"
     """How to adapt."""
+    learn_noise: Path | None = None
+    """Carry one noise map along all pictures, and save it here (tnt)."""
+    noise: Path | None = None
+    """A map learnt so, applied as it is (tnt); with --learn-noise where learning goes on."""
     learning_rate: float = 1e-3
     """Of TENT's SGD or BATCLIP's AdamW."""
     batch_size: int = 8
@@ -58,6 +73,8 @@ def main(options: Options) -> None:
         raise ValueError(f"--batch-size is {options.batch_size}, expected at least 1")
     if not 0 < options.learning_rate < math.inf:
         raise ValueError(f"--learning-rate is {options.learning_rate}, expected a positive number")
+    if options.adapter != "tnt" and (options.noise or options.learn_noise):
+        raise ValueError("--noise and --learn-noise are for --adapter tnt")
     names = options.class_names or data.image_folder(assets.PICTURES).class_names
     files = list_pictures(options.pictures)
     model, params = jaxtta.clip.load(options.model)
@@ -68,12 +85,20 @@ def main(options: Options) -> None:
         "batclip": lambda: jaxtta.adapters.batclip(
             model, task, optax.adamw(options.learning_rate, weight_decay=1e-2)
         ),
+        "tnt": lambda: make_tnt(model, task, options),
     }[options.adapter]()
     pictures = readable(files)
     width = max(len(str(file)) for file in files)
     for file, (label, confidence, adapted) in serve(model, params, adapter, pictures, options):
         said = f"{names[label]:<16}  {confidence:6.1%}  {'adapted' if adapted else 'not adapted'}"
         print(f"{file!s:<{width}}  {said}", flush=True)
+
+
+def make_tnt(model: jaxtta.clip.CLIP, task: jaxtta.clip.Task, options: Options) -> jaxtta.Adapter:
+    """TNT with a map for each picture, or one that is learnt along them, or a ready one."""
+    noise = load_noise(options.noise)[0] if options.noise else None
+    tuning = Tuning(views=1, steps=0) if options.noise else Tuning()
+    return jaxtta.adapters.tnt(model, task, CARRIED if options.learn_noise else tuning, noise)
 
 
 def list_pictures(paths: Sequence[Path]) -> list[Path]:
@@ -110,17 +135,27 @@ def serve(
     state, step = adapter.init(params), jax.jit(adapter.step, donate_argnums=1)
     seen, size = 0, options.batch_size
     while batch := list(itertools.islice(pictures, size)):
-        images = model.preprocess([picture for _, picture in batch])
         padding = size - len(batch)
-        images = np.pad(images, ((0, padding), (0, 0), (0, 0), (0, 0)))
         mask = np.arange(size) < len(batch)
         index = (seen + np.arange(size)).astype(np.int32)
-        state, prediction = step(params, state, jaxtta.Batch(images, mask, index))
+        sizes = None
+        if options.adapter == "tnt":  # which cuts its own views
+            rgb = [model.preprocessing.rgb(picture) for _, picture in batch]
+            images, sizes = map(
+                np.stack, zip(*(data.on_canvas(np.asarray(x), CANVAS) for x in rgb), strict=True)
+            )
+            sizes = np.pad(sizes, ((0, padding), (0, 0)), constant_values=1)
+        else:
+            images = model.preprocess([picture for _, picture in batch])
+        images = np.pad(images, ((0, padding), (0, 0), (0, 0), (0, 0)))
+        state, prediction = step(params, state, jaxtta.Batch(images, mask, index, sizes))
         probabilities = np.asarray(jax.nn.softmax(prediction.logits))
         adapted = options.adapter != "zero_shot" and not prediction.metrics["skipped"]
         for (file, _), row in zip(batch, probabilities, strict=False):
             yield file, (int(row.argmax()), float(row.max()), adapted)
         seen += len(batch)
+    if options.learn_noise:
+        save_noise(options.learn_noise, state.noise, CARRIED)
 
 
 if __name__ == "__main__":

@@ -252,7 +252,7 @@ def test_a_small_clip_is_trained_and_loads(run_script, tmp_path):
     assert "nowhere: no such folder" in err
 
 
-def test_natural_shifts_end_to_end(run_script, tmp_path):
+def test_natural_shifts_end_to_end(run_script, tmp_path, monkeypatch):
     for number, name in enumerate(("cat", "dog", "frog")):
         (tmp_path / "shop" / name).mkdir(parents=True)
         for file in sorted((assets.PICTURES / name).iterdir())[: 2 + number]:
@@ -263,8 +263,21 @@ def test_natural_shifts_end_to_end(run_script, tmp_path):
         *("--datasets", f"cifar10={assets.PICTURES}", f"shop={tmp_path / 'shop'}"),
         *("--tnt.views", "4", "--tnt.scale", "0.5", "1"),
     ]
+    drawn = []
+    monkeypatch.setattr(
+        "jaxtta.sweep.finish.draw_examples",
+        lambda examples: (drawn.extend(examples), sweep.draw_examples(examples))[1],
+    )
     code, out, _ = run_script("natural_shifts.py", *options, "--save-examples", "3")
     assert code == 0
+    # examples are tuned again, and are what they were in the sweep: answers that changed
+    assert drawn
+    for example in drawn:
+        was, now = (x.argmax() == example.label for x in (example.before, example.after))
+        assert was != now
+        assert 0 < np.abs(example.noise).max() <= example.epsilon
+    assert Image.open(tmp_path / "out" / "examples.png").size[0] > 500
+    assert "What the noise does" in (tmp_path / "out" / "report.html").read_text()
     assert out.splitlines()[-1].endswith("report.html")
     cells = {
         (name, adapter): cell_of(tmp_path / "out" / name, adapter, name)
@@ -369,6 +382,24 @@ def test_a_learning_rate_is_chosen_and_said(run_script, tmp_path):
     assert cell["settings"]["learning_rate"] == chosen["rate"]
     assert chosen["rate"] in (1e-3, 1e-2)
     assert set(chosen["accuracies"]) == {"0.001", "0.01"}
+
+
+def test_a_noise_map_is_learnt_and_applied(run_script, tmp_path):
+    files = sorted((assets.PICTURES / "cat").iterdir())[:3]
+    tnt = [*files, "--batch-size", "2", "--adapter", "tnt"]
+    code, out, _ = run_script("serve.py", *tnt, "--learn-noise", tmp_path / "camera.safetensors")
+    assert (code, len(out.splitlines())) == (0, 3)
+    noise, tuning = jaxtta.adapters.load_noise(tmp_path / "camera.safetensors")
+    assert tuning.carry
+    assert 0 < np.abs(noise).max() <= tuning.epsilon
+    code, out, _ = run_script("serve.py", *tnt, "--noise", tmp_path / "camera.safetensors")
+    assert (code, len(out.splitlines())) == (0, 3)
+    code, _, err = run_script("serve.py", *tnt, "--noise", tmp_path / "other")
+    assert code == 1
+    assert "other: no such file" in err
+    code, _, err = run_script("serve.py", *files, "--noise", tmp_path / "camera.safetensors")
+    assert code == 1
+    assert "--noise and --learn-noise are for --adapter tnt" in err
 
 
 @pytest.mark.parametrize("adapter", ["zero_shot", "batclip"])

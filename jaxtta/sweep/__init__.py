@@ -2,7 +2,7 @@
 
 from jaxtta.sweep.choose import Choice, choose_learning_rate
 from jaxtta.sweep.examples import Example, check_examples, draw_examples, find_examples
-from jaxtta.sweep.finish import finish, samples_of
+from jaxtta.sweep.finish import conclude, samples_of
 from jaxtta.sweep.lineup import (
     ADAPTERS,
     WITH_RATE,
@@ -39,10 +39,10 @@ __all__ = [
     "check_limits",
     "check_rates",
     "choose_learning_rate",
+    "conclude",
     "draw_examples",
     "find_examples",
     "fingerprints",
-    "finish",
     "gain",
     "is_tnt",
     "make_adapter",

@@ -15,7 +15,7 @@ from jaxtta.sweep.results import Cell, whole
 TRIES = 20  # pictures tried for the samples until one can be read
 
 
-def finish(
+def conclude(
     cells: Sequence[Cell],
     folder: Path,
     title: str,
