@@ -334,6 +334,51 @@ def test_options_of_tnt_are_checked_as_they_are_read(run_script, tmp_path):
         assert message in " ".join(err.replace("│", " ").split())
 
 
+def test_a_generator_is_trained_and_a_killed_run_goes_on(run_script, tmp_path):
+    options = [
+        *("--pictures", "8", "--held-out", "6", "--test-batch", "3", "--source-pictures", "6"),
+        *("--corruptions", "speckle_noise", "saturate", "--severity", "1", "--hidden", "2"),
+    ]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    code, out, _ = run_script("pretrain_mgg.py", *options, "--epochs", "2", "--output", whole)
+    assert code == 0
+    record = json.loads((whole / "training.json").read_text())
+    assert [len(record[name]) for name in ("loss", "held_out_loss", "accuracy")] == [2, 2, 2]
+    assert record["accuracy"][record["chosen_epoch"] - 1] == max(record["accuracy"])
+    assert f"epoch {record['chosen_epoch']} of 2, chosen by accuracy" in out
+    phi, about = jaxtta.optim.load_phi(whole / "phi.safetensors")
+    assert (jaxtta.optim.check_phi(phi), about["epoch"]) == (2, record["chosen_epoch"])
+    assert jaxtta.clip.load_statistics(whole / "statistics.safetensors").count == 6
+    assert Image.open(whole / "training.png").size[0] > 500
+    for epochs in ("1", "2"):  # stopped after an epoch, then the same command again
+        code, _, _ = run_script("pretrain_mgg.py", *options, "--epochs", epochs, "--output", parts)
+        assert code == 0
+    again = json.loads((parts / "training.json").read_text())
+    for name in ("loss", "held_out_loss", "accuracy"):
+        np.testing.assert_allclose(again[name], record[name], rtol=1e-6)
+    code, _, err = run_script("pretrain_mgg.py", *options, "--seed", "1", "--output", parts)
+    assert code == 1
+    assert "parts: holds a run with seed 0 (this run: 1)" in err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--held-out", "0"], "--choose accuracy needs --held-out pictures"),
+        (["--pictures", "2"], "--pictures is 2, expected at least 4"),
+        (["--pictures", "3000"], "has 2000 pictures, expected at least 3256 for --pictures 3000"),
+        (["--learning-rate", "-1"], "--learning-rate is -1.0, expected a positive number"),
+        (["--corruptions", "rain"], "unknown corruption 'rain'"),
+    ],
+)
+def test_bad_options_of_meta_training(run_script, tmp_path, options, message):
+    code, _, err = run_script("pretrain_mgg.py", "--output", tmp_path / "a", *options)
+    assert code == 1
+    assert message in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "a").exists()
+
+
 def test_the_benchmark_measures_each_row_in_its_own_process(run_script, tmp_path):
     options = ["--model", "tiny", "--classes", "10", "--frameworks", "jax", "--steps", "1"]
     adapters = ["zero_shot", "tent", "batclip", "tnt-3"]

@@ -2,18 +2,25 @@
 
 from jaxtta.optim.meta_gradient import (
     MetaGradientState,
+    Phi,
     check_phi,
     init_meta_gradient_generator,
     load_phi,
     meta_gradient_generator,
     save_phi,
 )
+from jaxtta.optim.meta_training import MetaState, begin_epoch, init_meta_training, meta_step
 
 __all__ = [
     "MetaGradientState",
+    "MetaState",
+    "Phi",
+    "begin_epoch",
     "check_phi",
     "init_meta_gradient_generator",
+    "init_meta_training",
     "load_phi",
     "meta_gradient_generator",
+    "meta_step",
     "save_phi",
 ]

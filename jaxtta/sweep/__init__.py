@@ -17,7 +17,7 @@ from jaxtta.sweep.plots import save_all
 from jaxtta.sweep.provenance import about, fingerprints
 from jaxtta.sweep.record import Record, Scores, gain, outcomes, paired, score
 from jaxtta.sweep.report import DATASETS, answer, summary_csv, table
-from jaxtta.sweep.results import Cell, Results, write_json
+from jaxtta.sweep.results import Cell, Results, differences, write_json
 from jaxtta.sweep.run import run
 from jaxtta.sweep.script import check_choices, check_limits, check_rates, run_script
 
@@ -40,6 +40,7 @@ __all__ = [
     "check_rates",
     "choose_learning_rate",
     "conclude",
+    "differences",
     "draw_examples",
     "find_examples",
     "fingerprints",

@@ -1,0 +1,451 @@
+r"""Train MGTTA's meta gradient generator on a few pictures without labels.
+
+    python experiments/pretrain_mgg.py --layout arrays --data cifar10-c-severity5/meta_train \
+        --class-names airplane automobile bird cat deer dog frog horse ship truck --output runs/mgg
+    python experiments/pretrain_mgg.py --layout imagenet --data IMAGENET/val --source IMAGENET/val \
+        --model openai/clip-vit-base-patch16 --output runs/mgg-vit
+
+adapts the model to a stream of pictures under the four validation corruptions, none of which a
+benchmark tests, two at a time, and learns from each batch's loss what the update before it should
+have been. The pictures need no labels; where they have them, epochs can be chosen by accuracy on
+held-out ones, as published. Leaves `phi.safetensors`, the statistics of clean pictures' features in
+`statistics.safetensors`, `training.json` and curves in `training.png`. A killed run goes on at the
+last epoch that it finished.
+"""
+
+import dataclasses
+import json
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+import jaxtta
+from jaxtta import assets, data, optim, sweep, tree
+from jaxtta.data import VALIDATION
+from jaxtta.objectives import Batch, MGTTAContext
+
+log = logging.getLogger(__name__)
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Train the meta gradient generator."""
+
+    output: Path
+    """Folder for the results; made if it is missing."""
+    data: str = str(assets.PICTURES)
+    """The pictures: a folder, or NAME:SPLIT for tensorflow-datasets (default: embedded ones)."""
+    layout: str = "folder"
+    """How they lie there, as for corruption_sweep.py."""
+    class_names: tuple[str, ...] = ()
+    """Names for the prompts, in the labels' order; needed with arrays."""
+    model: str = str(assets.MODEL)
+    """Folder or hub id of a CLIP checkpoint (default: the embedded one)."""
+    source: str | None = None
+    """Clean pictures of the same layout for the source statistics. Default: the data's own."""
+    source_pictures: int = 1000
+    """At most so many of them."""
+    corruptions: tuple[str, ...] = VALIDATION
+    """What the training pictures are corrupted by; not what is to be tested."""
+    severity: int = 5
+    """1 to 5; without meaning for arrays."""
+    pictures: int = 128
+    """Training pictures, each under one of the corruptions by turns."""
+    held_out: int = 256
+    """Other pictures, each under all corruptions, that epochs are judged on; 0 for none."""
+    choose: Literal["accuracy", "loss"] = "accuracy"
+    """Which epoch's weights to keep: those with the highest accuracy on the held-out pictures or,
+    without any label, the lowest loss there (on the training pictures if none are held out)."""
+    epochs: int = 40
+    """Passes over the training pictures."""
+    batch: int = 2
+    """Training pictures a step."""
+    truncation: int = 1
+    """Updates that a step differentiates through; 1 as published."""
+    learning_rate: float = 1e-2
+    """Of Adam on the generator's weights."""
+    inner_learning_rate: float = 1e-4
+    """Of the generator's updates while it is trained."""
+    test_learning_rate: float = 1e-3
+    """Of its updates on the held-out pictures."""
+    test_batch: int = 64
+    """Held-out pictures a batch."""
+    weight: float = 0.4
+    """Of the discrepancy in the objective."""
+    hidden: int = 8
+    """Size of a parameter's memory."""
+    tower: Literal["image", "both"] = "image"
+    """Whose normalisation parameters are adapted."""
+    seed: int = 0
+    """Of pictures, order and first weights."""
+    debug: bool = False
+    """Show tracebacks."""
+
+
+class History(NamedTuple):
+    """Figures of the epochs; unknown ones are None.
+
+    Attributes:
+        loss: mean over the training batches.
+        held_out_loss: mean over the held-out batches.
+        accuracy: top-1 on the held-out pictures.
+    """
+
+    loss: list[float]
+    held_out_loss: list[float | None]
+    accuracy: list[float | None]
+
+
+def main(options: Options) -> None:
+    """Train, and keep the best epoch's weights."""
+    check(options)
+    model, params = jaxtta.clip.load(options.model)
+    source = data.open_source(
+        options.layout, options.data, model.preprocessing, options.class_names
+    )
+    task = jaxtta.clip.zero_shot_task(model, source.class_names, data.templates_for(options.layout))
+    train, held_out = read_pictures(options, source)
+    statistics = gather_statistics(options, source, model, params)
+    prompts = model.prompts(task)
+    classes = prompts
+    if options.tower == "image":
+        classes = jax.jit(model.class_embeddings)(params, prompts)
+    context = MGTTAContext(classes, statistics.mean, statistics.std)
+    run = Run(options, model, params, context)
+    settings = describe(options, source, params)
+    write_settings(options.output, settings)
+    jaxtta.clip.save_statistics(options.output / "statistics.safetensors", statistics)
+
+    state, history, done = restore(options.output, run.start())
+    rng = np.random.default_rng([options.seed, 1])
+    orders = [rng.permutation(len(train)) for _ in range(options.epochs)]
+    before = run.judge(run.untrained, held_out, "untrained")
+    with tqdm(range(done, options.epochs), initial=done, total=options.epochs, unit="epoch") as bar:
+        for epoch in bar:
+            state, losses = run.epoch(state, train[orders[epoch]])
+            if not np.isfinite(losses).all():
+                raise FloatingPointError(
+                    f"the loss is no longer finite in epoch {epoch + 1}; try a lower "
+                    "--inner-learning-rate"
+                )
+            judged = run.judge(state.phi, held_out, f"epoch {epoch + 1}")
+            for figures, value in zip(history, (float(losses.mean()), *judged), strict=True):
+                figures.append(value)
+            save(options.output, state, history, epoch + 1)
+            if best_epoch(options, history) == epoch:
+                about = settings | {"epoch": epoch + 1}
+                optim.save_phi(options.output / "phi.safetensors", state.phi, about)
+            bar.set_postfix_str(said(losses.mean(), *judged))
+    best = best_epoch(options, history)
+    record = {
+        "settings": settings,
+        "about": sweep.about(data=options.data, model=options.model),
+        "before": before,
+        "chosen_epoch": best + 1,
+        "chosen_by": options.choose,
+        **history._asdict(),
+    }
+    sweep.write_json(options.output / "training.json", record)
+    plot(options.output / "training.png", history, before, best)
+    print(f"before training: {said(None, *before)}")
+    figures = (history.loss[best], history.held_out_loss[best], history.accuracy[best])
+    print(f"epoch {best + 1} of {options.epochs}, chosen by {options.choose}: {said(*figures)}")
+    print(f"weights: {options.output / 'phi.safetensors'}")
+
+
+def check(options: Options) -> None:
+    """Raise a ValueError for options that cannot be meant."""
+    sweep.check_choices(corruptions=options.corruptions)
+    sweep.check_limits(
+        pictures=(options.pictures, 2 * options.batch),
+        held_out=(options.held_out, 0),
+        source_pictures=(options.source_pictures, 2),
+        epochs=(options.epochs, 1),
+        batch=(options.batch, 1),
+        test_batch=(options.test_batch, 1),
+        truncation=(options.truncation, 1),
+        hidden=(options.hidden, 1),
+    )
+    sweep.check_rates(
+        learning_rate=(options.learning_rate,),
+        inner_learning_rate=(options.inner_learning_rate,),
+        test_learning_rate=(options.test_learning_rate,),
+    )
+    if options.choose == "accuracy" and not options.held_out:
+        raise ValueError("--choose accuracy needs --held-out pictures; --choose loss does not")
+
+
+# --- pictures ---
+
+
+def read_pictures(
+    options: Options, source: data.Source
+) -> tuple[np.ndarray, list[list[data.StreamBatch]]]:
+    """Training pictures (pictures, size, size, 3), and a list of held-out batches a corruption."""
+    severity = 0 if options.layout == "arrays" else options.severity
+    domains = [data.Domain(name, severity) for name in options.corruptions]
+    for domain in domains:
+        source.check(domain)
+    wanted = options.pictures + options.held_out
+    if wanted > len(source.labels):
+        raise ValueError(
+            f"{options.data}: has {len(source.labels)} pictures, expected at least {wanted} for "
+            f"--pictures {options.pictures} and --held-out {options.held_out}"
+        )
+    order = np.random.default_rng(options.seed).permutation(len(source.labels))
+    turns = np.arange(options.pictures) % len(domains)
+    # As one stream, so that pictures are read as everywhere else.
+    train = stream_of("train", domains, turns, order[: options.pictures], options.seed)
+    others = order[options.pictures : wanted]
+    tests = [
+        stream_of(str(domain), [domain], np.zeros(len(others), int), others, options.seed)
+        for domain in domains
+    ]
+    (read,) = read_all([train], source, options.pictures)
+    if not read[0].mask.all():
+        log.warning("%d training pictures could not be read", int((~read[0].mask).sum()))
+    images = read[0].images[read[0].mask]
+    return images, read_all(tests, source, options.test_batch) if options.held_out else []
+
+
+def stream_of(
+    name: str, domains: list[data.Domain], segments: np.ndarray, pictures: np.ndarray, seed: int
+) -> data.Stream:
+    """A stream of given pictures."""
+    items = np.stack([segments, pictures], 1).astype(np.int32)
+    return data.Stream(name, seed, tuple(domains), (items,))
+
+
+def read_all(
+    streams: list[data.Stream], source: data.Source, size: int
+) -> list[list[data.StreamBatch]]:
+    """All batches of each stream."""
+    batches = data.Batches(source, tuple(streams), size)
+    read = list(tqdm(data.read_ahead(batches), total=len(batches), desc="reading", unit="batch"))
+    return [[read[number] for number in batches.of(stream)] for stream in range(len(streams))]
+
+
+def gather_statistics(
+    options: Options,
+    source: data.Source,
+    model: jaxtta.clip.CLIP,
+    params: jaxtta.clip.Params,
+) -> jaxtta.clip.FeatureStatistics:
+    """Statistics of clean pictures' features."""
+    if options.source is not None:
+        source = data.open_source(
+            options.layout, options.source, model.preprocessing, options.class_names
+        )
+    clean = data.Domain(data.CLEAN)
+    try:
+        source.check(clean)
+    except ValueError as error:
+        raise ValueError(f"{error}; give clean pictures with --source") from error
+    order = np.random.default_rng(options.seed).permutation(len(source.labels))
+    pictures = order[: options.source_pictures]
+    stream = stream_of("clean", [clean], np.zeros(len(pictures), int), pictures, options.seed)
+    (batches,) = read_all([stream], source, options.test_batch)
+    return jaxtta.clip.feature_statistics(model, params, batches)
+
+
+# --- training ---
+
+
+class Run:
+    """The jitted functions of a run, and the weights that it starts from."""
+
+    def __init__(
+        self,
+        options: Options,
+        model: jaxtta.clip.CLIP,
+        params: jaxtta.clip.Params,
+        context: MGTTAContext,
+    ) -> None:
+        """Prepare them; nothing is computed yet but the first weights."""
+        self.options, self.params, self.context = options, params, context
+        objective = jaxtta.objectives.mgtta(model, options.weight)
+        trainable = tree.normalisation_parameters(options.tower)
+        self.first, _ = tree.partition(params, trainable)
+        self.optimizer = optax.adam(options.learning_rate)
+        self.untrained = optim.init_meta_gradient_generator(
+            jax.random.key(options.seed), options.hidden
+        )
+
+        def loss_of(frozen: tuple[Any, Any]) -> Callable[[Any, Array], Array]:
+            params, context = frozen  # arguments, lest the program holds them as constants
+
+            def loss(adapted: Any, images: Array) -> Array:
+                batch = Batch(images, jnp.ones(len(images), bool), jnp.arange(len(images)))
+                return objective(tree.merge(params, adapted), context, batch)[0]
+
+            return loss
+
+        rate = options.inner_learning_rate
+        self._begin = jax.jit(lambda f, *rest: optim.begin_epoch(loss_of(f), rate)(*rest))
+        self._step = jax.jit(
+            lambda f, *rest: optim.meta_step(loss_of(f), self.optimizer, rate)(*rest)
+        )
+
+        def adapter_of(phi: optim.Phi, context: MGTTAContext) -> jaxtta.Adapter:
+            generator = optim.meta_gradient_generator(phi, options.test_learning_rate)
+            return jaxtta.adapters.online(objective, lambda _: context, trainable, generator)
+
+        self._init = jax.jit(lambda f, phi: adapter_of(phi, f[1]).init(f[0]))
+        self._predict = jax.jit(lambda f, phi, *rest: adapter_of(phi, f[1]).step(f[0], *rest))
+
+    def start(self) -> optim.MetaState:
+        """The state before the first epoch."""
+        return optim.init_meta_training(self.untrained, self.first, self.optimizer)
+
+    def epoch(self, state: optim.MetaState, images: np.ndarray) -> tuple[optim.MetaState, Any]:
+        """Pass once over the pictures; the losses of its batches."""
+        frozen, size = (self.params, self.context), self.options.batch
+        batches = images[: len(images) // size * size].reshape(-1, size, *images.shape[1:])
+        state, loss = self._begin(frozen, state, batches[0])
+        losses = [loss[None]]
+        for window in windows(batches[1:], self.options.truncation):
+            state, found = self._step(frozen, state, window)
+            losses.append(found)
+        return state, np.concatenate(losses)
+
+    def judge(
+        self, phi: optim.Phi, held_out: list[list[data.StreamBatch]], name: str
+    ) -> tuple[float | None, float | None]:
+        """Mean loss and accuracy of adapting with these weights, anew at each corruption."""
+        if not held_out:
+            return None, None
+        frozen = (self.params, self.context)
+        losses, right = [], []
+        for batches in tqdm(held_out, desc=name, unit="corruption", leave=False):
+            state = self._init(frozen, phi)
+            for read in batches:
+                batch = Batch(read.images, read.mask, read.index)
+                state, prediction = self._predict(frozen, phi, state, batch)
+                losses.append(float(prediction.metrics["loss"]))
+                answers = np.asarray(prediction.logits.argmax(-1))
+                right.append((answers == read.labels)[read.mask])
+        return float(np.mean(losses)), float(np.concatenate(right).mean())
+
+
+def windows(batches: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    """Cut batches into windows; the last may be smaller."""
+    for first in range(0, len(batches), size):
+        yield batches[first : first + size]
+
+
+def best_epoch(options: Options, history: History) -> int:
+    """The epoch to keep, from 0; of equal ones the first."""
+    if options.choose == "accuracy":
+        return int(np.argmax(history.accuracy))
+    losses = history.held_out_loss if options.held_out else history.loss
+    return int(np.argmin(losses))
+
+
+# --- files ---
+
+
+def describe(options: Options, source: data.Source, params: jaxtta.clip.Params) -> dict:
+    """What decides the result."""
+    settings = dataclasses.asdict(options) | sweep.fingerprints(source, params)
+    for name in ("output", "data", "model", "source", "debug", "epochs"):
+        del settings[name]  # places, and how long it goes on
+    return json.loads(json.dumps(settings))
+
+
+def write_settings(folder: Path, settings: dict) -> None:
+    """Keep the settings, or refuse a folder that has others."""
+    path = folder / "settings.json"
+    if path.exists():
+        earlier = json.loads(path.read_text())
+        if earlier != settings:
+            raise ValueError(
+                f"{folder}: holds a run with {sweep.differences(earlier, settings)}; choose "
+                "another folder"
+            )
+    sweep.write_json(path, settings)
+
+
+def manager(folder: Path) -> Any:
+    """Of the folder's checkpoints; the newest is kept."""
+    import orbax.checkpoint as ocp
+
+    options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
+    return ocp.CheckpointManager((folder / "checkpoints").resolve(), options=options)
+
+
+def save(folder: Path, state: optim.MetaState, history: History, epochs: int) -> None:
+    """Save where training stands after so many epochs."""
+    import orbax.checkpoint as ocp
+
+    leaves = {str(number): leaf for number, leaf in enumerate(jax.tree.leaves(state))}
+    arguments = ocp.args.Composite(
+        state=ocp.args.StandardSave(leaves), history=ocp.args.JsonSave(history._asdict())
+    )
+    with manager(folder) as checkpoints:
+        checkpoints.save(epochs, args=arguments, force=True)
+
+
+def restore(folder: Path, state: optim.MetaState) -> tuple[optim.MetaState, History, int]:
+    """Where a run of this folder stands: its state, history and finished epochs."""
+    import orbax.checkpoint as ocp
+
+    if not (folder / "checkpoints").is_dir():
+        return state, History([], [], []), 0
+    leaves = {str(number): leaf for number, leaf in enumerate(jax.tree.leaves(state))}
+    arguments = ocp.args.Composite(
+        state=ocp.args.StandardRestore(leaves), history=ocp.args.JsonRestore()
+    )
+    with manager(folder) as checkpoints:
+        epochs = checkpoints.latest_step()
+        if epochs is None:
+            return state, History([], [], []), 0
+        saved = checkpoints.restore(epochs, args=arguments)
+    restored = [saved["state"][str(number)] for number in range(len(leaves))]
+    state = jax.tree.unflatten(jax.tree.structure(state), restored)
+    return state, History(**saved["history"]), epochs
+
+
+def said(loss: float | None, held_out_loss: float | None, accuracy: float | None) -> str:
+    """Figures in words."""
+    parts = [
+        f"loss {loss:.4f}" if loss is not None else "",
+        f"held-out loss {held_out_loss:.4f}" if held_out_loss is not None else "",
+        f"accuracy {100 * accuracy:.2f} %" if accuracy is not None else "",
+    ]
+    return ", ".join(filter(None, parts)) or "nothing was held out"
+
+
+def plot(
+    path: Path, history: History, before: tuple[float | None, float | None], best: int
+) -> None:
+    """Draw losses and held-out accuracy over the epochs, and the epoch that was kept."""
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    epochs = np.arange(1, len(history.loss) + 1)
+    left.plot(epochs, history.loss, marker=".", label="training pictures")
+    if before[0] is not None:
+        held_out = [before[0], *history.held_out_loss]
+        left.plot([0, *epochs], held_out, marker=".", label="held-out pictures")
+        accuracy = 100 * np.array([before[1], *history.accuracy])
+        right.plot([0, *epochs], accuracy, marker=".", color="#009E73")
+    left.set(xlabel="epoch (0: untrained)", ylabel="loss")
+    right.set(xlabel="epoch (0: untrained)", ylabel="held-out accuracy (%)")
+    for axes in (left, right):
+        axes.axvline(best + 1, color="0.5", linestyle=":", label="kept")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.spines[["top", "right"]].set_visible(False)
+    left.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    sweep.run_script(Options, main, __doc__)
