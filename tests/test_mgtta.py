@@ -8,9 +8,13 @@ import numpy as np
 import optax
 import pytest
 from conftest import changes, golden, pictures_of, relative
+from flax.traverse_util import flatten_dict
+from safetensors.numpy import save_file
+from transformers import ViTConfig
 
 import jaxtta
 from jaxtta import clip, losses, optim
+from jaxtta.objectives import MGTTAContext
 
 
 @pytest.fixture(scope="module")
@@ -158,6 +162,86 @@ def test_batclip_driven_by_the_generator(tiny, task, phi, images):
         assert not prediction.metrics["skipped"]
         assert moved <= rate * (1 + 1e-3)  # tanh bounds every update by the learning rate
         assert (moved > 0.1 * rate) or rate == 0
+
+
+@pytest.fixture(scope="module")
+def classifier():
+    config = ViTConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=32,
+        patch_size=8,
+        num_labels=5,
+    )
+    model = clip.classifier_from_config(config)
+    return config, model, model.init(jax.random.key(0))
+
+
+def test_a_supervised_classifier_in_clips_place(classifier, phi, images):
+    _, model, params = classifier
+    statistics = clip.feature_statistics(model, params, [images[3]])
+    context = MGTTAContext(None, statistics.mean, statistics.std)
+    adapter = jaxtta.adapters.online(
+        jaxtta.objectives.mgtta(model),
+        lambda params: context,
+        jaxtta.tree.normalisation_parameters("image"),
+        optim.meta_gradient_generator(phi, 1e-3),
+    )
+    state, step = adapter.init(params), jax.jit(adapter.step)
+    assert jaxtta.tree.count(state.adapted) == 2 * 32 * (2 * 3 + 1)  # none before the blocks
+    first = state.adapted
+    state, prediction = step(params, state, images[0].clip(0, 1))
+    assert prediction.logits.shape == (24, 5)
+    assert not prediction.metrics["skipped"]
+    assert optax.tree.norm(optax.tree.sub(state.adapted, first)) > 0
+
+
+@pytest.mark.parametrize("version", [4, 5])
+def test_a_classifier_is_loaded_under_both_of_transformers_names(
+    classifier, images, tmp_path, version
+):
+    config, model, params = classifier
+    config.save_pretrained(tmp_path)
+    flat = {".".join(path): np.asarray(x) for path, x in flatten_dict(params).items()}
+    names = {
+        "vision_model.embeddings": "vit.embeddings",
+        "class_embedding": "cls_token",
+        "position_embedding.embedding": "position_embeddings",
+        "patch_embedding": "patch_embeddings.projection",
+        "vision_model.post_layernorm": "vit.layernorm",
+        "vision_model.encoder.layers": "vit.encoder.layer" if version == 4 else "vit.layers",
+        "layer_norm1": "layernorm_before",
+        "layer_norm2": "layernorm_after",
+    }
+    for ours, four, five in (
+        ("self_attn.q_proj", "attention.attention.query", "attention.q_proj"),
+        ("self_attn.k_proj", "attention.attention.key", "attention.k_proj"),
+        ("self_attn.v_proj", "attention.attention.value", "attention.v_proj"),
+        ("self_attn.out_proj", "attention.output.dense", "attention.o_proj"),
+        ("mlp.fc1", "intermediate.dense", "mlp.fc1"),
+        ("mlp.fc2", "output.dense", "mlp.fc2"),
+    ):
+        names[ours] = four if version == 4 else five
+    tensors = {}
+    for name, array in flat.items():
+        if name.endswith("kernel"):
+            array = array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
+        name = name.replace("kernel", "weight").replace("scale", "weight")
+        for ours, theirs in names.items():
+            name = name.replace(ours, theirs)
+        if name.endswith(("cls_token", "position_embeddings")):
+            array = array.reshape(1, -1, 32)
+        tensors[name] = np.ascontiguousarray(array)
+    tensors["vit.embeddings.patch_embeddings.projection.bias"] = np.zeros(32, np.float32)
+    save_file(tensors, tmp_path / "model.safetensors")
+    loaded, again = clip.load_classifier(tmp_path)
+    assert loaded == model
+    expected = model.forward(params, None, images[0]).logits
+    np.testing.assert_allclose(loaded.forward(again, None, images[0]).logits, expected, atol=1e-5)
+    with pytest.raises(ValueError, match="model_type is 'vit', expected 'clip'"):
+        clip.load(tmp_path)
 
 
 def test_a_gradient_that_is_nan_leaves_the_memory_unharmed(tiny, task, statistics, phi, images):

@@ -67,6 +67,36 @@ def test_full_size_embeddings_equal_transformers(tmp_path, size):
     assert relative(packed, texts / np.linalg.norm(texts, axis=-1, keepdims=True)) < 1e-4
 
 
+@pytest.mark.parametrize("size", ["tiny", "ViT-B/16"])
+def test_a_supervised_classifier_equals_transformers(tmp_path, size):
+    import torch
+    from transformers import ViTConfig, ViTForImageClassification
+
+    torch.manual_seed(0)
+    tiny = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3} | {
+        "num_attention_heads": 2,
+        "image_size": 32,
+        "patch_size": 8,
+    }
+    config = ViTConfig(num_labels=7, **(tiny if size == "tiny" else {}))
+    theirs = ViTForImageClassification(config).eval()
+    with torch.no_grad():  # what is zero or one at first would hide a mistake
+        for parameter in theirs.parameters():
+            parameter += 0.02 * torch.randn_like(parameter)
+    theirs.save_pretrained(tmp_path)
+    model, params = clip.load_classifier(tmp_path)
+    side = config.image_size
+    images = np.random.default_rng(0).random((3, side, side, 3)).astype(np.float32)
+    pixels = torch.tensor(((images - 0.5) / 0.5).transpose(0, 3, 1, 2))
+    with torch.no_grad():
+        out = theirs(pixels, output_hidden_states=True)
+    ours = jax.jit(model.forward)(params, None, images)
+    assert relative(ours.logits, out.logits.numpy()) < 1e-5
+    last = theirs.vit.layernorm(out.hidden_states[-1])[:, 0].detach().numpy()
+    assert relative(ours.layer_features[:, -1], last) < 1e-5
+    assert len(model.class_names) == 7
+
+
 def reference_accuracies(readme):
     """{corruption: (zero-shot, BATCLIP 1e-3)} from the table in the weights' README."""
     rows = re.findall(r"^\| (\w+) \| ([\d.]+) \|(?: [\d.]+ \|){2} ([\d.]+) \|", readme, re.M)

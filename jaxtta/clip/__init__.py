@@ -1,6 +1,7 @@
 """CLIP in Flax: checkpoints, towers, prompts and pixels."""
 
 from jaxtta.clip.checkpoint import from_config, load, save
+from jaxtta.clip.classifier import ImageClassifier, classifier_from_config, load_classifier
 from jaxtta.clip.model import CLIP, ImageFeatures, Outputs, Params, unit
 from jaxtta.clip.prompts import Prompts, Task, task_from_token_ids
 from jaxtta.clip.statistics import (
@@ -16,14 +17,17 @@ from jaxtta.clip.tasks import zero_shot_task
 __all__ = [
     "CLIP",
     "FeatureStatistics",
+    "ImageClassifier",
     "ImageFeatures",
     "Outputs",
     "Params",
     "Prompts",
     "Task",
+    "classifier_from_config",
     "feature_statistics",
     "from_config",
     "load",
+    "load_classifier",
     "load_statistics",
     "merge_statistics",
     "save",

@@ -5,7 +5,7 @@ import json
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,18 +63,22 @@ def load(
         ValueError: if the configuration is none of CLIP's, only pickled weights are there, or a
             parameter is missing or has another shape (they are named).
     """
-    folder = Path(path_or_hub_id)
-    if not folder.is_dir():
-        folder = _download(str(path_or_hub_id), revision)
+    from transformers import CLIPConfig
+
+    folder = find_folder(path_or_hub_id, revision)
     if compute_dtype is None and jnp.finfo(dtype).bits < 32:
         compute_dtype = dtype  # adapted parameters are float32 and must not decide it
-    model = from_config(_read_config(folder), compute_dtype=compute_dtype, remat=remat)
+    config = read_config(folder, CLIPConfig)
+    model = from_config(config, compute_dtype=compute_dtype, remat=remat)
     settings = folder / "preprocessor_config.json"
     preprocessing = read_preprocessing(
         settings if settings.exists() else None, model.preprocessing.image_size
     )
     model = dataclasses.replace(model, preprocessing=preprocessing, source=str(folder))
-    return model, _read_params(folder, model, dtype)
+    shapes = flatten_dict(jax.eval_shape(model.init, jax.random.key(0)))
+    names = {_torch_name(path): path for path in shapes}
+    weights, entries = read_weights(folder, lambda name: names.get(name, tuple(name.split("."))))
+    return model, fitted(entries, shapes, weights, dtype)
 
 
 def from_config(config: "CLIPConfig", *, compute_dtype: Any = None, remat: bool = False) -> CLIP:
@@ -91,42 +95,67 @@ def from_config(config: "CLIPConfig", *, compute_dtype: Any = None, remat: bool 
     Raises:
         ValueError: if the activation is unknown or the sizes do not fit each other.
     """
-
-    def architecture(tower: Any, name: str) -> Architecture:
-        if tower.hidden_act not in ACTIVATIONS:
-            raise ValueError(
-                f"{name}.hidden_act is {tower.hidden_act!r}, known are {', '.join(ACTIVATIONS)}"
-            )
-        if tower.hidden_size % tower.num_attention_heads:
-            raise ValueError(
-                f"{name}: {tower.num_attention_heads} heads do not divide a width of "
-                f"{tower.hidden_size}"
-            )
-        return Architecture(
-            tower.hidden_size,
-            tower.intermediate_size,
-            tower.num_attention_heads,
-            tower.num_hidden_layers,
-            tower.hidden_act,
-            tower.layer_norm_eps,
-            compute_dtype,
-            remat,
-        )
-
     vision, text = config.vision_config, config.text_config
-    if vision.image_size < vision.patch_size:
-        raise ValueError(
-            f"an image size of {vision.image_size} is smaller than a patch of {vision.patch_size}"
-        )
     size = vision.image_size
+    options = compute_dtype, remat
     return CLIP(
-        VisionTransformer(architecture(vision, "vision_config"), size, vision.patch_size),
+        vision_tower(vision, "vision_config", *options),
         TextTransformer(
-            architecture(text, "text_config"), text.vocab_size, text.max_position_embeddings
+            _architecture(text, "text_config", *options),
+            text.vocab_size,
+            text.max_position_embeddings,
         ),
         config.projection_dim,
         text.eos_token_id,
         Preprocessing(size, size, (size, size)),
+    )
+
+
+def vision_tower(
+    config: Any, name: str, compute_dtype: Any, remat: bool = False, pre_norm: bool = True
+) -> VisionTransformer:
+    """Make an image tower of a transformers configuration.
+
+    Args:
+        config: of the tower.
+        name: what to call the configuration in a message.
+        compute_dtype: as in `load`.
+        remat: as in `load`.
+        pre_norm: whether the tokens pass a LayerNorm before the blocks.
+
+    Returns:
+        The tower.
+
+    Raises:
+        ValueError: if the activation is unknown or the sizes do not fit each other.
+    """
+    if config.image_size < config.patch_size:
+        raise ValueError(
+            f"an image size of {config.image_size} is smaller than a patch of {config.patch_size}"
+        )
+    arch = _architecture(config, name, compute_dtype, remat)
+    return VisionTransformer(arch, config.image_size, config.patch_size, pre_norm)
+
+
+def _architecture(tower: Any, name: str, compute_dtype: Any, remat: bool) -> Architecture:
+    if tower.hidden_act not in ACTIVATIONS:
+        raise ValueError(
+            f"{name}.hidden_act is {tower.hidden_act!r}, known are {', '.join(ACTIVATIONS)}"
+        )
+    if tower.hidden_size % tower.num_attention_heads:
+        raise ValueError(
+            f"{name}: {tower.num_attention_heads} heads do not divide a width of "
+            f"{tower.hidden_size}"
+        )
+    return Architecture(
+        tower.hidden_size,
+        tower.intermediate_size,
+        tower.num_attention_heads,
+        tower.num_hidden_layers,
+        tower.hidden_act,
+        tower.layer_norm_eps,
+        compute_dtype,
+        remat,
     )
 
 
@@ -203,28 +232,53 @@ def _config_of(arch: Architecture) -> dict[str, Any]:
     }
 
 
-def _read_config(folder: Path) -> "CLIPConfig":
-    from transformers import CLIPConfig
+def read_config(folder: Path, wanted: type) -> Any:
+    """Read a checkpoint's `config.json`.
 
-    path = folder / "config.json"
+    Args:
+        folder: the checkpoint's.
+        wanted: a configuration class of transformers.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if it is of another kind of model.
+    """
+    path, model = folder / "config.json", wanted.__name__.removesuffix("Config")
     if not path.exists():
-        raise FileNotFoundError(f"{folder}: has no config.json, so it is no CLIP checkpoint")
+        raise FileNotFoundError(f"{folder}: has no config.json, so it is no {model} checkpoint")
     try:
         config = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path}: is not JSON ({error})") from error
     kind = config.get("model_type") if isinstance(config, dict) else None
-    if kind != "clip":
-        raise ValueError(f"{path}: model_type is {kind!r}, expected 'clip'")
+    if kind != wanted.model_type:
+        raise ValueError(f"{path}: model_type is {kind!r}, expected {wanted.model_type!r}")
     try:
-        return CLIPConfig.from_dict(config)
+        return wanted.from_dict(config)
     except Exception as error:  # what transformers raises here differs by version
         reason = " ".join(str(error).split())
         raise ValueError(f"{path}: is refused by transformers ({reason})") from error
 
 
-def _download(hub_id: str, revision: str | None) -> Path:
-    """Fetch the files of a hub model that `load` reads, and return their folder."""
+def find_folder(path_or_hub_id: str | Path, revision: str | None = None) -> Path:
+    """A checkpoint's folder; the files of a hub model are fetched first.
+
+    Args:
+        path_or_hub_id: a folder here, or the id of a model on the hub.
+        revision: of the hub's model.
+
+    Returns:
+        The folder.
+
+    Raises:
+        FileNotFoundError: if there is neither.
+    """
+    if Path(path_or_hub_id).is_dir():
+        return Path(path_or_hub_id)
+    hub_id = str(path_or_hub_id)
     missing = f"{hub_id}: is neither a folder here nor a model that the hub gives"
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", hub_id):
         raise FileNotFoundError(missing)
@@ -258,8 +312,24 @@ def _download(hub_id: str, revision: str | None) -> Path:
     return config.parent
 
 
-def _read_params(folder: Path, model: CLIP, dtype: Any) -> Params:
-    shapes = flatten_dict(jax.eval_shape(model.init, jax.random.key(0)))
+Entries = Iterator[tuple[tuple[str, ...], np.ndarray]]
+PathOf = Callable[[str], tuple[str, ...]]
+
+
+def read_weights(folder: Path, path_of: PathOf) -> tuple[Path, Entries]:
+    """Read a checkpoint's weights one by one.
+
+    Args:
+        folder: the checkpoint's.
+        path_of: the path in our tree of a parameter that PyTorch calls so.
+
+    Returns:
+        The file that was read, and (path, array) for each parameter, kernels turned as ours are.
+
+    Raises:
+        FileNotFoundError: if there are none.
+        ValueError: if they are pickled.
+    """
     weights = next((folder / name for name in WEIGHTS if (folder / name).exists()), None)
     if weights is None:
         pickled = next((name for name in PICKLES if (folder / name).exists()), None)
@@ -270,9 +340,32 @@ def _read_params(folder: Path, model: CLIP, dtype: Any) -> Params:
             )
         raise FileNotFoundError(f"{folder}: has none of {', '.join(WEIGHTS)}")
     reader = _read_msgpack if weights.suffix == ".msgpack" else _read_safetensors
+    return weights, reader(weights, path_of)
+
+
+def fitted(
+    entries: Iterable[tuple[tuple[str, ...], np.ndarray]],
+    shapes: Mapping[tuple[str, ...], Any],
+    weights: Path,
+    dtype: Any,
+) -> Params:
+    """Make a parameter tree of what was read.
+
+    Args:
+        entries: (path, array) of each parameter.
+        shapes: every parameter that is wanted, with its shape.
+        weights: the file, for messages.
+        dtype: of the parameters.
+
+    Returns:
+        The tree.
+
+    Raises:
+        ValueError: if a parameter is missing or has another shape.
+    """
     found: dict[tuple[str, ...], jax.Array] = {}
     wrong, unused = [], []
-    for path, array in reader(weights, {_torch_name(path): path for path in shapes}):
+    for path, array in entries:
         if path not in shapes:
             unused.append("/".join(path))
         elif array.shape != shapes[path].shape:
@@ -291,10 +384,7 @@ def _read_params(folder: Path, model: CLIP, dtype: Any) -> Params:
     return unflatten_dict(found)
 
 
-Entries = Iterator[tuple[tuple[str, ...], np.ndarray]]
-
-
-def _read_safetensors(weights: Path, names: Mapping[str, tuple[str, ...]]) -> Entries:
+def _read_safetensors(weights: Path, path_of: PathOf) -> Entries:
     files = [weights]
     if weights.suffix == ".json":
         files = [weights.parent / name for name in _shards(weights)]
@@ -306,7 +396,7 @@ def _read_safetensors(weights: Path, names: Mapping[str, tuple[str, ...]]) -> En
                 for name in tensors.keys():  # noqa: SIM118 (not a dict)
                     if name.endswith("position_ids"):  # a buffer of old checkpoints
                         continue
-                    path = names.get(name, tuple(name.split(".")))
+                    path = path_of(name)
                     yield path, _from_torch(path, np.asarray(tensors.get_tensor(name)))
         except SafetensorError as error:
             raise ValueError(f"{file}: is damaged or no safetensors file ({error})") from error
@@ -320,8 +410,8 @@ def _shards(index: Path) -> list[str]:
     return sorted(set(names))
 
 
-def _read_msgpack(weights: Path, names: Mapping[str, tuple[str, ...]]) -> Entries:
-    del names  # the paths are ours already
+def _read_msgpack(weights: Path, path_of: PathOf) -> Entries:
+    del path_of  # the paths are ours already
     try:
         tree = flatten_dict(flax.serialization.msgpack_restore(weights.read_bytes()))
     except Exception as error:  # msgpack raises errors of many kinds

@@ -107,18 +107,7 @@ class CLIP:
         Raises:
             ValueError: if shape or dtype is another.
         """
-        size = self.preprocessing.image_size
-        if images.ndim != 4 or images.shape[1:] != (size, size, 3):
-            raise ValueError(
-                f"pictures must have shape (batch, {size}, {size}, 3), not {images.shape}"
-            )
-        if images.dtype == jnp.uint8:
-            images = images.astype(jnp.float32) / 255
-        elif not jnp.issubdtype(images.dtype, jnp.floating):
-            raise ValueError(f"pictures must be uint8 or float in [0, 1], not {images.dtype}")
-        images = images.astype(jnp.promote_types(images.dtype, jnp.float32))
-        mean, std = (np.asarray(x, np.float32) for x in self.preprocessing[-2:])
-        return (images - mean) / std
+        return normalize(self.preprocessing, images)
 
     def preprocess(self, pictures: list[Image.Image]) -> np.ndarray:
         """Bring PIL pictures to the model's resolution.
@@ -250,6 +239,20 @@ class CLIP:
     def _encode_rows(self, params: Params, *rows: Array) -> Array:
         pooled = self.text.apply({"params": params["text_model"]}, *rows)
         return _project(pooled, params["text_projection"])
+
+
+def normalize(preprocessing: Preprocessing, images: Array) -> Array:
+    """Normalise pictures; see `CLIP.normalize`."""
+    size = preprocessing.image_size
+    if images.ndim != 4 or images.shape[1:] != (size, size, 3):
+        raise ValueError(f"pictures must have shape (batch, {size}, {size}, 3), not {images.shape}")
+    if images.dtype == jnp.uint8:
+        images = images.astype(jnp.float32) / 255
+    elif not jnp.issubdtype(images.dtype, jnp.floating):
+        raise ValueError(f"pictures must be uint8 or float in [0, 1], not {images.dtype}")
+    images = images.astype(jnp.promote_types(images.dtype, jnp.float32))
+    mean, std = (np.asarray(x, np.float32) for x in preprocessing[-2:])
+    return (images - mean) / std
 
 
 def unit(x: Array) -> Array:

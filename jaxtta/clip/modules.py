@@ -256,19 +256,19 @@ class VisionOutput(NamedTuple):
 
 
 class VisionTransformer(nn.Module):
-    """CLIP's ViT, without its projection."""
+    """CLIP's ViT, without its projection; or, without the first LayerNorm, anybody's."""
 
     arch: Architecture
     image_size: int
     patch_size: int
+    pre_norm: bool = True
 
     @nn.compact
     def __call__(self, pixels: Array, *, all_tokens: bool = False) -> VisionOutput:
         """Encode normalised pixels (batch, height, width, 3)."""
-        embeddings = VisionEmbeddings(
-            self.arch, self.image_size, self.patch_size, name="embeddings"
-        )(pixels)
-        x = LayerNorm(self.arch.epsilon, name="pre_layrnorm")(embeddings)
+        x = VisionEmbeddings(self.arch, self.image_size, self.patch_size, name="embeddings")(pixels)
+        if self.pre_norm:
+            x = LayerNorm(self.arch.epsilon, name="pre_layrnorm")(x)
         read = _all if all_tokens else _class_token
         last = Reading(attention, read, read)
         outputs, normed = Encoder(self.arch, name="encoder")(x, attention, last)

@@ -101,12 +101,13 @@ def _side(size: Any) -> int | tuple[int, int]:
     return int(size)
 
 
-def read_preprocessing(path: Path | None, image_size: int) -> Preprocessing:
+def read_preprocessing(path: Path | None, image_size: int, crop: bool = True) -> Preprocessing:
     """Read a `preprocessor_config.json`.
 
     Args:
         path: the file; None where the checkpoint has none, for CLIP's own settings.
         image_size: side of the model's input in pixels.
+        crop: whether pictures are cropped where the file does not say.
 
     Returns:
         The settings.
@@ -122,14 +123,14 @@ def read_preprocessing(path: Path | None, image_size: int) -> Preprocessing:
         if not isinstance(config, dict):
             raise ValueError("not a JSON object")
         resize = _side(config.get("size", image_size)) if config.get("do_resize", True) else None
-        crop = None
-        if config.get("do_center_crop", True):
-            crop = _side(config.get("crop_size", image_size))
-            crop = (crop, crop) if isinstance(crop, int) else crop
+        window = None
+        if config.get("do_center_crop", crop):
+            window = _side(config.get("crop_size", image_size))
+            window = (window, window) if isinstance(window, int) else window
         factor = float(config.get("rescale_factor", 1 / 255))
         if not config.get("do_rescale", True) or abs(factor * 255 - 1) > 1e-3:
             raise ValueError("only pictures scaled by 1/255 are supported")
-        final = crop or resize
+        final = window or resize
         if not isinstance(final, tuple):
             raise ValueError("gives pictures of different sizes")
         if final != (image_size, image_size):
@@ -144,6 +145,6 @@ def read_preprocessing(path: Path | None, image_size: int) -> Preprocessing:
             std = tuple(map(float, config.get("image_std", CLIP_STD)))
         if not len(mean) == len(std) == 3 or min(std) <= 0:
             raise ValueError("mean and std need three numbers each, std above 0")
-        return Preprocessing(image_size, resize, crop, resample, mean, std)
+        return Preprocessing(image_size, resize, window, resample, mean, std)
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise ValueError(f"{path}: cannot be read as preprocessing settings ({error!r})") from error

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxtta.clip.classifier import ImageClassifier
 from jaxtta.clip.model import CLIP, Params
 
 Array = jax.Array
@@ -72,7 +73,9 @@ def merge_statistics(first: FeatureStatistics, second: FeatureStatistics) -> Fea
     return FeatureStatistics(count, first.mean + apart * share, squares)
 
 
-def feature_statistics(model: CLIP, params: Params, batches: Iterable[Any]) -> FeatureStatistics:
+def feature_statistics(
+    model: CLIP | ImageClassifier, params: Params, batches: Iterable[Any]
+) -> FeatureStatistics:
     """Gather the moments of the layer features over pictures.
 
     Args:
