@@ -82,12 +82,12 @@ class Settings:
     """Views a picture (TNT)."""
     chunk: int = 8
     """Views that are embedded at once (TNT's JAX rows); more fill an accelerator."""
-    adapters: tuple[Literal["zero_shot", "tent", "batclip", "tnt-1", "tnt-3"], ...] = (
+    adapters: tuple[Literal["zero_shot", "tent", "batclip", "tnt-1", "tnt-3", "mgtta"], ...] = (
         "zero_shot",
         "tent",
         "batclip",
     )
-    """Adapters to measure."""
+    """Adapters to measure; mgtta in JAX alone."""
     frameworks: tuple[Literal["jax", "torch"], ...] = ("jax", "torch")
     """Libraries to measure them in; each adapter has one row in JAX and two in PyTorch (TNT one, as
     its prompts are encoded beforehand)."""
@@ -143,6 +143,14 @@ def main(settings: Settings) -> None:
     print(f"{settings.model}, {settings.classes} classes, batch {batch}, ", end="")
     print(f"{settings.dtype}{', remat' * settings.remat}, {cores} CPU cores\n")
     print(table(results))
+    for result in results:
+        if "optimizer_seconds" in result:
+            share = result["optimizer_seconds"] / result["seconds"]
+            print(
+                f"\n{result['adapter']}: the generator alone takes "
+                f"{1000 * result['optimizer_seconds']:.3g} ms, {share:.2%} of a step; its state "
+                f"holds {result['optimizer_mb']:.1f} MB"
+            )
     if settings.reading:
         print(f"\n{reading_table(settings, results)}")
     if all("error" in result for result in results):
@@ -189,6 +197,7 @@ def plan(settings: Settings) -> list[Row]:
         for framework in frameworks
         for form in prompts[framework]
         if not (is_tnt(adapter) and form == "cut")
+        if not (adapter == "mgtta" and framework == "torch")
     ]
 
 
@@ -354,6 +363,12 @@ def jax_row(settings: Settings, row: Row) -> Result:
             views=settings.views, steps=int(row.adapter[-1]), chunk=settings.chunk
         )
         adapter = jaxtta.adapters.tnt(model, task, tuning)
+    elif row.adapter == "mgtta":
+        shape = (model.vision.arch.layers, model.vision.arch.width)
+        clean = jaxtta.clip.FeatureStatistics(jnp.array(2.0), jnp.zeros(shape), jnp.ones(shape))
+        phi = jaxtta.optim.init_meta_gradient_generator(jax.random.key(0))
+        generator = jaxtta.optim.meta_gradient_generator(phi, 1e-3)
+        adapter = jaxtta.adapters.mgtta(model, task, clean, generator)
     else:
         adapter = getattr(jaxtta.adapters, row.adapter)(model, task)
     params = random_params(model)
@@ -375,6 +390,13 @@ def jax_row(settings: Settings, row: Row) -> Result:
     memory = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     flops = jax_flops(traced.jaxpr.jaxpr)
     result = figures("jax", seconds, memory or resident_peak(), flops, peak)
+    if row.adapter == "mgtta":
+        update = jax.jit(generator.update)
+        own, _ = timed(
+            lambda: jax.block_until_ready(update(state.adapted, state.optimizer)), settings.steps
+        )
+        result["optimizer_seconds"] = min(own)
+        result["optimizer_mb"] = sum(x.nbytes for x in jax.tree.leaves(state.optimizer)) / 1e6
     return result | {"device": jax.devices()[0].device_kind, "compile_seconds": compilation}
 
 

@@ -34,7 +34,8 @@ from jaxtta.data import COMMON
 LEFT_OUT = (
     *("output", "worker", "workers", "checkpoint_every", "save_predictions", "debug"),
     *("adapters", "seeds"),  # which cells there are, not what is in them
-    *("learning_rate", "choose_learning_rate", "validation", "tnt", "canvas"),  # an adapter's own
+    *("learning_rate", "choose_learning_rate", "validation"),  # an adapter's own
+    *("tnt", "mgtta", "canvas"),
     "save_examples",
     *("data", "model", "class_names"),  # places; what was found there is compared
 )
@@ -62,7 +63,8 @@ class Options:
     model: str = str(assets.MODEL)
     """Folder or hub id of a CLIP checkpoint (default: the embedded one)."""
     adapters: tuple[str, ...] = ("zero_shot", "tent", "batclip")
-    """Which adapters to run: zero_shot, tent, batclip, tnt (or tnt-3, with three steps)."""
+    """Which adapters to run: zero_shot, tent, batclip, tnt (or tnt-3, with three steps), mgtta, and
+    mgtta-sgd and mgtta-adam with other optimisers for the same objective."""
     corruptions: tuple[str, ...] = ()
     """Which corruptions to run; "clean" is one too. Default: the 15 usual ones, but clean for sets
     that are a shift by themselves (give it for ImageNet-A, -R and -Sketch with layout imagenet)."""
@@ -95,6 +97,8 @@ class Options:
     labels)."""
     tnt: Tuning = dataclasses.field(default_factory=Tuning)
     """TNT's settings."""
+    mgtta: sweep.MGTTA = dataclasses.field(default_factory=sweep.MGTTA)
+    """MGTTA's settings. The files' defaults are for the embedded model."""
     canvas: int | None = None
     """Side of the canvas that TNT's originals lie on; larger ones are shrunk to fit, and views are
     cut from what is left. Default: what a sample of the pictures needs, up to 512."""
@@ -133,6 +137,7 @@ def main(options: Options) -> None:
         templates = data.imagenet_templates()
     task = jaxtta.clip.zero_shot_task(model, source.class_names, templates)
 
+    setup = setup_of(options)
     running = {"workers": options.workers, "checkpoint_every": options.checkpoint_every}
     settings = describe(options, severities, templates) | sweep.fingerprints(source, params)
     about = sweep.about(data=options.data, model=options.model)
@@ -146,8 +151,7 @@ def main(options: Options) -> None:
             chosen[name] = choose(name, options, model, params, task, settings, **running)
             rates[name] = chosen[name].rate
     adapters = {
-        name: sweep.make_adapter(name, model, task, options.preset, rates[name], options.tnt)
-        for name in options.adapters
+        name: sweep.make_adapter(name, model, task, setup, rates[name]) for name in options.adapters
     }
     cutting = tuple(filter(sweep.is_tnt, options.adapters))
     batches = data.Batches(source, tuple(streams), options.batch_size)
@@ -155,7 +159,7 @@ def main(options: Options) -> None:
         canvas = options.canvas or data.canvas_for(source, streams[0].segments[0])
         batches = dataclasses.replace(batches, canvas=canvas)
     own = {
-        name: sweep.own_settings(name, rates[name], options.tnt, batches.canvas)
+        name: sweep.own_settings(name, setup, rates[name], batches.canvas)
         for name in options.adapters
     }
     told = {"chosen": {name: choice._asdict() for name, choice in chosen.items()}}
@@ -186,6 +190,11 @@ def main(options: Options) -> None:
     title = f"{Path(options.model).name} on {Path(options.data).name}, {options.setting}, "
     title += f"{options.order}, {pictures} pictures"
     sweep.conclude(cells, options.output, title, sweep.samples_of(batches), examples)
+
+
+def setup_of(options: Options) -> sweep.Setup:
+    """What adapters are made with."""
+    return sweep.Setup(options.preset, options.tnt, options.mgtta)
 
 
 def check(options: Options) -> tuple[int, int]:
@@ -283,7 +292,7 @@ def choose(
         source.check(stream.segments[0])
     choice = sweep.choose_learning_rate(
         name,
-        lambda rate: sweep.make_adapter(name, model, task, options.preset, rate, options.tnt),
+        lambda rate: sweep.make_adapter(name, model, task, setup_of(options), rate),
         options.choose_learning_rate,
         params,
         data.Batches(source, tuple(streams), options.batch_size),

@@ -55,9 +55,12 @@ class Options:
     model: str = str(assets.MODEL)
     """Folder or hub id of a CLIP checkpoint (default: the embedded one)."""
     adapters: tuple[str, ...] = ("zero_shot", "tnt")
-    """Which adapters to run: zero_shot, tent, batclip, tnt (or tnt-3, with three steps)."""
+    """Which adapters to run: zero_shot, tent, batclip, tnt (or tnt-3, with three steps), mgtta, and
+    mgtta-sgd and mgtta-adam with other optimisers for the same objective."""
     tnt: Tuning = dataclasses.field(default_factory=Tuning)
     """TNT's settings."""
+    mgtta: sweep.MGTTA = dataclasses.field(default_factory=sweep.MGTTA)
+    """MGTTA's settings. The files' defaults are for the embedded model."""
     canvas: int | None = None
     """Side of the canvas that TNT's originals lie on; larger ones are shrunk to fit, and views are
     cut from what is left. Default: what a sample of each dataset needs, up to 512."""
@@ -179,6 +182,7 @@ def run_dataset(
         name: getattr(options, name)
         for name in ("batch_size", "compute_dtype", "order", "limit", "preset")
     }
+    setup = sweep.Setup(options.preset, options.tnt, options.mgtta)
     rates = {
         adapter: options.learning_rate if adapter in sweep.WITH_RATE else None
         for adapter in options.adapters
@@ -187,13 +191,10 @@ def run_dataset(
         options.output / name,
         settings | {"templates": templates} | sweep.fingerprints(source, params),
         sweep.about(data=root, model=options.model),
-        {a: sweep.own_settings(a, rates[a], options.tnt, canvas) for a in options.adapters},
+        {a: sweep.own_settings(a, setup, rates[a], canvas) for a in options.adapters},
     )
     cells = sweep.run(
-        {
-            a: sweep.make_adapter(a, model, task, options.preset, rates[a], options.tnt)
-            for a in options.adapters
-        },
+        {a: sweep.make_adapter(a, model, task, setup, rates[a]) for a in options.adapters},
         params,
         batches,
         results,

@@ -12,7 +12,7 @@ from conftest import changes, golden, pictures_of, relative
 from flax.traverse_util import flatten_dict
 
 import jaxtta
-from jaxtta import adapters, clip, tree
+from jaxtta import adapters, clip, optim, tree
 
 BATCH = 24
 
@@ -27,9 +27,18 @@ def images(tiny):
     return pictures_of(tiny[0], golden("batclip_adamw")["images"]).astype(np.float32)
 
 
-@pytest.fixture(scope="module", params=["zero_shot", "tent", "batclip"])
+def mgtta(model, task):
+    clean = clip.FeatureStatistics(jnp.array(9.0), jnp.zeros((3, 32)), 8 * jnp.ones((3, 32)))
+    phi = optim.init_meta_gradient_generator(jax.random.key(0))
+    return adapters.mgtta(model, task, clean, optim.meta_gradient_generator(phi, 1e-3))
+
+
+MAKE = {name: getattr(adapters, name) for name in ("zero_shot", "tent", "batclip")}
+
+
+@pytest.fixture(scope="module", params=[*MAKE, "mgtta"])
 def adapter(request, tiny, task):
-    return getattr(adapters, request.param)(tiny[0], task)
+    return (MAKE | {"mgtta": mgtta})[request.param](tiny[0], task)
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 from jaxtta.adapters.base import Adapter, Prediction, Preset, State
 from jaxtta.adapters.batclip import BATCLIP_PRESETS, adam_l2, batclip
-from jaxtta.adapters.mgtta import mgtta
+from jaxtta.adapters.mgtta import MGTTA_PRESETS, mgtta
 from jaxtta.adapters.online import online
 from jaxtta.adapters.tent import TENT_PRESETS, tent
 from jaxtta.adapters.tnt import (
@@ -19,6 +19,7 @@ from jaxtta.adapters.zero_shot import zero_shot
 
 __all__ = [
     "BATCLIP_PRESETS",
+    "MGTTA_PRESETS",
     "TENT_PRESETS",
     "TNT_PRESETS",
     "Adapter",

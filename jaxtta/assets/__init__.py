@@ -4,5 +4,9 @@ from pathlib import Path
 
 MODEL = Path(__file__).parent / "tiny-clip-cifar10"
 """A transformers checkpoint; see the model card in it."""
+PHI = Path(__file__).parent / "mgg-tiny-clip-cifar10" / "phi.safetensors"
+"""Weights of MGTTA's gradient generator, trained on the embedded model; see the card beside it."""
+STATISTICS = PHI.with_name("statistics.safetensors")
+"""Statistics of clean CIFAR-10 pictures' features under the embedded model."""
 PICTURES = Path(__file__).parent / "cifar10-test-2000"
 """CIFAR-10 test pictures by class."""

@@ -127,14 +127,13 @@ def meta_gradient_generator(
 
     def init(params: Any) -> MetaGradientState:
         flat = ravel_pytree(params)[0]
-        count = flat.size
-        zeros = jnp.zeros(count, jnp.promote_types(flat.dtype, jnp.float32))
+        count, dtype = flat.size, jnp.promote_types(flat.dtype, jnp.float32)
         return MetaGradientState(
             jnp.zeros((), jnp.int32),
-            zeros,
-            zeros,
-            jnp.broadcast_to(phi["memory_kernel"].astype(zeros.dtype), (count, hidden, hidden)),
-            jnp.broadcast_to(phi["memory_bias"].astype(zeros.dtype), (count, hidden)),
+            jnp.zeros(count, dtype),
+            jnp.zeros(count, dtype),
+            jnp.broadcast_to(jnp.asarray(phi["memory_kernel"], dtype), (count, hidden, hidden)),
+            jnp.broadcast_to(jnp.asarray(phi["memory_bias"], dtype), (count, hidden)),
         )
 
     def update(

@@ -5,7 +5,9 @@ from jaxtta.sweep.examples import Example, check_examples, draw_examples, find_e
 from jaxtta.sweep.finish import conclude, samples_of
 from jaxtta.sweep.lineup import (
     ADAPTERS,
+    MGTTA,
     WITH_RATE,
+    Setup,
     check_adapters,
     is_tnt,
     make_adapter,
@@ -24,6 +26,7 @@ from jaxtta.sweep.script import check_choices, check_limits, check_rates, run_sc
 __all__ = [
     "ADAPTERS",
     "DATASETS",
+    "MGTTA",
     "WITH_RATE",
     "Cell",
     "Choice",
@@ -31,6 +34,7 @@ __all__ = [
     "Record",
     "Results",
     "Scores",
+    "Setup",
     "about",
     "answer",
     "check_adapters",

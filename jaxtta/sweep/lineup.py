@@ -1,19 +1,59 @@
 """Adapters by name, as scripts offer them."""
 
 import dataclasses
+import hashlib
 import re
+from pathlib import Path
 from typing import Any
 
 import optax
 
-from jaxtta import adapters
+from jaxtta import adapters, assets
 from jaxtta.adapters import BATCLIP_PRESETS, TENT_PRESETS, Adapter, Tuning
-from jaxtta.clip import CLIP, Task
+from jaxtta.clip import CLIP, Task, load_statistics
+from jaxtta.optim import load_phi, meta_gradient_generator
 
-ADAPTERS = ("zero_shot", "tent", "batclip", "tnt")
+ADAPTERS = ("zero_shot", "tent", "batclip", "tnt", "mgtta", "mgtta-sgd", "mgtta-adam")
 """What `make_adapter` knows; TNT also as "tnt-3", with so many steps."""
-WITH_RATE = ("tent", "batclip")
+WITH_RATE = ("tent", "batclip", "mgtta-sgd", "mgtta-adam")
 """Those with a learning rate to choose."""
+RATE = 1e-3
+"""Of MGTTA's optimisers, if no other is asked for."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MGTTA:
+    """MGTTA's settings.
+
+    Attributes:
+        phi: weights of the generator, from pretrain_mgg.py.
+        statistics: of clean pictures' features under the model, from pretrain_mgg.py too.
+        weight: of the discrepancy.
+    """
+
+    phi: Path = assets.PHI
+    statistics: Path = assets.STATISTICS
+    weight: float = 0.4
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be meant."""
+        if not self.weight >= 0:
+            raise ValueError(f"weight is {self.weight}, expected at least 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What adapters are made with, whichever they are.
+
+    Attributes:
+        preset: whose published optimiser TENT and BATCLIP take.
+        tnt: TNT's settings.
+        mgtta: MGTTA's settings.
+    """
+
+    preset: str
+    tnt: Tuning
+    mgtta: MGTTA
 
 
 def check_adapters(names: tuple[str, ...]) -> None:
@@ -36,7 +76,7 @@ def tuning_of(name: str, tuning: Tuning) -> Tuning:
 
 
 def make_adapter(
-    name: str, model: CLIP, task: Task, preset: str, rate: float | None, tuning: Tuning
+    name: str, model: CLIP, task: Task, setup: Setup, rate: float | None = None
 ) -> Adapter:
     """Make an adapter.
 
@@ -44,29 +84,52 @@ def make_adapter(
         name: one of `ADAPTERS`, or "tnt-3".
         model: the model.
         task: the classes.
-        preset: whose published optimiser TENT and BATCLIP take.
-        rate: a learning rate in its place: TENT with SGD and momentum, BATCLIP with AdamW.
-        tuning: TNT's settings.
+        setup: the settings.
+        rate: a learning rate for one of `WITH_RATE`, in place of the published optimiser: TENT with
+            SGD and momentum, BATCLIP with AdamW.
 
     Returns:
         The adapter.
+
+    Raises:
+        FileNotFoundError: if one of MGTTA's files is not there.
+        ValueError: if it holds something else.
     """
     if name == "zero_shot":
         return adapters.zero_shot(model, task)
     if is_tnt(name):
-        return adapters.tnt(model, task, tuning_of(name, tuning))
+        return adapters.tnt(model, task, tuning_of(name, setup.tnt))
+    if name.startswith("mgtta"):
+        optimizer = {
+            "mgtta": lambda: meta_gradient_generator(load_phi(setup.mgtta.phi)[0], RATE),
+            "mgtta-sgd": lambda: optax.sgd(rate or RATE, momentum=0.9),
+            "mgtta-adam": lambda: optax.adam(rate or RATE),
+        }[name]()
+        statistics = load_statistics(setup.mgtta.statistics)
+        return adapters.mgtta(model, task, statistics, optimizer, setup.mgtta.weight)
     if name == "tent":
-        sgd = TENT_PRESETS[preset].optimizer() if rate is None else optax.sgd(rate, momentum=0.9)
+        sgd = optax.sgd(rate, momentum=0.9) if rate else TENT_PRESETS[setup.preset].optimizer()
         return adapters.tent(model, task, sgd)
-    adamw = optax.adamw(rate, weight_decay=1e-2) if rate else BATCLIP_PRESETS[preset].optimizer()
+    preset = BATCLIP_PRESETS[setup.preset]
+    adamw = optax.adamw(rate, weight_decay=1e-2) if rate else preset.optimizer()
     return adapters.batclip(model, task, adamw)
 
 
 def own_settings(
-    name: str, rate: float | None, tuning: Tuning, canvas: int | None
+    name: str, setup: Setup, rate: float | None = None, canvas: int | None = None
 ) -> dict[str, Any]:
     """What decides one adapter's figures alone, for its cells."""
-    if not is_tnt(name):
-        return {} if rate is None else {"learning_rate": rate}
-    settings = dataclasses.asdict(tuning_of(name, tuning)) | {"canvas": canvas}
-    return {"tnt": {k: v for k, v in settings.items() if k not in ("chunk", "pictures")}}
+    if is_tnt(name):
+        settings = dataclasses.asdict(tuning_of(name, setup.tnt)) | {"canvas": canvas}
+        return {"tnt": {k: v for k, v in settings.items() if k not in ("chunk", "pictures")}}
+    own: dict[str, Any] = {} if rate is None else {"learning_rate": rate}
+    if name.startswith("mgtta"):
+        files = {"statistics": setup.mgtta.statistics}
+        files |= {"phi": setup.mgtta.phi} if name == "mgtta" else {}
+        digests = {key: _digest(path) for key, path in files.items()}
+        own["mgtta"] = {"weight": setup.mgtta.weight, **digests}
+    return own
+
+
+def _digest(path: Path) -> str:
+    return hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest()
