@@ -118,3 +118,69 @@ def feature_discrepancy(features: Array, mask: Array, mean: Array, std: Array) -
     own_std = jnp.where(varies, own_std, 0)
     distance = ((own_std - std) ** 2 + (own_mean - mean) ** 2).sum()
     return jnp.where(count > 1, distance, 0)
+
+
+def cross_entropy(logits: Array, targets: Array) -> Array:
+    """Mean cross-entropy of predictions with soft targets, in nats.
+
+    Args:
+        logits: (rows, classes).
+        targets: (rows, classes), probabilities.
+
+    Returns:
+        A scalar.
+    """
+    return -(targets * jax.nn.log_softmax(logits)).sum(-1).mean()
+
+
+def smoothed(targets: Array, smoothing: float) -> Array:
+    """Spread a share of the targets' probability over all classes."""
+    return (1 - smoothing) * targets + smoothing / targets.shape[-1]
+
+
+def classification(logits: Array, labels: Array, smoothing: float = 0.2) -> Array:
+    """Cross-entropy with smoothed labels.
+
+    Args:
+        logits: (batch, classes).
+        labels: (batch,) integers.
+        smoothing: share of the target that is spread over all classes.
+
+    Returns:
+        A scalar.
+    """
+    targets = jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
+    return cross_entropy(logits, smoothed(targets, smoothing))
+
+
+def contrastive_distillation(student: Array, teacher: Array, temperature: float = 2.0) -> Array:
+    """How far a student's matching of pictures and texts is from its teacher's.
+
+    Args:
+        student: (pictures, texts), logits.
+        teacher: likewise.
+        temperature: both are divided by.
+
+    Returns:
+        A scalar, pictures over texts; give transposed logits for texts over pictures.
+    """
+    targets = jax.nn.softmax(teacher / temperature)
+    return temperature**2 * cross_entropy(student / temperature, targets)
+
+
+def modality_alignment(logits: Array, labels: Array, smoothing: float = 0.2) -> Array:
+    """Cross-entropy against targets that share their mass among pairs of the same label.
+
+    Args:
+        logits: (pairs, pairs), pictures over texts or texts over pictures.
+        labels: (pairs,) integers, the same for pairs that match each other.
+        smoothing: share of the target that is spread over all pairs.
+
+    Returns:
+        A scalar.
+
+    References:
+        GNSP, https://arxiv.org/abs/2507.19839
+    """
+    same = (labels[:, None] == labels).astype(logits.dtype)
+    return cross_entropy(logits, smoothed(same / same.sum(-1, keepdims=True), smoothing))

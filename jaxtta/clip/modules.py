@@ -143,8 +143,10 @@ class MLP(nn.Module):
     def __call__(self, x: Array) -> Array:
         """Map tokens (rows…, width) to the same shape."""
         arch = self.arch
+        self.sow("inputs", "fc1_inputs", x)  # for whoever makes the collection mutable, nobody else
         x = nn.Dense(arch.mlp_width, dtype=arch.compute_dtype, name="fc1")(x)
         x = jax.checkpoint(ACTIVATIONS[arch.activation])(x)  # keeps x alone for the backward pass
+        self.sow("inputs", "fc2_inputs", x)
         return nn.Dense(arch.width, dtype=arch.compute_dtype, name="fc2")(x)
 
 

@@ -10,11 +10,13 @@ from jaxtta.optim.meta_gradient import (
     save_phi,
 )
 from jaxtta.optim.meta_training import MetaState, begin_epoch, init_meta_training, meta_step
+from jaxtta.optim.null_space import Projector, null_space_projection
 
 __all__ = [
     "MetaGradientState",
     "MetaState",
     "Phi",
+    "Projector",
     "begin_epoch",
     "check_phi",
     "init_meta_gradient_generator",
@@ -22,5 +24,6 @@ __all__ = [
     "load_phi",
     "meta_gradient_generator",
     "meta_step",
+    "null_space_projection",
     "save_phi",
 ]

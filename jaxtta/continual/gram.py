@@ -1,0 +1,169 @@
+"""Gram matrices: which directions the inputs of a kernel have taken, and which they left free.
+
+grams = task_grams(model, params, batches)                    # by path, after a task
+kept = combine_grams(kept, grams)                             # over tasks
+projectors = null_space_projectors(kept, rho=0.15)            # before the next one
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxtta.clip import CLIP, Params
+from jaxtta.optim import Projector
+
+Array = jax.Array
+Grams = dict[str, Array]
+PROJECTION = "visual_projection/kernel"
+
+
+def kernel_inputs(model: CLIP, params: Params, images: Array) -> dict[str, Array]:
+    """What the kernels that GNSP trains are multiplied with, in an ordinary forward pass.
+
+    Args:
+        model: the model.
+        params: its parameters.
+        images: (batch, height, width, 3), uint8 or float in [0, 1].
+
+    Returns:
+        (batch, tokens, inputs) by the kernel's path: both MLP kernels of every block of the image
+        tower for all tokens, and the projection for the class token, (batch, 1, inputs).
+    """
+    out, seen = model.vision.apply(
+        {"params": params["vision_model"]},
+        model.normalize(images),
+        all_tokens=True,
+        mutable=["inputs"],
+    )
+    inputs = {PROJECTION: out.pooled[:, None]}
+    for path, (value,) in jax.tree.leaves_with_path(
+        seen["inputs"], is_leaf=lambda x: isinstance(x, tuple)
+    ):
+        name = jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("_inputs")
+        inputs[f"vision_model/{name}/kernel"] = value
+    return inputs
+
+
+def batch_gram(inputs: Array) -> Array:
+    """XᵀX of one batch, scaled to a Frobenius norm of 1.
+
+    Args:
+        inputs: (rows, inputs); rows of zeros count for nothing.
+
+    Returns:
+        (inputs, inputs); zeros for no rows.
+    """
+    inputs = inputs.astype(jnp.promote_types(inputs.dtype, jnp.float32))
+    return scaled(jnp.matmul(inputs.T, inputs, precision="highest"))
+
+
+def scaled(gram: Array) -> Array:
+    """Scale a matrix to a Frobenius norm of 1; zeros stay zeros."""
+    norm = jnp.linalg.norm(gram)
+    return gram / jnp.where(norm > 0, norm, 1)
+
+
+def task_grams(model: CLIP, params: Params, batches: Iterable[Any]) -> Grams:
+    """Gather the Gram matrices of a task.
+
+    Args:
+        model: the model, after the task.
+        params: its parameters.
+        batches: pictures (batch, height, width, 3) or anything with `images` and `mask`. Every
+            batch is scaled by itself, so that its size matters (published: 16).
+
+    Returns:
+        A matrix of Frobenius norm 1 for each kernel, by its path.
+
+    Raises:
+        ValueError: if there is no picture.
+    """
+
+    @jax.jit
+    def add(params: Params, sums: Grams, images: Array, mask: Array) -> Grams:
+        images = jnp.where(mask[:, None, None, None], images, 0).astype(images.dtype)
+        inputs = kernel_inputs(model, params, images)
+        rows = {name: jnp.where(mask[:, None, None], x, 0) for name, x in inputs.items()}
+        grams = {name: batch_gram(x.reshape(-1, x.shape[-1])) for name, x in rows.items()}
+        return {name: sums[name] + gram for name, gram in grams.items()} if sums else grams
+
+    sums: Grams = {}
+    for batch in batches:
+        images = jnp.asarray(getattr(batch, "images", batch))
+        mask = jnp.asarray(getattr(batch, "mask", np.ones(len(images), bool)))
+        if mask.any():
+            sums = add(params, sums, images, mask)
+    if not sums:
+        raise ValueError("Gram matrices of a task without pictures")
+    return {name: scaled(gram) for name, gram in sums.items()}
+
+
+def combine_grams(earlier: Grams, task: Grams) -> Grams:
+    """Add a task's Gram matrices to those of the tasks before it.
+
+    Args:
+        earlier: the sums so far; empty for none.
+        task: the new ones, each of norm 1.
+
+    Returns:
+        The sums; the projection's is scaled to norm 1 before the new one is added, as published.
+    """
+    if not earlier:
+        return dict(task)
+    return {
+        name: (scaled(earlier[name]) if name == PROJECTION else earlier[name]) + gram
+        for name, gram in task.items()
+    }
+
+
+def null_space_projector(gram: Array, rho: float = 0.15) -> Projector:
+    """The projection on the directions that inputs have hardly taken.
+
+    Args:
+        gram: (inputs, inputs), symmetric.
+        rho: the share of the sum of singular values that may be given up; the directions of the
+            smallest ones that together stay below it are free.
+
+    Returns:
+        The projector, by the thinner of free and kept directions, found in float64 on the host.
+
+    Raises:
+        ValueError: if rho is not between 0 and 1, or the matrix is not finite.
+    """
+    if not 0 < rho < 1:
+        raise ValueError(f"rho is {rho}, expected a number between 0 and 1")
+    matrix = np.asarray(gram, np.float64)
+    if not np.isfinite(matrix).all():
+        raise ValueError("a Gram matrix has entries that are not finite")
+    values, vectors = np.linalg.eigh(matrix)  # ascending; the matrix has no negative ones
+    values = values.clip(0)
+    free = int((np.cumsum(values) / values.sum() < rho).sum())
+    dtype = jnp.asarray(gram).dtype
+    if free <= len(matrix) // 2:
+        return Projector(jnp.asarray(vectors[:, :free], dtype))
+    return Projector(jnp.asarray(vectors[:, free:], dtype), complement=True)
+
+
+def null_space_projectors(grams: Mapping[str, Array], rho: float = 0.15) -> dict[str, Projector]:
+    """Projectors for kernels by their paths; see `null_space_projector`.
+
+    Args:
+        grams: by path.
+        rho: as there.
+
+    Returns:
+        By path.
+
+    Raises:
+        ValueError: if a matrix is not finite; the message names it.
+    """
+    projectors = {}
+    for name, gram in grams.items():
+        try:
+            projectors[name] = null_space_projector(gram, rho)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+    return projectors

@@ -1,0 +1,89 @@
+"""Keeping updates away from what was learnt before: projection on the null space of earlier inputs.
+
+    projectors = jaxtta.continual.null_space_projectors(grams)          # by parameter path
+    paper = optax.chain(null_space_projection(projectors), optax.adamw(1e-5))
+    exact = optax.chain(optax.adamw(1e-5), null_space_projection(projectors))
+
+Before the optimiser the gradient is projected, as published; an elementwise optimiser then leaves
+the null space again. After it the update itself is: inputs in the kept subspace see no change.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+Array = jax.Array
+
+
+@flax.struct.dataclass
+class Projector:
+    """An orthogonal projection on the input side of a kernel, without its square matrix.
+
+    Attributes:
+        basis: (inputs, rank), orthonormal columns.
+        complement: whether it projects on what is orthogonal to the basis, and not on its span.
+    """
+
+    basis: Array
+    complement: bool = flax.struct.field(pytree_node=False, default=False)
+
+    def __call__(self, kernel: Array) -> Array:
+        """Project a kernel (inputs, outputs), or its gradient."""
+        basis = self.basis.astype(jnp.promote_types(kernel.dtype, jnp.float32))
+        inside = jnp.matmul(
+            basis, jnp.matmul(basis.T, kernel, precision="highest"), precision="highest"
+        ).astype(kernel.dtype)
+        return kernel - inside if self.complement else inside
+
+    def matrix(self) -> Array:
+        """The square matrix (inputs, inputs)."""
+        return self(jnp.eye(len(self.basis), dtype=self.basis.dtype))
+
+
+def null_space_projection(projectors: Mapping[str, Projector]) -> optax.GradientTransformation:
+    """Project the updates of some parameters; the others pass through.
+
+    Args:
+        projectors: by the parameter's path, "visual_projection/kernel".
+
+    Returns:
+        The transformation, to chain before an optimiser (as published) or after it (exact).
+
+    Raises:
+        ValueError: in `init`, if no parameter has one of these paths, or one has another number of
+            inputs.
+
+    References:
+        https://arxiv.org/abs/2507.19839
+    """
+
+    def init(params: Any) -> optax.EmptyState:
+        shapes = {_name(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(params)}
+        if not shapes.keys() & projectors.keys():
+            raise ValueError(
+                f"no parameter has a projector: there are {', '.join(list(shapes)[:5])}, … and "
+                f"projectors for {', '.join(list(projectors)[:5]) or 'none'}"
+            )
+        for name, projector in projectors.items():
+            if name in shapes and shapes[name][:1] != projector.basis.shape[:1]:
+                raise ValueError(
+                    f"{name} has shape {shapes[name]}, its projector is for "
+                    f"{len(projector.basis)} inputs"
+                )
+        return optax.EmptyState()
+
+    def update(updates: Any, state: optax.EmptyState, params: Any = None) -> tuple[Any, Any]:
+        del params
+        return jax.tree.map_with_path(
+            lambda path, g: projectors[_name(path)](g) if _name(path) in projectors else g, updates
+        ), state
+
+    return optax.GradientTransformation(init, update)
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")

@@ -1,0 +1,198 @@
+"""GNSP's mathematics against the published code's numbers, and the laws of null spaces."""
+
+import json
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import golden, pictures_of, relative
+from flax.traverse_util import flatten_dict
+
+import jaxtta
+from jaxtta import continual, losses
+from jaxtta.continual.gram import PROJECTION, scaled
+from jaxtta.optim import null_space_projection
+
+PRECISIONS = [("float32", 1e-5), ("float64", 1e-9)]
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return golden("gnsp")
+
+
+@pytest.mark.parametrize(("dtype", "bound"), PRECISIONS)
+def test_gram_matrices_are_the_published_ones(reference, dtype, bound):
+    with jax.enable_x64(dtype == "float64"):
+        grams = []
+        for task in ("task1", "task2", "task3"):
+            batches = jnp.asarray(reference[task], dtype)
+            grams.append(scaled(sum(continual.batch_gram(batch) for batch in batches)))
+        sums: dict = {}
+        for number, gram in enumerate(grams):
+            sums = continual.combine_grams(sums, {"fc1": gram, PROJECTION: gram})
+            name = "gram" + "123"[: number + 1]
+            assert relative(sums["fc1"], reference[name]) < bound
+            if number:
+                assert relative(sums[PROJECTION], reference[f"{name}_projection"]) < bound
+
+
+@pytest.mark.parametrize(("dtype", "bound"), PRECISIONS)
+@pytest.mark.parametrize("tasks", ["1", "12"])
+def test_projectors_are_the_published_ones(reference, dtype, bound, tasks):
+    with jax.enable_x64(dtype == "float64"):
+        gram = jnp.asarray(reference[f"gram{tasks}"], dtype)
+        projector = continual.null_space_projector(gram, json.loads(str(reference["meta"]))["rho"])
+        assert relative(projector.matrix(), reference[f"null_projector{tasks}"]) < bound
+        rank = int(reference[f"rank{tasks}"])  # of what is kept
+        columns = projector.basis.shape[1]
+        assert columns == (rank if projector.complement else len(gram) - rank)
+        assert columns <= len(gram) // 2
+        gradient = jnp.asarray(reference["grad"], dtype)
+        assert relative(projector(gradient), reference[f"projected_grad{tasks}"]) < bound
+
+
+@pytest.mark.parametrize(("dtype", "bound"), PRECISIONS)
+def test_losses_are_the_published_ones(reference, dtype, bound):
+    meta = json.loads(str(reference["meta"]))
+    with jax.enable_x64(dtype == "float64"):
+
+        def unit(name):
+            return jaxtta.clip.unit(jnp.asarray(reference[name], dtype))
+
+        scale, smoothing = meta["logit_scale"], meta["label_smoothing"]
+        student = scale * unit("image_embeds") @ unit("text_embeds").T
+        teacher = scale * unit("ref_image_embeds") @ unit("ref_text_embeds").T
+        logits = scale * unit("image_embeds") @ unit("class_embeds").T
+        labels, pairs = reference["labels"], jnp.asarray(reference["ref_labels"])
+        distil, align = losses.contrastive_distillation, losses.modality_alignment
+        terms = {
+            "cross_entropy": losses.classification(logits, labels, smoothing),
+            "distill_image": distil(student, teacher, meta["temperature"]),
+            "distill_text": distil(student.T, teacher.T, meta["temperature"]),
+            "map_image": align(student, pairs, smoothing),
+            "map_text": align(student.T, pairs, smoothing),
+        }
+        for name, value in terms.items():
+            np.testing.assert_allclose(value, reference[name], rtol=bound, err_msg=name)
+
+
+def inputs_of_rank(rank, size, seed, rows=200):
+    """Inputs in a subspace."""
+    random = np.random.default_rng(seed)
+    return random.normal(size=(rows, rank)) @ random.normal(size=(rank, size))
+
+
+@hypothesis.given(st.integers(1, 11), st.floats(0.01, 0.99), st.integers(0, 2**31 - 1))
+def test_projectors_are_orthogonal_projections(rank, rho, seed):
+    inputs = inputs_of_rank(rank, 12, seed) + 1e-3 * inputs_of_rank(12, 12, seed + 1)
+    gram = continual.batch_gram(jnp.asarray(inputs, jnp.float32))
+    projector = continual.null_space_projector(gram, rho)
+    matrix = np.asarray(projector.matrix())
+    np.testing.assert_allclose(matrix, matrix.T, atol=1e-5)
+    np.testing.assert_allclose(matrix @ matrix, matrix, atol=1e-5)
+    # what is free is what the smallest values together leave below rho, and no more would do
+    free = round(np.trace(matrix))
+    values = np.sort(np.linalg.eigvalsh(np.asarray(gram, np.float64)).clip(0))
+    shares = np.cumsum(values) / values.sum()
+    assert free == 0 or shares[free - 1] < rho
+    assert shares[free] >= rho
+
+
+def drift(before):
+    """How much a layer's outputs on kept inputs change in 100 steps of AdamW, relative."""
+    inputs = jnp.asarray(inputs_of_rank(3, 16, 0), jnp.float32)
+    grams = {"layer/kernel": continual.batch_gram(inputs)}
+    projection = null_space_projection(continual.null_space_projectors(grams, 1e-6))
+    adamw = optax.adamw(1e-2, weight_decay=0.0)
+    chain = (projection, adamw) if before else (adamw, projection)
+    optimizer = optax.chain(*chain)
+    params = {"layer": {"kernel": jax.random.normal(jax.random.key(0), (16, 8))}}
+    first, state = params, optimizer.init(params)
+    new = jnp.asarray(np.random.default_rng(1).normal(size=(50, 16)), jnp.float32)
+
+    @jax.jit
+    def step(params, state):
+        loss = lambda p: ((new @ p["layer"]["kernel"] - 1) ** 2).mean()  # noqa: E731
+        updates, state = optimizer.update(jax.grad(loss)(params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    for _ in range(100):
+        params, state = step(params, state)
+    outputs = [inputs @ p["layer"]["kernel"] for p in (first, params)]
+    assert np.linalg.norm(new @ (params["layer"]["kernel"] - first["layer"]["kernel"])) > 1
+    return relative(outputs[1], outputs[0])
+
+
+def test_after_the_optimiser_kept_inputs_see_no_change():
+    assert drift(before=False) < 1e-5
+    assert drift(before=True) > 1e-3  # AdamW's scaling leaves the null space again
+
+
+def test_inputs_are_those_of_the_forward_pass(tiny):
+    model, params = tiny
+    images = pictures_of(model, golden("batclip_adamw")["images"])[0][:3].astype(np.float32)
+    inputs = jax.jit(lambda p, x: continual.kernel_inputs(model, p, x))(params, images)
+    layers = model.vision.arch.layers
+    assert len(inputs) == 2 * layers + 1
+    features = model.image_features(params, model.normalize(images), all_tokens=True)
+    embeddings = inputs[PROJECTION][:, 0] @ params["visual_projection"]["kernel"]
+    assert relative(embeddings, features.embeddings) < 1e-5
+    for layer in range(layers):
+        path = f"vision_model/encoder/layers/{layer}/mlp"
+        block = params["vision_model"]["encoder"]["layers"][str(layer)]
+        hidden = inputs[f"{path}/fc1/kernel"] @ block["mlp"]["fc1"]["kernel"]
+        hidden = hidden + block["mlp"]["fc1"]["bias"]
+        activated = hidden * jax.nn.sigmoid(1.702 * hidden)
+        assert relative(activated, inputs[f"{path}/fc2/kernel"]) < 1e-5
+    paths = {"/".join(path): leaf.shape for path, leaf in flatten_dict(params).items()}
+    for name, value in inputs.items():  # every name is a kernel's, which fits
+        assert paths[name][0] == value.shape[-1]
+
+
+def test_gram_matrices_of_a_task(tiny):
+    model, params = tiny
+    images = pictures_of(model, golden("batclip_adamw")["images"])[0][:5].astype(np.float32)
+    padded = np.concatenate([images[3:], np.full((1, *images.shape[1:]), np.nan, np.float32)])
+    batches = [
+        jaxtta.Batch(images[:3], np.ones(3, bool), np.arange(3)),
+        jaxtta.Batch(padded, np.array([True, True, False]), np.arange(3)),
+        jaxtta.Batch(padded, np.zeros(3, bool), np.arange(3)),
+    ]
+    grams = continual.task_grams(model, params, batches)
+    inputs = continual.kernel_inputs(model, params, images)
+    for name, gram in grams.items():
+        rows = np.asarray(inputs[name], np.float64)
+        parts = [part.reshape(-1, part.shape[-1]) for part in (rows[:3], rows[3:])]
+        expected = sum(x.T @ x / np.linalg.norm(x.T @ x) for x in parts)
+        assert relative(gram, expected / np.linalg.norm(expected)) < 1e-4, name
+    with pytest.raises(ValueError, match="a task without pictures"):
+        continual.task_grams(model, params, batches[2:])
+
+
+def test_leaves_without_a_projector_pass_through():
+    projector = continual.null_space_projector(jnp.diag(jnp.array([1.0, 0.0])), 0.5)
+    projection = null_space_projection({"a/kernel": projector})
+    params = {"a": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}, "b": jnp.ones(2)}
+    updates, _ = projection.update(params, projection.init(params))
+    np.testing.assert_allclose(updates["a"]["kernel"], [[0, 0, 0], [1, 1, 1]], atol=1e-6)
+    np.testing.assert_array_equal(updates["a"]["bias"], params["a"]["bias"])
+    np.testing.assert_array_equal(updates["b"], params["b"])
+
+
+def test_bad_input_is_one_sentence():
+    gram = jnp.eye(3)
+    for rho in (0.0, 1.0, -1.0):
+        with pytest.raises(ValueError, match=f"rho is {rho}, expected a number between 0 and 1"):
+            continual.null_space_projectors({"a": gram}, rho)
+    with pytest.raises(ValueError, match="fc1: a Gram matrix has entries that are not finite"):
+        continual.null_space_projectors({"fc1": gram.at[0, 0].set(jnp.nan)})
+    projection = null_space_projection(continual.null_space_projectors({"a": gram}, 0.5))
+    with pytest.raises(ValueError, match="no parameter has a projector: there are b"):
+        projection.init({"b": jnp.ones((3, 2))})
+    with pytest.raises(ValueError, match=r"a has shape \(4, 2\), its projector is for 3 inputs"):
+        projection.init({"a": jnp.ones((4, 2))})
