@@ -11,11 +11,12 @@ import optax
 import pytest
 from conftest import golden, pictures_of, relative
 from flax.traverse_util import flatten_dict
+from jax.flatten_util import ravel_pytree
 
 import jaxtta
 from jaxtta import continual, losses
 from jaxtta.continual.gram import PROJECTION, scaled
-from jaxtta.optim import null_space_projection
+from jaxtta.optim import null_space_projection, orthogonal_to
 
 PRECISIONS = [("float32", 1e-5), ("float64", 1e-9)]
 
@@ -196,3 +197,39 @@ def test_bad_input_is_one_sentence():
         projection.init({"b": jnp.ones((3, 2))})
     with pytest.raises(ValueError, match=r"a has shape \(4, 2\), its projector is for 3 inputs"):
         projection.init({"a": jnp.ones((4, 2))})
+
+
+def test_steps_orthogonal_to_the_outputs_leave_them():
+    """A linear model, whose outputs' gradients do not depend on its parameters."""
+    random = np.random.default_rng(0)
+    clean, new = (jnp.asarray(random.normal(size=(n, 12)), jnp.float32) for n in (4, 30))
+    params = {"a": {"kernel": jnp.zeros((12, 2))}, "b": jnp.asarray([1.0, -1.0])}
+
+    def forward(params, x):
+        return x @ params["a"]["kernel"] + params["b"]
+
+    basis = continual.output_basis(forward, params, clean, 4)
+    assert basis["a"]["kernel"].shape == (4, 12, 2)
+    flat = jax.vmap(lambda tree: ravel_pytree(tree)[0])(basis)
+    np.testing.assert_allclose(flat @ flat.T, np.eye(4), atol=1e-5)
+    changes = {}
+    for name, chain in (
+        ("free", (optax.adam(1e-2),)),
+        ("kept", (optax.adam(1e-2), orthogonal_to(basis))),
+    ):
+        optimizer, moved = optax.chain(*chain), params
+        state = optimizer.init(moved)
+        for _ in range(20):
+            gradient = jax.grad(lambda p: ((forward(p, new) - 1) ** 2).mean())(moved)
+            updates, state = optimizer.update(gradient, state, moved)
+            moved = optax.apply_updates(moved, updates)
+        # two classes: the answer is the difference of their logits
+        before, after = (jnp.diff(forward(p, clean)) for p in (params, moved))
+        changes[name] = np.abs(after - before).max(), jnp.abs(forward(moved, new)).max()
+    assert changes["kept"][0] < 1e-4
+    assert changes["free"][0] > 1e-2
+    assert changes["kept"][1] > 0.05
+    with pytest.raises(ValueError, match="the basis is for other parameters: a/kernel of shape"):
+        orthogonal_to(basis).init({"b": params["b"]})
+    with pytest.raises(ValueError, match="rank is 5, expected 1 to 4 for as many pictures"):
+        continual.output_basis(forward, params, clean, 5)

@@ -8,6 +8,7 @@ from jaxtta.continual.gram import (
     null_space_projectors,
     task_grams,
 )
+from jaxtta.continual.protection import output_basis
 
 __all__ = [
     "batch_gram",
@@ -15,5 +16,6 @@ __all__ = [
     "kernel_inputs",
     "null_space_projector",
     "null_space_projectors",
+    "output_basis",
     "task_grams",
 ]

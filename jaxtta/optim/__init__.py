@@ -10,7 +10,7 @@ from jaxtta.optim.meta_gradient import (
     save_phi,
 )
 from jaxtta.optim.meta_training import MetaState, begin_epoch, init_meta_training, meta_step
-from jaxtta.optim.null_space import Projector, null_space_projection
+from jaxtta.optim.null_space import Projector, null_space_projection, orthogonal_to
 
 __all__ = [
     "MetaGradientState",
@@ -25,5 +25,6 @@ __all__ = [
     "meta_gradient_generator",
     "meta_step",
     "null_space_projection",
+    "orthogonal_to",
     "save_phi",
 ]

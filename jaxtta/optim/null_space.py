@@ -62,7 +62,7 @@ def null_space_projection(projectors: Mapping[str, Projector]) -> optax.Gradient
     """
 
     def init(params: Any) -> optax.EmptyState:
-        shapes = {_name(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(params)}
+        shapes = _shapes(params)
         if not shapes.keys() & projectors.keys():
             raise ValueError(
                 f"no parameter has a projector: there are {', '.join(list(shapes)[:5])}, … and "
@@ -83,6 +83,49 @@ def null_space_projection(projectors: Mapping[str, Projector]) -> optax.Gradient
         ), state
 
     return optax.GradientTransformation(init, update)
+
+
+def orthogonal_to(basis: Any) -> optax.GradientTransformation:
+    """Remove from the updates of all parameters together their part along some directions.
+
+    For parameters whose inputs span everything, as LayerNorms', where there is no null space to
+    project on: with gradients of a model's outputs as directions, small steps do not change those
+    outputs (orthogonal gradient descent). Chain it after the optimiser, whose scaling would turn
+    the updates back.
+
+    Args:
+        basis: a tree of the parameters' structure, each leaf with a leading axis of directions;
+            orthonormal as `jaxtta.continual.output_basis` makes it.
+
+    Returns:
+        The transformation.
+
+    Raises:
+        ValueError: in `init`, if the basis is for other parameters.
+
+    References:
+        https://arxiv.org/abs/1910.07104
+    """
+    shapes = _shapes(basis, 1)
+
+    def init(params: Any) -> optax.EmptyState:
+        if _shapes(params) != shapes:
+            odd = sorted(_shapes(params).items() ^ shapes.items())[0]
+            raise ValueError(f"the basis is for other parameters: {odd[0]} of shape {odd[1]}")
+        return optax.EmptyState()
+
+    def update(updates: Any, state: optax.EmptyState, params: Any = None) -> tuple[Any, Any]:
+        del params
+        parts = jax.tree.map(lambda b, u: jnp.tensordot(b, u, u.ndim), basis, updates)
+        along = sum(jax.tree.leaves(parts))  # (directions,)
+        return jax.tree.map(lambda b, u: u - jnp.tensordot(along, b, 1), basis, updates), state
+
+    return optax.GradientTransformation(init, update)
+
+
+def _shapes(tree: Any, skip: int = 0) -> dict[str, tuple[int, ...]]:
+    """Shapes by path, without the first axes."""
+    return {_name(path): jnp.shape(leaf)[skip:] for path, leaf in jax.tree.leaves_with_path(tree)}
 
 
 def _name(path: tuple[Any, ...]) -> str:
