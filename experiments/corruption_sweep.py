@@ -34,7 +34,7 @@ from jaxtta.data import COMMON
 LEFT_OUT = (
     *("output", "worker", "workers", "checkpoint_every", "save_predictions", "debug"),
     *("adapters", "seeds"),  # which cells there are, not what is in them
-    *("learning_rate", "choose_learning_rate", "validation"),  # an adapter's own
+    *("learning_rate", "choose_learning_rate", "choose_for", "validation"),  # an adapter's own
     *("tnt", "mgtta", "canvas"),
     "save_examples",
     *("data", "model", "class_names"),  # places; what was found there is compared
@@ -64,7 +64,8 @@ class Options:
     """Folder or hub id of a CLIP checkpoint (default: the embedded one)."""
     adapters: tuple[str, ...] = ("zero_shot", "tent", "batclip")
     """Which adapters to run: zero_shot, tent, batclip, tnt (or tnt-3, with three steps), mgtta, and
-    mgtta-sgd and mgtta-adam with other optimisers for the same objective."""
+    mgtta-sgd and mgtta-adam with other optimisers for the same objective. A learning rate may stand
+    behind a name, as tent@1e-4."""
     corruptions: tuple[str, ...] = ()
     """Which corruptions to run; "clean" is one too. Default: the 15 usual ones, but clean for sets
     that are a shift by themselves (give it for ImageNet-A, -R and -Sketch with layout imagenet)."""
@@ -92,6 +93,8 @@ class Options:
     """In place of the preset's optimiser: TENT with SGD and momentum, BATCLIP with AdamW."""
     choose_learning_rate: tuple[float, ...] = ()
     """Choose each adapter's learning rate among these on the four validation corruptions first."""
+    choose_for: tuple[str, ...] = ()
+    """For these adapters alone; the others keep the preset's optimiser."""
     validation: str | None = None
     """Other pictures of the same layout to choose on (default: the same pictures, with their
     labels)."""
@@ -142,12 +145,11 @@ def main(options: Options) -> None:
     settings = describe(options, severities, templates) | sweep.fingerprints(source, params)
     about = sweep.about(data=options.data, model=options.model)
     rates = {
-        name: options.learning_rate if name in sweep.WITH_RATE else None
-        for name in options.adapters
+        name: options.learning_rate if sweep.has_rate(name) else None for name in options.adapters
     }
     chosen = {}
     if options.choose_learning_rate:
-        for name in [name for name in options.adapters if name in sweep.WITH_RATE]:
+        for name in options.choose_for or filter(sweep.has_rate, options.adapters):
             chosen[name] = choose(name, options, model, params, task, settings, **running)
             rates[name] = chosen[name].rate
     adapters = {
@@ -214,6 +216,12 @@ def check(options: Options) -> tuple[int, int]:
     sweep.check_rates(
         learning_rate=(options.learning_rate,), choose_learning_rate=options.choose_learning_rate
     )
+    for name in options.choose_for:
+        if not (sweep.has_rate(name) and name in options.adapters and options.choose_learning_rate):
+            raise ValueError(
+                f"--choose-for {name} needs --choose-learning-rate, and an adapter of that name "
+                "with a learning rate"
+            )
     if options.learning_rate and options.choose_learning_rate:
         raise ValueError("--learning-rate and --choose-learning-rate exclude each other")
     if options.severities and (options.setting == "gradual" or options.layout == "arrays"):

@@ -56,7 +56,8 @@ class Options:
     """Folder or hub id of a CLIP checkpoint (default: the embedded one)."""
     adapters: tuple[str, ...] = ("zero_shot", "tnt")
     """Which adapters to run: zero_shot, tent, batclip, tnt (or tnt-3, with three steps), mgtta, and
-    mgtta-sgd and mgtta-adam with other optimisers for the same objective."""
+    mgtta-sgd and mgtta-adam with other optimisers for the same objective. A learning rate may stand
+    behind a name, as tent@1e-4."""
     tnt: Tuning = dataclasses.field(default_factory=Tuning)
     """TNT's settings."""
     mgtta: sweep.MGTTA = dataclasses.field(default_factory=sweep.MGTTA)
@@ -184,7 +185,7 @@ def run_dataset(
     }
     setup = sweep.Setup(options.preset, options.tnt, options.mgtta)
     rates = {
-        adapter: options.learning_rate if adapter in sweep.WITH_RATE else None
+        adapter: options.learning_rate if sweep.has_rate(adapter) else None
         for adapter in options.adapters
     }
     results = sweep.Results(

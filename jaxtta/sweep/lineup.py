@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from jaxtta.clip import CLIP, Task, load_statistics
 from jaxtta.optim import load_phi, meta_gradient_generator
 
 ADAPTERS = ("zero_shot", "tent", "batclip", "tnt", "mgtta", "mgtta-sgd", "mgtta-adam")
-"""What `make_adapter` knows; TNT also as "tnt-3", with so many steps."""
+"""What `make_adapter` knows; TNT also as "tnt-3", with so many steps, and those with a learning
+rate also as "tent@1e-4", with that one."""
 WITH_RATE = ("tent", "batclip", "mgtta-sgd", "mgtta-adam")
 """Those with a learning rate to choose."""
 RATE = 1e-3
@@ -59,9 +61,27 @@ class Setup:
 def check_adapters(names: tuple[str, ...]) -> None:
     """Raise a ValueError for a name that `make_adapter` does not know."""
     for name in names:
-        if name not in ADAPTERS and not re.fullmatch(r"tnt-\d+", name):
-            known = ", ".join(ADAPTERS)
-            raise ValueError(f"unknown adapter {name!r}, expected one of {known} (or tnt-STEPS)")
+        base, at, _ = name.partition("@")
+        if at and base in WITH_RATE and 0 < (rate_in(name) or 0) < math.inf:
+            continue
+        if at or (base not in ADAPTERS and not re.fullmatch(r"tnt-\d+", base)):
+            raise ValueError(
+                f"unknown adapter {name!r}, expected one of {', '.join(ADAPTERS)} (or tnt-STEPS, "
+                "or tent@RATE and the like)"
+            )
+
+
+def rate_in(name: str) -> float | None:
+    """The learning rate that a name gives, or None."""
+    try:
+        return float(name.partition("@")[2])
+    except ValueError:
+        return None
+
+
+def has_rate(name: str) -> bool:
+    """Whether an adapter has a learning rate that its name leaves open."""
+    return name in WITH_RATE
 
 
 def is_tnt(name: str) -> bool:
@@ -81,7 +101,7 @@ def make_adapter(
     """Make an adapter.
 
     Args:
-        name: one of `ADAPTERS`, or "tnt-3".
+        name: one of `ADAPTERS`, "tnt-3" or "tent@1e-4".
         model: the model.
         task: the classes.
         setup: the settings.
@@ -95,6 +115,7 @@ def make_adapter(
         FileNotFoundError: if one of MGTTA's files is not there.
         ValueError: if it holds something else.
     """
+    name, rate = name.partition("@")[0], rate_in(name) or rate
     if name == "zero_shot":
         return adapters.zero_shot(model, task)
     if is_tnt(name):
@@ -122,10 +143,12 @@ def own_settings(
     if is_tnt(name):
         settings = dataclasses.asdict(tuning_of(name, setup.tnt)) | {"canvas": canvas}
         return {"tnt": {k: v for k, v in settings.items() if k not in ("chunk", "pictures")}}
+    rate = rate_in(name) or rate
     own: dict[str, Any] = {} if rate is None else {"learning_rate": rate}
     if name.startswith("mgtta"):
         files = {"statistics": setup.mgtta.statistics}
-        files |= {"phi": setup.mgtta.phi} if name == "mgtta" else {}
+        if name == "mgtta":
+            files["phi"] = setup.mgtta.phi
         digests = {key: _digest(path) for key, path in files.items()}
         own["mgtta"] = {"weight": setup.mgtta.weight, **digests}
     return own
