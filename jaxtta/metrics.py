@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Array = jax.Array
 
@@ -141,3 +142,58 @@ def mean_corruption_error(
         odd = sorted(set(errors) ^ set(baseline))
         raise ValueError(f"the mean corruption error needs the baseline's corruptions, not {odd}")
     return sum(errors[name] / baseline[name] for name in baseline) / len(baseline)
+
+
+def transfer(matrix: np.ndarray) -> float:
+    """Mean accuracy on tasks before they were learnt.
+
+    Args:
+        matrix: (tasks, tasks), `matrix[i, j]` the accuracy on task j after training task i.
+
+    Returns:
+        The mean over tasks from the second on, of the mean over the steps before each; NaN for one
+        task.
+    """
+    matrix = np.asarray(matrix)
+    return float(np.mean([matrix[:j, j].mean() for j in range(1, len(matrix))] or [np.nan]))
+
+
+def last(matrix: np.ndarray) -> float:
+    """Mean accuracy on all tasks after the last one; see `transfer`."""
+    return float(np.asarray(matrix)[-1].mean())
+
+
+def average(matrix: np.ndarray) -> float:
+    """Mean accuracy on all tasks over all steps; see `transfer`."""
+    return float(np.asarray(matrix).mean())
+
+
+def modality_gap(images: jax.Array, texts: jax.Array) -> jax.Array:
+    """Distance between the mean picture and the mean text.
+
+    Args:
+        images: (pictures, projection), of unit norm.
+        texts: (texts, projection), of unit norm.
+
+    Returns:
+        A scalar.
+
+    References:
+        https://arxiv.org/abs/2203.02053
+    """
+    return jnp.linalg.norm(images.mean(0) - texts.mean(0))
+
+
+def retrieval_recall(similarities: jax.Array, matches: jax.Array, k: int = 1) -> jax.Array:
+    """Share of rows with a match among their k most similar columns.
+
+    Args:
+        similarities: (queries, candidates).
+        matches: (queries, candidates) bool.
+        k: how many candidates are looked at.
+
+    Returns:
+        A scalar; give transposed arrays for the other direction.
+    """
+    _, found = jax.lax.top_k(similarities, k)
+    return jnp.take_along_axis(matches, found, 1).any(1).mean()

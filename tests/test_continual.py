@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict
 from jax.flatten_util import ravel_pytree
 
 import jaxtta
-from jaxtta import continual, losses
+from jaxtta import continual, losses, metrics
 from jaxtta.continual.gram import PROJECTION, scaled
 from jaxtta.optim import null_space_projection, orthogonal_to
 
@@ -233,3 +233,107 @@ def test_steps_orthogonal_to_the_outputs_leave_them():
         orthogonal_to(basis).init({"b": params["b"]})
     with pytest.raises(ValueError, match="rank is 5, expected 1 to 4 for as many pictures"):
         continual.output_basis(forward, params, clean, 5)
+
+
+@pytest.fixture(scope="module")
+def lesson(tiny):
+    """Pictures of a task and reference pairs, with what the model makes of them before."""
+    model, params = tiny
+    task = jaxtta.clip.task_from_token_ids(golden("batclip_adamw")["token_ids"])
+    images = pictures_of(model, golden("batclip_adamw")["images"]).astype(np.float32)
+    classes = model.class_embeddings(params, model.prompts(task))
+    examples = continual.Examples(images[0], jnp.arange(len(images[0])) % len(classes), classes)
+    labels = jnp.arange(6) % len(task.token_ids)
+    captions = jnp.asarray(task.token_ids[:, 0])[labels]
+    pairs = continual.Pairs(
+        images[1][:6],
+        captions,
+        labels,
+        jaxtta.clip.unit(model.encode_image(params, model.normalize(images[1][:6]))),
+        jaxtta.clip.unit(model.encode_text(params, captions)),
+    )
+    return examples, pairs
+
+
+def test_the_loss_is_its_terms_and_the_teacher_its_own_best_student(tiny, lesson):
+    model, params = tiny
+    examples, pairs = lesson
+    method = continual.METHODS["gnsp"]
+    loss, terms = continual.continual_loss(model, method)(params, examples, pairs)
+    expected = terms["task"] + terms["distillation"] + 0.75 * terms["alignment"]
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
+    again, _ = continual.continual_loss(model, method, text_is_trained=True)(
+        params, examples, pairs
+    )
+    np.testing.assert_allclose(again, loss, rtol=1e-5)
+    only = continual.continual_loss(model, continual.METHODS["fine-tuning"])(params, examples, None)
+    np.testing.assert_allclose(only[0], terms["task"], rtol=1e-6)
+    # nothing moves the student's matching away from the teacher's but the other terms
+    alone = continual.Method("none", alignment=0.0)
+    loss_of = continual.continual_loss(model, alone)
+
+    def distillation(kernel):
+        changed = params | {"visual_projection": {"kernel": kernel}}
+        return loss_of(changed, examples, pairs)[1]["distillation"]
+
+    gradient = jax.grad(distillation)(params["visual_projection"]["kernel"])
+    assert np.abs(gradient).max() < 1e-3
+
+
+@pytest.mark.parametrize("name", ["fine-tuning", "gnsp-after"])
+def test_a_task_is_learnt(tiny, lesson, name):
+    model, params = tiny
+    examples, pairs = lesson
+    method = continual.METHODS[name]
+    trained, frozen = jaxtta.tree.partition(params, continual.gnsp_kernels)
+    assert len(jax.tree.leaves(trained)) == 2 * model.vision.arch.layers + 1
+    grams = continual.task_grams(model, params, [pairs.images])
+    projectors = continual.null_space_projectors(grams, method.rho)
+    optimizer = continual.task_optimizer(method, projectors, 1e-3, 30)
+    step = jax.jit(continual.train_step(model, method, optimizer))
+    state, found = continual.TrainState(trained, optimizer.init(trained)), []
+    for _ in range(30):
+        state, figures = step(frozen, state, examples, pairs)
+        found.append(float(figures["task"]))
+    assert found[-1] < found[0] - 0.1
+    # the first layer's inputs do not change, so what it makes of kept ones must not either
+    kernel = ("vision_model", "encoder", "layers", "0", "mlp", "fc1", "kernel")
+    before, after = (flatten_dict(tree)[kernel] for tree in (trained, state.trained))
+    inputs = continual.kernel_inputs(model, params, pairs.images)["/".join(kernel)]
+    kept = continual.null_space_projector(grams["/".join(kernel)], method.rho)
+    kept = inputs.reshape(-1, len(before)) @ (np.eye(len(before)) - kept.matrix())
+    change = relative(kept @ after, kept @ before)
+    assert change < 1e-5 if name == "gnsp-after" else change > 1e-3
+
+
+def test_weights_between_two_models():
+    a, b = {"x": jnp.zeros(2)}, {"x": jnp.ones(2)}
+    np.testing.assert_allclose(continual.average_weights(a, b, 0.25)["x"], 0.25)
+
+
+def test_figures_of_a_sequence():
+    matrix = np.array([[0.9, 0.2, 0.3], [0.8, 0.7, 0.4], [0.6, 0.5, 0.8]])
+    assert metrics.transfer(matrix) == pytest.approx((0.2 + (0.3 + 0.4) / 2) / 2)
+    assert metrics.last(matrix) == pytest.approx((0.6 + 0.5 + 0.8) / 3)
+    assert metrics.average(matrix) == pytest.approx(matrix.mean())
+    images, texts = jnp.eye(3)[:2], jnp.eye(3)[1:]
+    assert float(metrics.modality_gap(images, texts)) == pytest.approx(np.sqrt(0.5))
+    similarities = jnp.array([[0.1, 0.9, 0.5], [0.2, 0.3, 0.6]])
+    matches = jnp.array([[True, False, False], [False, False, True]])
+    recalls = [float(metrics.retrieval_recall(similarities, matches, k)) for k in (1, 2, 3)]
+    assert recalls == [0.5, 0.5, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"projection": "during"}, "projection is 'during', expected before, after or none"),
+        ({"rho": 1.0}, "rho is 1.0, expected between 0 and 1"),
+        ({"smoothing": -0.1}, "smoothing is -0.1, expected between 0 and 1"),
+        ({"distillation": -1.0}, "distillation is -1.0, expected at least 0"),
+        ({"temperature": 0.0}, "temperature is 0.0, expected a positive number"),
+    ],
+)
+def test_methods_that_make_no_sense(options, message):
+    with pytest.raises(ValueError, match=message):
+        continual.Method(**options)

@@ -9,13 +9,37 @@ from jaxtta.continual.gram import (
     task_grams,
 )
 from jaxtta.continual.protection import output_basis
+from jaxtta.continual.trainer import (
+    METHODS,
+    Examples,
+    Method,
+    Pairs,
+    TrainState,
+    all_but_logit_scale,
+    average_weights,
+    continual_loss,
+    gnsp_kernels,
+    task_optimizer,
+    train_step,
+)
 
 __all__ = [
+    "METHODS",
+    "Examples",
+    "Method",
+    "Pairs",
+    "TrainState",
+    "all_but_logit_scale",
+    "average_weights",
     "batch_gram",
     "combine_grams",
+    "continual_loss",
+    "gnsp_kernels",
     "kernel_inputs",
     "null_space_projector",
     "null_space_projectors",
     "output_basis",
     "task_grams",
+    "task_optimizer",
+    "train_step",
 ]
