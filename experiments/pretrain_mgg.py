@@ -122,7 +122,7 @@ def main(options: Options) -> None:
     context = MGTTAContext(classes, statistics.mean, statistics.std)
     run = Run(options, model, params, context)
     settings = describe(options, source, params)
-    write_settings(options.output, settings)
+    sweep.agree(options.output / "settings.json", settings)
     jaxtta.clip.save_statistics(options.output / "statistics.safetensors", statistics)
 
     state, history, done = restore(options.output, run.start())
@@ -361,57 +361,20 @@ def describe(options: Options, source: data.Source, params: jaxtta.clip.Params) 
     return json.loads(json.dumps(settings))
 
 
-def write_settings(folder: Path, settings: dict) -> None:
-    """Keep the settings, or refuse a folder that has others."""
-    path = folder / "settings.json"
-    if path.exists():
-        earlier = json.loads(path.read_text())
-        if earlier != settings:
-            raise ValueError(
-                f"{folder}: holds a run with {sweep.differences(earlier, settings)}; choose "
-                "another folder"
-            )
-    sweep.write_json(path, settings)
-
-
-def manager(folder: Path) -> Any:
-    """Of the folder's checkpoints; the newest is kept."""
-    import orbax.checkpoint as ocp
-
-    options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
-    return ocp.CheckpointManager((folder / "checkpoints").resolve(), options=options)
-
-
 def save(folder: Path, state: optim.MetaState, history: History, epochs: int) -> None:
     """Save where training stands after so many epochs."""
-    import orbax.checkpoint as ocp
-
     leaves = {str(number): leaf for number, leaf in enumerate(jax.tree.leaves(state))}
-    arguments = ocp.args.Composite(
-        state=ocp.args.StandardSave(leaves), history=ocp.args.JsonSave(history._asdict())
-    )
-    with manager(folder) as checkpoints:
-        checkpoints.save(epochs, args=arguments, force=True)
+    sweep.save_step(folder / "checkpoints", epochs, leaves, history._asdict())
 
 
 def restore(folder: Path, state: optim.MetaState) -> tuple[optim.MetaState, History, int]:
     """Where a run of this folder stands: its state, history and finished epochs."""
-    import orbax.checkpoint as ocp
-
-    if not (folder / "checkpoints").is_dir():
+    saved = sweep.restore_step(folder / "checkpoints")
+    if saved is None:
         return state, History([], [], []), 0
-    leaves = {str(number): leaf for number, leaf in enumerate(jax.tree.leaves(state))}
-    arguments = ocp.args.Composite(
-        state=ocp.args.StandardRestore(leaves), history=ocp.args.JsonRestore()
-    )
-    with manager(folder) as checkpoints:
-        epochs = checkpoints.latest_step()
-        if epochs is None:
-            return state, History([], [], []), 0
-        saved = checkpoints.restore(epochs, args=arguments)
-    restored = [saved["state"][str(number)] for number in range(len(leaves))]
-    state = jax.tree.unflatten(jax.tree.structure(state), restored)
-    return state, History(**saved["history"]), epochs
+    epochs, leaves, history = saved
+    restored = [jnp.asarray(leaves[str(number)]) for number in range(len(leaves))]
+    return jax.tree.unflatten(jax.tree.structure(state), restored), History(**history), epochs
 
 
 def said(loss: float | None, held_out_loss: float | None, accuracy: float | None) -> str:

@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "optim": {"tree"},
     "objectives": PRIMITIVES,
     "adapters": PRIMITIVES | {"objectives", "optim", "assets"},
+    "diagnose": PRIMITIVES,
     "continual": PRIMITIVES | {"optim", "objectives"},
     "sweep": PRIMITIVES | {"optim", "objectives", "adapters", "data", "assets"},
 }

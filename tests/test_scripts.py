@@ -361,7 +361,7 @@ def test_a_generator_is_trained_and_a_killed_run_goes_on(run_script, tmp_path):
         np.testing.assert_allclose(again[name], record[name], rtol=1e-6)
     code, _, err = run_script("pretrain_mgg.py", *options, "--seed", "1", "--output", parts)
     assert code == 1
-    assert "parts: holds a run with seed 0 (this run: 1)" in err
+    assert "parts: holds results with seed 0 (this run: 1)" in err
 
 
 @pytest.mark.parametrize(
@@ -380,6 +380,65 @@ def test_bad_options_of_meta_training(run_script, tmp_path, options, message):
     assert message in err
     assert err.count("\n") == 1
     assert not (tmp_path / "a").exists()
+
+
+def test_tasks_are_learnt_one_after_another(run_script, tmp_path, monkeypatch):
+    pytest.importorskip("sklearn")
+    options = [
+        *("--iterations", "3", "--batch-size", "8", "--reference-pictures", "24", "--limit", "16"),
+        *("--reference-batch", "6", "--gram-pictures", "16", "--workers", "0"),
+        *("--learning-rate", "1e-3"),
+    ]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    code, out, _ = run_script("continual_mtil.py", *options, "--methods", "gnsp", "--output", whole)
+    assert code == 0
+    found = json.loads((whole / "gnsp" / "seed1" / "result.json").read_text())
+    assert found["tasks"] == ["digits", "turned-digits"]
+    assert [set(row) for row in found["rows"]] == [set(found["rows"][0])] * 3
+    assert found["rows"][0] != found["rows"][2]
+    assert 0 <= found["transfer"] <= 1
+    names = [line.split()[0] for line in out.splitlines() if line.startswith(("before", "gnsp"))]
+    assert names == ["before", "gnsp"]
+    for name in ("matrix.png", "curves.png"):
+        assert Image.open(whole / name).size[0] > 500
+    # stopped in the second task: what was saved after the first is gone on with
+    options += ["--methods", "gnsp", "--output", parts]
+    make, calls = jaxtta.continual.task_optimizer, []
+
+    def stop(*arguments):
+        calls.append(arguments)
+        if len(calls) == 3:  # twice for the first task: once to begin it, once to compile
+            raise KeyboardInterrupt
+        return make(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(jaxtta.continual, "task_optimizer", stop)
+        assert run_script("continual_mtil.py", *options)[0] == 130
+    assert not (parts / "gnsp" / "seed1" / "result.json").exists()
+    assert run_script("continual_mtil.py", *options)[0] == 0
+    again = json.loads((parts / "gnsp" / "seed1" / "result.json").read_text())
+    assert again["rows"] == found["rows"]
+    code, _, err = run_script("continual_mtil.py", *options, "--rho", "0.5")
+    assert code == 1
+    assert "rho 0.15 (this run: 0.5)" in err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--methods", "magic"], "unknown method 'magic', expected one of fine-tuning"),
+        (["--tasks", "chess"], "unknown task 'chess', expected NAME=FOLDER or one of order-1"),
+        (["--tasks", "dtd"], "dtd needs --data, the folder above the MTIL sets"),
+        (["--rho", "1"], "--rho is 1.0, expected between 0 and 1"),
+        (["--reference", "FOLDER"], "--reference is 'FOLDER', expected LAYOUT=FOLDER"),
+        (["--tasks", "own=/nowhere"], "/nowhere/train: no such folder"),
+    ],
+)
+def test_bad_options_of_continual_learning(run_script, tmp_path, options, message):
+    code, _, err = run_script("continual_mtil.py", "--output", tmp_path / "a", *options)
+    assert code == 1
+    assert message in err
+    assert err.count("\n") == 1
 
 
 def test_the_benchmark_measures_each_row_in_its_own_process(run_script, tmp_path):

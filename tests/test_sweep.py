@@ -195,7 +195,7 @@ def test_an_adapter_that_cuts_its_own_views_is_given_the_originals(tmp_path):
     source = Source()
     streams = data.make_streams("mixed", ("fog",), (5,), source.labels)
     batches = data.Batches(source, tuple(streams), 6, canvas=8)
-    adapters = ADAPTERS | {"reader": Adapter(lambda params: {"seen": jnp.zeros(())}, step)}
+    adapters = ADAPTERS | {"reader": Adapter(lambda params, key: {"seen": jnp.zeros(())}, step)}
     cells = sweep.run(
         *(adapters, PARAMS, batches, sweep.Results(tmp_path, {})),
         from_originals=("reader",),

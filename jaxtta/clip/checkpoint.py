@@ -5,7 +5,7 @@ import json
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,14 @@ if TYPE_CHECKING:  # transformers is imported where it is used: it brings PyTorc
     from transformers import CLIPConfig
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "flax_model.msgpack")
-PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+OPEN_CLIP_CONFIG = "open_clip_config.json"
+OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors",)
+_TRANSFORMERS = "transformers' CLIPModel.from_pretrained(…).save_pretrained(…)"
+PICKLES = {  # with what makes safetensors of them
+    "pytorch_model.bin": _TRANSFORMERS,
+    "pytorch_model.bin.index.json": _TRANSFORMERS,
+    "open_clip_pytorch_model.bin": "open_clip's push_to_hf_hub.save_for_hf(…)",
+}
 TOKENIZER_FILES = (
     "tokenizer_config.json",
     "tokenizer.json",
@@ -43,11 +50,13 @@ def load(
     remat: bool = False,
     revision: str | None = None,
 ) -> tuple[CLIP, Params]:
-    """Load a CLIP checkpoint of transformers.
+    """Load a CLIP checkpoint of transformers or OpenCLIP.
 
     Args:
         path_or_hub_id: a folder with `config.json` and `model.safetensors` (single or sharded) or
-            `flax_model.msgpack`, or the id of such a model on the hub.
+            `flax_model.msgpack`, or with `open_clip_config.json` and
+            `open_clip_model.safetensors`; or the id of such a model on the hub. Where both are
+            there, transformers' is read.
         dtype: of the parameters.
         compute_dtype: of the matrix products, `jnp.bfloat16` say; None for that of the parameters.
             LayerNorm, softmax, losses and adapted parameters stay in float32.
@@ -56,18 +65,22 @@ def load(
 
     Returns:
         The model and its parameter tree (`vision_model`, `text_model`, `visual_projection`,
-        `text_projection`, `logit_scale`).
+        `text_projection`, `logit_scale`); a ViT's is the same for both kinds of checkpoint.
 
     Raises:
         FileNotFoundError: if there is no such folder or hub model, or a file is missing.
         ValueError: if the configuration is none of CLIP's, only pickled weights are there, or a
             parameter is missing or has another shape (they are named).
     """
-    from transformers import CLIPConfig
-
     folder = find_folder(path_or_hub_id, revision)
     if compute_dtype is None and jnp.finfo(dtype).bits < 32:
         compute_dtype = dtype  # adapted parameters are float32 and must not decide it
+    if (folder / OPEN_CLIP_CONFIG).exists() and not _is_transformers(folder / "config.json"):
+        from jaxtta.clip import openclip  # which imports this module
+
+        return openclip.load_folder(folder, dtype, compute_dtype, remat)
+    from transformers import CLIPConfig
+
     config = read_config(folder, CLIPConfig)
     model = from_config(config, compute_dtype=compute_dtype, remat=remat)
     settings = folder / "preprocessor_config.json"
@@ -166,9 +179,17 @@ def save(folder: str | Path, model: CLIP, params: Params) -> None:
         folder: made if it is missing; files in it are overwritten.
         model: the model; its tokenizer is copied from its source, if it has one.
         params: the parameter tree.
+
+    Raises:
+        ValueError: if the image tower is a ResNet, which transformers' CLIP has not.
     """
     from transformers import CLIPConfig
 
+    if not isinstance(model.vision, VisionTransformer):
+        raise ValueError(
+            f"{folder}: a {type(model.vision).__name__} image tower cannot be saved as a "
+            "transformers checkpoint"
+        )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     vision, text = model.vision, model.text
@@ -263,6 +284,17 @@ def read_config(folder: Path, wanted: type) -> Any:
         raise ValueError(f"{path}: is refused by transformers ({reason})") from error
 
 
+def _is_transformers(config: Path | None) -> bool:
+    """Whether to read a `config.json` as transformers'; timm's, beside OpenCLIP's files, is not."""
+    if config is None or not config.exists():
+        return False
+    try:
+        content = json.loads(config.read_text())
+    except ValueError:
+        return True
+    return not isinstance(content, dict) or "model_type" in content
+
+
 def find_folder(path_or_hub_id: str | Path, revision: str | None = None) -> Path:
     """A checkpoint's folder; the files of a hub model are fetched first.
 
@@ -298,10 +330,12 @@ def find_folder(path_or_hub_id: str | Path, revision: str | None = None) -> Path
             return None
 
     try:
-        config = fetch("config.json")
+        config, names = fetch("config.json"), WEIGHTS
+        if not _is_transformers(config) and (other := fetch(OPEN_CLIP_CONFIG)):
+            config, names = other, OPEN_CLIP_WEIGHTS
         for name in ("preprocessor_config.json", *TOKENIZER_FILES):
             fetch(name)
-        weights = next(filter(None, map(fetch, WEIGHTS)), None)
+        weights = next(filter(None, map(fetch, names)), None)
         if weights and weights.name.endswith("index.json"):
             for name in _shards(weights):
                 fetch(name)
@@ -316,12 +350,15 @@ Entries = Iterator[tuple[tuple[str, ...], np.ndarray]]
 PathOf = Callable[[str], tuple[str, ...]]
 
 
-def read_weights(folder: Path, path_of: PathOf) -> tuple[Path, Entries]:
+def read_weights(
+    folder: Path, path_of: PathOf, names: Sequence[str] = WEIGHTS
+) -> tuple[Path, Entries]:
     """Read a checkpoint's weights one by one.
 
     Args:
         folder: the checkpoint's.
         path_of: the path in our tree of a parameter that PyTorch calls so.
+        names: what the file may be called, the first that is there is read.
 
     Returns:
         The file that was read, and (path, array) for each parameter, kernels turned as ours are.
@@ -330,15 +367,15 @@ def read_weights(folder: Path, path_of: PathOf) -> tuple[Path, Entries]:
         FileNotFoundError: if there are none.
         ValueError: if they are pickled.
     """
-    weights = next((folder / name for name in WEIGHTS if (folder / name).exists()), None)
+    weights = next((folder / name for name in names if (folder / name).exists()), None)
     if weights is None:
         pickled = next((name for name in PICKLES if (folder / name).exists()), None)
         if pickled:
             raise ValueError(
                 f"{folder / pickled}: pickled weights can run code and are not read; convert them "
-                "with transformers' CLIPModel.from_pretrained(…).save_pretrained(…)"
+                f"with {PICKLES[pickled]}"
             )
-        raise FileNotFoundError(f"{folder}: has none of {', '.join(WEIGHTS)}")
+        raise FileNotFoundError(f"{folder}: has none of {', '.join(names)}")
     reader = _read_msgpack if weights.suffix == ".msgpack" else _read_safetensors
     return weights, reader(weights, path_of)
 
@@ -348,6 +385,7 @@ def fitted(
     shapes: Mapping[tuple[str, ...], Any],
     weights: Path,
     dtype: Any,
+    config: str = "config.json",
 ) -> Params:
     """Make a parameter tree of what was read.
 
@@ -356,6 +394,7 @@ def fitted(
         shapes: every parameter that is wanted, with its shape.
         weights: the file, for messages.
         dtype: of the parameters.
+        config: the file that the shapes are from, for messages.
 
     Returns:
         The tree.
@@ -378,7 +417,7 @@ def fitted(
         if path not in found and not any(w.startswith("/".join(path) + " ") for w in wrong)
     ]
     if wrong:
-        raise ValueError(f"{weights}: does not fit its config.json: {'; '.join(wrong)}")
+        raise ValueError(f"{weights}: does not fit its {config}: {'; '.join(wrong)}")
     if unused:
         warnings.warn(f"{weights}: not used: {', '.join(unused)}", stacklevel=3)
     return unflatten_dict(found)

@@ -13,6 +13,7 @@ from jaxtta.clip.attention import attention
 from jaxtta.clip.modules import TextTransformer, VisionTransformer
 from jaxtta.clip.preprocess import Preprocessing
 from jaxtta.clip.prompts import Prompts, Task
+from jaxtta.clip.resnet import ResNet
 
 Array = jax.Array
 Params = dict
@@ -23,11 +24,14 @@ class ImageFeatures(NamedTuple):
 
     Attributes:
         embeddings: (batch, projection), unnormalised.
-        pooled: (batch, width), the class token before the projection.
+        pooled: (batch, width), the class token before the projection; of a ResNet, what its
+            attention pooling gives.
         hidden_states: a list of (batch, tokens, width): the embeddings, then every block's output
-            (the last block's for the class token alone, unless all tokens were asked for).
+            (the last block's for the class token alone, unless all tokens were asked for); of a
+            ResNet, all positions after the stem and every stage.
         layer_features: (batch, layers, width), the class token after every block through the next
-            block's first LayerNorm (the last through the final one).
+            block's first LayerNorm (the last through the final one); of a ResNet, the last stage's
+            blocks averaged over their positions.
     """
 
     embeddings: Array
@@ -57,7 +61,7 @@ class CLIP:
     """A CLIP model without its parameters; hashable, so that jitted functions may close over it.
 
     Attributes:
-        vision: the image tower.
+        vision: the image tower, a ViT or a ResNet.
         text: the text tower.
         projection: size of the shared embedding.
         eos_token_id: as in transformers' config (2 stands for "the highest id in the prompt").
@@ -65,7 +69,7 @@ class CLIP:
         source: folder that holds the checkpoint's tokenizer; None for a model made from a config.
     """
 
-    vision: VisionTransformer
+    vision: VisionTransformer | ResNet
     text: TextTransformer
     projection: int
     eos_token_id: int
@@ -86,13 +90,32 @@ class CLIP:
         ids = jnp.zeros((1, 1), jnp.int32)
         vision = self.vision.init(vision_key, jnp.zeros((1, size, size, 3)))
         text = self.text.init(text_key, ids[0], ids[0], lambda q, k, v: v, ids[0])
+        projection = _projection(keys[0], self.vision.arch.width, self.projection)
+        if isinstance(self.vision, ResNet):
+            projection["bias"] = jnp.zeros(self.projection)
         return {
             "vision_model": vision["params"],
             "text_model": text["params"],
-            "visual_projection": _projection(keys[0], self.vision.arch.width, self.projection),
+            "visual_projection": projection,
             "text_projection": _projection(keys[1], self.text.arch.width, self.projection),
             "logit_scale": jnp.float32(2.6592),
         }
+
+    def with_batch_statistics(self, use: bool = True) -> "CLIP":
+        """Let the batch norms normalise with each batch's own mean and variance.
+
+        This is how BATCLIP and TENT adapt ResNets. Every picture of a batch counts then, padding
+        included: batches must be full.
+
+        Args:
+            use: False for the checkpoint's running statistics again.
+
+        Returns:
+            A model that takes the same parameters; the model itself if it has no batch norms.
+        """
+        if not isinstance(self.vision, ResNet):
+            return self
+        return dataclasses.replace(self, vision=self.vision.clone(batch_statistics=use))
 
     def normalize(self, images: Array) -> Array:
         """Normalise pictures as the checkpoint was trained.
@@ -264,7 +287,8 @@ def _project(pooled: Array, projection: Params) -> Array:
     # Embeddings, and all that follows from them, stay in at least float32, on every backend.
     dtype = jnp.promote_types(pooled.dtype, jnp.float32)
     kernel = projection["kernel"].astype(dtype)
-    return jnp.matmul(pooled.astype(dtype), kernel, precision="highest")
+    embeddings = jnp.matmul(pooled.astype(dtype), kernel, precision="highest")
+    return embeddings + projection["bias"] if "bias" in projection else embeddings
 
 
 def _projection(key: Array, width: int, size: int) -> Params:

@@ -1,6 +1,7 @@
 """Learning task after task without losing what was known before."""
 
 from jaxtta.continual.gram import (
+    Grams,
     batch_gram,
     combine_grams,
     kernel_inputs,
@@ -26,6 +27,7 @@ from jaxtta.continual.trainer import (
 __all__ = [
     "METHODS",
     "Examples",
+    "Grams",
     "Method",
     "Pairs",
     "TrainState",

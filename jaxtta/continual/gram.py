@@ -5,6 +5,7 @@ kept = combine_grams(kept, grams)                             # over tasks
 projectors = null_space_projectors(kept, rho=0.15)            # before the next one
 """
 
+import functools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtta.clip import CLIP, Params
+from jaxtta.clip.modules import VisionTransformer
 from jaxtta.optim import Projector
 
 Array = jax.Array
@@ -31,7 +33,12 @@ def kernel_inputs(model: CLIP, params: Params, images: Array) -> dict[str, Array
     Returns:
         (batch, tokens, inputs) by the kernel's path: both MLP kernels of every block of the image
         tower for all tokens, and the projection for the class token, (batch, 1, inputs).
+
+    Raises:
+        ValueError: if the image tower is no transformer.
     """
+    if not isinstance(model.vision, VisionTransformer):
+        raise ValueError("the kernels of GNSP are those of a vision transformer, not of a ResNet")
     out, seen = model.vision.apply(
         {"params": params["vision_model"]},
         model.normalize(images),
@@ -81,24 +88,24 @@ def task_grams(model: CLIP, params: Params, batches: Iterable[Any]) -> Grams:
     Raises:
         ValueError: if there is no picture.
     """
-
-    @jax.jit
-    def add(params: Params, sums: Grams, images: Array, mask: Array) -> Grams:
-        images = jnp.where(mask[:, None, None, None], images, 0).astype(images.dtype)
-        inputs = kernel_inputs(model, params, images)
-        rows = {name: jnp.where(mask[:, None, None], x, 0) for name, x in inputs.items()}
-        grams = {name: batch_gram(x.reshape(-1, x.shape[-1])) for name, x in rows.items()}
-        return {name: sums[name] + gram for name, gram in grams.items()} if sums else grams
-
     sums: Grams = {}
     for batch in batches:
         images = jnp.asarray(getattr(batch, "images", batch))
         mask = jnp.asarray(getattr(batch, "mask", np.ones(len(images), bool)))
         if mask.any():
-            sums = add(params, sums, images, mask)
+            grams = _batch_grams(model, params, images, mask)
+            sums = jax.tree.map(jnp.add, sums, grams) if sums else grams
     if not sums:
         raise ValueError("Gram matrices of a task without pictures")
     return {name: scaled(gram) for name, gram in sums.items()}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _batch_grams(model: CLIP, params: Params, images: Array, mask: Array) -> Grams:
+    images = jnp.where(mask[:, None, None, None], images, 0).astype(images.dtype)
+    inputs = kernel_inputs(model, params, images)
+    rows = {name: jnp.where(mask[:, None, None], x, 0) for name, x in inputs.items()}
+    return {name: batch_gram(x.reshape(-1, x.shape[-1])) for name, x in rows.items()}
 
 
 def combine_grams(earlier: Grams, task: Grams) -> Grams:

@@ -112,6 +112,8 @@ class Pairs(NamedTuple):
         labels: (pairs,) integers, the same for pairs whose captions fit each other's pictures.
         teacher_images: (pairs, projection), of unit norm.
         teacher_texts: (pairs, projection), of unit norm.
+        texts: (pairs, projection), of unit norm, what the trained model makes of the captions where
+            its text tower is frozen; None to encode them.
     """
 
     images: Array
@@ -119,6 +121,7 @@ class Pairs(NamedTuple):
     labels: Array
     teacher_images: Array
     teacher_texts: Array
+    texts: Array | None = None
 
 
 class TrainState(NamedTuple):
@@ -134,14 +137,13 @@ class TrainState(NamedTuple):
 
 
 def continual_loss(
-    model: CLIP, method: Method, text_is_trained: bool = False
+    model: CLIP, method: Method
 ) -> Callable[[Params, Examples, Pairs | None], tuple[Array, dict[str, Array]]]:
     """The loss of a task and of what is to be kept.
 
     Args:
         model: the model.
         method: what keeps earlier knowledge.
-        text_is_trained: whether captions are encoded anew; otherwise the teacher's texts are ours.
 
     Returns:
         `loss(params, examples, pairs) -> (loss, terms)`; pairs may be None where the method needs
@@ -158,8 +160,8 @@ def continual_loss(
         terms = {"task": losses.classification(logits, examples.labels, method.smoothing)}
         if method.distillation or method.alignment:
             images = unit(model.encode_image(params, model.normalize(pairs.images)))
-            texts = pairs.teacher_texts
-            if text_is_trained:
+            texts = pairs.texts
+            if texts is None:
                 texts = unit(model.encode_text(params, pairs.captions))
             scale = jnp.exp(params["logit_scale"])
             student = scale * images @ texts.T
@@ -212,10 +214,7 @@ def task_optimizer(
 
 
 def train_step(
-    model: CLIP,
-    method: Method,
-    optimizer: optax.GradientTransformation,
-    text_is_trained: bool = False,
+    model: CLIP, method: Method, optimizer: optax.GradientTransformation
 ) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
     """One step of training.
 
@@ -223,13 +222,12 @@ def train_step(
         model: the model.
         method: what keeps earlier knowledge.
         optimizer: from `task_optimizer`.
-        text_is_trained: as in `continual_loss`.
 
     Returns:
         `step(params, state, examples, pairs) -> (state, metrics)`; `params` are the frozen
         parameters, or all of them.
     """
-    loss_of = continual_loss(model, method, text_is_trained)
+    loss_of = continual_loss(model, method)
 
     def step(
         params: Params, state: TrainState, examples: Examples, pairs: Pairs | None

@@ -190,12 +190,12 @@ def fgvc_aircraft(root: str | Path, split: str = "test") -> ImageFolder:
     return ImageFolder(root, tuple(files), np.asarray(labels, np.int32), tuple(numbers))
 
 
-def _zhou(layout: str) -> Callable[[Path], ImageFolder]:
+def _zhou(layout: str) -> Callable[[Path, str], ImageFolder]:
     folder, name, images = _SPLITS[layout]
 
-    def listed(root: Path) -> ImageFolder:
+    def listed(root: Path, split: str) -> ImageFolder:
         root = _within(root, folder)
-        return listed_split(root / name, root / images)
+        return listed_split(root / name, root / images, split)
 
     return listed
 
@@ -205,10 +205,12 @@ _LISTINGS: Mapping[str, Callable[[Path], ImageFolder]] = {
     "imagenet": imagenet,
     "imagenet-v2": imagenet_v2,
     "objectnet": objectnet,
-    **{layout: _zhou(layout) for layout in _SPLITS},
-    "fgvc-aircraft": lambda root: fgvc_aircraft(_within(root, "fgvc_aircraft")),
 }
-LAYOUTS = (*_LISTINGS, "imagenet-c", "cifar-c", "arrays", "tfds")
+_WITH_SPLITS: Mapping[str, Callable[[Path, str], ImageFolder]] = {
+    **{layout: _zhou(layout) for layout in _SPLITS},
+    "fgvc-aircraft": lambda root, split: fgvc_aircraft(_within(root, "fgvc_aircraft"), split),
+}
+LAYOUTS = (*_LISTINGS, *_WITH_SPLITS, "imagenet-c", "cifar-c", "arrays", "tfds")
 """What `open_source` knows."""
 
 
@@ -218,6 +220,7 @@ def open_source(
     preprocess: Preprocess,
     class_names: Sequence[str] = (),
     data_dir: str | Path | None = None,
+    split: str = "test",
 ) -> Source:
     """Open a dataset by the name of its layout.
 
@@ -234,6 +237,8 @@ def open_source(
         preprocess: the model's preprocessing.
         class_names: what to call the classes, instead of the layout's names.
         data_dir: where "tfds" finds prepared datasets, if not in its usual place.
+        split: of a cross-dataset set, or of a tfds name that says none; the other layouts' folders
+            are one split each.
 
     Returns:
         The source.
@@ -259,8 +264,10 @@ def open_source(
 
         return corrupted_folders(root, preprocess, listing)
     if layout == "tfds":
-        name, split = _name_and_split(str(root))
-        pictures = tfds_pictures(name, split, data_dir)
+        name, own = _name_and_split(str(root))
+        pictures = tfds_pictures(name, own or split, data_dir)
+    elif layout in _WITH_SPLITS:
+        pictures = _WITH_SPLITS[layout](Path(root), split)
     else:
         pictures = _LISTINGS[layout](Path(root))
     return CorruptedOnTheFly(_named(pictures, class_names), preprocess)
@@ -269,7 +276,7 @@ def open_source(
 def _name_and_split(text: str) -> tuple[str, str]:
     """Both from "cifar10", "cifar10:train" or, with a version, "cifar10:3.0.2:train"."""
     name, split = re.fullmatch(r"([^:]*(?::\d+\.\d+\.\d+)?)(?::(.*))?", text).groups()
-    return name, split or "test"
+    return name, split or ""
 
 
 def _named(pictures: Any, class_names: Sequence[str]) -> Any:

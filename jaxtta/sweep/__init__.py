@@ -1,5 +1,6 @@
 """Running many streams through many adapters, and reporting what came of it."""
 
+from jaxtta.sweep.checkpoint import restore_step, save_step
 from jaxtta.sweep.choose import Choice, choose_learning_rate
 from jaxtta.sweep.examples import Example, check_examples, draw_examples, find_examples
 from jaxtta.sweep.finish import conclude, samples_of
@@ -19,7 +20,7 @@ from jaxtta.sweep.plots import save_all
 from jaxtta.sweep.provenance import about, fingerprints
 from jaxtta.sweep.record import Record, Scores, gain, outcomes, paired, score
 from jaxtta.sweep.report import DATASETS, answer, summary_csv, table
-from jaxtta.sweep.results import Cell, Results, differences, write_json
+from jaxtta.sweep.results import Cell, Results, agree, write_json
 from jaxtta.sweep.run import run
 from jaxtta.sweep.script import check_choices, check_limits, check_rates, run_script
 
@@ -35,6 +36,7 @@ __all__ = [
     "Scores",
     "Setup",
     "about",
+    "agree",
     "answer",
     "check_adapters",
     "check_choices",
@@ -43,7 +45,6 @@ __all__ = [
     "check_rates",
     "choose_learning_rate",
     "conclude",
-    "differences",
     "draw_examples",
     "find_examples",
     "fingerprints",
@@ -54,10 +55,12 @@ __all__ = [
     "outcomes",
     "own_settings",
     "paired",
+    "restore_step",
     "run",
     "run_script",
     "samples_of",
     "save_all",
+    "save_step",
     "score",
     "summary_csv",
     "table",

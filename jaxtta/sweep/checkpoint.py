@@ -43,7 +43,7 @@ class Checkpoints:
             for number, name in enumerate(names)
         }
         about = ocp.args.JsonSave({"identity": self.identity, "adapters": names})
-        with self._manager() as manager:
+        with _manager(self.folder) as manager:
             manager.save(batches, args=ocp.args.Composite(about=about, **arrays), force=True)
 
     def restore(self, states: dict[str, Any], records: dict[str, Record]) -> int:
@@ -85,7 +85,7 @@ class Checkpoints:
     ) -> tuple[int, dict[str, Any]]:
         import orbax.checkpoint as ocp
 
-        with self._manager() as manager:
+        with _manager(self.folder) as manager:
             batches = manager.latest_step()
             if batches is None:
                 raise ValueError("nothing was saved")
@@ -107,12 +107,6 @@ class Checkpoints:
         """Forget the stream, once it is done."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _manager(self) -> Any:
-        import orbax.checkpoint as ocp
-
-        options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
-        return ocp.CheckpointManager(self.folder.resolve(), options=options)
-
 
 def _record(record: Record) -> dict[str, np.ndarray]:
     scores = {f"score_{name}": values for name, values in record.scores._asdict().items()}
@@ -123,3 +117,45 @@ def _arrays(state: Any, record: Record) -> dict[str, Any]:
     # Leaves by number: a state is any pytree, some of its nodes empty.
     leaves = {str(number): leaf for number, leaf in enumerate(jax.tree.leaves(state))}
     return {"state": leaves, "record": _record(record)}
+
+
+def save_step(folder: Path, step: int, arrays: dict[str, Any], note: Any) -> None:
+    """Save a run that counts its own steps; the newest is kept.
+
+    Args:
+        folder: for this run alone; made if it is missing.
+        step: its number.
+        arrays: nested dict of arrays.
+        note: anything JSON knows.
+    """
+    import orbax.checkpoint as ocp
+
+    arguments = ocp.args.Composite(
+        arrays=ocp.args.StandardSave(arrays), note=ocp.args.JsonSave({"note": note})
+    )
+    with _manager(folder) as manager:
+        manager.save(step, args=arguments, force=True)
+
+
+def restore_step(folder: Path) -> tuple[int, dict[str, Any], Any] | None:
+    """What `save_step` saved last: its number, arrays and note; None if there is nothing."""
+    import orbax.checkpoint as ocp
+
+    if not folder.is_dir():
+        return None
+    with _manager(folder) as manager:
+        step = manager.latest_step()
+        if step is None:
+            return None
+        arguments = ocp.args.Composite(
+            arrays=ocp.args.StandardRestore(), note=ocp.args.JsonRestore()
+        )
+        saved = manager.restore(step, args=arguments)
+    return step, saved["arrays"], saved["note"]["note"]
+
+
+def _manager(folder: Path) -> Any:
+    import orbax.checkpoint as ocp
+
+    options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
+    return ocp.CheckpointManager(folder.resolve(), options=options)

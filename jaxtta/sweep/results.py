@@ -73,7 +73,7 @@ class Results:
                     with self._lock(other.name, shared=False):
                         pass
             with self._lock(".lock-settings", shared=False, wait=True):
-                self._agree()
+                agree(self.root / "settings.json", self.settings)
             yield
 
     @contextlib.contextmanager
@@ -85,23 +85,6 @@ class Results:
             except BlockingIOError:
                 raise ValueError(f"{self.root}: another run is writing to this folder") from None
             yield  # the system drops the lock with the process, however it ends
-
-    def _agree(self) -> None:
-        path = self.root / "settings.json"
-        if not path.exists():
-            write_json(path, self.settings)
-            return
-        try:
-            earlier = json.loads(path.read_text())
-        except ValueError as error:
-            raise ValueError(f"{path}: is no JSON ({error}); remove the folder") from error
-        if not isinstance(earlier, dict):
-            raise ValueError(f"{path}: holds no settings; remove the folder")
-        if earlier != self.settings:
-            raise ValueError(
-                f"{self.root}: holds results with {differences(earlier, self.settings)}; choose "
-                "another folder"
-            )
 
     def path(self, adapter: str, stream: str, seed: int) -> Path:
         """Where a cell's file lies."""
@@ -156,6 +139,32 @@ class Results:
         cell = json.loads(json.dumps({**cell, "settings": settings, "about": self.about}))
         write_json(path, {**cell, "digest": digest_of(cell)})
         return cell
+
+
+def agree(path: Path, settings: Mapping[str, Any]) -> None:
+    """Write a folder's settings, or refuse the folder if it has others.
+
+    Args:
+        path: of the file in the folder.
+        settings: as JSON has them.
+
+    Raises:
+        ValueError: if there are others already, or the file is damaged.
+    """
+    if not path.exists():
+        write_json(path, settings)
+        return
+    try:
+        earlier = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: is no JSON ({error}); remove the folder") from error
+    if not isinstance(earlier, dict):
+        raise ValueError(f"{path}: holds no settings; remove the folder")
+    if earlier != settings:
+        raise ValueError(
+            f"{path.parent}: holds results with {differences(earlier, settings)}; choose another "
+            "folder"
+        )
 
 
 def differences(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> str:

@@ -1,0 +1,127 @@
+"""Which concepts single directions of a feature space detect."""
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+
+class ConceptDetectors(NamedTuple):
+    """How well each direction detects each concept.
+
+    Attributes:
+        precision: (directions, concepts), average precision with the better sign.
+        sign: (directions, concepts), that sign, 1 or -1.
+        detects: (directions, concepts) bool, whether the precision reaches the threshold.
+    """
+
+    precision: np.ndarray
+    sign: np.ndarray
+    detects: np.ndarray
+
+    @property
+    def encoded(self) -> np.ndarray:
+        """(concepts,) bool, whether some direction detects the concept."""
+        return self.detects.any(0)
+
+    @property
+    def per_direction(self) -> np.ndarray:
+        """(directions,), how many concepts each direction detects."""
+        return self.detects.sum(1)
+
+
+def concept_detectors(
+    scores: ArrayLike, labels: ArrayLike, threshold: float = 0.9
+) -> ConceptDetectors:
+    """Average precision of directions as detectors of concepts, with both signs.
+
+    A concept that the share p of the pictures has gives a direction without any knowledge of it a
+    precision of about p. The work grows with the number of directions times the number of pictures
+    plus true labels; beside the arguments and the result, the memory with pictures plus labels.
+
+    Args:
+        scores: (pictures, directions): the features for the coordinate axes, `features @
+            directions.T` for others.
+        labels: (pictures, concepts) bool, whether the picture has the concept.
+        threshold: average precision from which on a direction detects a concept.
+
+    Returns:
+        The precisions and what they come to.
+
+    Raises:
+        ValueError: if scores are not finite, labels do not match the pictures or are no truth
+            values, or a concept is in all pictures or in none.
+
+    References:
+        Interpreting CLIP, https://arxiv.org/abs/2310.13040
+    """
+    scores, labels = np.asarray(scores), np.asarray(labels)
+    if scores.ndim != 2 or labels.ndim != 2 or len(scores) != len(labels):
+        raise ValueError(
+            f"labels {labels.shape} do not match scores {scores.shape}: expected "
+            "(pictures, concepts) and (pictures, directions)"
+        )
+    truth = labels.astype(bool)
+    if not np.array_equal(truth, labels):
+        raise ValueError("labels have entries that are neither true nor false")
+    sizes = truth.sum(0)
+    if len(trivial := np.flatnonzero((sizes == 0) | (sizes == len(truth)))):
+        raise ValueError(f"concepts {trivial.tolist()} are in all pictures or in none")
+    concepts, pictures = np.nonzero(truth.T)  # every true label, concept by concept
+    both = np.empty((2, scores.shape[1], len(sizes)))
+    for direction in range(scores.shape[1]):
+        column = scores[:, direction]
+        if not np.isfinite(column).all():
+            raise ValueError(f"scores of direction {direction} are not finite")
+        both[:, direction] = _precisions(column, concepts, pictures, sizes)
+    best = both.max(0)
+    return ConceptDetectors(best, np.where(both[0] >= both[1], 1, -1), best >= threshold)
+
+
+def shared_concepts(first: ArrayLike, second: ArrayLike) -> np.ndarray:
+    """Which concepts two models both encode, (concepts,) bool, from each one's `encoded`."""
+    first, second = _same_concepts(first, second)
+    return first & second
+
+
+def unique_concepts(first: ArrayLike, second: ArrayLike) -> np.ndarray:
+    """Which concepts the first model encodes and the second does not; see `shared_concepts`."""
+    first, second = _same_concepts(first, second)
+    return first & ~second
+
+
+def _same_concepts(first: ArrayLike, second: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    first, second = np.asarray(first, bool), np.asarray(second, bool)
+    if first.shape != second.shape:
+        raise ValueError(f"concepts {first.shape} do not match concepts {second.shape}")
+    return first, second
+
+
+def _precisions(
+    scores: np.ndarray, concepts: np.ndarray, pictures: np.ndarray, sizes: np.ndarray
+) -> np.ndarray:
+    """Average precision of the scores and of their negatives, (2, concepts).
+
+    It is the mean over a concept's pictures of the share that has it among all pictures with a
+    score no lower. Equal scores are taken together.
+    """
+    count = len(scores)
+    order = np.argsort(scores)
+    place = np.empty(count, np.int64)
+    place[order] = np.arange(count)
+    lower, upto = _runs(scores[order])
+    # one sort orders the pictures of all concepts by their scores, ascending in each
+    own = np.sort(concepts * count + place[pictures]) - concepts * count
+    starts = np.cumsum(sizes) - sizes
+    own_lower, own_upto = _runs(concepts * count + lower[own])
+    own_lower, own_upto = own_lower - starts[concepts], own_upto - starts[concepts]
+    above = (sizes[concepts] - own_lower) / (count - lower[own])
+    below = own_upto / upto[own]
+    return np.stack([np.add.reduceat(shares, starts) / sizes for shares in (above, below)])
+
+
+def _runs(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where the run of equal neighbours that each value is in begins, and where it has ended."""
+    edges = np.flatnonzero(values[1:] != values[:-1]) + 1
+    edges = np.concatenate([[0], edges, [len(values)]])
+    return np.repeat(edges[:-1], np.diff(edges)), np.repeat(edges[1:], np.diff(edges))

@@ -1,0 +1,239 @@
+"""Which directions of the feature space a linear head looks at, and how few of them will do.
+
+found = privileged_directions(head, features, outlier_features(features).axes)
+pruned_accuracy(head, found.directions, features, labels, fractions=(0.1, 0.2, 0.5, 1.0))
+"""
+
+import functools
+import itertools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxtta.diagnose.sums import PictureSums, as_features, sum_pictures
+from jaxtta.metrics import top_k
+
+Array = jax.Array
+product = functools.partial(jnp.matmul, precision="highest")
+
+
+class PrivilegedDirections(NamedTuple):
+    """A head's r directions, the most important first.
+
+    Attributes:
+        importance: (r,), singular value times mean |cosine|.
+        directions: (r, d), orthonormal; their signs mean nothing.
+        singular_values: (r,).
+        cosines: (r,), mean over pictures of |cos| between direction and features.
+        overlap: (r,), the part of each direction's squared length that lies on the outlier axes,
+            in [0, 1]; a direction at random has the axes' number over d.
+    """
+
+    importance: Array
+    directions: Array
+    singular_values: Array
+    cosines: Array
+    overlap: Array
+
+    @property
+    def spread(self) -> Array:
+        """Standard deviation of the importance over its mean, 0 if all directions are equal."""
+        return self.importance.std() / self.importance.mean()
+
+
+def head_directions(head: Array) -> Array:
+    """Right singular vectors of a linear head.
+
+    Args:
+        head: (C, d), a row for each class; zero-shot, the class text embeddings.
+
+    Returns:
+        (r, d) with r the smaller of C and d, orthonormal, found in float64 on the host.
+
+    Raises:
+        ValueError: if the head has one class, is zero or not finite.
+    """
+    matrix = np.asarray(head, np.float64)
+    if matrix.ndim != 2 or len(matrix) < 2:
+        raise ValueError(f"the head has shape {matrix.shape}, expected (C, d) with C at least 2")
+    if not np.isfinite(matrix).all() or not matrix.any():
+        raise ValueError("the head is zero or has entries that are not finite")
+    return jnp.asarray(np.linalg.svd(matrix, full_matrices=False)[2])
+
+
+@jax.jit
+def cosine_sums(directions: Array, features: Array, mask: Array | None = None) -> PictureSums:
+    """|Cosine| of each direction and each picture's features, summed.
+
+    Args:
+        directions: (r, d), of unit norm.
+        features: (batch, d).
+        mask: (batch,) bool, false for padding; None for none.
+
+    Returns:
+        The sums, (r,), for `rank_directions`.
+    """
+    features = as_features(features, directions.shape[1])
+    largest = jnp.abs(features).max(1, keepdims=True)
+    defined = (largest > 0) & jnp.isfinite(largest)
+    features = jnp.where(defined, features, 1) / jnp.where(defined, largest, 1)
+    unit = features / jnp.linalg.norm(features, axis=1, keepdims=True)
+    return sum_pictures(jnp.abs(product(unit, directions.T)), defined[:, 0], mask)
+
+
+def rank_directions(
+    head: Array, directions: Array, sums: PictureSums, axes: Sequence[int] | np.ndarray = ()
+) -> PrivilegedDirections:
+    """Sort directions by the importance that `cosine_sums` over all pictures gives them.
+
+    Args:
+        head: (C, d).
+        directions: (r, d), of `head_directions`.
+        sums: (r,).
+        axes: (outliers,) integers, the axes that carry outliers.
+
+    Returns:
+        The directions, the most important first.
+
+    Raises:
+        ValueError: if a picture's features are zero or not finite, or there is no such axis.
+    """
+    cosines = sums.mean("features that are zero or not finite")
+    axes = np.unique(np.asarray(axes, int))
+    if axes.size and not 0 <= axes[0] <= axes[-1] < directions.shape[1]:
+        raise ValueError(f"axes {axes.tolist()} are not all below {directions.shape[1]}")
+    singular_values = jnp.linalg.norm(product(jnp.asarray(head), directions.T), axis=0)
+    importance, overlap = singular_values * cosines, (directions[:, axes] ** 2).sum(1)
+    columns = (importance, directions, singular_values, cosines, overlap)
+    return PrivilegedDirections(*(column[jnp.argsort(-importance)] for column in columns))
+
+
+def privileged_directions(
+    head: Array, features: Array, axes: Sequence[int] | np.ndarray = ()
+) -> PrivilegedDirections:
+    """Rank the directions that a head reads by what they contribute to its logits.
+
+    Args:
+        head: (C, d), a row for each class; zero-shot, the class text embeddings.
+        features: (pictures, d), normalised or not.
+        axes: (outliers,) integers, the axes that carry outliers; see `outlier_features`.
+
+    Returns:
+        The head's right singular vectors by importance, σ_i · mean |cos(v_i, h)|.
+
+    Raises:
+        ValueError: if the head has one class, features do not fit it, or a picture's are zero.
+
+    References:
+        Interpreting CLIP, https://arxiv.org/abs/2310.13040
+    """
+    directions = head_directions(head)
+    return rank_directions(head, directions, cosine_sums(directions, features), axes)
+
+
+def prune_directions(
+    head: Array, directions: Array, *, count: int | None = None, fraction: float | None = None
+) -> Array:
+    """Leave a head only its most important directions.
+
+    Args:
+        head: (C, d).
+        directions: (r, d), the head's right singular vectors, the most important first.
+        count: how many to keep; this or the fraction.
+        fraction: which part of the r to keep, to the nearest number, one at least.
+
+    Returns:
+        (C, d), of rank `count` at most.
+
+    Raises:
+        ValueError: if not exactly one of count and fraction is given, or it is out of range.
+    """
+    if (count is None) == (fraction is None):
+        raise ValueError("pruning needs either a count or a fraction")
+    count = _count(fraction, len(directions)) if count is None else count
+    if not 1 <= count <= len(directions):
+        raise ValueError(f"count is {count}, expected 1 to {len(directions)} directions")
+    if np.shape(head)[1:] != directions.shape[1:]:
+        raise ValueError(f"a head {np.shape(head)} does not match directions {directions.shape}")
+    kept = directions[:count]
+    return product(product(jnp.asarray(head), kept.T), kept)
+
+
+@functools.partial(jax.jit, static_argnames="counts")
+def pruning_sums(
+    head: Array,
+    directions: Array,
+    features: Array,
+    labels: Array,
+    mask: Array | None = None,
+    *,
+    counts: tuple[int, ...],
+) -> PictureSums:
+    """Count the pictures that a head gets right with its first directions only.
+
+    Args:
+        head: (C, d).
+        directions: (r, d), as in `prune_directions`.
+        features: (batch, d).
+        labels: (batch,) integers.
+        mask: (batch,) bool, false for padding; None for none.
+        counts: (prunings,), how many directions each keeps.
+
+    Returns:
+        The sums, (prunings,); their mean is the accuracy.
+    """
+    features = as_features(features, directions.shape[1])
+    read, written = product(features, directions.T), product(head, directions.T)
+    defined = jnp.isfinite(features).all(1) & (labels >= 0) & (labels < len(head))
+    labels, logits, right = jnp.clip(labels, 0, len(head) - 1), 0.0, {}
+    for start, stop in itertools.pairwise((0, *sorted(set(counts)))):
+        logits += product(read[:, start:stop], written[:, start:stop].T)  # add to those before
+        right[stop] = top_k(logits, labels)
+    return sum_pictures(jnp.stack([right[count] for count in counts], 1), defined, mask)
+
+
+def pruned_accuracy(
+    head: Array,
+    directions: Array,
+    features: Array,
+    labels: Array,
+    fractions: Sequence[float] = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
+) -> np.ndarray:
+    """Accuracy of a head against the fraction of its directions that it keeps.
+
+    Args:
+        head: (C, d).
+        directions: (r, d), as in `prune_directions`.
+        features: (pictures, d).
+        labels: (pictures,) integers.
+        fractions: (prunings,), each above 0, at most 1.
+
+    Returns:
+        (prunings,).
+
+    Raises:
+        ValueError: if labels do not match the pictures or classes, or a fraction is out of range.
+
+    References:
+        Interpreting CLIP, https://arxiv.org/abs/2310.13040
+    """
+    counts = tuple(_count(fraction, len(directions)) for fraction in fractions)
+    head, labels = jnp.asarray(head), jnp.asarray(labels)
+    if labels.shape != (len(features),):
+        raise ValueError(f"labels {labels.shape} do not match {len(features)} pictures")
+    of_batch = functools.partial(pruning_sums, head, directions, counts=counts)
+    pieces = [slice(i, i + 4096) for i in range(0, max(len(labels), 1), 4096)]  # logits are large
+    sums = functools.reduce(
+        PictureSums.merge, (of_batch(features[piece], labels[piece]) for piece in pieces)
+    )
+    fault = f"a label outside 0 to {len(head) - 1} or features that are not finite"
+    return jax.device_get(sums).mean(fault)
+
+
+def _count(fraction: float, directions: int) -> int:
+    if not 0 < fraction <= 1:
+        raise ValueError(f"fraction is {fraction}, expected a number above 0, at most 1")
+    return max(1, round(fraction * directions))

@@ -1,0 +1,84 @@
+"""Accuracy under shift beyond what accuracy without it would lead one to expect."""
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+
+class LogitLine(NamedTuple):
+    """The shifted accuracy that goes with a base accuracy: a straight line between their logits.
+
+    Attributes:
+        slope: of the line.
+        intercept: of the line.
+    """
+
+    slope: float
+    intercept: float
+
+    def predict(self, base: ArrayLike) -> np.ndarray:
+        """Shifted accuracies (models,) for base accuracies (models,) in (0, 1)."""
+        return 1 / (1 + np.exp(-(self.slope * _logits(base) + self.intercept)))
+
+
+def fit_logit_line(base: ArrayLike, shifted: ArrayLike) -> LogitLine:
+    """Fit the line through reference models by least squares.
+
+    Args:
+        base: (models,), accuracies on the base set in (0, 1).
+        shifted: (models,), mean accuracies on the shifted sets in (0, 1).
+
+    Returns:
+        The line.
+
+    Raises:
+        ValueError: if there are fewer than two models or all have one base accuracy, or an accuracy
+            is not between 0 and 1.
+
+    References:
+        Taori et al. 2020, https://arxiv.org/abs/2007.00644
+    """
+    x, y = _pairs(base, shifted)
+    if len(np.unique(x)) < 2:
+        raise ValueError("a line needs at least two reference points of different base accuracies")
+    away = x - x.mean()
+    slope = float(away @ y / (away @ away))
+    return LogitLine(slope, float(y.mean() - slope * x.mean()))
+
+
+def effective_robustness(base: ArrayLike, shifted: ArrayLike, line: LogitLine) -> np.ndarray:
+    """Shifted accuracy minus the one that the reference models lead one to expect.
+
+    Args:
+        base: (models,), accuracies on the base set in (0, 1).
+        shifted: (models,), mean accuracies on the shifted sets in (0, 1).
+        line: through models that are not robust, on the same sets; see `fit_logit_line`.
+
+    Returns:
+        (models,), above 0 for models that are more robust than the reference.
+
+    Raises:
+        ValueError: if an accuracy is not between 0 and 1.
+
+    References:
+        Taori et al. 2020, https://arxiv.org/abs/2007.00644
+    """
+    _pairs(base, shifted)
+    return np.asarray(shifted, np.float64) - line.predict(base)
+
+
+def _logits(accuracies: ArrayLike) -> np.ndarray:
+    accuracies = np.asarray(accuracies, np.float64)
+    inside = (accuracies > 0) & (accuracies < 1)
+    if not inside.all():
+        odd = np.atleast_1d(accuracies)[~np.atleast_1d(inside)]
+        raise ValueError(f"an accuracy is {odd[0]}, expected a number between 0 and 1")
+    return np.log(accuracies) - np.log1p(-accuracies)
+
+
+def _pairs(base: ArrayLike, shifted: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    x, y = _logits(base), _logits(shifted)
+    if x.shape != y.shape:
+        raise ValueError(f"base accuracies {x.shape} do not match shifted accuracies {y.shape}")
+    return x, y

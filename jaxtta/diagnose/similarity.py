@@ -1,0 +1,107 @@
+"""How similar two models' features of the same pictures are."""
+
+from typing import NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxtta.diagnose.sums import as_features
+
+Array = jax.Array
+
+
+class CrossMoments(NamedTuple):
+    """Means of two models' features and the products of their deviations, summed over pictures.
+
+    Attributes:
+        count: () number of pictures.
+        mean_x: (d1,).
+        mean_y: (d2,).
+        xx: (d1, d1).
+        xy: (d1, d2).
+        yy: (d2, d2).
+    """
+
+    count: Array
+    mean_x: Array
+    mean_y: Array
+    xx: Array
+    xy: Array
+    yy: Array
+
+    def merge(self, other: Self) -> Self:
+        """The moments of both sets of pictures, as if they had been one; either may be empty."""
+        count = self.count + other.count
+        share = other.count / jnp.maximum(count, 1)
+        x, y = other.mean_x - self.mean_x, other.mean_y - self.mean_y
+        weight = self.count * share
+        return type(self)(
+            count,
+            self.mean_x + x * share,
+            self.mean_y + y * share,
+            self.xx + other.xx + weight * jnp.outer(x, x),
+            self.xy + other.xy + weight * jnp.outer(x, y),
+            self.yy + other.yy + weight * jnp.outer(y, y),
+        )
+
+    def cka(self) -> float:
+        """`linear_cka` of the pictures; raises as it does."""
+        if self.count < 2:
+            raise ValueError(f"similarity over {int(self.count)} pictures, expected at least two")
+        xx, xy, yy = (np.linalg.norm(np.asarray(m, np.float64)) for m in self[3:])
+        if not np.isfinite(xx + xy + yy):
+            raise ValueError("features have entries that are not finite")
+        if not xx * yy:
+            raise ValueError("a model's features are the same for all pictures")
+        return float(xy**2 / (xx * yy))
+
+
+@jax.jit
+def cross_moments(x: Array, y: Array, mask: Array | None = None) -> CrossMoments:
+    """Moments of one batch.
+
+    Args:
+        x: (batch, d1), one model's features.
+        y: (batch, d2), another's of the same pictures.
+        mask: (batch,) bool, false for padding; None for none.
+
+    Returns:
+        The moments.
+    """
+    some = 0 if mask is None else jnp.argmax(mask)
+    mask = jnp.ones(len(x), bool) if mask is None else jnp.asarray(mask, bool)
+    count = mask.sum(dtype=jnp.float32)
+    means, deviations = [], []
+    for features in (as_features(x), as_features(y)):
+        rows = jnp.where(mask[:, None], features, 0)
+        first = rows[some] if len(rows) else 0  # equal rows become exact zeros
+        rows = jnp.where(mask[:, None], rows - first, 0)
+        mean = rows.sum(0) / jnp.maximum(count, 1)
+        means.append(first + mean)
+        deviations.append(jnp.where(mask[:, None], rows - mean, 0))
+    a, b = deviations
+    products = (jnp.matmul(p.T, q, precision="highest") for p, q in ((a, a), (a, b), (b, b)))
+    return CrossMoments(count, *means, *products)
+
+
+def linear_cka(x: Array, y: Array) -> float:
+    """Linear centred kernel alignment of two models' features.
+
+    Args:
+        x: (pictures, d1), one model's features.
+        y: (pictures, d2), another's of the same pictures.
+
+    Returns:
+        A number in [0, 1]; 1 where one is a rotation and scaling of the other.
+
+    Raises:
+        ValueError: if the numbers of pictures differ or are below two, or features are the same for
+            all pictures or not finite.
+
+    References:
+        Kornblith et al. 2019, https://arxiv.org/abs/1905.00414
+    """
+    if len(x) != len(y):
+        raise ValueError(f"features of {len(x)} and of {len(y)} pictures do not match")
+    return cross_moments(x, y).cka()
