@@ -355,7 +355,7 @@ def best_epoch(options: Options, history: History) -> int:
 
 def describe(options: Options, source: data.Source, params: jaxtta.clip.Params) -> dict:
     """What decides the result."""
-    settings = dataclasses.asdict(options) | sweep.fingerprints(source, params)
+    settings = dataclasses.asdict(options) | {"found": sweep.fingerprints(source, params)}
     for name in ("output", "data", "model", "source", "debug", "epochs"):
         del settings[name]  # places, and how long it goes on
     return json.loads(json.dumps(settings))

@@ -255,3 +255,18 @@ def test_a_gradient_that_is_nan_leaves_the_memory_unharmed(tiny, task, statistic
     assert prediction.metrics["skipped"]
     for x, y in zip(*map(jax.tree.leaves, (state, after)), strict=True):
         np.testing.assert_array_equal(x, y)
+
+
+def test_the_shipped_generator_is_the_preset(embedded):
+    model, params = embedded
+    task = clip.zero_shot_task(model, ["cat", "dog", "ship"])
+    statistics = clip.load_statistics(jaxtta.assets.STATISTICS)
+    adapter = jaxtta.adapters.mgtta(model, task, statistics)
+    state = adapter.init(params)
+    images = jax.random.uniform(jax.random.key(0), (4, 32, 32, 3))
+    after, prediction = jax.jit(adapter.step, donate_argnums=1)(params, state, images)
+    assert not prediction.metrics["skipped"]
+    moved = jax.tree.map(
+        lambda a, b: jnp.abs(a - b).max(), after.adapted, adapter.init(params).adapted
+    )
+    assert 0 < max(jax.tree.leaves(moved)) <= 1.001e-3  # the published learning rate bounds it
