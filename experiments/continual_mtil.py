@@ -320,17 +320,13 @@ def with_labels(source: data.Source, labels: Sequence[int]) -> data.Source:
     return data.CorruptedOnTheFly(Chosen(source.pictures, numbers), source.preprocess)
 
 
-def stream_of(source: data.Source, numbers: np.ndarray, seed: int) -> data.Stream:
-    """Clean pictures by their numbers."""
-    items = np.stack([np.zeros_like(numbers), numbers], 1).astype(np.int32)
-    return data.Stream("clean", seed, (data.Domain(data.CLEAN),), (items,))
-
-
 def read(
     options: Options, source: data.Source, numbers: np.ndarray, size: int, doing: str
 ) -> Iterator[data.StreamBatch]:
     """Batches of pictures, in this order."""
-    batches = data.Batches(source, (stream_of(source, numbers, 0),), size)
+    clean = [data.Domain(data.CLEAN)]
+    stream = data.stream_of("clean", clean, np.zeros(len(numbers), int), numbers, 0)
+    batches = data.Batches(source, (stream,), size)
     reader = data.read_ahead(batches, options.workers)
     return iter(tqdm(reader, total=len(batches), desc=doing, unit="batch", leave=False))
 

@@ -156,14 +156,11 @@ def main(options: Options) -> None:
         name: sweep.make_adapter(name, model, task, setup, rates[name]) for name in options.adapters
     }
     cutting = tuple(filter(sweep.is_tnt, options.adapters))
-    batches = data.Batches(source, tuple(streams), options.batch_size)
-    if cutting:
-        canvas = options.canvas or data.canvas_for(source, streams[0].segments[0])
-        batches = dataclasses.replace(batches, canvas=canvas)
-    own = {
-        name: sweep.own_settings(name, setup, rates[name], batches.canvas)
-        for name in options.adapters
-    }
+    canvas = (
+        (options.canvas or data.canvas_for(source, streams[0].segments[0])) if cutting else None
+    )
+    batches = data.Batches(source, tuple(streams), options.batch_size, canvas)
+    own = {name: sweep.own_settings(name, setup, rates[name], canvas) for name in options.adapters}
     told = {"chosen": {name: choice._asdict() for name, choice in chosen.items()}}
     cells = sweep.run(
         adapters,

@@ -204,10 +204,10 @@ def read_pictures(
     order = np.random.default_rng(options.seed).permutation(len(source.labels))
     turns = np.arange(options.pictures) % len(domains)
     # As one stream, so that pictures are read as everywhere else.
-    train = stream_of("train", domains, turns, order[: options.pictures], options.seed)
+    train = data.stream_of("train", domains, turns, order[: options.pictures], options.seed)
     others = order[options.pictures : wanted]
     tests = [
-        stream_of(str(domain), [domain], np.zeros(len(others), int), others, options.seed)
+        data.stream_of(str(domain), [domain], np.zeros(len(others), int), others, options.seed)
         for domain in domains
     ]
     (read,) = read_all([train], source, options.pictures)
@@ -215,14 +215,6 @@ def read_pictures(
         log.warning("%d training pictures could not be read", int((~read[0].mask).sum()))
     images = read[0].images[read[0].mask]
     return images, read_all(tests, source, options.test_batch) if options.held_out else []
-
-
-def stream_of(
-    name: str, domains: list[data.Domain], segments: np.ndarray, pictures: np.ndarray, seed: int
-) -> data.Stream:
-    """A stream of given pictures."""
-    items = np.stack([segments, pictures], 1).astype(np.int32)
-    return data.Stream(name, seed, tuple(domains), (items,))
 
 
 def read_all(
@@ -252,7 +244,7 @@ def gather_statistics(
         raise ValueError(f"{error}; give clean pictures with --source") from error
     order = np.random.default_rng(options.seed).permutation(len(source.labels))
     pictures = order[: options.source_pictures]
-    stream = stream_of("clean", [clean], np.zeros(len(pictures), int), pictures, options.seed)
+    stream = data.stream_of("clean", [clean], np.zeros(len(pictures), int), pictures, options.seed)
     (batches,) = read_all([stream], source, options.test_batch)
     return jaxtta.clip.feature_statistics(model, params, batches)
 

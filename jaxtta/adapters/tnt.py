@@ -97,7 +97,7 @@ TNT_PRESETS = {"paper": Tuning(), "code": Tuning(entropy_weight=0.1, temperature
 """The published settings: those of the paper, and the published code's defaults."""
 
 
-KERNELS = {2: "bilinear", 3: "bicubic"}
+PIL_KERNELS = {2: "bilinear", 3: "bicubic"}
 """PIL's numbers of the kernels that views can be resized with."""
 
 
@@ -276,7 +276,7 @@ def tune_picture(
         The views (N, size, size, 3) without noise, the plain one first, and what was made of them.
     """
     preprocessing = model.preprocessing
-    side, kernel = preprocessing.image_size, KERNELS[preprocessing.resample]
+    side, kernel = preprocessing.image_size, PIL_KERNELS[preprocessing.resample]
     noise_key, view_key, mix_key = jax.random.split(key, 3)
     start = initial_noise(noise_key, side, tuning.epsilon) if noise is None else noise
     if size is None and picture.shape[:2] != (side, side):
@@ -349,7 +349,7 @@ def tnt(
         https://arxiv.org/abs/2502.06019
     """
     side = model.preprocessing.image_size
-    if model.preprocessing.resample not in KERNELS:
+    if model.preprocessing.resample not in PIL_KERNELS:
         raise ValueError(
             f"the checkpoint resizes with PIL's filter {model.preprocessing.resample}, expected 2 "
             "(bilinear) or 3 (bicubic)"

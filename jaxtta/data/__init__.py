@@ -47,6 +47,7 @@ from jaxtta.data.streams import (
     make_streams,
     on_canvas,
     read_ahead,
+    stream_of,
 )
 from jaxtta.data.tensorflow_datasets_pictures import TfdsPictures, tfds_pictures
 
@@ -92,6 +93,7 @@ __all__ = [
     "open_source",
     "read_ahead",
     "read_class_names",
+    "stream_of",
     "templates_for",
     "tfds_pictures",
 ]

@@ -126,6 +126,25 @@ def make_streams(
     ]
 
 
+def stream_of(
+    name: str, domains: Sequence[Domain], segments: np.ndarray, pictures: np.ndarray, seed: int
+) -> Stream:
+    """A stream of given pictures, in this order.
+
+    Args:
+        name: what to call it.
+        domains: its segments.
+        segments: (pictures,) integers, each picture's place in `domains`.
+        pictures: (pictures,) integers, numbers in the source.
+        seed: of corruptions made on the fly.
+
+    Returns:
+        The stream, in one part.
+    """
+    items = np.stack([segments, pictures], 1).astype(np.int32)
+    return Stream(name, seed, tuple(domains), (items,))
+
+
 def _check(setting: str, order: str, limit: int | None, concentration: float) -> None:
     for what, value, known in (("setting", setting, SETTINGS), ("order", order, ORDERS)):
         if value not in known:

@@ -201,24 +201,21 @@ def paired(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Line up what an adapter and the baseline made of the same pictures.
 
-    Every segment weighs the same, however many pictures it has.
-
     Args:
         segments: the adapter's.
         baseline: the baseline's, of the same domains in the same order.
 
     Returns:
         How often each was right, and how often both saw the picture, (pictures, 2) each: the
-        adapter's and the baseline's, as shares of their segments.
+        adapter's and the baseline's.
     """
     size = max(segment["bits"] for segment in (*segments, *baseline))
     right, seen = np.zeros((2, size, 2))
     for pair in zip(segments, baseline, strict=True):
         flags = [outcomes(segment, size) for segment in pair]
         both = flags[0][0] & flags[1][0]
-        weight = 1 / max(both.sum(), 1)
-        seen += weight * both[:, None]
-        right += weight * np.stack([correct & both for _, correct in flags], 1)
+        seen += both[:, None]
+        right += np.stack([correct & both for _, correct in flags], 1)
     return right, seen
 
 
