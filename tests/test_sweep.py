@@ -1,5 +1,6 @@
 """Sweeps that are interrupted, shared, repeated and spoilt."""
 
+import dataclasses
 import json
 import os
 import resource
@@ -449,3 +450,38 @@ def test_states_of_any_shape_survive(tmp_path):
     np.testing.assert_array_equal(empty["a"].seen, [True, True, False, False])
     assert checkpoints.restore({"b": state}, {"b": empty["a"]}) == 0
     assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_interrupt_that_a_callback_drops_comes_again(monkeypatch, capsys):
+    """Python swallows what is raised in a weak reference's callback; Ctrl-C must still stop."""
+    import weakref
+
+    from jaxtta.sweep import script
+
+    @dataclasses.dataclass
+    class Options:
+        debug: bool = False
+
+    class Referent:
+        pass
+
+    swallowed = []
+
+    def main(options):
+        referent = Referent()
+        dropped = weakref.ref(referent, lambda _: signal.raise_signal(signal.SIGINT))
+        del referent
+        swallowed.append(dropped() is None)
+        time.sleep(60)
+
+    monkeypatch.setattr(sys, "argv", ["script"])
+    monkeypatch.setattr(script, "_INSIST", 0.1)
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGALRM)
+    with pytest.raises(SystemExit) as stopped:
+        script.run_script(Options, main, None)
+    assert swallowed == [True]
+    assert stopped.value.code == 130
+    assert "stopped; what was finished is saved" in capsys.readouterr().err
+    assert before == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGALRM))
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
