@@ -5,6 +5,7 @@
     python experiments/benchmark.py --classes 1000 --adapters tnt-1 tnt-3 --steps 1
     python experiments/benchmark.py --model tiny --classes 10   # does it run?
     python experiments/benchmark.py --adapters zero_shot --frameworks jax --reading FOLDER
+    python experiments/benchmark.py --adapters zero_shot --frameworks jax --projectors
 
 A CLIP model with random weights adapts to random pictures. The prompts are synthetic token ids with
 the lengths of ImageNet's "a photo of a {}.": start, four shared tokens, 1 to 11 for the name, "."
@@ -33,7 +34,9 @@ Every row has a process of its own. The columns:
   divided by the row.
 """
 
+import collections
 import dataclasses
+import functools
 import importlib.metadata
 import importlib.util
 import json
@@ -103,6 +106,10 @@ class Settings:
     """A folder of pictures by class: time reading them too, without a model, and corrupting one."""
     workers: int = 2
     """Processes that read."""
+    projectors: bool = False
+    """Time what GNSP adds to training too: its projectors, made from Gram matrices, beside the full
+    SVDs of the published code in PyTorch where it is installed; and a step without and with the
+    projection, on --batch pictures and as many reference pairs."""
     output: Path | None = None
     """JSON file for settings and rows, written anew as each row finishes."""
     debug: bool = False
@@ -153,6 +160,8 @@ def main(settings: Settings) -> None:
             )
     if settings.reading:
         print(f"\n{reading_table(settings, results)}")
+    if settings.projectors:
+        print(f"\n{projection_times(settings)}")
     if all("error" in result for result in results):
         sys.exit("no row could be measured")
 
@@ -688,6 +697,65 @@ def reading_table(settings: Settings, results: Iterable[Result]) -> str:
             seconds, _ = timed(lambda n=name, s=severity: data.corrupt(image, n, s, 0), 3)
             milliseconds.append(f"{1000 * min(seconds):8.1f}")
         lines.append(f"{name:<18}{''.join(milliseconds)}")
+    return "\n".join(lines)
+
+
+# --- GNSP ---
+
+
+def projection_times(settings: Settings) -> str:
+    """Seconds that making and using the projectors takes."""
+    import jax
+    import jax.numpy as jnp
+
+    from jaxtta import clip, continual, tree
+
+    model = clip.from_config(clip_config(settings.model))
+    params = random_params(model)
+    images = jnp.asarray(pictures(settings.batch, model.preprocessing.image_size))
+    grams = jax.block_until_ready(continual.task_grams(model, params, [images]))
+    continual.null_space_projectors({"small": jnp.eye(8)})  # the libraries are loaded
+    start = time.perf_counter()
+    projectors = jax.block_until_ready(continual.null_space_projectors(grams))
+    seconds = time.perf_counter() - start
+    counts = collections.Counter(map(len, grams.values()))
+    sizes = ", ".join(f"{count} of {size} inputs" for size, count in counts.items())
+    lines = [f"projectors ({sizes}): {seconds:.3g} s"]
+    if importlib.util.find_spec("torch"):
+        import torch
+
+        matrices = [torch.from_numpy(np.array(gram)) for gram in grams.values()]
+        torch.linalg.svd(torch.eye(8))
+        start = time.perf_counter()
+        for matrix in matrices:
+            torch.linalg.svd(matrix)
+        published = time.perf_counter() - start
+        lines[0] += f"; full SVDs in PyTorch: {published:.3g} s, {published / seconds:.2f}×"
+
+    labels = jnp.arange(settings.batch) % settings.classes
+    vectors = clip.unit(jax.random.normal(jax.random.key(0), (settings.classes, model.projection)))
+    texts = vectors[labels]
+    pairs = continual.Pairs(images, None, labels, texts, texts, texts)
+    examples = continual.Examples(images, labels, vectors)
+    trained, frozen = tree.partition(params, continual.gnsp_kernels)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def step(method: continual.Method, projectors: Any, *inputs: Any) -> Any:
+        optimizer = continual.task_optimizer(method, projectors, 1e-5, 1000)
+        return continual.train_step(model, method, optimizer)(*inputs)
+
+    found = {}
+    for name in ("none", "before"):
+        method = dataclasses.replace(continual.METHODS["gnsp"], projection=name)
+        optimizer = continual.task_optimizer(method, projectors, 1e-5, 1000)
+        state = continual.TrainState(trained, optimizer.init(trained))
+        call = functools.partial(step, method, projectors, frozen, state, examples, pairs)
+        found[name], _ = timed(lambda call=call: jax.block_until_ready(call()), settings.steps)
+    plain, projected = min(found["none"]), min(found["before"])
+    lines.append(
+        f"training step: {plain:.3g} s, with the projection {projected:.3g} s "
+        f"({projected / plain - 1:+.1%})"
+    )
     return "\n".join(lines)
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import runpy
 import shutil
 import sys
@@ -383,9 +384,20 @@ def test_bad_options_of_meta_training(run_script, tmp_path, options, message):
 
 
 def test_tasks_are_learnt_one_after_another(run_script, tmp_path, monkeypatch):
-    pytest.importorskip("sklearn")
     options = [
-        *("--iterations", "3", "--batch-size", "8", "--reference-pictures", "24", "--limit", "16"),
+        *(
+            "--tasks",
+            "digits",
+            "turned-digits",
+            "--iterations",
+            "3",
+            "--batch-size",
+            "8",
+            "--reference-pictures",
+            "24",
+            "--limit",
+            "16",
+        ),
         *("--reference-batch", "6", "--gram-pictures", "16", "--workers", "0"),
         *("--learning-rate", "1e-3"),
     ]
@@ -432,6 +444,7 @@ def test_tasks_are_learnt_one_after_another(run_script, tmp_path, monkeypatch):
         (["--rho", "1"], "--rho is 1.0, expected between 0 and 1"),
         (["--reference", "FOLDER"], "--reference is 'FOLDER', expected LAYOUT=FOLDER"),
         (["--tasks", "own=/nowhere"], "/nowhere/train: no such folder"),
+        (["--reference", "captions=/nowhere"], "/nowhere: no such folder"),
     ],
 )
 def test_bad_options_of_continual_learning(run_script, tmp_path, options, message):
@@ -441,12 +454,63 @@ def test_bad_options_of_continual_learning(run_script, tmp_path, options, messag
     assert err.count("\n") == 1
 
 
+def test_pairs_of_pictures_and_captions_are_a_reference(run_script, tmp_path):
+    folder = tmp_path / "pairs"
+    folder.mkdir()
+    table = folder / "captions.csv"
+    options = ["--tasks", "digits", "--methods", "gnsp", "--reference", f"captions={folder}"]
+    options += ["--iterations", "1", "--batch-size", "8", "--reference-batch", "4", "--limit", "8"]
+    options += ["--gram-pictures", "16", "--workers", "0"]
+    for lines, message in (
+        ([], "has no captions.csv, with columns file and caption"),
+        (["picture,text"], "captions.csv: has no columns file and caption"),
+        (["file,caption"], "captions.csv: names no picture"),
+        (["file,caption", "no.jpg,a cat"], "line 2 names no picture: 'no.jpg'"),
+        (["file,caption", "0.jpg,"], "captions.csv: 0.jpg has no caption"),
+    ):
+        if lines:
+            table.write_text("\n".join(lines))
+        (folder / "0.jpg").touch()
+        code, _, err = run_script("continual_mtil.py", *options, "--output", tmp_path / "a")
+        assert code == 1
+        assert message in err
+    pictures = sorted(assets.PICTURES.glob("*/*"))[::100]
+    rows = ["file,caption"]
+    for number, picture in enumerate(pictures):
+        shutil.copy(picture, folder / f"{number}{picture.suffix}")
+        rows.append(f"{number}{picture.suffix},a small {picture.parent.name}")
+    table.write_text("\n".join(rows))
+    code, _, _ = run_script("continual_mtil.py", *options, "--output", tmp_path / "b")
+    assert code == 0
+    result = json.loads((tmp_path / "b" / "gnsp" / "seed1" / "result.json").read_text())
+    assert set(result["rows"][1]) >= {"digits", "modality gap", "image to text"}
+
+
+def test_what_protection_costs_and_keeps(run_script, tmp_path):
+    options = ["--limit", "20", "--batch-size", "10", "--protecting", "6", "--workers", "0"]
+    options += ["--corruptions", "fog", "--output", tmp_path / "a"]
+    code, out, _ = run_script("protect_batclip.py", *options, "--ranks", "2", "6")
+    assert code == 0
+    rows = json.loads((tmp_path / "a" / "rows.json").read_text())
+    assert [row[2] for row in rows] == [-1, 0, 2, 6]
+    assert all(0 <= share <= 1 for row in rows for share in row[3:])
+    assert Image.open(tmp_path / "a" / "clean.png").size[0] > 500
+    again = run_script("protect_batclip.py", *options, "--ranks", "2", "6")
+    assert again[:2] == (0, out)  # from what is saved
+    code, _, err = run_script("protect_batclip.py", *options, "--ranks", "7")
+    assert code == 1
+    assert "--ranks has 7, expected at most the --protecting 6 pictures" in err
+
+
 def test_the_benchmark_measures_each_row_in_its_own_process(run_script, tmp_path):
     options = ["--model", "tiny", "--classes", "10", "--frameworks", "jax", "--steps", "1"]
     adapters = ["zero_shot", "tent", "batclip", "tnt-3"]
     options += ["--views", "4", "--adapters", *adapters]
+    options += ["--projectors"]
     code, out, _ = run_script("benchmark.py", *options, "--output", tmp_path / "rows.json")
     assert code == 0
+    assert re.search(r"projectors \(3 of 64 inputs, 2 of 256 inputs\): [\d.e-]+ s", out)
+    assert re.search(r"training step: [\d.e-]+ s, with the projection [\d.e-]+ s \([+-]", out)
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
     assert [row["adapter"] for row in rows] == adapters
     assert all(row["gflop"] > 0 and row["peak_memory_gb"] > 0 for row in rows)

@@ -4,6 +4,7 @@ from jaxtta.data.corruptions import CLEAN, COMMON, VALIDATION, corrupt
 from jaxtta.data.folders import (
     ImageFolder,
     UnreadablePictureError,
+    captioned_folder,
     image_folder,
     open_picture,
     read_class_names,
@@ -75,6 +76,7 @@ __all__ = [
     "UnreadablePictureError",
     "arrange",
     "canvas_for",
+    "captioned_folder",
     "cifar100_classes",
     "corrupt",
     "corrupted_arrays",

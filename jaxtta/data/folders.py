@@ -1,5 +1,6 @@
-"""Pictures in folders by class."""
+"""Pictures in folders, by class or with captions."""
 
+import csv
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -113,6 +114,45 @@ def image_folder(root: str | Path) -> ImageFolder:
     """
     folders = class_folders(root)
     return list_folders(root, folders, [folder.name for folder in folders])
+
+
+def captioned_folder(root: str | Path) -> ImageFolder:
+    """List the pictures that a folder's `captions.csv` names, in columns file and caption.
+
+    Args:
+        root: the folder that the file lies in and its paths begin at.
+
+    Returns:
+        What is in it, a class for each different caption. No picture is opened.
+
+    Raises:
+        FileNotFoundError: if there is no such folder.
+        ValueError: if there is no such file, it has other columns, names a picture that is not
+            there, or leaves one without a caption.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root}: no such folder")
+    table = root / "captions.csv"
+    if not table.is_file():
+        raise ValueError(f"{root}: has no captions.csv, with columns file and caption")
+    files, captions = [], []
+    with table.open(newline="") as lines:
+        rows = csv.DictReader(lines)
+        if not {"file", "caption"} <= set(rows.fieldnames or ()):
+            raise ValueError(f"{table}: has no columns file and caption")
+        for row in rows:
+            file, caption = root / (row["file"] or ""), (row["caption"] or "").strip()
+            if not file.is_file():
+                raise ValueError(f"{table}: line {rows.line_num} names no picture: {row['file']!r}")
+            if not caption:
+                raise ValueError(f"{table}: {row['file']} has no caption")
+            files.append(file)
+            captions.append(caption)
+    if not files:
+        raise ValueError(f"{table}: names no picture")
+    names, labels = np.unique(captions, return_inverse=True)
+    return ImageFolder(root, tuple(files), labels.astype(np.int32), tuple(names.tolist()))
 
 
 def read_class_names(path: str | Path, folders: Sequence[str]) -> tuple[str, ...]:

@@ -16,6 +16,13 @@ from jaxtta.diagnose.directions import (
     pruning_sums,
     rank_directions,
 )
+from jaxtta.diagnose.field import (
+    ClassPairs,
+    Discrepancy,
+    confused_classes,
+    field_discrepancy,
+    mean_discrepancy,
+)
 from jaxtta.diagnose.outliers import (
     OutlierFeatures,
     activation_kurtosis,
@@ -30,21 +37,26 @@ from jaxtta.diagnose.sums import PictureSums
 from jaxtta.metrics import modality_gap
 
 __all__ = [
+    "ClassPairs",
     "ConceptDetectors",
     "CrossMoments",
+    "Discrepancy",
     "LogitLine",
     "OutlierFeatures",
     "PictureSums",
     "PrivilegedDirections",
     "activation_kurtosis",
     "concept_detectors",
+    "confused_classes",
     "cosine_sums",
     "cross_moments",
     "effective_robustness",
+    "field_discrepancy",
     "fit_logit_line",
     "head_directions",
     "kurtosis_sums",
     "linear_cka",
+    "mean_discrepancy",
     "modality_gap",
     "outlier_axes",
     "outlier_features",

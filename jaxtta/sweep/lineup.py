@@ -5,7 +5,7 @@ import hashlib
 import math
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import optax
 
@@ -17,7 +17,7 @@ from jaxtta.optim import load_phi, meta_gradient_generator
 ADAPTERS = ("zero_shot", "tent", "batclip", "tnt", "mgtta", "mgtta-sgd", "mgtta-adam")
 """What `make_adapter` knows; TNT also as "tnt-3", with so many steps, and those with a learning
 rate also as "tent@1e-4", with that one."""
-WITH_RATE = ("tent", "batclip", "mgtta-sgd", "mgtta-adam")
+WITH_RATE = ("tent", "batclip", "mgtta", "mgtta-sgd", "mgtta-adam")
 """Those with a learning rate to choose."""
 RATE = 1e-3
 """Of MGTTA's optimisers, if no other is asked for."""
@@ -31,11 +31,13 @@ class MGTTA:
         phi: weights of the generator, from pretrain_mgg.py.
         statistics: of clean pictures' features under the model, from pretrain_mgg.py too.
         weight: of the discrepancy.
+        tower: image, or both to adapt the texts too.
     """
 
     phi: Path = assets.PHI
     statistics: Path = assets.STATISTICS
     weight: float = 0.4
+    tower: Literal["image", "both"] = "image"
 
     def __post_init__(self) -> None:
         """Refuse what cannot be meant."""
@@ -105,8 +107,8 @@ def make_adapter(
         model: the model.
         task: the classes.
         setup: the settings.
-        rate: a learning rate for one of `WITH_RATE`, in place of the published optimiser: TENT with
-            SGD and momentum, BATCLIP with AdamW.
+        rate: a learning rate for one of `WITH_RATE`, in place of the published one: TENT with SGD
+            and momentum, BATCLIP with AdamW.
 
     Returns:
         The adapter.
@@ -121,13 +123,14 @@ def make_adapter(
     if is_tnt(name):
         return adapters.tnt(model, task, tuning_of(name, setup.tnt))
     if name.startswith("mgtta"):
+        settings = setup.mgtta
         optimizer = {
-            "mgtta": lambda: meta_gradient_generator(load_phi(setup.mgtta.phi)[0], RATE),
+            "mgtta": lambda: meta_gradient_generator(load_phi(settings.phi)[0], rate or RATE),
             "mgtta-sgd": lambda: optax.sgd(rate or RATE, momentum=0.9),
             "mgtta-adam": lambda: optax.adam(rate or RATE),
         }[name]()
-        statistics = load_statistics(setup.mgtta.statistics)
-        return adapters.mgtta(model, task, statistics, optimizer, setup.mgtta.weight)
+        statistics = load_statistics(settings.statistics)
+        return adapters.mgtta(model, task, statistics, optimizer, settings.weight, settings.tower)
     if name == "tent":
         sgd = optax.sgd(rate, momentum=0.9) if rate else TENT_PRESETS[setup.preset].optimizer()
         return adapters.tent(model, task, sgd)
@@ -146,11 +149,12 @@ def own_settings(
     rate = rate_in(name) or rate
     own: dict[str, Any] = {} if rate is None else {"learning_rate": rate}
     if name.startswith("mgtta"):
-        files = {"statistics": setup.mgtta.statistics}
+        settings = setup.mgtta
+        files = {"statistics": settings.statistics}
         if name == "mgtta":
-            files["phi"] = setup.mgtta.phi
+            files["phi"] = settings.phi
         digests = {key: _digest(path) for key, path in files.items()}
-        own["mgtta"] = {"weight": setup.mgtta.weight, **digests}
+        own["mgtta"] = {"weight": settings.weight, "tower": settings.tower, **digests}
     return own
 
 

@@ -1,0 +1,245 @@
+r"""Does an adapter that is kept from changing its clean answers stay good on clean pictures?
+
+    python experiments/protect_batclip.py --output runs/protected
+    python experiments/protect_batclip.py --output runs/protected --layout arrays --data FOLDER \
+        --class-names airplane automobile bird cat deer dog frog horse ship truck
+
+BATCLIP adapts to one corruption, online, and is then tested on clean pictures as it stands. Beside
+it the same with its updates projected away from the directions in which the answers to some other
+clean pictures would change (`jaxtta.optim.orthogonal_to`), for several numbers of directions. No
+label is used but to count.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+import optax
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+import jaxtta
+from jaxtta import assets, continual, data, sweep, tree
+from jaxtta.adapters import BATCLIP_PRESETS
+from jaxtta.objectives import Batch
+from jaxtta.optim import orthogonal_to
+
+Array = jax.Array
+LEFT_OUT = ("output", "corruptions", "seeds", "workers", "debug")
+"""Options that change no figure, or say which of them to find."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Adapt with and without protection, and measure what is left on clean pictures."""
+
+    output: Path
+    """Folder for the results; made if it is missing."""
+    layout: str = "folder"
+    """How the pictures lie there, as for corruption_sweep.py."""
+    data: str = str(assets.PICTURES)
+    """The pictures, clean and corrupted (default: embedded ones, corrupted on the fly)."""
+    class_names: tuple[str, ...] = ()
+    """Names for the prompts, in the labels' order; needed with arrays."""
+    model: str = str(assets.MODEL)
+    """Folder or hub id of a CLIP checkpoint (default: the embedded one)."""
+    corruptions: tuple[str, ...] = ("gaussian_noise", "defocus_blur", "fog")
+    """Each is adapted to from the start."""
+    severity: int | None = None
+    """1 to 5. Default: 5, but 1 on the embedded pictures."""
+    ranks: tuple[int, ...] = (16, 64, 256)
+    """Numbers of protected directions."""
+    protecting: int = 256
+    """Clean pictures that the directions come from; they are not tested."""
+    batch_size: int = 100
+    """Pictures a batch."""
+    learning_rate: float | None = None
+    """Of AdamW, in place of the published one."""
+    preset: Literal["cifar10-c", "cifar100-c", "imagenet-c"] = "cifar10-c"
+    """Published optimiser settings."""
+    limit: int | None = None
+    """Use only so many pictures, of the corruption and of the clean ones."""
+    seeds: tuple[int, ...] = (1,)
+    """Of the order, of corruptions made on the fly and of the choice of protecting pictures."""
+    workers: int = 1
+    """Processes that decode and corrupt pictures; 0 does it in this one."""
+    debug: bool = False
+    """Show tracebacks."""
+
+
+class Row(NamedTuple):
+    """What came of one adaptation.
+
+    Attributes:
+        corruption: what was adapted to.
+        seed: of the run.
+        rank: protected directions; 0 for none, -1 for no adaptation.
+        online: share of the corrupted pictures answered rightly on the way.
+        clean: share of the clean ones, answered afterwards.
+    """
+
+    corruption: str
+    seed: int
+    rank: int
+    online: float
+    clean: float
+
+
+def main(options: Options) -> None:
+    """Adapt, test, and report."""
+    check(options)
+    model, params = jaxtta.clip.load(options.model)
+    source = data.open_source(
+        options.layout, options.data, model.preprocessing, options.class_names
+    )
+    if options.protecting >= len(source.labels):
+        raise ValueError(
+            f"--protecting is {options.protecting}, expected fewer than the {len(source.labels)} "
+            "pictures, so that some are left to test on"
+        )
+    for corruption in options.corruptions:
+        source.check(domain_of(options, corruption))
+    templates = data.templates_for(options.layout)
+    task = jaxtta.clip.zero_shot_task(model, source.class_names, templates)
+    settings = {name: value for name, value in vars(options).items() if name not in LEFT_OUT}
+    settings |= sweep.fingerprints(source, params)
+    sweep.agree(options.output / "settings.json", json.loads(json.dumps(settings)))
+    saved = options.output / "rows.json"
+    rows = [Row(*row) for row in json.loads(saved.read_text())] if saved.exists() else []
+    for seed in options.seeds:
+        for corruption in options.corruptions:
+            if not any(row[:2] == (corruption, seed) for row in rows):
+                rows += measure(options, model, params, task, source, corruption, seed)
+                sweep.write_json(saved, rows)
+    report(options, rows)
+
+
+def measure(
+    options: Options,
+    model: jaxtta.clip.CLIP,
+    params: jaxtta.clip.Params,
+    task: jaxtta.clip.Task,
+    source: data.Source,
+    corruption: str,
+    seed: int,
+) -> list[Row]:
+    """Adapt to a corruption without and with protection."""
+    numbers = np.random.default_rng(seed).permutation(len(source.labels))
+    shown, tested = numbers[: options.protecting], numbers[options.protecting :][: options.limit]
+    clean = read(options, source, data.CLEAN, tested, seed)
+    stream = read(options, source, corruption, tested, seed)
+    prompts = model.prompts(task)
+
+    @jax.jit
+    def forward(adapted: Any, images: Array) -> Array:
+        return model.forward(tree.merge(params, adapted), prompts, images).logits
+
+    def accuracy(adapted: Any, batches: list[data.StreamBatch]) -> float:
+        return share(answered(forward(adapted, batch.images), batch) for batch in batches)
+
+    start, _ = tree.partition(params, tree.normalisation_parameters("both"))
+    batches = read(options, source, data.CLEAN, shown, seed)
+    pictures = np.concatenate([batch.images[batch.mask] for batch in batches])
+    basis = continual.output_basis(forward, start, pictures, max(options.ranks))
+    rows = [Row(corruption, seed, -1, accuracy(start, stream), accuracy(start, clean))]
+    for rank in (0, *options.ranks):
+        optimizer = BATCLIP_PRESETS[options.preset].optimizer()
+        if options.learning_rate:
+            optimizer = optax.adamw(options.learning_rate, weight_decay=1e-2)
+        if rank:
+            kept = jax.tree.map(lambda x, rank=rank: x[:rank], basis)
+            optimizer = optax.chain(optimizer, orthogonal_to(kept))
+        adapter = jaxtta.adapters.batclip(model, task, optimizer)
+        state, step, right = adapter.init(params), jax.jit(adapter.step, donate_argnums=1), []
+        for batch in tqdm(stream, desc=f"{corruption}, {rank} directions", leave=False):
+            state, prediction = step(params, state, Batch(batch.images, batch.mask, batch.index))
+            right.append(answered(prediction.logits, batch))
+        rows.append(Row(corruption, seed, rank, share(right), accuracy(state.adapted, clean)))
+    return rows
+
+
+def read(
+    options: Options, source: data.Source, corruption: str, numbers: np.ndarray, seed: int
+) -> list[data.StreamBatch]:
+    """Pictures under a corruption, in this order."""
+    domains, segments = [domain_of(options, corruption)], np.zeros(len(numbers), int)
+    stream = data.stream_of(corruption, domains, segments, numbers, seed)
+    batches = data.Batches(source, (stream,), options.batch_size)
+    reader = data.read_ahead(batches, options.workers)
+    return list(tqdm(reader, total=len(batches), desc=f"reading {corruption}", leave=False))
+
+
+def domain_of(options: Options, corruption: str) -> data.Domain:
+    """Where the pictures stand under a corruption, at the severity asked for."""
+    if options.layout == "arrays" or corruption == data.CLEAN:
+        return data.Domain(corruption)
+    usual = 1 if options.data == str(assets.PICTURES) else 5
+    return data.Domain(corruption, options.severity or usual)
+
+
+def answered(logits: Array, batch: data.StreamBatch) -> np.ndarray:
+    """Whether each readable picture is answered rightly."""
+    return (np.asarray(logits.argmax(-1)) == batch.labels)[batch.mask]
+
+
+def share(right: Iterable[np.ndarray]) -> float:
+    """Of all pictures."""
+    return float(np.concatenate(list(right)).mean())
+
+
+def report(options: Options, rows: list[Row]) -> None:
+    """Print and draw, for each adapter, what it gains on the corruption and loses on the clean."""
+    ranks = [-1, 0, *options.ranks]
+    names = ["zero-shot", "BATCLIP", *(f"{rank} directions" for rank in options.ranks)]
+    lines = [["adapter", *(f"{c} / clean after" for c in options.corruptions), "mean"]]
+    figure = Figure(figsize=(5.6, 4.2), layout="constrained")
+    axes = figure.subplots()
+    means = []
+    for rank, name in zip(ranks, names, strict=True):
+        pairs = np.array(
+            [
+                np.mean([row[3:] for row in rows if (row.corruption, row.rank) == (c, rank)], 0)
+                for c in options.corruptions
+            ]
+        )
+        means.append(100 * pairs.mean(0))
+        cells = ["{:.2f} / {:.2f}".format(*pair) for pair in [*(100 * pairs), means[-1]]]
+        lines.append([name, *cells])
+        axes.plot(*means[-1], "o", label=name)
+    axes.plot(*np.transpose(means[1:]), color="grey", linewidth=0.8, zorder=0)
+    axes.set_xlabel("accuracy on the corruption, while adapting (%)")
+    axes.set_ylabel("accuracy on clean pictures, afterwards (%)")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8)
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+    (options.output / "table.txt").write_text(text + "\n")
+    figure.savefig(options.output / "clean.png", dpi=150)
+    print(f"accuracy in %, mean over {len(options.seeds)} seeds\n\n{text}\n")
+    print(f"results: {options.output}")
+
+
+def check(options: Options) -> None:
+    """Raise a ValueError for options that cannot be meant."""
+    sweep.check_choices(corruptions=options.corruptions, ranks=options.ranks, seeds=options.seeds)
+    sweep.check_rates(learning_rate=(options.learning_rate,))
+    sweep.check_limits(
+        batch_size=(options.batch_size, 1),
+        protecting=(options.protecting, 1),
+        ranks=(min(options.ranks), 1),
+        limit=(options.limit, 1),
+        workers=(options.workers, 0),
+    )
+    if max(options.ranks) > options.protecting:
+        raise ValueError(
+            f"--ranks has {max(options.ranks)}, expected at most the --protecting "
+            f"{options.protecting} pictures"
+        )
+
+
+if __name__ == "__main__":
+    sweep.run_script(Options, main, __doc__)
