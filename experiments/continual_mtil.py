@@ -51,6 +51,8 @@ ORDERS = {
 FROM_TFDS = ("cifar100", "mnist")
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 WISE = "wise-ft"
+TRAINED_AS = {WISE: "fine-tuning"}
+"""Methods that measure what another one trains."""
 CROP = (0.9, 1.0)  # share of the area that the training augmentation keeps
 GRAM_BATCH = 16
 
@@ -164,9 +166,11 @@ def main(options: Options) -> None:
     results = []
     for seed in options.seeds:
         pairs = draw_pairs(options, model, params, reference, seed)
-        for method in options.methods:
-            trainer = Trainer(options, model, params, method, seed, pairs)
-            results.append(trainer.run(tasks, [*tasks, *kept]))
+        for method in dict.fromkeys(TRAINED_AS.get(name, name) for name in options.methods):
+            results += Trainer(options, model, params, method, seed, pairs).run(
+                tasks, [*tasks, *kept]
+            )
+    results = [found for name in options.methods for found in results if found["method"] == name]
     report(options, [task.name for task in tasks], [task.name for task in kept], results)
 
 
@@ -377,8 +381,7 @@ class Trainer:
         """Prepare; nothing is computed yet."""
         self.options, self.model, self.first, self.pairs = options, model, params, pairs
         self.name, self.seed = name, seed
-        method = METHODS["fine-tuning" if name == WISE else name]
-        self.method = dataclasses.replace(method, rho=options.rho)
+        self.method = dataclasses.replace(METHODS[name], rho=options.rho)
         self.folder = options.output / name / f"seed{seed}"
         self.class_embeddings = jax.jit(model.class_embeddings)
         self.predict = jax.jit(lambda p, c, x: model.forward(p, c, x).logits.argmax(-1))
@@ -415,8 +418,8 @@ class Trainer:
         """The reference captions' embeddings, of unit norm."""
         return self.encode_texts(params, jnp.asarray(self.pairs.captions))
 
-    def run(self, tasks: Sequence[TaskData], measured: Sequence[TaskData]) -> dict[str, Any]:
-        """Train on every task; what was measured before the first and after each."""
+    def run(self, tasks: Sequence[TaskData], measured: Sequence[TaskData]) -> list[dict[str, Any]]:
+        """Train on every task; what was measured before the first and after each, by method."""
         names = [task.name for task in tasks]
         left_out = ("output", "methods", "seeds", "workers", "debug")
         settings = dataclasses.asdict(self.options) | {"method": self.name, "seed": self.seed}
@@ -430,17 +433,27 @@ class Trainer:
                 size = len(images) // GRAM_BATCH * GRAM_BATCH
                 parts = images[:size].reshape(-1, GRAM_BATCH, *images.shape[1:])
                 grams = continual.task_grams(self.model, params, parts)
-            rows = [self.measure(params, measured)]
+            rows = [self.measure_all(params, measured)]
             self.save(params, grams, rows)
         for number, task in enumerate(tasks[len(rows) - 1 :], len(rows) - 1):
             params = self.train(params, grams, task, number)
             if self.method.projection != "none":
                 grams = continual.combine_grams(grams, self.gather(params, task, number))
-            rows.append(self.measure(params, measured))
+            rows.append(self.measure_all(params, measured))
             self.save(params, grams, rows)
+        return [self.result(name, [row[name] for row in rows], names, settings) for name in rows[0]]
+
+    def result(
+        self,
+        method: str,
+        rows: list[dict[str, float]],
+        names: list[str],
+        settings: dict[str, Any],
+    ) -> dict[str, Any]:
+        """Write what came of a method."""
         matrix = np.array([[row[name] for name in names] for row in rows[1:]])
         found = {
-            "method": self.name,
+            "method": method,
             "seed": self.seed,
             "tasks": names,
             "rows": rows,
@@ -450,7 +463,8 @@ class Trainer:
             "settings": settings,
             "about": sweep.about(model=self.options.model),
         }
-        sweep.write_json(self.folder / "result.json", found)
+        path = self.options.output / method / f"seed{self.seed}" / "result.json"
+        sweep.write_json(path, found)
         return found
 
     def classes(self, params: jaxtta.clip.Params, task: TaskData) -> tuple[Any, Any]:
@@ -509,10 +523,18 @@ class Trainer:
 
         return continual.task_grams(self.model, params, batches())
 
+    def measure_all(
+        self, params: jaxtta.clip.Params, measured: Sequence[TaskData]
+    ) -> dict[str, dict[str, float]]:
+        """Figures of every method that these weights serve."""
+        rows = {self.name: self.measure(params, measured)}
+        if self.name == TRAINED_AS[WISE]:
+            averaged = continual.average_weights(self.first, params, self.options.wise_share)
+            rows[WISE] = self.measure(averaged, measured)
+        return rows
+
     def measure(self, params: jaxtta.clip.Params, measured: Sequence[TaskData]) -> dict[str, float]:
         """Accuracy on every task, modality gap and retrieval on the reference pairs."""
-        if self.name == WISE:
-            params = continual.average_weights(self.first, params, self.options.wise_share)
         row = {}
         for task in measured:
             _, classes = self.classes(params, task)
@@ -613,37 +635,40 @@ def by_method(results: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 
 
 def table(tasks: list[str], kept: list[str], results: list[dict[str, Any]]) -> str:
-    """Methods by tasks and by what was to be kept, after the last task."""
+    """Methods by tasks and by what was to be kept, after the last task.
+
+    The kept share is (method − fine-tuning) / (start − fine-tuning), where fine-tuning is there.
+    """
+    groups = by_method(results)
+    seeds = range(len(next(iter(groups.values()))))
+    start = [results[seed]["rows"][0] for seed in seeds]
+    ends = {name: [run["rows"][-1] for run in runs] for name, runs in groups.items()}
+    worst = ends.get("fine-tuning")
     figures = ["modality gap", "image to text", "text to image"]
-    head = ["method", *tasks, "mean of tasks", *kept, *(["transfer"] * (len(tasks) > 1)), *figures]
-    lines = [head]
-    start = results[0]["rows"][0]
-    lines.append(["before", *row_of(start, tasks, kept, None, figures)])
-    for method, runs in by_method(results).items():
-        rows = [run["rows"][-1] for run in runs]
-        mean = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
-        transfers = [run["transfer"] for run in runs if run["transfer"] is not None]
-        transfer = float(np.mean(transfers)) if transfers else None
-        lines.append([method, *row_of(mean, tasks, kept, transfer, figures)])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    head = ["method", *tasks, "mean of tasks", *kept]
+    head += [f"share of {name}" for name in kept if worst] + ["transfer"] * (len(tasks) > 1)
+    lines = [[*head, *figures]]
+    for method, rows in {"before": start, **ends}.items():
+        columns = [[row[name] for row in rows] for name in tasks]
+        columns += [np.mean(columns, 0), *([row[name] for row in rows] for name in kept)]
+        cells = [spread(column) for column in columns]
+        for name in kept if worst else ():
+            first, own, low = (np.mean([row[name] for row in r]) for r in (start, rows, worst))
+            cells.append(f"{(own - low) / (first - low):.2f}" if first != low else "–")
+        if len(tasks) > 1:
+            runs = groups.get(method)
+            cells.append(spread([run["transfer"] for run in runs]) if runs else "–")
+        cells.append(f"{np.mean([row['modality gap'] for row in rows]):.3f}")
+        cells += [spread([row[name] for row in rows]) for name in figures[1:]]
+        lines.append([method, *cells])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 
-def row_of(
-    row: dict[str, float],
-    tasks: list[str],
-    kept: list[str],
-    transfer: float | None,
-    figures: list[str],
-) -> list[str]:
-    """One line of the table."""
-    per_cent = [row[name] for name in tasks]
-    per_cent += [float(np.mean(per_cent)), *(row[name] for name in kept)]
-    texts = [f"{100 * value:.2f}" for value in per_cent]
-    if len(tasks) > 1:
-        texts.append("–" if transfer is None else f"{100 * transfer:.2f}")
-    gap, *recalls = (row[name] for name in figures)
-    return [*texts, f"{gap:.3f}", *(f"{100 * recall:.2f}" for recall in recalls)]
+def spread(values: Sequence[float]) -> str:
+    """Mean in per cent, and the standard deviation over seeds."""
+    mean = f"{100 * np.mean(values):.2f}"
+    return f"{mean} ± {100 * np.std(values, ddof=1):.2f}" if len(values) > 1 else mean
 
 
 def heat_maps(tasks: list[str], kept: list[str], results: list[dict[str, Any]]) -> Figure:
