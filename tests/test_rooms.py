@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "adapters": PRIMITIVES | {"objectives", "optim", "assets"},
     "diagnose": PRIMITIVES,
     "continual": PRIMITIVES | {"optim", "objectives"},
-    "sweep": PRIMITIVES | {"optim", "objectives", "adapters", "data", "assets"},
+    "sweep": PRIMITIVES | {"optim", "objectives", "adapters", "data", "assets", "diagnose"},
 }
 
 

@@ -147,7 +147,7 @@ def render(
         shown.get("reliability", ""),
         "<h2>Speed and memory</h2>",
         _speed(cells, summary, colours),
-        _settings(cells),
+        settings_list(cells),
     ]
     return "\n".join(
         [
@@ -267,7 +267,7 @@ def _plot(name: str, figure: Figure, baseline: str, noun: str) -> str:
     kind = "plot tall" if height > TALL else "plot"
     return (
         f'{above}<figure><div class="wide"><img class="{kind}" width="{width}" height="{height}" '
-        f'src="{_uri(file.getvalue())}" alt="{heading}"></div>'
+        f'src="{data_uri(file.getvalue())}" alt="{heading}"></div>'
         f"<figcaption>{escape(caption)}</figcaption></figure>"
     )
 
@@ -282,7 +282,7 @@ def _samples(samples: Mapping[str, np.ndarray]) -> str:
         kind = ' class="small"' if max(picture.shape[:2]) < SMALL else ""
         label = escape(_plain(name))
         shown.append(
-            f'<figure><img{kind} src="{_uri(file.getvalue())}" alt="{label}">'
+            f'<figure><img{kind} src="{data_uri(file.getvalue())}" alt="{label}">'
             f"<figcaption>{label}</figcaption></figure>"
         )
     return f'<h2>What the pictures look like</h2>\n<div class="samples">{"".join(shown)}</div>'
@@ -320,7 +320,15 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:NAMED]) + more
 
 
-def _settings(cells: Sequence[Cell]) -> str:
+def settings_list(cells: Sequence[Cell]) -> str:
+    """Settings and versions of cells as a folded part of the page.
+
+    Args:
+        cells: with `settings` and `about`.
+
+    Returns:
+        HTML; empty where there are none.
+    """
     found: dict[str, dict[str, None]] = {}
     for cell in cells:
         for part in ("settings", "about"):
@@ -364,5 +372,6 @@ def _note(text: str) -> str:
     return f'<p class="note">{escape(text)}</p>'
 
 
-def _uri(png: bytes) -> str:
+def data_uri(png: bytes) -> str:
+    """A PNG as an address that holds it."""
     return f"data:image/png;base64,{base64.b64encode(png).decode()}"

@@ -1,0 +1,624 @@
+r"""What do a model's features look like, and what do shifts cost it? To read before trusting it.
+
+    python experiments/diagnose_model.py --output runs/diagnosis
+
+reads the embedded model on the embedded pictures and on four corruptions of them, prints the table
+and leaves `report.html`, `result.json` and plots. Other models, pictures and shifts:
+
+    # two models side by side, on ImageNet and three sets that are shifts by themselves
+    python experiments/diagnose_model.py --models openai/clip-vit-base-patch16 FOLDER \
+        --layout imagenet --data IMAGENET/val --corruptions --shifted v2=imagenet-v2=IMAGENET-V2 \
+        r=imagenet=IMAGENET-R sketch=imagenet=SKETCH --reference-points FILE.json --output runs/two
+    # ready corrupted arrays, all 15 corruptions
+    python experiments/diagnose_model.py --layout arrays --data FOLDER --class-names NAMES.txt \
+        --corruptions common --output runs/arrays
+
+The field check looks at a folder of your own pictures instead, compares them with --data, and where
+they lie in class folders tries adapters on them:
+
+    python experiments/diagnose_model.py --field FOLDER --class-names cat dog --output runs/field
+    python experiments/diagnose_model.py --field TEXTILES --class-names "global=a large defect" \
+        "local=a small defect" "nominal=no defect" --output runs/textiles
+
+Features are image embeddings of unit norm, the head is the classes' text embeddings. Each model's
+features of the base set stay in memory, those of the shifted sets one set at a time.
+"""
+
+import contextlib
+import csv
+import dataclasses
+import functools
+import itertools
+import json
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+import jaxtta
+from jaxtta import assets, data, diagnose, losses, metrics, sweep
+from jaxtta.adapters import Tuning
+from jaxtta.data.folders import SUFFIXES, list_folders
+from jaxtta.data.sources import read_labels
+from jaxtta.sweep.diagnosis import (
+    EQUAL,
+    SHOWN,
+    Found,
+    Report,
+    diagnosis_report,
+    field_report,
+    some,
+    write_diagnosis,
+)
+from jaxtta.sweep.run import peak_memory_gb
+from jaxtta.sweep.statistics import bootstrap, interval
+
+KINDS = ("gaussian_noise", "defocus_blur", "fog", "jpeg_compression")
+"""A corruption of each kind: noise, blur, weather, digital."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """A diagnosis of models, or a field check of pictures."""
+
+    output: Path
+    """Folder for the results; made if it is missing."""
+    models: tuple[str, ...] = (str(assets.MODEL),)
+    """Folders or hub ids of CLIP checkpoints (default: the embedded one)."""
+    data: str = str(assets.PICTURES)
+    """The base pictures: a folder, or NAME:SPLIT for tensorflow-datasets (default: 2,000 embedded
+    CIFAR-10 test pictures). With --field, the reference that its pictures are compared with."""
+    layout: str = "folder"
+    """How they lie there, as in corruption_sweep.py; an unknown name lists all layouts."""
+    class_names: tuple[str, ...] = ()
+    """Names for the prompts, in the labels' order, or one file that holds them (.json, or text with
+    a name a line). Default: the layout's own; needed with arrays. With --field, the classes of its
+    pictures: its class folders must be among them, or FOLDER=NAME says what each is called."""
+    corruptions: tuple[str, ...] = KINDS
+    """Shifts of the base set; "common" stands for the 15 usual ones. May be empty."""
+    severity: int | None = None
+    """Of the corruptions, 1 to 5. Default: 5, but 1 on the embedded pictures; arrays have one."""
+    shifted: tuple[str, ...] = ()
+    """Other shifted sets, NAME=LAYOUT=FOLDER each, with their own classes' texts as head."""
+    references: tuple[str, ...] = ()
+    """Those of --models that are not robust, at least two: effective robustness is measured from
+    the line through them."""
+    reference_points: Path | None = None
+    """In their place, accuracies of such models on the same sets: a .json list of objects or a
+    .csv, with base and shifted, both in (0, 1)."""
+    fractions: tuple[float, ...] = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+    """Of the head's directions, to keep."""
+    outlier_threshold: float = 6.0
+    """Standard deviations from which on an axis sticks out of a picture's features."""
+    detectors: Literal["axes", "directions"] = "axes"
+    """What may detect a class: the coordinate axes, or the head's singular vectors."""
+    precision: float = 0.9
+    """Average precision from which on it does."""
+    field: Path | None = None
+    """Check this folder of pictures instead: in class folders, or without labels in none."""
+    trial: tuple[str, ...] = ("zero_shot", "tent", "batclip")
+    """Adapters to try on --field's pictures if they have labels, as in corruption_sweep.py."""
+    trial_batch: int | None = None
+    """Pictures a step in the trial. Default: a tenth of them, but at least 4 and at most 100."""
+    preset: Literal["cifar10-c", "cifar100-c", "imagenet-c"] = "cifar10-c"
+    """Published optimiser settings for the trial."""
+    tnt: Tuning = dataclasses.field(default_factory=Tuning)
+    """TNT's settings in the trial."""
+    mgtta: sweep.MGTTA = dataclasses.field(default_factory=sweep.MGTTA)
+    """MGTTA's settings in the trial. The files' defaults are for the embedded model."""
+    synthetic: int | None = None
+    """Only time the diagnosis of so many synthetic features of ViT-B/16's size, 1,000 classes."""
+    templates: tuple[str, ...] = ()
+    """Prompt templates; several are averaged. "imagenet" stands for CLIP's 80. Default: the
+    layout's usual one."""
+    limit: int | None = None
+    """Use only so many pictures of each set, drawn by the seed."""
+    seed: int = 1
+    """Of all that is drawn: pictures, corruptions, permutations, the order in a trial."""
+    batch_size: int = 100
+    """Pictures that are encoded at a time."""
+    workers: int = 1
+    """Processes that decode and corrupt pictures; 0 does it in this one."""
+    debug: bool = False
+    """Show tracebacks."""
+
+
+class Model(NamedTuple):
+    """A loaded model.
+
+    Attributes:
+        name: what to call it.
+        clip: the model.
+        params: its parameters.
+    """
+
+    name: str
+    clip: jaxtta.clip.CLIP
+    params: jaxtta.clip.Params
+
+
+class Features(NamedTuple):
+    """A model's features of one set.
+
+    Attributes:
+        rows: (pictures, d) float32, of unit norm.
+        labels: (pictures,) integers.
+        lost: names of pictures that could not be read.
+    """
+
+    rows: np.ndarray
+    labels: np.ndarray
+    lost: list[str]
+
+
+Sets = tuple[data.Source, list[data.Stream]]
+"""Pictures, and a stream of them for each domain."""
+
+
+def main(options: Options) -> None:
+    """Diagnose models, check a field folder or time."""
+    check(options)
+    options.output.mkdir(parents=True, exist_ok=True)
+    if options.synthetic:
+        time_synthetic(options)
+        return
+    found, report = (check_field if options.field else compare_models)(options)
+    settings = json.loads(json.dumps(dataclasses.asdict(options), default=str))
+    found |= {"settings": settings, "about": sweep.about(data=options.data)}
+    sweep.write_json(options.output / "result.json", found)
+    title = f"Field check of {options.field.resolve().name}" if options.field else "Diagnosis"
+    write_diagnosis(options.output, f"{title}: {', '.join(found['models'])}", report, found)
+
+
+def check(options: Options) -> None:
+    """Raise a ValueError for options that cannot be meant."""
+    sweep.check_choices(models=options.models, fractions=options.fractions, trial=options.trial)
+    for name in ("class_names", "corruptions", "references", "templates"):
+        if getattr(options, name):
+            sweep.check_choices(**{name: getattr(options, name)})
+    sweep.check_limits(
+        synthetic=(options.synthetic, 1000),
+        limit=(options.limit, 2),
+        batch_size=(options.batch_size, 1),
+        trial_batch=(options.trial_batch, 1),
+        workers=(options.workers, 0),
+    )
+    for name, given in (("fractions", options.fractions), ("precision", [options.precision])):
+        if not all(0 < number <= 1 for number in given):
+            raise ValueError(f"--{name} is {[*given]}, expected above 0, at most 1")
+    if options.layout == "arrays" and options.severity:
+        raise ValueError("--layout arrays has severities of its own, leave --severity out")
+    if odd := sorted(set(options.references) - set(options.models)):
+        raise ValueError(f"--references has {odd[0]!r}, which is none of --models")
+    if options.references and (len(options.references) < 2 or options.reference_points):
+        raise ValueError("--references needs at least two models, and no --reference-points")
+    sweep.check_adapters(options.trial)
+    if "zero_shot" not in options.trial:
+        raise ValueError("--trial needs zero_shot, from which gains are counted")
+
+
+@contextlib.contextmanager
+def concerning(what: object) -> Iterator[None]:
+    """Say in a ValueError what it is about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{what}: {error}") from error
+
+
+# --- models and pictures ---
+
+
+def models_of(options: Options) -> Iterator[Model]:
+    """The models, one after another."""
+    names = [Path(given).name for given in options.models]
+    for given, name in zip(options.models, names, strict=True):
+        yield Model(given if names.count(name) > 1 else name, *jaxtta.clip.load(given))
+
+
+def names_given(options: Options, folders: Sequence[str]) -> tuple[str, ...]:
+    """The class names that the options give; `folders` are those that a .json may name."""
+    names = options.class_names
+    if len(names) == 1 and Path(names[0]).suffix in (".json", ".txt"):
+        return data.read_class_names(names[0], folders)
+    return names
+
+
+def streams_of(
+    options: Options, source: data.Source, names: Sequence[str], severity: int = 0
+) -> list[data.Stream]:
+    """One stream for each corruption or name, all of the same pictures."""
+    chosen = {"seed": options.seed, "limit": options.limit}
+    streams = data.make_streams("reset_each_shift", names, (severity,), source.labels, **chosen)
+    for stream in streams:
+        source.check(stream.segments[0])
+    return streams
+
+
+def sets_of(options: Options, model: Model) -> list[tuple[str, Sets]]:
+    """The base set with its corruptions, then the other shifted sets; each with its layout."""
+    prepare, layout = model.clip.preprocessing, options.layout
+    folders = data.image_folder(options.data).class_names if layout == "folder" else ()
+    names = names_given(options, folders)
+    base = data.open_source(layout, options.data, prepare, names)
+    usual = 1 if options.data == str(assets.PICTURES) else 5
+    severity = 0 if layout == "arrays" else options.severity or usual
+    corruptions = data.COMMON if options.corruptions == ("common",) else options.corruptions
+    domains = tuple(dict.fromkeys((data.CLEAN, *corruptions)))
+    sets = [(layout, (base, streams_of(options, base, domains, severity)))]
+    for text in options.shifted:
+        name, _, place = text.partition("=")
+        layout, _, root = place.partition("=")
+        if not (name and root) or name in domains:
+            raise ValueError(f"--shifted has {text!r}, expected NAME=LAYOUT=FOLDER, a new name")
+        own = data.Named(data.open_source(layout, root, prepare), name)
+        sets.append((layout, (own, streams_of(options, own, (name,)))))
+    return sets
+
+
+def task_of(options: Options, model: Model, names: Sequence[str], layout: str) -> jaxtta.clip.Task:
+    """The classes as prompts."""
+    templates = options.templates or data.templates_for(layout)
+    if templates == ("imagenet",):
+        templates = data.imagenet_templates()
+    return jaxtta.clip.zero_shot_task(model.clip, names, templates)
+
+
+def head_of(model: Model, task: jaxtta.clip.Task) -> jax.Array:
+    """The head, (classes, projection)."""
+    return jax.jit(model.clip.class_embeddings)(model.params, model.clip.prompts(task))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def encode(model: jaxtta.clip.CLIP, params: jaxtta.clip.Params, images: jax.Array) -> jax.Array:
+    """Features (batch, projection)."""
+    return jaxtta.clip.unit(model.encode_image(params, model.normalize(images)))
+
+
+def read(options: Options, model: Model, sets: Sets) -> Iterator[Features]:
+    """A source's features, one stream after another."""
+    source, streams = sets
+    batches = data.Batches(source, tuple(streams), options.batch_size)
+    reader = data.read_ahead(batches, options.workers)
+    bar = iter(tqdm(reader, total=len(batches), desc=model.name, unit="batch", leave=False))
+    for number, stream in enumerate(streams):
+        rows, labels, lost = [], [], []
+        for batch in itertools.islice(bar, len(batches.of(number))):
+            rows.append(np.asarray(encode(model.clip, model.params, batch.images))[batch.mask])
+            labels.append(batch.labels[batch.mask])
+            missing = batch.pictures[~batch.mask & (batch.pictures >= 0)]
+            lost += [source.name(stream.segments[0], int(picture)) for picture in missing]
+        found = Features(np.concatenate(rows), np.concatenate(labels), lost)
+        with concerning(f"{model.name} on {stream.name}"):
+            if len(found.rows) < 2:
+                names = f" ({some(lost)} could not)" if lost else ""
+                raise ValueError(f"{len(found.rows)} pictures could be read{names}, expected two")
+            if not np.ptp(found.rows, axis=0).any():
+                raise ValueError("the features are the same for all pictures")
+        yield found
+    next(bar, None)  # the end of the reading: its processes leave
+
+
+def logits_of(features: np.ndarray, head: jax.Array) -> jax.Array:
+    """Cosines (pictures, classes)."""
+    return jnp.matmul(features, head.T, precision="highest")
+
+
+def interval_of(right: np.ndarray) -> tuple[float, float]:
+    """The bootstrapped 95 % interval of the share that is right."""
+    return interval(bootstrap(right[:, None], np.ones((len(right), 1)))[:, 0])
+
+
+# --- diagnosis ---
+
+
+def compare_models(options: Options) -> tuple[Found, Report]:
+    """Diagnose every model."""
+    points = read_points(options.reference_points) if options.reference_points else []
+    results, features = {}, {}
+    for model in models_of(options):
+        results[model.name], features[model.name] = diagnose_one(options, model)
+    pairs = [pair_figures(a, b, results, features) for a, b in itertools.combinations(results, 2)]
+    found = {"models": results, "pairs": pairs}
+    found["robustness"] = robustness_of(options, results, points)
+    return found, diagnosis_report(found, options.fractions)
+
+
+def diagnose_one(options: Options, model: Model) -> tuple[Found, np.ndarray]:
+    """All figures of one model, and its features of the base set."""
+    found: Found = {"sets": {}}
+    for layout, (source, streams) in sets_of(options, model):
+        with concerning(f"{model.name} on {streams[0].name}"):
+            head = head_of(model, task_of(options, model, source.class_names, layout))
+        for stream, features in zip(streams, read(options, model, (source, streams)), strict=True):
+            with concerning(f"{model.name} on {stream.name}"):
+                if not found["sets"]:
+                    base = features.rows
+                    figures, ranked = base_figures(options, head, features, source.class_names)
+                    found |= figures
+                figures = set_figures(head, ranked, features, options.fractions)
+            found["sets"][stream.name] = figures
+    first, *shifts = found["sets"].values()
+    for name in ("accuracy", "kurtosis", "pruned"):
+        mean = np.mean([each[name] for each in shifts], 0).tolist() if shifts else None
+        found |= {f"base_{name}": first[name], f"shifted_{name}": mean}
+    found["enough"] = enough(options.fractions, found["base_pruned"])
+    return found, base
+
+
+def base_figures(
+    options: Options, head: jax.Array, features: Features, names: Sequence[str]
+) -> tuple[Found, jax.Array]:
+    """What only the base set decides; and the head's directions (r, d), most important first."""
+    rows, present = features.rows, np.unique(features.labels)
+    if len(present) < 2:
+        raise ValueError(f"all pictures are of class {names[present[0]]}, expected two or more")
+    outliers = diagnose.outlier_features(rows, options.outlier_threshold)
+    ranked = diagnose.privileged_directions(head, rows, outliers.axes)
+    detected = diagnose.concept_detectors(
+        rows if options.detectors == "axes" else np.asarray(logits_of(rows, ranked.directions)),
+        features.labels[:, None] == present,
+        options.precision,
+    )
+    return {
+        "outlier_axes": outliers.axes.tolist(),
+        "largest_outlier_share": float(outliers.shares.max()),
+        "importance": np.asarray(ranked.importance).tolist(),
+        "overlap": np.asarray(ranked.overlap).tolist(),
+        "spread": float(ranked.spread),
+        "modality_gap": float(diagnose.modality_gap(rows, head)),
+        "concepts": [names[label] for label in present],
+        "encoded": [names[label] for label in present[detected.encoded]],
+        "most_concepts_per_direction": int(detected.per_direction.max()),
+    }, ranked.directions
+
+
+def set_figures(
+    head: jax.Array, ranked: jax.Array, features: Features, fractions: Sequence[float]
+) -> Found:
+    """What is measured on every set."""
+    rows, labels, lost = features
+    kurtosis = diagnose.activation_kurtosis(rows)
+    right = np.asarray(metrics.top_k(logits_of(rows, head), labels))
+    return {
+        "pictures": len(rows),
+        "lost": lost,
+        "accuracy": float(right.mean()),
+        "interval": interval_of(right),
+        "kurtosis": kurtosis,
+        "pruned": diagnose.pruned_accuracy(head, ranked, rows, labels, fractions).tolist(),
+    }
+
+
+def enough(fractions: Sequence[float], accuracies: Sequence[float]) -> float:
+    """The smallest fraction from which on accuracy stays within `EQUAL` of the largest one's."""
+    pairs = sorted(zip(fractions, accuracies, strict=True), reverse=True)
+    good = itertools.takewhile(lambda pair: pair[1] >= pairs[0][1] - EQUAL, pairs)
+    return [*good][-1][0]
+
+
+def pair_figures(first: str, second: str, results: Found, features: Found) -> Found:
+    """What two models have in common."""
+    concepts = np.array(results[first]["concepts"])
+    a, b = (np.isin(concepts, results[name]["encoded"]) for name in (first, second))
+    with concerning(f"{first} and {second}"):
+        cka = diagnose.linear_cka(features[first], features[second])
+    return {
+        "models": [first, second],
+        "cka": cka,
+        "shared": concepts[diagnose.shared_concepts(a, b)].tolist(),
+        "unique": [concepts[diagnose.unique_concepts(*x)].tolist() for x in ((a, b), (b, a))],
+    }
+
+
+def robustness_of(options: Options, results: Found, points: Sequence[tuple[float, float]]) -> Found:
+    """Effective robustness by model, the line and its points; or the reason why there is none."""
+    pairs = {name: (r["base_accuracy"], r["shifted_accuracy"]) for name, r in results.items()}
+    if any(shifted is None for _, shifted in pairs.values()):
+        return {"reason": "there are no shifted sets"}
+    names = dict(zip(options.models, results, strict=True))
+    points = points or [pairs[names[given]] for given in options.references]
+    if not points:
+        reason = "it takes models that are not robust, by --reference-points or --references"
+        return {"reason": reason}
+    try:
+        line = diagnose.fit_logit_line(*np.transpose(points))
+        values = diagnose.effective_robustness(*np.transpose([*pairs.values()]), line).tolist()
+    except ValueError as error:  # the figures so far are worth reporting
+        return {"reason": str(error)}
+    values = dict(zip(results, values, strict=True))
+    return {"values": values, "line": line._asdict(), "points": points}
+
+
+def read_points(path: Path) -> list[tuple[float, float]]:
+    """Base and shifted accuracy of each reference model."""
+    try:
+        text = path.read_text()
+        rows = json.loads(text) if path.suffix == ".json" else csv.DictReader(text.splitlines())
+        points = [(float(row["base"]), float(row["shifted"])) for row in rows]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: expected base and shifted of each model ({error!r})") from error
+    with concerning(path):
+        diagnose.fit_logit_line(*np.reshape(points, (-1, 2)).T)
+    return points
+
+
+def time_synthetic(options: Options) -> None:
+    """Time the diagnosis of planted features: noise around a class's text, and one outlier axis."""
+    count, classes, size = options.synthetic, 1000, 512
+    rng = np.random.default_rng(options.seed)
+    head = rng.standard_normal((classes, size), np.float32)
+    head /= np.linalg.norm(head, axis=1, keepdims=True)
+    labels = np.arange(count, dtype=np.int32) % classes
+    rows = rng.standard_normal((count, size), np.float32) + 5 * head[labels]
+    rows[:, 0] += 20
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    features, names = Features(rows, labels, []), [str(label) for label in range(classes)]
+    before, start = peak_memory_gb(), time.perf_counter()
+    found, ranked = base_figures(options, jnp.asarray(head), features, names)
+    found |= set_figures(jnp.asarray(head), ranked, features, options.fractions)
+    found |= {"seconds": time.perf_counter() - start, "peak_memory_gb": peak_memory_gb()}
+    sweep.write_json(options.output / "synthetic.json", found)
+    print(
+        f"{count} pictures, {size} features, {classes} classes: {found['seconds']:.1f} s, at most "
+        f"{found['peak_memory_gb']:.2f} GB in use ({before:.2f} GB when they were drawn)"
+    )
+
+
+# --- field check ---
+
+
+def check_field(options: Options) -> tuple[Found, Report]:
+    """Check a folder with every model."""
+    listed, labelled = open_field(options)
+    results, entropies, answers = {}, {}, {}
+    for model in models_of(options):
+        results[model.name], entropies[model.name], cells = check_one(
+            options, model, listed, labelled
+        )
+        answers[model.name] = sweep.answer(cells) if cells else ""
+    return {"models": results}, field_report(results, entropies, answers, options.trial)
+
+
+def open_field(options: Options) -> tuple[data.ImageFolder, bool]:
+    """The pictures with the prompts' classes, and whether they have labels."""
+    root = options.field
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root}: no such folder")
+    entries = [path for path in sorted(root.iterdir()) if not path.name.startswith(".")]
+    labelled = any(path.is_dir() for path in entries)
+    lone = [path.name for path in entries if path.suffix.lower() in SUFFIXES and path.is_file()]
+    if labelled and lone:
+        raise ValueError(f"{root}: has pictures beside its class folders, {lone[0]} for one")
+    if not labelled and not lone:
+        raise ValueError(f"{root}: folder without pictures")
+    listed = data.image_folder(root) if labelled else list_folders(root, [root], [root.name])
+    given = [text.partition("=") for text in names_given(options, ())]
+    called = {name: own or name for name, _, own in given}
+    if labelled:
+        called = called or {name: name for name in listed.class_names}
+        for name in listed.class_names:
+            if name not in called:
+                raise ValueError(
+                    f"{root / name}: class folder is none of --class-names, {some([*called])}; "
+                    f'"{name}=…" would say what it is called'
+                )
+        labels = np.array([[*called].index(name) for name in listed.class_names], np.int32)
+        listed = listed._replace(labels=labels[listed.labels])
+    if len(called) < 2:
+        raise ValueError(f"{root}: --class-names has {len(called)} classes, expected at least two")
+    return listed._replace(class_names=tuple(called.values())), labelled
+
+
+def check_one(
+    options: Options, model: Model, listed: data.ImageFolder, labelled: bool
+) -> tuple[Found, dict[str, np.ndarray], list[sweep.Cell]]:
+    """A model's figures, each picture's entropy in nats on both sets, and the trial's cells."""
+    prepare, names = model.clip.preprocessing, ()
+    if options.layout == "arrays":  # nobody looks at the reference's labels
+        names = tuple(map(str, range(read_labels(options.data).max() + 1)))
+    field = data.Named(data.CorruptedOnTheFly(listed, prepare), "field")
+    reference = data.open_source(options.layout, options.data, prepare, names)
+    sets = {
+        "field": (field, streams_of(options, field, ("field",))),
+        "reference": (reference, streams_of(options, reference, (data.CLEAN,))),
+    }
+    with concerning(options.field):
+        task = task_of(options, model, listed.class_names, "folder")
+    head, scale = head_of(model, task), jnp.exp(model.params["logit_scale"])
+    found, features, entropies = {"classes": [*listed.class_names]}, {}, {}
+    for key, each in sets.items():
+        (features[key],) = read(options, model, each)
+        logits = scale * logits_of(features[key].rows, head)
+        entropies[key] = np.asarray(losses.entropy(logits))
+        with concerning(f"{model.name} on the {key}"):
+            figures, probabilities = space_figures(options, features[key], logits)
+        found[key] = figures
+        if key == "field":
+            found["confused"] = confused(probabilities, listed.class_names)
+            right = np.asarray(metrics.top_k(logits, features[key].labels))
+    with concerning(f"{model.name} on {options.field}"):
+        rows = (features[key].rows for key in sets)
+        apart = diagnose.field_discrepancy(*rows, seed=options.seed)
+    for key, each in zip(sets, apart, strict=True):
+        values = {"discrepancy": each.squared, "p_value": each.p_value, "chance": each.by_chance}
+        found[key] |= values
+    if not labelled:
+        return found, entropies, []
+    labels = features["field"].labels
+    found |= {"accuracy": float(right.mean()), "interval": interval_of(right)}
+    found["labelled"] = shares(labels, len(head))
+    found["recall"] = [
+        float(right[labels == label].mean()) if label in labels else None
+        for label in range(len(head))
+    ]
+    size = options.trial_batch or int(np.clip(len(labels) // 10, 4, 100))
+    cells = try_adapters(options, model, task, sets["field"], size)
+    found |= {"trial_batch": size, "steps": -(-len(labels) // size)}
+    found["trial"] = [
+        {name: cell[name] for name in ("adapter", "skipped_steps")}
+        | {name: cell["segments"][0][name] for name in ("top1", "intervals", "gain", "ece")}
+        for cell in cells
+    ]
+    return found, entropies, cells
+
+
+def space_figures(
+    options: Options, features: Features, logits: jax.Array
+) -> tuple[Found, np.ndarray]:
+    """How pictures sit in the model's space; and their probabilities (pictures, classes)."""
+    probabilities = np.asarray(jax.nn.softmax(logits))
+    outliers = diagnose.outlier_features(features.rows, options.outlier_threshold)
+    return {
+        "pictures": len(features.rows),
+        "lost": features.lost,
+        "kurtosis": diagnose.activation_kurtosis(features.rows),
+        "outlier_axes": outliers.axes.tolist(),
+        "entropy": float(losses.entropy(logits).mean()),
+        "confidence": float(probabilities.max(-1).mean()),
+        "predicted": shares(probabilities.argmax(-1), probabilities.shape[1]),
+    }, probabilities
+
+
+def confused(probabilities: np.ndarray, names: Sequence[str]) -> list[Found]:
+    """The pairs of classes between which predictions hesitate most."""
+    columns = (column[:SHOWN].tolist() for column in diagnose.confused_classes(probabilities))
+    return [
+        {"classes": [names[label] for label in pair], "share": share, "margin": margin}
+        for pair, share, margin in zip(*columns, strict=True)
+    ]
+
+
+def shares(labels: np.ndarray, classes: int) -> list[float]:
+    """The share of each class among labels."""
+    return (np.bincount(labels, minlength=classes) / len(labels)).tolist()
+
+
+def try_adapters(
+    options: Options, model: Model, task: jaxtta.clip.Task, sets: Sets, size: int
+) -> list[sweep.Cell]:
+    """Run every adapter of the trial once over the field's pictures, `size` of them a step."""
+    source, streams = sets
+    setup = sweep.Setup(options.preset, options.tnt, options.mgtta)
+    cutting = tuple(filter(sweep.is_tnt, options.trial))
+    canvas = data.canvas_for(source, streams[0].segments[0]) if cutting else None
+    batches = data.Batches(source, tuple(streams), size, canvas)
+    settings = {"batch_size": size, "limit": options.limit, "preset": options.preset}
+    results = sweep.Results(
+        options.output / "trial" / model.name.replace("/", "-"),
+        settings | {"templates": options.templates} | sweep.fingerprints(source, model.params),
+        sweep.about(data=str(options.field), model=model.name),
+        {name: sweep.own_settings(name, setup, None, canvas) for name in options.trial},
+    )
+    adapters = {name: sweep.make_adapter(name, model.clip, task, setup) for name in options.trial}
+    running = {"from_originals": cutting, "workers": options.workers}
+    return sweep.run(adapters, model.params, batches, results, setting=sweep.DATASETS, **running)
+
+
+if __name__ == "__main__":
+    sweep.run_script(Options, main, __doc__)
