@@ -90,7 +90,8 @@ class Options:
     preset: Literal["cifar10-c", "cifar100-c", "imagenet-c"] = "cifar10-c"
     """Published optimiser settings (TENT has two of its own: CIFAR and ImageNet)."""
     learning_rate: float | None = None
-    """In place of the preset's optimiser: TENT with SGD and momentum, BATCLIP with AdamW."""
+    """In place of the published ones: TENT with SGD and momentum, BATCLIP with AdamW, MGTTA's with
+    the optimisers that their names say."""
     choose_learning_rate: tuple[float, ...] = ()
     """Choose each adapter's learning rate among these on the four validation corruptions first."""
     choose_for: tuple[str, ...] = ()
@@ -142,7 +143,9 @@ def main(options: Options) -> None:
 
     setup = setup_of(options)
     running = {"workers": options.workers, "checkpoint_every": options.checkpoint_every}
-    settings = describe(options, severities, templates) | sweep.fingerprints(source, params)
+    found = sweep.fingerprints(source, params)
+    sweep.check_files(options.adapters, options.mgtta, found["weights"])
+    settings = describe(options, severities, templates) | found
     about = sweep.about(data=options.data, model=options.model)
     rates = {
         name: options.learning_rate if sweep.has_rate(name) else None for name in options.adapters

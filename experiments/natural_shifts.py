@@ -79,7 +79,8 @@ class Options:
     preset: Literal["cifar10-c", "cifar100-c", "imagenet-c"] = "imagenet-c"
     """Published optimiser settings of TENT and BATCLIP."""
     learning_rate: float | None = None
-    """In place of the preset's optimiser: TENT with SGD and momentum, BATCLIP with AdamW."""
+    """In place of the published ones: TENT with SGD and momentum, BATCLIP with AdamW, MGTTA's with
+    the optimisers that their names say."""
     batch_size: int = 50
     """Pictures a batch."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -188,9 +189,11 @@ def run_dataset(
         adapter: options.learning_rate if sweep.has_rate(adapter) else None
         for adapter in options.adapters
     }
+    found = sweep.fingerprints(source, params)
+    sweep.check_files(options.adapters, options.mgtta, found["weights"])
     results = sweep.Results(
         options.output / name,
-        settings | {"templates": templates} | sweep.fingerprints(source, params),
+        settings | {"templates": templates} | found,
         sweep.about(data=root, model=options.model),
         {a: sweep.own_settings(a, setup, rates[a], canvas) for a in options.adapters},
     )

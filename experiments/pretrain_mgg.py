@@ -1,4 +1,4 @@
-r"""Train MGTTA's meta gradient generator on a few pictures without labels.
+r"""Train MGTTA's meta gradient generator on a few pictures.
 
     python experiments/pretrain_mgg.py --layout arrays --data cifar10-c-severity5/meta_train \
         --class-names airplane automobile bird cat deer dog frog horse ship truck --output runs/mgg
@@ -7,10 +7,11 @@ r"""Train MGTTA's meta gradient generator on a few pictures without labels.
 
 adapts the model to a stream of pictures under the four validation corruptions, none of which a
 benchmark tests, two at a time, and learns from each batch's loss what the update before it should
-have been. The pictures need no labels; where they have them, epochs can be chosen by accuracy on
-held-out ones, as published. Leaves `phi.safetensors`, the statistics of clean pictures' features in
-`statistics.safetensors`, `training.json` and curves in `training.png`. A killed run goes on at the
-last epoch that it finished.
+have been. No label is trained on; the epoch to keep is chosen by accuracy on held-out pictures,
+with their labels, as published, or by the loss there, without (--choose loss). Leaves
+`phi.safetensors`, the statistics of clean pictures' features in `statistics.safetensors`,
+`training.json` and curves in `training.png`. A killed run goes on at the last epoch that it
+finished.
 """
 
 import dataclasses
@@ -56,8 +57,9 @@ class Options:
     """At most so many of them."""
     corruptions: tuple[str, ...] = VALIDATION
     """What the training pictures are corrupted by; not what is to be tested."""
-    severity: int = 5
-    """1 to 5; without meaning for arrays."""
+    severity: int | None = None
+    """1 to 5. Default: 5, but 1 on the embedded pictures, as in corruption_sweep.py; arrays have
+    one of their own."""
     pictures: int = 128
     """Training pictures, each under one of the corruptions by turns."""
     held_out: int = 256
@@ -114,16 +116,19 @@ def main(options: Options) -> None:
     )
     task = jaxtta.clip.zero_shot_task(model, source.class_names, data.templates_for(options.layout))
     train, held_out = read_pictures(options, source)
-    statistics = gather_statistics(options, source, model, params)
+    clean = open_clean(options, source, model)
+    statistics = gather_statistics(options, clean, model, params)
     prompts = model.prompts(task)
     classes = prompts
     if options.tower == "image":
         classes = jax.jit(model.class_embeddings)(params, prompts)
     context = MGTTAContext(classes, statistics.mean, statistics.std)
     run = Run(options, model, params, context)
-    settings = describe(options, source, params)
+    settings = describe(options, source, clean, params)
     sweep.agree(options.output / "settings.json", settings)
-    jaxtta.clip.save_statistics(options.output / "statistics.safetensors", statistics)
+    weights = {"weights": settings["found"]["weights"]}
+    with sweep.whole(options.output / "statistics.safetensors") as temporary:
+        jaxtta.clip.save_statistics(temporary, statistics, weights | settings["found_source"])
 
     state, history, done = restore(options.output, run.start())
     rng = np.random.default_rng([options.seed, 1])
@@ -140,10 +145,12 @@ def main(options: Options) -> None:
             judged = run.judge(state.phi, held_out, f"epoch {epoch + 1}")
             for figures, value in zip(history, (float(losses.mean()), *judged), strict=True):
                 figures.append(value)
-            save(options.output, state, history, epoch + 1)
             if best_epoch(options, history) == epoch:
-                about = settings | {"epoch": epoch + 1}
-                optim.save_phi(options.output / "phi.safetensors", state.phi, about)
+                # Before the checkpoint: a run that is killed between them makes this epoch again.
+                about = settings | weights | {"epoch": epoch + 1}
+                with sweep.whole(options.output / "phi.safetensors") as temporary:
+                    optim.save_phi(temporary, state.phi, about)
+            save(options.output, state, history, epoch + 1)
             bar.set_postfix_str(said(losses.mean(), *judged))
     best = best_epoch(options, history)
     record = {
@@ -191,7 +198,8 @@ def read_pictures(
     options: Options, source: data.Source
 ) -> tuple[np.ndarray, list[list[data.StreamBatch]]]:
     """Training pictures (pictures, size, size, 3), and a list of held-out batches a corruption."""
-    severity = 0 if options.layout == "arrays" else options.severity
+    usual = 1 if options.data == str(assets.PICTURES) else 5
+    severity = 0 if options.layout == "arrays" else options.severity or usual
     domains = [data.Domain(name, severity) for name in options.corruptions]
     for domain in domains:
         source.check(domain)
@@ -226,6 +234,19 @@ def read_all(
     return [[read[number] for number in batches.of(stream)] for stream in range(len(streams))]
 
 
+def open_clean(options: Options, source: data.Source, model: jaxtta.clip.CLIP) -> data.Source:
+    """Where clean pictures come from."""
+    if options.source is not None:
+        source = data.open_source(
+            options.layout, options.source, model.preprocessing, options.class_names
+        )
+    try:
+        source.check(data.Domain(data.CLEAN))
+    except ValueError as error:
+        raise ValueError(f"{error}; give clean pictures with --source") from error
+    return source
+
+
 def gather_statistics(
     options: Options,
     source: data.Source,
@@ -233,15 +254,7 @@ def gather_statistics(
     params: jaxtta.clip.Params,
 ) -> jaxtta.clip.FeatureStatistics:
     """Statistics of clean pictures' features."""
-    if options.source is not None:
-        source = data.open_source(
-            options.layout, options.source, model.preprocessing, options.class_names
-        )
     clean = data.Domain(data.CLEAN)
-    try:
-        source.check(clean)
-    except ValueError as error:
-        raise ValueError(f"{error}; give clean pictures with --source") from error
     order = np.random.default_rng(options.seed).permutation(len(source.labels))
     pictures = order[: options.source_pictures]
     stream = data.stream_of("clean", [clean], np.zeros(len(pictures), int), pictures, options.seed)
@@ -316,16 +329,21 @@ class Run:
         if not held_out:
             return None, None
         frozen = (self.params, self.context)
-        losses, right = [], []
+        losses, counts, right = [], [], []
         for batches in tqdm(held_out, desc=name, unit="corruption", leave=False):
             state = self._init(frozen, phi)
             for read in batches:
                 batch = Batch(read.images, read.mask, read.index)
                 state, prediction = self._predict(frozen, phi, state, batch)
+                if prediction.metrics["skipped"]:
+                    raise FloatingPointError(
+                        f"{name}: a loss or an update on held-out pictures is not finite"
+                    )
                 losses.append(float(prediction.metrics["loss"]))
                 answers = np.asarray(prediction.logits.argmax(-1))
                 right.append((answers == read.labels)[read.mask])
-        return float(np.mean(losses)), float(np.concatenate(right).mean())
+                counts.append(len(right[-1]))
+        return float(np.average(losses, weights=counts)), float(np.concatenate(right).mean())
 
 
 def windows(batches: np.ndarray, size: int) -> Iterator[np.ndarray]:
@@ -345,11 +363,15 @@ def best_epoch(options: Options, history: History) -> int:
 # --- files ---
 
 
-def describe(options: Options, source: data.Source, params: jaxtta.clip.Params) -> dict:
+def describe(
+    options: Options, source: data.Source, clean: data.Source, params: jaxtta.clip.Params
+) -> dict:
     """What decides the result."""
-    settings = dataclasses.asdict(options) | {"found": sweep.fingerprints(source, params)}
+    settings = dataclasses.asdict(options)
     for name in ("output", "data", "model", "source", "debug", "epochs"):
         del settings[name]  # places, and how long it goes on
+    settings["found"] = sweep.fingerprints(source, params)
+    settings["found_source"] = {"pictures": sweep.fingerprints(clean, {})["pictures"]}
     return json.loads(json.dumps(settings))
 
 

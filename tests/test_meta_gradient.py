@@ -126,13 +126,13 @@ def test_streams_map_over_states(phi):
         jax.tree.map(lambda *x: jnp.stack(x), *steps) for steps in zip(*streams, strict=True)
     ]
     state = jax.vmap(optimizer.init)(stacked[0])
-    alone = [updates_of(optimizer, stream) for stream in streams]
+    alone = [updates_of(optimizer, [ravel_pytree(g)[0] for g in stream]) for stream in streams]
+    step = jax.jit(jax.vmap(optimizer.update))
     for number, gradients in enumerate(stacked):
-        updates, state = jax.vmap(optimizer.update)(gradients, state)
+        updates, state = step(gradients, state)
         for stream in range(2):
             own = jax.tree.map(lambda x, k=stream: x[k], updates)
-            expected = ravel_pytree(alone[stream][number])[0]
-            np.testing.assert_allclose(ravel_pytree(own)[0], expected, atol=1e-8)
+            np.testing.assert_allclose(ravel_pytree(own)[0], alone[stream][number], atol=1e-8)
 
 
 def test_one_device_or_eight_give_the_same(phi):
@@ -146,6 +146,12 @@ def test_one_device_or_eight_give_the_same(phi):
     assert len(eight[0].sharding.device_set) == 8
     for x, y in zip(one, eight, strict=True):
         np.testing.assert_allclose(x, y, atol=1e-8)
+    # a tree whose leaves are spread, against the row of its parts on one device
+    tree = [{"a": g[:16], "b": g[16:].reshape(8, 6)} for g in gradients]
+    spread = [jax.tree.map(lambda x: jax.device_put(x, rows), leaves) for leaves in tree]
+    found = updates_of(optimizer, spread, jax.jit(optimizer.update))
+    for x, y in zip(one, found, strict=True):
+        np.testing.assert_allclose(x, ravel_pytree(y)[0], atol=1e-8)
 
 
 def test_dtypes_are_the_gradients(phi):

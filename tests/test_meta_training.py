@@ -74,6 +74,14 @@ def test_equal_to_plain_differentiation(phi, truncation):
     assert state.fresh
 
 
+def test_the_generator_is_recomputed_in_the_backward_pass(phi):
+    """Each update's inner steps are, so that K of them cost the memory of their states alone."""
+    optimizer = optax.adam(1e-2)
+    state = init_meta_training(phi, ADAPTED, optimizer)
+    program = jax.make_jaxpr(meta_step(loss_of, optimizer, RATE))(state, TARGETS[:4])
+    assert "checkpoint" in str(program) or "remat" in str(program)
+
+
 def test_training_makes_the_losses_smaller(phi):
     """A target that stays, seen through noise: a steady hand is learnt."""
     noise = np.random.default_rng(1).normal(size=(60, 20, 4)).astype(np.float32)

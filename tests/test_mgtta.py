@@ -10,7 +10,7 @@ import pytest
 from conftest import changes, golden, pictures_of, relative
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import save_file
-from transformers import ViTConfig
+from transformers import CLIPConfig, ViTConfig
 
 import jaxtta
 from jaxtta import clip, losses, optim
@@ -86,25 +86,78 @@ def test_statistics_of_a_stream_are_those_of_its_pictures(tiny, reference, stati
     assert found.count == len(pictures)
     np.testing.assert_allclose(found.mean, statistics.mean, atol=1e-5)
     np.testing.assert_allclose(found.std, statistics.std, atol=1e-5)
-    clip.save_statistics(tmp_path / "source.safetensors", found)
-    for x, y in zip(clip.load_statistics(tmp_path / "source.safetensors"), found, strict=True):
+    clip.save_statistics(tmp_path / "source.safetensors", found, {"weights": "abc"})
+    loaded, about = clip.load_statistics(tmp_path / "source.safetensors")
+    assert about == {"weights": "abc"}
+    for x, y in zip(loaded, found, strict=True):
         np.testing.assert_array_equal(x, y)
     with pytest.raises(ValueError, match="source statistics of 1 pictures, expected at least two"):
         clip.feature_statistics(model, params, [pictures[:1]])
     with pytest.raises(FileNotFoundError, match="nothing: no such file"):
         clip.load_statistics(tmp_path / "nothing")
     (tmp_path / "odd").write_text("odd")
-    with pytest.raises(ValueError, match="odd: holds no feature statistics"):
+    with pytest.raises(ValueError, match="odd: "):
         clip.load_statistics(tmp_path / "odd")
+    with pytest.raises(ValueError, match="source statistics that are not finite"):
+        clip.feature_statistics(model, params, [np.full_like(pictures[:2], np.nan)])
+    array = np.zeros((3, 32), np.float32)
+    for arrays, message in (
+        ({"query": array}, "odd: holds query and no feature statistics"),
+        (
+            {"count": np.array(1.0, np.float32), "mean": array, "squares": array},
+            "odd: source .* of 1 pictures",
+        ),
+        (
+            {"count": np.array(5.0, np.float32), "mean": array, "squares": array[:2]},
+            r"odd: source statistics of shapes \(\), \(3, 32\) and \(2, 32\), expected a number",
+        ),
+        (
+            {"count": np.array(5.0, np.float32), "mean": array, "squares": array + np.nan},
+            "odd: .* not finite",
+        ),
+    ):
+        save_file(arrays, tmp_path / "odd")
+        with pytest.raises(ValueError, match=message):
+            clip.load_statistics(tmp_path / "odd")
+
+
+def test_statistics_gathered_by_eight_devices(tiny, reference, statistics):
+    """A batch that is spread over devices, and two sums that are put together in the end."""
+    model, params = tiny
+    pictures = pictures_of(model, reference["source_images"]).astype(np.float32)
+    rows = jax.NamedSharding(
+        jax.sharding.Mesh(np.array(jax.devices()), "pictures"), jax.P("pictures")
+    )
+    assert rows.mesh.size == 8
+    assert len(pictures) >= 40
+    parts = [jax.device_put(jnp.asarray(pictures[i : i + 8]), rows) for i in range(0, 32, 8)]
+    one = clip.feature_statistics(model, params, parts[:2])
+    other = clip.feature_statistics(model, params, [*parts[2:], pictures[32:]])
+    for found in (clip.merge_statistics(one, other), clip.merge_statistics(other, one)):
+        assert found.count == len(pictures)
+        np.testing.assert_allclose(found.mean, statistics.mean, atol=1e-5)
+        np.testing.assert_allclose(found.std, statistics.std, atol=1e-5)
 
 
 def test_statistics_of_another_model_are_refused(tiny, task, phi):
     model, params = tiny
     other = clip.FeatureStatistics(jnp.array(5.0), jnp.zeros((2, 32)), jnp.ones((2, 32)))
-    adapter = jaxtta.adapters.mgtta(model, task, other, optim.meta_gradient_generator(phi, 1e-3))
+    optimizer = optim.meta_gradient_generator(phi, 1e-3)
     message = r"source statistics of shape \(2, 32\), expected \(3, 32\) for this model"
     with pytest.raises(ValueError, match=message):
+        jaxtta.adapters.mgtta(model, task, other, optimizer)
+    context = MGTTAContext(model.prompts(task), other.mean, other.std)
+    trainable = jaxtta.tree.normalisation_parameters("image")
+    adapter = jaxtta.adapters.online(
+        jaxtta.objectives.mgtta(model), lambda _: context, trainable, optimizer
+    )
+    with pytest.raises(ValueError, match=message):
         jax.eval_shape(adapter.step, params, adapter.init(params), jnp.zeros((2, 32, 32, 3)))
+
+
+def test_a_tower_that_is_not_adapted_alone_is_refused(tiny, task, statistics):
+    with pytest.raises(ValueError, match="tower is 'text', expected image or both"):
+        jaxtta.adapters.mgtta(tiny[0], task, statistics, optax.sgd(1.0), tower="text")
 
 
 def test_the_discrepancy_is_that_of_the_valid_pictures():
@@ -164,6 +217,22 @@ def test_batclip_driven_by_the_generator(tiny, task, phi, images):
         assert (moved > 0.1 * rate) or rate == 0
 
 
+def test_the_generator_is_handed_clipped_gradients(phi):
+    """As in the chain written out by hand, below and above the bound."""
+    chained = optax.chain(optax.clip_by_global_norm(1.0), optim.meta_gradient_generator(phi, 1e-3))
+    alone = optim.meta_gradient_generator(phi, 1e-3)
+    state, own, unclipped = chained.init(jnp.zeros(6)), *([alone.init(jnp.zeros(6))] * 2)
+    random = np.random.default_rng(0)
+    for norm in (0.1, 30.0, 0.5, 3.0):
+        gradient = jnp.asarray(random.normal(size=6), jnp.float32)
+        gradient *= norm / jnp.linalg.norm(gradient)
+        update, state = chained.update(gradient, state)
+        expected, own = alone.update(gradient / max(norm, 1.0), own)
+        np.testing.assert_allclose(update, expected, atol=1e-7)
+        other, unclipped = alone.update(gradient, unclipped)
+    assert np.abs(update - other).max() > 1e-5  # what was clipped before is remembered
+
+
 @pytest.fixture(scope="module")
 def classifier():
     config = ViTConfig(
@@ -182,13 +251,8 @@ def classifier():
 def test_a_supervised_classifier_in_clips_place(classifier, phi, images):
     _, model, params = classifier
     statistics = clip.feature_statistics(model, params, [images[3]])
-    context = MGTTAContext(None, statistics.mean, statistics.std)
-    adapter = jaxtta.adapters.online(
-        jaxtta.objectives.mgtta(model),
-        lambda params: context,
-        jaxtta.tree.normalisation_parameters("image"),
-        optim.meta_gradient_generator(phi, 1e-3),
-    )
+    optimizer = optim.meta_gradient_generator(phi, 1e-3)
+    adapter = jaxtta.adapters.mgtta(model, None, statistics, optimizer)
     state, step = adapter.init(params), jax.jit(adapter.step)
     assert jaxtta.tree.count(state.adapted) == 2 * 32 * (2 * 3 + 1)  # none before the blocks
     first = state.adapted
@@ -257,10 +321,48 @@ def test_a_gradient_that_is_nan_leaves_the_memory_unharmed(tiny, task, statistic
         np.testing.assert_array_equal(x, y)
 
 
+def test_a_finite_loss_with_a_gradient_that_is_not(phi):
+    """NaN (of a square root at 0), and one whose square overflows though tanh bounds its update."""
+
+    def objective(params, context, batch):
+        under_root, factor = batch.images[0, 0, 0, :2]
+        loss = factor * jnp.sqrt(under_root * params["norm"]["scale"][0])
+        return loss, (jnp.zeros((len(batch.images), 2)), {})
+
+    adapter = jaxtta.adapters.online(
+        objective, lambda _: (), lambda path: True, optim.meta_gradient_generator(phi, 1e-3)
+    )
+    params = {"norm": {"scale": jnp.ones(3)}}
+    step, pictures = jax.jit(adapter.step), jnp.ones((2, 4, 4, 3))
+    state, prediction = step(params, adapter.init(params), pictures)
+    assert not prediction.metrics["skipped"]
+    for odd in ((0.0, 1.0, 0.0), (1.0, 1e25, 0.0)):
+        after, prediction = step(params, state, pictures * jnp.array(odd))
+        assert np.isfinite(prediction.metrics["loss"])
+        assert prediction.metrics["skipped"]
+        for x, y in zip(*map(jax.tree.leaves, (state, after)), strict=True):
+            np.testing.assert_array_equal(x, y)
+
+
+def test_the_state_on_a_full_size_model_is_small():
+    """ViT-B/16's image tower: 39,936 numbers, below 15 MB."""
+    vision = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12}
+    config = CLIPConfig(
+        vision_config=vision | {"num_attention_heads": 12, "image_size": 224, "patch_size": 16}
+    )
+    model = clip.from_config(config)
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    adapted, _ = jaxtta.tree.partition(params, jaxtta.tree.normalisation_parameters("image"))
+    weights = optim.init_meta_gradient_generator(jax.random.key(0))
+    state = jax.eval_shape(optim.meta_gradient_generator(weights, 1e-3).init, adapted)
+    assert jaxtta.tree.count(adapted) == 39936
+    assert sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state)) < 15e6
+
+
 def test_the_shipped_generator_is_the_preset(embedded):
     model, params = embedded
     task = clip.zero_shot_task(model, ["cat", "dog", "ship"])
-    statistics = clip.load_statistics(jaxtta.assets.STATISTICS)
+    statistics, _ = clip.load_statistics(jaxtta.assets.STATISTICS)
     adapter = jaxtta.adapters.mgtta(model, task, statistics)
     state = adapter.init(params)
     images = jax.random.uniform(jax.random.key(0), (4, 32, 32, 3))

@@ -1,18 +1,21 @@
 """MGTTA: normalisation parameters adapted towards the source's feature statistics."""
 
+from typing import Literal
+
 import jax
 import optax
 
 from jaxtta import assets, objectives
 from jaxtta.adapters.base import Adapter, Preset
 from jaxtta.adapters.online import online
-from jaxtta.clip import CLIP, FeatureStatistics, Params, Task
+from jaxtta.clip import CLIP, FeatureStatistics, ImageClassifier, Params, Task, feature_shape
 from jaxtta.objectives import MGTTAContext
 from jaxtta.optim import load_phi, meta_gradient_generator
 from jaxtta.tree import normalisation_parameters
 
-MGTTA_PRESETS = {"imagenet-c": Preset(lambda: shipped_generator(1e-3), 64)}
-"""The published settings, severity 5, with weights trained on the embedded model."""
+PUBLISHED_RATE = 1e-3
+MGTTA_PRESETS = {"imagenet-c": Preset(lambda: shipped_generator(PUBLISHED_RATE), 64)}
+"""The published rate and batch size, with the shipped weights, which are the embedded model's."""
 
 
 def shipped_generator(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
@@ -21,18 +24,18 @@ def shipped_generator(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTr
 
 
 def mgtta(
-    model: CLIP,
-    task: Task,
+    model: CLIP | ImageClassifier,
+    task: Task | None,
     statistics: FeatureStatistics,
     optimizer: optax.GradientTransformation | None = None,
     weight: float = 0.4,
-    tower: str = "image",
+    tower: Literal["image", "both"] = "image",
 ) -> Adapter:
     """Minimise entropy and the discrepancy from clean pictures' features.
 
     Args:
         model: the model.
-        task: the classes.
+        task: the classes; None for a classifier, which has its own.
         statistics: of clean pictures' features, from `jaxtta.clip.feature_statistics`.
         optimizer: an optax transformation; None for `MGTTA_PRESETS["imagenet-c"]`. Weights for
             another model come from `experiments/pretrain_mgg.py`.
@@ -42,13 +45,21 @@ def mgtta(
     Returns:
         The adapter.
 
+    Raises:
+        ValueError: if the tower is another, or the statistics are another model's.
+
     References:
         https://arxiv.org/abs/2412.16901
     """
-    prompts, encode = model.prompts(task), jax.jit(model.class_embeddings)
+    if tower not in ("image", "both"):
+        raise ValueError(f"tower is {tower!r}, expected image or both")
+    objectives.check_statistics(statistics.mean, feature_shape(model))
+    prompts = None if task is None else model.prompts(task)
 
     def context(params: Params) -> MGTTAContext:
-        classes = prompts if tower == "both" else encode(params, prompts)
+        classes = prompts
+        if task is not None and tower == "image":
+            classes = jax.jit(model.class_embeddings)(params, prompts)
         return MGTTAContext(classes, statistics.mean, statistics.std)
 
     trainable = normalisation_parameters(tower)

@@ -6,6 +6,7 @@ from jaxtta.clip.model import CLIP, ImageFeatures, Outputs, Params, unit
 from jaxtta.clip.prompts import Prompts, Task, task_from_token_ids
 from jaxtta.clip.statistics import (
     FeatureStatistics,
+    feature_shape,
     feature_statistics,
     load_statistics,
     merge_statistics,
@@ -24,6 +25,7 @@ __all__ = [
     "Prompts",
     "Task",
     "classifier_from_config",
+    "feature_shape",
     "feature_statistics",
     "from_config",
     "load",

@@ -4,6 +4,7 @@ statistics = feature_statistics(model, params, batches)     # clean pictures; a 
 save_statistics("source.safetensors", statistics)
 """
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ import numpy as np
 
 from jaxtta.clip.classifier import ImageClassifier
 from jaxtta.clip.model import CLIP, Params
+from jaxtta.clip.modules import VisionTransformer
 
 Array = jax.Array
 
@@ -73,6 +75,13 @@ def merge_statistics(first: FeatureStatistics, second: FeatureStatistics) -> Fea
     return FeatureStatistics(count, first.mean + apart * share, squares)
 
 
+def feature_shape(model: CLIP | ImageClassifier) -> tuple[int, int]:
+    """(Layers, width) of a model's layer features; a ValueError if its tower is a ResNet."""
+    if not isinstance(model.vision, VisionTransformer):
+        raise ValueError("layer features are those of a vision transformer, not of a ResNet")
+    return model.vision.arch.layers, model.vision.arch.width
+
+
 def feature_statistics(
     model: CLIP | ImageClassifier, params: Params, batches: Iterable[Any]
 ) -> FeatureStatistics:
@@ -88,7 +97,8 @@ def feature_statistics(
         The moments, the same for any division into batches.
 
     Raises:
-        ValueError: if there are fewer than two pictures.
+        ValueError: if there are fewer than two pictures, the features of one are not finite, or the
+            model is a ResNet.
     """
 
     @jax.jit
@@ -100,48 +110,71 @@ def feature_statistics(
         features = model.image_features(params, model.normalize(images)).layer_features
         return merge_statistics(so_far, statistics_of(features, mask))
 
-    shape = (model.vision.arch.layers, model.vision.arch.width)
+    shape = feature_shape(model)
     found = FeatureStatistics(jnp.zeros(()), jnp.zeros(shape), jnp.zeros(shape))
     for batch in batches:
         images = jnp.asarray(getattr(batch, "images", batch))
         mask = jnp.asarray(getattr(batch, "mask", np.ones(len(images), bool)))
         found = add(params, found, images, mask)
-    if found.count < 2:
-        raise ValueError(f"source statistics of {int(found.count)} pictures, expected at least two")
+    _check(found)
     return found
 
 
-def save_statistics(path: str | Path, statistics: FeatureStatistics) -> None:
-    """Save moments as safetensors.
+def _check(statistics: FeatureStatistics) -> None:
+    """Raise a ValueError for moments that have no standard deviation."""
+    count, mean, squares = map(np.asarray, statistics)
+    if count.shape or mean.ndim != 2 or mean.shape != squares.shape:
+        raise ValueError(
+            f"source statistics of shapes {count.shape}, {mean.shape} and {squares.shape}, "
+            "expected a number and twice (layers, width)"
+        )
+    if not count >= 2:
+        raise ValueError(f"source statistics of {count:g} pictures, expected at least two")
+    if not (np.isfinite(mean).all() and np.isfinite(squares).all()):
+        raise ValueError("source statistics that are not finite")
+
+
+def save_statistics(
+    path: str | Path, statistics: FeatureStatistics, about: dict[str, Any] | None = None
+) -> None:
+    """Save moments.
 
     Args:
-        path: of the file.
+        path: of the `.safetensors` file.
         statistics: what to save.
+        about: of which model and pictures, kept as JSON in the file's metadata.
     """
     from safetensors.numpy import save_file
 
-    save_file({name: np.asarray(x) for name, x in statistics._asdict().items()}, str(path))
+    arrays = {name: np.asarray(x) for name, x in statistics._asdict().items()}
+    save_file(arrays, str(path), {"about": json.dumps(about or {})})
 
 
-def load_statistics(path: str | Path) -> FeatureStatistics:
+def load_statistics(path: str | Path) -> tuple[FeatureStatistics, dict[str, Any]]:
     """Load what `save_statistics` saved.
 
     Args:
         path: of the file.
 
     Returns:
-        The moments.
+        The moments, and of which model and pictures they are.
 
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if it holds something else.
     """
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
+    from safetensors import SafetensorError, safe_open
 
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
-        return FeatureStatistics(**load_file(str(path)))
-    except (SafetensorError, TypeError) as error:
-        raise ValueError(f"{path}: holds no feature statistics ({error})") from error
+        with safe_open(str(path), "np") as file:
+            about = json.loads((file.metadata() or {}).get("about", "{}"))
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if arrays.keys() != set(FeatureStatistics._fields):
+            raise ValueError(f"holds {', '.join(sorted(arrays)[:5])} and no feature statistics")
+        statistics = FeatureStatistics(**arrays)
+        _check(statistics)
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    return statistics, about

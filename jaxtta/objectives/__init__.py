@@ -3,7 +3,7 @@
 from jaxtta.objectives.base import Batch, Classifier, Metrics, Objective, as_batch
 from jaxtta.objectives.batclip import batclip
 from jaxtta.objectives.entropy import entropy_minimisation
-from jaxtta.objectives.mgtta import MGTTAContext, mgtta
+from jaxtta.objectives.mgtta import MGTTAContext, check_statistics, mgtta
 
 __all__ = [
     "Batch",
@@ -13,6 +13,7 @@ __all__ = [
     "Objective",
     "as_batch",
     "batclip",
+    "check_statistics",
     "entropy_minimisation",
     "mgtta",
 ]

@@ -44,11 +44,7 @@ def mgtta(model: Classifier, weight: float = 0.4) -> Objective:
         params: Any, context: MGTTAContext, batch: Batch
     ) -> tuple[jax.Array, tuple[jax.Array, Metrics]]:
         out = model.forward(params, context.classes, batch.images)
-        shape = out.layer_features.shape[1:]
-        if context.mean.shape != shape:
-            raise ValueError(
-                f"source statistics of shape {context.mean.shape}, expected {shape} for this model"
-            )
+        check_statistics(context.mean, out.layer_features.shape[1:])
         distance = losses.feature_discrepancy(
             out.layer_features, batch.mask, context.mean, context.std
         )
@@ -59,3 +55,16 @@ def mgtta(model: Classifier, weight: float = 0.4) -> Objective:
         return metrics["entropy"] + metrics["discrepancy"], (out.logits, metrics)
 
     return objective
+
+
+def check_statistics(mean: jax.Array, shape: tuple[int, ...]) -> None:
+    """Raise a ValueError for statistics of a model with other features.
+
+    Args:
+        mean: (layers, width) of the source features.
+        shape: the model's (layers, width).
+    """
+    if mean.shape != shape:
+        raise ValueError(
+            f"source statistics of shape {mean.shape}, expected {shape} for this model"
+        )

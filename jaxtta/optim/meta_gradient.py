@@ -106,6 +106,8 @@ def meta_gradient_generator(
     """Turn gradients into updates of magnitude at most the learning rate.
 
     Differentiable with respect to `phi`, through `init` too, where the memories begin as it says.
+    Trained weights move a parameter whose gradient is always zero as well, so give it none that the
+    objective does not use.
 
     Args:
         phi: the weights, from `load_phi` or meta-training.

@@ -9,6 +9,7 @@ from jaxtta.sweep.lineup import (
     MGTTA,
     Setup,
     check_adapters,
+    check_files,
     has_rate,
     is_tnt,
     make_adapter,
@@ -20,7 +21,7 @@ from jaxtta.sweep.plots import save_all
 from jaxtta.sweep.provenance import about, fingerprints
 from jaxtta.sweep.record import Record, Scores, gain, outcomes, paired, score
 from jaxtta.sweep.report import DATASETS, answer, summary_csv, table
-from jaxtta.sweep.results import Cell, Results, agree, write_json
+from jaxtta.sweep.results import Cell, Results, agree, whole, write_json
 from jaxtta.sweep.run import run
 from jaxtta.sweep.script import check_choices, check_limits, check_rates, run_script
 
@@ -41,6 +42,7 @@ __all__ = [
     "check_adapters",
     "check_choices",
     "check_examples",
+    "check_files",
     "check_limits",
     "check_rates",
     "choose_learning_rate",
@@ -65,6 +67,7 @@ __all__ = [
     "summary_csv",
     "table",
     "tuning_of",
+    "whole",
     "write_json",
     "write_report",
 ]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import logging
 import math
 import re
 from pathlib import Path
@@ -11,16 +12,17 @@ import optax
 
 from jaxtta import adapters, assets
 from jaxtta.adapters import BATCLIP_PRESETS, TENT_PRESETS, Adapter, Tuning
+from jaxtta.adapters.mgtta import PUBLISHED_RATE
 from jaxtta.clip import CLIP, Task, load_statistics
 from jaxtta.optim import load_phi, meta_gradient_generator
+
+log = logging.getLogger(__name__)
 
 ADAPTERS = ("zero_shot", "tent", "batclip", "tnt", "mgtta", "mgtta-sgd", "mgtta-adam")
 """What `make_adapter` knows; TNT also as "tnt-3", with so many steps, and those with a learning
 rate also as "tent@1e-4", with that one."""
 WITH_RATE = ("tent", "batclip", "mgtta", "mgtta-sgd", "mgtta-adam")
 """Those with a learning rate to choose."""
-RATE = 1e-3
-"""Of MGTTA's optimisers, if no other is asked for."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,14 +110,14 @@ def make_adapter(
         task: the classes.
         setup: the settings.
         rate: a learning rate for one of `WITH_RATE`, in place of the published one: TENT with SGD
-            and momentum, BATCLIP with AdamW.
+            and momentum, BATCLIP with AdamW, MGTTA with the optimiser that its name says.
 
     Returns:
         The adapter.
 
     Raises:
         FileNotFoundError: if one of MGTTA's files is not there.
-        ValueError: if it holds something else.
+        ValueError: if it holds something else, or is for a model of another size.
     """
     name, rate = name.partition("@")[0], rate_in(name) or rate
     if name == "zero_shot":
@@ -125,18 +127,49 @@ def make_adapter(
     if name.startswith("mgtta"):
         settings = setup.mgtta
         optimizer = {
-            "mgtta": lambda: meta_gradient_generator(load_phi(settings.phi)[0], rate or RATE),
-            "mgtta-sgd": lambda: optax.sgd(rate or RATE, momentum=0.9),
-            "mgtta-adam": lambda: optax.adam(rate or RATE),
+            "mgtta": lambda: meta_gradient_generator(
+                load_phi(settings.phi)[0], rate or PUBLISHED_RATE
+            ),
+            "mgtta-sgd": lambda: optax.sgd(rate or PUBLISHED_RATE, momentum=0.9),
+            "mgtta-adam": lambda: optax.adam(rate or PUBLISHED_RATE),
         }[name]()
-        statistics = load_statistics(settings.statistics)
-        return adapters.mgtta(model, task, statistics, optimizer, settings.weight, settings.tower)
+        statistics, _ = load_statistics(settings.statistics)
+        try:
+            return adapters.mgtta(
+                model, task, statistics, optimizer, settings.weight, settings.tower
+            )
+        except ValueError as error:
+            raise ValueError(f"{settings.statistics}: {error}") from error
     if name == "tent":
         sgd = optax.sgd(rate, momentum=0.9) if rate else TENT_PRESETS[setup.preset].optimizer()
         return adapters.tent(model, task, sgd)
     preset = BATCLIP_PRESETS[setup.preset]
     adamw = optax.adamw(rate, weight_decay=1e-2) if rate else preset.optimizer()
     return adapters.batclip(model, task, adamw)
+
+
+def check_files(names: tuple[str, ...], mgtta: MGTTA, weights: str) -> None:
+    """Check that MGTTA's files were made with a model; warn of a generator for another one.
+
+    Args:
+        names: of the adapters.
+        mgtta: the settings.
+        weights: the model's, from `fingerprints`.
+
+    Raises:
+        FileNotFoundError: if one of them is not there.
+        ValueError: if it holds something else, or the statistics are of other weights.
+    """
+    bases = {name.partition("@")[0] for name in names}
+    made_for = "made with another model than this one; pretrain_mgg.py makes a file for"
+    if bases & {"mgtta", "mgtta-sgd", "mgtta-adam"}:
+        _, about = load_statistics(mgtta.statistics)
+        if about.get("weights", weights) != weights:
+            raise ValueError(f"{mgtta.statistics}: was {made_for} --mgtta.statistics")
+    if "mgtta" in bases:
+        _, about = load_phi(mgtta.phi)
+        if about.get("weights", weights) != weights:
+            log.warning("%s: was %s --mgtta.phi", mgtta.phi, made_for)
 
 
 def own_settings(
