@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 TRANSFORMERS ?= 5
+TESTS ?= tests
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 CONSTRAINTS = -c constraints/common.txt -c constraints/transformers$(TRANSFORMERS).txt
 OFFLINE = HF_HUB_OFFLINE=1
@@ -22,7 +23,7 @@ demo: venv  ## Adapt the embedded model to 15 corruptions of real pictures
 	$(OFFLINE) $(VENV)/bin/python experiments/corruption_sweep.py --limit 400 --batch-size 50 --output runs/demo
 
 test: venv  ## Run the tests (no PyTorch)
-	$(OFFLINE) $(VENV)/bin/python -m pytest -m "not parity" -n 2 --dist loadscope
+	$(OFFLINE) $(VENV)/bin/python -m pytest -m "not parity" -n 2 --dist loadscope $(TESTS)
 
 $(VENV)/torch: $(VENV)/installed
 	$(PIP) $(CONSTRAINTS) --editable '.[parity]'

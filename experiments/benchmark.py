@@ -712,14 +712,17 @@ def projection_times(settings: Settings) -> str:
 
     model = clip.from_config(clip_config(settings.model))
     params = random_params(model)
-    images = jnp.asarray(pictures(settings.batch, model.preprocessing.image_size))
-    grams = jax.block_until_ready(continual.task_grams(model, params, [images]))
+    shown = pictures(64, model.preprocessing.image_size)
+    batches = np.split(shown, 4)  # of 16, as published
+    grams = jax.block_until_ready(continual.task_grams(model, params, batches))
     continual.null_space_projectors({"small": jnp.eye(8)})  # the libraries are loaded
     start = time.perf_counter()
     projectors = jax.block_until_ready(continual.null_space_projectors(grams))
     seconds = time.perf_counter() - start
     counts = collections.Counter(map(len, grams.values()))
     sizes = ", ".join(f"{count} of {size} inputs" for size, count in counts.items())
+    columns = {name: p.basis.shape[1] / len(p.basis) for name, p in projectors.items()}
+    free = [1 - columns[name] if p.complement else columns[name] for name, p in projectors.items()]
     lines = [f"projectors ({sizes}): {seconds:.3g} s"]
     if importlib.util.find_spec("torch"):
         import torch
@@ -731,7 +734,9 @@ def projection_times(settings: Settings) -> str:
             torch.linalg.svd(matrix)
         published = time.perf_counter() - start
         lines[0] += f"; full SVDs in PyTorch: {published:.3g} s, {published / seconds:.2f}×"
+    lines.append(f"directions that they leave free: {np.mean(free):.1%} on average")
 
+    images = jnp.asarray(pictures(settings.batch, model.preprocessing.image_size))
     labels = jnp.arange(settings.batch) % settings.classes
     vectors = clip.unit(jax.random.normal(jax.random.key(0), (settings.classes, model.projection)))
     texts = vectors[labels]

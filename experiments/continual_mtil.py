@@ -5,13 +5,22 @@ r"""Teach a model one task after another: what does it learn, and what does it k
 teaches the embedded model the defects of textiles, then scikit-learn's digits, then the digits'
 negatives turned by 90°, and measures after each task what is left of CIFAR-10: on the five classes
 whose pictures it is shown to remember, and on the five others. Plain fine-tuning and GNSP in one
-table. The eleven MTIL sets in
-their published order, from the folders that prompt-learning benchmarks use (CIFAR-100 and MNIST
-from tensorflow-datasets), with ImageNet pictures as reference:
+table. All methods, three seeds, and all of CIFAR-10:
+
+    python experiments/continual_mtil.py --output runs/cifar10 --seeds 1 2 3 \
+        --reference folder=CIFAR10/train --kept folder=CIFAR10/test --reference-classes 5 \
+        --methods fine-tuning distillation projection-before projection-after gnsp gnsp-after \
+        wise-ft
+
+With --validate, and another --output, the same on pictures that are not tested: there ρ, rate and
+iterations are chosen. The eleven MTIL sets in their published order and with the published
+settings, from the folders that prompt-learning benchmarks use (CIFAR-100 and MNIST from
+tensorflow-datasets), with ImageNet pictures as reference:
 
     python experiments/continual_mtil.py --model openai/clip-vit-base-patch16 --data DATA \
         --tasks order-1 --reference imagenet=IMAGENET/train --output runs/mtil \
-        --methods fine-tuning gnsp gnsp-after --first-task all
+        --methods fine-tuning gnsp gnsp-after --first-task all --no-task-zero \
+        --iterations 1000 --warmup 100 --learning-rate 1e-5
 
 A task of your own is NAME=FOLDER, with FOLDER/train/<class>/… and FOLDER/test/<class>/…. A killed
 run goes on after the last task that it finished.
@@ -19,7 +28,6 @@ run goes on after the last task that it finished.
 
 import dataclasses
 import functools
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -27,34 +35,26 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from matplotlib.figure import Figure
-from PIL import Image
 from tqdm import tqdm
 
 import jaxtta
 from jaxtta import assets, continual, data, metrics, sweep, tree, views
 from jaxtta.clip.preprocess import Preprocessing
-from jaxtta.continual import METHODS, Examples, Pairs, TrainState
+from jaxtta.continual import METHODS, Examples, Method, Pairs, TrainState
+from jaxtta.data.memory import InMemory, Part, every, shape_of
+from jaxtta.data.tasks import ORDERS, TaskData, open_task
+from jaxtta.sweep.results import digest_of
 
-ORDERS = {
-    "order-1": (
-        *("fgvc-aircraft", "caltech101", "cifar100", "dtd", "eurosat", "oxford-flowers"),
-        *("food101", "mnist", "oxford-pets", "stanford-cars", "sun397"),
-    ),
-    "order-2": (
-        *("stanford-cars", "food101", "mnist", "oxford-pets", "oxford-flowers", "sun397"),
-        *("fgvc-aircraft", "caltech101", "dtd", "eurosat", "cifar100"),
-    ),
-}
-"""The two published orders of the MTIL benchmark."""
-FROM_TFDS = ("cifar100", "mnist")
-DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+Params = jaxtta.clip.Params
 WISE = "wise-ft"
 TRAINED_AS = {WISE: "fine-tuning"}
 """Methods that measure what another one trains."""
 CROP = (0.9, 1.0)  # share of the area that the training augmentation keeps
 GRAM_BATCH = 16
+TUNING = 5  # one in so many training and kept pictures is for --validate
+MEMORY = 2e9  # bytes of pictures that are kept once they were read
+FIGURES = ("modality gap", "image to text", "text to image")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,10 +80,12 @@ class Options:
     reference_classes: int | None = None
     """Take them from the first so many classes. Default: all, but five on the embedded ones."""
     kept: str | None = None
-    """LAYOUT=FOLDER with pictures to measure on what is kept: those of the reference classes and
-    those of the others apart. Default: none, but embedded ones beside the embedded reference."""
+    """LAYOUT=FOLDER or captions=FOLDER with other pictures, to measure on what is kept; if their
+    classes are the reference's, apart for those it was taken from and for the others. A fifth of
+    them is for --validate alone. Modality gap and retrieval are measured on them, without them on
+    the reference. Default: none, but embedded ones beside the embedded reference."""
     reference_pictures: int = 1000
-    """How many of them."""
+    """How many of the reference."""
     reference_batch: int = 64
     """Pairs a step."""
     first_task: Literal["same", "all"] = "same"
@@ -94,16 +96,22 @@ class Options:
     is not projected: --no-task-zero."""
     iterations: int = 300
     """Steps a task (published: 100 to 1000)."""
+    warmup: int | None = None
+    """How many of them the learning rate rises (published: 100). Default: a tenth."""
     batch_size: int = 64
     """Pictures a step."""
     learning_rate: float = 5e-5
     """The highest of AdamW (published: 1e-5 to 5e-5 on CLIP)."""
     rho: float = 0.15
     """Share of the singular values' sum that the projection gives up."""
-    gram_pictures: int = 2000
-    """Training pictures a task that its Gram matrices are gathered from."""
+    gram_pictures: int | None = None
+    """Training pictures a task that its Gram matrices are gathered from. Default: all, as
+    published."""
     wise_share: float = 0.5
     """Share of the fine-tuned weights in wise-ft's average."""
+    validate: bool = False
+    """Measure on a fifth of each task's training pictures, which is not trained on then, and on the
+    kept pictures that are never tested, so that settings can be chosen."""
     limit: int | None = None
     """Use only so many test pictures of each task."""
     seeds: tuple[int, ...] = (1,)
@@ -114,64 +122,31 @@ class Options:
     """Show tracebacks."""
 
 
-class TaskData(NamedTuple):
-    """A task.
-
-    Attributes:
-        name: what to call it.
-        template: of its prompts.
-        train: its training pictures; None for what is only measured.
-        test: its test pictures.
-    """
-
-    name: str
-    template: str
-    train: data.Source | None
-    test: data.Source
-
-
-class Arrays(NamedTuple):
-    """Pictures that are in memory.
-
-    Attributes:
-        images: (pictures, height, width, 3) uint8.
-        labels: (pictures,) int32.
-        class_names: names of the classes.
-        what: what to call them in a message.
-    """
-
-    images: np.ndarray
-    labels: np.ndarray
-    class_names: tuple[str, ...]
-    what: str
-
-    def open(self, number: int) -> Image.Image:
-        """One picture."""
-        return Image.fromarray(self.images[number])
-
-    def name(self, number: int) -> str:
-        """What to call a picture in a message."""
-        return f"{self.what} {number}"
-
-
 def main(options: Options) -> None:
     """Run every method and report."""
     check(options)
     model, params = jaxtta.clip.load(options.model)
-    tasks = [open_task(name, options, model) for name in task_names(options)]
-    for task in tasks:
-        if len(task.test.class_names) < 2:
-            raise ValueError(f"the task {task.name} has one class, expected at least two")
+    tasks = open_tasks(options, model)
     kept, reference = open_reference(options, model)
-    results = []
+    names = [task.name for task in (*tasks, *kept)]
+    for name in names:
+        if [*names, *FIGURES].count(name) > 1:
+            raise ValueError(f"two things are called {name}, give the task another name")
+    *both, reference = in_memory([*tasks, *kept, reference])
+    bench = Bench(options, model, params, both[: len(tasks)], both[len(tasks) :], reference)
+    results, failed = [], []
     for seed in options.seeds:
-        pairs = draw_pairs(options, model, params, reference, seed)
+        start = Start(bench, seed)
         for method in dict.fromkeys(TRAINED_AS.get(name, name) for name in options.methods):
-            results += Trainer(options, model, params, method, seed, pairs).run(
-                tasks, [*tasks, *kept]
-            )
+            try:
+                results += Trainer(bench, start, method).run()
+            except FloatingPointError as error:
+                failed.append(str(error))
     results = [found for name in options.methods for found in results if found["method"] == name]
-    report(options, [task.name for task in tasks], [task.name for task in kept], results)
+    if results:
+        report(options, names[: len(tasks)], names[len(tasks) :], results)
+    if failed:
+        raise FloatingPointError("; ".join(failed))
 
 
 def check(options: Options) -> None:
@@ -180,10 +155,11 @@ def check(options: Options) -> None:
     sweep.check_rates(learning_rate=(options.learning_rate,))
     sweep.check_limits(
         iterations=(options.iterations, 1),
+        warmup=(options.warmup, 0),
         batch_size=(options.batch_size, 1),
         reference_pictures=(options.reference_pictures, 2),
         reference_batch=(options.reference_batch, 2),
-        gram_pictures=(options.gram_pictures, GRAM_BATCH),
+        gram_pictures=(options.gram_pictures, 1),
         limit=(options.limit, 1),
         workers=(options.workers, 0),
     )
@@ -191,8 +167,11 @@ def check(options: Options) -> None:
         if name not in (*METHODS, WISE):
             known = ", ".join((*METHODS, WISE))
             raise ValueError(f"unknown method {name!r}, expected one of {known}")
-    if not 0 < options.rho < 1:
-        raise ValueError(f"--rho is {options.rho}, expected between 0 and 1")
+    if options.warmup is not None and options.warmup > options.iterations:
+        raise ValueError(
+            f"--warmup is {options.warmup}, expected at most the {options.iterations} --iterations"
+        )
+    continual.check_rho(options.rho)
     if not 0 <= options.wise_share <= 1:
         raise ValueError(f"--wise-share is {options.wise_share}, expected 0 to 1")
 
@@ -205,252 +184,364 @@ def task_names(options: Options) -> list[str]:
     return [name for given in options.tasks for name in ORDERS.get(given, (given,))]
 
 
-def open_task(name: str, options: Options, model: jaxtta.clip.CLIP) -> TaskData:
-    """Open a task's training and test pictures."""
-    prepare = model.preprocessing
-    if name in ("digits", "turned-digits"):
-        template = "a photo of the digit {}."
-        return TaskData(name, template, *digits(prepare, turned=name == "turned-digits"))
-    if name == "textile":
-        return TaskData(name, "a photo of a textile with {}.", *textile(prepare))
-    if name in ORDERS["order-1"]:
-        if options.data is None and name not in FROM_TFDS:
-            raise ValueError(f"{name} needs --data, the folder above the MTIL sets")
-        layout, root = ("tfds", name) if name in FROM_TFDS else (name, options.data)
-        both = (data.open_source(layout, root, prepare, split=s) for s in ("train", "test"))
-        return TaskData(name, data.templates_for(name)[0], *both)
-    own, equals, root = name.partition("=")
-    if not equals:
-        known = ", ".join((*ORDERS, *ORDERS["order-1"], "digits", "turned-digits", "textile"))
-        raise ValueError(f"unknown task {name!r}, expected NAME=FOLDER or one of {known}")
-    both = (data.open_source("folder", Path(root) / s, prepare) for s in ("train", "test"))
-    return TaskData(own, "a photo of a {}.", *both)
-
-
-def digits(prepare: Preprocessing, turned: bool) -> tuple[data.Source, data.Source]:
-    """scikit-learn's digits, three quarters to train on; or their negatives, turned by 90°."""
-    from sklearn.datasets import load_digits
-
-    loaded = load_digits()
-    grey = (loaded.images * 255 / 16).round().astype(np.uint8)
-    if turned:
-        grey = np.rot90(255 - grey, axes=(1, 2))
-    images = np.repeat(grey[..., None], 3, axis=-1)
-    return split(Arrays(images, loaded.target.astype(np.int32), DIGITS, "digit"), prepare)
-
-
-def textile(prepare: Preprocessing) -> tuple[data.Source, data.Source]:
-    """Simulated textile pictures with a global, a local or no defect."""
-    import conformal_clip_data
-
-    listed = data.image_folder(conformal_clip_data.textile_simulated_root())
-    names = {"global": "a large defect", "local": "a small defect", "nominal": "no defect"}
-    listed = listed._replace(class_names=tuple(names[name] for name in listed.class_names))
-    return split(listed, prepare)
-
-
-def split(pictures: Any, prepare: Preprocessing) -> tuple[data.Source, data.Source]:
-    """Every fourth picture of a class to test on, the others to train on."""
-    order = np.argsort(pictures.labels, kind="stable")
-    place = np.empty(len(order), int)  # of a picture within its class
-    for label in np.unique(pictures.labels):
-        members = order[pictures.labels[order] == label]
-        place[members] = np.arange(len(members))
-    tested = place % 4 == 0
-    return tuple(
-        data.CorruptedOnTheFly(Chosen(pictures, np.flatnonzero(mask)), prepare)
-        for mask in (~tested, tested)
-    )
-
-
-class Chosen:
-    """Some of a set's pictures, with all of its classes."""
-
-    def __init__(self, pictures: Any, numbers: np.ndarray) -> None:
-        """Choose pictures by their numbers."""
-        self.pictures, self.numbers = pictures, numbers
-        self.labels = pictures.labels[numbers]
-        self.class_names = tuple(pictures.class_names)
-
-    def open(self, number: int) -> Image.Image:
-        """One picture."""
-        return self.pictures.open(int(self.numbers[number]))
-
-    def name(self, number: int) -> str:
-        """What to call a picture in a message."""
-        return self.pictures.name(int(self.numbers[number]))
+def open_tasks(options: Options, model: jaxtta.clip.CLIP) -> list[TaskData]:
+    """Open the tasks; with --validate, test on a part of what they are trained on otherwise."""
+    tasks = [open_task(name, options.data, model.preprocessing) for name in task_names(options)]
+    if not options.validate:
+        return tasks
+    masks = [every(task.train.labels, TUNING) for task in tasks]
+    return [
+        task._replace(
+            train=Part(task.train, np.flatnonzero(~mask)),
+            test=Part(task.train, np.flatnonzero(mask)),
+        )
+        for task, mask in zip(tasks, masks, strict=True)
+    ]
 
 
 def open_reference(options: Options, model: jaxtta.clip.CLIP) -> tuple[list[TaskData], TaskData]:
     """What is measured without being taught, and the pictures that stand for what is to be kept."""
-    prepare, count = model.preprocessing, options.reference_classes
-    template = "a photo of a {}."
-    if options.reference is None:
-        count = count or 5
-        reference, kept = split(data.image_folder(assets.PICTURES), prepare)
-    else:
-        reference = open_layout("--reference", options.reference, prepare)
-        if options.reference.startswith("captions="):
-            template = "{}"
-        kept = open_layout("--kept", options.kept, prepare) if options.kept else None
-    names = reference.class_names
-    count = count or len(names)
+    prepare, embedded = model.preprocessing, options.reference is None
+    given = f"folder={assets.PICTURES}" if embedded else options.reference
+    source, template = open_layout("--reference", given, prepare)
+    names, labels = source.class_names, source.labels
+    count = options.reference_classes or (5 if embedded else len(names))
     if not 1 < count <= len(names):
         raise ValueError(f"--reference-classes is {count}, expected 2 to {len(names)}")
-    inside = TaskData("reference", template, None, with_labels(reference, range(count)))
+    shown, kept = labels < count, None
+    if options.kept:
+        kept, kept_template = open_layout("--kept", options.kept, prepare)
+    elif embedded:  # a quarter of the reference's classes, and the others whole
+        measured = every(labels, 4) | ~shown
+        shown = ~measured
+        kept, kept_template = Part(source, np.flatnonzero(measured)), template
+    reference = TaskData("reference", template, None, Part(source, np.flatnonzero(shown)))
     if kept is None:
-        return [], inside
-    if kept.class_names != names:
-        raise ValueError("--kept has other classes than --reference")
-    parts = {"kept-inside": range(count), "kept-outside": range(count, len(names))}
-    measured = [
-        TaskData(name, template, None, with_labels(kept, labels))
-        for name, labels in parts.items()
-        if labels
-    ]
-    return measured, inside
+        return [], reference
+    kept = Part(kept, np.flatnonzero(every(kept.labels, TUNING) == options.validate))
+    masks = {"kept": kept.labels >= 0}
+    if tuple(kept.class_names) == tuple(names):
+        masks = {"kept-inside": kept.labels < count, "kept-outside": kept.labels >= count}
+    return [
+        TaskData(name, kept_template, None, Part(kept, np.flatnonzero(mask)))
+        for name, mask in masks.items()
+        if mask.any()
+    ], reference
 
 
-def open_layout(option: str, text: str, prepare: Preprocessing) -> data.Source:
-    """Open LAYOUT=FOLDER."""
+def open_layout(option: str, text: str, prepare: Preprocessing) -> tuple[data.Source, str]:
+    """Open LAYOUT=FOLDER; the pictures and the template of their captions."""
     layout, equals, root = text.partition("=")
     if not equals:
         raise ValueError(f"{option} is {text!r}, expected LAYOUT=FOLDER, as folder=DATA/train")
     if layout == "captions":
-        return data.CorruptedOnTheFly(data.captioned_folder(root), prepare)
-    return data.open_source(layout, root, prepare)
+        return data.CorruptedOnTheFly(data.captioned_folder(root), prepare), "{}"
+    return data.open_source(layout, root, prepare), "a photo of a {}."
 
 
-def with_labels(source: data.Source, labels: Sequence[int]) -> data.Source:
-    """The pictures of some classes."""
-    numbers = np.flatnonzero(np.isin(source.labels, list(labels)))
-    return data.CorruptedOnTheFly(Chosen(source.pictures, numbers), source.preprocess)
+def in_memory(tasks: Sequence[TaskData]) -> list[TaskData]:
+    """Keep what is read of the tasks' pictures, as far as there is room for all of a source."""
+    left, found = MEMORY, []
+    for task in tasks:
+        sources = {}
+        for which in ("train", "test"):
+            source = getattr(task, which)
+            size = np.inf if source is None else np.prod(shape_of(source), dtype=float)
+            if size <= left:
+                left -= size
+                sources[which] = InMemory(source)
+        found.append(task._replace(**sources))
+    return found
 
 
 def read(
     options: Options, source: data.Source, numbers: np.ndarray, size: int, doing: str
 ) -> Iterator[data.StreamBatch]:
-    """Batches of pictures, in this order."""
+    """Batches of clean pictures, in this order; what can be is kept in memory."""
+    workers = options.workers
+    if isinstance(source, InMemory):
+        missing = source.missing(numbers)
+        if len(missing):
+            for batch in stream(source.source, missing, size, workers, f"{doing}: reading"):
+                source.keep(batch)
+        workers = 0
+    yield from stream(source, numbers, size, workers, doing)
+
+
+def stream(
+    source: data.Source, numbers: np.ndarray, size: int, workers: int, doing: str
+) -> Iterator[data.StreamBatch]:
+    """Batches of clean pictures, in this order."""
     clean = [data.Domain(data.CLEAN)]
-    stream = data.stream_of("clean", clean, np.zeros(len(numbers), int), numbers, 0)
-    batches = data.Batches(source, (stream,), size)
-    reader = data.read_ahead(batches, options.workers)
-    return iter(tqdm(reader, total=len(batches), desc=doing, unit="batch", leave=False))
-
-
-def draw_pairs(
-    options: Options,
-    model: jaxtta.clip.CLIP,
-    params: jaxtta.clip.Params,
-    reference: TaskData,
-    seed: int,
-) -> Pairs:
-    """Reference pairs in memory, and what the initial model makes of them."""
-    rng, source = np.random.default_rng(seed), reference.test
-    numbers = rng.permutation(len(source.labels))[: options.reference_pictures]
-    batches = list(read(options, source, numbers, options.batch_size, "reference"))
-    mask = np.concatenate([batch.mask for batch in batches])
-    images, labels = (
-        np.concatenate([getattr(batch, name) for batch in batches])[mask]
-        for name in ("images", "labels")
-    )
-    task = jaxtta.clip.zero_shot_task(model, source.class_names, [reference.template])
-    encode = jax.jit(lambda p, x: jaxtta.clip.unit(model.encode_image(p, model.normalize(x))))
-    size = options.batch_size
-    teacher = [encode(params, images[i : i + size]) for i in range(0, len(images), size)]
-    texts = jax.jit(model.class_embeddings)(params, model.prompts(task))
-    captions = jnp.asarray(task.token_ids[:, 0])[labels]
-    return Pairs(images, captions, labels, jnp.concatenate(teacher), texts[labels])
+    one = data.stream_of("clean", clean, np.zeros(len(numbers), int), numbers, 0)
+    batches = data.Batches(source, (one,), size)
+    reader = data.read_ahead(batches, workers)
+    yield from tqdm(reader, total=len(batches), desc=doing, unit="batch", leave=False)
 
 
 # --- training ---
 
 
-class Trainer:
-    """One method with one seed, through all tasks."""
+@functools.partial(jax.jit, static_argnums=0)
+def encode(model: jaxtta.clip.CLIP, params: Params, images: jax.Array) -> jax.Array:
+    """Embeddings of pictures, of unit norm."""
+    return jaxtta.clip.unit(model.encode_image(params, model.normalize(images)))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def encode_texts(
+    model: jaxtta.clip.CLIP, params: Params, prompts: jaxtta.clip.Prompts
+) -> jax.Array:
+    """Embeddings of prompts, of unit norm."""
+    return model.class_embeddings(params, prompts)
+
+
+class Schedule(NamedTuple):
+    """Of a task's learning rate; see `continual.task_optimizer`."""
+
+    learning_rate: float
+    iterations: int
+    warmup: int
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=5)
+def step(
+    model: jaxtta.clip.CLIP,
+    method: Method,
+    schedule: Schedule,
+    params: Params,
+    projectors: dict[str, Any],
+    state: TrainState,
+    key: jax.Array,
+    examples: Examples,
+    pairs: Pairs | None,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One step of training, on a crop of each picture."""
+    # The projectors are arguments, lest the program holds them as constants.
+    optimizer = continual.task_optimizer(method, projectors, *schedule)
+    examples = examples._replace(images=crop(key, examples.images))
+    return continual.train_step(model, method, optimizer)(params, state, examples, pairs)
+
+
+@jax.jit
+def crop(key: jax.Array, images: jax.Array) -> jax.Array:
+    """The training augmentation: a random crop of most of each picture; float in [0, 1]."""
+    side = images.shape[1]
+    images = images.astype(jnp.float32) / 255
+
+    def one(key: jax.Array, image: jax.Array) -> jax.Array:
+        box = views.random_boxes(key, jnp.array(image.shape[:2]), 1, CROP)
+        return views.crop_and_resize(image, jax.tree.map(lambda x: x[0], box), side)
+
+    return jax.vmap(one)(jax.random.split(key, len(images)), images)
+
+
+class Bench:
+    """What all runs share: the model as it begins, the tasks, and how they are measured."""
 
     def __init__(
         self,
         options: Options,
         model: jaxtta.clip.CLIP,
-        params: jaxtta.clip.Params,
-        name: str,
-        seed: int,
-        pairs: Pairs,
+        params: Params,
+        tasks: Sequence[TaskData],
+        kept: Sequence[TaskData],
+        reference: TaskData,
     ) -> None:
         """Prepare; nothing is computed yet."""
-        self.options, self.model, self.first, self.pairs = options, model, params, pairs
-        self.name, self.seed = name, seed
-        self.method = dataclasses.replace(METHODS[name], rho=options.rho)
-        self.folder = options.output / name / f"seed{seed}"
-        self.class_embeddings = jax.jit(model.class_embeddings)
-        self.predict = jax.jit(lambda p, c, x: model.forward(p, c, x).logits.argmax(-1))
-        self.encode = jax.jit(
-            lambda p, x: jaxtta.clip.unit(model.encode_image(p, model.normalize(x)))
-        )
-        self.encode_texts = jax.jit(lambda p, ids: jaxtta.clip.unit(model.encode_text(p, ids)))
+        self.options, self.model, self.first = options, model, params
+        self.tasks, self.kept, self.reference = tasks, kept, reference
+        self.weights = sweep.fingerprints(reference.test, params)["weights"]
+        # Of the first text tower, and of the one that was last asked for.
+        self.embeddings = [(params["text_model"], {}), (None, {})]
 
-        @functools.partial(jax.jit, donate_argnums=2)
-        def step(
-            params: Any,
-            projectors: dict[str, Any],
-            state: TrainState,
-            key: jax.Array,
-            images: Any,
-            labels: Any,
-            classes: Any,
-            pairs: Pairs,
-        ) -> tuple[TrainState, dict[str, jax.Array]]:
-            # The projectors are arguments, lest the program holds them as constants.
-            update = continual.train_step(model, self.method, self.optimizer(projectors))
-            return update(params, state, Examples(crop(key, images), labels, classes), pairs)
+    def prompts(self, task: TaskData) -> jaxtta.clip.Prompts:
+        """A task's packed prompts."""
+        names = task.test.class_names
+        task = jaxtta.clip.zero_shot_task(self.model, names, [task.template])
+        return self.model.prompts(task)
 
-        self.step = step
+    def classes(self, params: Params, task: TaskData) -> jax.Array:
+        """Embeddings of a task's classes, computed once as long as the text tower is the same."""
+        if all(tower is not params["text_model"] for tower, _ in self.embeddings):
+            self.embeddings[1] = params["text_model"], {}
+        (known,) = (found for tower, found in self.embeddings if tower is params["text_model"])
+        if task.name not in known:
+            known[task.name] = encode_texts(self.model, params, self.prompts(task))
+        return known[task.name]
 
-    def optimizer(self, projectors: dict[str, Any]) -> optax.GradientTransformation:
-        """A task's optimiser."""
+    def gather(
+        self, params: Params, source: data.Source, numbers: np.ndarray, key: jax.Array, doing: str
+    ) -> continual.Grams:
+        """Gram matrices of pictures, with the training augmentation."""
+
+        def batches() -> Iterator[data.StreamBatch]:
+            for turn, batch in enumerate(read(self.options, source, numbers, GRAM_BATCH, doing)):
+                images = crop(jax.random.fold_in(key, turn), batch.images)
+                yield batch._replace(images=images)
+
+        return continual.task_grams(self.model, params, batches())
+
+    def measure(self, params: Params, start: "Start") -> dict[str, float]:
+        """Accuracy on every task; modality gap and retrieval on what is kept, or on the pairs."""
+        row, shown, options = {}, [], self.options
+        for task in (*self.tasks, *self.kept):
+            classes = np.asarray(self.classes(params, task))
+            numbers = np.random.default_rng(0).permutation(len(task.test.labels))[: options.limit]
+            images, labels = [], []
+            doing = f"testing {task.name}"
+            for batch in read(options, task.test, numbers, options.batch_size, doing):
+                found = np.asarray(encode(self.model, params, batch.images))
+                images.append(found[batch.mask])
+                labels.append(batch.labels[batch.mask])
+            images, labels = np.concatenate(images), np.concatenate(labels)
+            row[task.name] = float(((images @ classes.T).argmax(-1) == labels).mean())
+            if task.train is None:
+                shown.append((images, classes[labels], labels))
+        if not shown:
+            pairs, size = start.pairs, options.batch_size
+            parts = (pairs.images[i : i + size] for i in range(0, len(pairs.images), size))
+            images = np.concatenate([encode(self.model, params, part) for part in parts])
+            shown.append((images, start.texts(params), pairs.labels))
+        return row | alignment(*(np.concatenate(parts) for parts in zip(*shown, strict=True)))
+
+
+def alignment(images: np.ndarray, texts: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """How pictures and captions lie to each other.
+
+    Args:
+        images: (pictures, projection), of unit norm.
+        texts: (pictures, projection), of unit norm, the same for the same label.
+        labels: (pictures,) integers.
+
+    Returns:
+        The modality gap, and the share of pictures and of different captions whose nearest caption
+        or picture fits.
+    """
+    _, first, place = np.unique(labels, return_index=True, return_inverse=True)
+    similarities, matches = images @ texts[first].T, place[:, None] == np.arange(len(first))
+    found = (
+        metrics.modality_gap(images, texts),
+        metrics.retrieval_recall(similarities, matches),
+        metrics.retrieval_recall(similarities.T, matches.T),
+    )
+    return dict(zip(FIGURES, map(float, found), strict=True))
+
+
+class Start:
+    """Where all methods of one seed begin; each part is computed once, when it is first needed."""
+
+    def __init__(self, bench: Bench, seed: int) -> None:
+        """Draw the reference pictures."""
+        self.bench, self.seed = bench, seed
+        numbers = np.random.default_rng(seed).permutation(len(bench.reference.test.labels))
+        self.numbers = numbers[: bench.options.reference_pictures]
+
+    @functools.cached_property
+    def pairs(self) -> Pairs:
+        """Reference pairs in memory, and what the initial model makes of them."""
+        bench, size = self.bench, self.bench.options.batch_size
+        source, template = bench.reference.test, bench.reference.template
+        images, labels, teacher = [], [], []
+        for batch in read(bench.options, source, self.numbers, size, "reference"):
+            found = np.asarray(encode(bench.model, bench.first, batch.images))
+            for parts, array in ((images, batch.images), (labels, batch.labels), (teacher, found)):
+                parts.append(array[batch.mask])
+        used, place = np.unique(np.concatenate(labels), return_inverse=True)
+        names = [source.class_names[label] for label in used]
+        task = jaxtta.clip.zero_shot_task(bench.model, names, [template])
+        prompts = bench.model.prompts(task)
+        texts = np.asarray(encode_texts(bench.model, bench.first, prompts))[place]
+        self.prompts, captions = prompts, task.token_ids[place, 0]
+        return Pairs(np.concatenate(images), captions, place, np.concatenate(teacher), texts)
+
+    def texts(self, params: Params) -> np.ndarray:
+        """Embeddings of the pairs' captions."""
+        bench, pairs = self.bench, self.pairs
+        if params["text_model"] is bench.first["text_model"]:
+            return pairs.teacher_texts
+        return np.asarray(encode_texts(bench.model, params, self.prompts))[pairs.labels]
+
+    @functools.cached_property
+    def grams(self) -> continual.Grams:
+        """Gram matrices of the reference pictures, task zero."""
+        key = jax.random.fold_in(jax.random.key(self.seed), 999)
+        doing = f"seed {self.seed}: Gram matrices of the reference"
+        bench = self.bench
+        return bench.gather(bench.first, bench.reference.test, self.numbers, key, doing)
+
+    @functools.cached_property
+    def row(self) -> dict[str, float]:
+        """What is measured before the first task."""
+        return self.bench.measure(self.bench.first, self)
+
+
+class Trainer:
+    """One method with one seed, through all tasks."""
+
+    def __init__(self, bench: Bench, start: Start, name: str) -> None:
+        """Prepare; nothing is computed yet."""
+        self.bench, self.start, self.name, self.method = bench, start, name, METHODS[name]
+        self.options, self.seed = bench.options, start.seed
+        self.folder = self.options.output / name / f"seed{self.seed}"
+        everything = self.options.first_task == "all"
+        self.changed = continual.all_but_logit_scale if everything else continual.gnsp_kernels
+
+    @property
+    def projects(self) -> bool:
+        """Whether the method needs Gram matrices."""
+        return self.method.projection != "none"
+
+    def settings(self) -> dict[str, Any]:
+        """What decides this run's figures, as JSON has it; what it does not use is not in it."""
+        bench, options = self.bench, self.options
+        used = ["iterations", "warmup", "batch_size", "learning_rate", "first_task", "limit"]
+        used.append("validate")
+        if self.projects:
+            used += ["rho", "gram_pictures", "task_zero"]
+        if self.method.uses_pairs:
+            used.append("reference_batch")
+        if self.name == TRAINED_AS[WISE]:
+            used.append("wise_share")  # its figures are found on the way
+        found = {"method": self.name, "seed": self.seed, "weights": bench.weights}
+        if self.method.uses_pairs or (self.projects and options.task_zero) or not bench.kept:
+            used.append("reference_pictures")
+            found["reference"] = fingerprint(bench.reference)
+        found["tasks"] = [fingerprint(task) for task in bench.tasks]
+        found["kept"] = [fingerprint(task) for task in bench.kept]
+        found |= {name: getattr(options, name) for name in used}
+        return found | {"warmup": self.schedule.warmup}
+
+    @property
+    def schedule(self) -> Schedule:
+        """Of the learning rate."""
         options = self.options
-        return continual.task_optimizer(
-            self.method, projectors, options.learning_rate, options.iterations
-        )
+        warmup = options.iterations // 10 if options.warmup is None else options.warmup
+        return Schedule(options.learning_rate, options.iterations, warmup)
 
-    def encode_captions(self, params: jaxtta.clip.Params) -> jax.Array:
-        """The reference captions' embeddings, of unit norm."""
-        return self.encode_texts(params, jnp.asarray(self.pairs.captions))
-
-    def run(self, tasks: Sequence[TaskData], measured: Sequence[TaskData]) -> list[dict[str, Any]]:
+    def run(self) -> list[dict[str, Any]]:
         """Train on every task; what was measured before the first and after each, by method."""
-        names = [task.name for task in tasks]
-        left_out = ("output", "methods", "seeds", "workers", "debug")
-        settings = dataclasses.asdict(self.options) | {"method": self.name, "seed": self.seed}
-        settings = {name: value for name, value in settings.items() if name not in left_out}
-        settings = json.loads(json.dumps(settings))
+        settings, tasks = self.settings(), self.bench.tasks
         sweep.agree(self.folder / "settings.json", settings)
         params, grams, rows = self.restore()
         if not rows:
-            if self.options.task_zero and self.method.projection != "none":
-                images = self.pairs.images
-                size = len(images) // GRAM_BATCH * GRAM_BATCH
-                parts = images[:size].reshape(-1, GRAM_BATCH, *images.shape[1:])
-                grams = continual.task_grams(self.model, params, parts)
-            rows = [self.measure_all(params, measured)]
+            if self.projects and self.options.task_zero:
+                grams = self.start.grams
+            names = [self.name, *(name for name, base in TRAINED_AS.items() if base == self.name)]
+            rows = [dict.fromkeys(names, self.start.row)]
             self.save(params, grams, rows)
         for number, task in enumerate(tasks[len(rows) - 1 :], len(rows) - 1):
             params = self.train(params, grams, task, number)
-            if self.method.projection != "none":
-                grams = continual.combine_grams(grams, self.gather(params, task, number))
-            rows.append(self.measure_all(params, measured))
+            rows.append(self.measure(params))
+            grams = self.gather(params, grams, task, number) if task is not tasks[-1] else {}
             self.save(params, grams, rows)
-        return [self.result(name, [row[name] for row in rows], names, settings) for name in rows[0]]
+        return [self.result(name, [row[name] for row in rows], settings) for name in rows[0]]
 
     def result(
-        self,
-        method: str,
-        rows: list[dict[str, float]],
-        names: list[str],
-        settings: dict[str, Any],
+        self, method: str, rows: list[dict[str, float]], settings: dict[str, Any]
     ) -> dict[str, Any]:
         """Write what came of a method."""
+        names = [task.name for task in self.bench.tasks]
         matrix = np.array([[row[name] for name in names] for row in rows[1:]])
         found = {
             "method": method,
@@ -467,38 +558,35 @@ class Trainer:
         sweep.write_json(path, found)
         return found
 
-    def classes(self, params: jaxtta.clip.Params, task: TaskData) -> tuple[Any, Any]:
-        """A task's packed prompts, and their embeddings now."""
-        names = task.test.class_names
-        prompts = self.model.prompts(jaxtta.clip.zero_shot_task(self.model, names, [task.template]))
-        return prompts, self.class_embeddings(params, prompts)
-
-    def train(
-        self, params: jaxtta.clip.Params, grams: continual.Grams, task: TaskData, number: int
-    ) -> jaxtta.clip.Params:
+    def train(self, params: Params, grams: continual.Grams, task: TaskData, number: int) -> Params:
         """Fine-tune on one task."""
-        options = self.options
+        options, bench, method = self.options, self.bench, self.method
         everything = options.first_task == "all" and number == 0
         chosen = continual.all_but_logit_scale if everything else continual.gnsp_kernels
         trained, _ = tree.partition(params, chosen)
         projectors = continual.null_space_projectors(grams, options.rho) if grams else {}
-        prompts, embeddings = self.classes(params, task)
-        classes = prompts if everything else embeddings
-        pairs = jax.tree.map(np.asarray, self.pairs)
-        if not everything:
-            pairs = pairs._replace(texts=np.asarray(self.encode_captions(params)))
-        optimizer = self.optimizer(projectors)
+        classes = bench.prompts(task) if everything else bench.classes(params, task)
+        pairs = None
+        if method.uses_pairs:
+            texts = None if everything else self.start.texts(params)
+            pairs = self.start.pairs._replace(texts=texts)
+        optimizer = continual.task_optimizer(method, projectors, *self.schedule)
         state = TrainState(jax.tree.map(jnp.copy, trained), optimizer.init(trained))
-        key, rng = jax.random.key(self.seed), np.random.default_rng([self.seed, number])
+        key = jax.random.fold_in(jax.random.key(self.seed), number)
+        rng = np.random.default_rng([self.seed, number])
         numbers = shuffled(rng, len(task.train.labels), options.iterations * options.batch_size)
         doing = f"{self.name} seed {self.seed}: {task.name}"
         for turn, batch in enumerate(read(options, task.train, numbers, options.batch_size, doing)):
-            rows = rng.integers(0, len(pairs.images), options.reference_batch)
-            few = jax.tree.map(lambda x, rows=rows: x[rows], pairs)
             images, labels = usable(batch, rng)
-            turn_key = jax.random.fold_in(jax.random.fold_in(key, number), turn)
-            state, figures = self.step(
-                *(params, projectors, state, turn_key, images, labels, classes, few)
+            few = None
+            if pairs is not None:
+                rows = rng.integers(0, len(pairs.images), options.reference_batch)
+                few = jax.tree.map(lambda x, rows=rows: x[rows], pairs)
+            state, figures = step(
+                *(bench.model, method, self.schedule, params, projectors, state),
+                jax.random.fold_in(key, turn),
+                Examples(images, labels, classes),
+                few,
             )
             if turn % 50 == 0 and not np.isfinite(figures["loss"]):
                 break
@@ -508,93 +596,59 @@ class Trainer:
             )
         return tree.merge(params, state.trained)
 
-    def gather(self, params: jaxtta.clip.Params, task: TaskData, number: int) -> continual.Grams:
-        """Gram matrices of a task that was just learnt, with the training augmentation."""
+    def gather(
+        self, params: Params, grams: continual.Grams, task: TaskData, number: int
+    ) -> continual.Grams:
+        """Add the Gram matrices of a task that was just learnt to those before it."""
+        if not self.projects:
+            return {}
         rng = np.random.default_rng([self.seed, number, 1])
         numbers = rng.permutation(len(task.train.labels))[: self.options.gram_pictures]
-        key, cut = jax.random.fold_in(jax.random.key(self.seed), 1000 + number), jax.jit(crop)
+        key = jax.random.fold_in(jax.random.key(self.seed), 1000 + number)
         doing = f"{self.name} seed {self.seed}: Gram matrices of {task.name}"
+        found = self.bench.gather(params, task.train, numbers, key, doing)
+        return continual.combine_grams(grams, found)
 
-        def batches() -> Iterator[data.StreamBatch]:
-            reader = read(self.options, task.train, numbers, GRAM_BATCH, doing)
-            for turn, batch in enumerate(reader):
-                images = cut(jax.random.fold_in(key, turn), batch.images)
-                yield batch._replace(images=images)
-
-        return continual.task_grams(self.model, params, batches())
-
-    def measure_all(
-        self, params: jaxtta.clip.Params, measured: Sequence[TaskData]
-    ) -> dict[str, dict[str, float]]:
+    def measure(self, params: Params) -> dict[str, dict[str, float]]:
         """Figures of every method that these weights serve."""
-        rows = {self.name: self.measure(params, measured)}
+        rows = {self.name: self.bench.measure(params, self.start)}
         if self.name == TRAINED_AS[WISE]:
-            averaged = continual.average_weights(self.first, params, self.options.wise_share)
-            rows[WISE] = self.measure(averaged, measured)
+            first = self.bench.first
+            ends = (tree.partition(weights, self.changed)[0] for weights in (first, params))
+            averaged = continual.average_weights(*ends, self.options.wise_share)
+            rows[WISE] = self.bench.measure(tree.merge(first, averaged), self.start)
         return rows
 
-    def measure(self, params: jaxtta.clip.Params, measured: Sequence[TaskData]) -> dict[str, float]:
-        """Accuracy on every task, modality gap and retrieval on the reference pairs."""
-        row = {}
-        for task in measured:
-            _, classes = self.classes(params, task)
-            numbers = np.random.default_rng(0).permutation(len(task.test.labels))
-            right = []
-            for batch in read(
-                self.options,
-                task.test,
-                numbers[: self.options.limit],
-                self.options.batch_size,
-                f"testing {task.name}",
-            ):
-                answers = np.asarray(self.predict(params, classes, batch.images))
-                right.append((answers == batch.labels)[batch.mask])
-            row[task.name] = float(np.concatenate(right).mean())
-        pairs, size = self.pairs, self.options.batch_size
-        images = jnp.concatenate(
-            [
-                self.encode(params, pairs.images[i : i + size])
-                for i in range(0, len(pairs.images), size)
-            ]
-        )
-        texts = self.encode_captions(params)
-        matches = pairs.labels[:, None] == pairs.labels
-        similarities = images @ texts.T
-        row["modality gap"] = float(metrics.modality_gap(images, texts))
-        row["image to text"] = float(metrics.retrieval_recall(similarities, matches))
-        row["text to image"] = float(metrics.retrieval_recall(similarities.T, matches))
-        return row
-
     def save(
-        self, params: jaxtta.clip.Params, grams: continual.Grams, rows: list[dict[str, float]]
+        self, params: Params, grams: continual.Grams, rows: list[dict[str, dict[str, float]]]
     ) -> None:
         """Save where this run stands, after a task."""
+        changed, _ = tree.partition(params, self.changed)
         numbered = {str(n): gram for n, gram in enumerate(grams.values())}
-        arrays = {"params": params, "grams": numbered}
         note = {"rows": rows, "grams": list(grams)}
+        arrays = {"changed": changed, "grams": numbered}
         sweep.save_step(self.folder / "checkpoints", len(rows), arrays, note)
 
-    def restore(self) -> tuple[jaxtta.clip.Params, continual.Grams, list[dict[str, float]]]:
+    def restore(self) -> tuple[Params, continual.Grams, list[dict[str, dict[str, float]]]]:
         """Where this run stands: parameters, sums of Gram matrices, what was measured."""
         saved = sweep.restore_step(self.folder / "checkpoints")
         if saved is None:
-            return self.first, {}, []
+            return self.bench.first, {}, []
         _, arrays, note = saved
         grams = arrays.get("grams") or {}
         named = {name: jnp.asarray(grams[str(n)]) for n, name in enumerate(note["grams"])}
-        return jax.tree.map(jnp.asarray, arrays["params"]), named, note["rows"]
+        changed = jax.tree.map(jnp.asarray, arrays["changed"])
+        return tree.merge(self.bench.first, changed), named, note["rows"]
 
 
-def crop(key: jax.Array, images: jax.Array) -> jax.Array:
-    """The training augmentation: a random crop of most of each picture; float in [0, 1]."""
-    side = images.shape[1]
-    images = images.astype(jnp.float32) / 255
-
-    def one(key: jax.Array, image: jax.Array) -> jax.Array:
-        box = views.random_boxes(key, jnp.array(image.shape[:2]), 1, CROP)
-        return views.crop_and_resize(image, jax.tree.map(lambda x: x[0], box), side)
-
-    return jax.vmap(one)(jax.random.split(key, len(images)), images)
+def fingerprint(task: TaskData) -> str:
+    """What is found in a task, wherever its files lie."""
+    parts = [task.name, task.template]
+    for source in (task.train, task.test):
+        if source is not None:
+            names = digest_of(list(source.class_names))[:8]
+            parts.append(f"{sweep.fingerprints(source, {})['pictures']}, names {names}")
+    return "; ".join(parts)
 
 
 def shuffled(rng: np.random.Generator, count: int, wanted: int) -> np.ndarray:
@@ -620,7 +674,9 @@ def report(
     """Print the table, and draw what became of every task."""
     text = table(tasks, kept, results)
     (options.output / "table.txt").write_text(text + "\n")
-    print(f"accuracy in % after the last task, mean over {len(options.seeds)} seeds\n\n{text}\n")
+    where = " on pictures to choose settings by" if options.validate else ""
+    seeds = len({run["seed"] for run in results})
+    print(f"accuracy in %{where} after the last task, mean over {seeds} seeds\n\n{text}\n")
     heat_maps(tasks, kept, results).savefig(options.output / "matrix.png", dpi=150)
     curves(tasks, kept, results).savefig(options.output / "curves.png", dpi=150)
     print(f"results: {options.output}")
@@ -637,32 +693,37 @@ def by_method(results: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 def table(tasks: list[str], kept: list[str], results: list[dict[str, Any]]) -> str:
     """Methods by tasks and by what was to be kept, after the last task.
 
-    The kept share is (method − fine-tuning) / (start − fine-tuning), where fine-tuning is there.
+    "last" is the mean of the tasks, "average" their mean over all steps. The kept share is
+    (method − fine-tuning) / (start − fine-tuning), where fine-tuning is there.
     """
     groups = by_method(results)
-    seeds = range(len(next(iter(groups.values()))))
-    start = [results[seed]["rows"][0] for seed in seeds]
-    ends = {name: [run["rows"][-1] for run in runs] for name, runs in groups.items()}
+    ends = {name: {run["seed"]: run["rows"][-1] for run in runs} for name, runs in groups.items()}
+    start = {run["seed"]: run["rows"][0] for run in results}
     worst = ends.get("fine-tuning")
-    figures = ["modality gap", "image to text", "text to image"]
-    head = ["method", *tasks, "mean of tasks", *kept]
-    head += [f"share of {name}" for name in kept if worst] + ["transfer"] * (len(tasks) > 1)
-    lines = [[*head, *figures]]
-    for method, rows in {"before": start, **ends}.items():
+    whole = ["average", *(["transfer"] if len(tasks) > 1 else [])]
+    head = ["method", *tasks, "last", *whole, *kept]
+    lines = [[*head, *(f"share of {name}" for name in kept if worst), *FIGURES]]
+    for method, found in {"before": start, **ends}.items():
+        rows, runs = list(found.values()), groups.get(method)
         columns = [[row[name] for row in rows] for name in tasks]
-        columns += [np.mean(columns, 0), *([row[name] for row in rows] for name in kept)]
-        cells = [spread(column) for column in columns]
-        for name in kept if worst else ():
-            first, own, low = (np.mean([row[name] for row in r]) for r in (start, rows, worst))
-            cells.append(f"{(own - low) / (first - low):.2f}" if first != low else "–")
-        if len(tasks) > 1:
-            runs = groups.get(method)
-            cells.append(spread([run["transfer"] for run in runs]) if runs else "–")
+        cells = [spread(column) for column in (*columns, np.mean(columns, 0))]
+        cells += [spread([run[name] for run in runs]) if runs else "–" for name in whole]
+        cells += [spread([row[name] for row in rows]) for name in kept]
+        cells += [kept_share(name, start, found, worst) for name in kept if worst]
         cells.append(f"{np.mean([row['modality gap'] for row in rows]):.3f}")
-        cells += [spread([row[name] for row in rows]) for name in figures[1:]]
+        cells += [spread([row[name] for row in rows]) for name in FIGURES[1:]]
         lines.append([method, *cells])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+
+
+def kept_share(name: str, start: dict[int, Any], own: dict[int, Any], worst: dict[int, Any]) -> str:
+    """How much of what fine-tuning loses a method keeps, over the seeds that both have."""
+    seeds = own.keys() & worst.keys()
+    if not seeds:
+        return "–"
+    first, mine, low = (np.mean([rows[s][name] for s in seeds]) for rows in (start, own, worst))
+    return f"{(mine - low) / (first - low):.2f}" if first != low else "–"
 
 
 def spread(values: Sequence[float]) -> str:

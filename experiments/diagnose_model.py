@@ -14,23 +14,26 @@ and leaves `report.html`, `result.json` and plots. Other models, pictures and sh
         --corruptions common --output runs/arrays
 
 The field check looks at a folder of your own pictures instead, compares them with --data, and where
-they lie in class folders tries adapters on them:
+some have labels tries adapters on those:
 
     python experiments/diagnose_model.py --field FOLDER --class-names cat dog --output runs/field
     python experiments/diagnose_model.py --field TEXTILES --class-names "global=a large defect" \
         "local=a small defect" "nominal=no defect" --output runs/textiles
+    # many pictures in one folder, of which a file names the classes of a few
+    python experiments/diagnose_model.py --field FOLDER --class-names cat dog \
+        --field-labels FEW.csv --output runs/few
 
 Features are image embeddings of unit norm, the head is the classes' text embeddings. Each model's
 features of the base set stay in memory, those of the shifted sets one set at a time.
 """
 
-import contextlib
 import csv
 import dataclasses
 import functools
 import itertools
 import json
 import time
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -41,23 +44,30 @@ import numpy as np
 from tqdm import tqdm
 
 import jaxtta
-from jaxtta import assets, data, diagnose, losses, metrics, sweep
+from jaxtta import assets, data, diagnose, losses, sweep
 from jaxtta.adapters import Tuning
 from jaxtta.data.folders import SUFFIXES, list_folders
 from jaxtta.data.sources import read_labels
-from jaxtta.sweep.diagnosis import (
-    EQUAL,
-    SHOWN,
+from jaxtta.sweep.diagnosis import Report, diagnosis_report, field_report, some, write_diagnosis
+from jaxtta.sweep.figures import (
+    Features,
     Found,
-    Report,
-    diagnosis_report,
-    field_report,
-    some,
-    write_diagnosis,
+    base_figures,
+    concerning,
+    confused,
+    enough,
+    interval_of,
+    label_figures,
+    logits_of,
+    pair_figures,
+    read_points,
+    robustness_of,
+    set_figures,
+    space_figures,
 )
 from jaxtta.sweep.run import peak_memory_gb
-from jaxtta.sweep.statistics import bootstrap, interval
 
+REFERENCE = "CIFAR-10's embedded test pictures"
 KINDS = ("gaussian_noise", "defocus_blur", "fog", "jpeg_compression")
 """A corruption of each kind: noise, blur, weather, digital."""
 
@@ -77,8 +87,9 @@ class Options:
     """How they lie there, as in corruption_sweep.py; an unknown name lists all layouts."""
     class_names: tuple[str, ...] = ()
     """Names for the prompts, in the labels' order, or one file that holds them (.json, or text with
-    a name a line). Default: the layout's own; needed with arrays. With --field, the classes of its
-    pictures: its class folders must be among them, or FOLDER=NAME says what each is called."""
+    a name a line). Default: the layout's own; needed with arrays. They hold for --shifted sets of
+    layout folder or arrays too. With --field, the classes of its pictures: its class folders must
+    be among them, or FOLDER=NAME says what each is called."""
     corruptions: tuple[str, ...] = KINDS
     """Shifts of the base set; "common" stands for the 15 usual ones. May be empty."""
     severity: int | None = None
@@ -101,8 +112,13 @@ class Options:
     """Average precision from which on it does."""
     field: Path | None = None
     """Check this folder of pictures instead: in class folders, or without labels in none."""
+    field_labels: Path | None = None
+    """Labels for some of --field's pictures where there are no class folders: a .csv with columns
+    picture, the file as seen from there, and class, as --class-names has it."""
     trial: tuple[str, ...] = ("zero_shot", "tent", "batclip")
-    """Adapters to try on --field's pictures if they have labels, as in corruption_sweep.py."""
+    """Adapters to try on those of --field's pictures that have labels, as in corruption_sweep.py.
+    Name tnt too where time allows: its 64 views take ViT-B/16 half a minute a picture on two CPU
+    cores. MGTTA needs files made for the model."""
     trial_batch: int | None = None
     """Pictures a step in the trial. Default: a tenth of them, but at least 4 and at most 100."""
     preset: Literal["cifar10-c", "cifar100-c", "imagenet-c"] = "cifar10-c"
@@ -140,20 +156,6 @@ class Model(NamedTuple):
     name: str
     clip: jaxtta.clip.CLIP
     params: jaxtta.clip.Params
-
-
-class Features(NamedTuple):
-    """A model's features of one set.
-
-    Attributes:
-        rows: (pictures, d) float32, of unit norm.
-        labels: (pictures,) integers.
-        lost: names of pictures that could not be read.
-    """
-
-    rows: np.ndarray
-    labels: np.ndarray
-    lost: list[str]
 
 
 Sets = tuple[data.Source, list[data.Stream]]
@@ -197,18 +199,11 @@ def check(options: Options) -> None:
         raise ValueError(f"--references has {odd[0]!r}, which is none of --models")
     if options.references and (len(options.references) < 2 or options.reference_points):
         raise ValueError("--references needs at least two models, and no --reference-points")
+    if options.field_labels and not options.field:
+        raise ValueError("--field-labels needs --field")
     sweep.check_adapters(options.trial)
     if "zero_shot" not in options.trial:
         raise ValueError("--trial needs zero_shot, from which gains are counted")
-
-
-@contextlib.contextmanager
-def concerning(what: object) -> Iterator[None]:
-    """Say in a ValueError what it is about."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{what}: {error}") from error
 
 
 # --- models and pictures ---
@@ -218,7 +213,11 @@ def models_of(options: Options) -> Iterator[Model]:
     """The models, one after another."""
     names = [Path(given).name for given in options.models]
     for given, name in zip(options.models, names, strict=True):
-        yield Model(given if names.count(name) > 1 else name, *jaxtta.clip.load(given))
+        model = Model(given if names.count(name) > 1 else name, *jaxtta.clip.load(given))
+        with concerning(f"{model.name}: --outlier-threshold"):
+            nothing = np.zeros((1, model.clip.projection))
+            diagnose.outlier_sums(nothing, threshold=options.outlier_threshold)
+        yield model
 
 
 def names_given(options: Options, folders: Sequence[str]) -> tuple[str, ...]:
@@ -227,6 +226,22 @@ def names_given(options: Options, folders: Sequence[str]) -> tuple[str, ...]:
     if len(names) == 1 and Path(names[0]).suffix in (".json", ".txt"):
         return data.read_class_names(names[0], folders)
     return names
+
+
+def names_for(options: Options, layout: str, root: str) -> tuple[str, ...]:
+    """The class names that the options give a set; empty for the layout's own."""
+    if not options.class_names or layout != "folder":
+        return names_given(options, ())
+    folders = data.image_folder(root).class_names
+    by_folder = Path(options.class_names[0]).suffix == ".json"
+    if options.layout == layout and root != options.data and not by_folder:
+        others = data.image_folder(options.data).class_names
+        if odd := sorted({*folders} ^ {*others}):
+            raise ValueError(
+                f"{root}: its class folders are not those of {options.data}, {some(odd)} being in "
+                "one of them, so --class-names must be a .json by folder name"
+            )
+    return names_given(options, folders)
 
 
 def streams_of(
@@ -243,9 +258,7 @@ def streams_of(
 def sets_of(options: Options, model: Model) -> list[tuple[str, Sets]]:
     """The base set with its corruptions, then the other shifted sets; each with its layout."""
     prepare, layout = model.clip.preprocessing, options.layout
-    folders = data.image_folder(options.data).class_names if layout == "folder" else ()
-    names = names_given(options, folders)
-    base = data.open_source(layout, options.data, prepare, names)
+    base = data.open_source(layout, options.data, prepare, names_for(options, layout, options.data))
     usual = 1 if options.data == str(assets.PICTURES) else 5
     severity = 0 if layout == "arrays" else options.severity or usual
     corruptions = data.COMMON if options.corruptions == ("common",) else options.corruptions
@@ -256,7 +269,9 @@ def sets_of(options: Options, model: Model) -> list[tuple[str, Sets]]:
         layout, _, root = place.partition("=")
         if not (name and root) or name in domains:
             raise ValueError(f"--shifted has {text!r}, expected NAME=LAYOUT=FOLDER, a new name")
-        own = data.Named(data.open_source(layout, root, prepare), name)
+        names = names_for(options, layout, root) if layout in ("folder", "arrays") else ()
+        with concerning(f"--shifted {name}"):
+            own = data.Named(data.open_source(layout, root, prepare, names), name)
         sets.append((layout, (own, streams_of(options, own, (name,)))))
     return sets
 
@@ -297,21 +312,12 @@ def read(options: Options, model: Model, sets: Sets) -> Iterator[Features]:
         with concerning(f"{model.name} on {stream.name}"):
             if len(found.rows) < 2:
                 names = f" ({some(lost)} could not)" if lost else ""
-                raise ValueError(f"{len(found.rows)} pictures could be read{names}, expected two")
+                few = len(found.rows) or "none"
+                raise ValueError(f"{few} of the pictures could be read{names}, expected two")
             if not np.ptp(found.rows, axis=0).any():
                 raise ValueError("the features are the same for all pictures")
         yield found
     next(bar, None)  # the end of the reading: its processes leave
-
-
-def logits_of(features: np.ndarray, head: jax.Array) -> jax.Array:
-    """Cosines (pictures, classes)."""
-    return jnp.matmul(features, head.T, precision="highest")
-
-
-def interval_of(right: np.ndarray) -> tuple[float, float]:
-    """The bootstrapped 95 % interval of the share that is right."""
-    return interval(bootstrap(right[:, None], np.ones((len(right), 1)))[:, 0])
 
 
 # --- diagnosis ---
@@ -319,133 +325,41 @@ def interval_of(right: np.ndarray) -> tuple[float, float]:
 
 def compare_models(options: Options) -> tuple[Found, Report]:
     """Diagnose every model."""
-    points = read_points(options.reference_points) if options.reference_points else []
+    points = read_points(options.reference_points) if options.reference_points else ()
     results, features = {}, {}
     for model in models_of(options):
         results[model.name], features[model.name] = diagnose_one(options, model)
     pairs = [pair_figures(a, b, results, features) for a, b in itertools.combinations(results, 2)]
-    found = {"models": results, "pairs": pairs}
-    found["robustness"] = robustness_of(options, results, points)
+    names = dict(zip(options.models, results, strict=True))
+    references = [names[given] for given in options.references]
+    robustness = robustness_of(results, points, references)
+    found = {"models": results, "pairs": pairs, "robustness": robustness}
     return found, diagnosis_report(found, options.fractions)
 
 
 def diagnose_one(options: Options, model: Model) -> tuple[Found, np.ndarray]:
     """All figures of one model, and its features of the base set."""
     found: Found = {"sets": {}}
+    chosen = {"threshold": options.outlier_threshold}
+    chosen |= {"detectors": options.detectors, "precision": options.precision}
     for layout, (source, streams) in sets_of(options, model):
         with concerning(f"{model.name} on {streams[0].name}"):
-            head = head_of(model, task_of(options, model, source.class_names, layout))
+            head, ranked = head_of(model, task_of(options, model, source.class_names, layout)), None
         for stream, features in zip(streams, read(options, model, (source, streams)), strict=True):
             with concerning(f"{model.name} on {stream.name}"):
                 if not found["sets"]:
                     base = features.rows
-                    figures, ranked = base_figures(options, head, features, source.class_names)
-                    found |= figures
+                    found |= base_figures(head, features, source.class_names, **chosen)
+                if ranked is None:  # by the base set, whichever classes the head is of
+                    ranked = diagnose.privileged_directions(head, base).directions
                 figures = set_figures(head, ranked, features, options.fractions)
             found["sets"][stream.name] = figures
     first, *shifts = found["sets"].values()
     for name in ("accuracy", "kurtosis", "pruned"):
         mean = np.mean([each[name] for each in shifts], 0).tolist() if shifts else None
         found |= {f"base_{name}": first[name], f"shifted_{name}": mean}
-    found["enough"] = enough(options.fractions, found["base_pruned"])
+    found["enough"] = enough(first["accuracy"], options.fractions, first["pruned"])
     return found, base
-
-
-def base_figures(
-    options: Options, head: jax.Array, features: Features, names: Sequence[str]
-) -> tuple[Found, jax.Array]:
-    """What only the base set decides; and the head's directions (r, d), most important first."""
-    rows, present = features.rows, np.unique(features.labels)
-    if len(present) < 2:
-        raise ValueError(f"all pictures are of class {names[present[0]]}, expected two or more")
-    outliers = diagnose.outlier_features(rows, options.outlier_threshold)
-    ranked = diagnose.privileged_directions(head, rows, outliers.axes)
-    detected = diagnose.concept_detectors(
-        rows if options.detectors == "axes" else np.asarray(logits_of(rows, ranked.directions)),
-        features.labels[:, None] == present,
-        options.precision,
-    )
-    return {
-        "outlier_axes": outliers.axes.tolist(),
-        "largest_outlier_share": float(outliers.shares.max()),
-        "importance": np.asarray(ranked.importance).tolist(),
-        "overlap": np.asarray(ranked.overlap).tolist(),
-        "spread": float(ranked.spread),
-        "modality_gap": float(diagnose.modality_gap(rows, head)),
-        "concepts": [names[label] for label in present],
-        "encoded": [names[label] for label in present[detected.encoded]],
-        "most_concepts_per_direction": int(detected.per_direction.max()),
-    }, ranked.directions
-
-
-def set_figures(
-    head: jax.Array, ranked: jax.Array, features: Features, fractions: Sequence[float]
-) -> Found:
-    """What is measured on every set."""
-    rows, labels, lost = features
-    kurtosis = diagnose.activation_kurtosis(rows)
-    right = np.asarray(metrics.top_k(logits_of(rows, head), labels))
-    return {
-        "pictures": len(rows),
-        "lost": lost,
-        "accuracy": float(right.mean()),
-        "interval": interval_of(right),
-        "kurtosis": kurtosis,
-        "pruned": diagnose.pruned_accuracy(head, ranked, rows, labels, fractions).tolist(),
-    }
-
-
-def enough(fractions: Sequence[float], accuracies: Sequence[float]) -> float:
-    """The smallest fraction from which on accuracy stays within `EQUAL` of the largest one's."""
-    pairs = sorted(zip(fractions, accuracies, strict=True), reverse=True)
-    good = itertools.takewhile(lambda pair: pair[1] >= pairs[0][1] - EQUAL, pairs)
-    return [*good][-1][0]
-
-
-def pair_figures(first: str, second: str, results: Found, features: Found) -> Found:
-    """What two models have in common."""
-    concepts = np.array(results[first]["concepts"])
-    a, b = (np.isin(concepts, results[name]["encoded"]) for name in (first, second))
-    with concerning(f"{first} and {second}"):
-        cka = diagnose.linear_cka(features[first], features[second])
-    return {
-        "models": [first, second],
-        "cka": cka,
-        "shared": concepts[diagnose.shared_concepts(a, b)].tolist(),
-        "unique": [concepts[diagnose.unique_concepts(*x)].tolist() for x in ((a, b), (b, a))],
-    }
-
-
-def robustness_of(options: Options, results: Found, points: Sequence[tuple[float, float]]) -> Found:
-    """Effective robustness by model, the line and its points; or the reason why there is none."""
-    pairs = {name: (r["base_accuracy"], r["shifted_accuracy"]) for name, r in results.items()}
-    if any(shifted is None for _, shifted in pairs.values()):
-        return {"reason": "there are no shifted sets"}
-    names = dict(zip(options.models, results, strict=True))
-    points = points or [pairs[names[given]] for given in options.references]
-    if not points:
-        reason = "it takes models that are not robust, by --reference-points or --references"
-        return {"reason": reason}
-    try:
-        line = diagnose.fit_logit_line(*np.transpose(points))
-        values = diagnose.effective_robustness(*np.transpose([*pairs.values()]), line).tolist()
-    except ValueError as error:  # the figures so far are worth reporting
-        return {"reason": str(error)}
-    values = dict(zip(results, values, strict=True))
-    return {"values": values, "line": line._asdict(), "points": points}
-
-
-def read_points(path: Path) -> list[tuple[float, float]]:
-    """Base and shifted accuracy of each reference model."""
-    try:
-        text = path.read_text()
-        rows = json.loads(text) if path.suffix == ".json" else csv.DictReader(text.splitlines())
-        points = [(float(row["base"]), float(row["shifted"])) for row in rows]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: expected base and shifted of each model ({error!r})") from error
-    with concerning(path):
-        diagnose.fit_logit_line(*np.reshape(points, (-1, 2)).T)
-    return points
 
 
 def time_synthetic(options: Options) -> None:
@@ -459,9 +373,14 @@ def time_synthetic(options: Options) -> None:
     rows[:, 0] += 20
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
     features, names = Features(rows, labels, []), [str(label) for label in range(classes)]
+    head, other = jnp.asarray(head), rows + 0.05 * rng.standard_normal(rows.shape, np.float32)
     before, start = peak_memory_gb(), time.perf_counter()
-    found, ranked = base_figures(options, jnp.asarray(head), features, names)
-    found |= set_figures(jnp.asarray(head), ranked, features, options.fractions)
+    found = base_figures(head, features, names)
+    ranked = diagnose.privileged_directions(head, rows).directions
+    found |= set_figures(head, ranked, features, options.fractions)
+    found["cka"] = diagnose.linear_cka(rows, other)
+    apart = diagnose.field_discrepancy(rows[::2], rows[1::2])
+    found["p_values"] = [each.p_value for each in apart]
     found |= {"seconds": time.perf_counter() - start, "peak_memory_gb": peak_memory_gb()}
     sweep.write_json(options.output / "synthetic.json", found)
     print(
@@ -475,18 +394,16 @@ def time_synthetic(options: Options) -> None:
 
 def check_field(options: Options) -> tuple[Found, Report]:
     """Check a folder with every model."""
-    listed, labelled = open_field(options)
+    listed = open_field(options)
     results, entropies, answers = {}, {}, {}
     for model in models_of(options):
-        results[model.name], entropies[model.name], cells = check_one(
-            options, model, listed, labelled
-        )
+        results[model.name], entropies[model.name], cells = check_one(options, model, listed)
         answers[model.name] = sweep.answer(cells) if cells else ""
     return {"models": results}, field_report(results, entropies, answers, options.trial)
 
 
-def open_field(options: Options) -> tuple[data.ImageFolder, bool]:
-    """The pictures with the prompts' classes, and whether they have labels."""
+def open_field(options: Options) -> data.ImageFolder:
+    """The pictures with the prompts' classes; the label is -1 where there is none."""
     root = options.field
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: no such folder")
@@ -510,13 +427,45 @@ def open_field(options: Options) -> tuple[data.ImageFolder, bool]:
                 )
         labels = np.array([[*called].index(name) for name in listed.class_names], np.int32)
         listed = listed._replace(labels=labels[listed.labels])
+    else:
+        listed = listed._replace(labels=np.full(len(listed.files), -1, np.int32))
     if len(called) < 2:
         raise ValueError(f"{root}: --class-names has {len(called)} classes, expected at least two")
-    return listed._replace(class_names=tuple(called.values())), labelled
+    if options.field_labels:
+        if labelled:
+            raise ValueError(f"{root}: has class folders, so --field-labels has nothing to say")
+        listed = listed._replace(labels=read_labels_of(options.field_labels, listed, [*called]))
+    return listed._replace(class_names=tuple(called.values()))
+
+
+def read_labels_of(path: Path, listed: data.ImageFolder, classes: Sequence[str]) -> np.ndarray:
+    """Labels (pictures,) from a .csv, -1 for pictures that it does not name."""
+    places = {str(file.relative_to(listed.root)): n for n, file in enumerate(listed.files)}
+    labels = np.full(len(places), -1, np.int32)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    with path.open(newline="", encoding="utf-8-sig") as lines:  # as spreadsheets save it
+        rows = csv.DictReader(lines)
+        if not {"picture", "class"} <= set(rows.fieldnames or ()):
+            raise ValueError(f"{path}: has no columns picture and class")
+        for row in rows:
+            picture, name, line = row["picture"], row["class"], f"{path}: line {rows.line_num}"
+            if picture not in places:
+                raise ValueError(f"{line} names {picture!r}, which is no picture in {listed.root}")
+            if name not in classes:
+                raise ValueError(
+                    f"{line} has class {name!r}, which is none of --class-names, {some(classes)}"
+                )
+            if labels[places[picture]] >= 0:
+                raise ValueError(f"{line} names {picture!r} again")
+            labels[places[picture]] = classes.index(name)
+    if (labels < 0).all():
+        raise ValueError(f"{path}: names no picture")
+    return labels
 
 
 def check_one(
-    options: Options, model: Model, listed: data.ImageFolder, labelled: bool
+    options: Options, model: Model, listed: data.ImageFolder
 ) -> tuple[Found, dict[str, np.ndarray], list[sweep.Cell]]:
     """A model's figures, each picture's entropy in nats on both sets, and the trial's cells."""
     prepare, names = model.clip.preprocessing, ()
@@ -528,6 +477,10 @@ def check_one(
         "field": (field, streams_of(options, field, ("field",))),
         "reference": (reference, streams_of(options, reference, (data.CLEAN,))),
     }
+    labelled = labelled_part(options, listed, sets["field"][1][0])
+    if labelled is not None:
+        weights = sweep.fingerprints(field, model.params)["weights"]
+        sweep.check_files(options.trial, options.mgtta, weights)
     with concerning(options.field):
         task = task_of(options, model, listed.class_names, "folder")
     head, scale = head_of(model, task), jnp.exp(model.params["logit_scale"])
@@ -537,78 +490,59 @@ def check_one(
         logits = scale * logits_of(features[key].rows, head)
         entropies[key] = np.asarray(losses.entropy(logits))
         with concerning(f"{model.name} on the {key}"):
-            figures, probabilities = space_figures(options, features[key], logits)
-        found[key] = figures
+            found[key] = space_figures(features[key], logits, options.outlier_threshold)
         if key == "field":
-            found["confused"] = confused(probabilities, listed.class_names)
-            right = np.asarray(metrics.top_k(logits, features[key].labels))
+            found["confused"] = confused(logits, listed.class_names)
+            found |= label_figures(features[key], logits)
+    found["reference"]["name"] = REFERENCE if options.data == Options.data else options.data
     with concerning(f"{model.name} on {options.field}"):
         rows = (features[key].rows for key in sets)
         apart = diagnose.field_discrepancy(*rows, seed=options.seed)
     for key, each in zip(sets, apart, strict=True):
         values = {"discrepancy": each.squared, "p_value": each.p_value, "chance": each.by_chance}
         found[key] |= values
-    if not labelled:
+    if "labels" not in found:
         return found, entropies, []
-    labels = features["field"].labels
-    found |= {"accuracy": float(right.mean()), "interval": interval_of(right)}
-    found["labelled"] = shares(labels, len(head))
-    found["recall"] = [
-        float(right[labels == label].mean()) if label in labels else None
-        for label in range(len(head))
-    ]
-    size = options.trial_batch or int(np.clip(len(labels) // 10, 4, 100))
-    cells = try_adapters(options, model, task, sets["field"], size)
-    found |= {"trial_batch": size, "steps": -(-len(labels) // size)}
-    found["trial"] = [
-        {name: cell[name] for name in ("adapter", "skipped_steps")}
-        | {name: cell["segments"][0][name] for name in ("top1", "intervals", "gain", "ece")}
-        for cell in cells
-    ]
+    count = len(labelled.labels)
+    size = options.trial_batch or int(np.clip(count // 10, 4, 100))
+    cells = try_adapters(options, model, task, labelled, size)
+    found |= {"trial_batch": size, "steps": -(-count // size), "trial": []}
+    for cell in cells:
+        (figures,) = cell["segments"]
+        seen, right = sweep.outcomes(figures)
+        tried = {name: cell[name] for name in ("adapter", "skipped_steps")}
+        tried |= {name: figures[name] for name in ("top1", "gain", "ece")}
+        found["trial"].append(tried | {"interval": interval_of(right[seen])})
     return found, entropies, cells
 
 
-def space_figures(
-    options: Options, features: Features, logits: jax.Array
-) -> tuple[Found, np.ndarray]:
-    """How pictures sit in the model's space; and their probabilities (pictures, classes)."""
-    probabilities = np.asarray(jax.nn.softmax(logits))
-    outliers = diagnose.outlier_features(features.rows, options.outlier_threshold)
-    return {
-        "pictures": len(features.rows),
-        "lost": features.lost,
-        "kurtosis": diagnose.activation_kurtosis(features.rows),
-        "outlier_axes": outliers.axes.tolist(),
-        "entropy": float(losses.entropy(logits).mean()),
-        "confidence": float(probabilities.max(-1).mean()),
-        "predicted": shares(probabilities.argmax(-1), probabilities.shape[1]),
-    }, probabilities
-
-
-def confused(probabilities: np.ndarray, names: Sequence[str]) -> list[Found]:
-    """The pairs of classes between which predictions hesitate most."""
-    columns = (column[:SHOWN].tolist() for column in diagnose.confused_classes(probabilities))
-    return [
-        {"classes": [names[label] for label in pair], "share": share, "margin": margin}
-        for pair, share, margin in zip(*columns, strict=True)
-    ]
-
-
-def shares(labels: np.ndarray, classes: int) -> list[float]:
-    """The share of each class among labels."""
-    return (np.bincount(labels, minlength=classes) / len(labels)).tolist()
+def labelled_part(
+    options: Options, listed: data.ImageFolder, stream: data.Stream
+) -> data.ImageFolder | None:
+    """The pictures of a stream that have labels; None if the folder has none."""
+    if (listed.labels < 0).all():
+        return None
+    drawn = np.sort(stream.items[:, 1])
+    drawn = drawn[listed.labels[drawn] >= 0]
+    if not len(drawn):
+        raise ValueError(f"{options.field}: --limit {options.limit} draws no picture with a label")
+    files = tuple(listed.files[number] for number in drawn)
+    return listed._replace(files=files, labels=listed.labels[drawn])
 
 
 def try_adapters(
-    options: Options, model: Model, task: jaxtta.clip.Task, sets: Sets, size: int
+    options: Options, model: Model, task: jaxtta.clip.Task, listed: data.ImageFolder, size: int
 ) -> list[sweep.Cell]:
-    """Run every adapter of the trial once over the field's pictures, `size` of them a step."""
-    source, streams = sets
+    """Run every adapter of the trial once over labelled pictures, `size` of them a step."""
+    source = data.Named(data.CorruptedOnTheFly(listed, model.clip.preprocessing), "field")
+    streams = streams_of(options, source, ("field",))
     setup = sweep.Setup(options.preset, options.tnt, options.mgtta)
     cutting = tuple(filter(sweep.is_tnt, options.trial))
     canvas = data.canvas_for(source, streams[0].segments[0]) if cutting else None
     batches = data.Batches(source, tuple(streams), size, canvas)
     settings = {"batch_size": size, "limit": options.limit, "preset": options.preset}
+    files = "".join(str(file.relative_to(listed.root)) for file in listed.files)
+    settings["files"] = zlib.crc32(files.encode())
     results = sweep.Results(
         options.output / "trial" / model.name.replace("/", "-"),
         settings | {"templates": options.templates} | sweep.fingerprints(source, model.params),

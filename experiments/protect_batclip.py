@@ -5,9 +5,10 @@ r"""Does an adapter that is kept from changing its clean answers stay good on cl
         --class-names airplane automobile bird cat deer dog frog horse ship truck
 
 BATCLIP adapts to one corruption, online, and is then tested on clean pictures as it stands. Beside
-it the same with its updates projected away from the directions in which the answers to some other
-clean pictures would change (`jaxtta.optim.orthogonal_to`), for several numbers of directions. No
-label is used but to count.
+it the same with its updates projected away from the directions in which the answers to some clean
+pictures would change (`jaxtta.optim.orthogonal_to`), for several numbers of directions. The
+pictures that it adapts to, the clean ones and the protecting ones are all different. No label is
+used but to count.
 """
 
 import dataclasses
@@ -29,7 +30,10 @@ from jaxtta.objectives import Batch
 from jaxtta.optim import orthogonal_to
 
 Array = jax.Array
-LEFT_OUT = ("output", "corruptions", "seeds", "workers", "debug")
+LEFT_OUT = (
+    *("output", "corruptions", "seeds", "workers", "debug"),
+    *("data", "model", "class_names"),  # places; what was found there is compared
+)
 """Options that change no figure, or say which of them to find."""
 
 
@@ -50,19 +54,20 @@ class Options:
     corruptions: tuple[str, ...] = ("gaussian_noise", "defocus_blur", "fog")
     """Each is adapted to from the start."""
     severity: int | None = None
-    """1 to 5. Default: 5, but 1 on the embedded pictures."""
+    """1 to 5. Default: 5, but 1 on the embedded pictures; arrays have one of their own."""
     ranks: tuple[int, ...] = (16, 64, 256)
     """Numbers of protected directions."""
     protecting: int = 256
-    """Clean pictures that the directions come from; they are not tested."""
+    """Clean pictures that the directions come from. Of the others one half is adapted to, and the
+    other half tested clean."""
     batch_size: int = 100
     """Pictures a batch."""
     learning_rate: float | None = None
-    """Of AdamW, in place of the published one."""
+    """In place of the preset's optimiser: AdamW, whatever that is."""
     preset: Literal["cifar10-c", "cifar100-c", "imagenet-c"] = "cifar10-c"
     """Published optimiser settings."""
     limit: int | None = None
-    """Use only so many pictures, of the corruption and of the clean ones."""
+    """Use only so many pictures to adapt to, and as many clean ones."""
     seeds: tuple[int, ...] = (1,)
     """Of the order, of corruptions made on the fly and of the choice of protecting pictures."""
     workers: int = 1
@@ -96,17 +101,17 @@ def main(options: Options) -> None:
     source = data.open_source(
         options.layout, options.data, model.preprocessing, options.class_names
     )
-    if options.protecting >= len(source.labels):
+    if options.protecting > len(source.labels) - 2:
         raise ValueError(
-            f"--protecting is {options.protecting}, expected fewer than the {len(source.labels)} "
-            "pictures, so that some are left to test on"
+            f"--protecting is {options.protecting}, expected at least two fewer than the "
+            f"{len(source.labels)} pictures, so that some are left to adapt to and to test on"
         )
     for corruption in options.corruptions:
         source.check(domain_of(options, corruption))
     templates = data.templates_for(options.layout)
     task = jaxtta.clip.zero_shot_task(model, source.class_names, templates)
     settings = {name: value for name, value in vars(options).items() if name not in LEFT_OUT}
-    settings |= sweep.fingerprints(source, params)
+    settings |= sweep.fingerprints(source, params) | {"severity": severity_of(options)}
     sweep.agree(options.output / "settings.json", json.loads(json.dumps(settings)))
     saved = options.output / "rows.json"
     rows = [Row(*row) for row in json.loads(saved.read_text())] if saved.exists() else []
@@ -115,7 +120,7 @@ def main(options: Options) -> None:
             if not any(row[:2] == (corruption, seed) for row in rows):
                 rows += measure(options, model, params, task, source, corruption, seed)
                 sweep.write_json(saved, rows)
-    report(options, rows)
+    report(options, [row for row in rows if row.seed in options.seeds])
 
 
 def measure(
@@ -129,9 +134,9 @@ def measure(
 ) -> list[Row]:
     """Adapt to a corruption without and with protection."""
     numbers = np.random.default_rng(seed).permutation(len(source.labels))
-    shown, tested = numbers[: options.protecting], numbers[options.protecting :][: options.limit]
-    clean = read(options, source, data.CLEAN, tested, seed)
-    stream = read(options, source, corruption, tested, seed)
+    shown, others = np.split(numbers, [options.protecting])
+    clean = read(options, source, data.CLEAN, others[1::2][: options.limit], seed)
+    stream = read(options, source, corruption, others[::2][: options.limit], seed)
     prompts = model.prompts(task)
 
     @jax.jit
@@ -175,10 +180,14 @@ def read(
 
 def domain_of(options: Options, corruption: str) -> data.Domain:
     """Where the pictures stand under a corruption, at the severity asked for."""
-    if options.layout == "arrays" or corruption == data.CLEAN:
-        return data.Domain(corruption)
-    usual = 1 if options.data == str(assets.PICTURES) else 5
-    return data.Domain(corruption, options.severity or usual)
+    return data.Domain(corruption, 0 if corruption == data.CLEAN else severity_of(options))
+
+
+def severity_of(options: Options) -> int:
+    """The severity asked for, or what suits the data."""
+    if options.layout == "arrays":
+        return 0
+    return options.severity or (1 if options.data == str(assets.PICTURES) else 5)
 
 
 def answered(logits: Array, batch: data.StreamBatch) -> np.ndarray:
@@ -234,6 +243,8 @@ def check(options: Options) -> None:
         limit=(options.limit, 1),
         workers=(options.workers, 0),
     )
+    if options.severity is not None and options.layout == "arrays":
+        raise ValueError("--layout arrays has a severity of its own, leave --severity out")
     if max(options.ranks) > options.protecting:
         raise ValueError(
             f"--ranks has {max(options.ranks)}, expected at most the --protecting "

@@ -12,17 +12,24 @@ os.environ["XLA_FLAGS"] = " ".join(
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+import json
+import re
+import runpy
+import shutil
+import sys
 from pathlib import Path
 
 import hypothesis
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
+from safetensors.numpy import load_file, save_file
 
 import jaxtta
 
 GOLDEN = Path(__file__).parent / "golden"
 SHARED = Path(__file__).parents[2] / "shared"
+EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 
 hypothesis.settings.register_profile(
     "jaxtta", deadline=None, max_examples=8, derandomize=True, print_blob=True
@@ -42,12 +49,45 @@ def embedded():
     return jaxtta.clip.load(jaxtta.assets.MODEL)
 
 
+@pytest.fixture(scope="session")
+def short(tmp_path_factory):
+    """The embedded model, cut down to the first block of each tower, which compiles fast."""
+    folder = tmp_path_factory.mktemp("short") / "clip"
+    shutil.copytree(jaxtta.assets.MODEL, folder)
+    config = json.loads((folder / "config.json").read_text())
+    for tower in ("text_config", "vision_config"):
+        config[tower]["num_hidden_layers"] = 1
+    (folder / "config.json").write_text(json.dumps(config))
+    weights = load_file(folder / "model.safetensors")
+    later = re.compile(r"layers\.[1-9]")
+    weights = {name: array for name, array in weights.items() if not later.search(name)}
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
 @pytest.fixture
 def shared():
     """The folder of larger files that are not part of the project."""
     if not SHARED.is_dir():
         pytest.skip("needs ../shared, which is not here")
     return SHARED
+
+
+@pytest.fixture
+def run_script(monkeypatch, capsys):
+    """Run a script in this process; returns its exit code, output and errors."""
+
+    def run(name, *arguments):
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        try:
+            runpy.run_path(str(EXPERIMENTS / name), run_name="__main__")
+            code = 0
+        except SystemExit as leave:
+            code = leave.code or 0
+        out = capsys.readouterr()
+        return code, out.out, out.err
+
+    return run
 
 
 def golden(name):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from conftest import relative
 
-from jaxtta import diagnose, metrics
+from jaxtta import diagnose
 from jaxtta.diagnose import PictureSums
 
 SEEDS = st.integers(0, 2**31 - 1)
@@ -377,8 +377,15 @@ def test_batches_of_one_shape_compile_once():
         assert int(of_batch(batch, mask).count) == 9
 
 
-def test_the_modality_gap_is_at_hand():
-    assert diagnose.modality_gap is metrics.modality_gap
+def test_the_modality_gap_is_the_planted_offset():
+    images, texts, offset = normal(0, 50, 8), normal(1, 6, 8), normal(2, 8)
+    images += texts.mean(0) + offset - images.mean(0)
+    gap = np.linalg.norm(images.astype(np.float64).mean(0) - texts.astype(np.float64).mean(0))
+    found = diagnose.modality_gap(images, texts)
+    assert float(found) == pytest.approx(gap, rel=1e-5)
+    assert float(found) == pytest.approx(np.linalg.norm(offset), rel=1e-5)
+    streamed = (images[:30].sum(0) + images[30:].sum(0))[None] / 50
+    assert float(diagnose.modality_gap(streamed, texts)) == pytest.approx(gap, rel=1e-5)
 
 
 # --- bad input

@@ -1,9 +1,12 @@
 """diagnose_model.py, run as a user runs it, and the functions of its field check."""
 
 import json
+import os
 import re
 import runpy
 import shutil
+import subprocess
+import sys
 import types
 
 import hypothesis
@@ -11,12 +14,12 @@ import hypothesis.strategies as st
 import jax
 import numpy as np
 import pytest
+from conftest import EXPERIMENTS, GOLDEN
 from safetensors.numpy import load_file, save_file
-from test_scripts import EXPERIMENTS, run_script  # noqa: F401 (a fixture)
 
 import jaxtta
 from jaxtta import assets, data, diagnose, metrics
-from jaxtta.sweep import diagnosis
+from jaxtta.sweep import diagnosis, figures
 
 SCRIPT = "diagnose_model.py"
 QUICK = ("--workers", "0", "--batch-size", "20", "--limit", "40")
@@ -38,9 +41,9 @@ def saved(folder, embedded, change):
     return folder
 
 
-def features_of(model, params, corruption):
+def features_of(model, params, corruption, folder=assets.PICTURES):
     """Features and labels of the pictures that the script draws."""
-    source = data.open_source("folder", assets.PICTURES, model.preprocessing)
+    source = data.open_source("folder", folder, model.preprocessing)
     (stream,) = data.make_streams(
         "reset_each_shift", (corruption,), (1,), source.labels, seed=1, limit=40
     )
@@ -50,8 +53,18 @@ def features_of(model, params, corruption):
     return np.asarray(jaxtta.clip.unit(features)), source.labels[numbers]
 
 
-def test_figures_are_those_of_direct_calls(run_script, tmp_path, embedded):  # noqa: F811
+def head_of(model, params, names):
+    prompts = model.prompts(jaxtta.clip.zero_shot_task(model, names))
+    return model.class_embeddings(params, prompts)
+
+
+def test_figures_are_those_of_direct_calls(run_script, tmp_path, embedded):
     model, params = embedded
+    own = tmp_path / "own"
+    for folder, name in (("hounds", "dog"), ("kittens", "cat"), ("vessels", "ship")):
+        (own / folder).mkdir(parents=True)
+        for file in sorted((assets.PICTURES / name).iterdir())[:14]:
+            shutil.copyfile(file, own / folder / file.name)
     rng = np.random.default_rng(0)
     noisy = saved(
         *(tmp_path / "noisy", embedded),
@@ -62,7 +75,7 @@ def test_figures_are_those_of_direct_calls(run_script, tmp_path, embedded):  # n
     code, out, _ = run_script(
         *(SCRIPT, *QUICK, "--models", assets.MODEL, noisy, "--corruptions", "fog", "--precision"),
         *("0.5", "--fractions", "0.1", "0.5", "1", "--reference-points", points),
-        *("--shifted", f"own=folder={assets.PICTURES}", "--output", tmp_path / "a"),
+        *("--shifted", f"own=folder={own}", "--output", tmp_path / "a"),
     )
     assert code == 0
     found = result_of(tmp_path / "a")
@@ -70,14 +83,17 @@ def test_figures_are_those_of_direct_calls(run_script, tmp_path, embedded):  # n
     mine, other = (found["models"][n] for n in (name, "noisy"))
     clean, labels = features_of(model, params, "clean")
     fog, _ = features_of(model, params, "fog")
-    task = jaxtta.clip.zero_shot_task(model, CLASSES)
-    head = model.class_embeddings(params, model.prompts(task))
+    head = head_of(model, params, CLASSES)
 
     outliers = diagnose.outlier_features(clean)
     assert mine["outlier_axes"] == outliers.axes.tolist()
     ranked = diagnose.privileged_directions(head, clean, outliers.axes)
     np.testing.assert_allclose(mine["importance"], ranked.importance, rtol=1e-4)
-    np.testing.assert_allclose(mine["overlap"], ranked.overlap, atol=1e-5)
+    assert (mine["outlier_axes"], mine["overlap"], mine["chance_overlap"]) == ([], None, 0)
+    axes, weights = zip(*mine["top_direction"], strict=True)
+    top = np.asarray(ranked.directions[0])
+    np.testing.assert_array_equal(axes, np.argsort(-np.abs(top))[:5])
+    np.testing.assert_allclose(weights, top[[*axes]] * np.sign(top[axes[0]]), atol=1e-4)
     assert mine["spread"] == pytest.approx(float(ranked.spread), rel=1e-4)
     gap = float(diagnose.modality_gap(clean, head))
     assert mine["modality_gap"] == pytest.approx(gap, rel=1e-4)
@@ -85,10 +101,18 @@ def test_figures_are_those_of_direct_calls(run_script, tmp_path, embedded):  # n
     detected = diagnose.concept_detectors(clean, labels[:, None] == present, 0.5)
     assert mine["encoded"] == [CLASSES[label] for label in present[detected.encoded]]
     assert mine["most_concepts_per_direction"] == detected.per_direction.max()
-    for key, rows in (("clean", clean), ("fog-1", fog), ("own", clean)):
+    others, own_labels = features_of(model, params, "clean", own)
+    own_head = head_of(model, params, ["hounds", "kittens", "vessels"])  # with its own directions
+    own_ranked = diagnose.privileged_directions(own_head, clean)
+    for key, rows, truth, weights, by in (
+        ("clean", clean, labels, head, ranked),
+        ("fog-1", fog, labels, head, ranked),
+        ("own", others, own_labels, own_head, own_ranked),
+    ):
         figures = mine["sets"][key]
-        right = metrics.top_k(rows @ head.T, labels)
-        kept = diagnose.pruned_accuracy(head, ranked.directions, rows, labels, (0.1, 0.5, 1))
+        right = metrics.top_k(rows @ weights.T, truth)
+        kept = diagnose.pruned_accuracy(weights, by.directions, rows, truth, (0.1, 0.5, 1))
+        assert figures["pruned"][-1] == pytest.approx(figures["accuracy"])
         assert figures["kurtosis"] == pytest.approx(diagnose.activation_kurtosis(rows), rel=1e-4)
         assert figures["accuracy"] == pytest.approx(float(right.mean()))
         np.testing.assert_allclose(figures["pruned"], kept)
@@ -128,7 +152,7 @@ def field(tmp_path_factory):
     return root
 
 
-def test_field_without_labels(run_script, tmp_path, field, embedded):  # noqa: F811
+def test_field_without_labels(run_script, tmp_path, field, embedded):
     model, params = embedded
     code, out, _ = run_script(
         *(SCRIPT, *QUICK, "--field", field / "flat", "--class-names", "cat", "dog", "ship"),
@@ -156,12 +180,12 @@ def test_field_without_labels(run_script, tmp_path, field, embedded):  # noqa: F
     # cats are nothing new among CIFAR-10's classes, but not all of them; halves are alike
     assert found["field"]["p_value"] < 0.05 < found["reference"]["p_value"]
     assert found["field"]["lost"] == [str(field / "flat" / "torn.jpg")]
-    assert f"1 pictures could not be read: {field / 'flat' / 'torn.jpg'}." in out
+    assert f"1 picture could not be read: {field / 'flat' / 'torn.jpg'}." in out
     assert "accuracy, and whether an adapter helps (both need labels)" in out
     assert "Not measured" in (tmp_path / "a" / "report.html").read_text()
 
 
-def test_field_with_labels(run_script, tmp_path, field):  # noqa: F811
+def test_field_with_labels(run_script, tmp_path, field):
     code, out, _ = run_script(
         *(SCRIPT, *QUICK, "--field", field / "labelled", "--trial", "zero_shot", "batclip"),
         *("--class-names", "dogs=dog", "ships=ship", "felines=cat", "--output", tmp_path / "a"),
@@ -180,8 +204,42 @@ def test_field_with_labels(run_script, tmp_path, field):  # noqa: F811
     gained = batclip["top1"] - zero["top1"]
     assert batclip["gain"]["top1"] == pytest.approx(gained)
     assert batclip["gain"]["interval"][0] <= gained <= batclip["gain"]["interval"][1]
-    assert "Unadapted it gets" in out and "adapters, 10 steps of 4 pictures: On field" in out
+    assert low == pytest.approx(zero["interval"][0])
+    assert (
+        "% of 40 labelled pictures right" in out
+        and "adapters, 10 steps of 4 pictures: On field" in out
+    )
     assert "Not measured: whether later pictures" in out
+
+
+def test_field_with_a_few_labels(run_script, tmp_path, field):
+    names = sorted(path.name for path in (field / "flat").iterdir() if path.stem != "torn")
+    labels = tmp_path / "few.csv"
+    rows = [f"{name},{'hound' if n < 2 else 'cat'}" for n, name in enumerate(names[:6])]
+    labels.write_text("\n".join(["picture,class", *rows]))
+    code, out, _ = run_script(
+        *(SCRIPT, *QUICK, "--field", field / "flat", "--class-names", "cat", "hound=dog"),
+        *("--field-labels", labels, "--trial", "zero_shot", "--output", tmp_path / "a"),
+    )
+    assert code == 0
+    (found,) = result_of(tmp_path / "a")["models"].values()
+    assert found["field"]["pictures"] == 20
+    assert (found["labels"], found["steps"]) == (6, 2)
+    assert found["labelled"] == pytest.approx([2 / 3, 1 / 3])
+    (zero,) = found["trial"]
+    assert zero["top1"] == pytest.approx(found["accuracy"])
+    assert zero["interval"] == pytest.approx(found["interval"])
+    assert "% of 6 labelled pictures right" in out and "2 steps of 4 pictures" in out
+
+
+def test_a_trial_of_mgtta_needs_files_of_the_model(run_script, tmp_path, field, embedded):
+    other = saved(tmp_path / "other", embedded, lambda name, x: 1.01 * x)
+    code, _, err = run_script(
+        *(SCRIPT, *QUICK, "--field", field / "labelled", "--trial", "zero_shot", "mgtta"),
+        *("--models", other, "--output", tmp_path / "a"),
+    )
+    assert code == 1
+    assert "was made with another model than this one" in err
 
 
 def arrays(folder, images, labels):
@@ -194,7 +252,7 @@ def arrays(folder, images, labels):
 NOISE = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), np.uint8)
 
 
-def test_pictures_and_models_without_a_diagnosis(run_script, tmp_path, embedded):  # noqa: F811
+def test_pictures_and_models_without_a_diagnosis(run_script, tmp_path, embedded):
     labels = np.arange(20) % 2
     same = arrays(tmp_path / "same", np.repeat(NOISE[:1], 20, 0), labels)
     cats = arrays(tmp_path / "cats", NOISE, 0 * labels)
@@ -222,6 +280,11 @@ def test_pictures_and_models_without_a_diagnosis(run_script, tmp_path, embedded)
             ("--data", good, "--models", tmp_path),
             f"{tmp_path}: has no config.json",
         ),
+        (
+            ("--data", good, "--models", GOLDEN / "openclip-vit"),
+            "openclip-vit: --outlier-threshold: threshold is 6.0, expected a positive number below "
+            "3.87",
+        ),
     ):
         code, _, err = run_script(
             *(SCRIPT, *QUICK, "--layout", "arrays", "--class-names", "cat", "dog"),
@@ -231,6 +294,9 @@ def test_pictures_and_models_without_a_diagnosis(run_script, tmp_path, embedded)
         assert message in err
         assert len(err.strip().splitlines()[-1]) > len(message)
         assert "Traceback" not in err
+
+
+FLAT = ("--field", "{flat}", "--class-names", "cat", "dog")
 
 
 @pytest.mark.parametrize(
@@ -285,6 +351,25 @@ def test_pictures_and_models_without_a_diagnosis(run_script, tmp_path, embedded)
         (("--reference-points", "{points}"), "points.csv: an accuracy is 60.0, expected a number"),
         (("--reference-points", "{words}"), "words.json: expected base and shifted of each model"),
         (("--shifted", "r"), "--shifted has 'r', expected NAME=LAYOUT=FOLDER"),
+        (
+            ("--data", "{labelled}", "--class-names", "a", "b", "--shifted", "x=folder={pairs}"),
+            "pairs: its class folders are not those of .*, dogs, felines, one, two being in one of",
+        ),
+        (
+            ("--shifted", "x=arrays={nowhere}"),
+            "--shifted x: .*nowhere: arrays do not say what their classes are called",
+        ),
+        (("--field-labels", "{few}"), "--field-labels needs --field"),
+        ((*FLAT, "--field-labels", "{nowhere}"), "nowhere: no such file"),
+        ((*FLAT, "--field-labels", "{points}"), "points.csv: has no columns picture and class"),
+        ((*FLAT, "--field-labels", "{few}"), "line 2 names 'b.jpg', which is no picture in .*flat"),
+        ((*FLAT, "--field-labels", "{wrong}"), "line 2 has class 'cow', which is none of --class-"),
+        ((*FLAT, "--field-labels", "{twice}"), "line 3 names 'torn.jpg' again"),
+        ((*FLAT, "--field-labels", "{none}"), "none.csv: names no picture"),
+        (
+            ("--field", "{labelled}", "--field-labels", "{few}"),
+            "labelled: has class folders, so --field-labels has nothing to say",
+        ),
         (("--corruptions", "smog"), "unknown corruption 'smog'"),
         (
             ("--layout", "arrays", "--severity", "3"),
@@ -293,10 +378,19 @@ def test_pictures_and_models_without_a_diagnosis(run_script, tmp_path, embedded)
         (("--limit", "1"), "--limit is 1, expected at least 2"),
     ],
 )
-def test_bad_input_is_one_sentence(run_script, tmp_path, field, options, message):  # noqa: F811
+def test_bad_input_is_one_sentence(run_script, tmp_path, field, options, message):
     places = {name: tmp_path / name for name in ("empty", "one", "both", "nowhere")}
     places |= {"labelled": field / "labelled", "flat": field / "flat"}
-    for name in ("empty", "one/cat", "both/cat", "both/dog"):
+    for name, text in (
+        ("few", "b.jpg,cat"),
+        ("wrong", "torn.jpg,cow"),
+        ("twice", "torn.jpg,cat\ntorn.jpg,dog"),
+        ("none", ""),
+    ):
+        places[name] = tmp_path / f"{name}.csv"
+        places[name].write_text(f"picture,class\n{text}\n")
+    places["pairs"] = tmp_path / "pairs"
+    for name in ("empty", "one/cat", "both/cat", "both/dog", "pairs/one", "pairs/two"):
         (tmp_path / name).mkdir(parents=True)
         if "/" in name:
             shutil.copyfile(min((field / "flat").iterdir()), tmp_path / name / "a.jpg")
@@ -312,7 +406,7 @@ def test_bad_input_is_one_sentence(run_script, tmp_path, field, options, message
     assert re.search(message, line), line
 
 
-def test_synthetic_features_are_timed(run_script, tmp_path):  # noqa: F811
+def test_synthetic_features_are_timed(run_script, tmp_path):
     code, out, _ = run_script(SCRIPT, "--synthetic", "2000", "--output", tmp_path)
     assert code == 0
     assert "2000 pictures, 512 features, 1000 classes: " in out
@@ -320,11 +414,34 @@ def test_synthetic_features_are_timed(run_script, tmp_path):  # noqa: F811
     assert found["outlier_axes"] == [0]  # as planted
     assert found["seconds"] > 0
     assert 0.5 < found["accuracy"] < 1
+    assert 0.1 < found["cka"] < 0.9  # as much noise as features
+    assert min(found["p_values"]) > 0.01
+
+
+@pytest.mark.skipif("JAXTTA_SLOW" not in os.environ, reason="takes a minute: set JAXTTA_SLOW")
+def test_fifty_thousand_pictures_take_a_minute_and_three_gigabytes(tmp_path):
+    command = [sys.executable, EXPERIMENTS / SCRIPT, "--synthetic", "50000", "--output", tmp_path]
+    subprocess.run(command, check=True)
+    found = json.loads((tmp_path / "synthetic.json").read_text())
+    assert found["seconds"] < 60
+    assert found["peak_memory_gb"] < 3
+
+
+def test_names_hold_for_shifted_folders_and_arrays(field, tmp_path):
+    names_for = runpy.run_path(str(EXPERIMENTS / SCRIPT))["names_for"]
+    options = types.SimpleNamespace(class_names=("cat", "dog"), layout="arrays", data="base")
+    for layout, root in (("arrays", "nowhere"), ("folder", field / "labelled")):
+        assert names_for(options, layout, root) == ("cat", "dog")
+    file = tmp_path / "names.json"
+    file.write_text('{"felines": "cat", "dogs": "dog", "ships": "ship"}')
+    options.class_names = (str(file),)
+    assert names_for(options, "folder", field / "labelled") == ("dog", "cat")
+    options.class_names = ()
+    assert names_for(options, "folder", field / "labelled") == ()
 
 
 def test_robustness_is_measured_from_reference_models_or_the_reason_is_said():
-    robustness_of = runpy.run_path(str(EXPERIMENTS / SCRIPT))["robustness_of"]
-    options = types.SimpleNamespace(models=("x/a", "x/b", "x/c"), references=("x/a", "x/c"))
+    references = ("a", "c")
     accuracies = {"a": (0.6, 0.2), "b": (0.8, 0.7), "c": (0.9, 0.5)}
 
     def results(**changed):
@@ -333,7 +450,7 @@ def test_robustness_is_measured_from_reference_models_or_the_reason_is_said():
             for name, pair in (accuracies | changed).items()
         }
 
-    found = robustness_of(options, results(), [])
+    found = figures.robustness_of(results(), references=references)
     line = diagnose.fit_logit_line([0.6, 0.9], [0.2, 0.5])
     expected = diagnose.effective_robustness([0.6, 0.8, 0.9], [0.2, 0.7, 0.5], line)
     assert [*found["values"].values()] == pytest.approx(expected.tolist())
@@ -343,9 +460,174 @@ def test_robustness_is_measured_from_reference_models_or_the_reason_is_said():
         ({"c": (0.6, 0.5)}, "at least two reference points of different base accuracies"),
         (dict.fromkeys("abc", (0.6, None)), "there are no shifted sets"),
     ):
-        assert message in robustness_of(options, results(**changed), [])["reason"]
-    options.references = ()
-    assert "takes models that are not robust" in robustness_of(options, results(), [])["reason"]
+        assert message in figures.robustness_of(results(**changed), references=references)["reason"]
+    assert "takes models that are not robust" in figures.robustness_of(results())["reason"]
+
+
+def test_enough_is_counted_from_the_whole_head():
+    for accuracies, expected in (
+        ((0.6, 0.795, 0.8), 0.5),
+        ((0.8, 0.7, 0.8), 1.0),  # from there on, not by luck below
+        ((0.8, 0.8, 0.78), None),
+        ((0.5, 0.6, 0.7), None),
+    ):
+        assert figures.enough(0.8, (0.1, 0.5, 1.0), accuracies) == expected
+    assert figures.enough(0.8, (0.5, 0.1), (0.8, 0.6)) == 0.5
+    assert figures.enough(0.8, (0.5, 0.1), (0.75, 0.75)) is None
+
+
+def test_few_labels_have_exact_bounds_where_all_or_none_are_right():
+    scipy = pytest.importorskip("scipy.stats")
+    for right in (0, 5):
+        exact = scipy.binomtest(right, 5).proportion_ci(method="exact")
+        assert figures.interval_of(np.arange(5) < right) == pytest.approx([*exact])
+    low, high = figures.interval_of(np.arange(5) < 2)
+    assert 0 <= low < 0.4 < high < 1
+
+
+def test_directions_may_detect_classes():
+    rng = np.random.default_rng(0)
+    head, labels = rng.normal(size=(3, 60)), np.arange(90) % 3
+    rows = 0.01 * rng.normal(size=(90, 60)) + head[labels]
+    rows[:, [7, 9]] += 90
+    found = figures.base_figures(
+        head, figures.Features(rows, labels, []), "abc", threshold=4, detectors="directions"
+    )
+    assert found["outlier_axes"] == [7, 9]
+    assert found["chance_overlap"] == 2 / 60
+    ranked = diagnose.privileged_directions(head, rows, [7, 9])
+    np.testing.assert_allclose(found["overlap"], ranked.overlap)
+    scores = np.asarray(rows @ ranked.directions.T)
+    detected = diagnose.concept_detectors(scores, labels[:, None] == np.arange(3))
+    assert found["encoded"] == [
+        name for name, is_so in zip("abc", detected.encoded, strict=True) if is_so
+    ]
+    assert found["most_concepts_per_direction"] == detected.per_direction.max()
+
+
+# --- words
+
+
+def model_figures(**changed):
+    sets = {
+        "clean": {"accuracy": 0.8, "kurtosis": 3.5, "lost": []},
+        "fog": {"accuracy": 0.5, "kurtosis": 3.4, "lost": ["a.jpg"]},
+        "snow": {"accuracy": 0.6, "kurtosis": 3.4, "lost": ["b.jpg"]},
+    }
+    return {
+        "sets": sets,
+        "shifted_accuracy": 0.55,
+        "outlier_axes": [],
+        "importance": [1.0] * 10,
+        "enough": 0.2,
+    } | changed
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        (
+            {},
+            "m gets 80.00 % right on clean, 55.00 % on the mean of 2 shifted sets and 50.00 % on "
+            "the worst shift, fog. The kurtosis of its features is 3.50 (Gaussian: 3); no axis "
+            "sticks out of most pictures' features. Of the fractions tried of the head's 10 "
+            "directions, 20 % is the smallest that keeps its accuracy on clean within 1 point.",
+        ),
+        ({"enough": 1.0}, "directions, only the whole keeps its accuracy on clean within 1 point."),
+        ({"enough": None}, "directions, none keeps its accuracy on clean within 1 point."),
+        ({"outlier_axes": [3, 7]}, "; axes 3, 7 stick out of most pictures' features. "),
+        (
+            {"sets": {"clean": {"accuracy": 0.8, "kurtosis": 3.5, "lost": []}}},
+            "m gets 80.00 % right on clean. The kurtosis",
+        ),
+        (
+            {"sets": dict([*model_figures()["sets"].items()][:2])},
+            "m gets 80.00 % right on clean and 50.00 % on the worst shift, fog. The kurtosis",
+        ),
+    ],
+)
+def test_the_words_of_a_diagnosis(changed, expected):
+    first, *others = diagnosis.summary({"m": model_figures(**changed)}, {"values": {}})
+    assert expected in first
+    assert others[-1] == (
+        "Not measured: other shifts and strengths than these, calibration, and whether any of "
+        "these figures predicts accuracy on other pictures."
+    )
+    if not changed:
+        assert first == expected
+        assert others[:-1] == ["2 pictures could not be read: a.jpg, b.jpg."]
+
+
+def test_why_robustness_was_not_computed():
+    said = diagnosis.summary({}, {"reason": "there are no shifted sets"})
+    assert said[0] == "Effective robustness was not computed: there are no shifted sets."
+
+
+def field_figures(**changed):
+    field = {"p_value": 0.002, "discrepancy": 0.05, "chance": 0.004, "lost": []}
+    field |= {"predicted": [0.75, 0.25, 0.0], "confidence": 0.604}
+    return {
+        "field": field | changed.pop("field", {}),
+        "reference": {"name": "old", "lost": []},
+        "classes": ["cat", "dog", "cow"],
+    } | changed
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        (
+            {},
+            [
+                "For m these pictures lie apart from the reference, old (p = 0.002; their squared "
+                "discrepancy is 12.5 times what chance stays below): accuracies that you know from "
+                "it may not hold here. It answers “cat” for 75 % of them, never “cow”, with a mean "
+                "confidence of 60 % (guessing: 33 %)."
+            ],
+        ),
+        (
+            {
+                "field": {"p_value": 0.051, "predicted": [0.2, 0.3, 0.5], "lost": ["a.jpg"]},
+                "accuracy": 0.6,
+                "interval": (0.55, 0.7),
+                "labels": 40,
+                "labelled": [0.5, 0.3, 0.2],
+            },
+            [
+                "For m these pictures cannot be told from the reference, old (p = 0.051), which is "
+                "no proof that they are alike. It answers “cow” for 50 % of them, with a mean "
+                "confidence of 60 % (guessing: 33 %).",
+                "1 picture could not be read: a.jpg.",
+                "Unadapted it gets 60.00 [55.00, 70.00] % of 40 labelled pictures right, better "
+                "than always giving the commonest class (50.00 %).",
+            ],
+        ),
+    ],
+)
+def test_the_words_of_a_field_check(changed, expected):
+    assert diagnosis.expectations("m", field_figures(**changed)) == expected
+
+
+@pytest.mark.parametrize(
+    ("bounds", "than"), [((0.4, 0.49), "worse"), ((0.4, 0.5), "not clearly better")]
+)
+def test_how_labels_compare_with_the_commonest_class(bounds, than):
+    labelled = {"accuracy": 0.45, "interval": bounds, "labels": 1, "labelled": [0.5, 0.3, 0.2]}
+    said = diagnosis.expectations("m", field_figures(**labelled))[-1]
+    assert f"% of 1 labelled picture right, {than} than always giving the commonest" in said
+
+
+def test_what_a_field_check_leaves_open():
+    assert diagnosis.unmeasured(()) == (
+        "Not measured: accuracy, and whether an adapter helps (both need labels); whether later "
+        "pictures will look like these; other prompts than these."
+    )
+    assert diagnosis.unmeasured(("zero_shot", "tent@1e-4", "batclip")) == (
+        "Not measured: whether later pictures will look like these; other prompts than these; "
+        "learning rates other than those tried; the adapters tnt, mgtta, mgtta-sgd, mgtta-adam."
+    )
+    every = diagnosis.unmeasured(diagnosis.ADAPTERS)
+    assert every.endswith("other prompts than these; learning rates other than those tried.")
 
 
 def test_every_picture_is_in_the_histogram():

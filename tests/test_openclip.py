@@ -5,6 +5,7 @@ import shutil
 import warnings
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -13,8 +14,9 @@ from flax.traverse_util import flatten_dict
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from jaxtta import adapters, clip, tree
+from jaxtta import adapters, clip, objectives, sweep, tree
 from jaxtta.clip import openclip
+from jaxtta.clip.resnet import ResNet
 
 NAMES = ("resnet", "vit", "vit_quickgelu")
 WEIGHTS, CONFIG = "open_clip_model.safetensors", "open_clip_config.json"
@@ -58,9 +60,8 @@ def test_embeddings_equal_openclips(name):
 
 def test_batclip_on_the_resnet_equals_openclips(resnet, reference, task):
     model, params = resnet
-    adapter = adapters.batclip(
-        model.with_batch_statistics(), task, optax.adamw(1e-3, weight_decay=1e-2)
-    )
+    setup = sweep.Setup("cifar10-c", adapters.Tuning(), sweep.MGTTA())
+    adapter = sweep.make_adapter("batclip", model, task, setup)
     state, step = adapter.init(params), jax.jit(adapter.step)
     for t, images in enumerate(pictures_of(model, reference["batclip_images"])):
         state, prediction = step(params, state, images)
@@ -82,7 +83,7 @@ def test_batclip_on_the_resnet_equals_openclips(resnet, reference, task):
 
 def test_tent_moves_the_resnets_scales_and_biases_and_lowers_entropy(resnet, reference, task):
     model, params = resnet
-    adapter = adapters.tent(model.with_batch_statistics(), task, optax.adam(1e-3))
+    adapter = adapters.tent(model, task, optax.adam(1e-3))
     state, step = adapter.init(params), jax.jit(adapter.step)
     assert set(state.adapted) == {"vision_model"}
     assert {path[-1] for path in flatten_dict(state.adapted)} == {"scale", "bias"}
@@ -91,6 +92,57 @@ def test_tent_moves_the_resnets_scales_and_biases_and_lowers_entropy(resnet, ref
         state, prediction = step(params, state, images)
         entropies.append(float(prediction.metrics["entropy"]))
     assert entropies[-1] < entropies[0]
+
+
+def padded(images, rows):
+    """A batch with more rows than pictures, the others full of what must not be looked at."""
+    filled = np.concatenate([np.full_like(images[:1], np.nan).repeat(rows, 0), images])
+    mask = np.arange(len(filled)) >= rows
+    return objectives.Batch(jnp.asarray(filled), jnp.asarray(mask), jnp.arange(len(filled)))
+
+
+def test_a_step_of_tent_on_the_resnet_is_the_entropys_gradient(resnet, reference, task):
+    own, params = resnet
+    images = pictures_of(own, reference["batclip_images"][0])
+    model, adapter = own.with_batch_statistics(), adapters.tent(own, task, optax.sgd(0.1))
+    start = adapter.init(params)
+    chosen, _ = tree.partition(params, tree.normalisation_parameters("image"))
+
+    def entropy(adapted):
+        merged = tree.merge(params, adapted)
+        embeddings = model.encode_image(merged, model.normalize(images))
+        logits = jnp.exp(params["logit_scale"]) * clip.unit(embeddings) @ start.context.T
+        return -(jax.nn.softmax(logits) * jax.nn.log_softmax(logits)).sum(1).mean()
+
+    value, gradients = jax.jit(jax.value_and_grad(entropy))(chosen)
+    state, prediction = jax.jit(adapter.step)(params, start, padded(images, 3))
+    assert float(prediction.metrics["entropy"]) == pytest.approx(float(value), abs=1e-5)
+    for new, old, gradient in zip(
+        *map(jax.tree.leaves, (state.adapted, chosen, gradients)), strict=True
+    ):
+        np.testing.assert_allclose(new - old, -0.1 * gradient, rtol=1e-3, atol=1e-6)
+
+
+def test_padding_enters_no_batch_statistics(resnet, reference, task):
+    model, params = resnet
+    images = pictures_of(model, reference["batclip_images"][0])
+    adapter = adapters.batclip(model, task, optax.sgd(0.1))
+    start, step = adapter.init(params), jax.jit(adapter.step)
+    state, prediction = step(params, start, images)
+    assert np.abs(prediction.logits - reference["batclip_logits"][0]).max() <= 1e-3
+    batch = padded(images, 3)
+    again, other = step(params, start, batch)
+    np.testing.assert_allclose(other.logits[3:], prediction.logits, atol=1e-3)
+    update, expected = (
+        np.concatenate([np.ravel(x) for x in jax.tree.leaves(jax.tree.map(jnp.subtract, *pair))])
+        for pair in ((again.adapted, start.adapted), (state.adapted, start.adapted))
+    )
+    assert relative(update, expected) <= 1e-3
+    images = jnp.nan_to_num(batch.images)
+    _, other = step(params, start, batch._replace(images=images, mask=jnp.ones_like(batch.mask)))
+    assert relative(other.logits[3:], prediction.logits) > 1e-2  # there was something to mask
+    empty, _ = step(params, start, batch._replace(mask=jnp.zeros_like(batch.mask)))
+    assert jax.tree.all(jax.tree.map(np.array_equal, empty.adapted, start.adapted))
 
 
 def test_only_with_batch_statistics_do_pictures_depend_on_each_other(resnet, reference):
@@ -130,9 +182,9 @@ def test_what_the_resnet_keeps_of_its_layers(resnet, reference):
         (5, 16, 256),
         (5, 4, 512),
     ]
-    np.testing.assert_allclose(out.layer_features[:, -1], out.hidden_states[-1].mean(1), atol=1e-5)
-    found = clip.feature_statistics(model, params, [pictures_of(model, reference["images"])])
-    assert relative(found.mean, out.layer_features.mean(0)) < 1e-4
+    assert out.layer_features is None
+    with pytest.raises(ValueError, match="are those of a vision transformer, not of a ResNet"):
+        clip.feature_statistics(model, params, [pictures_of(model, reference["images"])])
 
 
 def test_bfloat16_and_recomputation_stay_close(resnet, reference, task):
@@ -159,6 +211,8 @@ def test_a_vit_has_the_tree_of_a_transformers_checkpoint(tmp_path):
     assert jax.tree.all(jax.tree.map(np.array_equal, loaded, params))
     shutil.copytree(golden_folder("resnet"), tmp_path, dirs_exist_ok=True)
     assert clip.load(tmp_path)[0].vision == model.vision  # where both are, transformers' is read
+    (tmp_path / "model.safetensors").unlink()
+    assert isinstance(clip.load(tmp_path)[0].vision, ResNet)  # whatever the other config says
 
 
 def test_a_resnet_is_no_transformers_checkpoint(resnet, tmp_path):
@@ -434,11 +488,13 @@ def test_unused_parameters_are_named(folder):
         clip.load(folder)
 
 
-@pytest.mark.parametrize("timm", [False, True], ids=["alone", "beside timm's files"])
-def test_a_hub_model_of_openclip_is_fetched_file_by_file(monkeypatch, folder, timm):
-    if timm:
+@pytest.mark.parametrize("beside", ["nothing", "timm's files", "transformers' config"])
+def test_a_hub_model_of_openclip_is_fetched_file_by_file(monkeypatch, folder, beside):
+    if beside == "timm's files":
         (folder / "config.json").write_text('{"architecture": "vit_base_patch32_clip_224"}')
         (folder / "model.safetensors").write_bytes(b"timm's")
+    if beside == "transformers' config":  # without weights that are read
+        (folder / "config.json").write_text('{"model_type": "clip"}')
     import huggingface_hub
     from huggingface_hub.errors import EntryNotFoundError
 
@@ -455,5 +511,5 @@ def test_a_hub_model_of_openclip_is_fetched_file_by_file(monkeypatch, folder, ti
     model, _ = clip.load("somebody/openclip-vit")
     assert model.source == str(folder)
     assert {CONFIG, WEIGHTS} <= set(asked)
-    assert not any(name.endswith((".bin", ".msgpack")) for name in asked)
-    assert "model.safetensors" not in asked
+    assert not any(name.endswith(".bin") for name in asked)
+    assert ("model.safetensors" in asked) == (beside == "transformers' config")

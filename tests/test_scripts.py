@@ -5,38 +5,16 @@ import json
 import re
 import runpy
 import shutil
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import GOLDEN
+from conftest import EXPERIMENTS, GOLDEN
 from PIL import Image
 
 import jaxtta
 from jaxtta import assets, sweep
-
-EXPERIMENTS = Path(__file__).parents[1] / "experiments"
-
-
-@pytest.fixture
-def run_script(monkeypatch, capsys):
-    """Run a script in this process; returns its exit code, output and errors."""
-
-    def run(name, *arguments):
-        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
-        try:
-            runpy.run_path(str(EXPERIMENTS / name), run_name="__main__")
-            code = 0
-        except SystemExit as leave:
-            code = leave.code or 0
-        out = capsys.readouterr()
-        return code, out.out, out.err
-
-    return run
-
 
 QUICK = ("--workers", "0", "--limit", "20", "--batch-size", "10", "--corruptions", "fog", "clean")
 
@@ -338,8 +316,9 @@ def test_options_of_tnt_are_checked_as_they_are_read(run_script, tmp_path):
         assert message in " ".join(err.replace("│", " ").split())
 
 
-def test_a_generator_is_trained_and_a_killed_run_goes_on(run_script, tmp_path):
+def test_a_generator_is_trained_and_a_killed_run_goes_on(run_script, short, tmp_path, monkeypatch):
     options = [
+        *("--model", short),
         *("--pictures", "8", "--held-out", "6", "--test-batch", "3", "--source-pictures", "6"),
         *("--corruptions", "speckle_noise", "saturate", "--severity", "1", "--hidden", "2"),
     ]
@@ -352,17 +331,79 @@ def test_a_generator_is_trained_and_a_killed_run_goes_on(run_script, tmp_path):
     assert f"epoch {record['chosen_epoch']} of 2, chosen by accuracy" in out
     phi, about = jaxtta.optim.load_phi(whole / "phi.safetensors")
     assert (jaxtta.optim.check_phi(phi), about["epoch"]) == (2, record["chosen_epoch"])
-    assert jaxtta.clip.load_statistics(whole / "statistics.safetensors").count == 6
+    assert jaxtta.clip.load_statistics(whole / "statistics.safetensors")[0].count == 6
     assert Image.open(whole / "training.png").size[0] > 500
-    for epochs in ("1", "2"):  # stopped after an epoch, then the same command again
-        code, _, _ = run_script("pretrain_mgg.py", *options, "--epochs", epochs, "--output", parts)
-        assert code == 0
+    # killed in the second epoch, between weights and checkpoint; then the same command again
+    before, calls = sweep.checkpoint._manager, []
+
+    def stop(folder):
+        calls.append(folder)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return before(folder)
+
+    options += ["--epochs", "2", "--output", parts]
+    with monkeypatch.context() as patch:
+        patch.setattr(sweep.checkpoint, "_manager", stop)
+        assert run_script("pretrain_mgg.py", *options)[0] == 130
+    assert run_script("pretrain_mgg.py", *options)[0] == 0
+    for file in ("phi.safetensors", "statistics.safetensors"):
+        assert (parts / file).read_bytes() == (whole / file).read_bytes()
     again = json.loads((parts / "training.json").read_text())
     for name in ("loss", "held_out_loss", "accuracy"):
         np.testing.assert_allclose(again[name], record[name], rtol=1e-6)
-    code, _, err = run_script("pretrain_mgg.py", *options, "--seed", "1", "--output", parts)
+    code, _, err = run_script("pretrain_mgg.py", *options, "--seed", "1")
     assert code == 1
     assert "parts: holds results with seed 0 (this run: 1)" in err
+
+
+def test_a_generator_for_both_towers_through_several_updates(run_script, short, tmp_path):
+    options = [
+        *("--model", short),
+        *("--pictures", "12", "--held-out", "0", "--choose", "loss", "--source-pictures", "6"),
+        *("--corruptions", "saturate", "--hidden", "2", "--epochs", "1", "--batch", "2"),
+        *("--truncation", "3", "--tower", "both"),  # five batches after the first: 3 and 2
+    ]
+    code, out, _ = run_script("pretrain_mgg.py", *options, "--output", tmp_path / "a")
+    assert code == 0
+    assert "nothing was held out" in out
+    files = [f"--mgtta.{name} {tmp_path}/a/{name}.safetensors" for name in ("phi", "statistics")]
+    sweep_options = [
+        *QUICK[:-2],
+        "fog",
+        "--model",
+        short,
+        "--mgtta.tower",
+        "both",
+        *" ".join(files).split(),
+    ]
+    adapters = ("zero_shot", "mgtta", "mgtta@1e-2", "mgtta-sgd", "mgtta-adam@1e-2")
+    folder = tmp_path / "b"
+    code, out, _ = run_script(
+        "corruption_sweep.py", *sweep_options, "--adapters", *adapters, "--output", folder
+    )
+    assert code == 0
+    losses = {name: cell_of(folder, name, "fog-1") for name in adapters}
+    assert losses["mgtta"]["settings"]["mgtta"]["tower"] == "both"
+    assert losses["mgtta@1e-2"]["settings"]["learning_rate"] == 1e-2
+    assert "phi" not in losses["mgtta-sgd"]["settings"]["mgtta"]
+    nll = [losses[name]["segments"][0]["nll"] for name in adapters]
+    assert len(set(nll)) == len(nll)  # every one did something else
+
+
+def test_files_of_another_model(run_script, tmp_path, caplog):
+    statistics, _ = jaxtta.clip.load_statistics(assets.STATISTICS)
+    phi, _ = jaxtta.optim.load_phi(assets.PHI)
+    about = {"weights": "of another model"}
+    jaxtta.clip.save_statistics(tmp_path / "s", statistics, about)
+    jaxtta.optim.save_phi(tmp_path / "p", phi, about)
+    run = ["corruption_sweep.py", *QUICK, "--adapters", "mgtta", "--output", tmp_path / "a"]
+    code, _, err = run_script(*run, "--mgtta.statistics", tmp_path / "s")
+    assert code == 1
+    assert "s: was made with another model than this one; pretrain_mgg.py makes a file" in err
+    code, _, err = run_script(*run, "--mgtta.phi", tmp_path / "p")
+    assert code == 0
+    assert "p: was made with another model than this one" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -383,133 +424,15 @@ def test_bad_options_of_meta_training(run_script, tmp_path, options, message):
     assert not (tmp_path / "a").exists()
 
 
-def test_tasks_are_learnt_one_after_another(run_script, tmp_path, monkeypatch):
-    options = [
-        *(
-            "--tasks",
-            "digits",
-            "turned-digits",
-            "--iterations",
-            "3",
-            "--batch-size",
-            "8",
-            "--reference-pictures",
-            "24",
-            "--limit",
-            "16",
-        ),
-        *("--reference-batch", "6", "--gram-pictures", "16", "--workers", "0"),
-        *("--learning-rate", "1e-3"),
-    ]
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    code, out, _ = run_script("continual_mtil.py", *options, "--methods", "gnsp", "--output", whole)
-    assert code == 0
-    found = json.loads((whole / "gnsp" / "seed1" / "result.json").read_text())
-    assert found["tasks"] == ["digits", "turned-digits"]
-    assert [set(row) for row in found["rows"]] == [set(found["rows"][0])] * 3
-    assert found["rows"][0] != found["rows"][2]
-    assert 0 <= found["transfer"] <= 1
-    names = [line.split()[0] for line in out.splitlines() if line.startswith(("before", "gnsp"))]
-    assert names == ["before", "gnsp"]
-    for name in ("matrix.png", "curves.png"):
-        assert Image.open(whole / name).size[0] > 500
-    # stopped in the second task: what was saved after the first is gone on with
-    options += ["--methods", "gnsp", "--output", parts]
-    make, calls = jaxtta.continual.task_optimizer, []
-
-    def stop(*arguments):
-        calls.append(arguments)
-        if len(calls) == 3:  # twice for the first task: once to begin it, once to compile
-            raise KeyboardInterrupt
-        return make(*arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(jaxtta.continual, "task_optimizer", stop)
-        assert run_script("continual_mtil.py", *options)[0] == 130
-    assert not (parts / "gnsp" / "seed1" / "result.json").exists()
-    assert run_script("continual_mtil.py", *options)[0] == 0
-    again = json.loads((parts / "gnsp" / "seed1" / "result.json").read_text())
-    assert again["rows"] == found["rows"]
-    code, _, err = run_script("continual_mtil.py", *options, "--rho", "0.5")
-    assert code == 1
-    assert "rho 0.15 (this run: 0.5)" in err
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--methods", "magic"], "unknown method 'magic', expected one of fine-tuning"),
-        (["--tasks", "chess"], "unknown task 'chess', expected NAME=FOLDER or one of order-1"),
-        (["--tasks", "dtd"], "dtd needs --data, the folder above the MTIL sets"),
-        (["--rho", "1"], "--rho is 1.0, expected between 0 and 1"),
-        (["--reference", "FOLDER"], "--reference is 'FOLDER', expected LAYOUT=FOLDER"),
-        (["--tasks", "own=/nowhere"], "/nowhere/train: no such folder"),
-        (["--reference", "captions=/nowhere"], "/nowhere: no such folder"),
-    ],
-)
-def test_bad_options_of_continual_learning(run_script, tmp_path, options, message):
-    code, _, err = run_script("continual_mtil.py", "--output", tmp_path / "a", *options)
-    assert code == 1
-    assert message in err
-    assert err.count("\n") == 1
-
-
-def test_pairs_of_pictures_and_captions_are_a_reference(run_script, tmp_path):
-    folder = tmp_path / "pairs"
-    folder.mkdir()
-    table = folder / "captions.csv"
-    options = ["--tasks", "digits", "--methods", "gnsp", "--reference", f"captions={folder}"]
-    options += ["--iterations", "1", "--batch-size", "8", "--reference-batch", "4", "--limit", "8"]
-    options += ["--gram-pictures", "16", "--workers", "0"]
-    for lines, message in (
-        ([], "has no captions.csv, with columns file and caption"),
-        (["picture,text"], "captions.csv: has no columns file and caption"),
-        (["file,caption"], "captions.csv: names no picture"),
-        (["file,caption", "no.jpg,a cat"], "line 2 names no picture: 'no.jpg'"),
-        (["file,caption", "0.jpg,"], "captions.csv: 0.jpg has no caption"),
-    ):
-        if lines:
-            table.write_text("\n".join(lines))
-        (folder / "0.jpg").touch()
-        code, _, err = run_script("continual_mtil.py", *options, "--output", tmp_path / "a")
-        assert code == 1
-        assert message in err
-    pictures = sorted(assets.PICTURES.glob("*/*"))[::100]
-    rows = ["file,caption"]
-    for number, picture in enumerate(pictures):
-        shutil.copy(picture, folder / f"{number}{picture.suffix}")
-        rows.append(f"{number}{picture.suffix},a small {picture.parent.name}")
-    table.write_text("\n".join(rows))
-    code, _, _ = run_script("continual_mtil.py", *options, "--output", tmp_path / "b")
-    assert code == 0
-    result = json.loads((tmp_path / "b" / "gnsp" / "seed1" / "result.json").read_text())
-    assert set(result["rows"][1]) >= {"digits", "modality gap", "image to text"}
-
-
-def test_what_protection_costs_and_keeps(run_script, tmp_path):
-    options = ["--limit", "20", "--batch-size", "10", "--protecting", "6", "--workers", "0"]
-    options += ["--corruptions", "fog", "--output", tmp_path / "a"]
-    code, out, _ = run_script("protect_batclip.py", *options, "--ranks", "2", "6")
-    assert code == 0
-    rows = json.loads((tmp_path / "a" / "rows.json").read_text())
-    assert [row[2] for row in rows] == [-1, 0, 2, 6]
-    assert all(0 <= share <= 1 for row in rows for share in row[3:])
-    assert Image.open(tmp_path / "a" / "clean.png").size[0] > 500
-    again = run_script("protect_batclip.py", *options, "--ranks", "2", "6")
-    assert again[:2] == (0, out)  # from what is saved
-    code, _, err = run_script("protect_batclip.py", *options, "--ranks", "7")
-    assert code == 1
-    assert "--ranks has 7, expected at most the --protecting 6 pictures" in err
-
-
 def test_the_benchmark_measures_each_row_in_its_own_process(run_script, tmp_path):
     options = ["--model", "tiny", "--classes", "10", "--frameworks", "jax", "--steps", "1"]
-    adapters = ["zero_shot", "tent", "batclip", "tnt-3"]
+    adapters = ["zero_shot", "mgtta", "tnt-3"]
     options += ["--views", "4", "--adapters", *adapters]
     options += ["--projectors"]
     code, out, _ = run_script("benchmark.py", *options, "--output", tmp_path / "rows.json")
     assert code == 0
     assert re.search(r"projectors \(3 of 64 inputs, 2 of 256 inputs\): [\d.e-]+ s", out)
+    assert re.search(r"directions that they leave free: [\d.]+% on average", out)
     assert re.search(r"training step: [\d.e-]+ s, with the projection [\d.e-]+ s \([+-]", out)
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
     assert [row["adapter"] for row in rows] == adapters

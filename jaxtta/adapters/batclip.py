@@ -35,6 +35,8 @@ def batclip(
 ) -> Adapter:
     """Adapt the LayerNorms of both towers; the text is encoded anew at every step.
 
+    Of a ResNet, the affine parameters of its batch norms, with each batch's own statistics.
+
     Args:
         model: the model.
         task: the classes.
@@ -46,6 +48,7 @@ def batclip(
     References:
         https://arxiv.org/abs/2412.02837
     """
+    model = model.with_batch_statistics()
     prompts = model.prompts(task)
     return online(
         objectives.batclip(model),

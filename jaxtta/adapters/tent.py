@@ -20,6 +20,8 @@ TENT_PRESETS = {
 def tent(model: CLIP, task: Task, optimizer: optax.GradientTransformation | None = None) -> Adapter:
     """Minimise prediction entropy; the text tower is frozen and encoded once.
 
+    A ResNet's batch norms take each batch's own statistics.
+
     Args:
         model: the model.
         task: the classes.
@@ -31,6 +33,7 @@ def tent(model: CLIP, task: Task, optimizer: optax.GradientTransformation | None
     References:
         https://arxiv.org/abs/2006.10726
     """
+    model = model.with_batch_statistics()
     prompts, encode = model.prompts(task), jax.jit(model.class_embeddings)
     return online(
         objectives.entropy_minimisation(model),

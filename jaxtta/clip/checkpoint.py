@@ -56,7 +56,7 @@ def load(
         path_or_hub_id: a folder with `config.json` and `model.safetensors` (single or sharded) or
             `flax_model.msgpack`, or with `open_clip_config.json` and
             `open_clip_model.safetensors`; or the id of such a model on the hub. Where both are
-            there, transformers' is read.
+            there with weights, transformers' is read.
         dtype: of the parameters.
         compute_dtype: of the matrix products, `jnp.bfloat16` say; None for that of the parameters.
             LayerNorm, softmax, losses and adapted parameters stay in float32.
@@ -75,7 +75,10 @@ def load(
     folder = find_folder(path_or_hub_id, revision)
     if compute_dtype is None and jnp.finfo(dtype).bits < 32:
         compute_dtype = dtype  # adapted parameters are float32 and must not decide it
-    if (folder / OPEN_CLIP_CONFIG).exists() and not _is_transformers(folder / "config.json"):
+    readable = any((folder / name).exists() for name in WEIGHTS)
+    if (folder / OPEN_CLIP_CONFIG).exists() and not (
+        readable and _is_transformers(folder / "config.json")
+    ):
         from jaxtta.clip import openclip  # which imports this module
 
         return openclip.load_folder(folder, dtype, compute_dtype, remat)
@@ -330,12 +333,14 @@ def find_folder(path_or_hub_id: str | Path, revision: str | None = None) -> Path
             return None
 
     try:
-        config, names = fetch("config.json"), WEIGHTS
-        if not _is_transformers(config) and (other := fetch(OPEN_CLIP_CONFIG)):
-            config, names = other, OPEN_CLIP_WEIGHTS
-        for name in ("preprocessor_config.json", *TOKENIZER_FILES):
+        config, weights = fetch("config.json"), None
+        if _is_transformers(config):
+            weights = next(filter(None, map(fetch, WEIGHTS)), None)
+        others = ("preprocessor_config.json", *TOKENIZER_FILES)
+        if weights is None and (other := fetch(OPEN_CLIP_CONFIG)):
+            config, others = other, (*OPEN_CLIP_WEIGHTS, *others)
+        for name in others:
             fetch(name)
-        weights = next(filter(None, map(fetch, names)), None)
         if weights and weights.name.endswith("index.json"):
             for name in _shards(weights):
                 fetch(name)

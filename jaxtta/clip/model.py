@@ -30,14 +30,13 @@ class ImageFeatures(NamedTuple):
             (the last block's for the class token alone, unless all tokens were asked for); of a
             ResNet, all positions after the stem and every stage.
         layer_features: (batch, layers, width), the class token after every block through the next
-            block's first LayerNorm (the last through the final one); of a ResNet, the last stage's
-            blocks averaged over their positions.
+            block's first LayerNorm (the last through the final one); None for a ResNet.
     """
 
     embeddings: Array
     pooled: Array
     hidden_states: list[Array]
-    layer_features: Array
+    layer_features: Array | None
 
 
 class Outputs(NamedTuple):
@@ -47,13 +46,13 @@ class Outputs(NamedTuple):
         logits: (batch, classes), unnormalised log-probabilities.
         image_embeddings: (batch, projection), unnormalised.
         class_embeddings: (classes, projection), of unit norm.
-        layer_features: (batch, layers, width).
+        layer_features: (batch, layers, width); None for a ResNet.
     """
 
     logits: Array
     image_embeddings: Array
     class_embeddings: Array
-    layer_features: Array
+    layer_features: Array | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,8 +103,8 @@ class CLIP:
     def with_batch_statistics(self, use: bool = True) -> "CLIP":
         """Let the batch norms normalise with each batch's own mean and variance.
 
-        This is how BATCLIP and TENT adapt ResNets. Every picture of a batch counts then, padding
-        included: batches must be full.
+        The adapters of BATCLIP and TENT do so by themselves. An objective of one's own gives
+        `forward` the batch's mask, so that padding does not count.
 
         Args:
             use: False for the checkpoint's running statistics again.
@@ -116,6 +115,11 @@ class CLIP:
         if not isinstance(self.vision, ResNet):
             return self
         return dataclasses.replace(self, vision=self.vision.clone(batch_statistics=use))
+
+    @property
+    def batch_statistics(self) -> bool:
+        """Whether a picture's prediction depends on the others of its batch."""
+        return isinstance(self.vision, ResNet) and self.vision.batch_statistics
 
     def normalize(self, images: Array) -> Array:
         """Normalise pictures as the checkpoint was trained.
@@ -144,20 +148,27 @@ class CLIP:
         return np.stack([self.preprocessing(picture) for picture in pictures])
 
     def image_features(
-        self, params: Params, pixels: Array, *, all_tokens: bool = False
+        self,
+        params: Params,
+        pixels: Array,
+        mask: Array | None = None,
+        *,
+        all_tokens: bool = False,
     ) -> ImageFeatures:
         """Encode normalised pixels and keep what the layers said.
 
         Args:
             params: the parameter tree.
             pixels: (batch, height, width, 3), normalised.
+            mask: (batch,) bool, false for padding, which enters no batch statistics; None for none.
             all_tokens: also compute the last block's output for the tokens that the embedding
                 does not depend on.
 
         Returns:
             The features; what is not used is not computed under `jit`.
         """
-        out = self.vision.apply({"params": params["vision_model"]}, pixels, all_tokens=all_tokens)
+        inputs = (pixels, mask) if isinstance(self.vision, ResNet) else (pixels,)
+        out = self.vision.apply({"params": params["vision_model"]}, *inputs, all_tokens=all_tokens)
         embeddings = _project(out.pooled, params["visual_projection"])
         return ImageFeatures(embeddings, *out)
 
@@ -240,7 +251,9 @@ class CLIP:
         embeddings = unit(flat).reshape(*prompts.ends.shape, -1)
         return embeddings[:, 0] if embeddings.shape[1] == 1 else unit(embeddings.mean(1))
 
-    def forward(self, params: Params, classes: Array | Prompts, images: Array) -> Outputs:
+    def forward(
+        self, params: Params, classes: Array | Prompts, images: Array, mask: Array | None = None
+    ) -> Outputs:
         """Classify pictures: the forward function that objectives see.
 
         Args:
@@ -248,11 +261,12 @@ class CLIP:
             classes: packed prompts, encoded here with these parameters, or ready class embeddings
                 (classes, projection) of unit norm.
             images: (batch, height, width, 3), uint8 or float in [0, 1].
+            mask: (batch,) bool, as in `image_features`.
 
         Returns:
             Logits, embeddings and layer features.
         """
-        features = self.image_features(params, self.normalize(images))
+        features = self.image_features(params, self.normalize(images), mask)
         if isinstance(classes, Prompts):
             classes = self.class_embeddings(params, classes)
         scale = jnp.exp(params["logit_scale"].astype(classes.dtype))

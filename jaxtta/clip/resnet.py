@@ -1,7 +1,8 @@
 """CLIP's ResNet image tower in linen: a three-convolution stem and attention pooling.
 
-    model, params = jaxtta.clip.load(folder)                    # an OpenCLIP RN50, say
-    adapter = jaxtta.adapters.batclip(model.with_batch_statistics(), task)
+    model, params = jaxtta.clip.load(folder)               # an OpenCLIP RN50, say
+    zero_shot = jaxtta.adapters.zero_shot(model, task)     # with running statistics
+    adapter = jaxtta.adapters.batclip(model, task)         # with each batch's own
 
 Its batch norms normalise with the checkpoint's running statistics, as any trained model does, or
 with each batch's own, as test-time adaptation wants it. Which of the two is a field of the module,
@@ -9,9 +10,8 @@ not a hidden state: running statistics are never updated. They lie in the parame
 scales and biases, under names that `normalisation_parameters` does not choose, and no gradient
 reaches them.
 
-With a batch's own statistics every picture of the batch counts, padding included, and a picture's
-prediction depends on its neighbours. The mask of a `Batch` says which predictions count in a loss,
-but the tower does not see it: drop a last batch that is not full, or fill it with real pictures.
+With a batch's own statistics a picture's prediction depends on its neighbours. Padding is none of
+them where the mask says so.
 """
 
 from typing import Any, NamedTuple
@@ -55,11 +55,6 @@ class ResNetArchitecture(NamedTuple):
         """Size of the last stage's positions, and of what the attention pooling gives."""
         return self.channels * 8 * EXPANSION
 
-    @property
-    def layers(self) -> int:
-        """Number of blocks with features of that size: those of the last stage."""
-        return self.blocks[-1]
-
 
 class BatchNorm(nn.Module):
     """Batch norm computed in at least float32 and returned in the input's dtype."""
@@ -68,8 +63,8 @@ class BatchNorm(nn.Module):
     batch_statistics: bool
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """Normalise the channels of `x`, (batch, height, width, channels)."""
+    def __call__(self, x: Array, mask: Array | None) -> Array:
+        """Normalise the channels of `x`, (batch, height, width, channels); mask (batch,)."""
         shape = x.shape[-1:]
         scale = self.param("scale", nn.initializers.ones, shape)
         bias = self.param("bias", nn.initializers.zeros, shape)
@@ -77,8 +72,8 @@ class BatchNorm(nn.Module):
         variance = self.param("var", nn.initializers.ones, shape)
         y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         if self.batch_statistics:
-            y = y - y.mean((0, 1, 2))
-            variance = (y * y).mean((0, 1, 2))
+            y = y - _mean(y, mask)
+            variance = _mean(y * y, mask)
         else:  # buffers: whoever trains all parameters must not train these
             y = y - jax.lax.stop_gradient(mean)
             variance = jax.lax.stop_gradient(variance).astype(y.dtype)
@@ -103,22 +98,22 @@ class _Layer(nn.Module):
             name=name,
         )(x)
 
-    def _norm(self, x: Array, name: str) -> Array:
-        return BatchNorm(self.arch.epsilon, self.batch_statistics, name=name)(x)
+    def _norm(self, x: Array, mask: Array | None, name: str) -> Array:
+        return BatchNorm(self.arch.epsilon, self.batch_statistics, name=name)(x, mask)
 
 
 class Stem(_Layer):
     """Three convolutions and an average pool: a quarter of the resolution."""
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, mask: Array | None) -> Array:
         """Map pixels (batch, height, width, 3) to (batch, height / 4, width / 4, channels)."""
         channels = self.arch.channels
         for number, (features, stride) in enumerate(
             [(channels // 2, 2), (channels // 2, 1), (channels, 1)], 1
         ):
             x = self._convolve(x, f"conv{number}", 3, features, stride)
-            x = nn.relu(self._norm(x, f"norm{number}"))
+            x = nn.relu(self._norm(x, mask, f"norm{number}"))
         return _average_pool(x, 2)
 
 
@@ -129,17 +124,17 @@ class Bottleneck(_Layer):
     stride: int
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, mask: Array | None) -> Array:
         """Map (batch, height, width, channels) to a stride-th of it, 4 × features channels."""
         widest = self.features * EXPANSION
-        y = nn.relu(self._norm(self._convolve(x, "conv1", 1, self.features), "norm1"))
-        y = nn.relu(self._norm(self._convolve(y, "conv2", 3, self.features), "norm2"))
+        y = nn.relu(self._norm(self._convolve(x, "conv1", 1, self.features), mask, "norm1"))
+        y = nn.relu(self._norm(self._convolve(y, "conv2", 3, self.features), mask, "norm2"))
         y = _average_pool(y, self.stride)
-        y = self._norm(self._convolve(y, "conv3", 1, widest), "norm3")
+        y = self._norm(self._convolve(y, "conv3", 1, widest), mask, "norm3")
         if self.stride > 1 or x.shape[-1] != widest:
             x = _average_pool(x, self.stride)
             x = self._convolve(x, "downsample_conv", 1, widest)
-            x = self._norm(x, "downsample_norm")
+            x = self._norm(x, mask, "downsample_norm")
         return nn.relu(x + y)
 
 
@@ -151,16 +146,14 @@ class Stage(nn.Module):
     number: int
 
     @nn.compact
-    def __call__(self, x: Array) -> list[Array]:
-        """Return every block's output, (batch, height, width, channels)."""
+    def __call__(self, x: Array, mask: Array | None) -> Array:
+        """Map (batch, height, width, channels) to the last block's output."""
         make = nn.remat(Bottleneck) if self.arch.remat else Bottleneck
         features = self.arch.channels * 2**self.number
-        outputs = []
         for block in range(self.arch.blocks[self.number]):
             stride = 2 if self.number and not block else 1
-            x = make(self.arch, self.batch_statistics, features, stride, name=str(block))(x)
-            outputs.append(x)
-        return outputs
+            x = make(self.arch, self.batch_statistics, features, stride, name=str(block))(x, mask)
+        return x
 
 
 class AttentionPool(nn.Module):
@@ -203,29 +196,37 @@ class ResNet(nn.Module):
     batch_statistics: bool = False
 
     @nn.compact
-    def __call__(self, pixels: Array, *, all_tokens: bool = False) -> VisionOutput:
+    def __call__(
+        self, pixels: Array, mask: Array | None = None, *, all_tokens: bool = False
+    ) -> VisionOutput:
         """Encode pictures.
 
         Args:
             pixels: (batch, height, width, 3), normalised.
+            mask: (batch,) bool, false for pictures that enter no batch statistics; None for none.
             all_tokens: as a ViT's; every position is always computed here.
 
         Returns:
             `pooled`, (batch, width), what the attention pooling gives before the projection;
             `hidden_states`, (batch, positions, channels) each, the stem's output and every
-            stage's; `layer_features`, (batch, blocks, width), the last stage's blocks averaged
-            over their positions (the earlier ones have other sizes).
+            stage's; no `layer_features`, which would have to be of one size.
         """
         del all_tokens
         options = self.arch, self.batch_statistics
         x = pixels.astype(self.arch.compute_dtype or pixels.dtype)
-        hidden = [Stem(*options, name="stem")(x)]
+        hidden = [Stem(*options, name="stem")(x, mask)]
         for number in range(len(self.arch.blocks)):
-            outputs = Stage(*options, number, name=f"layer{number + 1}")(hidden[-1])
-            hidden.append(outputs[-1])
-        features = jnp.stack([_positions(x).mean(1) for x in outputs], 1)
+            hidden.append(Stage(*options, number, name=f"layer{number + 1}")(hidden[-1], mask))
         pooled = AttentionPool(self.arch, name="attention_pool")(_positions(hidden[-1]))
-        return VisionOutput(pooled, [_positions(x) for x in hidden], features)
+        return VisionOutput(pooled, [_positions(x) for x in hidden], None)
+
+
+def _mean(x: Array, mask: Array | None) -> Array:
+    """Mean of each channel over all positions of the pictures that count."""
+    if mask is None:
+        return x.mean((0, 1, 2))
+    total = jnp.where(mask[:, None, None, None], x, 0).sum((0, 1, 2))
+    return total / jnp.maximum(mask.sum() * x.shape[1] * x.shape[2], 1)
 
 
 def _average_pool(x: Array, size: int) -> Array:

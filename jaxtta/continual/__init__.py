@@ -3,6 +3,7 @@
 from jaxtta.continual.gram import (
     Grams,
     batch_gram,
+    check_rho,
     combine_grams,
     kernel_inputs,
     null_space_projector,
@@ -34,6 +35,7 @@ __all__ = [
     "all_but_logit_scale",
     "average_weights",
     "batch_gram",
+    "check_rho",
     "combine_grams",
     "continual_loss",
     "gnsp_kernels",

@@ -6,8 +6,8 @@ projectors = null_space_projectors(kept, rho=0.15)            # before the next 
 """
 
 import functools
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -73,7 +73,12 @@ def scaled(gram: Array) -> Array:
     return gram / jnp.where(norm > 0, norm, 1)
 
 
-def task_grams(model: CLIP, params: Params, batches: Iterable[Any]) -> Grams:
+def task_grams(
+    model: CLIP,
+    params: Params,
+    batches: Iterable[Any],
+    chosen: Callable[[str], bool] | None = None,
+) -> Grams:
     """Gather the Gram matrices of a task.
 
     Args:
@@ -81,29 +86,41 @@ def task_grams(model: CLIP, params: Params, batches: Iterable[Any]) -> Grams:
         params: its parameters.
         batches: pictures (batch, height, width, 3) or anything with `images` and `mask`. Every
             batch is scaled by itself, so that its size matters (published: 16).
+        chosen: of a kernel's path, whether to gather its matrix; None for all that GNSP trains.
 
     Returns:
         A matrix of Frobenius norm 1 for each kernel, by its path.
 
     Raises:
-        ValueError: if there is no picture.
+        ValueError: if there is no picture, or no kernel is chosen.
     """
     sums: Grams = {}
     for batch in batches:
         images = jnp.asarray(getattr(batch, "images", batch))
         mask = jnp.asarray(getattr(batch, "mask", np.ones(len(images), bool)))
         if mask.any():
-            grams = _batch_grams(model, params, images, mask)
+            grams = _batch_grams(model, chosen, params, images, mask)
             sums = jax.tree.map(jnp.add, sums, grams) if sums else grams
     if not sums:
         raise ValueError("Gram matrices of a task without pictures")
     return {name: scaled(gram) for name, gram in sums.items()}
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _batch_grams(model: CLIP, params: Params, images: Array, mask: Array) -> Grams:
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _batch_grams(
+    model: CLIP,
+    chosen: Callable[[str], bool] | None,
+    params: Params,
+    images: Array,
+    mask: Array,
+) -> Grams:
     images = jnp.where(mask[:, None, None, None], images, 0).astype(images.dtype)
     inputs = kernel_inputs(model, params, images)
+    if chosen is not None:
+        names = list(inputs)
+        inputs = {name: x for name, x in inputs.items() if chosen(name)}
+        if not inputs:
+            raise ValueError(f"no kernel is chosen; there are {', '.join(names[:5])}, …")
     rows = {name: jnp.where(mask[:, None, None], x, 0) for name, x in inputs.items()}
     return {name: batch_gram(x.reshape(-1, x.shape[-1])) for name, x in rows.items()}
 
@@ -126,40 +143,57 @@ def combine_grams(earlier: Grams, task: Grams) -> Grams:
     }
 
 
-def null_space_projector(gram: Array, rho: float = 0.15) -> Projector:
+def check_rho(rho: float) -> None:
+    """Raise a ValueError if rho is not between 0 and 1."""
+    if not 0 < rho < 1:
+        raise ValueError(f"rho is {rho}, expected a number between 0 and 1")
+
+
+def null_space_projector(
+    gram: Array, rho: float = 0.15, on: Literal["host", "device"] = "host"
+) -> Projector:
     """The projection on the directions that inputs have hardly taken.
 
     Args:
         gram: (inputs, inputs), symmetric.
         rho: the share of the sum of singular values that may be given up; the directions of the
-            smallest ones that together stay below it are free.
+            smallest ones that together stay below it are free. Of a matrix of zeros all are.
+        on: where the eigenvectors are found: in float64 on the host, or in float32 on the device,
+            where that is faster.
 
     Returns:
-        The projector, by the thinner of free and kept directions, found in float64 on the host.
+        The projector, by the thinner of free and kept directions.
 
     Raises:
         ValueError: if rho is not between 0 and 1, or the matrix is not finite.
     """
-    if not 0 < rho < 1:
-        raise ValueError(f"rho is {rho}, expected a number between 0 and 1")
-    matrix = np.asarray(gram, np.float64)
-    if not np.isfinite(matrix).all():
+    check_rho(rho)
+    if on not in ("host", "device"):
+        raise ValueError(f"on is {on!r}, expected host or device")
+    gram = jnp.asarray(gram)
+    if not jnp.isfinite(gram).all():
         raise ValueError("a Gram matrix has entries that are not finite")
-    values, vectors = np.linalg.eigh(matrix)  # ascending; the matrix has no negative ones
-    values = values.clip(0)
-    free = int((np.cumsum(values) / values.sum() < rho).sum())
-    dtype = jnp.asarray(gram).dtype
-    if free <= len(matrix) // 2:
-        return Projector(jnp.asarray(vectors[:, :free], dtype))
-    return Projector(jnp.asarray(vectors[:, free:], dtype), complement=True)
+    if on == "host":
+        values, vectors = np.linalg.eigh(np.asarray(gram, np.float64))
+    else:
+        values, vectors = jnp.linalg.eigh(gram.astype(jnp.float32))
+    # Ascending; the matrix has no negative ones but for rounding.
+    values = np.asarray(values, np.float64).clip(0)
+    free = int((np.cumsum(values) / (values.sum() or 1) < rho).sum())
+    if free <= len(gram) // 2:
+        return Projector(jnp.asarray(vectors[:, :free], gram.dtype))
+    return Projector(jnp.asarray(vectors[:, free:], gram.dtype), complement=True)
 
 
-def null_space_projectors(grams: Mapping[str, Array], rho: float = 0.15) -> dict[str, Projector]:
+def null_space_projectors(
+    grams: Mapping[str, Array], rho: float = 0.15, on: Literal["host", "device"] = "host"
+) -> dict[str, Projector]:
     """Projectors for kernels by their paths; see `null_space_projector`.
 
     Args:
         grams: by path.
         rho: as there.
+        on: as there.
 
     Returns:
         By path.
@@ -170,7 +204,7 @@ def null_space_projectors(grams: Mapping[str, Array], rho: float = 0.15) -> dict
     projectors = {}
     for name, gram in grams.items():
         try:
-            projectors[name] = null_space_projector(gram, rho)
+            projectors[name] = null_space_projector(gram, rho, on)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
     return projectors

@@ -32,7 +32,6 @@ class Method:
     Attributes:
         projection: of the gradient "before" the optimiser, as published; of the update "after" it,
             which is exact; or "none".
-        rho: share of the singular values' sum that the projection gives up.
         distillation: weight of the initial model's matching of reference pairs; 0 for none.
         alignment: weight of the reference pairs' own matching; 0 for none.
         temperature: of the distillation.
@@ -40,7 +39,6 @@ class Method:
     """
 
     projection: Literal["before", "after", "none"] = "before"
-    rho: float = 0.15
     distillation: float = 1.0
     alignment: float = 0.75
     temperature: float = 2.0
@@ -50,14 +48,18 @@ class Method:
         """Refuse what cannot be meant."""
         if self.projection not in ("before", "after", "none"):
             raise ValueError(f"projection is {self.projection!r}, expected before, after or none")
-        for name, low, high in (("rho", 0, 1), ("smoothing", -1e-9, 1)):
-            if not low < getattr(self, name) < high:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected between 0 and 1")
+        if not 0 <= self.smoothing < 1:
+            raise ValueError(f"smoothing is {self.smoothing}, expected 0 to below 1")
         for name in ("distillation", "alignment"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 0")
         if not self.temperature > 0:
             raise ValueError(f"temperature is {self.temperature}, expected a positive number")
+
+    @property
+    def uses_pairs(self) -> bool:
+        """Whether the loss needs reference pairs."""
+        return self.distillation > 0 or self.alignment > 0
 
 
 METHODS = {
@@ -158,14 +160,16 @@ def continual_loss(
     ) -> tuple[Array, dict[str, Array]]:
         logits = model.forward(params, examples.classes, examples.images).logits
         terms = {"task": losses.classification(logits, examples.labels, method.smoothing)}
-        if method.distillation or method.alignment:
+        if method.uses_pairs:
             images = unit(model.encode_image(params, model.normalize(pairs.images)))
             texts = pairs.texts
             if texts is None:
                 texts = unit(model.encode_text(params, pairs.captions))
             scale = jnp.exp(params["logit_scale"])
-            student = scale * images @ texts.T
-            teacher = scale * pairs.teacher_images @ pairs.teacher_texts.T
+            student = scale * jnp.matmul(images, texts.T, precision="highest")
+            teacher = scale * jnp.matmul(
+                pairs.teacher_images, pairs.teacher_texts.T, precision="highest"
+            )
             both = ((student, teacher), (student.T, teacher.T))
             terms["distillation"] = sum(
                 losses.contrastive_distillation(s, t, method.temperature) for s, t in both
@@ -197,14 +201,22 @@ def task_optimizer(
         projectors: of the earlier tasks; empty before the first, which nothing constrains.
         learning_rate: the highest; it rises linearly and falls along a cosine.
         iterations: steps of the task.
-        warmup: steps until the highest rate; at most a tenth of all.
+        warmup: how many of them it rises; with all of them it never falls.
 
     Returns:
         The optimiser.
+
+    Raises:
+        ValueError: if the warm-up is longer than the task.
     """
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, learning_rate, min(warmup, iterations // 10), iterations
-    )
+    if not 0 <= warmup <= iterations:
+        raise ValueError(f"warmup is {warmup}, expected 0 to the {iterations} iterations of a task")
+
+    def schedule(step: Array) -> Array:  # optax's warm-up begins at 0, the published one does not
+        rising = (step + 1) / max(warmup, 1)
+        falling = (1 + jnp.cos(jnp.pi * (step - warmup) / max(iterations - warmup, 1))) / 2
+        return learning_rate * jnp.where(step < warmup, rising, falling)
+
     adamw = optax.adamw(schedule, b1=0.9, b2=0.999, weight_decay=0.0)
     if not projectors or method.projection == "none":
         return adamw

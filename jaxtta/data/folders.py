@@ -128,7 +128,7 @@ def captioned_folder(root: str | Path) -> ImageFolder:
     Raises:
         FileNotFoundError: if there is no such folder.
         ValueError: if there is no such file, it has other columns, names a picture that is not
-            there, or leaves one without a caption.
+            there, leaves one without a caption, or has the same caption for all.
     """
     root = Path(root)
     if not root.is_dir():
@@ -137,7 +137,7 @@ def captioned_folder(root: str | Path) -> ImageFolder:
     if not table.is_file():
         raise ValueError(f"{root}: has no captions.csv, with columns file and caption")
     files, captions = [], []
-    with table.open(newline="") as lines:
+    with table.open(newline="", encoding="utf-8-sig") as lines:  # as spreadsheets save it
         rows = csv.DictReader(lines)
         if not {"file", "caption"} <= set(rows.fieldnames or ()):
             raise ValueError(f"{table}: has no columns file and caption")
@@ -152,6 +152,8 @@ def captioned_folder(root: str | Path) -> ImageFolder:
     if not files:
         raise ValueError(f"{table}: names no picture")
     names, labels = np.unique(captions, return_inverse=True)
+    if len(names) < 2:
+        raise ValueError(f"{table}: has one caption for all pictures, expected at least two")
     return ImageFolder(root, tuple(files), labels.astype(np.int32), tuple(names.tolist()))
 
 

@@ -1,4 +1,8 @@
-"""Reading a model for robustness: what its features look like before anything is adapted."""
+"""Reading a model for robustness: what its features look like before anything is adapted.
+
+`modality_gap` looks at means alone: where pictures stream, the mean of their features as a single
+row, (1, d), gives the same.
+"""
 
 from jaxtta.diagnose.concepts import (
     ConceptDetectors,

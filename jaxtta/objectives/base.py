@@ -62,7 +62,26 @@ Objective = Callable[[Any, Any, Batch], tuple[Array, tuple[Array, Metrics]]]
 
 
 class Classifier(Protocol):
-    """All that an objective knows of a model; `jaxtta.clip.CLIP` is one."""
+    """All that an objective knows of a model; `jaxtta.clip.CLIP` is one.
+
+    One with an attribute `batch_statistics` that is true takes the batch's mask as well.
+    """
 
     def forward(self, params: Any, classes: Any, images: Array) -> Any:
         """Return logits, embeddings and layer features, as `jaxtta.clip.Outputs` has them."""
+
+
+def forward(model: Classifier, params: Any, classes: Any, batch: Batch) -> Any:
+    """Run a model on a batch; padding does not count among the pictures of one that mixes them.
+
+    Args:
+        model: the model.
+        params: its parameters.
+        classes: what its `forward` takes.
+        batch: the batch.
+
+    Returns:
+        As `Classifier.forward`.
+    """
+    mask = (batch.mask,) if getattr(model, "batch_statistics", False) else ()
+    return model.forward(params, classes, batch.images, *mask)

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 
 from jaxtta import losses
-from jaxtta.objectives.base import Batch, Classifier, Metrics, Objective
+from jaxtta.objectives.base import Batch, Classifier, Metrics, Objective, forward
 
 
 def batclip(model: Classifier) -> Objective:
@@ -27,7 +27,7 @@ def batclip(model: Classifier) -> Objective:
     def objective(
         params: Any, context: Any, batch: Batch
     ) -> tuple[jax.Array, tuple[jax.Array, Metrics]]:
-        out = model.forward(params, context, batch.images)
+        out = forward(model, params, context, batch)
         labels = out.logits.argmax(-1)
         means, present = losses.prototypes(
             out.image_embeddings, labels, batch.mask, len(out.class_embeddings)

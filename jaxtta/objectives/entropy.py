@@ -5,7 +5,7 @@ from typing import Any
 import jax
 
 from jaxtta import losses
-from jaxtta.objectives.base import Batch, Classifier, Metrics, Objective
+from jaxtta.objectives.base import Batch, Classifier, Metrics, Objective, forward
 
 
 def entropy_minimisation(model: Classifier) -> Objective:
@@ -25,7 +25,7 @@ def entropy_minimisation(model: Classifier) -> Objective:
     def objective(
         params: Any, context: Any, batch: Batch
     ) -> tuple[jax.Array, tuple[jax.Array, Metrics]]:
-        logits = model.forward(params, context, batch.images).logits
+        logits = forward(model, params, context, batch).logits
         loss = losses.masked_mean(losses.entropy(logits), batch.mask)
         return loss, (logits, {"entropy": loss})
 

@@ -1,4 +1,4 @@
-"""Optimisers: optax transformations for gradients that were computed without labels."""
+"""Optax transformations: a learnt optimiser, and projections that keep what was learnt before."""
 
 from jaxtta.optim.meta_gradient import (
     MetaGradientState,

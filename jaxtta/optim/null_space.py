@@ -8,6 +8,7 @@ Before the optimiser the gradient is projected, as published; an elementwise opt
 the null space again. After it the update itself is: inputs in the kept subspace see no change.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -116,9 +117,10 @@ def orthogonal_to(basis: Any) -> optax.GradientTransformation:
 
     def update(updates: Any, state: optax.EmptyState, params: Any = None) -> tuple[Any, Any]:
         del params
-        parts = jax.tree.map(lambda b, u: jnp.tensordot(b, u, u.ndim), basis, updates)
+        product = functools.partial(jnp.tensordot, precision="highest")
+        parts = jax.tree.map(lambda b, u: product(b, u, u.ndim), basis, updates)
         along = sum(jax.tree.leaves(parts))  # (directions,)
-        return jax.tree.map(lambda b, u: u - jnp.tensordot(along, b, 1), basis, updates), state
+        return jax.tree.map(lambda b, u: u - product(along, b, 1), basis, updates), state
 
     return optax.GradientTransformation(init, update)
 

@@ -1,27 +1,21 @@
 """What a diagnosis of models or a field check says: words, tables, plots, one HTML page."""
 
-import io
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter
 
 from jaxtta import diagnose
 from jaxtta.sweep import page, plots
+from jaxtta.sweep.figures import EQUAL, SHOWN, Found
 from jaxtta.sweep.lineup import ADAPTERS
 from jaxtta.sweep.plots import COLOURS, GREY
 from jaxtta.sweep.report import NONE
 
-SHOWN = 20  # classes or pairs of classes that a table or plot lists
-EQUAL = 0.01  # of accuracy: what a pruned head may lose and still count as good
-
-Found = dict[str, Any]
-"""Figures by name, as JSON has them."""
 Table = tuple[str, list[str], list[tuple[str, list[str]]]]
 """Heading, column heads and rows."""
 
@@ -75,13 +69,15 @@ def field_report(results: Found, entropies: Found, answers: Found, trial: Sequen
     for name, found in results.items():
         report.said.extend(expectations(name, found))
         if "trial" in found:
-            steps = f"{found['steps']} steps of {found['trial_batch']} pictures"
+            steps = page.counted(found["steps"], "step")
+            steps += f" of {page.counted(found['trial_batch'], 'picture')}"
             report.said.append(f"Trial of adapters, {steps}: {answers[name]} {CAUTION}")
         report.tables.extend(field_tables(name, found))
         key = f"predictions-{name}" if len(results) > 1 else "predictions"
         figure = draw_predictions(found, entropies[name])
         report.figures[key] = (f"Predictions of {name}", PREDICTIONS, figure)
-    report.said.append(unmeasured(trial if "trial" in found else ()))
+    tried = any("trial" in found for found in results.values())
+    report.said.append(unmeasured(trial if tried else ()))
     return report
 
 
@@ -114,7 +110,8 @@ def some(items: Sequence[Any], count: int = 5) -> str:
 def left_out(sets: Sequence[Found]) -> list[str]:
     """A sentence about pictures that could not be read, if there are any."""
     lost = [name for figures in sets for name in figures["lost"]]
-    return [f"{len(lost)} pictures could not be read: {some(lost)}."] if lost else []
+    pictures = page.counted(len(lost), "picture")
+    return [f"{pictures} could not be read: {some(lost)}."] if lost else []
 
 
 def summary(results: Found, robustness: Found) -> list[str]:
@@ -131,12 +128,14 @@ def summary(results: Found, robustness: Found) -> list[str]:
             text += f" and {per_cent(figures['accuracy'])} % on the worst shift, {worst}"
         axes, directions = found["outlier_axes"], len(found["importance"])
         stick = f"axes {some(axes)} stick" if axes else "no axis sticks"
-        suffice = "All" if found["enough"] == 1 else f"{per_cent(found['enough'], 'g')} %"
-        verb = "are needed to keep" if found["enough"] == 1 else "keep"
+        least = {None: "none keeps", 1: "only the whole keeps"}.get(
+            found["enough"], f"{per_cent(found['enough'], 'g')} % is the smallest that keeps"
+        )
         said.append(
             f"{text}. The kurtosis of its features is {first['kurtosis']:.2f} (Gaussian: 3); "
-            f"{stick} out of most pictures' features. {suffice} of the head's {directions} "
-            f"directions {verb} its accuracy on {base} within {per_cent(EQUAL, 'g')} point."
+            f"{stick} out of most pictures' features. Of the fractions tried of the head's "
+            f"{directions} directions, {least} its accuracy on {base} within "
+            f"{per_cent(EQUAL, 'g')} point."
         )
         said += left_out([*found["sets"].values()])
     if "reason" in robustness:
@@ -151,16 +150,14 @@ def summary(results: Found, robustness: Found) -> list[str]:
 def expectations(name: str, found: Found) -> list[str]:
     """What to expect of a model on the field's pictures."""
     field, reference, classes = found["field"], found["reference"], found["classes"]
+    place, p = f"the reference, {reference['name']}", f"p = {field['p_value']:.3f}"
     if field["p_value"] > CHANCE:
-        apart = (
-            f"cannot be told from the reference (p = {field['p_value']:.2f}), which is no proof "
-            "that they are alike"
-        )
+        apart = f"cannot be told from {place} ({p}), which is no proof that they are alike"
     else:
+        times = field["discrepancy"] / field["chance"]
         apart = (
-            f"lie apart from the reference (p = {field['p_value']:.3f}; squared discrepancy "
-            f"{field['discrepancy']:.3f}, chance gives up to {field['chance']:.3f}): what was "
-            "measured there may not hold here"
+            f"lie apart from {place} ({p}; their squared discrepancy is {times:.1f} times what "
+            "chance stays below): accuracies that you know from it may not hold here"
         )
     commonest = int(np.argmax(field["predicted"]))
     never = [c for c, share in zip(classes, field["predicted"], strict=True) if not share]
@@ -174,14 +171,15 @@ def expectations(name: str, found: Found) -> list[str]:
         (low, high), most = found["interval"], max(found["labelled"])
         than = "better" if low > most else "worse" if high < most else "not clearly better"
         said.append(
-            f"Unadapted it gets {bounded(found['accuracy'], found['interval'])} % right, {than} "
-            f"than always giving the commonest class ({per_cent(most)} %)."
+            f"Unadapted it gets {bounded(found['accuracy'], found['interval'])} % of "
+            f"{page.counted(found['labels'], 'labelled picture')} right, {than} than always giving "
+            f"the commonest class ({per_cent(most)} %)."
         )
     return said
 
 
 def unmeasured(trial: Sequence[str]) -> str:
-    """What a field check leaves open; without a trial, as there were no labels."""
+    """What a field check leaves open; no adapters are tried where there are no labels."""
     missing = ["whether later pictures will look like these", "other prompts than these"]
     if trial:
         tried = {name.partition("@")[0] for name in trial}
@@ -217,7 +215,13 @@ def diagnosis_tables(results: Found, pairs: list[Found], robustness: Found) -> l
                 "outlier axes": some(found["outlier_axes"]),
                 "directions of the head": str(len(found["importance"])),
                 "spread of their importance": f"{found['spread']:.2f}",
-                "top direction on outlier axes": f"{found['overlap'][0]:.2f}",
+                "top direction": ", ".join(
+                    f"{axis} ({weight:+.2f})".replace("-", "−")
+                    for axis, weight in found["top_direction"]
+                ),
+                "top direction on outlier axes (chance)": NONE
+                if found["overlap"] is None
+                else f"{found['overlap'][0]:.2f} ({found['chance_overlap']:.3f})",
                 "directions that suffice (%)": per_cent(found["enough"], "g"),
                 "modality gap": f"{found['modality_gap']:.3f}",
                 "classes detected": f"{len(found['encoded'])} of {len(found['concepts'])}",
@@ -284,7 +288,7 @@ def field_tables(name: str, found: Found) -> list[Table]:
     for cell in found.get("trial", ()):
         gain = cell["gain"]
         gained = bounded(gain["top1"], gain["interval"], "+.2f") if gain else NONE
-        right = bounded(cell["top1"], cell["intervals"]["top1"])
+        right = bounded(cell["top1"], cell["interval"])
         rows.append((cell["adapter"], [right, gained, per_cent(cell["ece"])]))
     heads = ["right (%)", "gain (points)", "calibration error (%)"]
     return [*tables, (f"Trial of adapters with {name}", heads, rows)] if rows else tables
@@ -307,8 +311,8 @@ CAPTIONS = {
     ),
     "pruning": (
         "Accuracy against the fraction kept",
-        "Top-1 accuracy with the most important directions only, as ranked on the base set; one at "
-        "least. Lines: base set; dots: mean of the shifted sets.",
+        "Top-1 accuracy with the head's most important directions only, as ranked on the base set; "
+        "one at least. Lines: base set; dots: mean of the shifted sets, each with its own head.",
     ),
     "robustness": (
         "Effective robustness",
@@ -320,21 +324,6 @@ PREDICTIONS = (
     "Left: entropy of each picture's prediction, the reference's under the same prompts. Right: "
     "how often each class is predicted."
 )
-
-
-def finish(axes: Axes, x: str, y: str, *, grid: str = "y") -> None:
-    """Label a panel and name what it shows."""
-    axes.set(xlabel=x, ylabel=y)
-    axes.grid(axis=grid, alpha=0.3)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    if len(axes.get_legend_handles_labels()[1]) > 1:
-        axes.legend(frameon=False, fontsize=8)
-
-
-def plain(name: str) -> str:
-    """A name that matplotlib takes for no formula."""
-    return name.replace("_", " ").replace("$", r"\$")
 
 
 def diagnosis_figures(results: Found, robustness: Found, fractions: Sequence[float]) -> Found:
@@ -350,10 +339,10 @@ def diagnosis_figures(results: Found, robustness: Found, fractions: Sequence[flo
     styles = plots.styles([{"adapter": name} for name in results], "")
     for number, (name, found) in enumerate(results.items()):
         colour, dashes = styles[name]
-        look = {"color": colour, "linestyle": dashes, "label": plain(name)}
+        look = {"color": colour, "linestyle": dashes, "label": plots.label(name)}
         offset = (number - (len(results) - 1) / 2) * width
         heights = [found["sets"][each]["kurtosis"] for each in sets]
-        kurtosis.bar(places + offset, heights, width, color=colour, label=plain(name))
+        kurtosis.bar(places + offset, heights, width, color=colour, label=plots.label(name))
         spectrum = np.asarray(found["importance"])
         importance.plot(1 + np.arange(len(spectrum)), spectrum / spectrum.mean(), **look)
         kept = 100 * np.asarray(fractions)[order]
@@ -362,12 +351,12 @@ def diagnosis_figures(results: Found, robustness: Found, fractions: Sequence[flo
             pruning.plot(kept, 100 * np.asarray(found["shifted_pruned"])[order], ".", color=colour)
     for axes, level in ((kurtosis, 3), (importance, 1)):
         axes.axhline(level, color="black", linestyle="--", linewidth=1)
-    kurtosis.set_xticks(places, map(plain, sets), rotation=40, ha="right")
+    kurtosis.set_xticks(places, map(plots.label, sets), rotation=40, ha="right")
     kurtosis.margins(y=0.15)
     pruning.set_ylim(0, 100)
-    finish(kurtosis, "", "kurtosis of the features")
-    finish(importance, "rank of the direction", "importance over its mean")
-    finish(pruning, "directions kept (%)", "top-1 accuracy (%)")
+    plots.finish(kurtosis, "", "kurtosis of the features")
+    plots.finish(importance, "rank of the direction", "importance over its mean")
+    plots.finish(pruning, "directions kept (%)", "top-1 accuracy (%)")
     if "line" in robustness:
         drawn["robustness"] = draw_robustness(results, robustness, styles)
     return {name: (*CAPTIONS[name], figure) for name, figure in drawn.items()}
@@ -383,13 +372,13 @@ def draw_robustness(results: Found, robustness: Found, styles: Found) -> Figure:
     ends = np.linspace(bases.min(), bases.max(), 50)
     axes.plot(ends, diagnose.LogitLine(**robustness["line"]).predict(ends), color=GREY)
     for name, pair in zip(results, pairs, strict=True):
-        axes.plot(*pair, "D", color=styles[name][0], markersize=5, label=plain(name))
+        axes.plot(*pair, "D", color=styles[name][0], markersize=5, label=plots.label(name))
     axes.set(xscale="logit", yscale="logit")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(6))
         axis.set_major_formatter(PercentFormatter(1))
         axis.set_minor_locator(NullLocator())
-    finish(axes, "accuracy on the base set", "mean on shifted sets", grid="both")
+    plots.finish(axes, "accuracy on the base set", "mean on shifted sets", grid="both")
     return figure
 
 
@@ -409,10 +398,10 @@ def draw_predictions(found: Found, entropies: dict[str, np.ndarray]) -> Figure:
         places = np.arange(len(shown)) + (number - (len(columns) - 1) / 2) * width
         heights = 100 * np.asarray(values)[shown]
         right.barh(places, heights, width, color=COLOURS[number], label=label)
-    right.set_yticks(range(len(shown)), [plain(found["classes"][label]) for label in shown])
+    right.set_yticks(range(len(shown)), [plots.label(found["classes"][label]) for label in shown])
     right.invert_yaxis()
-    finish(left, "entropy of a prediction (nats)", "pictures (%)")
-    finish(right, "pictures (%)", "", grid="x")
+    plots.finish(left, "entropy of a prediction (nats)", "pictures (%)")
+    plots.finish(right, "pictures (%)", "", grid="x")
     return figure
 
 
@@ -431,27 +420,13 @@ def write_diagnosis(folder: Path, title: str, report: Report, found: Found) -> N
     text = "\n\n".join(as_text(*table) for table in report.tables)
     (folder / "table.txt").write_text(text + "\n", encoding="utf-8")
     print("\n\n".join([title, text, *report.said]))
-    body = [f"<h1>{escape(title)}</h1>", '<div class="answer">']
-    body += [*(f"<p>{escape(sentence)}</p>" for sentence in report.said), "</div>"]
-    body += [as_html(*table) for table in report.tables]
+    body = ['<div class="answer">', *(f"<p>{escape(text)}</p>" for text in report.said), "</div>"]
+    body += [page.plain_table(*table) for table in report.tables]
     for name, (heading, caption, figure) in report.figures.items():
-        file = io.BytesIO()
-        figure.savefig(file, format="png", dpi=150)
-        (folder / f"{name.replace('/', '-')}.png").write_bytes(file.getvalue())
-        width, height = (round(100 * inches) for inches in figure.get_size_inches())
-        body.append(
-            f'<h2>{escape(heading)}</h2><figure><div class="wide"><img class="plot" '
-            f'width="{width}" height="{height}" alt="{escape(heading)}" '
-            f'src="{page.data_uri(file.getvalue())}"></div>'
-            f"<figcaption>{escape(caption)}</figcaption></figure>"
-        )
-    lines = [
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<title>{escape(title)}</title>\n<style>{page.STYLE}</style>\n</head>\n<body>",
-        *(*body, page.settings_list([found]), "</body>\n</html>\n"),
-    ]
-    (folder / "report.html").write_text("\n".join(lines), encoding="utf-8")
+        figure.savefig(folder / f"{name.replace('/', '-')}.png", dpi=150)
+        body.append(page.plot(heading, caption, figure))
+    text = page.document(title, [*body, page.settings_list([found])])
+    (folder / "report.html").write_text(text, encoding="utf-8")
     print(f"\nresults: {folder / 'report.html'}")
 
 
@@ -461,14 +436,3 @@ def as_text(heading: str, heads: list[str], rows: list[tuple[str, list[str]]]) -
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     lines.insert(1, ["-" * width for width in widths])
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
-
-
-def as_html(heading: str, heads: list[str], rows: list[tuple[str, list[str]]]) -> str:
-    """A table as a part of the page."""
-    lines = ["".join(f'<th scope="col">{escape(head)}</th>' for head in ["", *heads])]
-    for name, texts in rows:
-        columns = "".join(f"<td>{escape(text)}</td>" for text in texts)
-        lines.append(f'<th scope="row">{escape(name.replace("_", " "))}</th>{columns}')
-    top, *rest = (f"<tr>{line}</tr>" for line in lines)
-    table = f"<table><thead>{top}</thead><tbody>{''.join(rest)}</tbody></table>"
-    return f'<h2>{escape(heading)}</h2><div class="wide">{table}</div>'

@@ -132,9 +132,11 @@ def render(
     name = summary.baseline or "the baseline"
     if examples is not None:
         drawn["examples"] = examples
-    shown = {key: _plot(key, figure, name, summary.noun) for key, figure in drawn.items()}
+    shown = {}
+    for key, figure in drawn.items():
+        words = (text.format(baseline=name, noun=summary.noun) for text in CAPTIONS[key])
+        shown[key] = plot(*words, figure, headed=key != "reliability")
     body = [
-        f"<h1>{escape(title)}</h1>",
         f'<p class="answer">{escape(report.answer_from(summary))}</p>',
         _warnings(cells),
         "<h2>Accuracy</h2>",
@@ -149,11 +151,25 @@ def render(
         _speed(cells, summary, colours),
         settings_list(cells),
     ]
+    return document(title, body)
+
+
+def document(title: str, body: Iterable[str]) -> str:
+    """A whole page.
+
+    Args:
+        title: stands above.
+        body: its parts, HTML; empty ones are passed over.
+
+    Returns:
+        HTML.
+    """
     return "\n".join(
         [
             '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>",
+            f"<h1>{escape(title)}</h1>",
             *filter(None, body),
             "</body>\n</html>\n",
         ]
@@ -258,16 +274,28 @@ def _table(
     return f'<div class="{kind}"><table><thead>{body}</tbody></table></div>'
 
 
-def _plot(name: str, figure: Figure, baseline: str, noun: str) -> str:
-    heading, caption = (text.format(baseline=baseline, noun=noun) for text in CAPTIONS[name])
+def plain_table(heading: str, heads: Sequence[str], rows: Iterable[tuple[str, list[str]]]) -> str:
+    """A table of plain text as a part of the page, under a heading."""
+    lines = ["".join(f'<th scope="col">{escape(head)}</th>' for head in ["", *heads])]
+    for name, texts in rows:
+        columns = "".join(f"<td>{escape(text)}</td>" for text in texts)
+        lines.append(f'<th scope="row">{escape(_plain(name))}</th>{columns}')
+    top, *rest = (f"<tr>{line}</tr>" for line in lines)
+    table = f"<table><thead>{top}</thead><tbody>{''.join(rest)}</tbody></table>"
+    return f'<h2>{escape(heading)}</h2><div class="wide">{table}</div>'
+
+
+def plot(heading: str, caption: str, figure: Figure, *, headed: bool = True) -> str:
+    """A figure as a part of the page, with its caption and perhaps its heading."""
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=150)
-    above = "" if name == "reliability" else f"<h2>{heading}</h2>\n"
+    heading = escape(heading)
+    above = f"<h2>{heading}</h2>\n" if headed else ""
     width, height = (round(100 * inches) for inches in figure.get_size_inches())
     kind = "plot tall" if height > TALL else "plot"
     return (
         f'{above}<figure><div class="wide"><img class="{kind}" width="{width}" height="{height}" '
-        f'src="{data_uri(file.getvalue())}" alt="{heading}"></div>'
+        f'src="{_data_uri(file.getvalue())}" alt="{heading}"></div>'
         f"<figcaption>{escape(caption)}</figcaption></figure>"
     )
 
@@ -282,7 +310,7 @@ def _samples(samples: Mapping[str, np.ndarray]) -> str:
         kind = ' class="small"' if max(picture.shape[:2]) < SMALL else ""
         label = escape(_plain(name))
         shown.append(
-            f'<figure><img{kind} src="{data_uri(file.getvalue())}" alt="{label}">'
+            f'<figure><img{kind} src="{_data_uri(file.getvalue())}" alt="{label}">'
             f"<figcaption>{label}</figcaption></figure>"
         )
     return f'<h2>What the pictures look like</h2>\n<div class="samples">{"".join(shown)}</div>'
@@ -293,15 +321,15 @@ def _warnings(cells: Sequence[Cell]) -> str:
     segments = [segment for cell in cells for segment in cell["segments"]]
     lost = sorted({name for segment in segments for name in segment.get("unreadable", ())})
     if lost:
-        lines.append(f"{_count(lost, 'picture')} could not be used: {_some(lost)}.")
+        lines.append(f"{counted(len(lost), 'picture')} could not be used: {_some(lost)}.")
     for adapter in dict.fromkeys(cell["adapter"] for cell in cells):
         own = [cell for cell in cells if cell["adapter"] == adapter]
         hit = [f"{c['stream']} (seed {c['seed']})" for c in own if c["skipped_steps"]]
         if hit:
             steps = [step for cell in own for step in cell["skipped_steps"]]
             lines.append(
-                f"{adapter}: {_count(steps, 'step')} skipped, with a loss or an update that was "
-                f"not finite, on {_some(hit)}."
+                f"{adapter}: {counted(len(steps), 'step')} skipped, with a loss or an update that "
+                f"was not finite, on {_some(hit)}."
             )
         mute = sum(s["without_prediction"] for cell in own for s in cell["segments"])
         if mute:
@@ -311,8 +339,9 @@ def _warnings(cells: Sequence[Cell]) -> str:
     return f'<div class="warning">{"".join(f"<p>⚠ {escape(line)}</p>" for line in lines)}</div>'
 
 
-def _count(items: Sequence[Any], noun: str) -> str:
-    return f"{len(items)} {noun}{'' if len(items) == 1 else 's'}"
+def counted(number: int, noun: str) -> str:
+    """A number and what it counts."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _some(names: Sequence[str]) -> str:
@@ -372,6 +401,6 @@ def _note(text: str) -> str:
     return f'<p class="note">{escape(text)}</p>'
 
 
-def data_uri(png: bytes) -> str:
+def _data_uri(png: bytes) -> str:
     """A PNG as an address that holds it."""
     return f"data:image/png;base64,{base64.b64encode(png).decode()}"

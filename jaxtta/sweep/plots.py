@@ -44,7 +44,7 @@ def bars(cells: Sequence[Cell], title: str = "", baseline: str = BASELINE) -> Fi
     """
     summary = summarise(cells, baseline)
     columns = [
-        (_label(name), {a: summary.entries[name, a] for a in summary.adapters})
+        (label(name), {a: summary.entries[name, a] for a in summary.adapters})
         for name in summary.corruptions
     ]
     if len(columns) > 1:
@@ -65,7 +65,7 @@ def bars(cells: Sequence[Cell], title: str = "", baseline: str = BASELINE) -> Fi
             places + offset,
             heights,
             width,
-            label=_label(adapter),
+            label=label(adapter),
             color=colour,
             hatch=None if dashes == "-" else "//",
         )
@@ -113,18 +113,18 @@ def running(cells: Sequence[Cell], title: str = "", baseline: str = BASELINE) ->
                 continue
             places, heights = curves[adapter]
             look = {"color": colour, "linestyle": dashes, "linewidth": 1.8}
-            panels[0].plot(places, heights, label=_label(adapter), **look)
+            panels[0].plot(places, heights, label=label(adapter), **look)
             if kinds > 1 and base is not None:
                 panels[1].plot(places, heights - base[1], **look)
         panels[0].set_ylabel("accuracy so far (%)")
         if kinds > 1:
-            panels[1].set_ylabel(f"gain over {_label(baseline)}\n(points)")
+            panels[1].set_ylabel(f"gain over {label(baseline)}\n(points)")
         for axes in panels:
             _fit(axes)
             _mark_segments(axes, members[0], named=axes is panels[0])
         panels[-1].set_xlabel("pictures seen since the start of the stream")
         if len(groups) > 1:
-            panels[0].set_title(_label(name), loc="left", fontsize=10)
+            panels[0].set_title(label(name), loc="left", fontsize=10)
     _finish(figure, list(grid.flat), title)
     return figure
 
@@ -174,7 +174,7 @@ def _mark_segments(axes: Axes, cell: Cell, *, named: bool) -> None:
         return
     top = axes.secondary_xaxis("top")
     middles = (np.asarray(edges[1:]) + edges[:-1]) / 2
-    top.set_xticks(middles, map(_label, names), rotation=40, ha="left", fontsize=8)
+    top.set_xticks(middles, map(label, names), rotation=40, ha="left", fontsize=8)
     top.tick_params(length=0)
 
 
@@ -207,7 +207,7 @@ def reliability(cells: Sequence[Cell], title: str = "", baseline: str = BASELINE
         axes.plot(confidence[filled], right[filled], ".", color="black", markersize=4)
         ece = average(cells, adapter, "ece", averaged_corruptions(cells))
         text = "" if ece is None else f"\nmean ECE {100 * ece:.1f} %"
-        axes.set_title(_label(adapter) + text, fontsize=10)
+        axes.set_title(label(adapter) + text, fontsize=10)
         axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", box_aspect=1)
     for axes in panels[:, 0]:
         axes.set_ylabel("share that is right")
@@ -263,10 +263,10 @@ def severity_curves(
                 linestyle=dashes,
                 marker="o",
                 markersize=3,
-                label=_label(adapter),
+                label=label(adapter),
             )
         only = len(panels) == 1
-        axes.set_title(_label(names[0] if only else panel), fontsize=9)
+        axes.set_title(label(names[0] if only else panel), fontsize=9)
         axes.title.set_fontweight("bold" if panel == "mean" and not only else "normal")
         axes.set_xticks(shown)
         axes.set_xlabel("severity", fontsize=9)
@@ -330,15 +330,28 @@ def save_all(
     return paths
 
 
-def _label(name: str) -> str:
-    return name.replace("_", " ").replace("$", r"\$")  # no formula, whatever a folder is called
+def label(name: str) -> str:
+    """A name that matplotlib takes for no formula, whatever a folder is called."""
+    return name.replace("_", " ").replace("$", r"\$")
+
+
+def finish(axes: Axes, x: str, y: str, *, grid: str = "y") -> None:
+    """Label a panel with its axes' names, and name what it shows where that is several things."""
+    axes.set(xlabel=x, ylabel=y)
+    _tidy(axes, grid)
+    if len(axes.get_legend_handles_labels()[1]) > 1:
+        axes.legend(frameon=False, fontsize=8)
+
+
+def _tidy(axes: Axes, grid: str = "y") -> None:
+    axes.grid(axis=grid, alpha=0.3)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _finish(figure: Figure, panels: Sequence[Axes], title: str, legend: bool = True) -> None:
     for axes in panels:
-        axes.grid(axis="y", alpha=0.3)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
+        _tidy(axes)
     if title:
         figure.suptitle(title.replace("$", r"\$"), fontsize=11)
     if legend:

@@ -1,0 +1,141 @@
+"""Tasks to learn one after another: the published sequences, small real ones, and folders.
+
+task = open_task("dtd", DATA, model.preprocessing)
+task = open_task("digits", None, model.preprocessing)
+task = open_task("own=FOLDER", None, model.preprocessing)   # with train/<class> and test/<class>
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxtta.data.folders import ImageFolder, image_folder
+from jaxtta.data.layouts import open_source
+from jaxtta.data.memory import Arrays, Part, every
+from jaxtta.data.names import templates_for
+from jaxtta.data.sources import CorruptedOnTheFly, Pictures, Preprocess, Source
+
+ORDERS = {
+    "order-1": (
+        *("fgvc-aircraft", "caltech101", "cifar100", "dtd", "eurosat", "oxford-flowers"),
+        *("food101", "mnist", "oxford-pets", "stanford-cars", "sun397"),
+    ),
+    "order-2": (
+        *("stanford-cars", "food101", "mnist", "oxford-pets", "oxford-flowers", "sun397"),
+        *("fgvc-aircraft", "caltech101", "dtd", "eurosat", "cifar100"),
+    ),
+}
+"""The two published orders of the MTIL benchmark."""
+FROM_TFDS = ("cifar100", "mnist")
+SMALL = ("textile", "digits", "turned-digits")
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+
+class TaskData(NamedTuple):
+    """A task's pictures.
+
+    Attributes:
+        name: what to call it.
+        template: of its prompts.
+        train: its training pictures; None for what is only measured.
+        test: its test pictures.
+    """
+
+    name: str
+    template: str
+    train: Source | None
+    test: Source
+
+
+def open_task(name: str, root: str | None, preprocess: Preprocess) -> TaskData:
+    """Open a task's training and test pictures.
+
+    Args:
+        name: one of MTIL's, "textile", "digits", "turned-digits", or NAME=FOLDER with a folder that
+            holds `train/<class>/…` and `test/<class>/…`.
+        root: the folder above the MTIL sets, where it is one of them.
+        preprocess: the model's preprocessing.
+
+    Returns:
+        The task.
+
+    Raises:
+        FileNotFoundError: if there is no such folder.
+        ValueError: if there is no such task, it has one class, or other classes to train on than
+            to test on.
+    """
+    own, equals, folder = name.partition("=")
+    if name in ("digits", "turned-digits"):
+        template = "a photo of the digit {}."
+        both = split(digits(turned=name == "turned-digits"), preprocess)
+    elif name == "textile":
+        template, both = "a photo of a textile with {}.", split(textile(), preprocess)
+    elif name in ORDERS["order-1"]:
+        if root is None and name not in FROM_TFDS:
+            raise ValueError(f"{name} needs --data, the folder above the MTIL sets")
+        template = templates_for(name)[0]
+        layout, place = ("tfds", name) if name in FROM_TFDS else (name, root)
+        both = (open_source(layout, place, preprocess, split=s) for s in ("train", "test"))
+    elif equals:
+        template = "a photo of a {}."
+        both = (open_source("folder", Path(folder) / s, preprocess) for s in ("train", "test"))
+    else:
+        known = ", ".join((*ORDERS, *ORDERS["order-1"], *SMALL))
+        raise ValueError(f"unknown task {name!r}, expected NAME=FOLDER or one of {known}")
+    return TaskData(own, template, *_both(own, both))
+
+
+def _both(name: str, opened: Iterable[Source]) -> tuple[Source, Source]:
+    """A task's training and test pictures, if they go together."""
+    try:
+        train, test = opened
+    except ValueError as error:
+        raise ValueError(f"the task {name}: {error}") from error
+    if len(train.class_names) < 2:
+        raise ValueError(f"the task {name} has one class, expected at least two")
+    if tuple(train.class_names) != tuple(test.class_names):
+        odd = sorted(set(train.class_names) ^ set(test.class_names))
+        raise ValueError(
+            f"the task {name} has other classes to train on than to test on: "
+            f"{', '.join(odd[:5]) or 'the same names in another order'}"
+        )
+    return train, test
+
+
+def digits(turned: bool = False) -> Arrays:
+    """scikit-learn's digits; or their negatives, turned by 90°."""
+    from sklearn.datasets import load_digits
+
+    loaded = load_digits()
+    grey = (loaded.images * 255 / 16).round().astype(np.uint8)
+    if turned:
+        grey = np.rot90(255 - grey, axes=(1, 2))
+    images = np.repeat(grey[..., None], 3, axis=-1)
+    return Arrays(images, loaded.target.astype(np.int32), DIGITS, "digit")
+
+
+def textile() -> ImageFolder:
+    """Simulated textile pictures with a global, a local or no defect."""
+    import conformal_clip_data
+
+    listed = image_folder(conformal_clip_data.textile_simulated_root())
+    names = {"global": "a large defect", "local": "a small defect", "nominal": "no defect"}
+    return listed._replace(class_names=tuple(names[name] for name in listed.class_names))
+
+
+def split(pictures: Pictures, preprocess: Preprocess, nth: int = 4) -> tuple[Source, Source]:
+    """Split pictures evenly within the classes, to train and to test on.
+
+    Args:
+        pictures: all of them.
+        preprocess: the model's preprocessing.
+        nth: one in how many to test on.
+
+    Returns:
+        Both parts.
+    """
+    tested, source = every(pictures.labels, nth), CorruptedOnTheFly(pictures, preprocess)
+    train, test = (Part(source, np.flatnonzero(mask)) for mask in (~tested, tested))
+    return train, test
