@@ -272,8 +272,7 @@ def stream(
     source: data.Source, numbers: np.ndarray, size: int, workers: int, doing: str
 ) -> Iterator[data.StreamBatch]:
     """Batches of clean pictures, in this order."""
-    clean = [data.Domain(data.CLEAN)]
-    one = data.stream_of("clean", clean, np.zeros(len(numbers), int), numbers, 0)
+    one = data.stream_of("clean", [data.Domain(data.CLEAN)], numbers, 0)
     batches = data.Batches(source, (one,), size)
     reader = data.read_ahead(batches, workers)
     yield from tqdm(reader, total=len(batches), desc=doing, unit="batch", leave=False)
@@ -713,8 +712,7 @@ def table(tasks: list[str], kept: list[str], results: list[dict[str, Any]]) -> s
         cells.append(f"{np.mean([row['modality gap'] for row in rows]):.3f}")
         cells += [spread([row[name] for row in rows]) for name in FIGURES[1:]]
         lines.append([method, *cells])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+    return "\n".join(sweep.aligned(lines))
 
 
 def kept_share(name: str, start: dict[int, Any], own: dict[int, Any], worst: dict[int, Any]) -> str:

@@ -244,9 +244,8 @@ def check(options: Options) -> tuple[int, int]:
 def open_source(options: Options, root: str, model: jaxtta.clip.CLIP) -> data.Source:
     """Open the pictures that the options name."""
     names = options.class_names
-    if len(names) == 1 and Path(names[0]).suffix in (".json", ".txt"):
-        folders = data.image_folder(root).class_names if options.layout == "folder" else ()
-        names = data.read_class_names(names[0], folders)
+    folders = data.image_folder(root).class_names if names and options.layout == "folder" else ()
+    names = data.given_class_names(names, folders)
     return data.open_source(options.layout, root, model.preprocessing, names)
 
 
@@ -254,9 +253,7 @@ def choose_severities(options: Options) -> tuple[int, ...]:
     """The severities asked for, or what suits the data."""
     if options.setting == "gradual":
         return (1, 2, 3, 4, 5)
-    if options.layout == "arrays":
-        return (0,)
-    return options.severities or ((1,) if options.data == str(assets.PICTURES) else (5,))
+    return options.severities or (sweep.severity_of(options.layout, options.data),)
 
 
 def lay_out(

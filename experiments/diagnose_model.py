@@ -220,18 +220,10 @@ def models_of(options: Options) -> Iterator[Model]:
         yield model
 
 
-def names_given(options: Options, folders: Sequence[str]) -> tuple[str, ...]:
-    """The class names that the options give; `folders` are those that a .json may name."""
-    names = options.class_names
-    if len(names) == 1 and Path(names[0]).suffix in (".json", ".txt"):
-        return data.read_class_names(names[0], folders)
-    return names
-
-
 def names_for(options: Options, layout: str, root: str) -> tuple[str, ...]:
     """The class names that the options give a set; empty for the layout's own."""
     if not options.class_names or layout != "folder":
-        return names_given(options, ())
+        return data.given_class_names(options.class_names)
     folders = data.image_folder(root).class_names
     by_folder = Path(options.class_names[0]).suffix == ".json"
     if options.layout == layout and root != options.data and not by_folder:
@@ -241,7 +233,7 @@ def names_for(options: Options, layout: str, root: str) -> tuple[str, ...]:
                 f"{root}: its class folders are not those of {options.data}, {some(odd)} being in "
                 "one of them, so --class-names must be a .json by folder name"
             )
-    return names_given(options, folders)
+    return data.given_class_names(options.class_names, folders)
 
 
 def streams_of(
@@ -259,8 +251,7 @@ def sets_of(options: Options, model: Model) -> list[tuple[str, Sets]]:
     """The base set with its corruptions, then the other shifted sets; each with its layout."""
     prepare, layout = model.clip.preprocessing, options.layout
     base = data.open_source(layout, options.data, prepare, names_for(options, layout, options.data))
-    usual = 1 if options.data == str(assets.PICTURES) else 5
-    severity = 0 if layout == "arrays" else options.severity or usual
+    severity = sweep.severity_of(layout, options.data, options.severity)
     corruptions = data.COMMON if options.corruptions == ("common",) else options.corruptions
     domains = tuple(dict.fromkeys((data.CLEAN, *corruptions)))
     sets = [(layout, (base, streams_of(options, base, domains, severity)))]
@@ -349,7 +340,8 @@ def diagnose_one(options: Options, model: Model) -> tuple[Found, np.ndarray]:
             with concerning(f"{model.name} on {stream.name}"):
                 if not found["sets"]:
                     base = features.rows
-                    found |= base_figures(head, features, source.class_names, **chosen)
+                    figures, ranked = base_figures(head, features, source.class_names, **chosen)
+                    found |= figures
                 if ranked is None:  # by the base set, whichever classes the head is of
                     ranked = diagnose.privileged_directions(head, base).directions
                 figures = set_figures(head, ranked, features, options.fractions)
@@ -375,8 +367,7 @@ def time_synthetic(options: Options) -> None:
     features, names = Features(rows, labels, []), [str(label) for label in range(classes)]
     head, other = jnp.asarray(head), rows + 0.05 * rng.standard_normal(rows.shape, np.float32)
     before, start = peak_memory_gb(), time.perf_counter()
-    found = base_figures(head, features, names)
-    ranked = diagnose.privileged_directions(head, rows).directions
+    found, ranked = base_figures(head, features, names)
     found |= set_figures(head, ranked, features, options.fractions)
     found["cka"] = diagnose.linear_cka(rows, other)
     apart = diagnose.field_discrepancy(rows[::2], rows[1::2])
@@ -415,7 +406,7 @@ def open_field(options: Options) -> data.ImageFolder:
     if not labelled and not lone:
         raise ValueError(f"{root}: folder without pictures")
     listed = data.image_folder(root) if labelled else list_folders(root, [root], [root.name])
-    given = [text.partition("=") for text in names_given(options, ())]
+    given = [text.partition("=") for text in data.given_class_names(options.class_names)]
     called = {name: own or name for name, _, own in given}
     if labelled:
         called = called or {name: name for name in listed.class_names}

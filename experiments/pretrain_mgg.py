@@ -198,8 +198,7 @@ def read_pictures(
     options: Options, source: data.Source
 ) -> tuple[np.ndarray, list[list[data.StreamBatch]]]:
     """Training pictures (pictures, size, size, 3), and a list of held-out batches a corruption."""
-    usual = 1 if options.data == str(assets.PICTURES) else 5
-    severity = 0 if options.layout == "arrays" else options.severity or usual
+    severity = sweep.severity_of(options.layout, options.data, options.severity)
     domains = [data.Domain(name, severity) for name in options.corruptions]
     for domain in domains:
         source.check(domain)
@@ -212,12 +211,9 @@ def read_pictures(
     order = np.random.default_rng(options.seed).permutation(len(source.labels))
     turns = np.arange(options.pictures) % len(domains)
     # As one stream, so that pictures are read as everywhere else.
-    train = data.stream_of("train", domains, turns, order[: options.pictures], options.seed)
+    train = data.stream_of("train", domains, order[: options.pictures], options.seed, turns)
     others = order[options.pictures : wanted]
-    tests = [
-        data.stream_of(str(domain), [domain], np.zeros(len(others), int), others, options.seed)
-        for domain in domains
-    ]
+    tests = [data.stream_of(str(domain), [domain], others, options.seed) for domain in domains]
     (read,) = read_all([train], source, options.pictures)
     if not read[0].mask.all():
         log.warning("%d training pictures could not be read", int((~read[0].mask).sum()))
@@ -257,7 +253,7 @@ def gather_statistics(
     clean = data.Domain(data.CLEAN)
     order = np.random.default_rng(options.seed).permutation(len(source.labels))
     pictures = order[: options.source_pictures]
-    stream = data.stream_of("clean", [clean], np.zeros(len(pictures), int), pictures, options.seed)
+    stream = data.stream_of("clean", [clean], pictures, options.seed)
     (batches,) = read_all([stream], source, options.test_batch)
     return jaxtta.clip.feature_statistics(model, params, batches)
 

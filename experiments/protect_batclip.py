@@ -98,6 +98,11 @@ def main(options: Options) -> None:
     """Adapt, test, and report."""
     check(options)
     model, params = jaxtta.clip.load(options.model)
+    if model.with_batch_statistics() != model:
+        raise ValueError(
+            f"{options.model}: is a ResNet, expected a vision transformer, whose LayerNorms are "
+            "protected"
+        )
     source = data.open_source(
         options.layout, options.data, model.preprocessing, options.class_names
     )
@@ -171,8 +176,7 @@ def read(
     options: Options, source: data.Source, corruption: str, numbers: np.ndarray, seed: int
 ) -> list[data.StreamBatch]:
     """Pictures under a corruption, in this order."""
-    domains, segments = [domain_of(options, corruption)], np.zeros(len(numbers), int)
-    stream = data.stream_of(corruption, domains, segments, numbers, seed)
+    stream = data.stream_of(corruption, [domain_of(options, corruption)], numbers, seed)
     batches = data.Batches(source, (stream,), options.batch_size)
     reader = data.read_ahead(batches, options.workers)
     return list(tqdm(reader, total=len(batches), desc=f"reading {corruption}", leave=False))
@@ -185,9 +189,7 @@ def domain_of(options: Options, corruption: str) -> data.Domain:
 
 def severity_of(options: Options) -> int:
     """The severity asked for, or what suits the data."""
-    if options.layout == "arrays":
-        return 0
-    return options.severity or (1 if options.data == str(assets.PICTURES) else 5)
+    return sweep.severity_of(options.layout, options.data, options.severity)
 
 
 def answered(logits: Array, batch: data.StreamBatch) -> np.ndarray:
@@ -224,8 +226,7 @@ def report(options: Options, rows: list[Row]) -> None:
     axes.set_ylabel("accuracy on clean pictures, afterwards (%)")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8)
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+    text = "\n".join(sweep.aligned(lines))
     (options.output / "table.txt").write_text(text + "\n")
     figure.savefig(options.output / "clean.png", dpi=150)
     print(f"accuracy in %, mean over {len(options.seeds)} seeds\n\n{text}\n")

@@ -343,9 +343,9 @@ def test_what_protection_costs_and_keeps(run_script, short, tmp_path, monkeypatc
     options += ["--output", tmp_path / "a"]
     real, shown = data.stream_of, {}
 
-    def remember(name, domains, segments, pictures, seed):
+    def remember(name, domains, pictures, seed):
         shown.setdefault((name, len(pictures)), set()).update(pictures.tolist())
-        return real(name, domains, segments, pictures, seed)
+        return real(name, domains, pictures, seed)
 
     with monkeypatch.context() as patch:
         patch.setattr(data, "stream_of", remember)

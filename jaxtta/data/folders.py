@@ -188,6 +188,24 @@ def read_class_names(path: str | Path, folders: Sequence[str]) -> tuple[str, ...
     return tuple(names)
 
 
+def given_class_names(names: Sequence[str], folders: Sequence[str] = ()) -> tuple[str, ...]:
+    """Class names as an option gives them: themselves, or a single .json or .txt file of them.
+
+    Args:
+        names: what was given; may be empty.
+        folders: as for `read_class_names`.
+
+    Returns:
+        The names; empty if none were given.
+
+    Raises:
+        ValueError: as `read_class_names`.
+    """
+    if len(names) == 1 and Path(names[0]).suffix in (".json", ".txt"):
+        return read_class_names(names[0], folders)
+    return tuple(names)
+
+
 def open_picture(file: Path | BinaryIO, name: str = "") -> Image.Image:
     """Open and decode a picture.
 

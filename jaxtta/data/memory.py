@@ -8,7 +8,7 @@ from PIL import Image
 
 from jaxtta.data.corruptions import CLEAN
 from jaxtta.data.folders import UnreadablePictureError
-from jaxtta.data.sources import Domain, Preprocess, Source
+from jaxtta.data.sources import Domain, Source, Wrapped
 from jaxtta.data.streams import StreamBatch
 
 
@@ -37,15 +37,13 @@ class Arrays(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
+class Part(Wrapped):
     """Some of a source's pictures, with all of its classes.
 
     Attributes:
-        source: where they come from.
         numbers: (pictures,) integers, which of its pictures.
     """
 
-    source: Source
     numbers: np.ndarray
 
     @property
@@ -53,31 +51,8 @@ class Part:
         """Labels (pictures,)."""
         return self.source.labels[self.numbers]
 
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """Names of the classes."""
-        return self.source.class_names
-
-    @property
-    def preprocess(self) -> Preprocess:
-        """The model's preprocessing."""
-        return self.source.preprocess
-
-    def check(self, domain: Domain) -> None:
-        """Raise an error if there is no such domain."""
-        self.source.check(domain)
-
-    def read(self, domain: Domain, number: int, seed: int) -> np.ndarray:
-        """Read one picture."""
-        return self.source.read(domain, int(self.numbers[number]), seed)
-
-    def read_both(self, domain: Domain, number: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        """Read one picture, preprocessed and as it is stored."""
-        return self.source.read_both(domain, int(self.numbers[number]), seed)
-
-    def name(self, domain: Domain, number: int) -> str:
-        """What the source calls a picture."""
-        return self.source.name(domain, int(self.numbers[number]))
+    def _number(self, number: int) -> int:
+        return int(self.numbers[number])
 
 
 class InMemory:

@@ -433,16 +433,14 @@ def _of_one_severity(root: Path, labels: np.ndarray) -> np.ndarray:
 
 
 @dataclasses.dataclass(frozen=True)
-class Named:
-    """A source whose clean pictures are a domain by another name: a dataset that is a shift itself.
+class Wrapped:
+    """A source behind other names of its domains, or other numbers of its pictures.
 
     Attributes:
         source: the pictures.
-        domain: what they are called, with severity 0.
     """
 
     source: Source
-    domain: str
 
     @property
     def labels(self) -> np.ndarray:
@@ -461,21 +459,38 @@ class Named:
 
     def name(self, domain: Domain, number: int) -> str:
         """What the source calls the picture."""
-        return self.source.name(self._clean(domain), number)
+        return self.source.name(self._domain(domain), self._number(number))
 
     def check(self, domain: Domain) -> None:
-        """Raise a ValueError for any other domain."""
-        self.source.check(self._clean(domain))
+        """Raise an error if there is no such domain."""
+        self.source.check(self._domain(domain))
 
     def read(self, domain: Domain, number: int, seed: int) -> np.ndarray:
         """Read one picture."""
-        return self.source.read(self._clean(domain), number, seed)
+        return self.source.read(self._domain(domain), self._number(number), seed)
 
     def read_both(self, domain: Domain, number: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
         """Read one picture, preprocessed and as it is stored."""
-        return self.source.read_both(self._clean(domain), number, seed)
+        return self.source.read_both(self._domain(domain), self._number(number), seed)
 
-    def _clean(self, domain: Domain) -> Domain:
+    def _domain(self, domain: Domain) -> Domain:
+        return domain
+
+    def _number(self, number: int) -> int:
+        return number
+
+
+@dataclasses.dataclass(frozen=True)
+class Named(Wrapped):
+    """A source whose clean pictures are a domain by another name: a dataset that is a shift itself.
+
+    Attributes:
+        domain: what they are called, with severity 0.
+    """
+
+    domain: str
+
+    def _domain(self, domain: Domain) -> Domain:
         if domain != Domain(self.domain):
             raise ValueError(f"unknown domain {domain}, expected {self.domain}")
         return Domain(CLEAN)

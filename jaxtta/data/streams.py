@@ -127,20 +127,25 @@ def make_streams(
 
 
 def stream_of(
-    name: str, domains: Sequence[Domain], segments: np.ndarray, pictures: np.ndarray, seed: int
+    name: str,
+    domains: Sequence[Domain],
+    pictures: np.ndarray,
+    seed: int,
+    segments: np.ndarray | None = None,
 ) -> Stream:
     """A stream of given pictures, in this order.
 
     Args:
         name: what to call it.
         domains: its segments.
-        segments: (pictures,) integers, each picture's place in `domains`.
         pictures: (pictures,) integers, numbers in the source.
         seed: of corruptions made on the fly.
+        segments: (pictures,) integers, each picture's place in `domains`; None for the first one.
 
     Returns:
         The stream, in one part.
     """
+    segments = np.zeros(len(pictures)) if segments is None else segments
     items = np.stack([segments, pictures], 1).astype(np.int32)
     return Stream(name, seed, tuple(domains), (items,))
 

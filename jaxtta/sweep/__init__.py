@@ -20,10 +20,16 @@ from jaxtta.sweep.page import write_report
 from jaxtta.sweep.plots import save_all
 from jaxtta.sweep.provenance import about, fingerprints
 from jaxtta.sweep.record import Record, Scores, gain, outcomes, paired, score
-from jaxtta.sweep.report import DATASETS, answer, summary_csv, table
+from jaxtta.sweep.report import DATASETS, aligned, answer, summary_csv, table
 from jaxtta.sweep.results import Cell, Results, agree, whole, write_json
 from jaxtta.sweep.run import run
-from jaxtta.sweep.script import check_choices, check_limits, check_rates, run_script
+from jaxtta.sweep.script import (
+    check_choices,
+    check_limits,
+    check_rates,
+    run_script,
+    severity_of,
+)
 
 __all__ = [
     "ADAPTERS",
@@ -38,6 +44,7 @@ __all__ = [
     "Setup",
     "about",
     "agree",
+    "aligned",
     "answer",
     "check_adapters",
     "check_choices",
@@ -64,6 +71,7 @@ __all__ = [
     "save_all",
     "save_step",
     "score",
+    "severity_of",
     "summary_csv",
     "table",
     "tuning_of",

@@ -14,7 +14,7 @@ from jaxtta.sweep import page, plots
 from jaxtta.sweep.figures import EQUAL, SHOWN, Found
 from jaxtta.sweep.lineup import ADAPTERS
 from jaxtta.sweep.plots import COLOURS, GREY
-from jaxtta.sweep.report import NONE
+from jaxtta.sweep.report import NONE, aligned
 
 Table = tuple[str, list[str], list[tuple[str, list[str]]]]
 """Heading, column heads and rows."""
@@ -433,6 +433,5 @@ def write_diagnosis(folder: Path, title: str, report: Report, found: Found) -> N
 def as_text(heading: str, heads: list[str], rows: list[tuple[str, list[str]]]) -> str:
     """A table as aligned lines."""
     lines = [[heading, *heads], *([name, *texts] for name, texts in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    lines.insert(1, ["-" * width for width in widths])
-    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+    rule = ["-" * max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(aligned([lines[0], rule, *lines[1:]]))

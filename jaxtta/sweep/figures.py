@@ -70,7 +70,7 @@ def base_figures(
     threshold: float = 6.0,
     detectors: str = "axes",
     precision: float = 0.9,
-) -> Found:
+) -> tuple[Found, jax.Array]:
     """What only the base set decides.
 
     Args:
@@ -82,7 +82,7 @@ def base_figures(
         precision: of `concept_detectors`.
 
     Returns:
-        The figures.
+        The figures, and the head's directions (r, d), the most important first.
 
     Raises:
         ValueError: if all pictures are of one class, or features have no value.
@@ -112,7 +112,7 @@ def base_figures(
         "concepts": [names[label] for label in present],
         "encoded": [names[label] for label in present[detected.encoded]],
         "most_concepts_per_direction": int(detected.per_direction.max()),
-    }
+    }, ranked.directions
 
 
 def set_figures(

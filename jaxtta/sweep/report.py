@@ -299,16 +299,25 @@ def table(cells: Sequence[Cell], baseline: str = BASELINE) -> str:
     if any(error is not None for error in errors.values()):
         texts = [NONE if e is None else f"{e:.2f}" for e in errors.values()]
         rows.append(("mean corruption error", texts))
-    width = max(len(name) for name, _ in rows)
-    widths = [max(map(len, column)) for column in zip(*(texts for _, texts in rows), strict=True)]
-    lines = []
-    for name, texts in rows:
-        columns = [f"{t:<{w}}" for t, w in zip(texts, widths, strict=True)]
-        lines.append("  ".join([f"{name:<{width}}", *columns]).rstrip())
-    rule = "-" * (width + sum(w + 2 for w in widths))
+    lines = aligned([name, *texts] for name, texts in rows)
+    rule = "-" * max(map(len, lines))
     lines.insert(1, rule)
     lines.insert(2 + len(summary.corruptions), rule)
     return "\n".join([*_heading(cells), *lines, *_foot(cells, summary)])
+
+
+def aligned(rows: Iterable[Sequence[str]]) -> list[str]:
+    """Lines of text with a table's columns below each other.
+
+    Args:
+        rows: of cells, as many in each.
+
+    Returns:
+        A line for each row.
+    """
+    rows = list(rows)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
 
 
 def _heading(cells: Sequence[Cell]) -> list[str]:

@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 
 import tyro
 
+from jaxtta import assets
+
 Options = TypeVar("Options")
 
 _INSIST = 5.0  # seconds; longer than what a stopped script still has to write
@@ -92,6 +94,22 @@ def check_rates(**rates: Sequence[float | None]) -> None:
         for rate in given:
             if rate is not None and not 0 < rate < math.inf:
                 raise ValueError(f"{_option(name)} is {rate}, expected a positive number")
+
+
+def severity_of(layout: str, root: str, asked: int | None = None) -> int:
+    """The severity asked for, or what suits the pictures.
+
+    Args:
+        layout: how they lie there; arrays have one of their own, 0.
+        root: where; the corruptions are strong for the embedded ones' size.
+        asked: 1 to 5; None for 5, or 1 on the embedded pictures.
+
+    Returns:
+        The severity of the pictures' domains.
+    """
+    if layout == "arrays":
+        return 0
+    return asked or (1 if root == str(assets.PICTURES) else 5)
 
 
 def _option(name: str) -> str:
