@@ -7,8 +7,9 @@ and leaves `report.html`, `result.json` and plots. Other models, pictures and sh
 
     # two models side by side, on ImageNet and three sets that are shifts by themselves
     python experiments/diagnose_model.py --models openai/clip-vit-base-patch16 FOLDER \
-        --layout imagenet --data IMAGENET/val --corruptions --shifted v2=imagenet-v2=IMAGENET-V2 \
-        r=imagenet=IMAGENET-R sketch=imagenet=SKETCH --reference-points FILE.json --output runs/two
+        --layout imagenet --data IMAGENET/val --corruptions --output runs/two \
+        --shifted imagenet-v2=imagenet-v2=IMAGENET-V2 imagenet-r=imagenet=IMAGENET-R \
+        imagenet-sketch=imagenet=SKETCH --reference-points published
     # ready corrupted arrays, all 15 corruptions
     python experiments/diagnose_model.py --layout arrays --data FOLDER --class-names NAMES.txt \
         --corruptions common --output runs/arrays
@@ -67,6 +68,7 @@ from jaxtta.sweep.figures import (
 )
 from jaxtta.sweep.run import peak_memory_gb
 
+PUBLISHED = "published"
 REFERENCE = "CIFAR-10's embedded test pictures"
 KINDS = ("gaussian_noise", "defocus_blur", "fog", "jpeg_compression")
 """A corruption of each kind: noise, blur, weather, digital."""
@@ -99,9 +101,10 @@ class Options:
     references: tuple[str, ...] = ()
     """Those of --models that are not robust, at least two: effective robustness is measured from
     the line through them."""
-    reference_points: Path | None = None
+    reference_points: str | None = None
     """In their place, accuracies of such models on the same sets: a .json list of objects or a
-    .csv, with base and shifted, both in (0, 1)."""
+    .csv, with base and shifted, both in (0, 1); or "published", for ImageNet (--layout imagenet, no
+    corruptions) against --shifted sets that are called imagenet-v2, -r, -sketch or -a."""
     fractions: tuple[float, ...] = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
     """Of the head's directions, to keep."""
     outlier_threshold: float = 6.0
@@ -316,7 +319,7 @@ def read(options: Options, model: Model, sets: Sets) -> Iterator[Features]:
 
 def compare_models(options: Options) -> tuple[Found, Report]:
     """Diagnose every model."""
-    points = read_points(options.reference_points) if options.reference_points else ()
+    points = points_of(options)
     results, features = {}, {}
     for model in models_of(options):
         results[model.name], features[model.name] = diagnose_one(options, model)
@@ -326,6 +329,20 @@ def compare_models(options: Options) -> tuple[Found, Report]:
     robustness = robustness_of(results, points, references)
     found = {"models": results, "pairs": pairs, "robustness": robustness}
     return found, diagnosis_report(found, options.fractions)
+
+
+def points_of(options: Options) -> Sequence[tuple[float, float]]:
+    """Base and shifted accuracies of models that are not robust, as far as they are given."""
+    if options.reference_points is None:
+        return ()
+    if options.reference_points != PUBLISHED:
+        return read_points(Path(options.reference_points))
+    if options.layout != "imagenet" or options.corruptions:
+        raise ValueError(
+            "--reference-points published is for --layout imagenet and empty --corruptions"
+        )
+    with concerning("--reference-points published"):
+        return data.reference_points([text.partition("=")[0] for text in options.shifted])
 
 
 def diagnose_one(options: Options, model: Model) -> tuple[Found, np.ndarray]:

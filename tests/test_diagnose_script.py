@@ -347,6 +347,11 @@ FLAT = ("--field", "{flat}", "--class-names", "cat", "dog")
         (("--references", str(assets.MODEL)), "--references needs at least two models"),
         (("--reference-points", "{points}"), "points.csv: an accuracy is 60.0, expected a number"),
         (("--reference-points", "{words}"), "words.json: expected base and shifted of each model"),
+        (("--reference-points", "published"), "published is for --layout imagenet and empty"),
+        (
+            ("--reference-points", "published", "--layout", "imagenet", "--corruptions"),
+            "--reference-points published: there are no shifted sets, expected some of imagenet-v2",
+        ),
         (("--shifted", "r"), "--shifted has 'r', expected NAME=LAYOUT=FOLDER"),
         (
             ("--data", "{labelled}", "--class-names", "a", "b", "--shifted", "x=folder={pairs}"),

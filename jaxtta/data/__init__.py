@@ -27,6 +27,7 @@ from jaxtta.data.names import (
     imagenet_templates,
     templates_for,
 )
+from jaxtta.data.published import reference_points
 from jaxtta.data.sources import (
     CorruptedArrays,
     CorruptedFolders,
@@ -97,6 +98,7 @@ __all__ = [
     "open_source",
     "read_ahead",
     "read_class_names",
+    "reference_points",
     "stream_of",
     "templates_for",
     "tfds_pictures",

@@ -1,0 +1,46 @@
+"""Published accuracies of models that are not robust: what others are measured from."""
+
+import functools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+_TABLE = Path(__file__).parent / "tables" / "reference-points.json"
+BASE = "imagenet"
+
+
+@functools.cache
+def _models() -> dict[str, dict[str, float]]:
+    return json.loads(_TABLE.read_text())["models"]
+
+
+def reference_points(shifted: Sequence[str]) -> list[tuple[float, float]]:
+    """Accuracies of classifiers that were trained on ImageNet alone, by plain supervision.
+
+    Args:
+        shifted: which sets to take the mean of: imagenet-v2, imagenet-r, imagenet-sketch,
+            imagenet-a.
+
+    Returns:
+        Of each model its top-1 accuracy on ImageNet, and its mean one on these sets (ImageNet-R and
+        -A: among their own 200 classes). A model whose mean is 0 is left out: ResNet-50 on
+        ImageNet-A, whose pictures were chosen so that it fails.
+
+    Raises:
+        ValueError: if a set is not among them, or there is none.
+
+    References:
+        Published by timm, https://github.com/huggingface/pytorch-image-models, in `results`; the
+        table names the files.
+    """
+    models = _models().values()
+    known = [name for name in next(iter(models)) if name != BASE]
+    for name in shifted:
+        if name not in known:
+            raise ValueError(
+                f"{name!r} has no published reference points, expected {', '.join(known)}"
+            )
+    if not shifted:
+        raise ValueError(f"there are no shifted sets, expected some of {', '.join(known)}")
+    points = [(one[BASE], sum(one[name] for name in shifted) / len(shifted)) for one in models]
+    return [(base, mean) for base, mean in points if mean > 0]
