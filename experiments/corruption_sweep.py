@@ -243,8 +243,9 @@ def check(options: Options) -> tuple[int, int]:
 
 def open_source(options: Options, root: str, model: jaxtta.clip.CLIP) -> data.Source:
     """Open the pictures that the options name."""
-    names = options.class_names
-    folders = data.image_folder(root).class_names if names and options.layout == "folder" else ()
+    names, folders = options.class_names, ()
+    if len(names) == 1 and options.layout == "folder":  # a file of them, maybe by folder
+        folders = data.image_folder(root).class_names
     names = data.given_class_names(names, folders)
     return data.open_source(options.layout, root, model.preprocessing, names)
 

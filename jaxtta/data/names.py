@@ -4,6 +4,7 @@ import functools
 import json
 import types
 from pathlib import Path
+from typing import Any
 
 _TABLES = Path(__file__).parent / "tables"
 
@@ -53,20 +54,28 @@ def templates_for(layout: str) -> tuple[str, ...]:
 @functools.cache
 def imagenet_templates() -> tuple[str, ...]:
     """CLIP's 80 prompt templates for ImageNet."""
-    return tuple(_table("imagenet-templates.json"))
+    return tuple(read_table("imagenet-templates.json"))
 
 
 @functools.cache
 def imagenet_classes() -> types.MappingProxyType[str, str]:
     """CLIP's name for each of ImageNet's 1,000 classes, by wnid in the labels' order."""
-    return types.MappingProxyType(dict(sorted(_table("imagenet-class-names.json").items())))
+    return types.MappingProxyType(dict(sorted(read_table("imagenet-class-names.json").items())))
 
 
 @functools.cache
 def cifar100_classes() -> tuple[str, ...]:
     """CIFAR-100's fine classes in the labels' order."""
-    return tuple(_table("cifar100-class-names.json"))
+    return tuple(read_table("cifar100-class-names.json"))
 
 
-def _table(name: str) -> list[str] | dict[str, str]:
+def read_table(name: str) -> Any:
+    """What one of the package's tables holds.
+
+    Args:
+        name: of the file, "imagenet-templates.json".
+
+    Returns:
+        Its lists and dictionaries.
+    """
     return json.loads((_TABLES / name).read_text())

@@ -1,17 +1,10 @@
 """Published accuracies of models that are not robust: what others are measured from."""
 
-import functools
-import json
 from collections.abc import Sequence
-from pathlib import Path
 
-_TABLE = Path(__file__).parent / "tables" / "reference-points.json"
+from jaxtta.data.names import read_table
+
 BASE = "imagenet"
-
-
-@functools.cache
-def _models() -> dict[str, dict[str, float]]:
-    return json.loads(_TABLE.read_text())["models"]
 
 
 def reference_points(shifted: Sequence[str]) -> list[tuple[float, float]]:
@@ -22,9 +15,10 @@ def reference_points(shifted: Sequence[str]) -> list[tuple[float, float]]:
             imagenet-a.
 
     Returns:
-        Of each model its top-1 accuracy on ImageNet, and its mean one on these sets (ImageNet-R and
-        -A: among their own 200 classes). A model whose mean is 0 is left out: ResNet-50 on
-        ImageNet-A, whose pictures were chosen so that it fails.
+        Of each model its top-1 accuracy on ImageNet, and its mean one on these sets, both in
+        (0, 1), for `jaxtta.diagnose.fit_logit_line`. ImageNet-R and -A are answered among their own
+        200 classes. A model whose mean is 0 is left out: ResNet-50 on ImageNet-A alone, whose
+        pictures were chosen so that it fails.
 
     Raises:
         ValueError: if a set is not among them, or there is none.
@@ -33,7 +27,7 @@ def reference_points(shifted: Sequence[str]) -> list[tuple[float, float]]:
         Published by timm, https://github.com/huggingface/pytorch-image-models, in `results`; the
         table names the files.
     """
-    models = _models().values()
+    models = read_table("reference-points.json")["models"].values()
     known = [name for name in next(iter(models)) if name != BASE]
     for name in shifted:
         if name not in known:
