@@ -432,6 +432,16 @@ def test_names_hold_for_shifted_folders_and_arrays(field, tmp_path):
     assert names_for(options, "folder", field / "labelled") == ()
 
 
+def test_published_points_are_those_of_the_shifted_sets():
+    points_of = runpy.run_path(str(EXPERIMENTS / SCRIPT))["points_of"]
+    options = types.SimpleNamespace(reference_points="published", layout="imagenet")
+    options.corruptions, options.shifted = (), ("imagenet-r=imagenet=R", "imagenet-a=imagenet=A")
+    assert points_of(options) == data.reference_points(["imagenet-r", "imagenet-a"])
+    options.shifted = ("r=imagenet=R",)
+    with pytest.raises(ValueError, match="published: 'r' has no published reference points, exp"):
+        points_of(options)
+
+
 def test_robustness_is_measured_from_reference_models_or_the_reason_is_said():
     references = ("a", "c")
     accuracies = {"a": (0.6, 0.2), "b": (0.8, 0.7), "c": (0.9, 0.5)}
