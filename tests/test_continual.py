@@ -121,6 +121,19 @@ def test_projectors_are_orthogonal_projections(rank, rho, seed):
     assert shares[free] >= rho
 
 
+@hypothesis.given(st.integers(1, 40), st.floats(0.01, 0.99), st.integers(0, 2**31 - 1))
+def test_projectors_are_those_of_a_whole_eigendecomposition(size, rho, seed):
+    gram = scaled(jnp.asarray(np.cov(inputs_of_rank(size, size, seed).T), jnp.float32))
+    gram = gram.reshape(size, size)
+    values, vectors = np.linalg.eigh(np.asarray(gram, np.float64))
+    free = int((np.cumsum(values) / values.sum() < rho).sum())
+    expected = vectors[:, :free] @ vectors[:, :free].T
+    for on, bound in (("host", 2e-6), ("device", 1e-4)):
+        projector = continual.null_space_projector(gram, rho, on)
+        assert projector.basis.shape == (size, min(free, size - free))
+        np.testing.assert_allclose(projector.matrix(), expected, atol=bound, err_msg=on)
+
+
 @functools.partial(jax.jit, static_argnames="before")
 def hundred_steps(projector, kernel, inputs, before):
     """A layer's kernel after 100 steps of AdamW on new inputs."""

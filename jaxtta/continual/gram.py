@@ -12,6 +12,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.linalg
 
 from jaxtta.clip import CLIP, Params
 from jaxtta.clip.modules import VisionTransformer
@@ -159,7 +160,7 @@ def null_space_projector(
         rho: the share of the sum of singular values that may be given up; the directions of the
             smallest ones that together stay below it are free. Of a matrix of zeros all are.
         on: where the eigenvectors are found: in float64 on the host, or in float32 on the device,
-            where that is faster.
+            which is faster.
 
     Returns:
         The projector, by the thinner of free and kept directions.
@@ -174,15 +175,53 @@ def null_space_projector(
     if not jnp.isfinite(gram).all():
         raise ValueError("a Gram matrix has entries that are not finite")
     if on == "host":
-        values, vectors = np.linalg.eigh(np.asarray(gram, np.float64))
+        values, vectors_of = _eigenvectors(np.asarray(gram, np.float64))
+    elif all(device.platform == "cpu" for device in gram.devices()):
+        values, vectors_of = _eigenvectors(np.asarray(gram, np.float32))
     else:
         values, vectors = jnp.linalg.eigh(gram.astype(jnp.float32))
+
+        def vectors_of(part: slice) -> Array:
+            return vectors[:, part]
+
     # Ascending; the matrix has no negative ones but for rounding.
     values = np.asarray(values, np.float64).clip(0)
     free = int((np.cumsum(values) / (values.sum() or 1) < rho).sum())
-    if free <= len(gram) // 2:
-        return Projector(jnp.asarray(vectors[:, :free], gram.dtype))
-    return Projector(jnp.asarray(vectors[:, free:], gram.dtype), complement=True)
+    complement = free > len(gram) // 2
+    basis = vectors_of(slice(free, None) if complement else slice(free))
+    return Projector(jnp.asarray(basis, gram.dtype), complement)
+
+
+def _eigenvectors(matrix: np.ndarray) -> tuple[np.ndarray, Callable[[slice], np.ndarray]]:
+    """Eigenvalues of a symmetric matrix, ascending, and those eigenvectors that are asked for.
+
+    As LAPACK's `syevd` finds them, but only the vectors that are asked for are turned back from
+    those of the tridiagonal matrix.
+
+    Args:
+        matrix: (size, size).
+
+    Returns:
+        (size,), and a function from a slice of them to their eigenvectors, (size, count).
+    """
+    size = len(matrix)
+    if size == 1:
+        return matrix[0], lambda part: np.ones_like(matrix)[:, part]
+    reduce, reduce_lwork, turn = scipy.linalg.get_lapack_funcs(
+        ("sytrd", "sytrd_lwork", "ormqr"), (matrix,)
+    )
+    lwork, _ = reduce_lwork(size, lower=True)
+    reflectors, diagonal, beside, tau, _ = reduce(matrix, lower=True, lwork=int(lwork))
+    values, vectors = scipy.linalg.eigh_tridiagonal(diagonal, beside)
+
+    def vectors_of(part: slice) -> np.ndarray:
+        first, others = np.split(vectors[:, part], [1])  # the reflectors leave the first row alone
+        arguments = ("L", "N", reflectors[1:, :-1], tau, others)
+        _, work, _ = turn(*arguments, lwork=-1)
+        turned, _, _ = turn(*arguments, lwork=int(work[0]))
+        return np.concatenate([first, turned])
+
+    return values, vectors_of
 
 
 def null_space_projectors(
