@@ -207,6 +207,7 @@ def check(options: Options) -> tuple[int, int]:
         if getattr(options, name):
             sweep.check_choices(**{name: getattr(options, name)})
     sweep.check_limits(
+        seeds=(min(options.seeds), 0),
         batch_size=(options.batch_size, 1),
         workers=(options.workers, 0),
         checkpoint_every=(options.checkpoint_every, 1),

@@ -117,6 +117,7 @@ def check(options: Options) -> dict[str, str]:
     sweep.check_adapters(options.adapters)
     sweep.check_choices(adapters=options.adapters, seeds=options.seeds, templates=options.templates)
     sweep.check_limits(
+        seeds=(min(options.seeds), 0),
         batch_size=(options.batch_size, 1),
         workers=(options.workers, 0),
         checkpoint_every=(options.checkpoint_every, 1),

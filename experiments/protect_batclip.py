@@ -145,16 +145,16 @@ def measure(
     prompts = model.prompts(task)
 
     @jax.jit
-    def forward(adapted: Any, images: Array) -> Array:
+    def forward(params: jaxtta.clip.Params, adapted: Any, images: Array) -> Array:
         return model.forward(tree.merge(params, adapted), prompts, images).logits
 
     def accuracy(adapted: Any, batches: list[data.StreamBatch]) -> float:
-        return share(answered(forward(adapted, batch.images), batch) for batch in batches)
+        return share(answered(forward(params, adapted, batch.images), batch) for batch in batches)
 
     start, _ = tree.partition(params, tree.normalisation_parameters("both"))
     batches = read(options, source, data.CLEAN, shown, seed)
     pictures = np.concatenate([batch.images[batch.mask] for batch in batches])
-    basis = continual.output_basis(forward, start, pictures, max(options.ranks))
+    basis = continual.output_basis(forward, params, start, pictures, max(options.ranks))
     rows = [Row(corruption, seed, -1, accuracy(start, stream), accuracy(start, clean))]
     for rank in (0, *options.ranks):
         optimizer = BATCLIP_PRESETS[options.preset].optimizer()
@@ -238,9 +238,11 @@ def check(options: Options) -> None:
     sweep.check_choices(corruptions=options.corruptions, ranks=options.ranks, seeds=options.seeds)
     sweep.check_rates(learning_rate=(options.learning_rate,))
     sweep.check_limits(
+        seeds=(min(options.seeds), 0),
         batch_size=(options.batch_size, 1),
         protecting=(options.protecting, 1),
         ranks=(min(options.ranks), 1),
+        severity=(options.severity, 1),
         limit=(options.limit, 1),
         workers=(options.workers, 0),
     )

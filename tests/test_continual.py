@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jaxtta
 from jaxtta import continual, losses, metrics
-from jaxtta.continual.gram import PROJECTION, scaled
+from jaxtta.continual.gram import PROJECTION, _with_jax, _with_lapack, scaled
 from jaxtta.optim import null_space_projection, orthogonal_to
 
 PRECISIONS = [("float32", 1e-5), ("float64", 1e-9)]
@@ -132,6 +132,11 @@ def test_projectors_are_those_of_a_whole_eigendecomposition(size, rho, seed):
         projector = continual.null_space_projector(gram, rho, on)
         assert projector.basis.shape == (size, min(free, size - free))
         np.testing.assert_allclose(projector.matrix(), expected, atol=bound, err_msg=on)
+    for way in (_with_lapack(np.asarray(gram)), _with_jax(gram)):
+        found, vectors_of = way
+        np.testing.assert_allclose(found, values, atol=1e-5)
+        basis = np.asarray(vectors_of(slice(free)))
+        np.testing.assert_allclose(basis @ basis.T, expected, atol=1e-4)
 
 
 @functools.partial(jax.jit, static_argnames="before")
@@ -232,6 +237,12 @@ def test_bad_input_is_one_sentence():
             continual.null_space_projectors({"a": gram}, rho)
     with pytest.raises(ValueError, match="fc1: a Gram matrix has entries that are not finite"):
         continual.null_space_projectors({"fc1": gram.at[0, 0].set(jnp.nan)})
+    with pytest.raises(
+        ValueError, match=r"fc1: a Gram matrix has shape \(2, 3\), expected a square"
+    ):
+        continual.null_space_projectors({"fc1": gram[:2]})
+    with pytest.raises(ValueError, match="only one of two tasks has Gram matrices of fc1"):
+        continual.combine_grams({"fc1": gram, "fc2": gram}, {"fc2": gram})
     with pytest.raises(ValueError, match="on is 'moon', expected host or device"):
         continual.null_space_projector(gram, 0.5, on="moon")
     with pytest.raises(ValueError, match="warmup is 100, expected 0 to the 30 iterations"):
@@ -252,7 +263,10 @@ def test_steps_orthogonal_to_the_outputs_leave_them():
     def forward(params, x):
         return x @ params["a"]["kernel"] + params["b"]
 
-    basis = continual.output_basis(forward, params, clean, 4)
+    def answers(scale, params, x):
+        return scale * forward(params, x)
+
+    basis = continual.output_basis(answers, 2.0, params, clean, 4)
     assert basis["a"]["kernel"].shape == (4, 12, 2)
     flat = jax.vmap(lambda tree: ravel_pytree(tree)[0])(basis)
     np.testing.assert_allclose(flat @ flat.T, np.eye(4), atol=1e-5)
@@ -276,7 +290,13 @@ def test_steps_orthogonal_to_the_outputs_leave_them():
     with pytest.raises(ValueError, match="the basis is for other parameters: a/kernel of shape"):
         orthogonal_to(basis).init({"b": params["b"]})
     with pytest.raises(ValueError, match="rank is 5, expected 1 to 4 for as many pictures"):
-        continual.output_basis(forward, params, clean, 5)
+        continual.output_basis(answers, 2.0, params, clean, 5)
+    with pytest.raises(ValueError, match="rank is 27, expected 1 to 26 for as many parameters"):
+        continual.output_basis(answers, 2.0, params, jnp.tile(clean, (9, 1)), 27)
+    # what is there twice gives no direction of chance
+    twice = continual.output_basis(answers, 2.0, params, jnp.tile(clean[:2], (2, 1)), 4)
+    flat = jax.vmap(lambda tree: ravel_pytree(tree)[0])(twice)
+    np.testing.assert_allclose(flat @ flat.T, np.diag([1, 1, 0, 0]), atol=1e-5)
 
 
 @pytest.fixture(scope="module")

@@ -5,14 +5,18 @@ import runpy
 import shutil
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
-from conftest import EXPERIMENTS
+from conftest import EXPERIMENTS, GOLDEN
 from PIL import Image
 
 import jaxtta
 from jaxtta import assets, data
 from jaxtta.data.memory import Arrays, InMemory, Part, every
+from jaxtta.data.tasks import in_memory
+from jaxtta.optim import orthogonal_to
+from jaxtta.sweep.continual import FIGURES, alignment, read
 
 SMALL = [
     *("--iterations", "2", "--batch-size", "8", "--reference-pictures", "24"),
@@ -131,7 +135,7 @@ def test_the_published_first_task_and_the_baselines(run_script, short, tmp_path,
 
 def test_kept_shares(script):
     """(method − fine-tuning) / (start − fine-tuning), of means over seeds."""
-    figures = dict.fromkeys(script["FIGURES"], 0.5)
+    figures = dict.fromkeys(FIGURES, 0.5)
 
     def run(method, seed, before, after):
         rows = [figures | {"digits": 0.1, "kept": kept} for kept in (before, after)]
@@ -166,6 +170,17 @@ def test_kept_shares(script):
         (["--tasks", "own=/nowhere"], "/nowhere/train: no such folder"),
         (["--reference", "captions=/nowhere"], "/nowhere: no such folder"),
         (["--reference-classes", "11"], "--reference-classes is 11, expected 2 to 10"),
+        (["--reference-classes", "0"], "--reference-classes is 0, expected 2 to 10"),
+        (
+            ["--reference-pictures", "2", "--seeds", "2"],
+            "--reference-pictures of seed 2 are of one",
+        ),
+        (["--seeds", "-1"], "--seeds is -1, expected at least 0"),
+        (["--model", str(GOLDEN / "openclip-resnet")], "of a vision transformer, not of a ResNet"),
+        (
+            ["--reference", "folder=A", "--kept", "folder=A"],
+            "--kept is the reference itself, folder=A, expected other pictures",
+        ),
     ],
 )
 def test_bad_options_of_continual_learning(run_script, tmp_path, options, message):
@@ -284,7 +299,7 @@ def test_kept_pictures_have_classes_of_their_own(script, embedded, tmp_path):
     assert len(reference.test.labels) == 5 * 200  # nothing of it is held out then
 
 
-def test_pictures_in_memory_are_read_once(script, embedded):
+def test_pictures_in_memory_are_read_once(embedded):
     images = np.random.default_rng(0).integers(0, 255, (6, 32, 32, 3), np.uint8)
     opened = []
 
@@ -299,10 +314,9 @@ def test_pictures_in_memory_are_read_once(script, embedded):
     source = data.CorruptedOnTheFly(pictures, embedded[0].preprocessing)
     kept = InMemory(Part(source, np.array([5, 4, 3, 2])))
     np.testing.assert_array_equal(kept.labels, [2, 1, 0, 2])
-    options = script["Options"](Path("nowhere"), workers=0)
     for _ in range(2):
         numbers = np.array([3, 0, 0, 1])
-        batches = [*script["read"](options, kept, numbers, 3, "reading")]
+        batches = [*read(kept, numbers, 3, 0, "reading")]
         assert [batch.mask.tolist() for batch in batches] == [[False, True, True], [True, 0, 0]]
         np.testing.assert_array_equal(batches[0].images[1], images[5])
         np.testing.assert_array_equal(batches[1].images[0], images[4])
@@ -317,22 +331,19 @@ def test_pictures_in_memory_are_read_once(script, embedded):
 def test_more_pictures_than_fit_are_streamed(script, embedded):
     options = script["Options"](Path("nowhere"), tasks=("digits", "turned-digits"))
     tasks = script["open_tasks"](options, embedded[0])
-    space = script["in_memory"].__globals__
-    space["MEMORY"] = 1500 * 32 * 32 * 3  # a training set, and no second one
-    first, second = script["in_memory"](tasks)
+    first, second = in_memory(tasks, room=1500 * 32 * 32 * 3)  # a training set, and no second one
     assert isinstance(first.train, InMemory)
     assert isinstance(first.test, Part)
     assert isinstance(second.train, Part)
-    space["MEMORY"] = script["MEMORY"]
 
 
-def test_retrieval_and_gap_of_kept_pictures(script):
+def test_retrieval_and_gap_of_kept_pictures():
     texts = np.eye(3, dtype=np.float32)
     labels = np.array([0, 0, 2])
-    images = np.array([[1, 0, 0], [0, 0, 1], [0, 0, 1]], np.float32)
-    found = script["alignment"](images, texts[labels], labels)
+    images = np.array([[1, 0, 0], [0, 0.6, 0.8], [0, 0, 1]], np.float32)
+    found = alignment(images, texts[labels], labels)
     assert found["image to text"] == pytest.approx(2 / 3)
-    assert found["text to image"] in (0.5, 1.0)  # of the second caption two are as near
+    assert found["text to image"] == 1.0
     expected = np.linalg.norm(images.mean(0) - texts[labels].mean(0))
     assert found["modality gap"] == pytest.approx(expected)
 
@@ -341,16 +352,22 @@ def test_what_protection_costs_and_keeps(run_script, short, tmp_path, monkeypatc
     options = ["--limit", "20", "--batch-size", "10", "--protecting", "6", "--workers", "0"]
     options += ["--corruptions", "fog", "--ranks", "2", "6", "--model", short]
     options += ["--output", tmp_path / "a"]
-    real, shown = data.stream_of, {}
+    real, shown, bases = data.stream_of, {}, []
 
     def remember(name, domains, pictures, seed):
         shown.setdefault((name, len(pictures)), set()).update(pictures.tolist())
         return real(name, domains, pictures, seed)
 
+    def protect(basis):
+        bases.append(basis)
+        return orthogonal_to(basis)
+
     with monkeypatch.context() as patch:
         patch.setattr(data, "stream_of", remember)
+        patch.setattr(jaxtta.optim, "orthogonal_to", protect)
         code, out, _ = run_script("protect_batclip.py", *options)
     assert code == 0
+    assert [len(jax.tree.leaves(basis)[0]) for basis in bases] == [2, 6]
     parts = [shown["clean", 6], shown["clean", 20], shown["fog", 20]]
     assert len(set().union(*parts)) == 46  # protecting, tested and adapted to: all different
     saved = tmp_path / "a" / "rows.json"
@@ -367,6 +384,7 @@ def test_what_protection_costs_and_keeps(run_script, short, tmp_path, monkeypatc
     ("options", "message"),
     [
         (["--ranks", "257"], "--ranks has 257, expected at most the --protecting 256 pictures"),
+        (["--severity", "0"], "--severity is 0, expected at least 1"),
         (["--protecting", "1999"], "expected at least two fewer than the 2000 pictures"),
         (["--layout", "arrays", "--severity", "3"], "arrays has a severity of its own, leave"),
     ],

@@ -23,6 +23,12 @@ Grams = dict[str, Array]
 PROJECTION = "visual_projection/kernel"
 
 
+def check_tower(model: CLIP) -> None:
+    """Raise a ValueError if the image tower is no transformer."""
+    if not isinstance(model.vision, VisionTransformer):
+        raise ValueError("the kernels of GNSP are those of a vision transformer, not of a ResNet")
+
+
 def kernel_inputs(model: CLIP, params: Params, images: Array) -> dict[str, Array]:
     """What the kernels that GNSP trains are multiplied with, in an ordinary forward pass.
 
@@ -38,8 +44,7 @@ def kernel_inputs(model: CLIP, params: Params, images: Array) -> dict[str, Array
     Raises:
         ValueError: if the image tower is no transformer.
     """
-    if not isinstance(model.vision, VisionTransformer):
-        raise ValueError("the kernels of GNSP are those of a vision transformer, not of a ResNet")
+    check_tower(model)
     out, seen = model.vision.apply(
         {"params": params["vision_model"]},
         model.normalize(images),
@@ -135,9 +140,14 @@ def combine_grams(earlier: Grams, task: Grams) -> Grams:
 
     Returns:
         The sums; the projection's is scaled to norm 1 before the new one is added, as published.
+
+    Raises:
+        ValueError: if they are of other kernels.
     """
     if not earlier:
         return dict(task)
+    if odd := sorted(earlier.keys() ^ task.keys()):
+        raise ValueError(f"only one of two tasks has Gram matrices of {', '.join(odd[:5])}")
     return {
         name: (scaled(earlier[name]) if name == PROJECTION else earlier[name]) + gram
         for name, gram in task.items()
@@ -159,31 +169,29 @@ def null_space_projector(
         gram: (inputs, inputs), symmetric.
         rho: the share of the sum of singular values that may be given up; the directions of the
             smallest ones that together stay below it are free. Of a matrix of zeros all are.
-        on: where the eigenvectors are found: in float64 on the host, or in float32 on the device,
-            which is faster.
+        on: where the eigenvectors are found: in float64 on the host; or, faster, in float32 on
+            the device that has the matrix.
 
     Returns:
         The projector, by the thinner of free and kept directions.
 
     Raises:
-        ValueError: if rho is not between 0 and 1, or the matrix is not finite.
+        ValueError: if rho is not between 0 and 1, or the matrix is not square or not finite.
     """
     check_rho(rho)
     if on not in ("host", "device"):
         raise ValueError(f"on is {on!r}, expected host or device")
     gram = jnp.asarray(gram)
+    if gram.ndim != 2 or gram.shape[0] != gram.shape[1]:
+        raise ValueError(f"a Gram matrix has shape {gram.shape}, expected a square")
     if not jnp.isfinite(gram).all():
         raise ValueError("a Gram matrix has entries that are not finite")
     if on == "host":
-        values, vectors_of = _eigenvectors(np.asarray(gram, np.float64))
+        values, vectors_of = _with_lapack(np.asarray(gram, np.float64))
     elif all(device.platform == "cpu" for device in gram.devices()):
-        values, vectors_of = _eigenvectors(np.asarray(gram, np.float32))
+        values, vectors_of = _with_lapack(np.asarray(gram, np.float32))
     else:
-        values, vectors = jnp.linalg.eigh(gram.astype(jnp.float32))
-
-        def vectors_of(part: slice) -> Array:
-            return vectors[:, part]
-
+        values, vectors_of = _with_jax(gram.astype(jnp.float32))
     # Ascending; the matrix has no negative ones but for rounding.
     values = np.asarray(values, np.float64).clip(0)
     free = int((np.cumsum(values) / (values.sum() or 1) < rho).sum())
@@ -192,7 +200,13 @@ def null_space_projector(
     return Projector(jnp.asarray(basis, gram.dtype), complement)
 
 
-def _eigenvectors(matrix: np.ndarray) -> tuple[np.ndarray, Callable[[slice], np.ndarray]]:
+def _with_jax(matrix: Array) -> tuple[Array, Callable[[slice], Array]]:
+    """As `_with_lapack`, on the matrix's device."""
+    values, vectors = jnp.linalg.eigh(matrix)
+    return values, lambda part: vectors[:, part]
+
+
+def _with_lapack(matrix: np.ndarray) -> tuple[np.ndarray, Callable[[slice], np.ndarray]]:
     """Eigenvalues of a symmetric matrix, ascending, and those eigenvectors that are asked for.
 
     As LAPACK's `syevd` finds them, but only the vectors that are asked for are turned back from

@@ -11,34 +11,46 @@ Array = jax.Array
 
 
 def output_basis(
-    forward: Callable[[Any, Array], Array], adapted: Any, images: Array, rank: int
+    forward: Callable[[Any, Any, Array], Array],
+    context: Any,
+    adapted: Any,
+    images: Array,
+    rank: int,
 ) -> Any:
     """Find the directions in which a model's answers to some pictures change most.
 
     Args:
-        forward: `forward(adapted, images)` to logits (batch, classes).
+        forward: `forward(context, adapted, images)` to logits (batch, classes).
+        context: what it needs beside, the frozen parameters for one.
         adapted: the parameters that will be adapted.
         images: (pictures, height, width, 3), clean ones.
         rank: how many directions, at most one a picture.
 
     Returns:
         A tree like `adapted`, each leaf with a leading axis (rank,); orthonormal over all leaves,
-        for `jaxtta.optim.orthogonal_to`.
+        for `jaxtta.optim.orthogonal_to`. Where the gradients span less, the last ones are zeros.
 
     Raises:
-        ValueError: if the rank is below 1 or above the number of pictures.
+        ValueError: if the rank is below 1 or above the number of pictures or of parameters.
     """
-    if not 1 <= rank <= len(images):
-        raise ValueError(f"rank is {rank}, expected 1 to {len(images)} for as many pictures")
+    flat, unravel = ravel_pytree(adapted)
+    for most, of in ((len(images), "pictures"), (flat.size, "parameters")):
+        if not 1 <= rank <= most:
+            raise ValueError(f"rank is {rank}, expected 1 to {most} for as many {of}")
 
-    def answer(adapted: Any, image: Array) -> Array:
+    def answer(adapted: Any, context: Any, image: Array) -> Array:
         """The log-probability of what is answered now."""
-        log_p = jax.nn.log_softmax(forward(adapted, image[None])[0])
+        log_p = jax.nn.log_softmax(forward(context, adapted, image[None])[0])
         return log_p[jax.lax.stop_gradient(log_p.argmax())]
 
-    def gradient(image: Array) -> Array:
-        return ravel_pytree(jax.grad(answer)(adapted, image))[0]
+    @jax.jit
+    def gradients_of(context: Any, adapted: Any, images: Array) -> Array:
+        return jax.lax.map(
+            lambda image: ravel_pytree(jax.grad(answer)(adapted, context, image))[0], images
+        )
 
-    gradients = jax.jit(lambda images: jax.lax.map(gradient, images))(jnp.asarray(images))
-    _, _, directions = jnp.linalg.svd(gradients, full_matrices=False)
-    return jax.vmap(ravel_pytree(adapted)[1])(directions[:rank])
+    gradients = gradients_of(context, adapted, jnp.asarray(images))
+    _, sizes, directions = jnp.linalg.svd(gradients, full_matrices=False)
+    rounding = sizes[0] * max(gradients.shape) * jnp.finfo(sizes.dtype).eps
+    directions = jnp.where((sizes > rounding)[:, None], directions, 0)
+    return jax.vmap(unravel)(directions[:rank])

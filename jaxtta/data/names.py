@@ -32,11 +32,12 @@ TEMPLATES = types.MappingProxyType(
         "fgvc-aircraft": ("a photo of a {}, a type of aircraft.",),
         "sun397": ("a photo of a {}.",),
         "dtd": ("{} texture.",),
+        "mnist": ('a photo of the number: "{}".',),
         "eurosat": ("a centered satellite photo of {}.",),
         "ucf101": ("a photo of a person doing {}.",),
     }
 )
-"""The usual prompt template of each cross-dataset set, by layout."""
+"""The usual prompt template of each cross-dataset set, by layout or name."""
 
 
 def templates_for(layout: str) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ task = open_task("digits", None, model.preprocessing)
 task = open_task("own=FOLDER", None, model.preprocessing)   # with train/<class> and test/<class>
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxtta.data.folders import ImageFolder, image_folder
 from jaxtta.data.layouts import open_source
-from jaxtta.data.memory import Arrays, Part, every
+from jaxtta.data.memory import Arrays, InMemory, Part, every, shape_of
 from jaxtta.data.names import templates_for
 from jaxtta.data.sources import CorruptedOnTheFly, Pictures, Preprocess, Source
 
@@ -139,3 +139,26 @@ def split(pictures: Pictures, preprocess: Preprocess, nth: int = 4) -> tuple[Sou
     tested, source = every(pictures.labels, nth), CorruptedOnTheFly(pictures, preprocess)
     train, test = (Part(source, np.flatnonzero(mask)) for mask in (~tested, tested))
     return train, test
+
+
+def in_memory(tasks: Sequence[TaskData], room: float = 2e9) -> list[TaskData]:
+    """Keep what is read of the tasks' pictures, as far as there is room for all of a source.
+
+    Args:
+        tasks: the tasks.
+        room: bytes.
+
+    Returns:
+        The same tasks, with sources that remember where they fit.
+    """
+    found = []
+    for task in tasks:
+        sources = {}
+        for which in ("train", "test"):
+            source = getattr(task, which)
+            size = np.inf if source is None else np.prod(shape_of(source), dtype=float)
+            if size <= room:
+                room -= size
+                sources[which] = InMemory(source)
+        found.append(task._replace(**sources))
+    return found

@@ -130,6 +130,7 @@ def save_step(folder: Path, step: int, arrays: dict[str, Any], note: Any) -> Non
     """
     import orbax.checkpoint as ocp
 
+    arrays = jax.tree.map(np.asarray, arrays)  # without the devices that they lie on
     arguments = ocp.args.Composite(
         arrays=ocp.args.StandardSave(arrays), note=ocp.args.JsonSave({"note": note})
     )
@@ -138,7 +139,11 @@ def save_step(folder: Path, step: int, arrays: dict[str, Any], note: Any) -> Non
 
 
 def restore_step(folder: Path) -> tuple[int, dict[str, Any], Any] | None:
-    """What `save_step` saved last: its number, arrays and note; None if there is nothing."""
+    """What `save_step` saved last: its number, arrays and note; None if there is nothing.
+
+    Raises:
+        ValueError: if it cannot be read.
+    """
     import orbax.checkpoint as ocp
 
     if not folder.is_dir():
@@ -150,7 +155,13 @@ def restore_step(folder: Path) -> tuple[int, dict[str, Any], Any] | None:
         arguments = ocp.args.Composite(
             arrays=ocp.args.StandardRestore(), note=ocp.args.JsonRestore()
         )
-        saved = manager.restore(step, args=arguments)
+        try:
+            saved = manager.restore(step, args=arguments)
+        except (ValueError, OSError, KeyError, TypeError) as error:
+            reason = str(error).partition("\n")[0][:200]
+            raise ValueError(
+                f"{folder}: cannot be read, remove it to start anew ({reason})"
+            ) from error
     return step, saved["arrays"], saved["note"]["note"]
 
 

@@ -109,7 +109,9 @@ def severity_of(layout: str, root: str, asked: int | None = None) -> int:
     """
     if layout == "arrays":
         return 0
-    return asked or (1 if root == str(assets.PICTURES) else 5)
+    if asked is not None:
+        return asked
+    return 1 if root == str(assets.PICTURES) else 5
 
 
 def _option(name: str) -> str:
