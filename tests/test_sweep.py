@@ -452,6 +452,23 @@ def test_states_of_any_shape_survive(tmp_path):
     assert not (tmp_path / "c").exists()
 
 
+def test_a_saved_step_knows_no_devices_and_a_damaged_one_is_named(tmp_path):
+    """Arrays of the fourth device come back in a process that has one."""
+    folder = tmp_path / "steps"
+    assert sweep.restore_step(folder) is None
+    array = jax.device_put(jnp.arange(3.0), jax.devices()[3])
+    sweep.save_step(folder, 2, {"deep": {"a": array}}, ["note"])
+    step, arrays, note = sweep.restore_step(folder)
+    assert (step, note) == (2, ["note"])
+    np.testing.assert_array_equal(arrays["deep"]["a"], [0, 1, 2])
+    assert not [*folder.rglob("_sharding")]
+    for path in (folder / "2" / "arrays").rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"")
+    with pytest.raises(ValueError, match="steps: cannot be read, remove it to start anew"):
+        sweep.restore_step(folder)
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_an_interrupt_that_a_callback_drops_comes_again(monkeypatch, capsys):
     """Python swallows what is raised in a weak reference's callback; Ctrl-C must still stop."""

@@ -32,12 +32,11 @@ TEMPLATES = types.MappingProxyType(
         "fgvc-aircraft": ("a photo of a {}, a type of aircraft.",),
         "sun397": ("a photo of a {}.",),
         "dtd": ("{} texture.",),
-        "mnist": ('a photo of the number: "{}".',),
         "eurosat": ("a centered satellite photo of {}.",),
         "ucf101": ("a photo of a person doing {}.",),
     }
 )
-"""The usual prompt template of each cross-dataset set, by layout or name."""
+"""The usual prompt template of each cross-dataset set, by layout."""
 
 
 def templates_for(layout: str) -> tuple[str, ...]:

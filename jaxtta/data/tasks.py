@@ -29,6 +29,7 @@ ORDERS = {
 }
 """The two published orders of the MTIL benchmark."""
 FROM_TFDS = ("cifar100", "mnist")
+MNIST = 'a photo of the number: "{}".'
 SMALL = ("textile", "digits", "turned-digits")
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
@@ -75,7 +76,7 @@ def open_task(name: str, root: str | None, preprocess: Preprocess) -> TaskData:
     elif name in ORDERS["order-1"]:
         if root is None and name not in FROM_TFDS:
             raise ValueError(f"{name} needs --data, the folder above the MTIL sets")
-        template = templates_for(name)[0]
+        template = MNIST if name == "mnist" else templates_for(name)[0]
         layout, place = ("tfds", name) if name in FROM_TFDS else (name, root)
         both = (open_source(layout, place, preprocess, split=s) for s in ("train", "test"))
     elif equals:
