@@ -38,10 +38,9 @@ from matplotlib.figure import Figure
 import jaxtta
 from jaxtta import assets, data, sweep
 from jaxtta.clip.preprocess import Preprocessing
-from jaxtta.continual import METHODS
 from jaxtta.data.memory import Part, every
 from jaxtta.data.tasks import ORDERS, TaskData, in_memory, open_task
-from jaxtta.sweep.continual import FIGURES, WISE, Bench, Course, check_course, teach
+from jaxtta.sweep.continual import FIGURES, Bench, Course, check_course, check_methods, teach
 
 TUNING = 5  # one in so many training and kept pictures is for --validate
 
@@ -108,10 +107,7 @@ def check(options: Options) -> None:
     check_course(options.course)
     if options.kept and options.kept == options.reference:
         raise ValueError(f"--kept is the reference itself, {options.kept}, expected other pictures")
-    for name in options.methods:
-        if name not in (*METHODS, WISE):
-            known = ", ".join((*METHODS, WISE))
-            raise ValueError(f"unknown method {name!r}, expected one of {known}")
+    check_methods(options.methods)
 
 
 # --- pictures ---

@@ -103,7 +103,17 @@ def check_course(course: Course) -> None:
         raise ValueError(f"--wise-share is {course.wise_share}, expected 0 to 1")
 
 
-def teach(bench: "Bench", methods: Sequence[str], seeds: Sequence[int]) -> tuple[list[Any], list]:
+def check_methods(methods: Sequence[str]) -> None:
+    """Raise a ValueError for a method that there is not."""
+    for name in methods:
+        if name not in (*METHODS, WISE):
+            known = ", ".join((*METHODS, WISE))
+            raise ValueError(f"unknown method {name!r}, expected one of {known}")
+
+
+def teach(
+    bench: "Bench", methods: Sequence[str], seeds: Sequence[int]
+) -> tuple[list[dict[str, Any]], list[str]]:
     """Teach all tasks by every method with every seed; what was done before is not done again.
 
     Args:
@@ -118,6 +128,7 @@ def teach(bench: "Bench", methods: Sequence[str], seeds: Sequence[int]) -> tuple
     Raises:
         ValueError: if something cannot be taught as asked.
     """
+    check_methods(methods)
     results, failed = [], []
     for seed in seeds:
         start = Start(bench, seed)
@@ -169,6 +180,9 @@ def encode_texts(
     return model.class_embeddings(params, prompts)
 
 
+# --- training ---
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=5)
 def step(
     model: jaxtta.clip.CLIP,
@@ -199,9 +213,6 @@ def crop(key: jax.Array, images: jax.Array) -> jax.Array:
         return views.crop_and_resize(image, jax.tree.map(lambda x: x[0], box), side)
 
     return jax.vmap(one)(jax.random.split(key, len(images)), images)
-
-
-# --- training ---
 
 
 class Bench:
