@@ -40,7 +40,7 @@ from jaxtta import assets, data, sweep
 from jaxtta.clip.preprocess import Preprocessing
 from jaxtta.data.memory import Part, every
 from jaxtta.data.tasks import ORDERS, TaskData, in_memory, open_task
-from jaxtta.sweep.continual import FIGURES, Bench, Course, check_course, check_methods, teach
+from jaxtta.sweep.continual import FIGURES
 
 TUNING = 5  # one in so many training and kept pictures is for --validate
 
@@ -77,7 +77,9 @@ class Options:
     kept pictures that are never tested, so that settings can be chosen."""
     seeds: tuple[int, ...] = (1,)
     """Of order, crops and reference; each is a run of its own."""
-    course: Annotated[Course, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Course)
+    course: Annotated[sweep.Course, tyro.conf.arg(name="")] = dataclasses.field(
+        default_factory=sweep.Course
+    )
     """How the tasks are taught."""
     debug: bool = False
     """Show tracebacks."""
@@ -91,9 +93,11 @@ def main(options: Options) -> None:
     kept, reference = open_reference(options, model)
     *both, reference = in_memory([*tasks, *kept, reference])
     tasks, kept = both[: len(tasks)], both[len(tasks) :]
-    notes = {"model": options.model}
-    bench = Bench(options.course, model, params, tasks, kept, reference, options.output, notes)
-    results, failed = teach(bench, options.methods, options.seeds)
+    notes = {"model": options.model, "validate": options.validate}
+    bench = sweep.Bench(
+        options.course, model, params, tasks, kept, reference, options.output, notes
+    )
+    results, failed = sweep.teach(bench, options.methods, options.seeds)
     if results:
         report(options, [task.name for task in tasks], [task.name for task in kept], results)
     if failed:
@@ -104,10 +108,10 @@ def check(options: Options) -> None:
     """Raise a ValueError for options that cannot be meant."""
     sweep.check_choices(tasks=options.tasks, methods=options.methods, seeds=options.seeds)
     sweep.check_limits(seeds=(min(options.seeds), 0))
-    check_course(options.course)
+    sweep.check_course(options.course)
     if options.kept and options.kept == options.reference:
         raise ValueError(f"--kept is the reference itself, {options.kept}, expected other pictures")
-    check_methods(options.methods)
+    sweep.check_methods(options.methods)
 
 
 # --- pictures ---

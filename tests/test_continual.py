@@ -293,6 +293,13 @@ def test_steps_orthogonal_to_the_outputs_leave_them():
         continual.output_basis(answers, 2.0, params, clean, 5)
     with pytest.raises(ValueError, match="rank is 27, expected 1 to 26 for as many parameters"):
         continual.output_basis(answers, 2.0, params, jnp.tile(clean, (9, 1)), 27)
+    with pytest.raises(ValueError, match="gradients of the answers to be kept are not finite"):
+        continual.output_basis(answers, jnp.inf, params, clean, 4)
+    # however many parameters there are
+    wide = {"a": {"kernel": jnp.zeros((12, 2))}, "b": jnp.zeros(2), "unused": jnp.zeros(10**7)}
+    many = continual.output_basis(answers, 1.0, wide, clean, 4)
+    flat = jax.vmap(lambda tree: ravel_pytree(tree)[0])(many)
+    np.testing.assert_allclose(flat @ flat.T, np.eye(4), atol=1e-5)
     # what is there twice gives no direction of chance
     twice = continual.output_basis(answers, 2.0, params, jnp.tile(clean[:2], (2, 1)), 4)
     flat = jax.vmap(lambda tree: ravel_pytree(tree)[0])(twice)

@@ -172,7 +172,7 @@ def test_kept_shares(script):
         (["--reference-classes", "11"], "--reference-classes is 11, expected 2 to 10"),
         (["--reference-classes", "0"], "--reference-classes is 0, expected 2 to 10"),
         (
-            ["--reference-pictures", "2", "--seeds", "2"],
+            ["--reference-pictures", "2", "--seeds", "1", "2"],
             "--reference-pictures of seed 2 are of one",
         ),
         (["--seeds", "-1"], "--seeds is -1, expected at least 0"),

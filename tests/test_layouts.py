@@ -13,6 +13,7 @@ from PIL import Image
 
 from jaxtta import assets, data
 from jaxtta.clip.preprocess import Preprocessing
+from jaxtta.data import tasks
 
 PREPROCESS = Preprocessing(32, 32, (32, 32))
 PREPARED = Path(__file__).parent / "data"
@@ -420,3 +421,16 @@ def test_tables():
     assert set(data.TEMPLATES) < set(data.LAYOUTS)
     assert data.templates_for("dtd") == ("{} texture.",)
     assert data.templates_for("imagenet-c") == ("a photo of a {}.",)
+
+
+def test_mnist_is_asked_with_its_own_prompt(monkeypatch):
+    opened = []
+
+    def open_source(layout, place, preprocess, split):
+        opened.append((layout, place, split))
+        return data.CorruptedOnTheFly(tasks.digits(), preprocess)
+
+    monkeypatch.setattr(tasks, "open_source", open_source)
+    task = tasks.open_task("mnist", None, PREPROCESS)
+    assert opened == [("tfds", "mnist", "train"), ("tfds", "mnist", "test")]
+    assert task.template == 'a photo of the number: "{}".'

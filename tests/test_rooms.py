@@ -23,7 +23,8 @@ MAY_IMPORT = {
     "adapters": PRIMITIVES | {"objectives", "optim", "assets"},
     "diagnose": PRIMITIVES,
     "continual": PRIMITIVES | {"optim", "objectives"},
-    "sweep": PRIMITIVES | {"optim", "objectives", "adapters", "data", "assets", "diagnose"},
+    "sweep": PRIMITIVES
+    | {"optim", "objectives", "adapters", "continual", "data", "assets", "diagnose"},
 }
 
 

@@ -453,7 +453,7 @@ def test_states_of_any_shape_survive(tmp_path):
 
 
 def test_a_saved_step_knows_no_devices_and_a_damaged_one_is_named(tmp_path):
-    """Arrays of the fourth device come back in a process that has one."""
+    """So that what one machine saved another one reads."""
     folder = tmp_path / "steps"
     assert sweep.restore_step(folder) is None
     array = jax.device_put(jnp.arange(3.0), jax.devices()[3])

@@ -200,9 +200,9 @@ def null_space_projector(
     return Projector(jnp.asarray(basis, gram.dtype), complement)
 
 
-def _with_jax(matrix: Array) -> tuple[Array, Callable[[slice], Array]]:
+def _with_jax(matrix: Array) -> tuple[np.ndarray, Callable[[slice], np.ndarray]]:
     """As `_with_lapack`, on the matrix's device."""
-    values, vectors = jnp.linalg.eigh(matrix)
+    values, vectors = map(np.asarray, jnp.linalg.eigh(matrix))  # on it every width would compile
     return values, lambda part: vectors[:, part]
 
 
@@ -226,7 +226,7 @@ def _with_lapack(matrix: np.ndarray) -> tuple[np.ndarray, Callable[[slice], np.n
     )
     lwork, _ = reduce_lwork(size, lower=True)
     reflectors, diagonal, beside, tau, _ = reduce(matrix, lower=True, lwork=int(lwork))
-    values, vectors = scipy.linalg.eigh_tridiagonal(diagonal, beside)
+    values, vectors = scipy.linalg.eigh_tridiagonal(diagonal, beside, lapack_driver="stevd")
 
     def vectors_of(part: slice) -> np.ndarray:
         first, others = np.split(vectors[:, part], [1])  # the reflectors leave the first row alone
@@ -252,7 +252,7 @@ def null_space_projectors(
         By path.
 
     Raises:
-        ValueError: if a matrix is not finite; the message names it.
+        ValueError: as there; the message names the matrix.
     """
     projectors = {}
     for name, gram in grams.items():

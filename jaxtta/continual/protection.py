@@ -31,7 +31,8 @@ def output_basis(
         for `jaxtta.optim.orthogonal_to`. Where the gradients span less, the last ones are zeros.
 
     Raises:
-        ValueError: if the rank is below 1 or above the number of pictures or of parameters.
+        ValueError: if the rank is below 1 or above the number of pictures or of parameters, or
+            a gradient is not finite.
     """
     flat, unravel = ravel_pytree(adapted)
     for most, of in ((len(images), "pictures"), (flat.size, "parameters")):
@@ -50,7 +51,9 @@ def output_basis(
         )
 
     gradients = gradients_of(context, adapted, jnp.asarray(images))
+    if not jnp.isfinite(gradients).all():
+        raise ValueError("gradients of the answers to be kept are not finite")
     _, sizes, directions = jnp.linalg.svd(gradients, full_matrices=False)
-    rounding = sizes[0] * max(gradients.shape) * jnp.finfo(sizes.dtype).eps
+    rounding = sizes[0] * min(gradients.shape) * jnp.finfo(sizes.dtype).eps
     directions = jnp.where((sizes > rounding)[:, None], directions, 0)
     return jax.vmap(unravel)(directions[:rank])

@@ -29,7 +29,7 @@ ORDERS = {
 }
 """The two published orders of the MTIL benchmark."""
 FROM_TFDS = ("cifar100", "mnist")
-MNIST = 'a photo of the number: "{}".'
+MNIST = 'a photo of the number: "{}".'  # CLIP's own prompt
 SMALL = ("textile", "digits", "turned-digits")
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 

@@ -2,6 +2,7 @@
 
 from jaxtta.sweep.checkpoint import restore_step, save_step
 from jaxtta.sweep.choose import Choice, choose_learning_rate
+from jaxtta.sweep.continual import Bench, Course, check_course, check_methods, teach
 from jaxtta.sweep.examples import Example, check_examples, draw_examples, find_examples
 from jaxtta.sweep.finish import conclude, samples_of
 from jaxtta.sweep.lineup import (
@@ -35,8 +36,10 @@ __all__ = [
     "ADAPTERS",
     "DATASETS",
     "MGTTA",
+    "Bench",
     "Cell",
     "Choice",
+    "Course",
     "Example",
     "Record",
     "Results",
@@ -48,9 +51,11 @@ __all__ = [
     "answer",
     "check_adapters",
     "check_choices",
+    "check_course",
     "check_examples",
     "check_files",
     "check_limits",
+    "check_methods",
     "check_rates",
     "choose_learning_rate",
     "conclude",
@@ -74,6 +79,7 @@ __all__ = [
     "severity_of",
     "summary_csv",
     "table",
+    "teach",
     "tuning_of",
     "whole",
     "write_json",

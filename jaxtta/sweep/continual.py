@@ -1,4 +1,12 @@
-"""Teaching one task after another, by several methods; a killed run goes on after the last task."""
+"""Teaching one task after another, by several methods; a killed run goes on after the last task.
+
+    course = Course(iterations=1000, warmup=100, learning_rate=1e-5)
+    bench = Bench(course, model, params, tasks, kept, reference, output, notes={})
+    results, failed = teach(bench, ["fine-tuning", "gnsp"], seeds=[1, 2, 3])
+
+Tasks are `jaxtta.data.tasks.TaskData`; each result holds what was measured before the first task
+and after every one.
+"""
 
 import dataclasses
 import functools
@@ -129,6 +137,8 @@ def teach(
         ValueError: if something cannot be taught as asked.
     """
     check_methods(methods)
+    for seed in seeds:
+        bench.draw(seed)  # so that no seed is refused when others were taught
     results, failed = [], []
     for seed in seeds:
         start = Start(bench, seed)
@@ -257,6 +267,18 @@ class Bench:
         # Of the first text tower, and of the one that was last asked for.
         self.embeddings = [(params["text_model"], {}), (None, {})]
 
+    def draw(self, seed: int) -> np.ndarray:
+        """Numbers of a seed's reference pictures; a ValueError if they are of one class."""
+        labels = self.reference.test.labels
+        numbers = np.random.default_rng(seed).permutation(len(labels))
+        numbers = numbers[: self.course.reference_pictures]
+        if len(np.unique(labels[numbers])) < 2:
+            raise ValueError(
+                f"the {len(numbers)} --reference-pictures of seed {seed} are of one class, "
+                "expected two or more; take more of them"
+            )
+        return numbers
+
     def prompts(self, task: TaskData) -> jaxtta.clip.Prompts:
         """A task's packed prompts."""
         names = task.test.class_names
@@ -336,14 +358,7 @@ class Start:
 
     def __init__(self, bench: Bench, seed: int) -> None:
         """Draw the reference pictures."""
-        self.bench, self.seed, wanted = bench, seed, bench.course.reference_pictures
-        labels = bench.reference.test.labels
-        self.numbers = np.random.default_rng(seed).permutation(len(labels))[:wanted]
-        if len(np.unique(labels[self.numbers])) < 2:
-            raise ValueError(
-                f"the {len(self.numbers)} --reference-pictures of seed {seed} are of one class, "
-                "expected two or more; take more of them"
-            )
+        self.bench, self.seed, self.numbers = bench, seed, bench.draw(seed)
 
     @functools.cached_property
     def pairs(self) -> Pairs:
