@@ -12,6 +12,7 @@ used but to count.
 """
 
 import dataclasses
+import functools
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -128,6 +129,18 @@ def main(options: Options) -> None:
     report(options, [row for row in rows if row.seed in options.seeds])
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def forward(
+    model: jaxtta.clip.CLIP,
+    context: tuple[jaxtta.clip.Params, jaxtta.clip.Prompts],
+    adapted: Any,
+    images: Array,
+) -> Array:
+    """Logits of pictures, of parameters some of which are adapted."""
+    params, prompts = context
+    return model.forward(tree.merge(params, adapted), prompts, images).logits
+
+
 def measure(
     options: Options,
     model: jaxtta.clip.CLIP,
@@ -142,19 +155,15 @@ def measure(
     shown, others = np.split(numbers, [options.protecting])
     clean = read(options, source, data.CLEAN, others[1::2][: options.limit], seed)
     stream = read(options, source, corruption, others[::2][: options.limit], seed)
-    prompts = model.prompts(task)
-
-    @jax.jit
-    def forward(params: jaxtta.clip.Params, adapted: Any, images: Array) -> Array:
-        return model.forward(tree.merge(params, adapted), prompts, images).logits
+    context, logits = (params, model.prompts(task)), functools.partial(forward, model)
 
     def accuracy(adapted: Any, batches: list[data.StreamBatch]) -> float:
-        return share(answered(forward(params, adapted, batch.images), batch) for batch in batches)
+        return share(answered(logits(context, adapted, batch.images), batch) for batch in batches)
 
     start, _ = tree.partition(params, tree.normalisation_parameters("both"))
     batches = read(options, source, data.CLEAN, shown, seed)
     pictures = np.concatenate([batch.images[batch.mask] for batch in batches])
-    basis = continual.output_basis(forward, params, start, pictures, max(options.ranks))
+    basis = continual.output_basis(logits, context, start, pictures, max(options.ranks))
     rows = [Row(corruption, seed, -1, accuracy(start, stream), accuracy(start, clean))]
     for rank in (0, *options.ranks):
         optimizer = BATCLIP_PRESETS[options.preset].optimizer()

@@ -132,8 +132,7 @@ def test_projectors_are_those_of_a_whole_eigendecomposition(size, rho, seed):
         projector = continual.null_space_projector(gram, rho, on)
         assert projector.basis.shape == (size, min(free, size - free))
         np.testing.assert_allclose(projector.matrix(), expected, atol=bound, err_msg=on)
-    for way in (_with_lapack(np.asarray(gram)), _with_jax(gram)):
-        found, vectors_of = way
+    for found, vectors_of in (_with_lapack(np.asarray(gram)), _with_jax(gram)):
         np.testing.assert_allclose(found, values, atol=1e-5)
         basis = np.asarray(vectors_of(slice(free)))
         np.testing.assert_allclose(basis @ basis.T, expected, atol=1e-4)

@@ -202,7 +202,8 @@ def null_space_projector(
 
 def _with_jax(matrix: Array) -> tuple[np.ndarray, Callable[[slice], np.ndarray]]:
     """As `_with_lapack`, on the matrix's device."""
-    values, vectors = map(np.asarray, jnp.linalg.eigh(matrix))  # on it every width would compile
+    # Sliced on the host: on the device every new width would compile.
+    values, vectors = map(np.asarray, jnp.linalg.eigh(matrix))
     return values, lambda part: vectors[:, part]
 
 
