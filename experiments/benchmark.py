@@ -126,7 +126,7 @@ class Row(NamedTuple):
 
 def main(settings: Settings) -> None:
     """Measure every row and print the table."""
-    from jaxtta.sweep import write_json
+    from jaxtta.io import write_json
 
     check(settings)
     if settings.reading:
@@ -360,12 +360,12 @@ def jax_row(settings: Settings, row: Row) -> Result:
 
     dtype = jnp.dtype(settings.dtype)
     peak = jax_peak(dtype)
-    model = jaxtta.clip.from_config(
+    model = jaxtta.models.from_config(
         clip_config(settings.model),
         compute_dtype=None if dtype == jnp.float32 else dtype,
         remat=settings.remat,
     )
-    task = jaxtta.clip.task_from_token_ids(prompt_tokens(settings.classes))
+    task = jaxtta.models.task_from_token_ids(prompt_tokens(settings.classes))
     images = jnp.asarray(pictures(pictures_a_step(settings, row), model.preprocessing.image_size))
     if is_tnt(row.adapter):
         tuning = jaxtta.adapters.Tuning(
@@ -374,7 +374,7 @@ def jax_row(settings: Settings, row: Row) -> Result:
         adapter = jaxtta.adapters.tnt(model, task, tuning)
     elif row.adapter == "mgtta":
         shape = (model.vision.arch.layers, model.vision.arch.width)
-        clean = jaxtta.clip.FeatureStatistics(jnp.array(2.0), jnp.zeros(shape), jnp.ones(shape))
+        clean = jaxtta.models.FeatureStatistics(jnp.array(2.0), jnp.zeros(shape), jnp.ones(shape))
         phi = jaxtta.optim.init_meta_gradient_generator(jax.random.key(0))
         generator = jaxtta.optim.meta_gradient_generator(phi, 1e-3)
         adapter = jaxtta.adapters.mgtta(model, task, clean, generator)
@@ -428,7 +428,7 @@ def _programs(params: dict[str, Any]) -> list[Any]:
     return [x for x in params.values() if hasattr(x, "eqns") or hasattr(x, "jaxpr")]
 
 
-def random_params(model: "jaxtta.clip.CLIP") -> dict[str, Any]:
+def random_params(model: "jaxtta.models.CLIP") -> dict[str, Any]:
     """Random parameters, drawn one by one.
 
     `model.init` as a whole holds a multiple of their size, which would be the peak of a row without
@@ -669,9 +669,9 @@ def torch_peak(dtype: "torch.dtype", device: "torch.device") -> float:
 
 def reading_table(settings: Settings, results: Iterable[Result]) -> str:
     """Pictures a second from disk to batches, beside zero-shot's; milliseconds a corruption."""
-    from jaxtta import clip, data
+    from jaxtta import data, models
 
-    preprocessing = clip.from_config(clip_config(settings.model)).preprocessing
+    preprocessing = models.from_config(clip_config(settings.model)).preprocessing
     source = data.CorruptedOnTheFly(data.image_folder(settings.reading), preprocessing)
     streams = data.make_streams("reset_each_shift", [data.CLEAN], [0], source.labels, limit=1000)
     batches = data.Batches(source, tuple(streams), settings.batch)
@@ -708,9 +708,9 @@ def projection_times(settings: Settings) -> str:
     import jax
     import jax.numpy as jnp
 
-    from jaxtta import clip, continual, tree
+    from jaxtta import continual, models, tree
 
-    model = clip.from_config(clip_config(settings.model))
+    model = models.from_config(clip_config(settings.model))
     params = random_params(model)
     shown = pictures(64, model.preprocessing.image_size)
     batches = np.split(shown, 4)  # of 16, as published
@@ -746,7 +746,9 @@ def projection_times(settings: Settings) -> str:
 
     images = jnp.asarray(pictures(settings.batch, model.preprocessing.image_size))
     labels = jnp.arange(settings.batch) % settings.classes
-    vectors = clip.unit(jax.random.normal(jax.random.key(0), (settings.classes, model.projection)))
+    vectors = models.unit(
+        jax.random.normal(jax.random.key(0), (settings.classes, model.projection))
+    )
     texts = vectors[labels]
     pairs = continual.Pairs(images, None, labels, texts, texts, texts)
     examples = continual.Examples(images, labels, vectors)
@@ -821,6 +823,6 @@ def cells(result: Result, published: Result | None) -> list[str]:
 
 
 if __name__ == "__main__":
-    from jaxtta.sweep import run_script  # here, since the rows' processes import this file
+    from jaxtta.cli import run_script  # here, since the rows' processes import this file
 
     run_script(Settings, main, __doc__)

@@ -36,11 +36,11 @@ import tyro
 from matplotlib.figure import Figure
 
 import jaxtta
-from jaxtta import assets, data, sweep
-from jaxtta.clip.preprocess import Preprocessing
+from jaxtta import assets, cli, data, evaluate, report
 from jaxtta.data.memory import Part, every
 from jaxtta.data.tasks import ORDERS, TaskData, in_memory, open_task
-from jaxtta.sweep.continual import FIGURES
+from jaxtta.evaluate.continual import FIGURES
+from jaxtta.models.preprocess import Preprocessing
 
 TUNING = 5  # one in so many training and kept pictures is for --validate
 
@@ -77,8 +77,8 @@ class Options:
     kept pictures that are never tested, so that settings can be chosen."""
     seeds: tuple[int, ...] = (1,)
     """Of order, crops and reference; each is a run of its own."""
-    course: Annotated[sweep.Course, tyro.conf.arg(name="")] = dataclasses.field(
-        default_factory=sweep.Course
+    course: Annotated[evaluate.Course, tyro.conf.arg(name="")] = dataclasses.field(
+        default_factory=evaluate.Course
     )
     """How the tasks are taught."""
     debug: bool = False
@@ -88,30 +88,30 @@ class Options:
 def main(options: Options) -> None:
     """Run every method and report."""
     check(options)
-    model, params = jaxtta.clip.load(options.model)
+    model, params = jaxtta.models.load(options.model)
     tasks = open_tasks(options, model)
     kept, reference = open_reference(options, model)
     *both, reference = in_memory([*tasks, *kept, reference])
     tasks, kept = both[: len(tasks)], both[len(tasks) :]
     notes = {"model": options.model, "validate": options.validate}
-    bench = sweep.Bench(
+    bench = evaluate.Bench(
         options.course, model, params, tasks, kept, reference, options.output, notes
     )
-    results, failed = sweep.teach(bench, options.methods, options.seeds)
+    results, failed = evaluate.teach(bench, options.methods, options.seeds)
     if results:
-        report(options, [task.name for task in tasks], [task.name for task in kept], results)
+        write_results(options, [task.name for task in tasks], [task.name for task in kept], results)
     if failed:
         raise FloatingPointError("; ".join(failed))
 
 
 def check(options: Options) -> None:
     """Raise a ValueError for options that cannot be meant."""
-    sweep.check_choices(tasks=options.tasks, methods=options.methods, seeds=options.seeds)
-    sweep.check_limits(seeds=(min(options.seeds), 0))
-    sweep.check_course(options.course)
+    evaluate.check_choices(tasks=options.tasks, methods=options.methods, seeds=options.seeds)
+    evaluate.check_limits(seeds=(min(options.seeds), 0))
+    evaluate.check_course(options.course)
     if options.kept and options.kept == options.reference:
         raise ValueError(f"--kept is the reference itself, {options.kept}, expected other pictures")
-    sweep.check_methods(options.methods)
+    evaluate.check_methods(options.methods)
 
 
 # --- pictures ---
@@ -122,7 +122,7 @@ def task_names(options: Options) -> list[str]:
     return [name for given in options.tasks for name in ORDERS.get(given, (given,))]
 
 
-def open_tasks(options: Options, model: jaxtta.clip.CLIP) -> list[TaskData]:
+def open_tasks(options: Options, model: jaxtta.models.CLIP) -> list[TaskData]:
     """Open the tasks; with --validate, test on a part of what they are trained on otherwise."""
     tasks = [open_task(name, options.data, model.preprocessing) for name in task_names(options)]
     if not options.validate:
@@ -137,7 +137,7 @@ def open_tasks(options: Options, model: jaxtta.clip.CLIP) -> list[TaskData]:
     ]
 
 
-def open_reference(options: Options, model: jaxtta.clip.CLIP) -> tuple[list[TaskData], TaskData]:
+def open_reference(options: Options, model: jaxtta.models.CLIP) -> tuple[list[TaskData], TaskData]:
     """What is measured without being taught, and the pictures that stand for what is to be kept."""
     prepare, embedded = model.preprocessing, options.reference is None
     given = f"folder={assets.PICTURES}" if embedded else options.reference
@@ -182,7 +182,7 @@ def open_layout(option: str, text: str, prepare: Preprocessing) -> tuple[data.So
 # --- report ---
 
 
-def report(
+def write_results(
     options: Options, tasks: list[str], kept: list[str], results: list[dict[str, Any]]
 ) -> None:
     """Print the table, and draw what became of every task."""
@@ -227,7 +227,7 @@ def table(tasks: list[str], kept: list[str], results: list[dict[str, Any]]) -> s
         cells.append(f"{np.mean([row['modality gap'] for row in rows]):.3f}")
         cells += [spread([row[name] for row in rows]) for name in FIGURES[1:]]
         lines.append([method, *cells])
-    return "\n".join(sweep.aligned(lines))
+    return "\n".join(report.aligned(lines))
 
 
 def kept_share(name: str, start: dict[int, Any], own: dict[int, Any], worst: dict[int, Any]) -> str:
@@ -284,4 +284,4 @@ def curves(tasks: list[str], kept: list[str], results: list[dict[str, Any]]) -> 
 
 
 if __name__ == "__main__":
-    sweep.run_script(Options, main, __doc__)
+    cli.run_script(Options, main, __doc__)

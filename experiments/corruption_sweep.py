@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxtta
-from jaxtta import assets, data, sweep
+from jaxtta import assets, cli, data, evaluate, report
 from jaxtta.adapters import Tuning
 from jaxtta.data import COMMON
 
@@ -101,7 +101,7 @@ class Options:
     labels)."""
     tnt: Tuning = dataclasses.field(default_factory=Tuning)
     """TNT's settings."""
-    mgtta: sweep.MGTTA = dataclasses.field(default_factory=sweep.MGTTA)
+    mgtta: evaluate.MGTTA = dataclasses.field(default_factory=evaluate.MGTTA)
     """MGTTA's settings. The files' defaults are for the embedded model."""
     canvas: int | None = None
     """Side of the canvas that TNT's originals lie on; larger ones are shrunk to fit, and views are
@@ -127,7 +127,9 @@ class Options:
 def main(options: Options) -> None:
     """Run the sweep and report."""
     worker = check(options)
-    model, params = jaxtta.clip.load(options.model, compute_dtype=jnp.dtype(options.compute_dtype))
+    model, params = jaxtta.models.load(
+        options.model, compute_dtype=jnp.dtype(options.compute_dtype)
+    )
     source = open_source(options, options.data, model)
     severities = choose_severities(options)
     if not options.corruptions:
@@ -139,37 +141,41 @@ def main(options: Options) -> None:
     templates = options.templates or data.templates_for(options.layout)
     if templates == ("imagenet",):
         templates = data.imagenet_templates()
-    task = jaxtta.clip.zero_shot_task(model, source.class_names, templates)
+    task = jaxtta.models.zero_shot_task(model, source.class_names, templates)
 
     setup = setup_of(options)
     running = {"workers": options.workers, "checkpoint_every": options.checkpoint_every}
-    found = sweep.fingerprints(source, params)
-    sweep.check_files(options.adapters, options.mgtta, found["weights"])
+    found = evaluate.fingerprints(source, params)
+    evaluate.check_files(options.adapters, options.mgtta, found["weights"])
     settings = describe(options, severities, templates) | found
-    about = sweep.about(data=options.data, model=options.model)
+    about = evaluate.about(data=options.data, model=options.model)
     rates = {
-        name: options.learning_rate if sweep.has_rate(name) else None for name in options.adapters
+        name: options.learning_rate if evaluate.has_rate(name) else None
+        for name in options.adapters
     }
     chosen = {}
     if options.choose_learning_rate:
-        for name in options.choose_for or filter(sweep.has_rate, options.adapters):
+        for name in options.choose_for or filter(evaluate.has_rate, options.adapters):
             chosen[name] = choose(name, options, model, params, task, settings, **running)
             rates[name] = chosen[name].rate
     adapters = {
-        name: sweep.make_adapter(name, model, task, setup, rates[name]) for name in options.adapters
+        name: evaluate.make_adapter(name, model, task, setup, rates[name])
+        for name in options.adapters
     }
-    cutting = tuple(filter(sweep.is_tnt, options.adapters))
+    cutting = tuple(filter(evaluate.is_tnt, options.adapters))
     canvas = (
         (options.canvas or data.canvas_for(source, streams[0].segments[0])) if cutting else None
     )
     batches = data.Batches(source, tuple(streams), options.batch_size, canvas)
-    own = {name: sweep.own_settings(name, setup, rates[name], canvas) for name in options.adapters}
+    own = {
+        name: evaluate.own_settings(name, setup, rates[name], canvas) for name in options.adapters
+    }
     told = {"chosen": {name: choice._asdict() for name, choice in chosen.items()}}
-    cells = sweep.run(
+    cells = evaluate.run(
         adapters,
         params,
         batches,
-        sweep.Results(options.output, settings, about | told, own),
+        evaluate.Results(options.output, settings, about | told, own),
         setting=options.setting,
         from_originals=cutting,
         worker=worker,
@@ -184,29 +190,29 @@ def main(options: Options) -> None:
         return
     examples = []
     if options.save_examples:
-        examples = sweep.find_examples(
+        examples = report.find_examples(
             *(cells, cutting[0], batches, options.save_examples, model, params, task),
-            sweep.tuning_of(cutting[0], options.tnt),
+            evaluate.tuning_of(cutting[0], options.tnt),
         )
     pictures = len(np.unique(streams[0].items[:, 1]))
     title = f"{Path(options.model).name} on {Path(options.data).name}, {options.setting}, "
     title += f"{options.order}, {pictures} pictures"
-    sweep.conclude(cells, options.output, title, sweep.samples_of(batches), examples)
+    report.conclude(cells, options.output, title, report.samples_of(batches), examples)
 
 
-def setup_of(options: Options) -> sweep.Setup:
+def setup_of(options: Options) -> evaluate.Setup:
     """What adapters are made with."""
-    return sweep.Setup(options.preset, options.tnt, options.mgtta)
+    return evaluate.Setup(options.preset, options.tnt, options.mgtta)
 
 
 def check(options: Options) -> tuple[int, int]:
     """Raise a ValueError for options that cannot be meant; return the worker's share."""
-    sweep.check_adapters(options.adapters)
-    sweep.check_choices(adapters=options.adapters, seeds=options.seeds)
+    evaluate.check_adapters(options.adapters)
+    evaluate.check_choices(adapters=options.adapters, seeds=options.seeds)
     for name in ("corruptions", "severities"):
         if getattr(options, name):
-            sweep.check_choices(**{name: getattr(options, name)})
-    sweep.check_limits(
+            evaluate.check_choices(**{name: getattr(options, name)})
+    evaluate.check_limits(
         seeds=(min(options.seeds), 0),
         batch_size=(options.batch_size, 1),
         workers=(options.workers, 0),
@@ -214,11 +220,13 @@ def check(options: Options) -> tuple[int, int]:
         canvas=(options.canvas, 1),
         save_examples=(options.save_examples, 0),
     )
-    sweep.check_rates(
+    evaluate.check_rates(
         learning_rate=(options.learning_rate,), choose_learning_rate=options.choose_learning_rate
     )
     for name in options.choose_for:
-        if not (sweep.has_rate(name) and name in options.adapters and options.choose_learning_rate):
+        if not (
+            evaluate.has_rate(name) and name in options.adapters and options.choose_learning_rate
+        ):
             raise ValueError(
                 f"--choose-for {name} needs --choose-learning-rate, and an adapter of that name "
                 "with a learning rate"
@@ -233,7 +241,7 @@ def check(options: Options) -> tuple[int, int]:
             "a learning rate chosen on the validation corruptions is not tested on them"
         )
     if options.save_examples:
-        sweep.check_examples(options.adapters, options.tnt)
+        report.check_examples(options.adapters, options.tnt)
     number, slash, count = options.worker.partition("/")
     if not (slash and number.isdecimal() and count.isdecimal() and int(number) < int(count)):
         raise ValueError(f"--worker is {options.worker!r}, expected i/n with i below n, as 0/2")
@@ -242,7 +250,7 @@ def check(options: Options) -> tuple[int, int]:
     return int(number), int(count)
 
 
-def open_source(options: Options, root: str, model: jaxtta.clip.CLIP) -> data.Source:
+def open_source(options: Options, root: str, model: jaxtta.models.CLIP) -> data.Source:
     """Open the pictures that the options name."""
     names, folders = options.class_names, ()
     if len(names) == 1 and options.layout == "folder":  # a file of them, maybe by folder
@@ -255,7 +263,7 @@ def choose_severities(options: Options) -> tuple[int, ...]:
     """The severities asked for, or what suits the data."""
     if options.setting == "gradual":
         return (1, 2, 3, 4, 5)
-    return options.severities or (sweep.severity_of(options.layout, options.data),)
+    return options.severities or (evaluate.severity_of(options.layout, options.data),)
 
 
 def lay_out(
@@ -285,28 +293,28 @@ def lay_out(
 def choose(
     name: str,
     options: Options,
-    model: jaxtta.clip.CLIP,
-    params: jaxtta.clip.Params,
-    task: jaxtta.clip.Task,
+    model: jaxtta.models.CLIP,
+    params: jaxtta.models.Params,
+    task: jaxtta.models.Task,
     settings: dict,
     **running: int | None,
-) -> sweep.Choice:
+) -> evaluate.Choice:
     """Choose an adapter's learning rate on the validation corruptions, and say so."""
     source = open_source(options, options.validation or options.data, model)
     severities = choose_severities(dataclasses.replace(options, setting="reset_each_shift"))
     streams = lay_out(options, source, "reset_each_shift", data.VALIDATION, severities)
     for stream in streams:
         source.check(stream.segments[0])
-    choice = sweep.choose_learning_rate(
+    choice = evaluate.choose_learning_rate(
         name,
-        lambda rate: sweep.make_adapter(name, model, task, setup_of(options), rate),
+        lambda rate: evaluate.make_adapter(name, model, task, setup_of(options), rate),
         options.choose_learning_rate,
         params,
         data.Batches(source, tuple(streams), options.batch_size),
-        sweep.Results(
+        evaluate.Results(
             options.output / "validation",
-            settings | sweep.fingerprints(source, params) | {"setting": "reset_each_shift"},
-            sweep.about(data=options.data, model=options.model),
+            settings | evaluate.fingerprints(source, params) | {"setting": "reset_each_shift"},
+            evaluate.about(data=options.data, model=options.model),
         ),
         **running,
     )
@@ -327,4 +335,4 @@ def describe(options: Options, severities: tuple[int, ...], templates: tuple[str
 
 
 if __name__ == "__main__":
-    sweep.run_script(Options, main, __doc__)
+    cli.run_script(Options, main, __doc__)

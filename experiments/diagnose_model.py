@@ -45,12 +45,11 @@ import numpy as np
 from tqdm import tqdm
 
 import jaxtta
-from jaxtta import assets, data, diagnose, losses, sweep
+from jaxtta import assets, cli, data, diagnose, evaluate, io, losses, report
 from jaxtta.adapters import Tuning
 from jaxtta.data.folders import SUFFIXES, list_folders
 from jaxtta.data.sources import read_labels
-from jaxtta.sweep.diagnosis import Report, diagnosis_report, field_report, some, write_diagnosis
-from jaxtta.sweep.figures import (
+from jaxtta.evaluate.figures import (
     Features,
     Found,
     base_figures,
@@ -66,7 +65,8 @@ from jaxtta.sweep.figures import (
     set_figures,
     space_figures,
 )
-from jaxtta.sweep.run import peak_memory_gb
+from jaxtta.evaluate.run import peak_memory_gb
+from jaxtta.report.diagnosis import Report, diagnosis_report, field_report, some, write_diagnosis
 
 PUBLISHED = "published"
 REFERENCE = "CIFAR-10's embedded test pictures"
@@ -128,7 +128,7 @@ class Options:
     """Published optimiser settings for the trial."""
     tnt: Tuning = dataclasses.field(default_factory=Tuning)
     """TNT's settings in the trial."""
-    mgtta: sweep.MGTTA = dataclasses.field(default_factory=sweep.MGTTA)
+    mgtta: evaluate.MGTTA = dataclasses.field(default_factory=evaluate.MGTTA)
     """MGTTA's settings in the trial. The files' defaults are for the embedded model."""
     synthetic: int | None = None
     """Only time the diagnosis of so many synthetic features of ViT-B/16's size, 1,000 classes."""
@@ -157,8 +157,8 @@ class Model(NamedTuple):
     """
 
     name: str
-    clip: jaxtta.clip.CLIP
-    params: jaxtta.clip.Params
+    clip: jaxtta.models.CLIP
+    params: jaxtta.models.Params
 
 
 Sets = tuple[data.Source, list[data.Stream]]
@@ -174,19 +174,19 @@ def main(options: Options) -> None:
         return
     found, report = (check_field if options.field else compare_models)(options)
     settings = json.loads(json.dumps(dataclasses.asdict(options), default=str))
-    found |= {"settings": settings, "about": sweep.about(data=options.data)}
-    sweep.write_json(options.output / "result.json", found)
+    found |= {"settings": settings, "about": evaluate.about(data=options.data)}
+    io.write_json(options.output / "result.json", found)
     title = f"Field check of {options.field.resolve().name}" if options.field else "Diagnosis"
     write_diagnosis(options.output, f"{title}: {', '.join(found['models'])}", report, found)
 
 
 def check(options: Options) -> None:
     """Raise a ValueError for options that cannot be meant."""
-    sweep.check_choices(models=options.models, fractions=options.fractions, trial=options.trial)
+    evaluate.check_choices(models=options.models, fractions=options.fractions, trial=options.trial)
     for name in ("class_names", "corruptions", "references", "templates"):
         if getattr(options, name):
-            sweep.check_choices(**{name: getattr(options, name)})
-    sweep.check_limits(
+            evaluate.check_choices(**{name: getattr(options, name)})
+    evaluate.check_limits(
         synthetic=(options.synthetic, 1000),
         limit=(options.limit, 2),
         batch_size=(options.batch_size, 1),
@@ -204,7 +204,7 @@ def check(options: Options) -> None:
         raise ValueError("--references needs at least two models, and no --reference-points")
     if options.field_labels and not options.field:
         raise ValueError("--field-labels needs --field")
-    sweep.check_adapters(options.trial)
+    evaluate.check_adapters(options.trial)
     if "zero_shot" not in options.trial:
         raise ValueError("--trial needs zero_shot, from which gains are counted")
 
@@ -216,7 +216,7 @@ def models_of(options: Options) -> Iterator[Model]:
     """The models, one after another."""
     names = [Path(given).name for given in options.models]
     for given, name in zip(options.models, names, strict=True):
-        model = Model(given if names.count(name) > 1 else name, *jaxtta.clip.load(given))
+        model = Model(given if names.count(name) > 1 else name, *jaxtta.models.load(given))
         with concerning(f"{model.name}: --outlier-threshold"):
             nothing = np.zeros((1, model.clip.projection))
             diagnose.outlier_sums(nothing, threshold=options.outlier_threshold)
@@ -254,7 +254,7 @@ def sets_of(options: Options, model: Model) -> list[tuple[str, Sets]]:
     """The base set with its corruptions, then the other shifted sets; each with its layout."""
     prepare, layout = model.clip.preprocessing, options.layout
     base = data.open_source(layout, options.data, prepare, names_for(options, layout, options.data))
-    severity = sweep.severity_of(layout, options.data, options.severity)
+    severity = evaluate.severity_of(layout, options.data, options.severity)
     corruptions = data.COMMON if options.corruptions == ("common",) else options.corruptions
     domains = tuple(dict.fromkeys((data.CLEAN, *corruptions)))
     sets = [(layout, (base, streams_of(options, base, domains, severity)))]
@@ -270,23 +270,25 @@ def sets_of(options: Options, model: Model) -> list[tuple[str, Sets]]:
     return sets
 
 
-def task_of(options: Options, model: Model, names: Sequence[str], layout: str) -> jaxtta.clip.Task:
+def task_of(
+    options: Options, model: Model, names: Sequence[str], layout: str
+) -> jaxtta.models.Task:
     """The classes as prompts."""
     templates = options.templates or data.templates_for(layout)
     if templates == ("imagenet",):
         templates = data.imagenet_templates()
-    return jaxtta.clip.zero_shot_task(model.clip, names, templates)
+    return jaxtta.models.zero_shot_task(model.clip, names, templates)
 
 
-def head_of(model: Model, task: jaxtta.clip.Task) -> jax.Array:
+def head_of(model: Model, task: jaxtta.models.Task) -> jax.Array:
     """The head, (classes, projection)."""
     return jax.jit(model.clip.class_embeddings)(model.params, model.clip.prompts(task))
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def encode(model: jaxtta.clip.CLIP, params: jaxtta.clip.Params, images: jax.Array) -> jax.Array:
+def encode(model: jaxtta.models.CLIP, params: jaxtta.models.Params, images: jax.Array) -> jax.Array:
     """Features (batch, projection)."""
-    return jaxtta.clip.unit(model.encode_image(params, model.normalize(images)))
+    return jaxtta.models.unit(model.encode_image(params, model.normalize(images)))
 
 
 def read(options: Options, model: Model, sets: Sets) -> Iterator[Features]:
@@ -390,7 +392,7 @@ def time_synthetic(options: Options) -> None:
     apart = diagnose.field_discrepancy(rows[::2], rows[1::2])
     found["p_values"] = [each.p_value for each in apart]
     found |= {"seconds": time.perf_counter() - start, "peak_memory_gb": peak_memory_gb()}
-    sweep.write_json(options.output / "synthetic.json", found)
+    io.write_json(options.output / "synthetic.json", found)
     print(
         f"{count} pictures, {size} features, {classes} classes: {found['seconds']:.1f} s, at most "
         f"{found['peak_memory_gb']:.2f} GB in use ({before:.2f} GB when they were drawn)"
@@ -406,7 +408,7 @@ def check_field(options: Options) -> tuple[Found, Report]:
     results, entropies, answers = {}, {}, {}
     for model in models_of(options):
         results[model.name], entropies[model.name], cells = check_one(options, model, listed)
-        answers[model.name] = sweep.answer(cells) if cells else ""
+        answers[model.name] = report.answer(cells) if cells else ""
     return {"models": results}, field_report(results, entropies, answers, options.trial)
 
 
@@ -474,7 +476,7 @@ def read_labels_of(path: Path, listed: data.ImageFolder, classes: Sequence[str])
 
 def check_one(
     options: Options, model: Model, listed: data.ImageFolder
-) -> tuple[Found, dict[str, np.ndarray], list[sweep.Cell]]:
+) -> tuple[Found, dict[str, np.ndarray], list[evaluate.Cell]]:
     """A model's figures, each picture's entropy in nats on both sets, and the trial's cells."""
     prepare, names = model.clip.preprocessing, ()
     if options.layout == "arrays":  # nobody looks at the reference's labels
@@ -487,8 +489,8 @@ def check_one(
     }
     labelled = labelled_part(options, listed, sets["field"][1][0])
     if labelled is not None:
-        weights = sweep.fingerprints(field, model.params)["weights"]
-        sweep.check_files(options.trial, options.mgtta, weights)
+        weights = evaluate.fingerprints(field, model.params)["weights"]
+        evaluate.check_files(options.trial, options.mgtta, weights)
     with concerning(options.field):
         task = task_of(options, model, listed.class_names, "folder")
     head, scale = head_of(model, task), jnp.exp(model.params["logit_scale"])
@@ -517,7 +519,7 @@ def check_one(
     found |= {"trial_batch": size, "steps": -(-count // size), "trial": []}
     for cell in cells:
         (figures,) = cell["segments"]
-        seen, right = sweep.outcomes(figures)
+        seen, right = evaluate.outcomes(figures)
         tried = {name: cell[name] for name in ("adapter", "skipped_steps")}
         tried |= {name: figures[name] for name in ("top1", "gain", "ece")}
         found["trial"].append(tried | {"interval": interval_of(right[seen])})
@@ -539,28 +541,32 @@ def labelled_part(
 
 
 def try_adapters(
-    options: Options, model: Model, task: jaxtta.clip.Task, listed: data.ImageFolder, size: int
-) -> list[sweep.Cell]:
+    options: Options, model: Model, task: jaxtta.models.Task, listed: data.ImageFolder, size: int
+) -> list[evaluate.Cell]:
     """Run every adapter of the trial once over labelled pictures, `size` of them a step."""
     source = data.Named(data.CorruptedOnTheFly(listed, model.clip.preprocessing), "field")
     streams = streams_of(options, source, ("field",))
-    setup = sweep.Setup(options.preset, options.tnt, options.mgtta)
-    cutting = tuple(filter(sweep.is_tnt, options.trial))
+    setup = evaluate.Setup(options.preset, options.tnt, options.mgtta)
+    cutting = tuple(filter(evaluate.is_tnt, options.trial))
     canvas = data.canvas_for(source, streams[0].segments[0]) if cutting else None
     batches = data.Batches(source, tuple(streams), size, canvas)
     settings = {"batch_size": size, "limit": options.limit, "preset": options.preset}
     files = "".join(str(file.relative_to(listed.root)) for file in listed.files)
     settings["files"] = zlib.crc32(files.encode())
-    results = sweep.Results(
+    results = evaluate.Results(
         options.output / "trial" / model.name.replace("/", "-"),
-        settings | {"templates": options.templates} | sweep.fingerprints(source, model.params),
-        sweep.about(data=str(options.field), model=model.name),
-        {name: sweep.own_settings(name, setup, None, canvas) for name in options.trial},
+        settings | {"templates": options.templates} | evaluate.fingerprints(source, model.params),
+        evaluate.about(data=str(options.field), model=model.name),
+        {name: evaluate.own_settings(name, setup, None, canvas) for name in options.trial},
     )
-    adapters = {name: sweep.make_adapter(name, model.clip, task, setup) for name in options.trial}
+    adapters = {
+        name: evaluate.make_adapter(name, model.clip, task, setup) for name in options.trial
+    }
     running = {"from_originals": cutting, "workers": options.workers}
-    return sweep.run(adapters, model.params, batches, results, setting=sweep.DATASETS, **running)
+    return evaluate.run(
+        adapters, model.params, batches, results, setting=report.DATASETS, **running
+    )
 
 
 if __name__ == "__main__":
-    sweep.run_script(Options, main, __doc__)
+    cli.run_script(Options, main, __doc__)

@@ -30,7 +30,7 @@ from typing import Literal
 import jax.numpy as jnp
 
 import jaxtta
-from jaxtta import assets, data, sweep
+from jaxtta import assets, cli, data, evaluate, report
 from jaxtta.adapters import Tuning
 
 LAYOUTS = {
@@ -60,7 +60,7 @@ class Options:
     behind a name, as tent@1e-4."""
     tnt: Tuning = dataclasses.field(default_factory=Tuning)
     """TNT's settings."""
-    mgtta: sweep.MGTTA = dataclasses.field(default_factory=sweep.MGTTA)
+    mgtta: evaluate.MGTTA = dataclasses.field(default_factory=evaluate.MGTTA)
     """MGTTA's settings. The files' defaults are for the embedded model."""
     canvas: int | None = None
     """Side of the canvas that TNT's originals lie on; larger ones are shrunk to fit, and views are
@@ -98,7 +98,9 @@ class Options:
 def main(options: Options) -> None:
     """Run every dataset and report."""
     places = check(options)
-    model, params = jaxtta.clip.load(options.model, compute_dtype=jnp.dtype(options.compute_dtype))
+    model, params = jaxtta.models.load(
+        options.model, compute_dtype=jnp.dtype(options.compute_dtype)
+    )
     sources = {name: open_dataset(name, root, model) for name, root in places.items()}
     cells, samples, examples = [], {}, []
     for number, (name, source) in enumerate(sources.items()):
@@ -109,14 +111,16 @@ def main(options: Options) -> None:
         samples |= found[1]
         examples += found[2]
     title = f"{Path(options.model).name} on {', '.join(places)}"
-    sweep.conclude(cells, options.output, title, samples, examples)
+    report.conclude(cells, options.output, title, samples, examples)
 
 
 def check(options: Options) -> dict[str, str]:
     """Raise a ValueError for options that cannot be meant; return each dataset's folder."""
-    sweep.check_adapters(options.adapters)
-    sweep.check_choices(adapters=options.adapters, seeds=options.seeds, templates=options.templates)
-    sweep.check_limits(
+    evaluate.check_adapters(options.adapters)
+    evaluate.check_choices(
+        adapters=options.adapters, seeds=options.seeds, templates=options.templates
+    )
+    evaluate.check_limits(
         seeds=(min(options.seeds), 0),
         batch_size=(options.batch_size, 1),
         workers=(options.workers, 0),
@@ -124,9 +128,9 @@ def check(options: Options) -> dict[str, str]:
         canvas=(options.canvas, 1),
         save_examples=(options.save_examples, 0),
     )
-    sweep.check_rates(learning_rate=(options.learning_rate,))
+    evaluate.check_rates(learning_rate=(options.learning_rate,))
     if options.save_examples:
-        sweep.check_examples(options.adapters, options.tnt)
+        report.check_examples(options.adapters, options.tnt)
     places: dict[str, str] = {}
     for text in options.datasets:
         name, equals, root = text.partition("=")
@@ -140,7 +144,7 @@ def check(options: Options) -> dict[str, str]:
     return places or {"cifar10": str(assets.PICTURES)}
 
 
-def open_dataset(name: str, root: str, model: jaxtta.clip.CLIP) -> data.Source:
+def open_dataset(name: str, root: str, model: jaxtta.models.CLIP) -> data.Source:
     """Open a dataset; its pictures are a domain that is called by its name."""
     return data.Named(
         data.open_source(LAYOUTS.get(name, "folder"), root, model.preprocessing), name
@@ -152,10 +156,10 @@ def run_dataset(
     name: str,
     root: str,
     source: data.Source,
-    model: jaxtta.clip.CLIP,
-    params: jaxtta.clip.Params,
+    model: jaxtta.models.CLIP,
+    params: jaxtta.models.Params,
     wanted: int,
-) -> tuple[list[sweep.Cell], dict, list[sweep.Example]]:
+) -> tuple[list[evaluate.Cell], dict, list[report.Example]]:
     """Run all adapters on one dataset: its cells, a sample, and some examples."""
     templates = tuple(
         template
@@ -165,7 +169,7 @@ def run_dataset(
             "imagenet": data.imagenet_templates(),
         }.get(given, (given,))
     )
-    task = jaxtta.clip.zero_shot_task(model, source.class_names, templates)
+    task = jaxtta.models.zero_shot_task(model, source.class_names, templates)
     streams = tuple(
         stream
         for seed in options.seeds
@@ -176,7 +180,7 @@ def run_dataset(
             limit=options.limit,
         )
     )
-    cutting = tuple(filter(sweep.is_tnt, options.adapters))
+    cutting = tuple(filter(evaluate.is_tnt, options.adapters))
     canvas = (
         (options.canvas or data.canvas_for(source, streams[0].segments[0])) if cutting else None
     )
@@ -185,25 +189,25 @@ def run_dataset(
         name: getattr(options, name)
         for name in ("batch_size", "compute_dtype", "order", "limit", "preset")
     }
-    setup = sweep.Setup(options.preset, options.tnt, options.mgtta)
+    setup = evaluate.Setup(options.preset, options.tnt, options.mgtta)
     rates = {
-        adapter: options.learning_rate if sweep.has_rate(adapter) else None
+        adapter: options.learning_rate if evaluate.has_rate(adapter) else None
         for adapter in options.adapters
     }
-    found = sweep.fingerprints(source, params)
-    sweep.check_files(options.adapters, options.mgtta, found["weights"])
-    results = sweep.Results(
+    found = evaluate.fingerprints(source, params)
+    evaluate.check_files(options.adapters, options.mgtta, found["weights"])
+    results = evaluate.Results(
         options.output / name,
         settings | {"templates": templates} | found,
-        sweep.about(data=root, model=options.model),
-        {a: sweep.own_settings(a, setup, rates[a], canvas) for a in options.adapters},
+        evaluate.about(data=root, model=options.model),
+        {a: evaluate.own_settings(a, setup, rates[a], canvas) for a in options.adapters},
     )
-    cells = sweep.run(
-        {a: sweep.make_adapter(a, model, task, setup, rates[a]) for a in options.adapters},
+    cells = evaluate.run(
+        {a: evaluate.make_adapter(a, model, task, setup, rates[a]) for a in options.adapters},
         params,
         batches,
         results,
-        setting=sweep.DATASETS,
+        setting=report.DATASETS,
         from_originals=cutting,
         workers=options.workers,
         checkpoint_every=options.checkpoint_every,
@@ -211,12 +215,12 @@ def run_dataset(
     )
     examples = []
     if wanted:
-        examples = sweep.find_examples(
+        examples = report.find_examples(
             *(cells, cutting[0], batches, wanted, model, params, task),
-            sweep.tuning_of(cutting[0], options.tnt),
+            evaluate.tuning_of(cutting[0], options.tnt),
         )
-    return cells, sweep.samples_of(batches), examples
+    return cells, report.samples_of(batches), examples
 
 
 if __name__ == "__main__":
-    sweep.run_script(Options, main, __doc__)
+    cli.run_script(Options, main, __doc__)

@@ -29,7 +29,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import jaxtta
-from jaxtta import assets, data, optim, sweep, tree
+from jaxtta import assets, cli, data, evaluate, io, optim, tree
 from jaxtta.data import VALIDATION
 from jaxtta.objectives import Batch, MGTTAContext
 
@@ -110,11 +110,13 @@ class History(NamedTuple):
 def main(options: Options) -> None:
     """Train, and keep the best epoch's weights."""
     check(options)
-    model, params = jaxtta.clip.load(options.model)
+    model, params = jaxtta.models.load(options.model)
     source = data.open_source(
         options.layout, options.data, model.preprocessing, options.class_names
     )
-    task = jaxtta.clip.zero_shot_task(model, source.class_names, data.templates_for(options.layout))
+    task = jaxtta.models.zero_shot_task(
+        model, source.class_names, data.templates_for(options.layout)
+    )
     train, held_out = read_pictures(options, source)
     clean = open_clean(options, source, model)
     statistics = gather_statistics(options, clean, model, params)
@@ -125,10 +127,10 @@ def main(options: Options) -> None:
     context = MGTTAContext(classes, statistics.mean, statistics.std)
     run = Run(options, model, params, context)
     settings = describe(options, source, clean, params)
-    sweep.agree(options.output / "settings.json", settings)
+    evaluate.agree(options.output / "settings.json", settings)
     weights = {"weights": settings["found"]["weights"]}
-    with sweep.whole(options.output / "statistics.safetensors") as temporary:
-        jaxtta.clip.save_statistics(temporary, statistics, weights | settings["found_source"])
+    with io.atomic_write(options.output / "statistics.safetensors") as temporary:
+        jaxtta.models.save_statistics(temporary, statistics, weights | settings["found_source"])
 
     state, history, done = restore(options.output, run.start())
     rng = np.random.default_rng([options.seed, 1])
@@ -148,20 +150,20 @@ def main(options: Options) -> None:
             if best_epoch(options, history) == epoch:
                 # Before the checkpoint: a run that is killed between them makes this epoch again.
                 about = settings | weights | {"epoch": epoch + 1}
-                with sweep.whole(options.output / "phi.safetensors") as temporary:
+                with io.atomic_write(options.output / "phi.safetensors") as temporary:
                     optim.save_phi(temporary, state.phi, about)
             save(options.output, state, history, epoch + 1)
             bar.set_postfix_str(said(losses.mean(), *judged))
     best = best_epoch(options, history)
     record = {
         "settings": settings,
-        "about": sweep.about(data=options.data, model=options.model),
+        "about": evaluate.about(data=options.data, model=options.model),
         "before": before,
         "chosen_epoch": best + 1,
         "chosen_by": options.choose,
         **history._asdict(),
     }
-    sweep.write_json(options.output / "training.json", record)
+    io.write_json(options.output / "training.json", record)
     plot(options.output / "training.png", history, before, best)
     print(f"before training: {said(None, *before)}")
     figures = (history.loss[best], history.held_out_loss[best], history.accuracy[best])
@@ -171,8 +173,8 @@ def main(options: Options) -> None:
 
 def check(options: Options) -> None:
     """Raise a ValueError for options that cannot be meant."""
-    sweep.check_choices(corruptions=options.corruptions)
-    sweep.check_limits(
+    evaluate.check_choices(corruptions=options.corruptions)
+    evaluate.check_limits(
         pictures=(options.pictures, 2 * options.batch),
         held_out=(options.held_out, 0),
         source_pictures=(options.source_pictures, 2),
@@ -182,7 +184,7 @@ def check(options: Options) -> None:
         truncation=(options.truncation, 1),
         hidden=(options.hidden, 1),
     )
-    sweep.check_rates(
+    evaluate.check_rates(
         learning_rate=(options.learning_rate,),
         inner_learning_rate=(options.inner_learning_rate,),
         test_learning_rate=(options.test_learning_rate,),
@@ -198,7 +200,7 @@ def read_pictures(
     options: Options, source: data.Source
 ) -> tuple[np.ndarray, list[list[data.StreamBatch]]]:
     """Training pictures (pictures, size, size, 3), and a list of held-out batches a corruption."""
-    severity = sweep.severity_of(options.layout, options.data, options.severity)
+    severity = evaluate.severity_of(options.layout, options.data, options.severity)
     domains = [data.Domain(name, severity) for name in options.corruptions]
     for domain in domains:
         source.check(domain)
@@ -230,7 +232,7 @@ def read_all(
     return [[read[number] for number in batches.of(stream)] for stream in range(len(streams))]
 
 
-def open_clean(options: Options, source: data.Source, model: jaxtta.clip.CLIP) -> data.Source:
+def open_clean(options: Options, source: data.Source, model: jaxtta.models.CLIP) -> data.Source:
     """Where clean pictures come from."""
     if options.source is not None:
         source = data.open_source(
@@ -246,16 +248,16 @@ def open_clean(options: Options, source: data.Source, model: jaxtta.clip.CLIP) -
 def gather_statistics(
     options: Options,
     source: data.Source,
-    model: jaxtta.clip.CLIP,
-    params: jaxtta.clip.Params,
-) -> jaxtta.clip.FeatureStatistics:
+    model: jaxtta.models.CLIP,
+    params: jaxtta.models.Params,
+) -> jaxtta.models.FeatureStatistics:
     """Statistics of clean pictures' features."""
     clean = data.Domain(data.CLEAN)
     order = np.random.default_rng(options.seed).permutation(len(source.labels))
     pictures = order[: options.source_pictures]
     stream = data.stream_of("clean", [clean], pictures, options.seed)
     (batches,) = read_all([stream], source, options.test_batch)
-    return jaxtta.clip.feature_statistics(model, params, batches)
+    return jaxtta.models.feature_statistics(model, params, batches)
 
 
 # --- training ---
@@ -267,8 +269,8 @@ class Run:
     def __init__(
         self,
         options: Options,
-        model: jaxtta.clip.CLIP,
-        params: jaxtta.clip.Params,
+        model: jaxtta.models.CLIP,
+        params: jaxtta.models.Params,
         context: MGTTAContext,
     ) -> None:
         """Prepare them; nothing is computed yet but the first weights."""
@@ -360,26 +362,26 @@ def best_epoch(options: Options, history: History) -> int:
 
 
 def describe(
-    options: Options, source: data.Source, clean: data.Source, params: jaxtta.clip.Params
+    options: Options, source: data.Source, clean: data.Source, params: jaxtta.models.Params
 ) -> dict:
     """What decides the result."""
     settings = dataclasses.asdict(options)
     for name in ("output", "data", "model", "source", "debug", "epochs"):
         del settings[name]  # places, and how long it goes on
-    settings["found"] = sweep.fingerprints(source, params)
-    settings["found_source"] = {"pictures": sweep.fingerprints(clean, {})["pictures"]}
+    settings["found"] = evaluate.fingerprints(source, params)
+    settings["found_source"] = {"pictures": evaluate.fingerprints(clean, {})["pictures"]}
     return json.loads(json.dumps(settings))
 
 
 def save(folder: Path, state: optim.MetaState, history: History, epochs: int) -> None:
     """Save where training stands after so many epochs."""
     leaves = {str(number): leaf for number, leaf in enumerate(jax.tree.leaves(state))}
-    sweep.save_step(folder / "checkpoints", epochs, leaves, history._asdict())
+    evaluate.save_step(folder / "checkpoints", epochs, leaves, history._asdict())
 
 
 def restore(folder: Path, state: optim.MetaState) -> tuple[optim.MetaState, History, int]:
     """Where a run of this folder stands: its state, history and finished epochs."""
-    saved = sweep.restore_step(folder / "checkpoints")
+    saved = evaluate.restore_step(folder / "checkpoints")
     if saved is None:
         return state, History([], [], []), 0
     epochs, leaves, history = saved
@@ -421,4 +423,4 @@ def plot(
 
 
 if __name__ == "__main__":
-    sweep.run_script(Options, main, __doc__)
+    cli.run_script(Options, main, __doc__)

@@ -26,10 +26,10 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 from transformers import AutoTokenizer, CLIPConfig
 
-from jaxtta import clip
+from jaxtta import models
 from jaxtta.assets import MODEL
+from jaxtta.cli import run_script
 from jaxtta.data import UnreadablePictureError, image_folder, open_picture
-from jaxtta.sweep import run_script
 
 Array = jax.Array
 
@@ -235,7 +235,7 @@ def check(config: Config) -> None:
         )
 
 
-def make_model(config: Config) -> clip.CLIP:
+def make_model(config: Config) -> models.CLIP:
     """Make the model for the tokenizer's vocabulary."""
     if not config.tokenizer.is_dir():
         raise FileNotFoundError(f"{config.tokenizer}: there is no such tokenizer folder")
@@ -264,7 +264,7 @@ def make_model(config: Config) -> clip.CLIP:
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    model = clip.from_config(
+    model = models.from_config(
         CLIPConfig(
             projection_dim=config.embedding,
             vision_config={**tower(config.vision), **vision},
@@ -274,7 +274,7 @@ def make_model(config: Config) -> clip.CLIP:
     return dataclasses.replace(model, source=str(config.tokenizer))
 
 
-def read_pictures(root: Path, model: clip.CLIP, limit: int | None, seed: int) -> Pictures:
+def read_pictures(root: Path, model: models.CLIP, limit: int | None, seed: int) -> Pictures:
     """Decode a folder's pictures at the model's resolution; unreadable ones are left out."""
     folder = image_folder(root)
     chosen = balanced(folder.labels, limit or len(folder.labels), seed)
@@ -372,19 +372,19 @@ def make_optimizer(config: Config, steps: int) -> optax.GradientTransformation:
 
 def make_train_step(
     config: Config,
-    model: clip.CLIP,
+    model: models.CLIP,
     optimizer: optax.GradientTransformation,
     class_names: tuple[str, ...],
 ) -> TrainStep:
     """Make the jitted `step(state, key, images, labels) -> (state, (loss, accuracy))`."""
-    task = clip.zero_shot_task(model, class_names, TEMPLATES)
+    task = models.zero_shot_task(model, class_names, TEMPLATES)
     model.prompts(task)  # raises where a prompt does not fit the model
     # Padded rather than packed prompts: the templates share one shape and so one program.
     token_ids = jnp.asarray(task.token_ids)
 
     def loss_of(params: dict, key: Array, images: Array, targets: Array) -> tuple[Array, Array]:
         template = jax.random.randint(key, (), 0, len(TEMPLATES))
-        classes = clip.unit(model.encode_text(params, token_ids[:, template]))
+        classes = models.unit(model.encode_text(params, token_ids[:, template]))
         logits = model.forward(params, classes, images).logits
         correct = logits.argmax(-1) == targets.argmax(-1)
         targets = optax.smooth_labels(targets, config.label_smoothing)
@@ -440,9 +440,9 @@ def train_epoch(
     return state
 
 
-def make_accuracy(config: Config, model: clip.CLIP, class_names: tuple[str, ...]) -> Accuracy:
+def make_accuracy(config: Config, model: models.CLIP, class_names: tuple[str, ...]) -> Accuracy:
     """Make the function that classifies pictures with the test prompt."""
-    prompts = model.prompts(clip.zero_shot_task(model, class_names, [TEST_TEMPLATE]))
+    prompts = model.prompts(models.zero_shot_task(model, class_names, [TEST_TEMPLATE]))
 
     @jax.jit
     def predict(params: dict, images: Array) -> Array:
@@ -471,12 +471,12 @@ def summary(history: History) -> str:
     return ", ".join(parts)
 
 
-def write(config: Config, model: clip.CLIP, params: dict, history: History) -> None:
+def write(config: Config, model: models.CLIP, params: dict, history: History) -> None:
     """Write checkpoint, figures and curves, each under another name first and then renamed."""
     config.output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=config.output) as name:
         folder = Path(name)
-        clip.save(folder, model, params)
+        models.save(folder, model, params)
         settings = json.loads(json.dumps(dataclasses.asdict(config), default=str))
         record = {"settings": settings, **history._asdict()}
         (folder / "training.json").write_text(json.dumps(record, indent=2))

@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import jaxtta
-from jaxtta import assets, continual, data, sweep, tree
+from jaxtta import assets, cli, continual, data, evaluate, io, report, tree
 from jaxtta.adapters import BATCLIP_PRESETS
 from jaxtta.objectives import Batch
 from jaxtta.optim import orthogonal_to
@@ -98,7 +98,7 @@ class Row(NamedTuple):
 def main(options: Options) -> None:
     """Adapt, test, and report."""
     check(options)
-    model, params = jaxtta.clip.load(options.model)
+    model, params = jaxtta.models.load(options.model)
     if model.with_batch_statistics() != model:
         raise ValueError(
             f"{options.model}: is a ResNet, expected a vision transformer, whose LayerNorms are "
@@ -115,24 +115,24 @@ def main(options: Options) -> None:
     for corruption in options.corruptions:
         source.check(domain_of(options, corruption))
     templates = data.templates_for(options.layout)
-    task = jaxtta.clip.zero_shot_task(model, source.class_names, templates)
+    task = jaxtta.models.zero_shot_task(model, source.class_names, templates)
     settings = {name: value for name, value in vars(options).items() if name not in LEFT_OUT}
-    settings |= sweep.fingerprints(source, params) | {"severity": severity_of(options)}
-    sweep.agree(options.output / "settings.json", json.loads(json.dumps(settings)))
+    settings |= evaluate.fingerprints(source, params) | {"severity": severity_of(options)}
+    evaluate.agree(options.output / "settings.json", json.loads(json.dumps(settings)))
     saved = options.output / "rows.json"
     rows = [Row(*row) for row in json.loads(saved.read_text())] if saved.exists() else []
     for seed in options.seeds:
         for corruption in options.corruptions:
             if not any(row[:2] == (corruption, seed) for row in rows):
                 rows += measure(options, model, params, task, source, corruption, seed)
-                sweep.write_json(saved, rows)
-    report(options, [row for row in rows if row.seed in options.seeds])
+                io.write_json(saved, rows)
+    write_results(options, [row for row in rows if row.seed in options.seeds])
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def forward(
-    model: jaxtta.clip.CLIP,
-    context: tuple[jaxtta.clip.Params, jaxtta.clip.Prompts],
+    model: jaxtta.models.CLIP,
+    context: tuple[jaxtta.models.Params, jaxtta.models.Prompts],
     adapted: Any,
     images: Array,
 ) -> Array:
@@ -143,9 +143,9 @@ def forward(
 
 def measure(
     options: Options,
-    model: jaxtta.clip.CLIP,
-    params: jaxtta.clip.Params,
-    task: jaxtta.clip.Task,
+    model: jaxtta.models.CLIP,
+    params: jaxtta.models.Params,
+    task: jaxtta.models.Task,
     source: data.Source,
     corruption: str,
     seed: int,
@@ -198,7 +198,7 @@ def domain_of(options: Options, corruption: str) -> data.Domain:
 
 def severity_of(options: Options) -> int:
     """The severity asked for, or what suits the data."""
-    return sweep.severity_of(options.layout, options.data, options.severity)
+    return evaluate.severity_of(options.layout, options.data, options.severity)
 
 
 def answered(logits: Array, batch: data.StreamBatch) -> np.ndarray:
@@ -211,7 +211,7 @@ def share(right: Iterable[np.ndarray]) -> float:
     return float(np.concatenate(list(right)).mean())
 
 
-def report(options: Options, rows: list[Row]) -> None:
+def write_results(options: Options, rows: list[Row]) -> None:
     """Print and draw, for each adapter, what it gains on the corruption and loses on the clean."""
     ranks = [-1, 0, *options.ranks]
     names = ["zero-shot", "BATCLIP", *(f"{rank} directions" for rank in options.ranks)]
@@ -235,7 +235,7 @@ def report(options: Options, rows: list[Row]) -> None:
     axes.set_ylabel("accuracy on clean pictures, afterwards (%)")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8)
-    text = "\n".join(sweep.aligned(lines))
+    text = "\n".join(report.aligned(lines))
     (options.output / "table.txt").write_text(text + "\n")
     figure.savefig(options.output / "clean.png", dpi=150)
     print(f"accuracy in %, mean over {len(options.seeds)} seeds\n\n{text}\n")
@@ -244,9 +244,11 @@ def report(options: Options, rows: list[Row]) -> None:
 
 def check(options: Options) -> None:
     """Raise a ValueError for options that cannot be meant."""
-    sweep.check_choices(corruptions=options.corruptions, ranks=options.ranks, seeds=options.seeds)
-    sweep.check_rates(learning_rate=(options.learning_rate,))
-    sweep.check_limits(
+    evaluate.check_choices(
+        corruptions=options.corruptions, ranks=options.ranks, seeds=options.seeds
+    )
+    evaluate.check_rates(learning_rate=(options.learning_rate,))
+    evaluate.check_limits(
         seeds=(min(options.seeds), 0),
         batch_size=(options.batch_size, 1),
         protecting=(options.protecting, 1),
@@ -265,4 +267,4 @@ def check(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    sweep.run_script(Options, main, __doc__)
+    cli.run_script(Options, main, __doc__)

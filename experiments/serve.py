@@ -77,8 +77,8 @@ def main(options: Options) -> None:
         raise ValueError("--noise and --learn-noise are for --adapter tnt")
     names = options.class_names or data.image_folder(assets.PICTURES).class_names
     files = list_pictures(options.pictures)
-    model, params = jaxtta.clip.load(options.model)
-    task = jaxtta.clip.zero_shot_task(model, names)
+    model, params = jaxtta.models.load(options.model)
+    task = jaxtta.models.zero_shot_task(model, names)
     adapter = {
         "zero_shot": lambda: jaxtta.adapters.zero_shot(model, task),
         "tent": lambda: jaxtta.adapters.tent(model, task, optax.sgd(options.learning_rate, 0.9)),
@@ -94,7 +94,9 @@ def main(options: Options) -> None:
         print(f"{file!s:<{width}}  {said}", flush=True)
 
 
-def make_tnt(model: jaxtta.clip.CLIP, task: jaxtta.clip.Task, options: Options) -> jaxtta.Adapter:
+def make_tnt(
+    model: jaxtta.models.CLIP, task: jaxtta.models.Task, options: Options
+) -> jaxtta.Adapter:
     """TNT with a map for each picture, or one that is learnt along them, or a ready one."""
     noise = load_noise(options.noise)[0] if options.noise else None
     tuning = Tuning(views=1, steps=0) if options.noise else Tuning()
@@ -125,8 +127,8 @@ def readable(files: Sequence[Path]) -> Iterator[tuple[Path, Image.Image]]:
 
 
 def serve(
-    model: jaxtta.clip.CLIP,
-    params: jaxtta.clip.Params,
+    model: jaxtta.models.CLIP,
+    params: jaxtta.models.Params,
     adapter: jaxtta.Adapter,
     pictures: Iterator[tuple[Path, Image.Image]],
     options: Options,
@@ -159,6 +161,6 @@ def serve(
 
 
 if __name__ == "__main__":
-    from jaxtta.sweep import run_script
+    from jaxtta.cli import run_script
 
     run_script(Options, main, __doc__)

@@ -4,8 +4,8 @@ Use::
 
     import jax, jaxtta
 
-    model, params = jaxtta.clip.load("openai/clip-vit-base-patch16")
-    task = jaxtta.clip.zero_shot_task(model, ["cat", "dog"], templates=["a photo of a {}."])
+    model, params = jaxtta.models.load("openai/clip-vit-base-patch16")
+    task = jaxtta.models.zero_shot_task(model, ["cat", "dog"], templates=["a photo of a {}."])
     adapter = jaxtta.adapters.batclip(model, task)
     state = adapter.init(params)
     step = jax.jit(adapter.step, donate_argnums=1)
@@ -17,12 +17,12 @@ from jaxtta import (
     adapters,
     assets,
     augmix,
-    clip,
     continual,
     data,
     diagnose,
     losses,
     metrics,
+    models,
     objectives,
     optim,
     tree,
@@ -38,12 +38,12 @@ __all__ = [
     "adapters",
     "assets",
     "augmix",
-    "clip",
     "continual",
     "data",
     "diagnose",
     "losses",
     "metrics",
+    "models",
     "objectives",
     "optim",
     "tree",

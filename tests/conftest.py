@@ -40,13 +40,13 @@ hypothesis.settings.load_profile("jaxtta")
 @pytest.fixture(scope="session")
 def tiny():
     """The golden model with its parameters."""
-    return jaxtta.clip.load(GOLDEN / "tiny-clip")
+    return jaxtta.models.load(GOLDEN / "tiny-clip")
 
 
 @pytest.fixture(scope="session")
 def embedded():
     """The embedded model with its parameters."""
-    return jaxtta.clip.load(jaxtta.assets.MODEL)
+    return jaxtta.models.load(jaxtta.assets.MODEL)
 
 
 @pytest.fixture(scope="session")

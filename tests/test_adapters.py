@@ -12,14 +12,14 @@ from conftest import changes, golden, pictures_of, relative
 from flax.traverse_util import flatten_dict
 
 import jaxtta
-from jaxtta import adapters, clip, optim, tree
+from jaxtta import adapters, models, optim, tree
 
 BATCH = 24
 
 
 @pytest.fixture(scope="module")
 def task():
-    return clip.task_from_token_ids(golden("clip_forward")["token_ids"])
+    return models.task_from_token_ids(golden("clip_forward")["token_ids"])
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def images(tiny):
 
 
 def mgtta(model, task):
-    clean = clip.FeatureStatistics(jnp.array(9.0), jnp.zeros((3, 32)), 8 * jnp.ones((3, 32)))
+    clean = models.FeatureStatistics(jnp.array(9.0), jnp.zeros((3, 32)), 8 * jnp.ones((3, 32)))
     phi = optim.init_meta_gradient_generator(jax.random.key(0))
     return adapters.mgtta(model, task, clean, optim.meta_gradient_generator(phi, 1e-3))
 
@@ -78,7 +78,7 @@ def close_changes(a, b, tolerance=1e-3):
 def test_batclip_equals_the_published_runs(tiny, name, optimizer):
     model, params = tiny
     reference = golden(name)
-    adapter = adapters.batclip(model, clip.task_from_token_ids(reference["token_ids"]), optimizer)
+    adapter = adapters.batclip(model, models.task_from_token_ids(reference["token_ids"]), optimizer)
     state = adapter.init(params)
     step = jax.jit(adapter.step, donate_argnums=1)
     for t, images in enumerate(pictures_of(model, reference["images"])):
@@ -95,7 +95,7 @@ def test_batclip_equals_the_published_runs(tiny, name, optimizer):
 def test_published_number_of_adapted_parameters():
     from transformers import CLIPConfig
 
-    model = clip.from_config(CLIPConfig(vision_config={"patch_size": 16}))
+    model = models.from_config(CLIPConfig(vision_config={"patch_size": 16}))
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     adapted, _ = tree.partition(shapes, tree.normalisation_parameters("both"))
     assert tree.count(adapted) == 65_536
@@ -131,8 +131,8 @@ def test_zero_shot_is_the_model_itself(tiny, task, images):
     model, params = tiny
     adapter = adapters.zero_shot(model, task)
     _, prediction = adapter.step(params, adapter.init(params), images[0])
-    text = clip.unit(model.encode_text(params, task.token_ids[:, 0]))
-    image = clip.unit(model.encode_image(params, model.normalize(images[0])))
+    text = models.unit(model.encode_text(params, task.token_ids[:, 0]))
+    image = models.unit(model.encode_image(params, model.normalize(images[0])))
     expected = np.exp(params["logit_scale"]) * image @ text.T
     np.testing.assert_allclose(prediction.logits, expected, atol=1e-4)
 
@@ -261,7 +261,7 @@ def test_a_new_task_of_the_same_shape_does_not_recompile(tiny, task, images):
     step = jax.jit(chex.assert_max_traces(adapter.step, n=1))
     state = adapter.init(params)
     _, before = step(params, state, images[0])
-    other = clip.task_from_token_ids(task.token_ids[::-1])
+    other = models.task_from_token_ids(task.token_ids[::-1])
     state = state._replace(context=jax.tree.map(jnp.asarray, model.prompts(other)))
     _, after = step(params, state, images[0])
     np.testing.assert_allclose(after.logits, before.logits[:, ::-1], atol=2e-4)
@@ -326,7 +326,9 @@ def test_streams_map_over_states(tiny, adapter, jitted, images):
 def test_bfloat16_parameters_are_adapted_in_float32(images, task):
     from conftest import GOLDEN
 
-    model, params = clip.load(GOLDEN / "tiny-clip", dtype=jnp.bfloat16, compute_dtype=jnp.bfloat16)
+    model, params = models.load(
+        GOLDEN / "tiny-clip", dtype=jnp.bfloat16, compute_dtype=jnp.bfloat16
+    )
     adapter = adapters.batclip(model, task)
     state, step = adapter.init(params), jax.jit(adapter.step)
     after, prediction = step(params, state, images[0])

@@ -8,7 +8,7 @@ import pytest
 from conftest import GOLDEN
 from safetensors.numpy import load_file, save_file
 
-from jaxtta import clip
+from jaxtta import models
 
 TINY = GOLDEN / "tiny-clip"
 
@@ -31,7 +31,7 @@ def test_all_formats_give_the_same_parameters(folder, tiny):
     (folder / "model.safetensors").unlink()
 
     (folder / "flax_model.msgpack").write_bytes(flax.serialization.msgpack_serialize(expected))
-    equal(clip.load(folder)[1], expected)
+    equal(models.load(folder)[1], expected)
     (folder / "flax_model.msgpack").unlink()
 
     names = sorted(tensors)
@@ -40,23 +40,23 @@ def test_all_formats_give_the_same_parameters(folder, tiny):
         save_file({name: tensors[name] for name in part}, folder / file)
     index = {"weight_map": {name: file for file, part in shards.items() for name in part}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    equal(clip.load(folder)[1], expected)
+    equal(models.load(folder)[1], expected)
 
 
 def test_save_and_load_round_trip(tiny, tmp_path, embedded):
     model, params = tiny
-    clip.save(tmp_path / "tiny", model, params)
-    again, loaded = clip.load(tmp_path / "tiny")
+    models.save(tmp_path / "tiny", model, params)
+    again, loaded = models.load(tmp_path / "tiny")
     equal(loaded, params)
     assert again.vision == model.vision
     assert again.text == model.text
     model, params = embedded
-    clip.save(tmp_path / "embedded", model, params)
-    again, _ = clip.load(tmp_path / "embedded")
+    models.save(tmp_path / "embedded", model, params)
+    again, _ = models.load(tmp_path / "embedded")
     assert again.preprocessing == model.preprocessing
-    task = clip.zero_shot_task(again, ["cat", "dog"])
+    task = models.zero_shot_task(again, ["cat", "dog"])
     np.testing.assert_array_equal(
-        task.token_ids, clip.zero_shot_task(model, ["cat", "dog"]).token_ids
+        task.token_ids, models.zero_shot_task(model, ["cat", "dog"]).token_ids
     )
 
 
@@ -67,7 +67,7 @@ def test_parameters_of_init_are_those_of_a_checkpoint(tiny):
 
 
 def test_dtype(folder):
-    _, params = clip.load(folder, dtype="bfloat16")
+    _, params = models.load(folder, dtype="bfloat16")
     assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"bfloat16"}
 
 
@@ -79,7 +79,7 @@ def test_missing_and_misshapen_parameters_are_named(folder):
     tensors["head.weight"] = np.zeros(3, np.float32)
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(ValueError, match=r"text_projection/kernel is missing") as error:
-        clip.load(folder)
+        models.load(folder)
     assert "vision_model/post_layernorm/scale has shape (5,), expected (32,)" in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -90,7 +90,7 @@ def test_unused_parameters_are_named(folder):
     tensors["text_model.embeddings.position_ids"] = np.arange(16)[None]
     save_file(tensors, folder / "model.safetensors")
     with pytest.warns(UserWarning, match=r"not used: head/weight$"):
-        clip.load(folder)
+        models.load(folder)
 
 
 def spoil_pickle(folder):
@@ -157,14 +157,14 @@ def edit_config(**changes):
 def test_bad_checkpoints_are_refused_in_one_sentence(folder, spoil, error, message):
     spoil(folder)
     with pytest.raises(error, match=message) as caught:
-        clip.load(folder)
+        models.load(folder)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("path", ["no/such/folder", "nobody/nothing"])
 def test_missing_paths_are_refused(path):
     with pytest.raises(FileNotFoundError, match=r"is neither a folder here nor a model"):
-        clip.load(path)
+        models.load(path)
 
 
 def test_hub_models_are_fetched_file_by_file(monkeypatch, tiny, folder):
@@ -182,7 +182,7 @@ def test_hub_models_are_fetched_file_by_file(monkeypatch, tiny, folder):
         raise error
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    _, params = clip.load("somebody/tiny-clip")
+    _, params = models.load("somebody/tiny-clip")
     equal(params, tiny[1])
     assert "model.safetensors" in asked
     assert not any(name.endswith((".bin", ".msgpack")) for name in asked)
@@ -198,22 +198,22 @@ def test_a_cached_hub_model_loads_without_network(monkeypatch, tiny, folder, tmp
     shutil.copytree(folder, cache / "snapshots" / "abc")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache.parent))
     with pytest.raises(FileNotFoundError, match="is neither a folder here nor a model"):
-        clip.load("somebody/tiny-clip")  # nobody knows whether it has a tokenizer
+        models.load("somebody/tiny-clip")  # nobody knows whether it has a tokenizer
     (cache / ".no_exist" / "abc").mkdir(parents=True)
-    for name in ("preprocessor_config.json", *clip.checkpoint.TOKENIZER_FILES):
+    for name in ("preprocessor_config.json", *models.checkpoint.TOKENIZER_FILES):
         (cache / ".no_exist" / "abc" / name).touch()
-    equal(clip.load("somebody/tiny-clip")[1], tiny[1])
+    equal(models.load("somebody/tiny-clip")[1], tiny[1])
 
 
 def test_saving_over_the_models_own_folder(embedded, tmp_path):
-    clip.save(tmp_path, *embedded)
-    model, params = clip.load(tmp_path)
-    clip.save(tmp_path, model, jax.tree.map(lambda x: 2 * x, params))
-    again, doubled = clip.load(tmp_path)
+    models.save(tmp_path, *embedded)
+    model, params = models.load(tmp_path)
+    models.save(tmp_path, model, jax.tree.map(lambda x: 2 * x, params))
+    again, doubled = models.load(tmp_path)
     equal(doubled, jax.tree.map(lambda x: 2 * x, params))
-    assert clip.zero_shot_task(again, ["cat", "dog"]).classes == 2
+    assert models.zero_shot_task(again, ["cat", "dog"]).classes == 2
 
 
 def test_missing_tokenizer_is_one_sentence(tiny):
     with pytest.raises(FileNotFoundError, match=r"has no tokenizer"):
-        clip.zero_shot_task(tiny[0], ["cat", "dog"])
+        models.zero_shot_task(tiny[0], ["cat", "dog"])

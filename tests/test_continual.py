@@ -80,7 +80,7 @@ def test_losses_are_the_published_ones(reference, dtype, bound):
     with jax.enable_x64(dtype == "float64"):
 
         def unit(name):
-            return jaxtta.clip.unit(jnp.asarray(reference[name], dtype))
+            return jaxtta.models.unit(jnp.asarray(reference[name], dtype))
 
         scale, smoothing = meta["logit_scale"], meta["label_smoothing"]
         student = scale * unit("image_embeds") @ unit("text_embeds").T
@@ -309,7 +309,7 @@ def test_steps_orthogonal_to_the_outputs_leave_them():
 def lesson(tiny):
     """Pictures of a task and reference pairs, with what the model makes of them before."""
     model, params = tiny
-    task = jaxtta.clip.task_from_token_ids(golden("batclip_adamw")["token_ids"])
+    task = jaxtta.models.task_from_token_ids(golden("batclip_adamw")["token_ids"])
     images = pictures_of(model, golden("batclip_adamw")["images"]).astype(np.float32)
     classes = model.class_embeddings(params, model.prompts(task))
     examples = continual.Examples(images[0], jnp.arange(len(images[0])) % len(classes), classes)
@@ -319,8 +319,8 @@ def lesson(tiny):
         images[1][:6],
         captions,
         labels,
-        jaxtta.clip.unit(model.encode_image(params, model.normalize(images[1][:6]))),
-        jaxtta.clip.unit(model.encode_text(params, captions)),
+        jaxtta.models.unit(model.encode_image(params, model.normalize(images[1][:6]))),
+        jaxtta.models.unit(model.encode_text(params, captions)),
     )
     return examples, pairs
 

@@ -15,8 +15,8 @@ import jaxtta
 from jaxtta import assets, data
 from jaxtta.data.memory import Arrays, InMemory, Part, every
 from jaxtta.data.tasks import in_memory
+from jaxtta.evaluate.continual import FIGURES, alignment, read
 from jaxtta.optim import orthogonal_to
-from jaxtta.sweep.continual import FIGURES, alignment, read
 
 SMALL = [
     *("--iterations", "2", "--batch-size", "8", "--reference-pictures", "24"),

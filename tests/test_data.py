@@ -3,8 +3,8 @@ import pytest
 from PIL import Image
 
 from jaxtta import data
-from jaxtta.clip.preprocess import Preprocessing
 from jaxtta.data.corruptions import picture_seed
+from jaxtta.models.preprocess import Preprocessing
 
 PREPROCESS = Preprocessing(32, 32, (32, 32))
 

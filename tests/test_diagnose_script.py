@@ -16,7 +16,8 @@ from safetensors.numpy import load_file, save_file
 
 import jaxtta
 from jaxtta import assets, data, diagnose, metrics
-from jaxtta.sweep import diagnosis, figures
+from jaxtta.evaluate import figures
+from jaxtta.report import diagnosis
 
 SCRIPT = "diagnose_model.py"
 QUICK = ("--workers", "0", "--batch-size", "20", "--limit", "40")
@@ -34,7 +35,7 @@ def saved(folder, embedded, change):
     params = jax.tree_util.tree_map_with_path(
         lambda path, leaf: np.asarray(change(path[0].key, leaf)), params
     )
-    jaxtta.clip.save(folder, model, params)
+    jaxtta.models.save(folder, model, params)
     return folder
 
 
@@ -47,11 +48,11 @@ def features_of(model, params, corruption, folder=assets.PICTURES):
     numbers = stream.items[:, 1]
     images = np.stack([source.read(stream.segments[0], n, 1) for n in numbers.tolist()])
     features = model.encode_image(params, model.normalize(images))
-    return np.asarray(jaxtta.clip.unit(features)), source.labels[numbers]
+    return np.asarray(jaxtta.models.unit(features)), source.labels[numbers]
 
 
 def head_of(model, params, names):
-    prompts = model.prompts(jaxtta.clip.zero_shot_task(model, names))
+    prompts = model.prompts(jaxtta.models.zero_shot_task(model, names))
     return model.class_embeddings(params, prompts)
 
 
@@ -123,7 +124,7 @@ def test_figures_are_those_of_direct_calls(run_script, tmp_path, embedded):
     robust = diagnose.effective_robustness(*np.transpose(accuracies), line)
     np.testing.assert_allclose([*found["robustness"]["values"].values()], robust)
     (pair,) = found["pairs"]
-    rows, _ = features_of(*jaxtta.clip.load(noisy), "clean")
+    rows, _ = features_of(*jaxtta.models.load(noisy), "clean")
     assert pair["cka"] == pytest.approx(diagnose.linear_cka(clean, rows), rel=1e-4)
     first, second = (set(m["encoded"]) for m in (mine, other))
     assert set(pair["shared"]) == first & second
@@ -161,8 +162,8 @@ def test_field_without_labels(run_script, tmp_path, field, embedded):
     assert (found["field"]["pictures"], found["reference"]["pictures"]) == (20, 40)
     pictures = [jaxtta.data.open_picture(f) for f in sorted((field / "flat").iterdir())[:20]]
     images = model.normalize(model.preprocess(pictures))
-    rows = np.asarray(jaxtta.clip.unit(model.encode_image(params, images)))
-    task = jaxtta.clip.zero_shot_task(model, ["cat", "dog", "ship"])
+    rows = np.asarray(jaxtta.models.unit(model.encode_image(params, images)))
+    task = jaxtta.models.zero_shot_task(model, ["cat", "dog", "ship"])
     logits = model.forward(params, model.prompts(task), model.preprocess(pictures)).logits
     answers = np.bincount(logits.argmax(-1), minlength=3) / 20
     assert found["field"]["predicted"] == pytest.approx(answers.tolist())

@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from jaxtta import assets, data
-from jaxtta.clip.preprocess import Preprocessing
 from jaxtta.data import tasks
+from jaxtta.models.preprocess import Preprocessing
 
 PREPROCESS = Preprocessing(32, 32, (32, 32))
 PREPARED = Path(__file__).parent / "data"

@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 from transformers import CLIPConfig, ViTConfig
 
 import jaxtta
-from jaxtta import clip, losses, optim
+from jaxtta import losses, models, optim
 from jaxtta.objectives import MGTTAContext
 
 
@@ -24,7 +24,7 @@ def reference():
 
 @pytest.fixture(scope="module")
 def task(reference):
-    return clip.task_from_token_ids(reference["token_ids"])
+    return models.task_from_token_ids(reference["token_ids"])
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def phi(reference):
 def statistics(tiny, reference):
     model, params = tiny
     pictures = pictures_of(model, reference["source_images"]).astype(np.float32)
-    return clip.feature_statistics(model, params, [pictures])
+    return models.feature_statistics(model, params, [pictures])
 
 
 def test_equal_to_the_published_run(tiny, reference, task, phi, statistics):
@@ -64,11 +64,11 @@ def test_statistics_do_not_depend_on_the_division(sizes, seed):
     hypothesis.assume(sum(sizes) > 1)
     features = 3 + np.random.default_rng(seed).normal(size=(sum(sizes), 2, 3)).astype(np.float32)
     parts = np.split(features, np.cumsum(sizes)[:-1])
-    merged = clip.FeatureStatistics(jnp.zeros(()), jnp.zeros((2, 3)), jnp.zeros((2, 3)))
+    merged = models.FeatureStatistics(jnp.zeros(()), jnp.zeros((2, 3)), jnp.zeros((2, 3)))
     for part in parts:
         padded = np.concatenate([part, np.full((2, 2, 3), np.nan, np.float32)])
         mask = np.arange(len(padded)) < len(part)
-        merged = clip.merge_statistics(merged, clip.statistics_of(padded, mask))
+        merged = models.merge_statistics(merged, models.statistics_of(padded, mask))
     assert merged.count == len(features)
     np.testing.assert_allclose(merged.mean, features.mean(0), atol=1e-5)
     np.testing.assert_allclose(merged.std, features.std(0, ddof=1), atol=1e-5)
@@ -82,24 +82,24 @@ def test_statistics_of_a_stream_are_those_of_its_pictures(tiny, reference, stati
         jaxtta.Batch(pictures[:25], np.ones(25, bool), np.arange(25)),
         jaxtta.Batch(np.concatenate([pictures[25:], padding[:]]), np.arange(18) < 15, None),
     ]
-    found = clip.feature_statistics(model, params, batches)
+    found = models.feature_statistics(model, params, batches)
     assert found.count == len(pictures)
     np.testing.assert_allclose(found.mean, statistics.mean, atol=1e-5)
     np.testing.assert_allclose(found.std, statistics.std, atol=1e-5)
-    clip.save_statistics(tmp_path / "source.safetensors", found, {"weights": "abc"})
-    loaded, about = clip.load_statistics(tmp_path / "source.safetensors")
+    models.save_statistics(tmp_path / "source.safetensors", found, {"weights": "abc"})
+    loaded, about = models.load_statistics(tmp_path / "source.safetensors")
     assert about == {"weights": "abc"}
     for x, y in zip(loaded, found, strict=True):
         np.testing.assert_array_equal(x, y)
     with pytest.raises(ValueError, match="source statistics of 1 pictures, expected at least two"):
-        clip.feature_statistics(model, params, [pictures[:1]])
+        models.feature_statistics(model, params, [pictures[:1]])
     with pytest.raises(FileNotFoundError, match="nothing: no such file"):
-        clip.load_statistics(tmp_path / "nothing")
+        models.load_statistics(tmp_path / "nothing")
     (tmp_path / "odd").write_text("odd")
     with pytest.raises(ValueError, match="odd: "):
-        clip.load_statistics(tmp_path / "odd")
+        models.load_statistics(tmp_path / "odd")
     with pytest.raises(ValueError, match="source statistics that are not finite"):
-        clip.feature_statistics(model, params, [np.full_like(pictures[:2], np.nan)])
+        models.feature_statistics(model, params, [np.full_like(pictures[:2], np.nan)])
     array = np.zeros((3, 32), np.float32)
     for arrays, message in (
         ({"query": array}, "odd: holds query and no feature statistics"),
@@ -118,7 +118,7 @@ def test_statistics_of_a_stream_are_those_of_its_pictures(tiny, reference, stati
     ):
         save_file(arrays, tmp_path / "odd")
         with pytest.raises(ValueError, match=message):
-            clip.load_statistics(tmp_path / "odd")
+            models.load_statistics(tmp_path / "odd")
 
 
 def test_statistics_gathered_by_eight_devices(tiny, reference, statistics):
@@ -131,9 +131,9 @@ def test_statistics_gathered_by_eight_devices(tiny, reference, statistics):
     assert rows.mesh.size == 8
     assert len(pictures) >= 40
     parts = [jax.device_put(jnp.asarray(pictures[i : i + 8]), rows) for i in range(0, 32, 8)]
-    one = clip.feature_statistics(model, params, parts[:2])
-    other = clip.feature_statistics(model, params, [*parts[2:], pictures[32:]])
-    for found in (clip.merge_statistics(one, other), clip.merge_statistics(other, one)):
+    one = models.feature_statistics(model, params, parts[:2])
+    other = models.feature_statistics(model, params, [*parts[2:], pictures[32:]])
+    for found in (models.merge_statistics(one, other), models.merge_statistics(other, one)):
         assert found.count == len(pictures)
         np.testing.assert_allclose(found.mean, statistics.mean, atol=1e-5)
         np.testing.assert_allclose(found.std, statistics.std, atol=1e-5)
@@ -141,7 +141,7 @@ def test_statistics_gathered_by_eight_devices(tiny, reference, statistics):
 
 def test_statistics_of_another_model_are_refused(tiny, task, phi):
     model, params = tiny
-    other = clip.FeatureStatistics(jnp.array(5.0), jnp.zeros((2, 32)), jnp.ones((2, 32)))
+    other = models.FeatureStatistics(jnp.array(5.0), jnp.zeros((2, 32)), jnp.ones((2, 32)))
     optimizer = optim.meta_gradient_generator(phi, 1e-3)
     message = r"source statistics of shape \(2, 32\), expected \(3, 32\) for this model"
     with pytest.raises(ValueError, match=message):
@@ -244,13 +244,13 @@ def classifier():
         patch_size=8,
         num_labels=5,
     )
-    model = clip.classifier_from_config(config)
+    model = models.classifier_from_config(config)
     return config, model, model.init(jax.random.key(0))
 
 
 def test_a_supervised_classifier_in_clips_place(classifier, phi, images):
     _, model, params = classifier
-    statistics = clip.feature_statistics(model, params, [images[3]])
+    statistics = models.feature_statistics(model, params, [images[3]])
     optimizer = optim.meta_gradient_generator(phi, 1e-3)
     adapter = jaxtta.adapters.mgtta(model, None, statistics, optimizer)
     state, step = adapter.init(params), jax.jit(adapter.step)
@@ -300,12 +300,12 @@ def test_a_classifier_is_loaded_under_both_of_transformers_names(
         tensors[name] = np.ascontiguousarray(array)
     tensors["vit.embeddings.patch_embeddings.projection.bias"] = np.zeros(32, np.float32)
     save_file(tensors, tmp_path / "model.safetensors")
-    loaded, again = clip.load_classifier(tmp_path)
+    loaded, again = models.load_classifier(tmp_path)
     assert loaded == model
     expected = model.forward(params, None, images[0]).logits
     np.testing.assert_allclose(loaded.forward(again, None, images[0]).logits, expected, atol=1e-5)
     with pytest.raises(ValueError, match="model_type is 'vit', expected 'clip'"):
-        clip.load(tmp_path)
+        models.load(tmp_path)
 
 
 def test_a_gradient_that_is_nan_leaves_the_memory_unharmed(tiny, task, statistics, phi, images):
@@ -350,7 +350,7 @@ def test_the_state_on_a_full_size_model_is_small():
     config = CLIPConfig(
         vision_config=vision | {"num_attention_heads": 12, "image_size": 224, "patch_size": 16}
     )
-    model = clip.from_config(config)
+    model = models.from_config(config)
     params = jax.eval_shape(model.init, jax.random.key(0))
     adapted, _ = jaxtta.tree.partition(params, jaxtta.tree.normalisation_parameters("image"))
     weights = optim.init_meta_gradient_generator(jax.random.key(0))
@@ -361,8 +361,8 @@ def test_the_state_on_a_full_size_model_is_small():
 
 def test_the_shipped_generator_is_the_preset(embedded):
     model, params = embedded
-    task = clip.zero_shot_task(model, ["cat", "dog", "ship"])
-    statistics, _ = clip.load_statistics(jaxtta.assets.STATISTICS)
+    task = models.zero_shot_task(model, ["cat", "dog", "ship"])
+    statistics, _ = models.load_statistics(jaxtta.assets.STATISTICS)
     adapter = jaxtta.adapters.mgtta(model, task, statistics)
     state = adapter.init(params)
     images = jax.random.uniform(jax.random.key(0), (4, 32, 32, 3))

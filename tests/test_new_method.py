@@ -24,7 +24,7 @@ def diversity(model, weight=1.0):
 
 def test_a_new_method_is_one_objective(tiny):
     model, params = tiny
-    prompts = model.prompts(jaxtta.clip.task_from_token_ids(golden("clip_forward")["token_ids"]))
+    prompts = model.prompts(jaxtta.models.task_from_token_ids(golden("clip_forward")["token_ids"]))
     adapter = jaxtta.adapters.online(
         diversity(model),
         context=lambda params: model.class_embeddings(params, prompts),
@@ -48,7 +48,7 @@ class Linear:
         features = images.astype(jnp.float32).reshape(len(images), -1) / 255
         features = features * params["norm"]["scale"]
         logits = features @ classes
-        return jaxtta.clip.Outputs(logits, features, classes.T, features[:, None])
+        return jaxtta.models.Outputs(logits, features, classes.T, features[:, None])
 
 
 def test_another_classifier_takes_clips_place():

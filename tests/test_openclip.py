@@ -14,9 +14,9 @@ from flax.traverse_util import flatten_dict
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from jaxtta import adapters, clip, objectives, sweep, tree
-from jaxtta.clip import openclip
-from jaxtta.clip.resnet import ResNet
+from jaxtta import adapters, evaluate, models, objectives, tree
+from jaxtta.models.checkpoints import open_clip as openclip
+from jaxtta.models.resnet import ResNet
 
 NAMES = ("resnet", "vit", "vit_quickgelu")
 WEIGHTS, CONFIG = "open_clip_model.safetensors", "open_clip_config.json"
@@ -28,7 +28,7 @@ def golden_folder(name):
 
 @pytest.fixture(scope="module")
 def resnet():
-    return clip.load(golden_folder("resnet"))
+    return models.load(golden_folder("resnet"))
 
 
 @pytest.fixture(scope="module")
@@ -38,30 +38,30 @@ def reference():
 
 @pytest.fixture(scope="module")
 def task(reference):
-    return clip.task_from_token_ids(reference["token_ids"])
+    return models.task_from_token_ids(reference["token_ids"])
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_embeddings_equal_openclips(name):
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # every parameter has its place
-        model, params = clip.load(golden_folder(name))
+        model, params = models.load(golden_folder(name))
     expected = golden(f"openclip_{name}")
     images = jax.jit(model.encode_image)(params, expected["images"])
     assert relative(images, expected["image_embeds"]) <= 1e-5
     text = jax.jit(model.encode_text)(params, expected["token_ids"])
     assert relative(text, expected["text_embeds"]) <= 1e-5
-    prompts = model.prompts(clip.task_from_token_ids(expected["token_ids"]))
+    prompts = model.prompts(models.task_from_token_ids(expected["token_ids"]))
     packed = jax.jit(model.class_embeddings)(params, prompts)
-    assert relative(packed, clip.unit(expected["text_embeds"])) <= 1e-5
+    assert relative(packed, models.unit(expected["text_embeds"])) <= 1e-5
     fresh = jax.eval_shape(model.init, jax.random.key(0))
     assert jax.tree.map(np.shape, fresh) == jax.tree.map(np.shape, params)
 
 
 def test_batclip_on_the_resnet_equals_openclips(resnet, reference, task):
     model, params = resnet
-    setup = sweep.Setup("cifar10-c", adapters.Tuning(), sweep.MGTTA())
-    adapter = sweep.make_adapter("batclip", model, task, setup)
+    setup = evaluate.Setup("cifar10-c", adapters.Tuning(), evaluate.MGTTA())
+    adapter = evaluate.make_adapter("batclip", model, task, setup)
     state, step = adapter.init(params), jax.jit(adapter.step)
     for t, images in enumerate(pictures_of(model, reference["batclip_images"])):
         state, prediction = step(params, state, images)
@@ -111,7 +111,7 @@ def test_a_step_of_tent_on_the_resnet_is_the_entropys_gradient(resnet, reference
     def entropy(adapted):
         merged = tree.merge(params, adapted)
         embeddings = model.encode_image(merged, model.normalize(images))
-        logits = jnp.exp(params["logit_scale"]) * clip.unit(embeddings) @ start.context.T
+        logits = jnp.exp(params["logit_scale"]) * models.unit(embeddings) @ start.context.T
         return -(jax.nn.softmax(logits) * jax.nn.log_softmax(logits)).sum(1).mean()
 
     value, gradients = jax.jit(jax.value_and_grad(entropy))(chosen)
@@ -184,17 +184,17 @@ def test_what_the_resnet_keeps_of_its_layers(resnet, reference):
     ]
     assert out.layer_features is None
     with pytest.raises(ValueError, match="are those of a vision transformer, not of a ResNet"):
-        clip.feature_statistics(model, params, [pictures_of(model, reference["images"])])
+        models.feature_statistics(model, params, [pictures_of(model, reference["images"])])
 
 
 def test_bfloat16_and_recomputation_stay_close(resnet, reference, task):
     model, params = resnet
     images = reference["images"]
-    half, _ = clip.load(golden_folder("resnet"), compute_dtype="bfloat16")
+    half, _ = models.load(golden_folder("resnet"), compute_dtype="bfloat16")
     out = jax.jit(half.encode_image)(params, images)
     assert out.dtype == np.float32
     assert 1e-5 < relative(out, reference["image_embeds"]) < 0.05
-    again, _ = clip.load(golden_folder("resnet"), remat=True)
+    again, _ = models.load(golden_folder("resnet"), remat=True)
 
     def gradient(model):
         return jax.jit(jax.grad(lambda p: (model.encode_image(p, images) ** 2).sum()))(params)
@@ -204,20 +204,20 @@ def test_bfloat16_and_recomputation_stay_close(resnet, reference, task):
 
 
 def test_a_vit_has_the_tree_of_a_transformers_checkpoint(tmp_path):
-    model, params = clip.load(golden_folder("vit"))
-    clip.save(tmp_path, model, params)
-    again, loaded = clip.load(tmp_path)
+    model, params = models.load(golden_folder("vit"))
+    models.save(tmp_path, model, params)
+    again, loaded = models.load(tmp_path)
     assert (again.vision, again.text, again.eos_token_id) == (model.vision, model.text, 2)
     assert jax.tree.all(jax.tree.map(np.array_equal, loaded, params))
     shutil.copytree(golden_folder("resnet"), tmp_path, dirs_exist_ok=True)
-    assert clip.load(tmp_path)[0].vision == model.vision  # where both are, transformers' is read
+    assert models.load(tmp_path)[0].vision == model.vision  # where both are, transformers' is read
     (tmp_path / "model.safetensors").unlink()
-    assert isinstance(clip.load(tmp_path)[0].vision, ResNet)  # whatever the other config says
+    assert isinstance(models.load(tmp_path)[0].vision, ResNet)  # whatever the other config says
 
 
 def test_a_resnet_is_no_transformers_checkpoint(resnet, tmp_path):
     with pytest.raises(ValueError, match="a ResNet image tower cannot be saved"):
-        clip.save(tmp_path / "new", *resnet)
+        models.save(tmp_path / "new", *resnet)
     assert not (tmp_path / "new").exists()
 
 
@@ -337,9 +337,9 @@ def write_config(folder, config):
 def test_full_size_models_load_and_run(config, tmp_path):
     write_config(tmp_path, config)
     save_file(dict(random_weights(all_shapes(config))), tmp_path / WEIGHTS)
-    model, params = clip.load(tmp_path)
+    model, params = models.load(tmp_path)
     (tmp_path / WEIGHTS).unlink()  # a third of a gigabyte
-    task = clip.task_from_token_ids([[49406, 320, 49407, 0], [49406, 49407, 0, 0]])
+    task = models.task_from_token_ids([[49406, 320, 49407, 0], [49406, 49407, 0, 0]])
     pictures = model.preprocess([Image.effect_mandelbrot((300, 260), (-3, -2.5, 2, 2.5), 100)])
     out = jax.jit(model.forward)(params, model.prompts(task), pictures)
     assert out.image_embeddings.shape == (1, config["model_cfg"]["embed_dim"])
@@ -375,7 +375,7 @@ def with_preprocessing(folder, **settings):
 
 
 def test_preprocessing(tmp_path):
-    default = clip.load(golden_folder("vit"))[0].preprocessing
+    default = models.load(golden_folder("vit"))[0].preprocessing
     assert default == with_preprocessing(tmp_path)
     assert default == with_preprocessing(tmp_path, size=[32, 32], mode="RGB", interpolation=None)
     assert (default.resize, default.crop, default.resample) == (32, (32, 32), 3)
@@ -477,7 +477,7 @@ RESNET = {"image_size": 64, "layers": [1, 1, 1, 1], "width": 16}
 def test_bad_checkpoints_are_refused_in_one_sentence(folder, spoil, error, message):
     spoil(folder)
     with pytest.raises(error, match=message) as caught:
-        clip.load(folder)
+        models.load(folder)
     assert str(folder) in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -485,7 +485,7 @@ def test_bad_checkpoints_are_refused_in_one_sentence(folder, spoil, error, messa
 def test_unused_parameters_are_named(folder):
     edit_weights(head__weight=np.zeros(3, np.float32))(folder)
     with pytest.warns(UserWarning, match=r"not used: head/kernel$"):
-        clip.load(folder)
+        models.load(folder)
 
 
 @pytest.mark.parametrize("beside", ["nothing", "timm's files", "transformers' config"])
@@ -508,7 +508,7 @@ def test_a_hub_model_of_openclip_is_fetched_file_by_file(monkeypatch, folder, be
         raise error
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    model, _ = clip.load("somebody/openclip-vit")
+    model, _ = models.load("somebody/openclip-vit")
     assert model.source == str(folder)
     assert {CONFIG, WEIGHTS} <= set(asked)
     assert not any(name.endswith(".bin") for name in asked)

@@ -9,7 +9,7 @@ import optax
 import pytest
 from conftest import relative
 
-from jaxtta import adapters, clip, data, sweep
+from jaxtta import adapters, data, evaluate, models, report
 
 pytestmark = pytest.mark.parity
 
@@ -48,7 +48,7 @@ def test_full_size_embeddings_equal_transformers(tmp_path, size):
         )
     ).eval()
     theirs.save_pretrained(tmp_path)
-    model, params = clip.load(tmp_path)
+    model, params = models.load(tmp_path)
     rng = np.random.default_rng(0)
     pixels = rng.normal(size=(2, 224, 224, 3)).astype(np.float32)
     ids = rng.integers(0, 49000, (4, 77))
@@ -63,7 +63,7 @@ def test_full_size_embeddings_equal_transformers(tmp_path, size):
         texts = embeddings(theirs.get_text_features(torch.tensor(ids)))
     assert relative(jax.jit(model.encode_image)(params, pixels), images) < 1e-4
     assert relative(jax.jit(model.encode_text)(params, ids), texts) < 1e-4
-    packed = jax.jit(model.class_embeddings)(params, model.prompts(clip.task_from_token_ids(ids)))
+    packed = jax.jit(model.class_embeddings)(params, model.prompts(models.task_from_token_ids(ids)))
     assert relative(packed, texts / np.linalg.norm(texts, axis=-1, keepdims=True)) < 1e-4
 
 
@@ -84,7 +84,7 @@ def test_a_supervised_classifier_equals_transformers(tmp_path, size):
         for parameter in theirs.parameters():
             parameter += 0.02 * torch.randn_like(parameter)
     theirs.save_pretrained(tmp_path)
-    model, params = clip.load_classifier(tmp_path)
+    model, params = models.load_classifier(tmp_path)
     side = config.image_size
     images = np.random.default_rng(0).random((3, side, side, 3)).astype(np.float32)
     pixels = torch.tensor(((images - 0.5) / 0.5).transpose(0, 3, 1, 2))
@@ -110,26 +110,26 @@ def test_accuracies_equal_the_reference(shared, tmp_path):
     with zipfile.ZipFile(shared / "data/cifar10-c-severity5.zip") as archive:
         archive.extractall(tmp_path)
     folder = tmp_path / "cifar10-c-severity5/test"
-    model, params = clip.load(shared / "weights/tiny-clip-cifar10")
+    model, params = models.load(shared / "weights/tiny-clip-cifar10")
     names = data.CIFAR10_CLASSES
     source = data.corrupted_arrays(folder, model.preprocessing, names)
-    task = clip.zero_shot_task(model, names)
+    task = models.zero_shot_task(model, names)
     streams = data.make_streams(
         "reset_each_shift", tuple(expected), (0,), source.labels, order="stored"
     )
-    cells = sweep.run(
+    cells = evaluate.run(
         {
             "zero_shot": adapters.zero_shot(model, task),
             "batclip": adapters.batclip(model, task, optax.adamw(1e-3, weight_decay=1e-2)),
         },
         params,
         data.Batches(source, tuple(streams), 100),
-        sweep.Results(tmp_path / "results", {}),
+        evaluate.Results(tmp_path / "results", {}),
         workers=0,
         progress=False,
     )
     ours = {(cell["adapter"], cell["stream"]): 100 * cell["segments"][0]["top1"] for cell in cells}
-    print(sweep.table(cells))
+    print(report.table(cells))
     for corruption, (zero_shot, _) in expected.items():
         assert ours["zero_shot", corruption] == pytest.approx(zero_shot, abs=0.3), corruption
     common = [name for name in expected if name != "clean"]

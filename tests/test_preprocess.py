@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxtta.clip.preprocess import Preprocessing, read_preprocessing
+from jaxtta.models.preprocess import Preprocessing, read_preprocessing
 
 
 def picture(width, height, seed=0):

@@ -13,9 +13,10 @@ import pytest
 
 from jaxtta.adapters import Prediction
 from jaxtta.data.streams import Batches, make_streams
+from jaxtta.evaluate.record import Record, gain
 from jaxtta.metrics import ALEXNET_ERRORS
-from jaxtta.sweep import page, plots, report
-from jaxtta.sweep.record import Record, gain
+from jaxtta.report import html as page
+from jaxtta.report import plots, report
 
 CLASSES = 4
 LABELS = np.arange(120) % CLASSES

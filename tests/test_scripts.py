@@ -14,7 +14,7 @@ from conftest import EXPERIMENTS, GOLDEN
 from PIL import Image
 
 import jaxtta
-from jaxtta import assets, sweep
+from jaxtta import assets, evaluate, io, report
 
 QUICK = ("--workers", "0", "--limit", "20", "--batch-size", "10", "--corruptions", "fog", "clean")
 
@@ -127,12 +127,12 @@ def test_two_layouts_of_the_same_pictures_give_the_same_predictions(run_script, 
 
 def test_a_step_with_a_nan_loss_is_skipped_counted_and_named(run_script, tmp_path, monkeypatch):
     """A model whose weights overflow on some pictures: the run goes on and says which steps."""
-    real = jaxtta.clip.CLIP.normalize
+    real = jaxtta.models.CLIP.normalize
 
     def normalize(self, images):  # NaN where a picture is black
         return jnp.where((images == 0).all((1, 2, 3), keepdims=True), jnp.nan, real(self, images))
 
-    monkeypatch.setattr(jaxtta.clip.CLIP, "normalize", normalize)
+    monkeypatch.setattr(jaxtta.models.CLIP, "normalize", normalize)
     (tmp_path / "arrays").mkdir()
     pictures = np.full((6, 32, 32, 3), 100, np.uint8)
     pictures[3] = 0
@@ -219,8 +219,8 @@ def test_a_small_clip_is_trained_and_loads(run_script, tmp_path):
     code, out, _ = run_script(*options)
     assert code == 0
     assert "test accuracy" in out
-    model, params = jaxtta.clip.load(tmp_path / "model")
-    adapter = jaxtta.adapters.zero_shot(model, jaxtta.clip.zero_shot_task(model, ["cat", "dog"]))
+    model, params = jaxtta.models.load(tmp_path / "model")
+    adapter = jaxtta.adapters.zero_shot(model, jaxtta.models.zero_shot_task(model, ["cat", "dog"]))
     pictures = [Image.open(f) for f in sorted((assets.PICTURES / "cat").iterdir())[:2]]
     _, prediction = adapter.step(params, adapter.init(params), model.preprocess(pictures))
     assert prediction.logits.shape == (2, 2)
@@ -247,8 +247,8 @@ def test_natural_shifts_end_to_end(run_script, tmp_path, monkeypatch):
     ]
     drawn = []
     monkeypatch.setattr(
-        "jaxtta.sweep.finish.draw_examples",
-        lambda examples: (drawn.extend(examples), sweep.draw_examples(examples))[1],
+        "jaxtta.report.outputs.draw_examples",
+        lambda examples: (drawn.extend(examples), report.draw_examples(examples))[1],
     )
     code, out, _ = run_script("natural_shifts.py", *options, "--save-examples", "3")
     assert code == 0
@@ -331,10 +331,10 @@ def test_a_generator_is_trained_and_a_killed_run_goes_on(run_script, short, tmp_
     assert f"epoch {record['chosen_epoch']} of 2, chosen by accuracy" in out
     phi, about = jaxtta.optim.load_phi(whole / "phi.safetensors")
     assert (jaxtta.optim.check_phi(phi), about["epoch"]) == (2, record["chosen_epoch"])
-    assert jaxtta.clip.load_statistics(whole / "statistics.safetensors")[0].count == 6
+    assert jaxtta.models.load_statistics(whole / "statistics.safetensors")[0].count == 6
     assert Image.open(whole / "training.png").size[0] > 500
     # killed in the second epoch, between weights and checkpoint; then the same command again
-    before, calls = sweep.checkpoint._manager, []
+    before, calls = evaluate.checkpoint._manager, []
 
     def stop(folder):
         calls.append(folder)
@@ -344,7 +344,7 @@ def test_a_generator_is_trained_and_a_killed_run_goes_on(run_script, short, tmp_
 
     options += ["--epochs", "2", "--output", parts]
     with monkeypatch.context() as patch:
-        patch.setattr(sweep.checkpoint, "_manager", stop)
+        patch.setattr(evaluate.checkpoint, "_manager", stop)
         assert run_script("pretrain_mgg.py", *options)[0] == 130
     assert run_script("pretrain_mgg.py", *options)[0] == 0
     for file in ("phi.safetensors", "statistics.safetensors"):
@@ -392,10 +392,10 @@ def test_a_generator_for_both_towers_through_several_updates(run_script, short, 
 
 
 def test_files_of_another_model(run_script, tmp_path, caplog):
-    statistics, _ = jaxtta.clip.load_statistics(assets.STATISTICS)
+    statistics, _ = jaxtta.models.load_statistics(assets.STATISTICS)
     phi, _ = jaxtta.optim.load_phi(assets.PHI)
     about = {"weights": "of another model"}
-    jaxtta.clip.save_statistics(tmp_path / "s", statistics, about)
+    jaxtta.models.save_statistics(tmp_path / "s", statistics, about)
     jaxtta.optim.save_phi(tmp_path / "p", phi, about)
     run = ["corruption_sweep.py", *QUICK, "--adapters", "mgtta", "--output", tmp_path / "a"]
     code, _, err = run_script(*run, "--mgtta.statistics", tmp_path / "s")
@@ -457,9 +457,9 @@ def test_a_stream_without_one_readable_picture_is_an_error(run_script, tmp_path)
 
 def test_json_is_written_whole_or_not_at_all(tmp_path):
     path = tmp_path / "deep" / "row.json"
-    sweep.write_json(path, {"a": 1})
+    io.write_json(path, {"a": 1})
     with pytest.raises(ValueError, match="not JSON compliant"):
-        sweep.write_json(path, {"a": float("nan")})
+        io.write_json(path, {"a": float("nan")})
     assert json.loads(path.read_text()) == {"a": 1}
     assert [p.name for p in path.parent.iterdir()] == ["row.json"]
 

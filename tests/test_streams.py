@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from jaxtta import data
-from jaxtta.clip.preprocess import Preprocessing
 from jaxtta.data import Domain
+from jaxtta.models.preprocess import Preprocessing
 
 PREPROCESS = Preprocessing(32, 32, (32, 32))
 

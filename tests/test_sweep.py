@@ -16,10 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxtta import Adapter, Prediction, data, sweep
-from jaxtta.clip.preprocess import Preprocessing
+from jaxtta import Adapter, Prediction, data, evaluate
+from jaxtta.evaluate.bootstrap import bootstrap, interval
+from jaxtta.models.preprocess import Preprocessing
 from jaxtta.objectives.base import as_batch
-from jaxtta.sweep.statistics import bootstrap, interval
 
 SCRIPT = Path(__file__).parents[1] / "experiments" / "corruption_sweep.py"
 
@@ -83,11 +83,11 @@ def go(folder, source=None, adapters=ADAPTERS, setting="continual", seeds=(1, 2)
         for seed in seeds
         for stream in data.make_streams(setting, ("fog", "haze"), (5,), source.labels, seed=seed)
     ]
-    return sweep.run(
+    return evaluate.run(
         adapters,
         PARAMS,
         data.Batches(source, tuple(streams), 6),
-        sweep.Results(folder, options.pop("settings", {"setting": setting})),
+        evaluate.Results(folder, options.pop("settings", {"setting": setting})),
         setting=setting,
         workers=0,
         progress=False,
@@ -114,7 +114,7 @@ def test_a_cell_says_everything(tmp_path):
             assert segment["unreadable"] == [f"{segment['corruption']}-5 7"]
             low, high = segment["intervals"]["top1"]
             assert low <= segment["top1"] <= high
-            seen, right = sweep.outcomes(segment)
+            seen, right = evaluate.outcomes(segment)
             assert np.flatnonzero(~seen).tolist() == [7]
             assert right.sum() / seen.sum() == pytest.approx(segment["top1"])
             assert np.sum(segment["reliability"]["count"]) == 19
@@ -197,8 +197,8 @@ def test_an_adapter_that_cuts_its_own_views_is_given_the_originals(tmp_path):
     streams = data.make_streams("mixed", ("fog",), (5,), source.labels)
     batches = data.Batches(source, tuple(streams), 6, canvas=8)
     adapters = ADAPTERS | {"reader": Adapter(lambda params, key: {"seen": jnp.zeros(())}, step)}
-    cells = sweep.run(
-        *(adapters, PARAMS, batches, sweep.Results(tmp_path, {})),
+    cells = evaluate.run(
+        *(adapters, PARAMS, batches, evaluate.Results(tmp_path, {})),
         from_originals=("reader",),
         workers=0,
         progress=False,
@@ -207,9 +207,9 @@ def test_an_adapter_that_cuts_its_own_views_is_given_the_originals(tmp_path):
     assert cells[2]["segments"][0]["top1"] == 1
     assert cells[0]["segments"][0]["top1"] < 1
     with pytest.raises(ValueError, match="reader cuts its own views"):
-        sweep.run(
+        evaluate.run(
             *(adapters, PARAMS, data.Batches(source, tuple(streams), 6)),
-            sweep.Results(tmp_path / "b", {}),
+            evaluate.Results(tmp_path / "b", {}),
             from_originals=("reader",),
         )
 
@@ -240,8 +240,8 @@ def test_what_one_adapter_is_set_to_concerns_its_own_cells_only(tmp_path):
         streams = data.make_streams("mixed", ("fog",), (5,), source.labels)
         batches = data.Batches(source, tuple(streams), 6)
         own = {"drift": {"learning_rate": rate}}
-        results = sweep.Results(tmp_path, {"batch_size": 6}, {}, own)
-        return sweep.run(adapters, PARAMS, batches, results, workers=0, progress=False)
+        results = evaluate.Results(tmp_path, {"batch_size": 6}, {}, own)
+        return evaluate.run(adapters, PARAMS, batches, results, workers=0, progress=False)
 
     run(0.1)
     run(0.2, {"zero_shot": ADAPTERS["zero_shot"]})
@@ -272,7 +272,7 @@ def test_a_torn_file_is_computed_again_and_an_edited_one_refused(tmp_path, caplo
 
 
 def test_two_runs_on_one_folder_are_refused(tmp_path):
-    results = sweep.Results(tmp_path, {"setting": "continual"})
+    results = evaluate.Results(tmp_path, {"setting": "continual"})
     with results.claim(), pytest.raises(ValueError, match="another run is writing"):
         go(tmp_path)
     with results.claim((0, 2)), pytest.raises(ValueError, match="another run is writing"):
@@ -322,9 +322,9 @@ def test_a_learning_rate_is_chosen_on_validation_corruptions_only(tmp_path):
         return data.Batches(source, tuple(streams), 6)
 
     rates = (0.1, 0.5, 2.0)
-    choice = sweep.choose_learning_rate(
+    choice = evaluate.choose_learning_rate(
         *("drift", drifting, rates, PARAMS, batches(data.VALIDATION)),
-        *(sweep.Results(tmp_path, {}),),
+        *(evaluate.Results(tmp_path, {}),),
         workers=0,
         progress=False,
     )
@@ -332,9 +332,9 @@ def test_a_learning_rate_is_chosen_on_validation_corruptions_only(tmp_path):
     assert choice.accuracies[choice.rate] == max(choice.accuracies.values())
     assert "speckle_noise" in choice.chosen_on
     with pytest.raises(ValueError, match=r"a learning rate is chosen on speckle_noise.*not fog"):
-        sweep.choose_learning_rate(
+        evaluate.choose_learning_rate(
             *("drift", drifting, rates, PARAMS, batches(("fog",))),
-            *(sweep.Results(tmp_path / "b", {}),),
+            *(evaluate.Results(tmp_path / "b", {}),),
         )
 
 
@@ -432,18 +432,18 @@ def test_a_killed_script_goes_on_where_it_was(tmp_path):
 
 def test_states_of_any_shape_survive(tmp_path):
     """Typed optimiser states with empty nodes come back as they were."""
-    from jaxtta.sweep.checkpoint import Checkpoints
+    from jaxtta.evaluate.checkpoint import Checkpoints
 
     stream = data.make_streams("mixed", ("fog",), (1,), np.zeros(4, int))[0]
     import optax
 
     state = optax.adamw(1e-3).init({"w": jnp.arange(3.0)})
     moved = jax.tree.map(lambda x: x + 1, state)
-    records = {"a": sweep.Record.empty(stream, 2)}
+    records = {"a": evaluate.Record.empty(stream, 2)}
     records["a"].seen[:2] = True
     checkpoints = Checkpoints(tmp_path / "c", 1, "this")
     checkpoints.save(1, {"a": moved}, records)
-    states, empty = {"a": state}, {"a": sweep.Record.empty(stream, 2)}
+    states, empty = {"a": state}, {"a": evaluate.Record.empty(stream, 2)}
     assert checkpoints.restore(states, empty) == 1
     jax.tree.map(np.testing.assert_array_equal, states["a"], moved)
     assert jax.tree.structure(states["a"]) == jax.tree.structure(moved)
@@ -455,10 +455,10 @@ def test_states_of_any_shape_survive(tmp_path):
 def test_a_saved_step_knows_no_devices_and_a_damaged_one_is_named(tmp_path):
     """So that what one machine saved another one reads."""
     folder = tmp_path / "steps"
-    assert sweep.restore_step(folder) is None
+    assert evaluate.restore_step(folder) is None
     array = jax.device_put(jnp.arange(3.0), jax.devices()[3])
-    sweep.save_step(folder, 2, {"deep": {"a": array}}, ["note"])
-    step, arrays, note = sweep.restore_step(folder)
+    evaluate.save_step(folder, 2, {"deep": {"a": array}}, ["note"])
+    step, arrays, note = evaluate.restore_step(folder)
     assert (step, note) == (2, ["note"])
     np.testing.assert_array_equal(arrays["deep"]["a"], [0, 1, 2])
     assert not [*folder.rglob("_sharding")]
@@ -466,7 +466,7 @@ def test_a_saved_step_knows_no_devices_and_a_damaged_one_is_named(tmp_path):
         if path.is_file():
             path.write_bytes(b"")
     with pytest.raises(ValueError, match="steps: cannot be read, remove it to start anew"):
-        sweep.restore_step(folder)
+        evaluate.restore_step(folder)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -474,7 +474,7 @@ def test_an_interrupt_that_a_callback_drops_comes_again(monkeypatch, capsys):
     """Python swallows what is raised in a weak reference's callback; Ctrl-C must still stop."""
     import weakref
 
-    from jaxtta.sweep import script
+    from jaxtta.cli import script
 
     @dataclasses.dataclass
     class Options:

@@ -25,7 +25,7 @@ def reference():
 @pytest.fixture(scope="module")
 def setup(tiny, reference):
     model, params = tiny
-    task = jaxtta.clip.task_from_token_ids(reference["token_ids"])
+    task = jaxtta.models.task_from_token_ids(reference["token_ids"])
     classes = model.class_embeddings(params, model.prompts(task))
 
     def embed(params, pictures):
@@ -102,7 +102,7 @@ def test_chunks_change_nothing(setup, reference, chunk):
 
 def test_pictures_of_a_batch_know_nothing_of_each_other(tiny):
     model, params = tiny
-    task = jaxtta.clip.task_from_token_ids(golden("tnt")["token_ids"])
+    task = jaxtta.models.task_from_token_ids(golden("tnt")["token_ids"])
     images = jax.random.uniform(jax.random.key(1), (4, 32, 32, 3))
     index, mask = jnp.arange(4), jnp.ones(4, bool)
 
@@ -121,7 +121,7 @@ def test_pictures_of_a_batch_know_nothing_of_each_other(tiny):
 
 def test_a_map_is_carried_saved_frozen_and_refreshed(tiny, tmp_path):
     model, params = tiny
-    task = jaxtta.clip.task_from_token_ids(golden("tnt")["token_ids"])
+    task = jaxtta.models.task_from_token_ids(golden("tnt")["token_ids"])
     images = jax.random.uniform(jax.random.key(1), (3, 32, 32, 3))
     tuning = Tuning(views=4, carry=True)
     carrying = tnt(model, task, tuning)
@@ -147,7 +147,7 @@ def test_a_map_is_carried_saved_frozen_and_refreshed(tiny, tmp_path):
     kept, prediction = jax.jit(frozen.step)(params, frozen.init(params), images)
     np.testing.assert_array_equal(kept.noise, noise)
     adapted = model.normalize(jnp.clip(images + noise, 0, 1))
-    cosines = jaxtta.clip.unit(model.encode_image(params, adapted)) @ kept.classes.T
+    cosines = jaxtta.models.unit(model.encode_image(params, adapted)) @ kept.classes.T
     expected = jax.nn.log_softmax(cosines / 7e-3)
     np.testing.assert_allclose(prediction.logits, expected, atol=1e-3)
     refreshed, _ = jax.jit(carrying.step)(params, kept, images)
@@ -156,7 +156,7 @@ def test_a_map_is_carried_saved_frozen_and_refreshed(tiny, tmp_path):
 
 def test_on_parameters_that_another_adapter_adapted(tiny):
     model, params = tiny
-    task = jaxtta.clip.task_from_token_ids(golden("tnt")["token_ids"])
+    task = jaxtta.models.task_from_token_ids(golden("tnt")["token_ids"])
     images = jax.random.uniform(jax.random.key(1), (3, 32, 32, 3))
     first = jaxtta.adapters.batclip(model, task)
     state, _ = jax.jit(first.step)(params, first.init(params), images)
@@ -170,7 +170,7 @@ def test_on_parameters_that_another_adapter_adapted(tiny):
 def test_a_batch_is_its_pictures_tuned_one_by_one(tiny):
     """What examples are drawn from is what the adapter did."""
     model, params = tiny
-    task = jaxtta.clip.task_from_token_ids(golden("tnt")["token_ids"])
+    task = jaxtta.models.task_from_token_ids(golden("tnt")["token_ids"])
     canvas = jax.random.randint(jax.random.key(1), (2, 50, 50, 3), 0, 256).astype(jnp.uint8)
     sizes = jnp.array([[50, 40], [33, 47]])
     tuning = Tuning(views=5, augmix=2.0)
@@ -199,7 +199,7 @@ def test_a_map_that_is_not_finite_is_forgotten_and_said(tiny):
             # The root of 0 has no derivative.
             return model.encode_image(params, pixels) + jnp.sqrt(pixels.sum((1, 2, 3))[:, None] * 0)
 
-    task = jaxtta.clip.task_from_token_ids(golden("tnt")["token_ids"])
+    task = jaxtta.models.task_from_token_ids(golden("tnt")["token_ids"])
     adapter = tnt(Broken(), task, Tuning(views=4, carry=True))
     state = adapter.init(params)
     images = jax.random.uniform(jax.random.key(1), (2, 32, 32, 3))
@@ -243,7 +243,7 @@ def test_settings_that_make_no_sense(options, message):
 
 def test_bad_maps_are_refused(tiny, tmp_path):
     model, params = tiny
-    task = jaxtta.clip.task_from_token_ids(golden("tnt")["token_ids"])
+    task = jaxtta.models.task_from_token_ids(golden("tnt")["token_ids"])
     with pytest.raises(ValueError, match=r"shape \(16, 16, 3\), expected \(32, 32, 3\)"):
         tnt(model, task, TNT_PRESETS["code"], noise=np.zeros((16, 16, 3)))
     adapter = tnt(model, task)

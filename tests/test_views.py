@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from jaxtta import assets, views
-from jaxtta.clip.preprocess import Preprocessing
+from jaxtta.models.preprocess import Preprocessing
 
 FILES = sorted((assets.PICTURES / "ship").iterdir())
 

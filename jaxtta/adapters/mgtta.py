@@ -8,7 +8,7 @@ import optax
 from jaxtta import assets, objectives
 from jaxtta.adapters.base import Adapter, Preset
 from jaxtta.adapters.online import online
-from jaxtta.clip import CLIP, FeatureStatistics, ImageClassifier, Params, Task, feature_shape
+from jaxtta.models import CLIP, FeatureStatistics, ImageClassifier, Params, Task, feature_shape
 from jaxtta.objectives import MGTTAContext
 from jaxtta.optim import load_phi, meta_gradient_generator
 from jaxtta.tree import normalisation_parameters
@@ -36,7 +36,7 @@ def mgtta(
     Args:
         model: the model.
         task: the classes; None for a classifier, which has its own.
-        statistics: of clean pictures' features, from `jaxtta.clip.feature_statistics`.
+        statistics: of clean pictures' features, from `jaxtta.models.feature_statistics`.
         optimizer: an optax transformation; None for `MGTTA_PRESETS["imagenet-c"]`. Weights for
             another model come from `experiments/pretrain_mgg.py`.
         weight: of the discrepancy.

@@ -6,7 +6,7 @@ import optax
 from jaxtta import objectives
 from jaxtta.adapters.base import Adapter, Preset
 from jaxtta.adapters.online import online
-from jaxtta.clip import CLIP, Task
+from jaxtta.models import CLIP, Task
 from jaxtta.tree import normalisation_parameters
 
 TENT_PRESETS = {

@@ -23,8 +23,8 @@ import numpy as np
 from jaxtta import views as cut
 from jaxtta.adapters.base import Adapter, Array, Prediction
 from jaxtta.augmix import augmix
-from jaxtta.clip import CLIP, Task, unit
 from jaxtta.losses import entropy
+from jaxtta.models import CLIP, Task, unit
 from jaxtta.objectives.base import Batch, as_batch
 
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxtta.adapters.base import Adapter, Array, Prediction, State
-from jaxtta.clip import CLIP, Task
+from jaxtta.models import CLIP, Task
 from jaxtta.objectives.base import Batch, as_batch
 
 

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
 
-from jaxtta.clip import CLIP, Params
-from jaxtta.clip.modules import VisionTransformer
+from jaxtta.models import CLIP, Params
+from jaxtta.models.transformer import VisionTransformer
 from jaxtta.optim import Projector
 
 Array = jax.Array

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxtta import losses, tree
-from jaxtta.clip import CLIP, Params, Prompts, unit
+from jaxtta.models import CLIP, Params, Prompts, unit
 from jaxtta.optim import Projector, null_space_projection
 
 Array = jax.Array

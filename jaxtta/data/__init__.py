@@ -1,5 +1,14 @@
 """Where pictures come from: folders, corruptions, streams. Yields numpy batches."""
 
+from jaxtta.data.baselines import reference_points
+from jaxtta.data.class_names import (
+    CIFAR10_CLASSES,
+    TEMPLATES,
+    cifar100_classes,
+    imagenet_classes,
+    imagenet_templates,
+    templates_for,
+)
 from jaxtta.data.corruptions import CLEAN, COMMON, VALIDATION, corrupt
 from jaxtta.data.folders import (
     ImageFolder,
@@ -19,15 +28,6 @@ from jaxtta.data.layouts import (
     objectnet,
     open_source,
 )
-from jaxtta.data.names import (
-    CIFAR10_CLASSES,
-    TEMPLATES,
-    cifar100_classes,
-    imagenet_classes,
-    imagenet_templates,
-    templates_for,
-)
-from jaxtta.data.published import reference_points
 from jaxtta.data.sources import (
     CorruptedArrays,
     CorruptedFolders,
@@ -52,7 +52,7 @@ from jaxtta.data.streams import (
     read_ahead,
     stream_of,
 )
-from jaxtta.data.tensorflow_datasets_pictures import TfdsPictures, tfds_pictures
+from jaxtta.data.tfds import TfdsPictures, tfds_pictures
 
 __all__ = [
     "CIFAR10_CLASSES",

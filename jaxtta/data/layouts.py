@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
+from jaxtta.data.class_names import CIFAR10_CLASSES, cifar100_classes, imagenet_classes
 from jaxtta.data.folders import ImageFolder, class_folders, image_folder, list_folders
-from jaxtta.data.names import CIFAR10_CLASSES, cifar100_classes, imagenet_classes
 from jaxtta.data.sources import (
     CorruptedOnTheFly,
     Preprocess,
@@ -29,7 +29,7 @@ from jaxtta.data.sources import (
     corrupted_folders,
     read_labels,
 )
-from jaxtta.data.tensorflow_datasets_pictures import tfds_pictures
+from jaxtta.data.tfds import tfds_pictures
 
 # Layout: the dataset's folder, its list of pictures, the folder that the list's paths start from.
 _SPLITS = {

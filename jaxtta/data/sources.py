@@ -42,7 +42,7 @@ class Domain(NamedTuple):
 
 
 class Preprocess(Protocol):
-    """What a source needs of a model; `jaxtta.clip.CLIP.preprocessing` is one."""
+    """What a source needs of a model; `jaxtta.models.CLIP.preprocessing` is one."""
 
     image_size: int
 

@@ -11,10 +11,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxtta.data.class_names import templates_for
 from jaxtta.data.folders import ImageFolder, image_folder
 from jaxtta.data.layouts import open_source
 from jaxtta.data.memory import Arrays, InMemory, Part, every, shape_of
-from jaxtta.data.names import templates_for
 from jaxtta.data.sources import CorruptedOnTheFly, Pictures, Preprocess, Source
 
 ORDERS = {

@@ -62,13 +62,13 @@ Objective = Callable[[Any, Any, Batch], tuple[Array, tuple[Array, Metrics]]]
 
 
 class Classifier(Protocol):
-    """All that an objective knows of a model; `jaxtta.clip.CLIP` is one.
+    """All that an objective knows of a model; `jaxtta.models.CLIP` is one.
 
     One with an attribute `batch_statistics` that is true takes the batch's mask as well.
     """
 
     def forward(self, params: Any, classes: Any, images: Array) -> Any:
-        """Return logits, embeddings and layer features, as `jaxtta.clip.Outputs` has them."""
+        """Return logits, embeddings and layer features, as `jaxtta.models.Outputs` has them."""
 
 
 def forward(model: Classifier, params: Any, classes: Any, batch: Batch) -> Any:

@@ -1,0 +1,169 @@
+"""Pictures of tensorflow-datasets, read without TensorFlow.
+
+Preparing a dataset (downloading it and writing its records) needs TensorFlow, in whatever
+environment; reading the records needs none. Once, where TensorFlow is installed, and then here:
+
+    tfds.builder("cifar10", file_format="array_record").download_and_prepare()
+    pictures = tfds_pictures("cifar10", "test")
+"""
+
+import functools
+import io
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from jaxtta.data.class_names import imagenet_classes
+from jaxtta.data.folders import UnreadablePictureError, open_picture
+
+
+class TfdsPictures(NamedTuple):
+    """One split of a prepared dataset; goes to other processes by name, not with open files.
+
+    Attributes:
+        dataset: its name.
+        split: of it.
+        data_dir: where prepared datasets are; None for tensorflow-datasets' usual place.
+        image_key: the feature that holds the picture.
+        labels: (pictures,) int32, each picture's place in `class_names`.
+        class_names: names of the classes.
+    """
+
+    dataset: str
+    split: str
+    data_dir: str | None
+    image_key: str
+    labels: np.ndarray
+    class_names: tuple[str, ...]
+
+    def open(self, number: int) -> Image.Image:
+        """Open one picture, or raise an UnreadablePictureError."""
+        # Open records do not survive a fork: each process has its own.
+        records = _records(os.getpid(), self.dataset, self.split, self.data_dir, self.image_key)
+        try:
+            content = records[number][self.image_key]
+        except RuntimeError as error:  # a damaged block of records
+            raise UnreadablePictureError(
+                f"{self.name(number)}: cannot be read ({error})"
+            ) from error
+        return open_picture(io.BytesIO(content), self.name(number))
+
+    def name(self, number: int) -> str:
+        """The picture's place in the split."""
+        return f"{self.dataset} {self.split} picture {number}"
+
+
+def tfds_pictures(
+    name: str, split: str = "test", data_dir: str | Path | None = None
+) -> TfdsPictures:
+    """Open one split of a dataset that tensorflow-datasets has prepared.
+
+    Args:
+        name: the dataset, as `tfds.builder` takes it ("cifar10", "imagenet_v2/topimages").
+        split: as tensorflow-datasets writes it ("test", "test[:50%]").
+        data_dir: where prepared datasets are, if not in the usual place.
+
+    Returns:
+        The pictures, with the classes that the dataset declares; wnids are given ImageNet's class
+        names, and underscores become spaces. The labels are read, no picture is decoded.
+
+    Raises:
+        FileNotFoundError: if the dataset is not prepared as records that can be read at random.
+        ImportError: if tensorflow-datasets is not installed.
+        ValueError: if there is no such dataset or split, or it has no pictures with one label each.
+    """
+    tfds = _tfds()
+    data_dir = None if data_dir is None else str(data_dir)
+    try:
+        builder = tfds.builder(name, data_dir=data_dir)
+    except Exception as error:  # tensorflow-datasets raises what it pleases on bad names
+        where = f" in {data_dir}" if data_dir else ""
+        raise ValueError(
+            f"tensorflow-datasets has no dataset {name!r}{where} ({_first_line(error)})"
+        ) from error
+    image_key, label_key = _keys(tfds, builder)
+    try:
+        records = _open(name, split, data_dir, image_key)
+        labels = np.asarray([records[i][label_key] for i in range(len(records))], np.int64)
+    except Exception as error:
+        raise _explained(builder, name, split, data_dir, error) from error
+    names = tuple(builder.info.features[label_key].names)
+    if not len(labels):
+        raise ValueError(f"{name}: split {split!r} holds no pictures")
+    if labels.min() < 0 or labels.max() >= len(names):
+        raise ValueError(
+            f"{name}: labels of split {split!r} run from {labels.min()} to {labels.max()}, "
+            f"expected 0 to {len(names) - 1} for {len(names)} classes"
+        )
+    wnids = imagenet_classes()
+    names = tuple(wnids.get(class_name, class_name).replace("_", " ") for class_name in names)
+    return TfdsPictures(name, split, data_dir, image_key, labels.astype(np.int32), names)
+
+
+def _tfds() -> ModuleType:
+    try:
+        import importlib_resources  # noqa: F401 (tensorflow-datasets needs it and does not say so)
+        import tensorflow_datasets
+    except ImportError as error:
+        raise ImportError(
+            'the layout "tfds" needs tensorflow-datasets and importlib_resources, install '
+            f"jaxtta[experiments] ({error})"
+        ) from error
+    return tensorflow_datasets
+
+
+def _keys(tfds: ModuleType, builder: Any) -> tuple[str, str]:
+    """The features that hold the picture and its label."""
+    features, keys = dict(builder.info.features.items()), builder.info.supervised_keys
+    if not isinstance(keys, tuple) or len(keys) != 2 or not all(isinstance(k, str) for k in keys):
+        keys = ("image", "label")
+    image, label = map(features.get, keys)
+    if type(image) is not tfds.features.Image or type(label) is not tfds.features.ClassLabel:
+        raise ValueError(
+            f"{builder.info.full_name}: expected an image and one class label for it, has "
+            f"{', '.join(f'{key} ({type(value).__name__})' for key, value in features.items())}"
+        )
+    return keys
+
+
+def _open(name: str, split: str, data_dir: str | None, image_key: str) -> Sequence[dict[str, Any]]:
+    tfds = _tfds()
+    # Left encoded: Pillow decodes them as it does files, and OpenCV is not needed.
+    decoders = {image_key: tfds.decode.SkipDecoding()}
+    return tfds.data_source(name, split=split, data_dir=data_dir, download=False, decoders=decoders)
+
+
+@functools.lru_cache(maxsize=4)
+def _records(
+    process: int, name: str, split: str, data_dir: str | None, image_key: str
+) -> Sequence[dict[str, Any]]:
+    del process
+    return _open(name, split, data_dir, image_key)
+
+
+def _explained(
+    builder: Any, name: str, split: str, data_dir: str | None, error: Exception
+) -> Exception:
+    """Why a dataset could not be opened."""
+    if not builder.is_prepared() or isinstance(error, NotImplementedError):
+        state = f"has {builder.info.file_format.value}" if builder.is_prepared() else "has none"
+        place = f", data_dir={data_dir!r}" if data_dir else ""
+        return FileNotFoundError(
+            f"{name}: expected array_record files in {builder.data_dir}, which {state}; preparing "
+            f"them needs TensorFlow: tfds.builder({name!r}{place}, file_format='array_record')"
+            ".download_and_prepare()"
+        )
+    if split.partition("[")[0] in builder.info.splits:
+        return ValueError(f"{name}: split {split!r} cannot be read ({_first_line(error)})")
+    return ValueError(
+        f"{name}: unknown split {split!r}, expected one of {', '.join(builder.info.splits)}"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0].rstrip(".: ")

@@ -1,0 +1,51 @@
+"""Checks of command-line options that several scripts share."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from jaxtta import assets
+
+
+def check_choices(**choices: Sequence[Any]) -> None:
+    """Raise a ValueError for an option without values, or with the same one twice."""
+    for name, given in choices.items():
+        if not given or len(set(given)) < len(given):
+            raise ValueError(f"{_option(name)} needs one or more different values, not {[*given]}")
+
+
+def check_limits(**limits: tuple[int | None, int]) -> None:
+    """Raise a ValueError for an option below its least value; None is not given."""
+    for name, (value, least) in limits.items():
+        if value is not None and value < least:
+            raise ValueError(f"{_option(name)} is {value}, expected at least {least}")
+
+
+def check_rates(**rates: Sequence[float | None]) -> None:
+    """Raise a ValueError for learning rates that are not positive; None is not given."""
+    for name, given in rates.items():
+        for rate in given:
+            if rate is not None and not 0 < rate < math.inf:
+                raise ValueError(f"{_option(name)} is {rate}, expected a positive number")
+
+
+def severity_of(layout: str, root: str, asked: int | None = None) -> int:
+    """The severity asked for, or what suits the pictures.
+
+    Args:
+        layout: how they lie there; arrays have one of their own, 0.
+        root: where; the corruptions are strong for the embedded ones' size.
+        asked: 1 to 5; None for 5, or 1 on the embedded pictures.
+
+    Returns:
+        The severity of the pictures' domains.
+    """
+    if layout == "arrays":
+        return 0
+    if asked is not None:
+        return asked
+    return 1 if root == str(assets.PICTURES) else 5
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"

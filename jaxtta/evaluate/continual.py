@@ -1,0 +1,578 @@
+"""Teaching one task after another, by several methods; a killed run goes on after the last task.
+
+    course = Course(iterations=1000, warmup=100, learning_rate=1e-5)
+    bench = Bench(course, model, params, tasks, kept, reference, output, notes={})
+    results, failed = teach(bench, ["fine-tuning", "gnsp"], seeds=[1, 2, 3])
+
+Tasks are `jaxtta.data.tasks.TaskData`; each result holds what was measured before the first task
+and after every one.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from jaxtta import continual, data, metrics, models, tree, views
+from jaxtta.continual import METHODS, Examples, Method, Pairs, TrainState
+from jaxtta.data.memory import InMemory
+from jaxtta.data.tasks import TaskData
+from jaxtta.evaluate.checkpoint import restore_step, save_step
+from jaxtta.evaluate.checks import check_limits, check_rates
+from jaxtta.evaluate.provenance import about, fingerprints
+from jaxtta.evaluate.results import agree, digest_of
+from jaxtta.io import write_json
+
+Params = models.Params
+Row = dict[str, float]
+"""What was measured at one time, by its name."""
+WISE = "wise-ft"
+TRAINED_AS = {WISE: "fine-tuning"}
+"""Methods that measure what another one trains."""
+CROP = (0.9, 1.0)  # share of the area that the training augmentation keeps
+GRAM_BATCH = 16
+FIGURES = ("modality gap", "image to text", "text to image")
+
+
+@dataclasses.dataclass(frozen=True)
+class Course:
+    """How tasks are taught, and what of earlier ones is protected."""
+
+    iterations: int = 300
+    """Steps a task (published: 100 to 1000)."""
+    warmup: int | None = None
+    """How many of them the learning rate rises (published: 100). Default: a tenth."""
+    batch_size: int = 64
+    """Pictures a step."""
+    learning_rate: float = 5e-5
+    """The highest of AdamW (published: 1e-5 to 5e-5 on CLIP)."""
+    rho: float = 0.15
+    """Share of the singular values' sum that the projection gives up."""
+    gram_pictures: int | None = None
+    """Training pictures a task that its Gram matrices are gathered from. Default: all, as
+    published."""
+    first_task: Literal["same", "all"] = "same"
+    """What the first task trains: the same kernels as the others, or all but the logit scale, as in
+    the published code. Whether it is projected is --task-zero's business."""
+    task_zero: bool = True
+    """Protect the reference pictures' inputs from the first task on. As published, the first task
+    is not projected: --no-task-zero."""
+    reference_pictures: int = 1000
+    """How many of the reference."""
+    reference_batch: int = 64
+    """Pairs a step."""
+    wise_share: float = 0.5
+    """Share of the fine-tuned weights in wise-ft's average."""
+    limit: int | None = None
+    """Use only so many test pictures of each task."""
+    workers: int = 1
+    """Processes that decode pictures; 0 does it in this one."""
+
+    @property
+    def schedule(self) -> "Schedule":
+        """Of the learning rate, of every task."""
+        warmup = self.iterations // 10 if self.warmup is None else self.warmup
+        return Schedule(self.learning_rate, self.iterations, warmup)
+
+
+class Schedule(NamedTuple):
+    """Of a task's learning rate; see `continual.task_optimizer`."""
+
+    learning_rate: float
+    iterations: int
+    warmup: int
+
+
+def check_course(course: Course) -> None:
+    """Raise a ValueError for settings that cannot be meant; it calls them by their options."""
+    check_rates(learning_rate=(course.learning_rate,))
+    check_limits(
+        iterations=(course.iterations, 1),
+        warmup=(course.warmup, 0),
+        batch_size=(course.batch_size, 1),
+        reference_pictures=(course.reference_pictures, 2),
+        reference_batch=(course.reference_batch, 2),
+        gram_pictures=(course.gram_pictures, 1),
+        limit=(course.limit, 1),
+        workers=(course.workers, 0),
+    )
+    if course.warmup is not None and course.warmup > course.iterations:
+        raise ValueError(
+            f"--warmup is {course.warmup}, expected at most the {course.iterations} --iterations"
+        )
+    continual.check_rho(course.rho)
+    if not 0 <= course.wise_share <= 1:
+        raise ValueError(f"--wise-share is {course.wise_share}, expected 0 to 1")
+
+
+def check_methods(methods: Sequence[str]) -> None:
+    """Raise a ValueError for a method that there is not."""
+    for name in methods:
+        if name not in (*METHODS, WISE):
+            known = ", ".join((*METHODS, WISE))
+            raise ValueError(f"unknown method {name!r}, expected one of {known}")
+
+
+def teach(
+    bench: "Bench", methods: Sequence[str], seeds: Sequence[int]
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Teach all tasks by every method with every seed; what was done before is not done again.
+
+    Args:
+        bench: the model, the tasks and how they are taught.
+        methods: of `jaxtta.continual.METHODS`, or wise-ft.
+        seeds: of order, crops and reference.
+
+    Returns:
+        What came of each method and seed, as it was also written to its result.json, in the
+        methods' order; and a sentence for each that failed.
+
+    Raises:
+        ValueError: if something cannot be taught as asked.
+    """
+    check_methods(methods)
+    for seed in seeds:
+        bench.draw(seed)  # so that no seed is refused when others were taught
+    results, failed = [], []
+    for seed in seeds:
+        start = Start(bench, seed)
+        for method in dict.fromkeys(TRAINED_AS.get(name, name) for name in methods):
+            try:
+                results += Trainer(bench, start, method).run()
+            except FloatingPointError as error:
+                failed.append(str(error))
+    return [found for name in methods for found in results if found["method"] == name], failed
+
+
+# --- pictures ---
+
+
+def read(
+    source: data.Source, numbers: np.ndarray, size: int, workers: int, doing: str
+) -> Iterator[data.StreamBatch]:
+    """Batches of clean pictures, in this order; what can be is kept in memory."""
+    if isinstance(source, InMemory):
+        missing = source.missing(numbers)
+        if len(missing):
+            for batch in stream(source.source, missing, size, workers, f"{doing}: reading"):
+                source.keep(batch)
+        workers = 0
+    yield from stream(source, numbers, size, workers, doing)
+
+
+def stream(
+    source: data.Source, numbers: np.ndarray, size: int, workers: int, doing: str
+) -> Iterator[data.StreamBatch]:
+    """Batches of clean pictures, in this order."""
+    one = data.stream_of("clean", [data.Domain(data.CLEAN)], numbers, 0)
+    batches = data.Batches(source, (one,), size)
+    reader = data.read_ahead(batches, workers)
+    yield from tqdm(reader, total=len(batches), desc=doing, unit="batch", leave=False)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def encode(model: models.CLIP, params: Params, images: jax.Array) -> jax.Array:
+    """Embeddings of pictures, of unit norm."""
+    return models.unit(model.encode_image(params, model.normalize(images)))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def encode_texts(model: models.CLIP, params: Params, prompts: models.Prompts) -> jax.Array:
+    """Embeddings of prompts, of unit norm."""
+    return model.class_embeddings(params, prompts)
+
+
+# --- training ---
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=5)
+def step(
+    model: models.CLIP,
+    method: Method,
+    schedule: Schedule,
+    params: Params,
+    projectors: dict[str, Any],
+    state: TrainState,
+    key: jax.Array,
+    examples: Examples,
+    pairs: Pairs | None,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One step of training, on a crop of each picture."""
+    # The projectors are arguments, lest the program holds them as constants.
+    optimizer = continual.task_optimizer(method, projectors, *schedule)
+    examples = examples._replace(images=crop(key, examples.images))
+    return continual.train_step(model, method, optimizer)(params, state, examples, pairs)
+
+
+@jax.jit
+def crop(key: jax.Array, images: jax.Array) -> jax.Array:
+    """The training augmentation: a random crop of most of each picture; float in [0, 1]."""
+    side = images.shape[1]
+    images = images.astype(jnp.float32) / 255
+
+    def one(key: jax.Array, image: jax.Array) -> jax.Array:
+        box = views.random_boxes(key, jnp.array(image.shape[:2]), 1, CROP)
+        return views.crop_and_resize(image, jax.tree.map(lambda x: x[0], box), side)
+
+    return jax.vmap(one)(jax.random.split(key, len(images)), images)
+
+
+class Bench:
+    """What all runs share: the model as it begins, the tasks, and how they are measured."""
+
+    def __init__(
+        self,
+        course: Course,
+        model: models.CLIP,
+        params: Params,
+        tasks: Sequence[TaskData],
+        kept: Sequence[TaskData],
+        reference: TaskData,
+        output: Path,
+        notes: Mapping[str, Any],
+    ) -> None:
+        """Check and prepare; nothing is computed yet.
+
+        Args:
+            course: how the tasks are taught.
+            model: the model.
+            params: its parameters as it begins.
+            tasks: to teach, in this order.
+            kept: what is measured without being taught.
+            reference: pictures, as its `test`, that stand for what is to be kept.
+            output: folder for the results.
+            notes: what else to write with them.
+
+        Raises:
+            ValueError: if it cannot be meant, or the image tower is no transformer.
+        """
+        check_course(course)
+        continual.check_tower(model)
+        names = [*(task.name for task in (*tasks, *kept)), *FIGURES]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"two things are called {name}, give the task another name")
+        self.course, self.model, self.first = course, model, params
+        self.tasks, self.kept, self.reference = tasks, kept, reference
+        self.output, self.notes = output, notes
+        self.weights = fingerprints(reference.test, params)["weights"]
+        # Of the first text tower, and of the one that was last asked for.
+        self.embeddings = [(params["text_model"], {}), (None, {})]
+
+    def draw(self, seed: int) -> np.ndarray:
+        """Numbers of a seed's reference pictures; a ValueError if they are of one class."""
+        labels = self.reference.test.labels
+        numbers = np.random.default_rng(seed).permutation(len(labels))
+        numbers = numbers[: self.course.reference_pictures]
+        if len(np.unique(labels[numbers])) < 2:
+            raise ValueError(
+                f"the {len(numbers)} --reference-pictures of seed {seed} are of one class, "
+                "expected two or more; take more of them"
+            )
+        return numbers
+
+    def prompts(self, task: TaskData) -> models.Prompts:
+        """A task's packed prompts."""
+        names = task.test.class_names
+        task = models.zero_shot_task(self.model, names, [task.template])
+        return self.model.prompts(task)
+
+    def classes(self, params: Params, task: TaskData) -> jax.Array:
+        """Embeddings of a task's classes, computed once as long as the text tower is the same."""
+        if all(tower is not params["text_model"] for tower, _ in self.embeddings):
+            self.embeddings[1] = params["text_model"], {}
+        (known,) = (found for tower, found in self.embeddings if tower is params["text_model"])
+        if task.name not in known:
+            known[task.name] = encode_texts(self.model, params, self.prompts(task))
+        return known[task.name]
+
+    def gather(
+        self, params: Params, source: data.Source, numbers: np.ndarray, key: jax.Array, doing: str
+    ) -> continual.Grams:
+        """Gram matrices of pictures, with the training augmentation."""
+
+        def batches() -> Iterator[data.StreamBatch]:
+            reader = read(source, numbers, GRAM_BATCH, self.course.workers, doing)
+            for turn, batch in enumerate(reader):
+                images = crop(jax.random.fold_in(key, turn), batch.images)
+                yield batch._replace(images=images)
+
+        return continual.task_grams(self.model, params, batches())
+
+    def measure(self, params: Params, start: "Start") -> Row:
+        """Accuracy on every task; modality gap and retrieval on what is kept, or on the pairs."""
+        row, shown, course = {}, [], self.course
+        for task in (*self.tasks, *self.kept):
+            classes = np.asarray(self.classes(params, task))
+            numbers = np.random.default_rng(0).permutation(len(task.test.labels))[: course.limit]
+            images, labels = [], []
+            doing = f"testing {task.name}"
+            for batch in read(task.test, numbers, course.batch_size, course.workers, doing):
+                found = np.asarray(encode(self.model, params, batch.images))
+                images.append(found[batch.mask])
+                labels.append(batch.labels[batch.mask])
+            images, labels = np.concatenate(images), np.concatenate(labels)
+            row[task.name] = float(((images @ classes.T).argmax(-1) == labels).mean())
+            if task.train is None:
+                shown.append((images, classes[labels], labels))
+        if not shown:
+            pairs, size = start.pairs, course.batch_size
+            parts = (pairs.images[i : i + size] for i in range(0, len(pairs.images), size))
+            images = np.concatenate([encode(self.model, params, part) for part in parts])
+            shown.append((images, start.texts(params), pairs.labels))
+        return row | alignment(*(np.concatenate(parts) for parts in zip(*shown, strict=True)))
+
+
+def alignment(images: np.ndarray, texts: np.ndarray, labels: np.ndarray) -> Row:
+    """How pictures and captions lie to each other.
+
+    Args:
+        images: (pictures, projection), of unit norm.
+        texts: (pictures, projection), of unit norm, the same for the same label.
+        labels: (pictures,) integers.
+
+    Returns:
+        The modality gap, and the share of pictures and of different captions whose nearest caption
+        or picture fits.
+    """
+    _, first, place = np.unique(labels, return_index=True, return_inverse=True)
+    similarities, matches = images @ texts[first].T, place[:, None] == np.arange(len(first))
+    found = (
+        metrics.modality_gap(images, texts),
+        metrics.retrieval_recall(similarities, matches),
+        metrics.retrieval_recall(similarities.T, matches.T),
+    )
+    return dict(zip(FIGURES, map(float, found), strict=True))
+
+
+class Start:
+    """Where all methods of one seed begin; each part is computed once, when it is first needed."""
+
+    def __init__(self, bench: Bench, seed: int) -> None:
+        """Draw the reference pictures."""
+        self.bench, self.seed, self.numbers = bench, seed, bench.draw(seed)
+
+    @functools.cached_property
+    def pairs(self) -> Pairs:
+        """Reference pairs in memory, and what the initial model makes of them."""
+        bench, course = self.bench, self.bench.course
+        source, template = bench.reference.test, bench.reference.template
+        images, labels, teacher = [], [], []
+        reader = read(source, self.numbers, course.batch_size, course.workers, "reference")
+        for batch in reader:
+            found = np.asarray(encode(bench.model, bench.first, batch.images))
+            for parts, array in ((images, batch.images), (labels, batch.labels), (teacher, found)):
+                parts.append(array[batch.mask])
+        used, place = np.unique(np.concatenate(labels), return_inverse=True)
+        names = [source.class_names[label] for label in used]
+        task = models.zero_shot_task(bench.model, names, [template])
+        prompts = bench.model.prompts(task)
+        texts = np.asarray(encode_texts(bench.model, bench.first, prompts))[place]
+        self.prompts, captions = prompts, task.token_ids[place, 0]
+        return Pairs(np.concatenate(images), captions, place, np.concatenate(teacher), texts)
+
+    def texts(self, params: Params) -> np.ndarray:
+        """Embeddings of the pairs' captions."""
+        bench, pairs = self.bench, self.pairs
+        if params["text_model"] is bench.first["text_model"]:
+            return pairs.teacher_texts
+        return np.asarray(encode_texts(bench.model, params, self.prompts))[pairs.labels]
+
+    @functools.cached_property
+    def grams(self) -> continual.Grams:
+        """Gram matrices of the reference pictures, task zero."""
+        key = jax.random.fold_in(jax.random.key(self.seed), 999)
+        doing = f"seed {self.seed}: Gram matrices of the reference"
+        bench = self.bench
+        return bench.gather(bench.first, bench.reference.test, self.numbers, key, doing)
+
+    @functools.cached_property
+    def row(self) -> Row:
+        """What is measured before the first task."""
+        return self.bench.measure(self.bench.first, self)
+
+
+class Trainer:
+    """One method with one seed, through all tasks."""
+
+    def __init__(self, bench: Bench, start: Start, name: str) -> None:
+        """Prepare; nothing is computed yet."""
+        self.bench, self.start, self.name, self.method = bench, start, name, METHODS[name]
+        self.course, self.seed = bench.course, start.seed
+        self.folder = bench.output / name / f"seed{self.seed}"
+        everything = self.course.first_task == "all"
+        self.changed = continual.all_but_logit_scale if everything else continual.gnsp_kernels
+
+    @property
+    def projects(self) -> bool:
+        """Whether the method needs Gram matrices."""
+        return self.method.projection != "none"
+
+    def settings(self) -> dict[str, Any]:
+        """What decides this run's figures, as JSON has it; what it does not use is not in it."""
+        bench, course = self.bench, self.course
+        used = ["iterations", "warmup", "batch_size", "learning_rate", "first_task", "limit"]
+        if self.projects:
+            used += ["rho", "gram_pictures", "task_zero"]
+        if self.method.uses_pairs:
+            used.append("reference_batch")
+        if self.name == TRAINED_AS[WISE]:
+            used.append("wise_share")  # its figures are found on the way
+        found = {"method": self.name, "seed": self.seed, "weights": bench.weights}
+        if self.method.uses_pairs or (self.projects and course.task_zero) or not bench.kept:
+            used.append("reference_pictures")
+            found["reference"] = fingerprint(bench.reference)
+        found["tasks"] = [fingerprint(task) for task in bench.tasks]
+        found["kept"] = [fingerprint(task) for task in bench.kept]
+        found |= {name: getattr(course, name) for name in used}
+        return found | {"warmup": course.schedule.warmup}
+
+    def run(self) -> list[dict[str, Any]]:
+        """Train on every task; what was measured before the first and after each, by method."""
+        settings, tasks = self.settings(), self.bench.tasks
+        agree(self.folder / "settings.json", settings)
+        params, grams, rows = self.restore()
+        if not rows:
+            if self.projects and self.course.task_zero:
+                grams = self.start.grams
+            names = [self.name, *(name for name, base in TRAINED_AS.items() if base == self.name)]
+            rows = [dict.fromkeys(names, self.start.row)]
+            self.save(params, grams, rows)
+        for number, task in enumerate(tasks[len(rows) - 1 :], len(rows) - 1):
+            params = self.train(params, grams, task, number)
+            rows.append(self.measure(params))
+            grams = self.gather(params, grams, task, number) if task is not tasks[-1] else {}
+            self.save(params, grams, rows)
+        return [self.result(name, [row[name] for row in rows], settings) for name in rows[0]]
+
+    def result(self, method: str, rows: list[Row], settings: dict[str, Any]) -> dict[str, Any]:
+        """Write what came of a method."""
+        names = [task.name for task in self.bench.tasks]
+        matrix = np.array([[row[name] for name in names] for row in rows[1:]])
+        found = {
+            "method": method,
+            "seed": self.seed,
+            "tasks": names,
+            "rows": rows,
+            "transfer": metrics.transfer(matrix) if len(names) > 1 else None,
+            "last": metrics.last(matrix),
+            "average": metrics.average(matrix),
+            "settings": settings,
+            "about": about(**self.bench.notes),
+        }
+        write_json(self.bench.output / method / f"seed{self.seed}" / "result.json", found)
+        return found
+
+    def train(self, params: Params, grams: continual.Grams, task: TaskData, number: int) -> Params:
+        """Fine-tune on one task."""
+        course, bench, method = self.course, self.bench, self.method
+        everything = course.first_task == "all" and number == 0
+        chosen = continual.all_but_logit_scale if everything else continual.gnsp_kernels
+        trained, _ = tree.partition(params, chosen)
+        projectors = continual.null_space_projectors(grams, course.rho) if grams else {}
+        classes = bench.prompts(task) if everything else bench.classes(params, task)
+        pairs = None
+        if method.uses_pairs:
+            texts = None if everything else self.start.texts(params)
+            pairs = self.start.pairs._replace(texts=texts)
+        optimizer = continual.task_optimizer(method, projectors, *course.schedule)
+        state = TrainState(jax.tree.map(jnp.copy, trained), optimizer.init(trained))
+        key = jax.random.fold_in(jax.random.key(self.seed), number)
+        rng = np.random.default_rng([self.seed, number])
+        numbers = shuffled(rng, len(task.train.labels), course.iterations * course.batch_size)
+        doing = f"{self.name} seed {self.seed}: {task.name}"
+        reader = read(task.train, numbers, course.batch_size, course.workers, doing)
+        for turn, batch in enumerate(reader):
+            images, labels = usable(batch, rng, doing)
+            few = None
+            if pairs is not None:
+                rows = rng.integers(0, len(pairs.images), course.reference_batch)
+                few = jax.tree.map(lambda x, rows=rows: x[rows], pairs)
+            state, figures = step(
+                *(bench.model, method, course.schedule, params, projectors, state),
+                jax.random.fold_in(key, turn),
+                Examples(images, labels, classes),
+                few,
+            )
+            if turn % 50 == 0 and not np.isfinite(figures["loss"]):
+                break
+        if not np.isfinite(figures["loss"]):
+            raise FloatingPointError(
+                f"{doing}: the loss is no longer finite; try a lower --learning-rate, with another "
+                "--output"
+            )
+        return tree.merge(params, state.trained)
+
+    def gather(
+        self, params: Params, grams: continual.Grams, task: TaskData, number: int
+    ) -> continual.Grams:
+        """Add the Gram matrices of a task that was just learnt to those before it."""
+        if not self.projects:
+            return {}
+        rng = np.random.default_rng([self.seed, number, 1])
+        numbers = rng.permutation(len(task.train.labels))[: self.course.gram_pictures]
+        key = jax.random.fold_in(jax.random.key(self.seed), 1000 + number)
+        doing = f"{self.name} seed {self.seed}: Gram matrices of {task.name}"
+        found = self.bench.gather(params, task.train, numbers, key, doing)
+        return continual.combine_grams(grams, found)
+
+    def measure(self, params: Params) -> dict[str, Row]:
+        """Figures of every method that these weights serve."""
+        rows = {self.name: self.bench.measure(params, self.start)}
+        if self.name == TRAINED_AS[WISE]:
+            first = self.bench.first
+            ends = (tree.partition(weights, self.changed)[0] for weights in (first, params))
+            averaged = continual.average_weights(*ends, self.course.wise_share)
+            rows[WISE] = self.bench.measure(tree.merge(first, averaged), self.start)
+        return rows
+
+    def save(self, params: Params, grams: continual.Grams, rows: list[dict[str, Row]]) -> None:
+        """Save where this run stands, after a task."""
+        changed, _ = tree.partition(params, self.changed)
+        numbered = {str(n): gram for n, gram in enumerate(grams.values())}
+        note = {"rows": rows, "grams": list(grams)}
+        arrays = {"changed": changed, "grams": numbered}
+        save_step(self.folder / "checkpoints", len(rows), arrays, note)
+
+    def restore(self) -> tuple[Params, continual.Grams, list[dict[str, Row]]]:
+        """Where this run stands: parameters, sums of Gram matrices, what was measured."""
+        saved = restore_step(self.folder / "checkpoints")
+        if saved is None:
+            return self.bench.first, {}, []
+        _, arrays, note = saved
+        grams = arrays.get("grams") or {}
+        named = {name: jnp.asarray(grams[str(n)]) for n, name in enumerate(note["grams"])}
+        changed = jax.tree.map(jnp.asarray, arrays["changed"])
+        return tree.merge(self.bench.first, changed), named, note["rows"]
+
+
+def fingerprint(task: TaskData) -> str:
+    """What is found in a task, wherever its files lie."""
+    parts = [task.name, task.template]
+    for source in (task.train, task.test):
+        if source is not None:
+            names = digest_of(list(source.class_names))[:8]
+            parts.append(f"{fingerprints(source, {})['pictures']}, names {names}")
+    return "; ".join(parts)
+
+
+def shuffled(rng: np.random.Generator, count: int, wanted: int) -> np.ndarray:
+    """Numbers below count in random order, again and again, as many as wanted."""
+    return np.concatenate([rng.permutation(count) for _ in range(-(-wanted // count))])[:wanted]
+
+
+def usable(
+    batch: data.StreamBatch, rng: np.random.Generator, doing: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """A batch whose unreadable pictures are replaced by others of it."""
+    good = np.flatnonzero(batch.mask)
+    if not len(good):
+        raise ValueError(f"{doing}: none of a batch's pictures could be read")
+    rows = np.where(batch.mask, np.arange(len(batch.mask)), rng.choice(good, len(batch.mask)))
+    return batch.images[rows], batch.labels[rows]

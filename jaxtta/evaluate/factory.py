@@ -1,0 +1,195 @@
+"""Adapters by name, as scripts offer them."""
+
+import dataclasses
+import hashlib
+import logging
+import math
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import optax
+
+from jaxtta import adapters, assets
+from jaxtta.adapters import BATCLIP_PRESETS, TENT_PRESETS, Adapter, Tuning
+from jaxtta.adapters.mgtta import PUBLISHED_RATE
+from jaxtta.models import CLIP, Task, load_statistics
+from jaxtta.optim import load_phi, meta_gradient_generator
+
+log = logging.getLogger(__name__)
+
+ADAPTERS = ("zero_shot", "tent", "batclip", "tnt", "mgtta", "mgtta-sgd", "mgtta-adam")
+"""What `make_adapter` knows; TNT also as "tnt-3", with so many steps, and those with a learning
+rate also as "tent@1e-4", with that one."""
+WITH_RATE = ("tent", "batclip", "mgtta", "mgtta-sgd", "mgtta-adam")
+"""Those with a learning rate to choose."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MGTTA:
+    """MGTTA's settings.
+
+    Attributes:
+        phi: weights of the generator, from pretrain_mgg.py.
+        statistics: of clean pictures' features under the model, from pretrain_mgg.py too.
+        weight: of the discrepancy.
+        tower: image, or both to adapt the texts too.
+    """
+
+    phi: Path = assets.PHI
+    statistics: Path = assets.STATISTICS
+    weight: float = 0.4
+    tower: Literal["image", "both"] = "image"
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be meant."""
+        if not self.weight >= 0:
+            raise ValueError(f"weight is {self.weight}, expected at least 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What adapters are made with, whichever they are.
+
+    Attributes:
+        preset: whose published optimiser TENT and BATCLIP take.
+        tnt: TNT's settings.
+        mgtta: MGTTA's settings.
+    """
+
+    preset: str
+    tnt: Tuning
+    mgtta: MGTTA
+
+
+def check_adapters(names: tuple[str, ...]) -> None:
+    """Raise a ValueError for a name that `make_adapter` does not know."""
+    for name in names:
+        base, at, _ = name.partition("@")
+        if at and base in WITH_RATE and 0 < (rate_in(name) or 0) < math.inf:
+            continue
+        if at or (base not in ADAPTERS and not re.fullmatch(r"tnt-\d+", base)):
+            raise ValueError(
+                f"unknown adapter {name!r}, expected one of {', '.join(ADAPTERS)} (or tnt-STEPS, "
+                "or tent@RATE and the like)"
+            )
+
+
+def rate_in(name: str) -> float | None:
+    """The learning rate that a name gives, or None."""
+    try:
+        return float(name.partition("@")[2])
+    except ValueError:
+        return None
+
+
+def has_rate(name: str) -> bool:
+    """Whether an adapter has a learning rate that its name leaves open."""
+    return name in WITH_RATE
+
+
+def is_tnt(name: str) -> bool:
+    """Whether an adapter cuts its own views, and so needs originals."""
+    return name.partition("-")[0] == "tnt"
+
+
+def tuning_of(name: str, tuning: Tuning) -> Tuning:
+    """TNT's settings under a name that may give the number of steps."""
+    steps = name.partition("-")[2]
+    return dataclasses.replace(tuning, steps=int(steps)) if steps else tuning
+
+
+def make_adapter(
+    name: str, model: CLIP, task: Task, setup: Setup, rate: float | None = None
+) -> Adapter:
+    """Make an adapter.
+
+    Args:
+        name: one of `ADAPTERS`, "tnt-3" or "tent@1e-4".
+        model: the model.
+        task: the classes.
+        setup: the settings.
+        rate: a learning rate for one of `WITH_RATE`, in place of the published one: TENT with SGD
+            and momentum, BATCLIP with AdamW, MGTTA with the optimiser that its name says.
+
+    Returns:
+        The adapter.
+
+    Raises:
+        FileNotFoundError: if one of MGTTA's files is not there.
+        ValueError: if it holds something else, or is for a model of another size.
+    """
+    name, rate = name.partition("@")[0], rate_in(name) or rate
+    if name == "zero_shot":
+        return adapters.zero_shot(model, task)
+    if is_tnt(name):
+        return adapters.tnt(model, task, tuning_of(name, setup.tnt))
+    if name.startswith("mgtta"):
+        settings = setup.mgtta
+        optimizer = {
+            "mgtta": lambda: meta_gradient_generator(
+                load_phi(settings.phi)[0], rate or PUBLISHED_RATE
+            ),
+            "mgtta-sgd": lambda: optax.sgd(rate or PUBLISHED_RATE, momentum=0.9),
+            "mgtta-adam": lambda: optax.adam(rate or PUBLISHED_RATE),
+        }[name]()
+        statistics, _ = load_statistics(settings.statistics)
+        try:
+            return adapters.mgtta(
+                model, task, statistics, optimizer, settings.weight, settings.tower
+            )
+        except ValueError as error:
+            raise ValueError(f"{settings.statistics}: {error}") from error
+    if name == "tent":
+        sgd = optax.sgd(rate, momentum=0.9) if rate else TENT_PRESETS[setup.preset].optimizer()
+        return adapters.tent(model, task, sgd)
+    preset = BATCLIP_PRESETS[setup.preset]
+    adamw = optax.adamw(rate, weight_decay=1e-2) if rate else preset.optimizer()
+    return adapters.batclip(model, task, adamw)
+
+
+def check_files(names: tuple[str, ...], mgtta: MGTTA, weights: str) -> None:
+    """Check that MGTTA's files were made with a model; warn of a generator for another one.
+
+    Args:
+        names: of the adapters.
+        mgtta: the settings.
+        weights: the model's, from `fingerprints`.
+
+    Raises:
+        FileNotFoundError: if one of them is not there.
+        ValueError: if it holds something else, or the statistics are of other weights.
+    """
+    bases = {name.partition("@")[0] for name in names}
+    made_for = "made with another model than this one; pretrain_mgg.py makes a file for"
+    if bases & {"mgtta", "mgtta-sgd", "mgtta-adam"}:
+        _, about = load_statistics(mgtta.statistics)
+        if about.get("weights", weights) != weights:
+            raise ValueError(f"{mgtta.statistics}: was {made_for} --mgtta.statistics")
+    if "mgtta" in bases:
+        _, about = load_phi(mgtta.phi)
+        if about.get("weights", weights) != weights:
+            log.warning("%s: was %s --mgtta.phi", mgtta.phi, made_for)
+
+
+def own_settings(
+    name: str, setup: Setup, rate: float | None = None, canvas: int | None = None
+) -> dict[str, Any]:
+    """What decides one adapter's figures alone, for its cells."""
+    if is_tnt(name):
+        settings = dataclasses.asdict(tuning_of(name, setup.tnt)) | {"canvas": canvas}
+        return {"tnt": {k: v for k, v in settings.items() if k not in ("chunk", "pictures")}}
+    rate = rate_in(name) or rate
+    own: dict[str, Any] = {} if rate is None else {"learning_rate": rate}
+    if name.startswith("mgtta"):
+        settings = setup.mgtta
+        files = {"statistics": settings.statistics}
+        if name == "mgtta":
+            files["phi"] = settings.phi
+        digests = {key: _digest(path) for key, path in files.items()}
+        own["mgtta"] = {"weight": settings.weight, "tower": settings.tower, **digests}
+    return own
+
+
+def _digest(path: Path) -> str:
+    return hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest()

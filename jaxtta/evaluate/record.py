@@ -1,0 +1,249 @@
+"""What an adapter did on a stream: a score for every picture, and the figures made of them."""
+
+import base64
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxtta import metrics
+from jaxtta.adapters import Prediction
+from jaxtta.data import Stream, StreamBatch
+from jaxtta.evaluate.bootstrap import bootstrap, interval
+
+Figures = dict[str, Any]
+CURVE_POINTS = 100
+
+
+class Scores(NamedTuple):
+    """What is kept of each picture's prediction, all (pictures,).
+
+    Attributes:
+        top1: whether the label has the highest logit.
+        top5: whether it is among the five highest.
+        confidence: the winning probability.
+        nll: negative log-likelihood of the label, in nats.
+        brier: Brier score.
+        prediction: the class with the highest logit.
+    """
+
+    top1: Any
+    top5: Any
+    confidence: Any
+    nll: Any
+    brier: Any
+    prediction: Any
+
+
+@jax.jit
+def score(logits: jax.Array, labels: jax.Array) -> Scores:
+    """Score predictions.
+
+    Args:
+        logits: (batch, classes).
+        labels: (batch,) integers.
+
+    Returns:
+        One entry a picture.
+    """
+    return Scores(
+        metrics.top_k(logits, labels),
+        metrics.top_k(logits, labels, 5),
+        jax.nn.softmax(logits).max(-1),
+        metrics.nll(logits, labels),
+        metrics.brier(logits, labels),
+        logits.argmax(-1),
+    )
+
+
+@dataclasses.dataclass
+class Record:
+    """What one adapter did on one stream so far.
+
+    Attributes:
+        stream: the stream.
+        scores: of all its pictures, in its order; zeros where it has not come yet.
+        seen: (pictures,) bool, whether the picture came and could be read.
+        skipped: (batches,) bool, whether the step left the state as it was.
+        seconds: spent in steps.
+    """
+
+    stream: Stream
+    scores: Scores
+    seen: np.ndarray
+    skipped: np.ndarray
+    seconds: np.ndarray
+
+    @classmethod
+    def empty(cls, stream: Stream, batches: int) -> "Record":
+        """A record of nothing yet."""
+        pictures = sum(map(len, stream.parts))
+        kinds = Scores(bool, bool, np.float32, np.float32, np.float32, np.int32)
+        scores = Scores(*(np.zeros(pictures, kind) for kind in kinds))
+        return cls(
+            stream, scores, np.zeros(pictures, bool), np.zeros(batches, bool), np.zeros(batches)
+        )
+
+    def add(self, number: int, batch: StreamBatch, prediction: Prediction, seconds: float) -> None:
+        """Add one batch, the `number`-th of the stream."""
+        places = batch.index[batch.mask]
+        for kept, values in zip(self.scores, score(prediction.logits, batch.labels), strict=True):
+            kept[places] = np.asarray(values)[batch.mask]
+        self.seen[places] = True
+        self.skipped[number] = bool(prediction.metrics.get("skipped", False))
+        self.seconds[number] = seconds
+
+    @property
+    def accuracy(self) -> float:
+        """Top-1 accuracy so far, in per cent."""
+        return 100 * float(self.scores.top1[self.seen].mean()) if self.seen.any() else 0.0
+
+    def figures(self) -> Figures:
+        """All figures of the stream: its segments', and those of the stream as a whole."""
+        pictures, seconds = int(self.seen.sum()), float(self.seconds.sum())
+        items = self.stream.items
+        return {
+            "segments": [self._segment(n, items) for n in range(len(self.stream.segments))],
+            "running": self._running(),
+            "skipped_steps": np.flatnonzero(self.skipped).tolist(),
+            "pictures": pictures,
+            "pictures_per_second": round(pictures / seconds, 2) if seconds else None,
+        }
+
+    def _segment(self, number: int, items: np.ndarray) -> Figures:
+        segments, pictures = items.T
+        chosen = np.flatnonzero(segments == number)
+        # By picture, whatever the order of the stream, so that rows of different streams pair up.
+        chosen = chosen[np.argsort(pictures[chosen])]
+        seen = self.seen[chosen]
+        scores = Scores(*(x[chosen][seen] for x in self.scores))
+        finite = np.isfinite(scores.nll)  # a picture whose logits are NaN counts as wrong
+        kept = Scores(*(x[finite] for x in scores))
+        bins = metrics.reliability(kept.confidence, kept.top1)
+        domain = self.stream.segments[number]
+        return {
+            "corruption": domain.corruption,
+            "severity": domain.severity,
+            "pictures": len(finite),
+            **{name: _mean(getattr(scores, name)) for name in ("top1", "top5")},
+            **{name: _mean(getattr(kept, name)) for name in ("nll", "brier")},
+            "ece": float(metrics.calibration_gap(bins)) if finite.any() else None,
+            "intervals": _intervals(scores, kept),
+            "gain": None,
+            "without_prediction": int((~finite).sum()),
+            "reliability": {k: np.asarray(v).tolist() for k, v in bins._asdict().items()},
+            **_flags(pictures[chosen], seen, self.scores.top1[chosen]),
+        }
+
+    def _running(self) -> list[tuple[int, float]]:
+        """Pictures seen and accuracy so far, at some hundred points along the stream."""
+        right = np.cumsum(self.scores.top1 & self.seen)
+        count = np.cumsum(self.seen)
+        points = np.unique(np.linspace(0, len(count) - 1, CURVE_POINTS).round().astype(int))
+        return [(int(count[p]), float(right[p] / count[p])) for p in points if count[p]]
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """One entry a picture in the stream's order, to save."""
+        segments, pictures = self.stream.items.T
+        return {"segment": segments, "picture": pictures, "seen": self.seen} | self.scores._asdict()
+
+
+def _mean(values: np.ndarray) -> float | None:
+    return float(values.mean(dtype=float)) if len(values) else None
+
+
+def _intervals(scores: Scores, kept: Scores) -> dict[str, tuple[float, float] | None]:
+    intervals = {}
+    for names, source in ((("top1", "top5"), scores), (("nll", "brier"), kept)):
+        values = np.stack([getattr(source, name) for name in names], 1).astype(float)
+        if len(values):
+            means = bootstrap(values, np.ones_like(values))
+            intervals |= {name: interval(means[:, k]) for k, name in enumerate(names)}
+        else:
+            intervals |= dict.fromkeys(names)
+    return intervals
+
+
+def _flags(pictures: np.ndarray, seen: np.ndarray, right: np.ndarray) -> Figures:
+    """Which of the source's pictures were seen and answered rightly, a bit each."""
+    flags = np.zeros((2, pictures.max() + 1), bool)
+    flags[:, pictures] = seen, seen & right
+    return {
+        "bits": flags.shape[1],
+        "seen": base64.b64encode(np.packbits(flags[0])).decode(),
+        "correct": base64.b64encode(np.packbits(flags[1])).decode(),
+    }
+
+
+def outcomes(segment: Figures, pictures: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Read which pictures of a segment were seen, and which answered rightly.
+
+    Args:
+        segment: one of a cell's segments.
+        pictures: length to fill up to.
+
+    Returns:
+        Two bool arrays by the picture's number in the source.
+    """
+
+    def flags(name: str) -> np.ndarray:
+        bits = np.frombuffer(base64.b64decode(segment[name]), np.uint8)
+        bits = np.unpackbits(bits, count=segment["bits"]).astype(bool)
+        return np.pad(bits, (0, max(pictures - len(bits), 0)))
+
+    return flags("seen"), flags("correct")
+
+
+def paired(
+    segments: Sequence[Figures], baseline: Sequence[Figures]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Line up what an adapter and the baseline made of the same pictures.
+
+    Args:
+        segments: the adapter's.
+        baseline: the baseline's, of the same domains in the same order.
+
+    Returns:
+        How often each was right, and how often both saw the picture, (pictures, 2) each: the
+        adapter's and the baseline's.
+    """
+    size = max(segment["bits"] for segment in (*segments, *baseline))
+    right, seen = np.zeros((2, size, 2))
+    for pair in zip(segments, baseline, strict=True):
+        flags = [outcomes(segment, size) for segment in pair]
+        both = flags[0][0] & flags[1][0]
+        seen += both[:, None]
+        right += np.stack([correct & both for _, correct in flags], 1)
+    return right, seen
+
+
+def gain(
+    segments: Sequence[Figures], baseline: Sequence[Figures], independent: bool = False
+) -> Figures | None:
+    """What an adapter gains in top-1 accuracy over the baseline on the pictures that both saw.
+
+    Args:
+        segments: the adapter's; several are averaged, each picture drawn with all its domains.
+        baseline: the baseline's, of the same domains in the same order.
+        independent: the domains are datasets, with pictures of their own: each is drawn apart.
+
+    Returns:
+        The gain in [-1, 1] and its interval; None if no picture was seen by both.
+    """
+    groups: dict[str, list[tuple[Figures, Figures]]] = {}
+    for pair in zip(segments, baseline, strict=True):
+        groups.setdefault(pair[0]["corruption"] if independent else "", []).append(pair)
+    gains, drawn = [], []
+    for number, pairs in enumerate(groups.values()):
+        right, seen = paired(*zip(*pairs, strict=True))
+        if seen.any():
+            shown = seen.any(1)
+            means = bootstrap(right[shown], seen[shown], seed=number)
+            share = right.sum(0) / seen.sum(0)
+            gains.append(share[0] - share[1])
+            drawn.append(means[:, 0] - means[:, 1])
+    if not gains:
+        return None
+    return {"top1": float(np.mean(gains)), "interval": interval(np.mean(drawn, 0))}

@@ -1,0 +1,218 @@
+"""Running adapters over streams: every adapter takes its step on each batch as it is read."""
+
+import dataclasses
+import itertools
+import resource
+import sys
+import time
+import zlib
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any
+
+import jax
+from tqdm import tqdm
+
+from jaxtta.adapters import Adapter
+from jaxtta.data import Batches, Stream, StreamBatch, read_ahead
+from jaxtta.evaluate.checkpoint import Checkpoints
+from jaxtta.evaluate.record import Record, gain
+from jaxtta.evaluate.results import Cell, Results, digest_of
+from jaxtta.objectives import Batch
+
+BASELINE = "zero_shot"
+
+
+@dataclasses.dataclass
+class _Job:
+    """One stream and the adapters that have still to run on it."""
+
+    stream: Stream
+    numbers: range
+    adapters: list[str]
+    states: dict[str, Any]
+    records: dict[str, Record]
+    checkpoints: Checkpoints
+    done: int = 0
+
+
+def run(
+    adapters: Mapping[str, Adapter],
+    params: Any,
+    batches: Batches,
+    results: Results,
+    *,
+    setting: str = "",
+    from_originals: Collection[str] = (),
+    workers: int = 1,
+    worker: tuple[int, int] = (0, 1),
+    checkpoint_every: int | None = None,
+    save_predictions: bool = False,
+    progress: bool = True,
+) -> list[Cell]:
+    """Run every adapter over every stream, save each cell when its stream is done.
+
+    Cells that the folder holds already are not computed again. Adapters step in lockstep, so that
+    each picture is read once.
+
+    Args:
+        adapters: by name.
+        params: the frozen parameters.
+        batches: the streams.
+        results: the folder, claimed while this runs.
+        setting: what the streams are called together, for the cells.
+        from_originals: adapters that cut their own views; `batches` needs a canvas for them.
+        workers: processes that read ahead.
+        worker: this machine's number and how many share the streams.
+        checkpoint_every: batches between two checkpoints inside a stream.
+        save_predictions: keep an `.npz` of each cell, picture by picture.
+        progress: show a progress bar.
+
+    Returns:
+        The cells of this worker's streams, stream by stream in the adapters' order.
+
+    Raises:
+        ValueError: if the folder holds another sweep, no picture of a stream can be read, or
+            originals are needed and not there.
+        OSError: if the folder cannot be written; what was finished is saved.
+    """
+    if from_originals and batches.canvas is None:
+        raise ValueError(f"{', '.join(from_originals)} cuts its own views: batches need a canvas")
+    cells: dict[tuple[str, int, str], Cell] = {}
+    share = range(worker[0], len(batches.streams), worker[1])
+    with results.claim(worker):
+        for number, name in itertools.product(share, adapters):
+            stream = batches.streams[number]
+            cell = results.read(name, stream.name, stream.seed)
+            if cell is not None:
+                cells[stream.name, stream.seed, name] = cell
+        missing = {
+            number: [n for n in adapters if (*_key(batches.streams[number]), n) not in cells]
+            for number in share
+        }
+        jobs = [
+            _prepare(number, names, adapters, params, batches, results, checkpoint_every)
+            for number, names in missing.items()
+            if names
+        ]
+        to_read = [number for job in jobs for number in job.numbers[job.done :]]
+        total = sum(len(job.numbers) for job in jobs)
+        bar = tqdm(
+            total=total,
+            initial=total - len(to_read),
+            unit="batch",
+            disable=not progress or not jobs,
+        )
+        with bar:
+            source = iter(read_ahead(batches, workers, to_read)) if jobs else iter(())
+            steps: dict[str, Callable] = {}
+            for job in jobs:
+                _run_stream(job, adapters, steps, params, from_originals, source, bar)
+                baseline = cells.get((*_key(job.stream), BASELINE))
+                for name, cell in _cells(job, batches, baseline, setting).items():
+                    arrays = job.records[name].arrays() if save_predictions else None
+                    cells[(*_key(job.stream), name)] = results.write(cell, arrays)
+                job.checkpoints.remove()
+                job.states.clear()
+                job.records.clear()
+            next(source, None)  # the end of the reading: its processes leave
+    order = [(*_key(batches.streams[number]), name) for number in share for name in adapters]
+    return [cells[key] for key in order]
+
+
+def _key(stream: Stream) -> tuple[str, int]:
+    return stream.name, stream.seed
+
+
+def _prepare(
+    number: int,
+    names: list[str],
+    adapters: Mapping[str, Adapter],
+    params: Any,
+    batches: Batches,
+    results: Results,
+    checkpoint_every: int | None,
+) -> _Job:
+    """Set a stream up, at its beginning or where a checkpoint left it."""
+    stream, numbers = batches.streams[number], batches.of(number)
+    folder = results.root / "checkpoints" / f"{stream.name}--seed{stream.seed}"
+    settings = {name: results.settings_of(name) for name in adapters}
+    identity = digest_of([settings, stream.segments, zlib.crc32(stream.items.tobytes())])
+    job = _Job(stream, numbers, names, {}, {}, Checkpoints(folder, checkpoint_every, identity))
+    if folder.is_dir() and checkpoint_every is not None:
+        _start(job, adapters, params)
+        job.done = job.checkpoints.restore(job.states, job.records)
+    return job
+
+
+def _start(job: _Job, adapters: Mapping[str, Adapter], params: Any) -> None:
+    for name in job.adapters:
+        job.states[name] = adapters[name].init(params, jax.random.key(job.stream.seed))
+        job.records[name] = Record.empty(job.stream, len(job.numbers))
+
+
+def _run_stream(
+    job: _Job,
+    adapters: Mapping[str, Adapter],
+    steps: dict[str, Callable],
+    params: Any,
+    from_originals: Collection[str],
+    source: Iterator[StreamBatch],
+    bar: tqdm,
+) -> None:
+    if not job.states:
+        _start(job, adapters, params)
+    bar.set_description(f"{job.stream.name} seed {job.stream.seed}")
+    for number in range(job.done, len(job.numbers)):
+        batch = next(source)
+        plain = Batch(batch.images, batch.mask, batch.index)
+        uncut = Batch(batch.originals, batch.mask, batch.index, batch.sizes)
+        for name in job.adapters:
+            inputs = uncut if name in from_originals else plain
+            if name not in steps:  # once a sweep, outside the clock
+                jitted = jax.jit(adapters[name].step, donate_argnums=1)
+                steps[name] = jitted.lower(params, job.states[name], inputs).compile()
+            start = time.perf_counter()
+            job.states[name], prediction = steps[name](params, job.states[name], inputs)
+            jax.block_until_ready(prediction)
+            job.records[name].add(number, batch, prediction, time.perf_counter() - start)
+        bar.set_postfix({name: f"{r.accuracy:.1f}" for name, r in job.records.items()})
+        bar.update()
+        if job.checkpoints.due(number + 1) and number + 1 < len(job.numbers):
+            job.checkpoints.save(number + 1, job.states, job.records)
+
+
+def _cells(job: _Job, batches: Batches, baseline: Cell | None, setting: str) -> dict[str, Cell]:
+    """The finished stream's cells, with their gain over the baseline where that is known."""
+    cells = {
+        name: {
+            "adapter": name,
+            "stream": job.stream.name,
+            "seed": job.stream.seed,
+            "setting": setting,
+            **job.records[name].figures(),
+            "peak_memory_gb": peak_memory_gb(),
+        }
+        for name in job.adapters
+    }
+    record = next(iter(job.records.values()))
+    if not record.seen.any():
+        segment, picture = job.stream.items[0]
+        first = batches.source.name(job.stream.segments[segment], int(picture))
+        raise ValueError(f"none of the pictures could be read, the first is {first}")
+    unreadable: list[list[str]] = [[] for _ in job.stream.segments]
+    for segment, picture in job.stream.items[~record.seen].tolist():
+        unreadable[segment].append(batches.source.name(job.stream.segments[segment], picture))
+    baseline = cells.get(BASELINE, baseline)
+    for name, cell in cells.items():
+        for number, segment in enumerate(cell["segments"]):
+            segment["unreadable"] = unreadable[number]
+            if baseline is not None and name != BASELINE:
+                segment["gain"] = gain([segment], [baseline["segments"][number]])
+    return cells
+
+
+def peak_memory_gb() -> float:
+    """The most memory in use so far: the accelerator's, or else this process's."""
+    used = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    unit = 1 if sys.platform == "darwin" else 1024
+    return (used or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit) / 1e9

@@ -1,0 +1,1 @@
+"""Reading and writing checkpoints: transformers' and OpenCLIP's formats."""

@@ -1,0 +1,56 @@
+"""The one door to checkpoints: CLIP of transformers or OpenCLIP, or a supervised ViT."""
+
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from jaxtta.models.checkpoints import open_clip, transformers
+from jaxtta.models.checkpoints.files import (
+    OPEN_CLIP_CONFIG,
+    WEIGHTS,
+    find_folder,
+    is_transformers,
+)
+from jaxtta.models.clip import CLIP, Params
+
+
+def load(
+    path_or_hub_id: str | Path,
+    *,
+    dtype: Any = jnp.float32,
+    compute_dtype: Any = None,
+    remat: bool = False,
+    revision: str | None = None,
+) -> tuple[CLIP, Params]:
+    """Load a CLIP checkpoint of transformers or OpenCLIP.
+
+    Args:
+        path_or_hub_id: a folder with `config.json` and `model.safetensors` (single or sharded) or
+            `flax_model.msgpack`, or with `open_clip_config.json` and
+            `open_clip_model.safetensors`; or the id of such a model on the hub. Where both are
+            there with weights, transformers' is read.
+        dtype: of the parameters.
+        compute_dtype: of the matrix products, `jnp.bfloat16` say; None for that of the parameters.
+            LayerNorm, softmax, losses and adapted parameters stay in float32.
+        remat: recompute each block's activations in the backward pass: less memory, more time.
+        revision: of the hub's model.
+
+    Returns:
+        The model and its parameter tree (`vision_model`, `text_model`, `visual_projection`,
+        `text_projection`, `logit_scale`); a ViT's is the same for both kinds of checkpoint.
+
+    Raises:
+        FileNotFoundError: if there is no such folder or hub model, or a file is missing.
+        ValueError: if the configuration is none of CLIP's, only pickled weights are there, or a
+            parameter is missing or has another shape (they are named).
+    """
+    folder = find_folder(path_or_hub_id, revision)
+    if compute_dtype is None and jnp.finfo(dtype).bits < 32:
+        compute_dtype = dtype  # adapted parameters are float32 and must not decide it
+    readable = any((folder / name).exists() for name in WEIGHTS)
+    if (folder / OPEN_CLIP_CONFIG).exists() and not (
+        readable and is_transformers(folder / "config.json")
+    ):
+        return open_clip.load_folder(folder, dtype, compute_dtype, remat)
+    return transformers.load_clip(folder, dtype, compute_dtype, remat)

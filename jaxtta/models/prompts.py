@@ -1,0 +1,169 @@
+"""Class prompts, packed: no token after an end of text, the shared beginning once.
+
+CLIP's text attention is causal and the embedding is read at the end-of-text token, so (1) tokens
+after it change nothing, and (2) the first tokens that all prompts share have the same keys and
+values in all of them. The 1,000 ImageNet prompts "a photo of a {}." are 77,000 tokens as published,
+18,000 cut to the longest, and 4,170 packed; all three give the same embeddings.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxtta.models.attention import attention
+from jaxtta.models.transformer import Attend
+
+Array = jax.Array
+
+
+class Task(NamedTuple):
+    """A zero-shot classification task: what the classes are called, in tokens.
+
+    Attributes:
+        token_ids: (classes, templates, length) integers, on the host.
+        class_names: one name a class, or () where only token ids are known.
+    """
+
+    token_ids: np.ndarray
+    class_names: tuple[str, ...] = ()
+
+    @property
+    def classes(self) -> int:
+        """Number of classes."""
+        return self.token_ids.shape[0]
+
+
+def task_from_token_ids(token_ids: np.ndarray, class_names: Sequence[str] = ()) -> Task:
+    """Make a task of ready token ids.
+
+    Args:
+        token_ids: (classes, length) or (classes, templates, length) integers.
+        class_names: one name a class, if there are any.
+
+    Returns:
+        The task.
+
+    Raises:
+        ValueError: if the array has another shape or dtype, or fewer than two classes.
+    """
+    token_ids = np.asarray(token_ids)
+    if token_ids.ndim == 2:
+        token_ids = token_ids[:, None]
+    if token_ids.ndim != 3 or not np.issubdtype(token_ids.dtype, np.integer):
+        raise ValueError(
+            "token ids must be integers of shape (classes, length) or (classes, templates, "
+            f"length), not {token_ids.dtype} of shape {token_ids.shape}"
+        )
+    if len(token_ids) < 2:
+        raise ValueError(f"a task needs at least two classes, not {len(token_ids)}")
+    if class_names and len(class_names) != len(token_ids):
+        raise ValueError(f"{len(class_names)} class names for {len(token_ids)} classes")
+    return Task(token_ids.astype(np.int32), tuple(class_names))
+
+
+class Prompts(NamedTuple):
+    """A task's tokens, packed; an ordinary pytree whose shapes say how the packing is laid out.
+
+    Rows are the shared prefix first, then the remaining tokens of prompt after prompt.
+
+    Attributes:
+        prefix: (prefix,) ids of the tokens that all prompts start with.
+        tokens: (rows,) ids of all other tokens up to each prompt's end of text.
+        positions: (rows,) their places in their prompts.
+        grid: (prompts, longest) which of `tokens` stands where when prompts are laid out side
+            by side; what lies after an end of text is never read.
+        cells: (rows,) the inverse, into the flattened grid.
+        ends: (classes, templates) the ends of text, as rows counted from the prefix's first.
+    """
+
+    prefix: Array
+    tokens: Array
+    positions: Array
+    grid: Array
+    cells: Array
+    ends: Array
+
+
+def ends_of_text(token_ids: np.ndarray | Array, eos_token_id: int) -> np.ndarray | Array:
+    """Position of each prompt's end-of-text token, as transformers finds it.
+
+    Args:
+        token_ids: (…, length).
+        eos_token_id: the config's; 2 stands for old configs, which mean the highest id.
+
+    Returns:
+        (…) positions; 0 where a prompt has no end of text.
+    """
+    if eos_token_id == 2:
+        return token_ids.argmax(-1)
+    return (token_ids == eos_token_id).argmax(-1)
+
+
+def pack(task: Task, eos_token_id: int) -> Prompts:
+    """Pack a task's prompts.
+
+    Args:
+        task: the task.
+        eos_token_id: the model's end of text.
+
+    Returns:
+        The packed prompts, as numpy arrays.
+
+    Raises:
+        ValueError: if a prompt has no end-of-text token.
+    """
+    ids = task.token_ids.reshape(-1, task.token_ids.shape[-1])
+    ends = np.asarray(ends_of_text(ids, eos_token_id))
+    if eos_token_id != 2 and not (ids == eos_token_id).any(-1).all():
+        missing = int(np.flatnonzero(~(ids == eos_token_id).any(-1))[0])
+        raise ValueError(f"prompt {missing} has no end-of-text token ({eos_token_id})")
+    same = (ids == ids[:1]).all(0)[: ends.min()]  # an end of text is never shared
+    shared = len(same) if same.all() else int(same.argmin())
+    lengths = ends + 1 - shared
+    longest = lengths.max()
+    valid = np.arange(longest) < lengths[:, None]
+    cells = np.flatnonzero(valid)
+    grid = np.zeros(valid.shape, np.int32)
+    grid[valid] = np.arange(len(cells))
+    last = shared + np.cumsum(lengths) - 1
+    return Prompts(
+        prefix=ids[0, :shared],
+        tokens=ids[:, shared : shared + longest][valid],
+        positions=(shared + cells % longest).astype(np.int32),
+        grid=grid,
+        cells=cells.astype(np.int32),
+        ends=last.reshape(task.token_ids.shape[:2]).astype(np.int32),
+    )
+
+
+def packed_attention(prompts: Prompts) -> Attend:
+    """Causal attention over the rows of packed prompts."""
+    shared = prompts.prefix.shape[0]
+    count, longest = prompts.grid.shape
+    own = np.tril(np.ones((longest, longest), bool))
+    mask = np.concatenate([np.ones((longest, shared), bool), own], 1)
+
+    def attend(query: Array, key: Array, value: Array) -> Array:
+        prefix = tuple(x[None, :shared] for x in (query, key, value))
+        query, key, value = (x[shared:][prompts.grid] for x in (query, key, value))
+        if shared:
+            head = attention(*prefix, mask=np.tril(np.ones((shared, shared), bool)))[0]
+            key, value = (
+                jnp.concatenate([jnp.broadcast_to(p, (count, *p.shape[1:])), x], 1)
+                for p, x in zip(prefix[1:], (key, value), strict=True)
+            )
+        y = attention(query, key, value, mask=mask)
+        y = y.reshape(-1, *y.shape[2:])[prompts.cells]
+        return jnp.concatenate([head, y]) if shared else y
+
+    return attend
+
+
+def rows(prompts: Prompts) -> tuple[Array, Array]:
+    """Token ids and positions of all rows, the prefix's first."""
+    shared = prompts.prefix.shape[0]
+    ids = jnp.concatenate([prompts.prefix, prompts.tokens])
+    return ids, jnp.concatenate([np.arange(shared, dtype=np.int32), prompts.positions])

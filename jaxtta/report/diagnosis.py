@@ -1,0 +1,438 @@
+"""What a diagnosis of models or a field check says: words, tables, plots, one HTML page."""
+
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter
+
+from jaxtta import diagnose
+from jaxtta.evaluate.factory import ADAPTERS
+from jaxtta.evaluate.figures import EQUAL, SHOWN, Found
+from jaxtta.report import html as page
+from jaxtta.report import plots
+from jaxtta.report.plots import COLOURS, GREY
+from jaxtta.report.summary import NONE, aligned
+
+Table = tuple[str, list[str], list[tuple[str, list[str]]]]
+"""Heading, column heads and rows."""
+
+
+class Report(NamedTuple):
+    """What is printed and shown.
+
+    Attributes:
+        said: sentences.
+        tables: in their order.
+        figures: a plot with its heading and caption, by file name.
+    """
+
+    said: list[str]
+    tables: list[Table]
+    figures: dict[str, tuple[str, str, Figure]]
+
+
+def diagnosis_report(found: Found, fractions: Sequence[float]) -> Report:
+    """Say, tabulate and draw what a diagnosis found.
+
+    Args:
+        found: models' figures, those of pairs of models, and effective robustness, as
+            diagnose_model.py makes them.
+        fractions: of the head's directions that were kept.
+
+    Returns:
+        The report.
+    """
+    results, robustness = found["models"], found["robustness"]
+    return Report(
+        summary(results, robustness),
+        diagnosis_tables(results, found["pairs"], robustness),
+        diagnosis_figures(results, robustness, fractions),
+    )
+
+
+def field_report(results: Found, entropies: Found, answers: Found, trial: Sequence[str]) -> Report:
+    """Say, tabulate and draw what a field check found.
+
+    Args:
+        results: figures by model, as diagnose_model.py makes them.
+        entropies: by model, field or reference: of each picture's prediction (pictures,), in nats.
+        answers: by model, what a trial of adapters came to.
+        trial: the adapters in it.
+
+    Returns:
+        The report.
+    """
+    report = Report([], [], {})
+    for name, found in results.items():
+        report.said.extend(expectations(name, found))
+        if "trial" in found:
+            steps = page.counted(found["steps"], "step")
+            steps += f" of {page.counted(found['trial_batch'], 'picture')}"
+            report.said.append(f"Trial of adapters, {steps}: {answers[name]} {CAUTION}")
+        report.tables.extend(field_tables(name, found))
+        key = f"predictions-{name}" if len(results) > 1 else "predictions"
+        figure = draw_predictions(found, entropies[name])
+        report.figures[key] = (f"Predictions of {name}", PREDICTIONS, figure)
+    tried = any("trial" in found for found in results.values())
+    report.said.append(unmeasured(trial if tried else ()))
+    return report
+
+
+# --- words ---
+
+CHANCE = 0.05  # p-values above are no evidence
+CAUTION = (
+    "Answers come before the step that they cause. The best adapter was chosen on the pictures "
+    "that its gain is measured on, so expect less of it elsewhere; other orders and sizes of steps "
+    "may change it too."
+)
+
+
+def per_cent(value: float | None, digits: str = ".2f") -> str:
+    """A share in per cent."""
+    return NONE if value is None else format(round(100 * value, 9) + 0, digits).replace("-", "−")
+
+
+def bounded(value: float, bounds: Sequence[float] | None, digits: str = ".2f") -> str:
+    """A share in per cent and its interval."""
+    return f"{per_cent(value, digits)} [{', '.join(per_cent(b, digits) for b in bounds or ())}]"
+
+
+def some(items: Sequence[Any], count: int = 5) -> str:
+    """The first items, and how many there are if not all."""
+    more = f" … ({len(items)})" if len(items) > count else ""
+    return ", ".join(map(str, items[:count])) + more or "none"
+
+
+def left_out(sets: Sequence[Found]) -> list[str]:
+    """A sentence about pictures that could not be read, if there are any."""
+    lost = [name for figures in sets for name in figures["lost"]]
+    pictures = page.counted(len(lost), "picture")
+    return [f"{pictures} could not be read: {some(lost)}."] if lost else []
+
+
+def summary(results: Found, robustness: Found) -> list[str]:
+    """What was found on models."""
+    said = []
+    for name, found in results.items():
+        (base, first), *shifts = found["sets"].items()
+        text = f"{name} gets {per_cent(first['accuracy'])} % right on {base}"
+        if shifts:
+            worst, figures = min(shifts, key=lambda item: item[1]["accuracy"])
+            if len(shifts) > 1:
+                text += f", {per_cent(found['shifted_accuracy'])} % on the mean of {len(shifts)} "
+                text += "shifted sets"
+            text += f" and {per_cent(figures['accuracy'])} % on the worst shift, {worst}"
+        axes, directions = found["outlier_axes"], len(found["importance"])
+        stick = f"axes {some(axes)} stick" if axes else "no axis sticks"
+        least = {None: "none keeps", 1: "only the whole keeps"}.get(
+            found["enough"], f"{per_cent(found['enough'], 'g')} % is the smallest that keeps"
+        )
+        said.append(
+            f"{text}. The kurtosis of its features is {first['kurtosis']:.2f} (Gaussian: 3); "
+            f"{stick} out of most pictures' features. Of the fractions tried of the head's "
+            f"{directions} directions, {least} its accuracy on {base} within "
+            f"{per_cent(EQUAL, 'g')} point."
+        )
+        said += left_out([*found["sets"].values()])
+    if "reason" in robustness:
+        said.append(f"Effective robustness was not computed: {robustness['reason']}.")
+    said.append(
+        "Not measured: other shifts and strengths than these, calibration, and whether any of "
+        "these figures predicts accuracy on other pictures."
+    )
+    return said
+
+
+def expectations(name: str, found: Found) -> list[str]:
+    """What to expect of a model on the field's pictures."""
+    field, reference, classes = found["field"], found["reference"], found["classes"]
+    place, p = f"the reference, {reference['name']}", f"p = {field['p_value']:.3f}"
+    if field["p_value"] > CHANCE:
+        apart = f"cannot be told from {place} ({p}), which is no proof that they are alike"
+    else:
+        times = field["discrepancy"] / field["chance"]
+        apart = (
+            f"lie apart from {place} ({p}; their squared discrepancy is {times:.1f} times what "
+            "chance stays below): accuracies that you know from it may not hold here"
+        )
+    commonest = int(np.argmax(field["predicted"]))
+    never = [c for c, share in zip(classes, field["predicted"], strict=True) if not share]
+    text = f"For {name} these pictures {apart}. It answers “{classes[commonest]}” for "
+    text += f"{per_cent(field['predicted'][commonest], '.0f')} % of them"
+    text += f", never {some([f'“{c}”' for c in never])}" if never else ""
+    guess, sure = (per_cent(x, ".0f") for x in (1 / len(classes), field["confidence"]))
+    said = [f"{text}, with a mean confidence of {sure} % (guessing: {guess} %)."]
+    said += left_out([field, reference])
+    if "accuracy" in found:
+        (low, high), most = found["interval"], max(found["labelled"])
+        than = "better" if low > most else "worse" if high < most else "not clearly better"
+        said.append(
+            f"Unadapted it gets {bounded(found['accuracy'], found['interval'])} % of "
+            f"{page.counted(found['labels'], 'labelled picture')} right, {than} than always giving "
+            f"the commonest class ({per_cent(most)} %)."
+        )
+    return said
+
+
+def unmeasured(trial: Sequence[str]) -> str:
+    """What a field check leaves open; no adapters are tried where there are no labels."""
+    missing = ["whether later pictures will look like these", "other prompts than these"]
+    if trial:
+        tried = {name.partition("@")[0] for name in trial}
+        others = [name for name in ADAPTERS if name not in tried]
+        missing.append("learning rates other than those tried")
+        missing += [f"the adapters {', '.join(others)}"] if others else []
+    else:
+        missing.insert(0, "accuracy, and whether an adapter helps (both need labels)")
+    return f"Not measured: {'; '.join(missing)}."
+
+
+# --- tables and plots ---
+
+
+def diagnosis_tables(results: Found, pairs: list[Found], robustness: Found) -> list[Table]:
+    """Figures by model, and by pair of models."""
+    values = robustness.get("values", {})
+    columns = []
+    for name, found in results.items():
+        sets, shifted = found["sets"], found["shifted_accuracy"] is not None
+        rows = {
+            f"accuracy on {s} (%)": bounded(x["accuracy"], x["interval"]) for s, x in sets.items()
+        }
+        if shifted:
+            rows["mean of shifted sets (%)"] = per_cent(found["shifted_accuracy"])
+            rows["effective robustness (points)"] = per_cent(values.get(name), "+.2f")
+        rows[f"kurtosis on {next(iter(sets))}"] = f"{found['base_kurtosis']:.2f}"
+        if shifted:
+            rows["kurtosis, mean of shifted sets"] = f"{found['shifted_kurtosis']:.2f}"
+        columns.append(
+            rows
+            | {
+                "outlier axes": some(found["outlier_axes"]),
+                "directions of the head": str(len(found["importance"])),
+                "spread of their importance": f"{found['spread']:.2f}",
+                "top direction": ", ".join(
+                    f"{axis} ({weight:+.2f})".replace("-", "−")
+                    for axis, weight in found["top_direction"]
+                ),
+                "top direction on outlier axes (chance)": NONE
+                if found["overlap"] is None
+                else f"{found['overlap'][0]:.2f} ({found['chance_overlap']:.3f})",
+                "directions that suffice (%)": per_cent(found["enough"], "g"),
+                "modality gap": f"{found['modality_gap']:.3f}",
+                "classes detected": f"{len(found['encoded'])} of {len(found['concepts'])}",
+                "most of them by one": str(found["most_concepts_per_direction"]),
+            }
+        )
+    tables = [("Models", [*results], by_row(columns))]
+    if pairs:
+        columns = [
+            {
+                "linear CKA": f"{pair['cka']:.3f}",
+                "classes both detect": str(len(pair["shared"])),
+                "only the first": some(pair["unique"][0]),
+                "only the second": some(pair["unique"][1]),
+            }
+            for pair in pairs
+        ]
+        heads = [" / ".join(pair["models"]) for pair in pairs]
+        tables.append(("Pairs of models", heads, by_row(columns)))
+    return tables
+
+
+def by_row(columns: Sequence[dict[str, str]]) -> list[tuple[str, list[str]]]:
+    """Columns with the same keys as rows."""
+    return [(name, [column[name] for column in columns]) for name in columns[0]]
+
+
+def field_tables(name: str, found: Found) -> list[Table]:
+    """How the pictures sit in the space, what is predicted, and what adapters did."""
+    field, reference = found["field"], found["reference"]
+    uniform = np.log(len(found["classes"]))
+    columns = [
+        {
+            "pictures": str(each["pictures"]),
+            "squared discrepancy from half the reference": f"{each['discrepancy']:.4f}".replace(
+                "-", "−"
+            ),
+            "95 % of what chance gives": f"{each['chance']:.4f}",
+            "p-value": f"{each['p_value']:.3f}",
+            "kurtosis": f"{each['kurtosis']:.2f}",
+            "outlier axes": some(each["outlier_axes"]),
+            "mean entropy (nats)": f"{each['entropy']:.3f} of {uniform:.3f}",
+            "mean confidence (%)": per_cent(each["confidence"]),
+        }
+        for each in (field, reference)
+    ]
+    tables = [(f"Pictures in {name}'s space", ["field", "reference"], by_row(columns))]
+    shares = {"predicted (%)": field["predicted"]}
+    if "labelled" in found:
+        shares |= {"labelled (%)": found["labelled"], "of these right (%)": found["recall"]}
+    shares["predicted on the reference (%)"] = reference["predicted"]
+    rows = [
+        (found["classes"][label], [per_cent(column[label]) for column in shares.values()])
+        for label in commonest_first(found)
+    ]
+    tables.append((f"Classes by {name}", [*shares], rows))
+    rows = [
+        (" / ".join(pair["classes"]), [per_cent(pair["share"]), per_cent(pair["margin"])])
+        for pair in found["confused"]
+    ]
+    heads = ["two likeliest of (%)", "mean difference (points)"]
+    tables.append((f"Classes that {name} hesitates between", heads, rows))
+    rows = []
+    for cell in found.get("trial", ()):
+        gain = cell["gain"]
+        gained = bounded(gain["top1"], gain["interval"], "+.2f") if gain else NONE
+        right = bounded(cell["top1"], cell["interval"])
+        rows.append((cell["adapter"], [right, gained, per_cent(cell["ece"])]))
+    heads = ["right (%)", "gain (points)", "calibration error (%)"]
+    return [*tables, (f"Trial of adapters with {name}", heads, rows)] if rows else tables
+
+
+def commonest_first(found: Found) -> list[int]:
+    """The classes that are predicted most."""
+    return np.argsort(-np.asarray(found["field"]["predicted"]), kind="stable")[:SHOWN].tolist()
+
+
+CAPTIONS = {
+    "kurtosis": (
+        "Activation kurtosis",
+        "Mean over pictures of the fourth standardised moment of their features' entries. Dashed: "
+        "3, that of Gaussian entries. A few axes that stick out raise it.",
+    ),
+    "importance": (
+        "Importance of the head's directions",
+        "Singular value times mean |cosine| with the features of the base set, over its mean.",
+    ),
+    "pruning": (
+        "Accuracy against the fraction kept",
+        "Top-1 accuracy with the head's most important directions only, as ranked on the base set; "
+        "one at least. Lines: base set; dots: mean of the shifted sets, each with its own head.",
+    ),
+    "robustness": (
+        "Effective robustness",
+        "Both axes are straight in the logits of accuracies. The line goes through the reference "
+        "models in grey; the height above it is the effective robustness.",
+    ),
+}
+PREDICTIONS = (
+    "Left: entropy of each picture's prediction, the reference's under the same prompts. Right: "
+    "how often each class is predicted."
+)
+
+
+def diagnosis_figures(results: Found, robustness: Found, fractions: Sequence[float]) -> Found:
+    """The plots of a diagnosis, each with heading and caption."""
+    sets, order = [*next(iter(results.values()))["sets"]], np.argsort(fractions)
+    wide = np.clip(0.4 * len(sets) * len(results) + 2, 6, 12)
+    drawn = {
+        name: Figure(figsize=(width, 4.2), layout="constrained")
+        for name, width in (("kurtosis", wide), ("importance", 6), ("pruning", 6))
+    }
+    kurtosis, importance, pruning = (figure.subplots() for figure in drawn.values())
+    places, width = np.arange(len(sets)), 0.8 / len(results)
+    styles = plots.styles([{"adapter": name} for name in results], "")
+    for number, (name, found) in enumerate(results.items()):
+        colour, dashes = styles[name]
+        look = {"color": colour, "linestyle": dashes, "label": plots.label(name)}
+        offset = (number - (len(results) - 1) / 2) * width
+        heights = [found["sets"][each]["kurtosis"] for each in sets]
+        kurtosis.bar(places + offset, heights, width, color=colour, label=plots.label(name))
+        spectrum = np.asarray(found["importance"])
+        importance.plot(1 + np.arange(len(spectrum)), spectrum / spectrum.mean(), **look)
+        kept = 100 * np.asarray(fractions)[order]
+        pruning.plot(kept, 100 * np.asarray(found["base_pruned"])[order], **look)
+        if found["shifted_pruned"] is not None:
+            pruning.plot(kept, 100 * np.asarray(found["shifted_pruned"])[order], ".", color=colour)
+    for axes, level in ((kurtosis, 3), (importance, 1)):
+        axes.axhline(level, color="black", linestyle="--", linewidth=1)
+    kurtosis.set_xticks(places, map(plots.label, sets), rotation=40, ha="right")
+    kurtosis.margins(y=0.15)
+    pruning.set_ylim(0, 100)
+    plots.finish(kurtosis, "", "kurtosis of the features")
+    plots.finish(importance, "rank of the direction", "importance over its mean")
+    plots.finish(pruning, "directions kept (%)", "top-1 accuracy (%)")
+    if "line" in robustness:
+        drawn["robustness"] = draw_robustness(results, robustness, styles)
+    return {name: (*CAPTIONS[name], figure) for name, figure in drawn.items()}
+
+
+def draw_robustness(results: Found, robustness: Found, styles: Found) -> Figure:
+    """Shifted accuracy over base accuracy, with the reference line."""
+    figure = Figure(figsize=(6, 4.6), layout="constrained")
+    axes, points = figure.subplots(), np.asarray(robustness["points"])
+    pairs = [(found["base_accuracy"], found["shifted_accuracy"]) for found in results.values()]
+    axes.plot(*points.T, "o", color=GREY, markersize=9, alpha=0.5, label="reference")
+    bases = np.concatenate([points, pairs])[:, 0]
+    ends = np.linspace(bases.min(), bases.max(), 50)
+    axes.plot(ends, diagnose.LogitLine(**robustness["line"]).predict(ends), color=GREY)
+    for name, pair in zip(results, pairs, strict=True):
+        axes.plot(*pair, "D", color=styles[name][0], markersize=5, label=plots.label(name))
+    axes.set(xscale="logit", yscale="logit")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(6))
+        axis.set_major_formatter(PercentFormatter(1))
+        axis.set_minor_locator(NullLocator())
+    plots.finish(axes, "accuracy on the base set", "mean on shifted sets", grid="both")
+    return figure
+
+
+def draw_predictions(found: Found, entropies: dict[str, np.ndarray]) -> Figure:
+    """Entropies, and how often each class is predicted."""
+    figure, shown = Figure(figsize=(9, 4.2), layout="constrained"), commonest_first(found)
+    left, right = figure.subplots(1, 2)
+    bins = np.linspace(0, np.log(len(found["classes"])), 31)
+    for (key, values), colour in zip(entropies.items(), (COLOURS[0], GREY), strict=True):
+        weights = np.full(len(values), 100 / len(values))
+        values = np.clip(values, bins[0], bins[-1])  # rounding may leave the range
+        left.hist(values, bins, weights=weights, color=colour, alpha=0.6, label=key)
+    columns = {"predicted": found["field"]["predicted"]}
+    columns |= {"labelled": found["labelled"]} if "labelled" in found else {}
+    width = 0.8 / len(columns)
+    for number, (label, values) in enumerate(columns.items()):
+        places = np.arange(len(shown)) + (number - (len(columns) - 1) / 2) * width
+        heights = 100 * np.asarray(values)[shown]
+        right.barh(places, heights, width, color=COLOURS[number], label=label)
+    right.set_yticks(range(len(shown)), [plots.label(found["classes"][label]) for label in shown])
+    right.invert_yaxis()
+    plots.finish(left, "entropy of a prediction (nats)", "pictures (%)")
+    plots.finish(right, "pictures (%)", "", grid="x")
+    return figure
+
+
+# --- files ---
+
+
+def write_diagnosis(folder: Path, title: str, report: Report, found: Found) -> None:
+    """Print words and tables, and leave table, plots and page in a folder.
+
+    Args:
+        folder: it is there.
+        title: stands above.
+        report: what to show.
+        found: has the settings, and what is known about versions and device.
+    """
+    text = "\n\n".join(as_text(*table) for table in report.tables)
+    (folder / "table.txt").write_text(text + "\n", encoding="utf-8")
+    print("\n\n".join([title, text, *report.said]))
+    body = ['<div class="answer">', *(f"<p>{escape(text)}</p>" for text in report.said), "</div>"]
+    body += [page.plain_table(*table) for table in report.tables]
+    for name, (heading, caption, figure) in report.figures.items():
+        figure.savefig(folder / f"{name.replace('/', '-')}.png", dpi=150)
+        body.append(page.plot(heading, caption, figure))
+    text = page.document(title, [*body, page.settings_list([found])])
+    (folder / "report.html").write_text(text, encoding="utf-8")
+    print(f"\nresults: {folder / 'report.html'}")
+
+
+def as_text(heading: str, heads: list[str], rows: list[tuple[str, list[str]]]) -> str:
+    """A table as aligned lines."""
+    lines = [[heading, *heads], *([name, *texts] for name, texts in rows)]
+    rule = ["-" * max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(aligned([lines[0], rule, *lines[1:]]))

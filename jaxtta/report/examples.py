@@ -1,0 +1,203 @@
+"""What TNT's noise did to single pictures: those that it set right and those that it spoilt."""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from jaxtta.adapters import Tuning, tune_picture
+from jaxtta.data import Batches, on_canvas
+from jaxtta.evaluate.factory import is_tnt
+from jaxtta.evaluate.record import outcomes
+from jaxtta.evaluate.results import Cell
+from jaxtta.evaluate.run import BASELINE
+from jaxtta.models import CLIP, Params, Task
+from jaxtta.report.plots import COLOURS, GREY
+
+SHOWN = 5  # classes with bars
+
+
+class Example(NamedTuple):
+    """One picture.
+
+    Attributes:
+        title: where it comes from.
+        class_names: names of the classes.
+        label: its class.
+        plain: (size, size, 3) in [0, 1], the plain view.
+        noise: (size, size, 3), the tuned map.
+        epsilon: the map's bound.
+        before: (classes,) zero-shot probabilities of the plain view.
+        after: (classes,) probabilities of the vote.
+    """
+
+    title: str
+    class_names: tuple[str, ...]
+    label: int
+    plain: np.ndarray
+    noise: np.ndarray
+    epsilon: float
+    before: np.ndarray
+    after: np.ndarray
+
+
+def check_examples(adapters: Sequence[str], tuning: Tuning) -> None:
+    """Raise a ValueError where a sweep of these adapters has no examples to show."""
+    if not any(map(is_tnt, adapters)) or BASELINE not in adapters:
+        raise ValueError(f"--save-examples compares tnt with {BASELINE}: run both")
+    if tuning.carry:
+        raise ValueError("--save-examples is for maps of single pictures, not --tnt.carry")
+
+
+class _Place(NamedTuple):
+    stream: int
+    index: int
+
+
+def find_examples(
+    cells: Sequence[Cell],
+    adapter: str,
+    batches: Batches,
+    count: int,
+    model: CLIP,
+    params: Params,
+    task: Task,
+    tuning: Tuning,
+) -> list[Example]:
+    """Tune again the maps of pictures that the adapter answered otherwise than zero-shot did.
+
+    Args:
+        cells: of a sweep with zero-shot and the adapter.
+        adapter: TNT's name in it.
+        batches: the sweep's streams.
+        count: how many pictures; about as many set right as spoilt, from all streams in turn.
+        model: the model.
+        params: its parameters.
+        task: the classes.
+        tuning: TNT's settings in the sweep; the map must not be a carried one.
+
+    Returns:
+        At most so many examples.
+
+    """
+    classes = jax.jit(model.class_embeddings)(params, model.prompts(task))
+    # As in the sweep: cut, tuned and voted for with the key of the picture's place in its stream.
+    tune = jax.jit(
+        lambda params, classes, *picture: tune_picture(
+            model, params, classes, *picture, tuning=tuning
+        )
+    )
+
+    @jax.jit
+    def before(params: Params, classes: jax.Array, view: jax.Array) -> jax.Array:
+        return jax.nn.softmax(model.forward(params, classes, view[None]).logits)[0]
+
+    examples = []
+    for place in _changed(cells, adapter, batches, count):
+        stream = batches.streams[place.stream]
+        segment, number = stream.items[place.index].tolist()
+        domain = stream.segments[segment]
+        original = batches.source.read_both(domain, number, stream.seed)[1]
+        picture, size = on_canvas(original, batches.canvas)
+        key = jax.random.fold_in(jax.random.key(stream.seed), place.index)
+        views, tuned = tune(params, classes, key, picture, size)
+        examples.append(
+            Example(
+                str(domain).replace("_", " "),
+                tuple(batches.source.class_names),
+                int(batches.source.labels[number]),
+                np.asarray(views[0]),
+                np.asarray(tuned.noise),
+                tuning.epsilon,
+                np.asarray(before(params, classes, views[0])),
+                np.exp(tuned.log_probabilities),
+            )
+        )
+    return examples
+
+
+def _changed(cells: Sequence[Cell], adapter: str, batches: Batches, count: int) -> list[_Place]:
+    """Pictures set right and spoilt, by turns."""
+    kinds: list[list[Iterator[_Place]]] = [[], []]
+    for number, stream in enumerate(batches.streams):
+        pair = [
+            cell
+            for name in (BASELINE, adapter)
+            for cell in cells
+            if (cell["adapter"], cell["stream"], cell["seed"]) == (name, stream.name, stream.seed)
+        ]
+        if len(pair) < 2:
+            continue
+        for segment, figures in enumerate(zip(*(cell["segments"] for cell in pair), strict=True)):
+            (_, was), (_, now) = map(outcomes, figures)
+            for kind, changed in zip(kinds, (now & ~was, was & ~now), strict=True):
+                places = np.flatnonzero(
+                    (stream.items[:, 0] == segment) & changed[stream.items[:, 1]]
+                )
+                kind.append(iter([_Place(number, index) for index in places.tolist()]))
+    return list(itertools.islice(_in_turn([_in_turn(kind) for kind in kinds]), count))
+
+
+def _in_turn(iterators: Sequence[Iterator[_Place]]) -> Iterator[_Place]:
+    """One from each, round and round, until all are empty."""
+    waiting = list(iterators)
+    while waiting:
+        for iterator in list(waiting):
+            try:
+                yield next(iterator)
+            except StopIteration:
+                waiting.remove(iterator)
+
+
+def draw_examples(examples: Sequence[Example]) -> Figure | None:
+    """Draw examples, one a row.
+
+    Args:
+        examples: at least one, or there is no figure.
+
+    Returns:
+        Plain view, noise, their sum, and the likeliest classes before and after.
+    """
+    if not examples:
+        return None
+    figure = Figure(figsize=(9, 2.1 * len(examples) + 0.4), layout="constrained")
+    grid = figure.subplots(len(examples), 4, squeeze=False, width_ratios=(1, 1, 1, 1.6))
+    heads = ("plain view", "noise", "plain view + noise", "probability")
+    for axes, head in zip(grid[0], heads, strict=True):
+        axes.set_title(head, fontsize=10)
+    for row, example in zip(grid, examples, strict=True):
+        stretched = 0.5 + example.noise / (2 * example.epsilon)
+        for axes, picture in zip(
+            row, (example.plain, stretched, example.plain + example.noise), strict=False
+        ):
+            axes.imshow(picture.clip(0, 1))
+            axes.set_xticks([])
+            axes.set_yticks([])
+        row[0].set_ylabel(example.title, fontsize=9)
+        row[1].set_xlabel(f"±{255 * example.epsilon:.3g}/255", fontsize=8)
+        _bars(row[3], example)
+    grid[0, 3].legend(fontsize=8, frameon=False)
+    return figure
+
+
+def _bars(axes: Axes, example: Example) -> None:
+    likeliest = np.argsort(-np.maximum(example.before, example.after))[:SHOWN]
+    if example.label not in likeliest:
+        likeliest[-1] = example.label
+    places = np.arange(len(likeliest))
+    for shift, probabilities, colour, label in (
+        (-0.2, example.before, GREY, "before"),
+        (0.2, example.after, COLOURS[0], "after"),
+    ):
+        axes.barh(places + shift, probabilities[likeliest], 0.38, color=colour, label=label)
+    axes.set_yticks(places, [example.class_names[c] for c in likeliest], fontsize=8)
+    for tick, number in zip(axes.get_yticklabels(), likeliest, strict=True):
+        tick.set_fontweight("bold" if number == example.label else "normal")
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1)
+    axes.tick_params(axis="x", labelsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
