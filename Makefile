@@ -19,7 +19,7 @@ $(VENV)/installed: pyproject.toml $(wildcard constraints/*.txt)
 	$(PIP) $(CONSTRAINTS) --editable '.[test]'
 	touch $@
 
-demo: venv  ## Adapt the embedded model to 15 corruptions of real pictures
+demo: venv  ## Adapt the embedded model to 15 corruptions of real images
 	$(OFFLINE) $(VENV)/bin/python experiments/corruption_sweep.py --limit 400 --batch-size 50 --output runs/demo
 
 test: venv  ## Run the tests (no PyTorch)

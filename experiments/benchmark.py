@@ -7,7 +7,7 @@
     python experiments/benchmark.py --adapters zero_shot --frameworks jax --reading FOLDER
     python experiments/benchmark.py --adapters zero_shot --frameworks jax --projectors
 
-A CLIP model with random weights adapts to random pictures. The prompts are synthetic token ids with
+A CLIP model with random weights adapts to random images. The prompts are synthetic token ids with
 the lengths of ImageNet's "a photo of a {}.": start, four shared tokens, 1 to 11 for the name, "."
 and end of text, so that the longest has 18. JAX runs jaxtta's adapters. PyTorch runs transformers'
 CLIPModel, in eval mode and with its fused attention, twice: on prompts padded to 77 tokens, the
@@ -15,14 +15,14 @@ published procedure, and on prompts cut to the longest. The loss and the optimis
 all but BATCLIP encode the text once, beforehand. 1,000 classes at batch 16 and 77 tokens do not
 fit in 24 GB in PyTorch: run JAX alone there, or give a --memory-limit-gb.
 
-A step of tnt-1 is one picture, 64 views and one update of the noise; tnt-3 makes three updates.
-jaxtta cuts the views from the picture within the step. PyTorch is handed them, and follows the
+A step of tnt-1 is one image, 64 views and one update of the noise; tnt-3 makes three updates.
+jaxtta cuts the views from the image within the step. PyTorch is handed them, and follows the
 published procedure: every update runs all views forward and backward and then selects.
 
 Every row has a process of its own. The columns:
 
 - s/step: the shortest of the measured steps, and their median; compilation and a first step come
-  before. Pictures per second and all that follows are of the shortest.
+  before. Images per second and all that follows are of the shortest.
 - peak GB: the most memory the process has held up to the last measured step, weights, libraries and
   compilation included; on a GPU the most that was allocated on it. JAX rows hide PyTorch, which
   transformers would load beside JAX where it is installed.
@@ -80,9 +80,9 @@ class Settings:
     classes: int = 100
     """Number of classes, one prompt each."""
     batch: int = 16
-    """Pictures a step (TNT: always one)."""
+    """Images a step (TNT: always one)."""
     views: int = 64
-    """Views a picture (TNT)."""
+    """Views an image (TNT)."""
     chunk: int = 8
     """Views that are embedded at once (TNT's JAX rows); more fill an accelerator."""
     adapters: tuple[Literal["zero_shot", "tent", "batclip", "tnt-1", "tnt-3", "mgtta"], ...] = (
@@ -103,13 +103,13 @@ class Settings:
     memory_limit_gb: float | None = None
     """Stop a row whose process holds more main memory than this (needs Linux)."""
     reading: Path | None = None
-    """A folder of pictures by class: time reading them too, without a model, and corrupting one."""
+    """A folder of images by class: time reading them too, without a model, and corrupting one."""
     workers: int = 2
     """Processes that read."""
     projectors: bool = False
     """Time what GNSP adds to training too: its projectors, made from Gram matrices, beside the full
     SVDs of the published code in PyTorch where it is installed; and a step without and with the
-    projection, on --batch pictures and as many reference pairs."""
+    projection, on --batch images and as many reference pairs."""
     output: Path | None = None
     """JSON file for settings and rows, written anew as each row finishes."""
     debug: bool = False
@@ -253,7 +253,7 @@ def measure(settings: Settings, row: Row, sender: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process
     try:
         result = {"jax": jax_row, "torch": torch_row}[row.framework](settings, row)
-        result["pictures_per_second"] = pictures_a_step(settings, row) / result["seconds"]
+        result["images_per_second"] = images_a_step(settings, row) / result["seconds"]
     except Exception as error:  # whatever a library raises when memory runs out, say
         text = str(error).strip().partition("\n")[0]
         result = {"error": f"{type(error).__name__}: {text[:160]}"}
@@ -301,13 +301,13 @@ def clip_config(model: str) -> "CLIPConfig":
     )
 
 
-def pictures_a_step(settings: Settings, row: Row) -> int:
-    """How many pictures a step takes."""
+def images_a_step(settings: Settings, row: Row) -> int:
+    """How many images a step takes."""
     return 1 if is_tnt(row.adapter) else settings.batch
 
 
-def pictures(count: int, size: int) -> np.ndarray:
-    """Random pictures (count, size, size, 3) in [0, 1]."""
+def random_images(count: int, size: int) -> np.ndarray:
+    """Random images (count, size, size, 3) in [0, 1]."""
     return np.random.default_rng(1).random((count, size, size, 3), np.float32)
 
 
@@ -366,7 +366,9 @@ def jax_row(settings: Settings, row: Row) -> Result:
         remat=settings.remat,
     )
     task = jaxtta.models.task_from_token_ids(prompt_tokens(settings.classes))
-    images = jnp.asarray(pictures(pictures_a_step(settings, row), model.preprocessing.image_size))
+    images = jnp.asarray(
+        random_images(images_a_step(settings, row), model.preprocessing.image_size)
+    )
     if is_tnt(row.adapter):
         tuning = jaxtta.adapters.Tuning(
             views=settings.views, steps=int(row.adapter[-1]), chunk=settings.chunk
@@ -579,11 +581,11 @@ def torch_model(settings: Settings, device: "torch.device") -> "tuple[torch.nn.M
 
 
 def torch_pixels(count: int, model: "torch.nn.Module") -> "torch.Tensor":
-    """The random pictures, (count, 3, size, size) in [0, 1]."""
+    """The random images, (count, 3, size, size) in [0, 1]."""
     import torch
 
     size = model.config.vision_config.image_size
-    return torch.from_numpy(pictures(count, size)).permute(0, 3, 1, 2).contiguous()
+    return torch.from_numpy(random_images(count, size)).permute(0, 3, 1, 2).contiguous()
 
 
 def torch_optimizer(model: "torch.nn.Module", adapter: str) -> "torch.optim.Optimizer | None":
@@ -668,7 +670,7 @@ def torch_peak(dtype: "torch.dtype", device: "torch.device") -> float:
 
 
 def reading_table(settings: Settings, results: Iterable[Result]) -> str:
-    """Pictures a second from disk to batches, beside zero-shot's; milliseconds a corruption."""
+    """Images a second from disk to batches, beside zero-shot's; milliseconds a corruption."""
     from jaxtta import data, models
 
     preprocessing = models.from_config(clip_config(settings.model)).preprocessing
@@ -678,19 +680,19 @@ def reading_table(settings: Settings, results: Iterable[Result]) -> str:
     reader = data.read_ahead(batches, settings.workers)
     next(reader)  # the workers have started
     start = time.perf_counter()
-    pictures = sum(int(batch.mask.sum()) for batch in reader)
-    speed = pictures / (time.perf_counter() - start)
-    lines = [f"reading, {settings.workers} workers: {speed:.1f} pictures/s"]
+    images = sum(int(batch.mask.sum()) for batch in reader)
+    speed = images / (time.perf_counter() - start)
+    lines = [f"reading, {settings.workers} workers: {speed:.1f} images/s"]
     for result in results:
         if (
             result["adapter"] == "zero_shot"
             and result["framework"] == "jax"
             and "error" not in result
         ):
-            ratio = speed / result["pictures_per_second"]
+            ratio = speed / result["images_per_second"]
             lines[0] += f", {ratio:.1f} times what zero-shot takes here"
     image = source.read(data.Domain(data.CLEAN), 0, 0)
-    lines += ["", f"ms to corrupt one picture of {image.shape[0]} pixels, severity 1, 3, 5:"]
+    lines += ["", f"ms to corrupt one image of {image.shape[0]} pixels, severity 1, 3, 5:"]
     for name in (*data.COMMON, *data.VALIDATION):
         milliseconds = []
         for severity in (1, 3, 5):
@@ -712,7 +714,7 @@ def projection_times(settings: Settings) -> str:
 
     model = models.from_config(clip_config(settings.model))
     params = random_params(model)
-    shown = pictures(64, model.preprocessing.image_size)
+    shown = random_images(64, model.preprocessing.image_size)
     batches = np.split(shown, 4)  # of 16, as published
     grams = jax.block_until_ready(continual.task_grams(model, params, batches))
     seconds = {}
@@ -744,7 +746,7 @@ def projection_times(settings: Settings) -> str:
         lines[0] += f"; full SVDs in PyTorch: {published:.3g} s, {faster}"
     lines.append(f"directions that they leave free: {np.mean(free):.1%} on average")
 
-    images = jnp.asarray(pictures(settings.batch, model.preprocessing.image_size))
+    images = jnp.asarray(random_images(settings.batch, model.preprocessing.image_size))
     labels = jnp.arange(settings.batch) % settings.classes
     vectors = models.unit(
         jax.random.normal(jax.random.key(0), (settings.classes, model.projection))
@@ -792,7 +794,7 @@ def table(results: Iterable[Result]) -> str:
         for result in results
         if result["prompts"] == "77 tokens" and "error" not in result
     }
-    header = ["adapter", "library", "prompts", "s/step", "median", "pictures/s", "peak GB"]
+    header = ["adapter", "library", "prompts", "s/step", "median", "images/s", "peak GB"]
     header += ["GFLOP", "of peak", "faster", "less memory", "fewer FLOPs"]
     lines = [header, ["---"] * 3 + ["---:"] * (len(header) - 3)]
     for result in results:
@@ -811,7 +813,7 @@ def cells(result: Result, published: Result | None) -> list[str]:
     measured = [
         f"{result['seconds']:.3g}",
         f"{result['median_seconds']:.3g}",
-        f"{result['pictures_per_second']:.3g}",
+        f"{result['images_per_second']:.3g}",
         f"{result['peak_memory_gb']:.2f}",
         f"{result['gflop']:,.4g}",
         f"{result['share_of_peak']:.0%}",

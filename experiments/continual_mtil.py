@@ -4,7 +4,7 @@ r"""Teach a model one task after another: what does it learn, and what does it k
 
 teaches the embedded model the defects of textiles, then scikit-learn's digits, then the digits'
 negatives turned by 90°, and measures after each task what is left of CIFAR-10: on the five classes
-whose pictures it is shown to remember, and on the five others. Plain fine-tuning and GNSP in one
+whose images it is shown to remember, and on the five others. Plain fine-tuning and GNSP in one
 table. All methods, three seeds, and all of CIFAR-10:
 
     python experiments/continual_mtil.py --output runs/cifar10 --seeds 1 2 3 \
@@ -12,10 +12,10 @@ table. All methods, three seeds, and all of CIFAR-10:
         --methods fine-tuning distillation projection-before projection-after gnsp gnsp-after \
         wise-ft
 
-With --validate, and another --output, the same on pictures that are not tested: there ρ, rate and
+With --validate, and another --output, the same on images that are not tested: there ρ, rate and
 iterations are chosen. The eleven MTIL sets in their published order and with the published
 settings, from the folders that prompt-learning benchmarks use (CIFAR-100 and MNIST from
-tensorflow-datasets), with ImageNet pictures as reference:
+tensorflow-datasets), with ImageNet images as reference:
 
     python experiments/continual_mtil.py --model openai/clip-vit-base-patch16 --data DATA \
         --tasks order-1 --reference imagenet=IMAGENET/train --output runs/mtil \
@@ -42,7 +42,7 @@ from jaxtta.data.tasks import ORDERS, TaskData, in_memory, open_task
 from jaxtta.evaluate.continual import FIGURES
 from jaxtta.models.preprocess import Preprocessing
 
-TUNING = 5  # one in so many training and kept pictures is for --validate
+TUNING = 5  # one in so many training and kept images is for --validate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,19 +62,19 @@ class Options:
     """fine-tuning, distillation (and alignment), projection-before, projection-after (of the
     optimiser), gnsp, gnsp-after, wise-ft (fine-tuning, its weights averaged with the first)."""
     reference: str | None = None
-    """LAYOUT=FOLDER with pictures that stand for what is to be kept, each with "a photo of a
+    """LAYOUT=FOLDER with images that stand for what is to be kept, each with "a photo of a
     {class}."; or captions=FOLDER, with a captions.csv of columns file and caption. Default:
-    embedded pictures of five of CIFAR-10's classes."""
+    embedded images of five of CIFAR-10's classes."""
     reference_classes: int | None = None
     """Take them from the first so many classes. Default: all, but five on the embedded ones."""
     kept: str | None = None
-    """LAYOUT=FOLDER or captions=FOLDER with other pictures, to measure on what is kept; if their
+    """LAYOUT=FOLDER or captions=FOLDER with other images, to measure on what is kept; if their
     classes are the reference's, apart for those it was taken from and for the others. A fifth of
     them is for --validate alone. Modality gap and retrieval are measured on them, without them on
     the reference. Default: none, but embedded ones beside the embedded reference."""
     validate: bool = False
-    """Measure on a fifth of each task's training pictures, which is not trained on then, and on the
-    kept pictures that are never tested, so that settings can be chosen."""
+    """Measure on a fifth of each task's training images, which is not trained on then, and on the
+    kept images that are never tested, so that settings can be chosen."""
     seeds: tuple[int, ...] = (1,)
     """Of order, crops and reference; each is a run of its own."""
     course: Annotated[evaluate.Course, tyro.conf.arg(name="")] = dataclasses.field(
@@ -110,11 +110,11 @@ def check(options: Options) -> None:
     evaluate.check_limits(seeds=(min(options.seeds), 0))
     evaluate.check_course(options.course)
     if options.kept and options.kept == options.reference:
-        raise ValueError(f"--kept is the reference itself, {options.kept}, expected other pictures")
+        raise ValueError(f"--kept is the reference itself, {options.kept}, expected other images")
     evaluate.check_methods(options.methods)
 
 
-# --- pictures ---
+# --- images ---
 
 
 def task_names(options: Options) -> list[str]:
@@ -138,9 +138,9 @@ def open_tasks(options: Options, model: jaxtta.models.CLIP) -> list[TaskData]:
 
 
 def open_reference(options: Options, model: jaxtta.models.CLIP) -> tuple[list[TaskData], TaskData]:
-    """What is measured without being taught, and the pictures that stand for what is to be kept."""
+    """What is measured without being taught, and the images that stand for what is to be kept."""
     prepare, embedded = model.preprocessing, options.reference is None
-    given = f"folder={assets.PICTURES}" if embedded else options.reference
+    given = f"folder={assets.IMAGES}" if embedded else options.reference
     source, template = open_layout("--reference", given, prepare)
     names, labels = source.class_names, source.labels
     count = options.reference_classes
@@ -170,7 +170,7 @@ def open_reference(options: Options, model: jaxtta.models.CLIP) -> tuple[list[Ta
 
 
 def open_layout(option: str, text: str, prepare: Preprocessing) -> tuple[data.Source, str]:
-    """Open LAYOUT=FOLDER; the pictures and the template of their captions."""
+    """Open LAYOUT=FOLDER; the images and the template of their captions."""
     layout, equals, root = text.partition("=")
     if not equals:
         raise ValueError(f"{option} is {text!r}, expected LAYOUT=FOLDER, as folder=DATA/train")
@@ -188,7 +188,7 @@ def write_results(
     """Print the table, and draw what became of every task."""
     text = table(tasks, kept, results)
     (options.output / "table.txt").write_text(text + "\n")
-    where = " on pictures to choose settings by" if options.validate else ""
+    where = " on images to choose settings by" if options.validate else ""
     seeds = len({run["seed"] for run in results})
     print(f"accuracy in %{where} after the last task, mean over {seeds} seeds\n\n{text}\n")
     heat_maps(tasks, kept, results).savefig(options.output / "matrix.png", dpi=150)

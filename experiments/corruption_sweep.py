@@ -1,12 +1,12 @@
-r"""How much does adaptation gain on corrupted pictures?
+r"""How much does adaptation gain on corrupted images?
 
     python experiments/corruption_sweep.py --output runs/demo
 
-runs zero-shot CLIP, TENT and BATCLIP on 15 corruptions of the embedded pictures with the embedded
+runs zero-shot CLIP, TENT and BATCLIP on 15 corruptions of the embedded images with the embedded
 model, prints the table and leaves `report.html`, `summary.csv`, plots and one JSON file a stream.
-The same command again computes only what is missing. Other pictures and models:
+The same command again computes only what is missing. Other images and models:
 
-    # your own pictures in folders by class, corrupted on the fly
+    # your own images in folders by class, corrupted on the fly
     python experiments/corruption_sweep.py --data FOLDER --model openai/clip-vit-base-patch16 \
         --preset imagenet-c --output runs/own
     # ImageNet-C, one stream through all corruptions, three seeds
@@ -49,11 +49,11 @@ class Options:
 
     output: Path
     """Folder for the results; made if it is missing."""
-    data: str = str(assets.PICTURES)
-    """The pictures: a folder, or NAME:SPLIT for tensorflow-datasets (default: 2,000 embedded
-    CIFAR-10 test pictures)."""
+    data: str = str(assets.IMAGES)
+    """The images: a folder, or NAME:SPLIT for tensorflow-datasets (default: 2,000 embedded
+    CIFAR-10 test images)."""
     layout: str = "folder"
-    """How they lie there: folder (clean pictures in folders by class), imagenet (by wnid),
+    """How they lie there: folder (clean images in folders by class), imagenet (by wnid),
     imagenet-c, cifar-c (five severities stacked), arrays (<corruption>.npy and labels.npy), tfds,
     or one of the natural sets; an unknown name lists them all."""
     class_names: tuple[str, ...] = ()
@@ -70,20 +70,20 @@ class Options:
     """Which corruptions to run; "clean" is one too. Default: the 15 usual ones, but clean for sets
     that are a shift by themselves (give it for ImageNet-A, -R and -Sketch with layout imagenet)."""
     severities: tuple[int, ...] = ()
-    """Each 1 to 5. Default: 5, but 1 on the embedded pictures, where it looks about as strong as
+    """Each 1 to 5. Default: 5, but 1 on the embedded images, where it looks about as strong as
     CIFAR-10-C's 5 (the corruptions are made for 224-pixel photographs), and all five if gradual."""
     setting: Literal["reset_each_shift", "continual", "gradual", "mixed"] = "reset_each_shift"
     """reset_each_shift: the adapter starts anew at each corruption. continual: one stream through
     all of them. gradual: each rises to severity 5 and falls again. mixed: interleaved."""
     order: Literal["shuffled", "stored", "correlated", "dirichlet"] = "shuffled"
-    """Of the pictures in a stream. correlated: sorted by class; dirichlet: unevenly so."""
+    """Of the images in a stream. correlated: sorted by class; dirichlet: unevenly so."""
     concentration: float = 0.1
     """Of the Dirichlet order; the smaller, the nearer to sorted by class."""
     seeds: tuple[int, ...] = (1,)
     """Seeds of the order, of corruptions made on the fly and of TNT's views; each is a run of its
     own."""
     limit: int | None = None
-    """Use only so many pictures, drawn by the seed."""
+    """Use only so many images, drawn by the seed."""
     templates: tuple[str, ...] = ()
     """Prompt templates; several are averaged. "imagenet" stands for CLIP's 80. Default: the
     layout's usual one."""
@@ -97,7 +97,7 @@ class Options:
     choose_for: tuple[str, ...] = ()
     """For these adapters alone; the others keep the preset's optimiser."""
     validation: str | None = None
-    """Other pictures of the same layout to choose on (default: the same pictures, with their
+    """Other images of the same layout to choose on (default: the same images, with their
     labels)."""
     tnt: Tuning = dataclasses.field(default_factory=Tuning)
     """TNT's settings."""
@@ -105,21 +105,21 @@ class Options:
     """MGTTA's settings. The files' defaults are for the embedded model."""
     canvas: int | None = None
     """Side of the canvas that TNT's originals lie on; larger ones are shrunk to fit, and views are
-    cut from what is left. Default: what a sample of the pictures needs, up to 512."""
+    cut from what is left. Default: what a sample of the images needs, up to 512."""
     save_examples: int = 0
-    """Draw what TNT's noise did to so many pictures that it set right or spoilt."""
+    """Draw what TNT's noise did to so many images that it set right or spoilt."""
     batch_size: int = 100
-    """Pictures a batch."""
+    """Images a batch."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the matrix products."""
     workers: int = 1
-    """Processes that decode and corrupt pictures; 0 does it in this one."""
+    """Processes that decode and corrupt images; 0 does it in this one."""
     worker: str = "0/1"
     """This machine's number and how many share the streams, for example 0/4."""
     checkpoint_every: int | None = None
     """Batches between two checkpoints inside a stream; a killed run goes on at the last one."""
     save_predictions: bool = False
-    """Keep an .npz of every stream, picture by picture."""
+    """Keep an .npz of every stream, image by image."""
     debug: bool = False
     """Show tracebacks."""
 
@@ -194,9 +194,9 @@ def main(options: Options) -> None:
             *(cells, cutting[0], batches, options.save_examples, model, params, task),
             evaluate.tuning_of(cutting[0], options.tnt),
         )
-    pictures = len(np.unique(streams[0].items[:, 1]))
+    images = len(np.unique(streams[0].items[:, 1]))
     title = f"{Path(options.model).name} on {Path(options.data).name}, {options.setting}, "
-    title += f"{options.order}, {pictures} pictures"
+    title += f"{options.order}, {images} images"
     report.conclude(cells, options.output, title, report.samples_of(batches), examples)
 
 
@@ -251,7 +251,7 @@ def check(options: Options) -> tuple[int, int]:
 
 
 def open_source(options: Options, root: str, model: jaxtta.models.CLIP) -> data.Source:
-    """Open the pictures that the options name."""
+    """Open the images that the options name."""
     names, folders = options.class_names, ()
     if len(names) == 1 and options.layout == "folder":  # a file of them, maybe by folder
         folders = data.image_folder(root).class_names
@@ -318,7 +318,7 @@ def choose(
         ),
         **running,
     )
-    whose = "other pictures" if options.validation else "the pictures that are tested"
+    whose = "other images" if options.validation else "the images that are tested"
     choice = choice._replace(chosen_on=f"{choice.chosen_on}; {whose}, with their labels")
     figures = ", ".join(f"{rate:g}: {100 * top1:.2f} %" for rate, top1 in choice.accuracies.items())
     print(f"{name}: learning rate {choice.rate:g}, chosen on {choice.chosen_on} ({figures})")

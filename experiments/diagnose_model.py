@@ -2,8 +2,8 @@ r"""What do a model's features look like, and what do shifts cost it? To read be
 
     python experiments/diagnose_model.py --output runs/diagnosis
 
-reads the embedded model on the embedded pictures and on four corruptions of them, prints the table
-and leaves `report.html`, `result.json` and plots. Other models, pictures and shifts:
+reads the embedded model on the embedded images and on four corruptions of them, prints the table
+and leaves `report.html`, `result.json` and plots. Other models, images and shifts:
 
     # two models side by side, on ImageNet and three sets that are shifts by themselves
     python experiments/diagnose_model.py --models openai/clip-vit-base-patch16 FOLDER \
@@ -14,13 +14,13 @@ and leaves `report.html`, `result.json` and plots. Other models, pictures and sh
     python experiments/diagnose_model.py --layout arrays --data FOLDER --class-names NAMES.txt \
         --corruptions common --output runs/arrays
 
-The field check looks at a folder of your own pictures instead, compares them with --data, and where
+The field check looks at a folder of your own images instead, compares them with --data, and where
 some have labels tries adapters on those:
 
     python experiments/diagnose_model.py --field FOLDER --class-names cat dog --output runs/field
     python experiments/diagnose_model.py --field TEXTILES --class-names "global=a large defect" \
         "local=a small defect" "nominal=no defect" --output runs/textiles
-    # many pictures in one folder, of which a file names the classes of a few
+    # many images in one folder, of which a file names the classes of a few
     python experiments/diagnose_model.py --field FOLDER --class-names cat dog \
         --field-labels FEW.csv --output runs/few
 
@@ -69,33 +69,33 @@ from jaxtta.evaluate.run import peak_memory_gb
 from jaxtta.report.diagnosis import Report, diagnosis_report, field_report, some, write_diagnosis
 
 PUBLISHED = "published"
-REFERENCE = "CIFAR-10's embedded test pictures"
+REFERENCE = "CIFAR-10's embedded test images"
 KINDS = ("gaussian_noise", "defocus_blur", "fog", "jpeg_compression")
 """A corruption of each kind: noise, blur, weather, digital."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """A diagnosis of models, or a field check of pictures."""
+    """A diagnosis of models, or a field check of images."""
 
     output: Path
     """Folder for the results; made if it is missing."""
     models: tuple[str, ...] = (str(assets.MODEL),)
     """Folders or hub ids of CLIP checkpoints (default: the embedded one)."""
-    data: str = str(assets.PICTURES)
-    """The base pictures: a folder, or NAME:SPLIT for tensorflow-datasets (default: 2,000 embedded
-    CIFAR-10 test pictures). With --field, the reference that its pictures are compared with."""
+    data: str = str(assets.IMAGES)
+    """The base images: a folder, or NAME:SPLIT for tensorflow-datasets (default: 2,000 embedded
+    CIFAR-10 test images). With --field, the reference that its images are compared with."""
     layout: str = "folder"
     """How they lie there, as in corruption_sweep.py; an unknown name lists all layouts."""
     class_names: tuple[str, ...] = ()
     """Names for the prompts, in the labels' order, or one file that holds them (.json, or text with
     a name a line). Default: the layout's own; needed with arrays. They hold for --shifted sets of
-    layout folder or arrays too. With --field, the classes of its pictures: its class folders must
+    layout folder or arrays too. With --field, the classes of its images: its class folders must
     be among them, or FOLDER=NAME says what each is called."""
     corruptions: tuple[str, ...] = KINDS
     """Shifts of the base set; "common" stands for the 15 usual ones. May be empty."""
     severity: int | None = None
-    """Of the corruptions, 1 to 5. Default: 5, but 1 on the embedded pictures; arrays have one."""
+    """Of the corruptions, 1 to 5. Default: 5, but 1 on the embedded images; arrays have one."""
     shifted: tuple[str, ...] = ()
     """Other shifted sets, NAME=LAYOUT=FOLDER each, with their own classes' texts as head."""
     references: tuple[str, ...] = ()
@@ -108,22 +108,22 @@ class Options:
     fractions: tuple[float, ...] = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
     """Of the head's directions, to keep."""
     outlier_threshold: float = 6.0
-    """Standard deviations from which on an axis sticks out of a picture's features."""
+    """Standard deviations from which on an axis sticks out of an image's features."""
     detectors: Literal["axes", "directions"] = "axes"
     """What may detect a class: the coordinate axes, or the head's singular vectors."""
     precision: float = 0.9
     """Average precision from which on it does."""
     field: Path | None = None
-    """Check this folder of pictures instead: in class folders, or without labels in none."""
+    """Check this folder of images instead: in class folders, or without labels in none."""
     field_labels: Path | None = None
-    """Labels for some of --field's pictures where there are no class folders: a .csv with columns
-    picture, the file as seen from there, and class, as --class-names has it."""
+    """Labels for some of --field's images where there are no class folders: a .csv with columns
+    image, the file as seen from there, and class, as --class-names has it."""
     trial: tuple[str, ...] = ("zero_shot", "tent", "batclip")
-    """Adapters to try on those of --field's pictures that have labels, as in corruption_sweep.py.
-    Name tnt too where time allows: its 64 views take ViT-B/16 half a minute a picture on two CPU
+    """Adapters to try on those of --field's images that have labels, as in corruption_sweep.py.
+    Name tnt too where time allows: its 64 views take ViT-B/16 half a minute an image on two CPU
     cores. MGTTA needs files made for the model."""
     trial_batch: int | None = None
-    """Pictures a step in the trial. Default: a tenth of them, but at least 4 and at most 100."""
+    """Images a step in the trial. Default: a tenth of them, but at least 4 and at most 100."""
     preset: Literal["cifar10-c", "cifar100-c", "imagenet-c"] = "cifar10-c"
     """Published optimiser settings for the trial."""
     tnt: Tuning = dataclasses.field(default_factory=Tuning)
@@ -136,13 +136,13 @@ class Options:
     """Prompt templates; several are averaged. "imagenet" stands for CLIP's 80. Default: the
     layout's usual one."""
     limit: int | None = None
-    """Use only so many pictures of each set, drawn by the seed."""
+    """Use only so many images of each set, drawn by the seed."""
     seed: int = 1
-    """Of all that is drawn: pictures, corruptions, permutations, the order in a trial."""
+    """Of all that is drawn: images, corruptions, permutations, the order in a trial."""
     batch_size: int = 100
-    """Pictures that are encoded at a time."""
+    """Images that are encoded at a time."""
     workers: int = 1
-    """Processes that decode and corrupt pictures; 0 does it in this one."""
+    """Processes that decode and corrupt images; 0 does it in this one."""
     debug: bool = False
     """Show tracebacks."""
 
@@ -162,7 +162,7 @@ class Model(NamedTuple):
 
 
 Sets = tuple[data.Source, list[data.Stream]]
-"""Pictures, and a stream of them for each domain."""
+"""Images, and a stream of them for each domain."""
 
 
 def main(options: Options) -> None:
@@ -209,7 +209,7 @@ def check(options: Options) -> None:
         raise ValueError("--trial needs zero_shot, from which gains are counted")
 
 
-# --- models and pictures ---
+# --- models and images ---
 
 
 def models_of(options: Options) -> Iterator[Model]:
@@ -242,7 +242,7 @@ def names_for(options: Options, layout: str, root: str) -> tuple[str, ...]:
 def streams_of(
     options: Options, source: data.Source, names: Sequence[str], severity: int = 0
 ) -> list[data.Stream]:
-    """One stream for each corruption or name, all of the same pictures."""
+    """One stream for each corruption or name, all of the same images."""
     chosen = {"seed": options.seed, "limit": options.limit}
     streams = data.make_streams("reset_each_shift", names, (severity,), source.labels, **chosen)
     for stream in streams:
@@ -302,16 +302,16 @@ def read(options: Options, model: Model, sets: Sets) -> Iterator[Features]:
         for batch in itertools.islice(bar, len(batches.of(number))):
             rows.append(np.asarray(encode(model.clip, model.params, batch.images))[batch.mask])
             labels.append(batch.labels[batch.mask])
-            missing = batch.pictures[~batch.mask & (batch.pictures >= 0)]
-            lost += [source.name(stream.segments[0], int(picture)) for picture in missing]
+            missing = batch.source_index[~batch.mask & (batch.source_index >= 0)]
+            lost += [source.name(stream.segments[0], int(image)) for image in missing]
         found = Features(np.concatenate(rows), np.concatenate(labels), lost)
         with concerning(f"{model.name} on {stream.name}"):
             if len(found.rows) < 2:
                 names = f" ({some(lost)} could not)" if lost else ""
                 few = len(found.rows) or "none"
-                raise ValueError(f"{few} of the pictures could be read{names}, expected two")
+                raise ValueError(f"{few} of the images could be read{names}, expected two")
             if not np.ptp(found.rows, axis=0).any():
-                raise ValueError("the features are the same for all pictures")
+                raise ValueError("the features are the same for all images")
         yield found
     next(bar, None)  # the end of the reading: its processes leave
 
@@ -394,7 +394,7 @@ def time_synthetic(options: Options) -> None:
     found |= {"seconds": time.perf_counter() - start, "peak_memory_gb": peak_memory_gb()}
     io.write_json(options.output / "synthetic.json", found)
     print(
-        f"{count} pictures, {size} features, {classes} classes: {found['seconds']:.1f} s, at most "
+        f"{count} images, {size} features, {classes} classes: {found['seconds']:.1f} s, at most "
         f"{found['peak_memory_gb']:.2f} GB in use ({before:.2f} GB when they were drawn)"
     )
 
@@ -413,7 +413,7 @@ def check_field(options: Options) -> tuple[Found, Report]:
 
 
 def open_field(options: Options) -> data.ImageFolder:
-    """The pictures with the prompts' classes; the label is -1 where there is none."""
+    """The images with the prompts' classes; the label is -1 where there is none."""
     root = options.field
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: no such folder")
@@ -421,9 +421,9 @@ def open_field(options: Options) -> data.ImageFolder:
     labelled = any(path.is_dir() for path in entries)
     lone = [path.name for path in entries if path.suffix.lower() in SUFFIXES and path.is_file()]
     if labelled and lone:
-        raise ValueError(f"{root}: has pictures beside its class folders, {lone[0]} for one")
+        raise ValueError(f"{root}: has images beside its class folders, {lone[0]} for one")
     if not labelled and not lone:
-        raise ValueError(f"{root}: folder without pictures")
+        raise ValueError(f"{root}: folder without images")
     listed = data.image_folder(root) if labelled else list_folders(root, [root], [root.name])
     given = [text.partition("=") for text in data.given_class_names(options.class_names)]
     called = {name: own or name for name, _, own in given}
@@ -449,35 +449,35 @@ def open_field(options: Options) -> data.ImageFolder:
 
 
 def read_labels_of(path: Path, listed: data.ImageFolder, classes: Sequence[str]) -> np.ndarray:
-    """Labels (pictures,) from a .csv, -1 for pictures that it does not name."""
+    """Labels (images,) from a .csv, -1 for images that it does not name."""
     places = {str(file.relative_to(listed.root)): n for n, file in enumerate(listed.files)}
     labels = np.full(len(places), -1, np.int32)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     with path.open(newline="", encoding="utf-8-sig") as lines:  # as spreadsheets save it
         rows = csv.DictReader(lines)
-        if not {"picture", "class"} <= set(rows.fieldnames or ()):
-            raise ValueError(f"{path}: has no columns picture and class")
+        if not {"image", "class"} <= set(rows.fieldnames or ()):
+            raise ValueError(f"{path}: has no columns image and class")
         for row in rows:
-            picture, name, line = row["picture"], row["class"], f"{path}: line {rows.line_num}"
-            if picture not in places:
-                raise ValueError(f"{line} names {picture!r}, which is no picture in {listed.root}")
+            image, name, line = row["image"], row["class"], f"{path}: line {rows.line_num}"
+            if image not in places:
+                raise ValueError(f"{line} names {image!r}, which is no image in {listed.root}")
             if name not in classes:
                 raise ValueError(
                     f"{line} has class {name!r}, which is none of --class-names, {some(classes)}"
                 )
-            if labels[places[picture]] >= 0:
-                raise ValueError(f"{line} names {picture!r} again")
-            labels[places[picture]] = classes.index(name)
+            if labels[places[image]] >= 0:
+                raise ValueError(f"{line} names {image!r} again")
+            labels[places[image]] = classes.index(name)
     if (labels < 0).all():
-        raise ValueError(f"{path}: names no picture")
+        raise ValueError(f"{path}: names no image")
     return labels
 
 
 def check_one(
     options: Options, model: Model, listed: data.ImageFolder
 ) -> tuple[Found, dict[str, np.ndarray], list[evaluate.Cell]]:
-    """A model's figures, each picture's entropy in nats on both sets, and the trial's cells."""
+    """A model's figures, each image's entropy in nats on both sets, and the trial's cells."""
     prepare, names = model.clip.preprocessing, ()
     if options.layout == "arrays":  # nobody looks at the reference's labels
         names = tuple(map(str, range(read_labels(options.data).max() + 1)))
@@ -529,13 +529,13 @@ def check_one(
 def labelled_part(
     options: Options, listed: data.ImageFolder, stream: data.Stream
 ) -> data.ImageFolder | None:
-    """The pictures of a stream that have labels; None if the folder has none."""
+    """The images of a stream that have labels; None if the folder has none."""
     if (listed.labels < 0).all():
         return None
     drawn = np.sort(stream.items[:, 1])
     drawn = drawn[listed.labels[drawn] >= 0]
     if not len(drawn):
-        raise ValueError(f"{options.field}: --limit {options.limit} draws no picture with a label")
+        raise ValueError(f"{options.field}: --limit {options.limit} draws no image with a label")
     files = tuple(listed.files[number] for number in drawn)
     return listed._replace(files=files, labels=listed.labels[drawn])
 
@@ -543,7 +543,7 @@ def labelled_part(
 def try_adapters(
     options: Options, model: Model, task: jaxtta.models.Task, listed: data.ImageFolder, size: int
 ) -> list[evaluate.Cell]:
-    """Run every adapter of the trial once over labelled pictures, `size` of them a step."""
+    """Run every adapter of the trial once over labelled images, `size` of them a step."""
     source = data.Named(data.CorruptedOnTheFly(listed, model.clip.preprocessing), "field")
     streams = streams_of(options, source, ("field",))
     setup = evaluate.Setup(options.preset, options.tnt, options.mgtta)

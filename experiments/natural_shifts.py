@@ -2,24 +2,24 @@ r"""How much does adaptation gain on datasets that are a shift by themselves?
 
     python experiments/natural_shifts.py --limit 200 --tnt.scale 0.5 1 --output runs/natural
 
-runs zero-shot CLIP and TNT on embedded CIFAR-10 pictures with the embedded model, with crops of at
-least half a picture, as less of 32 pixels shows little. On the sets of the literature, with TNT's
+runs zero-shot CLIP and TNT on embedded CIFAR-10 images with the embedded model, with crops of at
+least half an image, as less of 32 pixels shows little. On the sets of the literature, with TNT's
 published settings:
 
     python experiments/natural_shifts.py --model openai/clip-vit-base-patch16 \
-        --datasets imagenet-a=DATA/imagenet-a imagenet-v2=DATA/imagenet-v2 \
+        --datasets imagenet-a=DATA/imagenet-an imagenet-v2=DATA/imagenet-v2 \
         imagenet-r=DATA/imagenet-r imagenet-sketch=DATA/sketch objectnet=DATA/objectnet \
-        --batch-size 16 --tnt.pictures 16 --checkpoint-every 20 --output runs/natural
+        --batch-size 16 --tnt.images-per-map 16 --checkpoint-every 20 --output runs/natural
     # the ten cross-dataset sets, in the folders that prompt-learning benchmarks use
     python experiments/natural_shifts.py --model openai/clip-vit-base-patch16 --output runs/cross \
         --datasets caltech101=DATA oxford-pets=DATA stanford-cars=DATA oxford-flowers=DATA \
         food101=DATA fgvc-aircraft=DATA sun397=DATA dtd=DATA eurosat=DATA ucf101=DATA
-    # your own pictures in folders by class, under any other name
+    # your own images in folders by class, under any other name
     python experiments/natural_shifts.py --datasets shop=FOLDER warehouse=FOLDER --output runs/own
 
 Every dataset has a folder of its own in the output, and is computed once: machines may take some
 datasets each, and whoever has all folders makes the report with the same command. A batch is a step
-of the other adapters; TNT takes each picture for itself.
+of the other adapters; TNT takes each image for itself.
 """
 
 import dataclasses
@@ -51,7 +51,7 @@ class Options:
     """NAME=FOLDER each. Known names: imagenet, imagenet-a, -r, -sketch, -v2, objectnet and the ten
     cross-dataset sets (caltech101, oxford-pets, stanford-cars, oxford-flowers, food101,
     fgvc-aircraft, sun397, dtd, eurosat, ucf101); any other name is for folders by class. Default:
-    the embedded CIFAR-10 pictures."""
+    the embedded CIFAR-10 images."""
     model: str = str(assets.MODEL)
     """Folder or hub id of a CLIP checkpoint (default: the embedded one)."""
     adapters: tuple[str, ...] = ("zero_shot", "tnt")
@@ -66,31 +66,31 @@ class Options:
     """Side of the canvas that TNT's originals lie on; larger ones are shrunk to fit, and views are
     cut from what is left. Default: what a sample of each dataset needs, up to 512."""
     save_examples: int = 0
-    """Draw what TNT's noise did to so many pictures that it set right or spoilt."""
+    """Draw what TNT's noise did to so many images that it set right or spoilt."""
     templates: tuple[str, ...] = (PHOTO,)
     """Prompt templates; several are averaged. "usual" stands for each dataset's own, "imagenet" for
     CLIP's 80."""
     order: Literal["shuffled", "stored", "correlated", "dirichlet"] = "shuffled"
-    """Of the pictures in a stream. correlated: sorted by class; dirichlet: unevenly so."""
+    """Of the images in a stream. correlated: sorted by class; dirichlet: unevenly so."""
     seeds: tuple[int, ...] = (1,)
     """Seeds of the order and of TNT's views; each is a run of its own."""
     limit: int | None = None
-    """Use only so many pictures of each dataset, drawn by the seed."""
+    """Use only so many images of each dataset, drawn by the seed."""
     preset: Literal["cifar10-c", "cifar100-c", "imagenet-c"] = "imagenet-c"
     """Published optimiser settings of TENT and BATCLIP."""
     learning_rate: float | None = None
     """In place of the published ones: TENT with SGD and momentum, BATCLIP with AdamW, MGTTA's with
     the optimisers that their names say."""
     batch_size: int = 50
-    """Pictures a batch."""
+    """Images a batch."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the matrix products."""
     workers: int = 1
-    """Processes that decode pictures; 0 does it in this one."""
+    """Processes that decode images; 0 does it in this one."""
     checkpoint_every: int | None = None
     """Batches between two checkpoints inside a dataset; a killed run goes on at the last one."""
     save_predictions: bool = False
-    """Keep an .npz of every dataset, picture by picture."""
+    """Keep an .npz of every dataset, image by image."""
     debug: bool = False
     """Show tracebacks."""
 
@@ -104,7 +104,7 @@ def main(options: Options) -> None:
     sources = {name: open_dataset(name, root, model) for name, root in places.items()}
     cells, samples, examples = [], {}, []
     for number, (name, source) in enumerate(sources.items()):
-        print(f"{name}: {len(source.labels)} pictures, {len(source.class_names)} classes")
+        print(f"{name}: {len(source.labels)} images, {len(source.class_names)} classes")
         wanted = -(-(options.save_examples - len(examples)) // (len(sources) - number))
         found = run_dataset(options, name, places[name], source, model, params, wanted)
         cells += found[0]
@@ -141,11 +141,11 @@ def check(options: Options) -> dict[str, str]:
         if name in places:
             raise ValueError(f"--datasets names {name} twice")
         places[name] = root
-    return places or {"cifar10": str(assets.PICTURES)}
+    return places or {"cifar10": str(assets.IMAGES)}
 
 
 def open_dataset(name: str, root: str, model: jaxtta.models.CLIP) -> data.Source:
-    """Open a dataset; its pictures are a domain that is called by its name."""
+    """Open a dataset; its images are a domain that is called by its name."""
     return data.Named(
         data.open_source(LAYOUTS.get(name, "folder"), root, model.preprocessing), name
     )

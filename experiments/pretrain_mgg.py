@@ -1,15 +1,15 @@
-r"""Train MGTTA's meta gradient generator on a few pictures.
+r"""Train MGTTA's meta gradient generator on a few images.
 
     python experiments/pretrain_mgg.py --layout arrays --data cifar10-c-severity5/meta_train \
         --class-names airplane automobile bird cat deer dog frog horse ship truck --output runs/mgg
     python experiments/pretrain_mgg.py --layout imagenet --data IMAGENET/val --source IMAGENET/val \
         --model openai/clip-vit-base-patch16 --output runs/mgg-vit
 
-adapts the model to a stream of pictures under the four validation corruptions, none of which a
+adapts the model to a stream of images under the four validation corruptions, none of which a
 benchmark tests, two at a time, and learns from each batch's loss what the update before it should
-have been. No label is trained on; the epoch to keep is chosen by accuracy on held-out pictures,
+have been. No label is trained on; the epoch to keep is chosen by accuracy on held-out images,
 with their labels, as published, or by the loss there, without (--choose loss). Leaves
-`phi.safetensors`, the statistics of clean pictures' features in `statistics.safetensors`,
+`phi.safetensors`, the statistics of clean images' features in `statistics.safetensors`,
 `training.json` and curves in `training.png`. A killed run goes on at the last epoch that it
 finished.
 """
@@ -43,8 +43,8 @@ class Options:
 
     output: Path
     """Folder for the results; made if it is missing."""
-    data: str = str(assets.PICTURES)
-    """The pictures: a folder, or NAME:SPLIT for tensorflow-datasets (default: embedded ones)."""
+    data: str = str(assets.IMAGES)
+    """The images: a folder, or NAME:SPLIT for tensorflow-datasets (default: embedded ones)."""
     layout: str = "folder"
     """How they lie there, as for corruption_sweep.py."""
     class_names: tuple[str, ...] = ()
@@ -52,25 +52,25 @@ class Options:
     model: str = str(assets.MODEL)
     """Folder or hub id of a CLIP checkpoint (default: the embedded one)."""
     source: str | None = None
-    """Clean pictures of the same layout for the source statistics. Default: the data's own."""
-    source_pictures: int = 1000
+    """Clean images of the same layout for the source statistics. Default: the data's own."""
+    source_images: int = 1000
     """At most so many of them."""
     corruptions: tuple[str, ...] = VALIDATION
-    """What the training pictures are corrupted by; not what is to be tested."""
+    """What the training images are corrupted by; not what is to be tested."""
     severity: int | None = None
-    """1 to 5. Default: 5, but 1 on the embedded pictures, as in corruption_sweep.py; arrays have
+    """1 to 5. Default: 5, but 1 on the embedded images, as in corruption_sweep.py; arrays have
     one of their own."""
-    pictures: int = 128
-    """Training pictures, each under one of the corruptions by turns."""
+    images: int = 128
+    """Training images, each under one of the corruptions by turns."""
     held_out: int = 256
-    """Other pictures, each under all corruptions, that epochs are judged on; 0 for none."""
+    """Other images, each under all corruptions, that epochs are judged on; 0 for none."""
     choose: Literal["accuracy", "loss"] = "accuracy"
-    """Which epoch's weights to keep: those with the highest accuracy on the held-out pictures or,
-    without any label, the lowest loss there (on the training pictures if none are held out)."""
+    """Which epoch's weights to keep: those with the highest accuracy on the held-out images or,
+    without any label, the lowest loss there (on the training images if none are held out)."""
     epochs: int = 40
-    """Passes over the training pictures."""
+    """Passes over the training images."""
     batch: int = 2
-    """Training pictures a step."""
+    """Training images a step."""
     truncation: int = 1
     """Updates that a step differentiates through; 1 as published."""
     learning_rate: float = 1e-2
@@ -78,9 +78,9 @@ class Options:
     inner_learning_rate: float = 1e-4
     """Of the generator's updates while it is trained."""
     test_learning_rate: float = 1e-3
-    """Of its updates on the held-out pictures."""
+    """Of its updates on the held-out images."""
     test_batch: int = 64
-    """Held-out pictures a batch."""
+    """Held-out images a batch."""
     weight: float = 0.4
     """Of the discrepancy in the objective."""
     hidden: int = 8
@@ -88,7 +88,7 @@ class Options:
     tower: Literal["image", "both"] = "image"
     """Whose normalisation parameters are adapted."""
     seed: int = 0
-    """Of pictures, order and first weights."""
+    """Of images, order and first weights."""
     debug: bool = False
     """Show tracebacks."""
 
@@ -99,7 +99,7 @@ class History(NamedTuple):
     Attributes:
         loss: mean over the training batches.
         held_out_loss: mean over the held-out batches.
-        accuracy: top-1 on the held-out pictures.
+        accuracy: top-1 on the held-out images.
     """
 
     loss: list[float]
@@ -117,7 +117,7 @@ def main(options: Options) -> None:
     task = jaxtta.models.zero_shot_task(
         model, source.class_names, data.templates_for(options.layout)
     )
-    train, held_out = read_pictures(options, source)
+    train, held_out = read_images(options, source)
     clean = open_clean(options, source, model)
     statistics = gather_statistics(options, clean, model, params)
     prompts = model.prompts(task)
@@ -175,9 +175,9 @@ def check(options: Options) -> None:
     """Raise a ValueError for options that cannot be meant."""
     evaluate.check_choices(corruptions=options.corruptions)
     evaluate.check_limits(
-        pictures=(options.pictures, 2 * options.batch),
+        images=(options.images, 2 * options.batch),
         held_out=(options.held_out, 0),
-        source_pictures=(options.source_pictures, 2),
+        source_images=(options.source_images, 2),
         epochs=(options.epochs, 1),
         batch=(options.batch, 1),
         test_batch=(options.test_batch, 1),
@@ -190,35 +190,35 @@ def check(options: Options) -> None:
         test_learning_rate=(options.test_learning_rate,),
     )
     if options.choose == "accuracy" and not options.held_out:
-        raise ValueError("--choose accuracy needs --held-out pictures; --choose loss does not")
+        raise ValueError("--choose accuracy needs --held-out images; --choose loss does not")
 
 
-# --- pictures ---
+# --- images ---
 
 
-def read_pictures(
+def read_images(
     options: Options, source: data.Source
 ) -> tuple[np.ndarray, list[list[data.StreamBatch]]]:
-    """Training pictures (pictures, size, size, 3), and a list of held-out batches a corruption."""
+    """Training images (images, size, size, 3), and a list of held-out batches a corruption."""
     severity = evaluate.severity_of(options.layout, options.data, options.severity)
     domains = [data.Domain(name, severity) for name in options.corruptions]
     for domain in domains:
         source.check(domain)
-    wanted = options.pictures + options.held_out
+    wanted = options.images + options.held_out
     if wanted > len(source.labels):
         raise ValueError(
-            f"{options.data}: has {len(source.labels)} pictures, expected at least {wanted} for "
-            f"--pictures {options.pictures} and --held-out {options.held_out}"
+            f"{options.data}: has {len(source.labels)} images, expected at least {wanted} for "
+            f"--images {options.images} and --held-out {options.held_out}"
         )
     order = np.random.default_rng(options.seed).permutation(len(source.labels))
-    turns = np.arange(options.pictures) % len(domains)
-    # As one stream, so that pictures are read as everywhere else.
-    train = data.stream_of("train", domains, order[: options.pictures], options.seed, turns)
-    others = order[options.pictures : wanted]
+    turns = np.arange(options.images) % len(domains)
+    # As one stream, so that images are read as everywhere else.
+    train = data.stream_of("train", domains, order[: options.images], options.seed, turns)
+    others = order[options.images : wanted]
     tests = [data.stream_of(str(domain), [domain], others, options.seed) for domain in domains]
-    (read,) = read_all([train], source, options.pictures)
+    (read,) = read_all([train], source, options.images)
     if not read[0].mask.all():
-        log.warning("%d training pictures could not be read", int((~read[0].mask).sum()))
+        log.warning("%d training images could not be read", int((~read[0].mask).sum()))
     images = read[0].images[read[0].mask]
     return images, read_all(tests, source, options.test_batch) if options.held_out else []
 
@@ -233,7 +233,7 @@ def read_all(
 
 
 def open_clean(options: Options, source: data.Source, model: jaxtta.models.CLIP) -> data.Source:
-    """Where clean pictures come from."""
+    """Where clean images come from."""
     if options.source is not None:
         source = data.open_source(
             options.layout, options.source, model.preprocessing, options.class_names
@@ -241,7 +241,7 @@ def open_clean(options: Options, source: data.Source, model: jaxtta.models.CLIP)
     try:
         source.check(data.Domain(data.CLEAN))
     except ValueError as error:
-        raise ValueError(f"{error}; give clean pictures with --source") from error
+        raise ValueError(f"{error}; give clean images with --source") from error
     return source
 
 
@@ -251,11 +251,11 @@ def gather_statistics(
     model: jaxtta.models.CLIP,
     params: jaxtta.models.Params,
 ) -> jaxtta.models.FeatureStatistics:
-    """Statistics of clean pictures' features."""
+    """Statistics of clean images' features."""
     clean = data.Domain(data.CLEAN)
     order = np.random.default_rng(options.seed).permutation(len(source.labels))
-    pictures = order[: options.source_pictures]
-    stream = data.stream_of("clean", [clean], pictures, options.seed)
+    images = order[: options.source_images]
+    stream = data.stream_of("clean", [clean], images, options.seed)
     (batches,) = read_all([stream], source, options.test_batch)
     return jaxtta.models.feature_statistics(model, params, batches)
 
@@ -310,7 +310,7 @@ class Run:
         return optim.init_meta_training(self.untrained, self.first, self.optimizer)
 
     def epoch(self, state: optim.MetaState, images: np.ndarray) -> tuple[optim.MetaState, Any]:
-        """Pass once over the pictures; the losses of its batches."""
+        """Pass once over the images; the losses of its batches."""
         frozen, size = (self.params, self.context), self.options.batch
         batches = images[: len(images) // size * size].reshape(-1, size, *images.shape[1:])
         state, loss = self._begin(frozen, state, batches[0])
@@ -335,7 +335,7 @@ class Run:
                 state, prediction = self._predict(frozen, phi, state, batch)
                 if prediction.metrics["skipped"]:
                     raise FloatingPointError(
-                        f"{name}: a loss or an update on held-out pictures is not finite"
+                        f"{name}: a loss or an update on held-out images is not finite"
                     )
                 losses.append(float(prediction.metrics["loss"]))
                 answers = np.asarray(prediction.logits.argmax(-1))
@@ -369,7 +369,7 @@ def describe(
     for name in ("output", "data", "model", "source", "debug", "epochs"):
         del settings[name]  # places, and how long it goes on
     settings["found"] = evaluate.fingerprints(source, params)
-    settings["found_source"] = {"pictures": evaluate.fingerprints(clean, {})["pictures"]}
+    settings["found_source"] = {"images": evaluate.fingerprints(clean, {})["images"]}
     return json.loads(json.dumps(settings))
 
 
@@ -406,10 +406,10 @@ def plot(
     figure = Figure(figsize=(9, 3.5), layout="constrained")
     left, right = figure.subplots(1, 2)
     epochs = np.arange(1, len(history.loss) + 1)
-    left.plot(epochs, history.loss, marker=".", label="training pictures")
+    left.plot(epochs, history.loss, marker=".", label="training images")
     if before[0] is not None:
         held_out = [before[0], *history.held_out_loss]
-        left.plot([0, *epochs], held_out, marker=".", label="held-out pictures")
+        left.plot([0, *epochs], held_out, marker=".", label="held-out images")
         accuracy = 100 * np.array([before[1], *history.accuracy])
         right.plot([0, *epochs], accuracy, marker=".", color="#009E73")
     left.set(xlabel="epoch (0: untrained)", ylabel="loss")

@@ -1,11 +1,11 @@
-r"""Train a small CLIP from scratch on a folder of pictures.
+r"""Train a small CLIP from scratch on a folder of images.
 
     python experiments/pretrain_tiny_clip.py --train cifar10/train --test cifar10/test \
         --output runs/tiny-clip
 
-The folder holds one folder of pictures a class, named as the class is called. The text tower turns
+The folder holds one folder of images a class, named as the class is called. The text tower turns
 the names into a classifier, and both towers learn by the cross-entropy of its predictions. Crops,
-flips and CutMix are all that is done to the pictures: a model that is to be adapted to corruptions
+flips and CutMix are all that is done to the images: a model that is to be adapted to corruptions
 at test time must not have met any in training. The result is an ordinary transformers checkpoint.
 """
 
@@ -29,7 +29,7 @@ from transformers import AutoTokenizer, CLIPConfig
 from jaxtta import models
 from jaxtta.assets import MODEL
 from jaxtta.cli import run_script
-from jaxtta.data import UnreadablePictureError, image_folder, open_picture
+from jaxtta.data import UnreadableImageError, image_folder, open_image
 
 Array = jax.Array
 
@@ -45,7 +45,7 @@ TEMPLATES = (
     "a good photo of the {}.",
     "a bad photo of a {}.",
     "a close photo of a {}.",
-    "a picture of a {}.",
+    "an image of a {}.",
     "an image of a {}.",
     "an image of the {}.",
     "this is a {}.",
@@ -69,13 +69,13 @@ class Tower:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Train a small CLIP from scratch on a folder of pictures, and write a checkpoint."""
+    """Train a small CLIP from scratch on a folder of images, and write a checkpoint."""
 
     train: Path
-    """Training pictures, FOLDER/<class>/<any name>.jpg or .png; the classes are called as their
+    """Training images, FOLDER/<class>/<any name>.jpg or .png; the classes are called as their
     folders are, underscores standing for spaces."""
     test: Path | None = None
-    """Test pictures in the same layout and with the same classes; their accuracy with the prompt
+    """Test images in the same layout and with the same classes; their accuracy with the prompt
     "a photo of a {}." is computed after every epoch."""
     output: Path = Path("runs/tiny-clip")
     """Where the checkpoint, training.json and training.png go. They are written after every
@@ -87,12 +87,12 @@ class Config:
     text tower's vocabulary is its vocabulary; the default one has few words, others fall to
     pieces."""
     limit: int | None = None
-    """Use only so many pictures of each of the two folders, balanced over the classes."""
+    """Use only so many images of each of the two folders, balanced over the classes."""
 
     epochs: int = 60
-    """Passes over the training pictures."""
+    """Passes over the training images."""
     batch: int = 128
-    """Pictures a step."""
+    """Images a step."""
     learning_rate: float = 5e-4
     """The highest learning rate of AdamW; it falls to 0 along a cosine."""
     warmup: float = 0.05
@@ -104,9 +104,9 @@ class Config:
     label_smoothing: float = 0.1
     """Share of the target that is spread over all classes."""
     padding: int = 4
-    """Random crops are taken from pictures padded by so many black pixels."""
+    """Random crops are taken from images padded by so many black pixels."""
     cutmix: float = 0.5
-    """Share of the pictures that get a rectangle of another picture pasted in."""
+    """Share of the images that get a rectangle of another image pasted in."""
     seed: int = 0
     """The same seed gives the same model."""
 
@@ -117,7 +117,7 @@ class Config:
     embedding: int = 128
     """Size of the embedding that the towers share."""
     image_size: int = 32
-    """Side of the model's input in pixels; pictures are resized to it."""
+    """Side of the model's input in pixels; images are resized to it."""
     patch_size: int = 4
     """Side of a patch in pixels."""
     text_length: int = 32
@@ -127,12 +127,12 @@ class Config:
     """Show the traceback of an error."""
 
 
-class Pictures(NamedTuple):
-    """Decoded pictures.
+class Images(NamedTuple):
+    """Decoded images.
 
     Attributes:
-        images: (pictures, height, width, 3) uint8.
-        labels: (pictures,) integers.
+        images: (images, height, width, 3) uint8.
+        labels: (images,) integers.
         class_names: one name a class.
     """
 
@@ -160,8 +160,8 @@ class History(NamedTuple):
 
     Attributes:
         loss: mean training loss.
-        train_accuracy: on the augmented pictures, against the class that a mixed one shows most.
-        test_accuracy: empty without test pictures.
+        train_accuracy: on the augmented images, against the class that a mixed one shows most.
+        test_accuracy: empty without test images.
     """
 
     loss: list[float]
@@ -170,20 +170,20 @@ class History(NamedTuple):
 
 
 TrainStep = Callable[[State, Array, np.ndarray, np.ndarray], tuple[State, tuple[Array, Array]]]
-Accuracy = Callable[[dict, Pictures], float]
+Accuracy = Callable[[dict, Images], float]
 
 
 def run(config: Config) -> None:
     """Train, and write the results after every epoch."""
     check(config)
     model = make_model(config)
-    train = read_pictures(config.train, model, config.limit, config.seed)
-    test = config.test and read_pictures(config.test, model, config.limit, config.seed)
+    train = read_images(config.train, model, config.limit, config.seed)
+    test = config.test and read_images(config.test, model, config.limit, config.seed)
     if test and test.class_names != train.class_names:
         raise ValueError(f"{config.test}: has other classes than {config.train}")
     if len(train.labels) < config.batch:
         raise ValueError(
-            f"a batch of {config.batch} is larger than the {len(train.labels)} training pictures"
+            f"a batch of {config.batch} is larger than the {len(train.labels)} training images"
         )
     optimizer = make_optimizer(config, config.epochs * (len(train.labels) // config.batch))
     train_step = make_train_step(config, model, optimizer, train.class_names)
@@ -274,30 +274,30 @@ def make_model(config: Config) -> models.CLIP:
     return dataclasses.replace(model, source=str(config.tokenizer))
 
 
-def read_pictures(root: Path, model: models.CLIP, limit: int | None, seed: int) -> Pictures:
-    """Decode a folder's pictures at the model's resolution; unreadable ones are left out."""
+def read_images(root: Path, model: models.CLIP, limit: int | None, seed: int) -> Images:
+    """Decode a folder's images at the model's resolution; unreadable ones are left out."""
     folder = image_folder(root)
     chosen = balanced(folder.labels, limit or len(folder.labels), seed)
     side = model.preprocessing.image_size
     images = np.empty((len(chosen), side, side, 3), np.uint8)
     readable = np.ones(len(chosen), bool)
-    for row, index in enumerate(tqdm(chosen, desc=f"reading {root}", unit="pictures")):
+    for row, index in enumerate(tqdm(chosen, desc=f"reading {root}", unit="images")):
         try:
-            images[row] = model.preprocess([open_picture(folder.files[index])])[0]
-        except UnreadablePictureError as error:
+            images[row] = model.preprocess([open_image(folder.files[index])])[0]
+        except UnreadableImageError as error:
             readable[row] = False
             tqdm.write(f"Skipped {error}", file=sys.stderr)
     if not readable.all():
-        print(f"{root}: unreadable pictures skipped: {(~readable).sum()}", file=sys.stderr)
+        print(f"{root}: unreadable images skipped: {(~readable).sum()}", file=sys.stderr)
     labels = folder.labels[chosen][readable]
     for label, name in enumerate(folder.class_names):
         if not (labels == label).any():
-            raise ValueError(f"{root / name}: none of the pictures chosen here is readable")
-    return Pictures(images[readable], labels, folder.class_names)
+            raise ValueError(f"{root / name}: none of the images chosen here is readable")
+    return Images(images[readable], labels, folder.class_names)
 
 
 def balanced(labels: np.ndarray, limit: int, seed: int) -> np.ndarray:
-    """Choose pictures at random: one of every class, a second one of every class, and so on."""
+    """Choose images at random: one of every class, a second one of every class, and so on."""
     classes = np.unique(labels)
     if limit < len(classes):
         raise ValueError(f"a limit of {limit} leaves none for some of the {len(classes)} classes")
@@ -318,11 +318,11 @@ def augment(
         key: PRNG key.
         images: (batch, height, width, 3) uint8.
         targets: (batch, classes), probabilities.
-        padding: black pixels around a picture that a crop may reach.
-        cutmix_share: share of the pictures that are mixed.
+        padding: black pixels around an image that a crop may reach.
+        cutmix_share: share of the images that are mixed.
 
     Returns:
-        Pictures and targets of the same shapes.
+        Images and targets of the same shapes.
     """
     crop_key, flip_key, mix_key = jax.random.split(key, 3)
     padded = jnp.pad(images, [(0, 0), (padding, padding), (padding, padding), (0, 0)])
@@ -336,7 +336,7 @@ def augment(
 
 
 def cutmix(key: Array, images: Array, targets: Array, share: float) -> tuple[Array, Array]:
-    """Paste a random rectangle of the next picture into a share of the pictures.
+    """Paste a random rectangle of the next image into a share of the images.
 
     References:
         Yun et al. 2019, https://arxiv.org/abs/1905.04899
@@ -344,13 +344,13 @@ def cutmix(key: Array, images: Array, targets: Array, share: float) -> tuple[Arr
     batch, side = images.shape[:2]
     which_key, area_key, centre_key = jax.random.split(key, 3)
     mixed = jax.random.bernoulli(which_key, share, (batch, 1))
-    # The area is uniform, as of Beta(1, 1), until the picture's border cuts the rectangle.
+    # The area is uniform, as of Beta(1, 1), until the image's border cuts the rectangle.
     extent = mixed * side * jnp.sqrt(jax.random.uniform(area_key, (batch, 1)))
     centre = jax.random.uniform(centre_key, (2, batch, 1), maxval=side)
     rows, columns = jnp.abs(jnp.arange(side) + 0.5 - centre) < extent / 2
     pasted = rows[:, :, None] & columns[:, None, :]
     part = pasted.mean((1, 2))[:, None]
-    # Batches are drawn in random order, so that the next picture is any other.
+    # Batches are drawn in random order, so that the next image is any other.
     images = jnp.where(pasted[..., None], jnp.roll(images, 1, 0), images)
     return images, (1 - part) * targets + part * jnp.roll(targets, 1, 0)
 
@@ -412,11 +412,11 @@ def train_epoch(
     train_step: TrainStep,
     state: State,
     key: Array,
-    train: Pictures,
+    train: Images,
     epoch: int,
     history: History,
 ) -> State:
-    """Pass once over the pictures in random order, and append to the history.
+    """Pass once over the images in random order, and append to the history.
 
     Raises:
         FloatingPointError: if the loss is no longer finite.
@@ -441,15 +441,15 @@ def train_epoch(
 
 
 def make_accuracy(config: Config, model: models.CLIP, class_names: tuple[str, ...]) -> Accuracy:
-    """Make the function that classifies pictures with the test prompt."""
+    """Make the function that classifies images with the test prompt."""
     prompts = model.prompts(models.zero_shot_task(model, class_names, [TEST_TEMPLATE]))
 
     @jax.jit
     def predict(params: dict, images: Array) -> Array:
         return model.forward(params, prompts, images).logits.argmax(-1)
 
-    def accuracy(params: dict, pictures: Pictures) -> float:
-        images, labels, _ = pictures
+    def accuracy(params: dict, test: Images) -> float:
+        images, labels, _ = test
         correct = []
         for start in tqdm(range(0, len(labels), config.batch), desc="test", leave=False):
             # The last batch is filled up from the front: one shape, one program.
@@ -464,7 +464,7 @@ def summary(history: History) -> str:
     """The last epoch's figures in words."""
     parts = [
         f"loss {history.loss[-1]:.3f}",
-        f"accuracy on augmented training pictures {history.train_accuracy[-1]:.2%}",
+        f"accuracy on augmented training images {history.train_accuracy[-1]:.2%}",
     ]
     if history.test_accuracy:
         parts.append(f"test accuracy {history.test_accuracy[-1]:.2%}")

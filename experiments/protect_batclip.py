@@ -1,13 +1,13 @@
-r"""Does an adapter that is kept from changing its clean answers stay good on clean pictures?
+r"""Does an adapter that is kept from changing its clean answers stay good on clean images?
 
     python experiments/protect_batclip.py --output runs/protected
     python experiments/protect_batclip.py --output runs/protected --layout arrays --data FOLDER \
         --class-names airplane automobile bird cat deer dog frog horse ship truck
 
-BATCLIP adapts to one corruption, online, and is then tested on clean pictures as it stands. Beside
+BATCLIP adapts to one corruption, online, and is then tested on clean images as it stands. Beside
 it the same with its updates projected away from the directions in which the answers to some clean
-pictures would change (`jaxtta.optim.orthogonal_to`), for several numbers of directions. The
-pictures that it adapts to, the clean ones and the protecting ones are all different. No label is
+images would change (`jaxtta.optim.orthogonal_to`), for several numbers of directions. The
+images that it adapts to, the clean ones and the protecting ones are all different. No label is
 used but to count.
 """
 
@@ -40,14 +40,14 @@ LEFT_OUT = (
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Adapt with and without protection, and measure what is left on clean pictures."""
+    """Adapt with and without protection, and measure what is left on clean images."""
 
     output: Path
     """Folder for the results; made if it is missing."""
     layout: str = "folder"
-    """How the pictures lie there, as for corruption_sweep.py."""
-    data: str = str(assets.PICTURES)
-    """The pictures, clean and corrupted (default: embedded ones, corrupted on the fly)."""
+    """How the images lie there, as for corruption_sweep.py."""
+    data: str = str(assets.IMAGES)
+    """The images, clean and corrupted (default: embedded ones, corrupted on the fly)."""
     class_names: tuple[str, ...] = ()
     """Names for the prompts, in the labels' order; needed with arrays."""
     model: str = str(assets.MODEL)
@@ -55,24 +55,24 @@ class Options:
     corruptions: tuple[str, ...] = ("gaussian_noise", "defocus_blur", "fog")
     """Each is adapted to from the start."""
     severity: int | None = None
-    """1 to 5. Default: 5, but 1 on the embedded pictures; arrays have one of their own."""
+    """1 to 5. Default: 5, but 1 on the embedded images; arrays have one of their own."""
     ranks: tuple[int, ...] = (16, 64, 256)
     """Numbers of protected directions."""
     protecting: int = 256
-    """Clean pictures that the directions come from. Of the others one half is adapted to, and the
+    """Clean images that the directions come from. Of the others one half is adapted to, and the
     other half tested clean."""
     batch_size: int = 100
-    """Pictures a batch."""
+    """Images a batch."""
     learning_rate: float | None = None
     """In place of the preset's optimiser: AdamW, whatever that is."""
     preset: Literal["cifar10-c", "cifar100-c", "imagenet-c"] = "cifar10-c"
     """Published optimiser settings."""
     limit: int | None = None
-    """Use only so many pictures to adapt to, and as many clean ones."""
+    """Use only so many images to adapt to, and as many clean ones."""
     seeds: tuple[int, ...] = (1,)
-    """Of the order, of corruptions made on the fly and of the choice of protecting pictures."""
+    """Of the order, of corruptions made on the fly and of the choice of protecting images."""
     workers: int = 1
-    """Processes that decode and corrupt pictures; 0 does it in this one."""
+    """Processes that decode and corrupt images; 0 does it in this one."""
     debug: bool = False
     """Show tracebacks."""
 
@@ -84,7 +84,7 @@ class Row(NamedTuple):
         corruption: what was adapted to.
         seed: of the run.
         rank: protected directions; 0 for none, -1 for no adaptation.
-        online: share of the corrupted pictures answered rightly on the way.
+        online: share of the corrupted images answered rightly on the way.
         clean: share of the clean ones, answered afterwards.
     """
 
@@ -110,7 +110,7 @@ def main(options: Options) -> None:
     if options.protecting > len(source.labels) - 2:
         raise ValueError(
             f"--protecting is {options.protecting}, expected at least two fewer than the "
-            f"{len(source.labels)} pictures, so that some are left to adapt to and to test on"
+            f"{len(source.labels)} images, so that some are left to adapt to and to test on"
         )
     for corruption in options.corruptions:
         source.check(domain_of(options, corruption))
@@ -136,7 +136,7 @@ def forward(
     adapted: Any,
     images: Array,
 ) -> Array:
-    """Logits of pictures, of parameters some of which are adapted."""
+    """Logits of images, of parameters some of which are adapted."""
     params, prompts = context
     return model.forward(tree.merge(params, adapted), prompts, images).logits
 
@@ -162,8 +162,8 @@ def measure(
 
     start, _ = tree.partition(params, tree.normalisation_parameters("both"))
     batches = read(options, source, data.CLEAN, shown, seed)
-    pictures = np.concatenate([batch.images[batch.mask] for batch in batches])
-    basis = continual.output_basis(logits, context, start, pictures, max(options.ranks))
+    images = np.concatenate([batch.images[batch.mask] for batch in batches])
+    basis = continual.output_basis(logits, context, start, images, max(options.ranks))
     rows = [Row(corruption, seed, -1, accuracy(start, stream), accuracy(start, clean))]
     for rank in (0, *options.ranks):
         optimizer = BATCLIP_PRESETS[options.preset].optimizer()
@@ -184,7 +184,7 @@ def measure(
 def read(
     options: Options, source: data.Source, corruption: str, numbers: np.ndarray, seed: int
 ) -> list[data.StreamBatch]:
-    """Pictures under a corruption, in this order."""
+    """Images under a corruption, in this order."""
     stream = data.stream_of(corruption, [domain_of(options, corruption)], numbers, seed)
     batches = data.Batches(source, (stream,), options.batch_size)
     reader = data.read_ahead(batches, options.workers)
@@ -192,7 +192,7 @@ def read(
 
 
 def domain_of(options: Options, corruption: str) -> data.Domain:
-    """Where the pictures stand under a corruption, at the severity asked for."""
+    """Where the images stand under a corruption, at the severity asked for."""
     return data.Domain(corruption, 0 if corruption == data.CLEAN else severity_of(options))
 
 
@@ -202,12 +202,12 @@ def severity_of(options: Options) -> int:
 
 
 def answered(logits: Array, batch: data.StreamBatch) -> np.ndarray:
-    """Whether each readable picture is answered rightly."""
+    """Whether each readable image is answered rightly."""
     return (np.asarray(logits.argmax(-1)) == batch.labels)[batch.mask]
 
 
 def share(right: Iterable[np.ndarray]) -> float:
-    """Of all pictures."""
+    """Of all images."""
     return float(np.concatenate(list(right)).mean())
 
 
@@ -232,7 +232,7 @@ def write_results(options: Options, rows: list[Row]) -> None:
         axes.plot(*means[-1], "o", label=name)
     axes.plot(*np.transpose(means[1:]), color="grey", linewidth=0.8, zorder=0)
     axes.set_xlabel("accuracy on the corruption, while adapting (%)")
-    axes.set_ylabel("accuracy on clean pictures, afterwards (%)")
+    axes.set_ylabel("accuracy on clean images, afterwards (%)")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8)
     text = "\n".join(report.aligned(lines))
@@ -262,7 +262,7 @@ def check(options: Options) -> None:
     if max(options.ranks) > options.protecting:
         raise ValueError(
             f"--ranks has {max(options.ranks)}, expected at most the --protecting "
-            f"{options.protecting} pictures"
+            f"{options.protecting} images"
         )
 
 

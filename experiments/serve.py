@@ -1,21 +1,21 @@
-r"""Label pictures as they come, adapting all the while.
+r"""Label images as they come, adapting all the while.
 
-    python experiments/serve.py FOLDER_OR_PICTURES… --class-names cat dog
+    python experiments/serve.py FOLDER_OR_IMAGES… --class-names cat dog
 
-prints a line a picture: its label, the confidence, and whether the model adapted to it. The model
-sees `--batch-size` pictures at a time and answers before it adapts to them; a last batch that is
+prints a line an image: its label, the confidence, and whether the model adapted to it. The model
+sees `--batch-size` images at a time and answers before it adapts to them; a last batch that is
 not full is padded. `--class-names` and `--model` default to the embedded model and its ten classes.
 
 What to expect of small batches: TENT's and BATCLIP's losses are averages over a batch. Of one
-picture BATCLIP sees one class and has nothing to separate it from: at a learning rate of 1e-3 it
-lost 21 points on the embedded model, and TENT 3; from four pictures a batch on BATCLIP gained (the
-table is in the README). Serve single pictures with zero_shot. A step whose loss or update is not
+image BATCLIP sees one class and has nothing to separate it from: at a learning rate of 1e-3 it
+lost 21 points on the embedded model, and TENT 3; from four images a batch on BATCLIP gained (the
+table is in the README). Serve single images with zero_shot. A step whose loss or update is not
 finite is not taken, and the line says so.
 
-TNT needs no batch: it tunes a small noise map on each picture for itself, at the cost of more than
+TNT needs no batch: it tunes a small noise map on each image for itself, at the cost of more than
 a hundred passes. One map for a camera is learnt once and then costs nothing:
 
-    python experiments/serve.py PICTURES… --adapter tnt --learn-noise camera.safetensors
+    python experiments/serve.py IMAGES… --adapter tnt --learn-noise camera.safetensors
     python experiments/serve.py FOLDER --adapter tnt --noise camera.safetensors
 """
 
@@ -45,10 +45,10 @@ CARRIED = Tuning(carry=True)
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Label pictures with an adapting model."""
+    """Label images with an adapting model."""
 
-    pictures: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Pictures, or folders of them, in the order in which the model is to see them."""
+    images: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Images, or folders of them, in the order in which the model is to see them."""
     class_names: tuple[str, ...] = ()
     """Names for the prompts (default: the embedded model's ten)."""
     model: str = str(assets.MODEL)
@@ -56,27 +56,27 @@ class Options:
     adapter: Literal["zero_shot", "tent", "batclip", "tnt"] = "batclip"
     """How to adapt."""
     learn_noise: Path | None = None
-    """Carry one noise map along all pictures, and save it here (tnt)."""
+    """Carry one noise map along all images, and save it here (tnt)."""
     noise: Path | None = None
     """A map learnt so, applied as it is (tnt); with --learn-noise where learning goes on."""
     learning_rate: float = 1e-3
     """Of TENT's SGD or BATCLIP's AdamW."""
     batch_size: int = 8
-    """Pictures a step."""
+    """Images a step."""
     debug: bool = False
     """Show tracebacks."""
 
 
 def main(options: Options) -> None:
-    """Print a line a picture."""
+    """Print a line an image."""
     if options.batch_size < 1:
         raise ValueError(f"--batch-size is {options.batch_size}, expected at least 1")
     if not 0 < options.learning_rate < math.inf:
         raise ValueError(f"--learning-rate is {options.learning_rate}, expected a positive number")
     if options.adapter != "tnt" and (options.noise or options.learn_noise):
         raise ValueError("--noise and --learn-noise are for --adapter tnt")
-    names = options.class_names or data.image_folder(assets.PICTURES).class_names
-    files = list_pictures(options.pictures)
+    names = options.class_names or data.image_folder(assets.IMAGES).class_names
+    files = list_images(options.images)
     model, params = jaxtta.models.load(options.model)
     task = jaxtta.models.zero_shot_task(model, names)
     adapter = {
@@ -87,9 +87,9 @@ def main(options: Options) -> None:
         ),
         "tnt": lambda: make_tnt(model, task, options),
     }[options.adapter]()
-    pictures = readable(files)
+    images = readable(files)
     width = max(len(str(file)) for file in files)
-    for file, (label, confidence, adapted) in serve(model, params, adapter, pictures, options):
+    for file, (label, confidence, adapted) in serve(model, params, adapter, images, options):
         said = f"{names[label]:<16}  {confidence:6.1%}  {'adapted' if adapted else 'not adapted'}"
         print(f"{file!s:<{width}}  {said}", flush=True)
 
@@ -97,13 +97,13 @@ def main(options: Options) -> None:
 def make_tnt(
     model: jaxtta.models.CLIP, task: jaxtta.models.Task, options: Options
 ) -> jaxtta.Adapter:
-    """TNT with a map for each picture, or one that is learnt along them, or a ready one."""
+    """TNT with a map for each image, or one that is learnt along them, or a ready one."""
     noise = load_noise(options.noise)[0] if options.noise else None
     tuning = Tuning(views=1, steps=0) if options.noise else Tuning()
     return jaxtta.adapters.tnt(model, task, CARRIED if options.learn_noise else tuning, noise)
 
 
-def list_pictures(paths: Sequence[Path]) -> list[Path]:
+def list_images(paths: Sequence[Path]) -> list[Path]:
     """The files that are meant, those of a folder by name."""
     files: list[Path] = []
     for path in paths:
@@ -112,17 +112,17 @@ def list_pictures(paths: Sequence[Path]) -> list[Path]:
         if not path.exists():
             raise FileNotFoundError(f"{path}: no such file or folder")
         if not chosen:
-            raise ValueError(f"{path}: no picture ({', '.join(SUFFIXES)})")
+            raise ValueError(f"{path}: no image ({', '.join(SUFFIXES)})")
         files += chosen
     return files
 
 
 def readable(files: Sequence[Path]) -> Iterator[tuple[Path, Image.Image]]:
-    """Pictures one by one, without those that cannot be decoded."""
+    """Images one by one, without those that cannot be decoded."""
     for file in files:
         try:
-            yield file, data.open_picture(file)
-        except data.UnreadablePictureError as error:
+            yield file, data.open_image(file)
+        except data.UnreadableImageError as error:
             print(error, file=sys.stderr)
 
 
@@ -130,25 +130,25 @@ def serve(
     model: jaxtta.models.CLIP,
     params: jaxtta.models.Params,
     adapter: jaxtta.Adapter,
-    pictures: Iterator[tuple[Path, Image.Image]],
+    files: Iterator[tuple[Path, Image.Image]],
     options: Options,
 ) -> Iterator[tuple[Path, tuple[int, float, bool]]]:
-    """Label, confidence and whether the model adapted, for each picture."""
+    """Label, confidence and whether the model adapted, for each image."""
     state, step = adapter.init(params), jax.jit(adapter.step, donate_argnums=1)
     seen, size = 0, options.batch_size
-    while batch := list(itertools.islice(pictures, size)):
+    while batch := list(itertools.islice(files, size)):
         padding = size - len(batch)
         mask = np.arange(size) < len(batch)
         index = (seen + np.arange(size)).astype(np.int32)
         sizes = None
         if options.adapter == "tnt":  # which cuts its own views
-            rgb = [model.preprocessing.rgb(picture) for _, picture in batch]
+            rgb = [model.preprocessing.rgb(image) for _, image in batch]
             images, sizes = map(
                 np.stack, zip(*(data.on_canvas(np.asarray(x), CANVAS) for x in rgb), strict=True)
             )
             sizes = np.pad(sizes, ((0, padding), (0, 0)), constant_values=1)
         else:
-            images = model.preprocess([picture for _, picture in batch])
+            images = model.preprocess([image for _, image in batch])
         images = np.pad(images, ((0, padding), (0, 0), (0, 0), (0, 0)))
         state, prediction = step(params, state, jaxtta.Batch(images, mask, index, sizes))
         probabilities = np.asarray(jax.nn.softmax(prediction.logits))

@@ -1,9 +1,9 @@
-"""AugMix: a picture mixed with chains of small distortions of itself.
+"""AugMix: an image mixed with chains of small distortions of itself.
 
-    mixed = augmix(key, picture)                              # (height, width, 3) in [0, 1]
+    mixed = augmix(key, image)                              # (height, width, 3) in [0, 1]
     mixed = jax.vmap(augmix)(jax.random.split(key, 64), views)
 
-The operations are PIL's, on pictures in [0, 1]; none of them is a corruption of ImageNet-C.
+The operations are PIL's, on images in [0, 1]; none of them is a corruption of ImageNet-C.
 """
 
 import jax
@@ -15,14 +15,14 @@ Array = jax.Array
 ROTATION, SHEAR, TRANSLATION, BITS, THRESHOLD = 30.0, 0.3, 1 / 3, 4, 256
 
 
-def autocontrast(picture: Array) -> Array:
+def autocontrast(image: Array) -> Array:
     """Stretch every channel of (height, width, 3) to all of [0, 1]."""
-    low, high = picture.min((0, 1)), picture.max((0, 1))
+    low, high = image.min((0, 1)), image.max((0, 1))
     flat = high <= low
-    return jnp.where(flat, picture, (picture - low) / jnp.where(flat, 1, high - low)).clip(0, 1)
+    return jnp.where(flat, image, (image - low) / jnp.where(flat, 1, high - low)).clip(0, 1)
 
 
-def equalize(picture: Array) -> Array:
+def equalize(image: Array) -> Array:
     """Spread the 256 levels of every channel of (height, width, 3) evenly."""
 
     def channel(levels: Array) -> Array:
@@ -31,36 +31,36 @@ def equalize(picture: Array) -> Array:
         table = (step // 2 + jnp.cumsum(counts) - counts) // jnp.maximum(step, 1)
         return jnp.where(step > 0, table.clip(0, 255)[levels], levels)
 
-    return jax.vmap(channel, 2, 2)(_levels(picture)) / 255
+    return jax.vmap(channel, 2, 2)(_levels(image)) / 255
 
 
-def posterize(picture: Array, bits: Array) -> Array:
+def posterize(image: Array, bits: Array) -> Array:
     """Keep only the highest bits of (height, width, 3)."""
     unit = 2 ** (8 - bits)
-    return _levels(picture) // unit * unit / 255
+    return _levels(image) // unit * unit / 255
 
 
-def solarize(picture: Array, threshold: Array) -> Array:
+def solarize(image: Array, threshold: Array) -> Array:
     """Invert what is at or above a threshold from 0 to 256."""
-    levels = _levels(picture)
+    levels = _levels(image)
     return jnp.where(levels >= threshold, 255 - levels, levels) / 255
 
 
-def _levels(picture: Array) -> Array:
-    return jnp.round(255 * picture).astype(jnp.int32).clip(0, 255)
+def _levels(image: Array) -> Array:
+    return jnp.round(255 * image).astype(jnp.int32).clip(0, 255)
 
 
-def warp(picture: Array, matrix: Array) -> Array:
+def warp(image: Array, matrix: Array) -> Array:
     """Move pixels by an affine map, bilinear, black where nothing comes from.
 
     Args:
-        picture: (height, width, 3).
-        matrix: (2, 3), from (x, y, 1) in the result to (x, y) in the picture, in pixels.
+        image: (height, width, 3).
+        matrix: (2, 3), from (x, y, 1) in the result to (x, y) in the image, in pixels.
 
     Returns:
         (height, width, 3).
     """
-    height, width, _ = picture.shape
+    height, width, _ = image.shape
     y, x = jnp.mgrid[:height, :width] + 0.5
     x, y = jnp.einsum("ij,jhw->ihw", matrix, jnp.stack([x, y, jnp.ones_like(x)]))
     inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
@@ -68,7 +68,7 @@ def warp(picture: Array, matrix: Array) -> Array:
     def sample(channel: Array) -> Array:
         return jax.scipy.ndimage.map_coordinates(channel, [y - 0.5, x - 0.5], 1, mode="nearest")
 
-    return jnp.where(inside[..., None], jax.vmap(sample, 2, 2)(picture), 0)
+    return jnp.where(inside[..., None], jax.vmap(sample, 2, 2)(image), 0)
 
 
 def _matrix(kind: Array, amount: Array, height: int, width: int) -> Array:
@@ -88,12 +88,12 @@ def _matrix(kind: Array, amount: Array, height: int, width: int) -> Array:
     return jnp.stack([jnp.stack(row) for row in maps])[kind].reshape(2, 3)
 
 
-def distort(key: Array, picture: Array, severity: float = 1.0) -> Array:
+def distort(key: Array, image: Array, severity: float = 1.0) -> Array:
     """Apply one of nine operations, drawn with its magnitude.
 
     Args:
         key: PRNG key.
-        picture: (height, width, 3) in [0, 1].
+        image: (height, width, 3) in [0, 1].
         severity: the greatest level, up to 10; levels are drawn from 0.1.
 
     Returns:
@@ -103,7 +103,7 @@ def distort(key: Array, picture: Array, severity: float = 1.0) -> Array:
     kind = jax.random.randint(kind_key, (), 0, 9)
     share = jax.random.uniform(level_key, minval=0.1, maxval=severity) / 10
     sign = jnp.where(jax.random.bernoulli(sign_key), 1.0, -1.0)
-    matrix = _matrix((kind - 4).clip(0), sign * share, *picture.shape[:2])
+    matrix = _matrix((kind - 4).clip(0), sign * share, *image.shape[:2])
     operations = [
         autocontrast,
         equalize,
@@ -111,17 +111,17 @@ def distort(key: Array, picture: Array, severity: float = 1.0) -> Array:
         lambda x: solarize(x, THRESHOLD - jnp.floor(share * THRESHOLD).astype(jnp.int32)),
         lambda x: warp(x, matrix),
     ]
-    return jax.lax.switch(kind.clip(max=4), operations, picture)
+    return jax.lax.switch(kind.clip(max=4), operations, image)
 
 
 def augmix(
-    key: Array, picture: Array, severity: float = 1.0, chains: int = 3, depth: int = 3
+    key: Array, image: Array, severity: float = 1.0, chains: int = 3, depth: int = 3
 ) -> Array:
-    """Mix a picture with chains of distortions.
+    """Mix an image with chains of distortions.
 
     Args:
         key: PRNG key.
-        picture: (height, width, 3) in [0, 1].
+        image: (height, width, 3) in [0, 1].
         severity: of every operation, up to 10.
         chains: how many are mixed, with weights from a Dirichlet distribution.
         depth: most operations a chain; how many is drawn.
@@ -142,8 +142,8 @@ def augmix(
             return jnp.where(number < length, distort(key, result, severity), result), None
 
         steps = jax.random.split(key, depth), jnp.arange(depth)
-        return jax.lax.scan(operate, picture, steps)[0]
+        return jax.lax.scan(operate, image, steps)[0]
 
     mixed = jax.vmap(chain)(jax.random.split(chain_key, chains), lengths)
     share = jax.random.uniform(share_key)  # Beta(1, 1)
-    return share * picture + (1 - share) * jnp.einsum("c,chwd->hwd", weights, mixed)
+    return share * image + (1 - share) * jnp.einsum("c,chwd->hwd", weights, mixed)

@@ -1,7 +1,7 @@
-"""Terms of the objectives: pure functions of arrays, with masks for padded pictures.
+"""Terms of the objectives: pure functions of arrays, with masks for padded images.
 
 Everything is a sum over the whole batch and the whole set of classes, without axis names, so that
-a batch split over devices gives the same value. Absent classes and padded pictures contribute
+a batch split over devices gives the same value. Absent classes and padded images contribute
 neither to a value nor to a gradient: zeros are put in before a quotient or a norm, not after it.
 """
 
@@ -52,7 +52,7 @@ def prototypes(embeddings: Array, labels: Array, mask: Array, classes: int) -> t
     """
     members = jax.nn.one_hot(labels, classes, dtype=embeddings.dtype) * mask[:, None]
     counts = members.sum(0)
-    # where, not a product: a padded picture's embedding may be anything, even NaN
+    # where, not a product: a padded image's embedding may be anything, even NaN
     sums = jnp.matmul(members.T, jnp.where(mask[:, None], embeddings, 0), precision="highest")
     return sums / jnp.maximum(counts, 1)[:, None], counts > 0
 
@@ -104,7 +104,7 @@ def feature_discrepancy(features: Array, mask: Array, mean: Array, std: Array) -
         std: (…), unbiased.
 
     Returns:
-        A scalar, summed over all features; 0 below two valid pictures, and so is its gradient.
+        A scalar, summed over all features; 0 below two valid images, and so is its gradient.
 
     References:
         MGTTA, https://arxiv.org/abs/2412.16901
@@ -154,15 +154,15 @@ def classification(logits: Array, labels: Array, smoothing: float = 0.2) -> Arra
 
 
 def contrastive_distillation(student: Array, teacher: Array, temperature: float = 2.0) -> Array:
-    """How far a student's matching of pictures and texts is from its teacher's.
+    """How far a student's matching of images and texts is from its teacher's.
 
     Args:
-        student: (pictures, texts), logits.
+        student: (images, texts), logits.
         teacher: likewise.
         temperature: both are divided by.
 
     Returns:
-        A scalar, pictures over texts; give transposed logits for texts over pictures.
+        A scalar, images over texts; give transposed logits for texts over images.
     """
     targets = jax.nn.softmax(teacher / temperature)
     return temperature**2 * cross_entropy(student / temperature, targets)
@@ -172,7 +172,7 @@ def modality_alignment(logits: Array, labels: Array, smoothing: float = 0.2) -> 
     """Cross-entropy against targets that share their mass among pairs of the same label.
 
     Args:
-        logits: (pairs, pairs), pictures over texts or texts over pictures.
+        logits: (pairs, pairs), images over texts or texts over images.
         labels: (pairs,) integers, the same for pairs that match each other.
         smoothing: share of the target that is spread over all pairs.
 

@@ -42,7 +42,7 @@ class Reliability(NamedTuple):
     """How confidence compares with accuracy, in equal bins of confidence; all (bins,).
 
     Attributes:
-        count: pictures in the bin.
+        count: images in the bin.
         confidence: their mean confidence; 0 for an empty bin.
         accuracy: the share that is right; 0 for an empty bin.
     """
@@ -56,8 +56,8 @@ def reliability(confidence: Array, correct: Array, bins: int = 15) -> Reliabilit
     """Sort predictions by confidence into bins.
 
     Args:
-        confidence: (pictures,) the winning probability, in [0, 1].
-        correct: (pictures,) bool.
+        confidence: (images,) the winning probability, in [0, 1].
+        correct: (images,) bool.
         bins: number of bins, each open on the left.
 
     Returns:
@@ -81,12 +81,12 @@ def expected_calibration_error(confidence: Array, correct: Array, bins: int = 15
     """Mean gap between confidence and accuracy over equal bins of confidence.
 
     Args:
-        confidence: (pictures,) the winning probability, in [0, 1].
-        correct: (pictures,) bool.
+        confidence: (images,) the winning probability, in [0, 1].
+        correct: (images,) bool.
         bins: number of bins, each open on the left.
 
     Returns:
-        A scalar in [0, 1]; 0 for no pictures.
+        A scalar in [0, 1]; 0 for no images.
 
     References:
         Guo et al. 2017, https://arxiv.org/abs/1706.04599
@@ -169,10 +169,10 @@ def average(matrix: np.ndarray) -> float:
 
 
 def modality_gap(images: jax.Array, texts: jax.Array) -> jax.Array:
-    """Distance between the mean picture and the mean text.
+    """Distance between the mean image and the mean text.
 
     Args:
-        images: (pictures, projection), of unit norm.
+        images: (images, projection), of unit norm.
         texts: (texts, projection), of unit norm.
 
     Returns:

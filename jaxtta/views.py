@@ -1,10 +1,10 @@
-"""Augmented views of pictures, cut from the originals on the device.
+"""Augmented views of images, cut from the originals on the device.
 
     crops = random_resized_crops(key, original, size, 64, 224)     # (64, 224, 224, 3) in [0, 1]
 
 An original is a corner of a padded canvas: (height, width, 3) with `size` (2,), its true height and
-width, so that pictures of any size share one compiled program. Every view is a crop and a resize
-in one: two small matrix products, with the antialiased kernels of PIL, which widen as the picture
+width, so that images of any size share one compiled program. Every view is a crop and a resize
+in one: two small matrix products, with the antialiased kernels of PIL, which widen as the image
 shrinks and see nothing beyond the crop.
 """
 
@@ -18,7 +18,7 @@ TRIES = 10  # crops drawn before one in the centre is taken, as usual
 
 
 class Box(NamedTuple):
-    """Part of a picture, in pixels; scalars or arrays of one shape.
+    """Part of an image, in pixels; scalars or arrays of one shape.
 
     Attributes:
         top: first row.
@@ -78,11 +78,11 @@ def resampling(
     return weights / weights.sum(-1, keepdims=True)
 
 
-def crop_and_resize(picture: Array, box: Box, out: int, flip: Array | bool = False) -> Array:
-    """Cut a box out of a picture and resize it, bilinear with antialiasing.
+def crop_and_resize(image: Array, box: Box, out: int, flip: Array | bool = False) -> Array:
+    """Cut a box out of an image and resize it, bilinear with antialiasing.
 
     Args:
-        picture: (height, width, 3) float.
+        image: (height, width, 3) float.
         box: what to cut, scalars.
         out: side of the result.
         flip: () whether to mirror left and right.
@@ -91,17 +91,17 @@ def crop_and_resize(picture: Array, box: Box, out: int, flip: Array | bool = Fal
         (out, out, 3).
     """
     rows = resampling(
-        picture.shape[0], out, box.top, box.height, box.top, box.height / out, "bilinear"
+        image.shape[0], out, box.top, box.height, box.top, box.height / out, "bilinear"
     )
     columns = resampling(
-        picture.shape[1], out, box.left, box.width, box.left, box.width / out, "bilinear"
+        image.shape[1], out, box.left, box.width, box.left, box.width / out, "bilinear"
     )
     columns = jnp.where(flip, columns[::-1], columns)
-    return jnp.einsum("oh,hwc,pw->opc", rows, picture, columns)
+    return jnp.einsum("oh,hwc,pw->opc", rows, image, columns)
 
 
 def plain(
-    picture: Array,
+    image: Array,
     size: Array,
     out: int,
     resize: int | tuple[int, int] | None = None,
@@ -110,7 +110,7 @@ def plain(
     """The plain preprocessing: resize, then the centre.
 
     Args:
-        picture: (height, width, 3) float in [0, 1].
+        image: (height, width, 3) float in [0, 1].
         size: (2,) true height and width.
         out: side of the result.
         resize: length of the shorter side, or (height, width), before the crop; None for no resize.
@@ -131,15 +131,13 @@ def plain(
         step = size[number] / resized[number]
         corner = jnp.floor((resized[number] - out) / 2)
         pixels = corner + jnp.arange(out)
-        inside = (pixels >= 0) & (
-            pixels < resized[number]
-        )  # a smaller picture is padded with black
+        inside = (pixels >= 0) & (pixels < resized[number])  # a smaller image is padded with black
         matrix = resampling(
-            picture.shape[number], out, 0.0, size[number], corner * step, step, kernel
+            image.shape[number], out, 0.0, size[number], corner * step, step, kernel
         )
         return jnp.where(inside[:, None], matrix, 0)
 
-    return jnp.einsum("oh,hwc,pw->opc", axis(0), picture, axis(1)).clip(0, 1)
+    return jnp.einsum("oh,hwc,pw->opc", axis(0), image, axis(1)).clip(0, 1)
 
 
 def random_boxes(
@@ -169,7 +167,7 @@ def random_boxes(
     aspect = jnp.exp(jax.random.uniform(keys[1], shape, minval=low, maxval=high))
     h, w = jnp.round(jnp.sqrt(area / aspect)), jnp.round(jnp.sqrt(area * aspect))
     fits = (h > 0) & (w > 0) & (h <= height) & (w <= width)
-    # The whole picture, or as much of it as the ratio allows.
+    # The whole image, or as much of it as the ratio allows.
     fallback_w = jnp.minimum(width, jnp.round(height * ratio[1]))
     fallback_h = jnp.minimum(height, jnp.round(width / ratio[0]))
     chosen = jnp.argmax(fits, -1)[:, None]
@@ -189,7 +187,7 @@ def random_boxes(
 
 def random_resized_crops(
     key: Array,
-    picture: Array,
+    image: Array,
     size: Array,
     count: int,
     out: int,
@@ -200,7 +198,7 @@ def random_resized_crops(
 
     Args:
         key: PRNG key; the same key, the same views.
-        picture: (height, width, 3) float in [0, 1].
+        image: (height, width, 3) float in [0, 1].
         size: (2,) true height and width.
         count: how many views.
         out: side of a view.
@@ -213,4 +211,4 @@ def random_resized_crops(
     box_key, flip_key = jax.random.split(key)
     boxes = random_boxes(box_key, size, count, scale, ratio)
     flips = jax.random.bernoulli(flip_key, shape=(count,))
-    return jax.vmap(crop_and_resize, (None, 0, None, 0))(picture, boxes, out, flips)
+    return jax.vmap(crop_and_resize, (None, 0, None, 0))(image, boxes, out, flips)

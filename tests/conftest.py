@@ -102,8 +102,8 @@ def relative(ours, reference):
     return np.linalg.norm(ours - reference) / np.linalg.norm(reference)
 
 
-def pictures_of(model, pixels):
-    """Pictures in [0, 1] (or beyond) whose normalisation gives these pixels."""
+def images_of(model, pixels):
+    """Images in [0, 1] (or beyond) whose normalisation gives these pixels."""
     mean, std = (np.asarray(x, np.float32) for x in model.preprocessing[-2:])
     return np.asarray(pixels) * std + mean
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import changes, golden, pictures_of, relative
+from conftest import changes, golden, images_of, relative
 from flax.traverse_util import flatten_dict
 
 import jaxtta
@@ -24,7 +24,7 @@ def task():
 
 @pytest.fixture(scope="module")
 def images(tiny):
-    return pictures_of(tiny[0], golden("batclip_adamw")["images"]).astype(np.float32)
+    return images_of(tiny[0], golden("batclip_adamw")["images"]).astype(np.float32)
 
 
 def mgtta(model, task):
@@ -81,7 +81,7 @@ def test_batclip_equals_the_published_runs(tiny, name, optimizer):
     adapter = adapters.batclip(model, models.task_from_token_ids(reference["token_ids"]), optimizer)
     state = adapter.init(params)
     step = jax.jit(adapter.step, donate_argnums=1)
-    for t, images in enumerate(pictures_of(model, reference["images"])):
+    for t, images in enumerate(images_of(model, reference["images"])):
         state, prediction = step(params, state, images)
         assert np.abs(prediction.logits - reference["logits"][t]).max() < 2e-4
         for term in ("entropy", "image_text", "separation", "loss"):
@@ -288,7 +288,7 @@ def test_a_batch_of_one_runs(tiny, adapter, jitted, images):
 def test_a_mask_or_index_of_another_length_is_refused(tiny, adapter, images, field):
     params = tiny[1]
     batch = batch_of(images[0])._replace(**{field: np.ones(3, bool)})
-    with pytest.raises(ValueError, match=rf"{field} has shape \(3,\) for 24 pictures"):
+    with pytest.raises(ValueError, match=rf"{field} has shape \(3,\) for 24 images"):
         adapter.step(params, adapter.init(params), batch)
 
 

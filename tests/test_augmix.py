@@ -1,4 +1,4 @@
-"""AugMix's operations are PIL's, and its mixtures stay pictures."""
+"""AugMix's operations are PIL's, and its mixtures stay images."""
 
 import jax
 import jax.numpy as jnp
@@ -8,27 +8,27 @@ from PIL import Image, ImageOps
 
 from jaxtta import assets, augmix
 
-FILES = sorted((assets.PICTURES / "ship").iterdir())
+FILES = sorted((assets.IMAGES / "ship").iterdir())
 
 
 @pytest.fixture(params=[0, 7])
-def picture(request):
+def image(request):
     return Image.open(FILES[request.param]).convert("RGB").resize((40, 36))
 
 
-def ours(function, picture, *arguments):
-    pixels = jnp.asarray(np.asarray(picture), jnp.float32) / 255
+def ours(function, image, *arguments):
+    pixels = jnp.asarray(np.asarray(image), jnp.float32) / 255
     return 255 * np.asarray(jax.jit(function)(pixels, *arguments))
 
 
-def test_tones_are_pils(picture):
+def test_tones_are_pils(image):
     for function, expected in [
-        (augmix.autocontrast, ImageOps.autocontrast(picture)),
-        (augmix.equalize, ImageOps.equalize(picture)),
-        (lambda x: augmix.posterize(x, jnp.array(3)), ImageOps.posterize(picture, 3)),
-        (lambda x: augmix.solarize(x, jnp.array(100)), ImageOps.solarize(picture, 100)),
+        (augmix.autocontrast, ImageOps.autocontrast(image)),
+        (augmix.equalize, ImageOps.equalize(image)),
+        (lambda x: augmix.posterize(x, jnp.array(3)), ImageOps.posterize(image, 3)),
+        (lambda x: augmix.solarize(x, jnp.array(100)), ImageOps.solarize(image, 100)),
     ]:
-        difference = np.abs(ours(function, picture) - np.asarray(expected, np.float32))
+        difference = np.abs(ours(function, image) - np.asarray(expected, np.float32))
         assert difference.max() <= 1.01
     flat = jnp.full((8, 8, 3), 0.25)
     np.testing.assert_array_equal(augmix.autocontrast(flat), flat)
@@ -36,24 +36,24 @@ def test_tones_are_pils(picture):
 
 
 @pytest.mark.parametrize(("kind", "amount"), [(0, 0.7), (0, -1), (1, 1), (2, -0.5), (3, 1), (4, 1)])
-def test_maps_are_pils(picture, kind, amount):
-    width, height = picture.size
+def test_maps_are_pils(image, kind, amount):
+    width, height = image.size
     matrix = augmix._matrix(jnp.array(kind), jnp.float32(amount), height, width)
     if kind == 0:
-        expected = picture.rotate(30 * amount, Image.Resampling.BILINEAR)
+        expected = image.rotate(30 * amount, Image.Resampling.BILINEAR)
     else:
         coefficients = [1, 0, 0, 0, 1, 0]
         place, value = [(1, 0.3), (3, 0.3), (2, width / 3), (5, height / 3)][kind - 1]
         coefficients[place] = value * amount
-        expected = picture.transform(
-            picture.size, Image.Transform.AFFINE, coefficients, Image.Resampling.BILINEAR
+        expected = image.transform(
+            image.size, Image.Transform.AFFINE, coefficients, Image.Resampling.BILINEAR
         )
-    difference = np.abs(ours(augmix.warp, picture, matrix) - np.asarray(expected, np.float32))
+    difference = np.abs(ours(augmix.warp, image, matrix) - np.asarray(expected, np.float32))
     assert np.mean(difference > 1.5) < 0.01  # PIL's fixed point may see another edge
 
 
-def test_mixtures(picture):
-    pixels = jnp.asarray(np.asarray(picture), jnp.float32) / 255
+def test_mixtures(image):
+    pixels = jnp.asarray(np.asarray(image), jnp.float32) / 255
     keys = jax.random.split(jax.random.key(0), 12)
     mix = jax.jit(jax.vmap(lambda key: augmix.augmix(key, pixels, severity=3.0)))
     mixed = mix(keys)

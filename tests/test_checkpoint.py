@@ -200,7 +200,7 @@ def test_a_cached_hub_model_loads_without_network(monkeypatch, tiny, folder, tmp
     with pytest.raises(FileNotFoundError, match="is neither a folder here nor a model"):
         models.load("somebody/tiny-clip")  # nobody knows whether it has a tokenizer
     (cache / ".no_exist" / "abc").mkdir(parents=True)
-    for name in ("preprocessor_config.json", *models.checkpoint.TOKENIZER_FILES):
+    for name in ("preprocessor_config.json", *models.checkpoints.files.TOKENIZER_FILES):
         (cache / ".no_exist" / "abc" / name).touch()
     equal(models.load("somebody/tiny-clip")[1], tiny[1])
 

@@ -196,8 +196,8 @@ def test_normalize_takes_bytes_and_floats_alike(tiny):
         np.zeros((2, 32, 32, 3), np.int32),
     ],
 )
-def test_pictures_of_another_shape_or_dtype_are_refused(tiny, images):
-    with pytest.raises(ValueError, match=r"pictures must"):
+def test_images_of_another_shape_or_dtype_are_refused(tiny, images):
+    with pytest.raises(ValueError, match=r"images must"):
         tiny[0].normalize(images)
 
 

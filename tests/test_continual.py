@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import golden, pictures_of, relative
+from conftest import golden, images_of, relative
 from flax.traverse_util import flatten_dict
 from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -175,7 +175,7 @@ def test_after_the_optimiser_kept_inputs_see_no_change(rank, seed):
 
 def test_inputs_are_those_of_the_forward_pass(tiny):
     model, params = tiny
-    images = pictures_of(model, golden("batclip_adamw")["images"])[0][:3].astype(np.float32)
+    images = images_of(model, golden("batclip_adamw")["images"])[0][:3].astype(np.float32)
     inputs = jax.jit(lambda p, x: continual.kernel_inputs(model, p, x))(params, images)
     layers = model.vision.arch.layers
     assert len(inputs) == 2 * layers + 1
@@ -196,7 +196,7 @@ def test_inputs_are_those_of_the_forward_pass(tiny):
 
 def test_gram_matrices_of_a_task(tiny):
     model, params = tiny
-    images = pictures_of(model, golden("batclip_adamw")["images"])[0][:5].astype(np.float32)
+    images = images_of(model, golden("batclip_adamw")["images"])[0][:5].astype(np.float32)
     padded = np.concatenate([images[3:], np.full((1, *images.shape[1:]), np.nan, np.float32)])
     batches = [
         jaxtta.Batch(images[:3], np.ones(3, bool), np.arange(3)),
@@ -213,7 +213,7 @@ def test_gram_matrices_of_a_task(tiny):
     only = continual.task_grams(model, params, batches, lambda path: path == PROJECTION)
     assert only.keys() == {PROJECTION}
     np.testing.assert_allclose(only[PROJECTION], grams[PROJECTION], rtol=1e-5, atol=1e-7)
-    with pytest.raises(ValueError, match="a task without pictures"):
+    with pytest.raises(ValueError, match="a task without images"):
         continual.task_grams(model, params, batches[2:])
     with pytest.raises(ValueError, match="no kernel is chosen; there are visual_projection/kernel"):
         continual.task_grams(model, params, batches, lambda path: path == "head")
@@ -288,7 +288,7 @@ def test_steps_orthogonal_to_the_outputs_leave_them():
     assert changes["kept"][1] > 0.05
     with pytest.raises(ValueError, match="the basis is for other parameters: a/kernel of shape"):
         orthogonal_to(basis).init({"b": params["b"]})
-    with pytest.raises(ValueError, match="rank is 5, expected 1 to 4 for as many pictures"):
+    with pytest.raises(ValueError, match="rank is 5, expected 1 to 4 for as many images"):
         continual.output_basis(answers, 2.0, params, clean, 5)
     with pytest.raises(ValueError, match="rank is 27, expected 1 to 26 for as many parameters"):
         continual.output_basis(answers, 2.0, params, jnp.tile(clean, (9, 1)), 27)
@@ -307,10 +307,10 @@ def test_steps_orthogonal_to_the_outputs_leave_them():
 
 @pytest.fixture(scope="module")
 def lesson(tiny):
-    """Pictures of a task and reference pairs, with what the model makes of them before."""
+    """Images of a task and reference pairs, with what the model makes of them before."""
     model, params = tiny
     task = jaxtta.models.task_from_token_ids(golden("batclip_adamw")["token_ids"])
-    images = pictures_of(model, golden("batclip_adamw")["images"]).astype(np.float32)
+    images = images_of(model, golden("batclip_adamw")["images"]).astype(np.float32)
     classes = model.class_embeddings(params, model.prompts(task))
     examples = continual.Examples(images[0], jnp.arange(len(images[0])) % len(classes), classes)
     labels = jnp.arange(6) % len(task.token_ids)

@@ -1,4 +1,4 @@
-"""continual_mtil.py and protect_batclip.py, run as a user runs them, and their pictures."""
+"""continual_mtil.py and protect_batclip.py, run as a user runs them, and their images."""
 
 import json
 import runpy
@@ -19,8 +19,8 @@ from jaxtta.evaluate.continual import FIGURES, alignment, read
 from jaxtta.optim import orthogonal_to
 
 SMALL = [
-    *("--iterations", "2", "--batch-size", "8", "--reference-pictures", "24"),
-    *("--limit", "16", "--reference-batch", "6", "--gram-pictures", "16", "--workers", "0"),
+    *("--iterations", "2", "--batch-size", "8", "--reference-images", "24"),
+    *("--limit", "16", "--reference-batch", "6", "--gram-images", "16", "--workers", "0"),
     *("--learning-rate", "1e-3"),
 ]
 
@@ -172,14 +172,14 @@ def test_kept_shares(script):
         (["--reference-classes", "11"], "--reference-classes is 11, expected 2 to 10"),
         (["--reference-classes", "0"], "--reference-classes is 0, expected 2 to 10"),
         (
-            ["--reference-pictures", "2", "--seeds", "1", "2"],
-            "--reference-pictures of seed 2 are of one",
+            ["--reference-images", "2", "--seeds", "1", "2"],
+            "--reference-images of seed 2 are of one",
         ),
         (["--seeds", "-1"], "--seeds is -1, expected at least 0"),
         (["--model", str(GOLDEN / "openclip-resnet")], "of a vision transformer, not of a ResNet"),
         (
             ["--reference", "folder=A", "--kept", "folder=A"],
-            "--kept is the reference itself, folder=A, expected other pictures",
+            "--kept is the reference itself, folder=A, expected other images",
         ),
     ],
 )
@@ -191,11 +191,11 @@ def test_bad_options_of_continual_learning(run_script, tmp_path, options, messag
 
 
 def folder_of(root, *names):
-    """A folder with an embedded picture a class."""
-    picture = next((assets.PICTURES / "cat").iterdir())
+    """A folder with an embedded image a class."""
+    image = next((assets.IMAGES / "cat").iterdir())
     for name in names:
         (root / name).mkdir(parents=True)
-        shutil.copy(picture, root / name)
+        shutil.copy(image, root / name)
 
 
 def test_tasks_that_cannot_be_learnt_are_named(run_script, tmp_path):
@@ -219,17 +219,17 @@ def test_tasks_that_cannot_be_learnt_are_named(run_script, tmp_path):
     assert "two things are called digits, give the task another name" in err
 
 
-def captions_of(folder, pictures, size, encoding="utf-8"):
+def captions_of(folder, images, size, encoding="utf-8"):
     """A folder with a captions.csv."""
     folder.mkdir(exist_ok=True)
     rows = ["file,caption"]
-    for number, picture in enumerate(pictures):
-        shutil.copy(picture, folder / f"{number}{picture.suffix}")
-        rows.append(f"{number}{picture.suffix},a {size} {picture.parent.name}")
+    for number, image in enumerate(images):
+        shutil.copy(image, folder / f"{number}{image.suffix}")
+        rows.append(f"{number}{image.suffix},a {size} {image.parent.name}")
     (folder / "captions.csv").write_text("\n".join(rows), encoding=encoding)
 
 
-def test_pairs_of_pictures_and_captions_are_a_reference(run_script, short, tmp_path):
+def test_pairs_of_images_and_captions_are_a_reference(run_script, short, tmp_path):
     folder = tmp_path / "pairs"
     folder.mkdir()
     table = folder / "captions.csv"
@@ -237,11 +237,11 @@ def test_pairs_of_pictures_and_captions_are_a_reference(run_script, short, tmp_p
     options += ["--reference", f"captions={folder}"]
     for lines, message in (
         ([], "has no captions.csv, with columns file and caption"),
-        (["picture,text"], "captions.csv: has no columns file and caption"),
-        (["file,caption"], "captions.csv: names no picture"),
-        (["file,caption", "no.jpg,a cat"], "line 2 names no picture: 'no.jpg'"),
+        (["image,text"], "captions.csv: has no columns file and caption"),
+        (["file,caption"], "captions.csv: names no image"),
+        (["file,caption", "no.jpg,a cat"], "line 2 names no image: 'no.jpg'"),
         (["file,caption", "0.jpg,"], "captions.csv: 0.jpg has no caption"),
-        (["file,caption", "0.jpg,a cat"], "has one caption for all pictures, expected at least"),
+        (["file,caption", "0.jpg,a cat"], "has one caption for all images, expected at least"),
     ):
         if lines:
             table.write_text("\n".join(lines))
@@ -249,9 +249,9 @@ def test_pairs_of_pictures_and_captions_are_a_reference(run_script, short, tmp_p
         code, _, err = run_script("continual_mtil.py", *options, "--output", tmp_path / "a")
         assert code == 1
         assert message in err
-    pictures = sorted(assets.PICTURES.glob("*/*"))
-    captions_of(folder, pictures[::100], "small", encoding="utf-8-sig")
-    captions_of(tmp_path / "kept", pictures[1::90], "large")
+    images = sorted(assets.IMAGES.glob("*/*"))
+    captions_of(folder, images[::100], "small", encoding="utf-8-sig")
+    captions_of(tmp_path / "kept", images[1::90], "large")
     options += ["--kept", f"captions={tmp_path}/kept", "--output", tmp_path / "b"]
     code, _, _ = run_script("continual_mtil.py", *options)
     assert code == 0
@@ -260,13 +260,13 @@ def test_pairs_of_pictures_and_captions_are_a_reference(run_script, short, tmp_p
     assert row["kept"] <= row["image to text"] + 1e-6  # among all captions, and those shown
 
 
-def pictures_of(task):
+def images_of(task):
     """Which files a task is tested on."""
     clean = data.Domain(data.CLEAN)
     return {task.test.name(clean, number) for number in range(len(task.test.labels))}
 
 
-def test_no_picture_serves_two_ends(script, embedded):
+def test_no_image_serves_two_ends(script, embedded):
     """Reference, what is measured, what settings are chosen on: all different, and all used."""
     model, found, tasks = embedded[0], {}, {}
     for validate in (False, True):
@@ -275,13 +275,13 @@ def test_no_picture_serves_two_ends(script, embedded):
         assert [task.name for task in kept] == ["kept-inside", "kept-outside"]
         for task in kept:
             assert (task.test.labels < 5).all() if task is kept[0] else (task.test.labels > 4).all()
-            found[task.name, validate] = pictures_of(task)
-        found["reference"] = pictures_of(reference)
+            found[task.name, validate] = images_of(task)
+        found["reference"] = images_of(reference)
         (tasks[validate],) = script["open_tasks"](options, model)
     assert sum(map(len, found.values())) == len(set().union(*found.values())) == 2000
     assert len(found["kept-outside", False]) == 800
     test, tuning, trained = (
-        pictures_of(task)
+        images_of(task)
         for task in (tasks[False], tasks[True], tasks[True]._replace(test=tasks[True].train))
     )
     assert not test & tuning
@@ -290,7 +290,7 @@ def test_no_picture_serves_two_ends(script, embedded):
     assert len(tuning | trained | test) == 1797
 
 
-def test_kept_pictures_have_classes_of_their_own(script, embedded, tmp_path):
+def test_kept_images_have_classes_of_their_own(script, embedded, tmp_path):
     folder_of(tmp_path, "cat", "dog", "wolf")
     options = script["Options"](Path("nowhere"), kept=f"folder={tmp_path}")
     (kept,), reference = script["open_reference"](options, embedded[0])
@@ -299,7 +299,7 @@ def test_kept_pictures_have_classes_of_their_own(script, embedded, tmp_path):
     assert len(reference.test.labels) == 5 * 200  # nothing of it is held out then
 
 
-def test_pictures_in_memory_are_read_once(embedded):
+def test_images_in_memory_are_read_once(embedded):
     images = np.random.default_rng(0).integers(0, 255, (6, 32, 32, 3), np.uint8)
     opened = []
 
@@ -307,11 +307,11 @@ def test_pictures_in_memory_are_read_once(embedded):
         def open(self, number):
             opened.append(number)
             if number == 2:
-                raise data.UnreadablePictureError("no picture")
+                raise data.UnreadableImageError("no image")
             return super().open(number)
 
-    pictures = Counted(images, np.array([0, 1, 2, 0, 1, 2]), ("a", "b", "c"), "picture")
-    source = data.CorruptedOnTheFly(pictures, embedded[0].preprocessing)
+    counted = Counted(images, np.array([0, 1, 2, 0, 1, 2]), ("a", "b", "c"), "image")
+    source = data.CorruptedOnTheFly(counted, embedded[0].preprocessing)
     kept = InMemory(Part(source, np.array([5, 4, 3, 2])))
     np.testing.assert_array_equal(kept.labels, [2, 1, 0, 2])
     for _ in range(2):
@@ -323,12 +323,12 @@ def test_pictures_in_memory_are_read_once(embedded):
     clean = data.Domain(data.CLEAN)
     np.testing.assert_array_equal(kept.read(clean, 2, 0), images[3])  # not read ahead
     assert sorted(opened) == [2, 3, 4, 5]
-    with pytest.raises(ValueError, match="only clean pictures are kept in memory, not fog-1"):
+    with pytest.raises(ValueError, match="only clean images are kept in memory, not fog-1"):
         kept.check(data.Domain("fog", 1))
     assert every(np.array([1, 0, 1, 0, 2]), 2).tolist() == [True, True, False, False, True]
 
 
-def test_more_pictures_than_fit_are_streamed(script, embedded):
+def test_more_images_than_fit_are_streamed(script, embedded):
     options = script["Options"](Path("nowhere"), tasks=("digits", "turned-digits"))
     tasks = script["open_tasks"](options, embedded[0])
     first, second = in_memory(tasks, room=1500 * 32 * 32 * 3)  # a training set, and no second one
@@ -337,7 +337,7 @@ def test_more_pictures_than_fit_are_streamed(script, embedded):
     assert isinstance(second.train, Part)
 
 
-def test_retrieval_and_gap_of_kept_pictures():
+def test_retrieval_and_gap_of_kept_images():
     texts = np.eye(3, dtype=np.float32)
     labels = np.array([0, 0, 2])
     images = np.array([[1, 0, 0], [0, 0.6, 0.8], [0, 0, 1]], np.float32)
@@ -354,9 +354,9 @@ def test_what_protection_costs_and_keeps(run_script, short, tmp_path, monkeypatc
     options += ["--output", tmp_path / "a"]
     real, shown, bases = data.stream_of, {}, []
 
-    def remember(name, domains, pictures, seed):
-        shown.setdefault((name, len(pictures)), set()).update(pictures.tolist())
-        return real(name, domains, pictures, seed)
+    def remember(name, domains, images, seed):
+        shown.setdefault((name, len(images)), set()).update(images.tolist())
+        return real(name, domains, images, seed)
 
     def protect(basis):
         bases.append(basis)
@@ -383,9 +383,9 @@ def test_what_protection_costs_and_keeps(run_script, short, tmp_path, monkeypatc
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--ranks", "257"], "--ranks has 257, expected at most the --protecting 256 pictures"),
+        (["--ranks", "257"], "--ranks has 257, expected at most the --protecting 256 images"),
         (["--severity", "0"], "--severity is 0, expected at least 1"),
-        (["--protecting", "1999"], "expected at least two fewer than the 2000 pictures"),
+        (["--protecting", "1999"], "expected at least two fewer than the 2000 images"),
         (["--layout", "arrays", "--severity", "3"], "arrays has a severity of its own, leave"),
     ],
 )

@@ -3,7 +3,7 @@ import pytest
 from PIL import Image
 
 from jaxtta import data
-from jaxtta.data.corruptions import picture_seed
+from jaxtta.data.corruptions import image_seed
 from jaxtta.models.preprocess import Preprocessing
 
 PREPROCESS = Preprocessing(32, 32, (32, 32))
@@ -11,16 +11,16 @@ PREPROCESS = Preprocessing(32, 32, (32, 32))
 
 @pytest.fixture
 def folder(tmp_path):
-    """Two classes, five pictures, of several sizes."""
+    """Two classes, five images, of several sizes."""
     rng = np.random.default_rng(0)
     for name, count in (("cat", 3), ("dog", 2)):
-        (tmp_path / "pictures" / name).mkdir(parents=True)
+        (tmp_path / "images" / name).mkdir(parents=True)
         for i in range(count):
             pixels = rng.integers(0, 256, (40 + 4 * i, 50, 3), np.uint8)
-            Image.fromarray(pixels).save(tmp_path / "pictures" / name / f"{i}.png")
-    (tmp_path / "pictures" / ".hidden").mkdir()
-    (tmp_path / "pictures" / "cat" / "notes.txt").write_text("no picture")
-    return tmp_path / "pictures"
+            Image.fromarray(pixels).save(tmp_path / "images" / name / f"{i}.png")
+    (tmp_path / "images" / ".hidden").mkdir()
+    (tmp_path / "images" / "cat" / "notes.txt").write_text("no image")
+    return tmp_path / "images"
 
 
 def test_image_folder(folder):
@@ -34,7 +34,7 @@ def test_bad_folders_are_refused(folder, tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere: no such folder"):
         data.image_folder(tmp_path / "nowhere")
     (folder / "empty").mkdir()
-    with pytest.raises(ValueError, match="empty: class folder without pictures"):
+    with pytest.raises(ValueError, match="empty: class folder without images"):
         data.image_folder(folder)
     with pytest.raises(ValueError, match="has 0 class folders, expected at least two"):
         data.image_folder(folder / "empty")
@@ -54,17 +54,17 @@ def test_every_corruption_is_repeatable_and_keeps_its_hands_off_global_state(nam
     np.testing.assert_array_equal(first, data.corrupt(image, name, 3, seed=5))
 
 
-def test_spatter_without_a_drop_leaves_the_picture_as_it_is():
-    """The library divides by the largest drop, and makes a black picture of none."""
+def test_spatter_without_a_drop_leaves_the_image_as_it_is():
+    """The library divides by the largest drop, and makes a black image of none."""
     image = np.full((32, 32, 3), 120, np.uint8)
     spattered = [data.corrupt(image, "spatter", 1, seed) for seed in range(60)]
-    assert min(picture.mean() for picture in spattered) > 60
-    assert any(np.array_equal(picture, image) for picture in spattered)
+    assert min(other.mean() for other in spattered) > 60
+    assert any(np.array_equal(other, image) for other in spattered)
 
 
-def test_pictures_have_seeds_of_their_own():
+def test_images_have_seeds_of_their_own():
     seeds = {
-        picture_seed(s, name, severity, number)
+        image_seed(s, name, severity, number)
         for s in range(3)
         for name in data.COMMON
         for severity in (1, 5)
@@ -73,18 +73,18 @@ def test_pictures_have_seeds_of_their_own():
     assert len(seeds) == 3 * 15 * 2 * 20
 
 
-def test_pictures_smaller_than_the_model_are_corrupted_before_they_are_enlarged(folder):
+def test_images_smaller_than_the_model_are_corrupted_before_they_are_enlarged(folder):
     large = Preprocessing(96, 96, (96, 96))
     listed = data.image_folder(folder)
     source = data.CorruptedOnTheFly(listed, large)
     original = np.asarray(Image.open(listed.files[0]))
-    seed = picture_seed(3, "pixelate", 5, 0)
+    seed = image_seed(3, "pixelate", 5, 0)
     expected = large(Image.fromarray(data.corrupt(original, "pixelate", 5, seed)))
     np.testing.assert_array_equal(source.read(data.Domain("pixelate", 5), 0, 3), expected)
 
 
 @pytest.mark.parametrize("spoil", ["truncate", "empty", "text", "small"])
-def test_unreadable_pictures_are_masked(folder, spoil):
+def test_unreadable_images_are_masked(folder, spoil):
     path = folder / "cat" / "1.png"
     content = path.read_bytes()
     if spoil == "small":
@@ -96,7 +96,7 @@ def test_unreadable_pictures_are_masked(folder, spoil):
     batch = data.Batches(source, tuple(streams), 3)[0]
     assert list(batch.mask) == [True, False, True]
     assert not batch.images[1].any()
-    assert source.name(streams[0].segments[0], batch.pictures[1]).endswith("1.png")
+    assert source.name(streams[0].segments[0], batch.source_index[1]).endswith("1.png")
 
 
 @pytest.fixture
@@ -125,7 +125,7 @@ def test_ready_arrays(arrays):
         ("labels", np.array([{}]), "cannot be read as an array"),
         ("fog", np.zeros((4, 32, 32, 3)), "is float64 of shape"),
         ("fog", np.zeros((4, 3, 32, 32), np.uint8), r"shape \(4, 3, 32, 32\), expected"),
-        ("fog", np.zeros((5, 32, 32, 3), np.uint8), "has 5 pictures, expected 4 for 4 labels"),
+        ("fog", np.zeros((5, 32, 32, 3), np.uint8), "has 5 images, expected 4 for 4 labels"),
         ("snow", np.zeros(0), "unknown corruption 'rain', .* has fog, snow"),
     ],
 )
@@ -153,10 +153,10 @@ def test_unknown_corruptions_and_severities_are_refused(folder):
     source.check(data.Domain("clean"))
 
 
-def test_the_embedded_pictures_are_balanced():
+def test_the_embedded_images_are_balanced():
     from jaxtta import assets
 
-    listed = data.image_folder(assets.PICTURES)
+    listed = data.image_folder(assets.IMAGES)
     assert list(np.bincount(listed.labels)) == [200] * 10
 
 

@@ -13,7 +13,7 @@ import pytest
 from conftest import relative
 
 from jaxtta import data, diagnose
-from jaxtta.diagnose import PictureSums
+from jaxtta.diagnose import ImageSums
 
 SEEDS = st.integers(0, 2**31 - 1)
 
@@ -57,7 +57,7 @@ def test_kurtosis_is_the_fourth_standardised_moment(seed):
     assert found == pytest.approx(expected, rel=1e-5)
     scipy = pytest.importorskip("scipy.stats")
     assert found == pytest.approx(scipy.kurtosis(wide, axis=1, fisher=False).mean(), rel=1e-5)
-    # scale, offset, sign and order of entries and pictures are nothing to it
+    # scale, offset, sign and order of entries and images are nothing to it
     random = np.random.default_rng(seed)
     scale, offset = np.exp(random.normal(size=(20, 1))), random.normal(size=(20, 1))
     other = (scale * features + offset)[random.permutation(20)][:, random.permutation(48)]
@@ -87,7 +87,7 @@ def test_planted_outlier_axes_are_found_exactly(seed, outliers):
     planted = np.sort(random.choice(512, outliers, replace=False))
     features[:, planted] += 40 * random.choice([-1, 1], outliers)
     decoy = random.choice(np.setdiff1d(np.arange(512), planted))
-    features[:20, decoy] = 60  # in a third of the pictures only
+    features[:20, decoy] = 60  # in a third of the images only
     found = diagnose.outlier_features(features)
     np.testing.assert_array_equal(found.axes, planted)
     shares = np.zeros(512)
@@ -113,11 +113,11 @@ def test_outliers_by_the_definition():
     np.testing.assert_array_equal(found.axes, np.flatnonzero(shares > 0.349))
 
 
-@pytest.mark.parametrize("pictures", range(1, 10))
-def test_the_share_itself_is_enough(pictures):
+@pytest.mark.parametrize("images", range(1, 10))
+def test_the_share_itself_is_enough(images):
     features = normal(0, 10, 64)
-    features[:pictures, 5] = 50
-    for share, axes in ((pictures / 10, [5]), (pictures / 10 + 1e-6, [])):
+    features[:images, 5] = 50
+    for share, axes in ((images / 10, [5]), (images / 10 + 1e-6, [])):
         found = diagnose.outlier_features(features, share=share).axes
         np.testing.assert_array_equal(found, axes)
 
@@ -139,7 +139,7 @@ def test_importance_is_singular_value_times_cosine(seed, shape):
     assert relative(found.overlap, (rows[order][:, [1, 3]] ** 2).sum(1)) < 1e-4
     assert relative(found.spread, (values * cosines).std() / (values * cosines).mean()) < 1e-5
     np.testing.assert_allclose(np.abs((found.directions * rows[order]).sum(1)), 1, atol=1e-5)
-    # neither the pictures' order and scale nor the sign of anything counts
+    # neither the images' order and scale nor the sign of anything counts
     scales = np.exp(normal(seed + 2, 30, 1)) * np.sign(normal(seed + 3, 30, 1))
     again = diagnose.privileged_directions(-head, (features * scales)[::-1], [3, 1, 1])
     for one, other in zip(found, again, strict=True):
@@ -207,11 +207,11 @@ def test_pruning_keeps_what_is_asked_for():
         by_fraction = diagnose.prune_directions(head, directions, fraction=fraction)
         np.testing.assert_array_equal(by_fraction, by_count)
     accuracies = diagnose.pruned_accuracy(head, directions, np.eye(3), [0, 1, 2], [1.0, 0.67, 0.34])
-    # a picture without a direction left has three equal logits, and a tie is wrong
+    # an image without a direction left has three equal logits, and a tie is wrong
     np.testing.assert_allclose(accuracies, [1, 2 / 3, 1 / 3])
 
 
-def test_pruning_goes_over_the_pictures_in_pieces():
+def test_pruning_goes_over_the_images_in_pieces():
     head, features = normal(0, 3, 4), normal(1, 5000, 4)
     labels = np.random.default_rng(2).integers(0, 3, 5000)
     found = diagnose.pruned_accuracy(head, jnp.eye(4), features, labels, [1.0])
@@ -261,8 +261,8 @@ def average_precision(truth, scores):
     return total
 
 
-def some_concepts(seed, pictures, concepts, random_share=0.3):
-    labels = np.random.default_rng(seed).random((pictures, concepts)) < random_share
+def some_concepts(seed, images, concepts, random_share=0.3):
+    labels = np.random.default_rng(seed).random((images, concepts)) < random_share
     labels[0], labels[1] = True, False
     return labels
 
@@ -282,7 +282,7 @@ def test_precision_is_the_average_precision(seed, ties):
     np.testing.assert_array_equal(found.detects, found.precision >= 0.5)
     np.testing.assert_array_equal(found.encoded, found.precision.max(0) >= 0.5)
     np.testing.assert_array_equal(found.per_direction, (found.precision >= 0.5).sum(1))
-    # pictures' order, a direction's sign and any increasing map of scores do not count
+    # images' order, a direction's sign and any increasing map of scores do not count
     order = np.random.default_rng(seed).permutation(40)
     again = diagnose.concept_detectors(-np.arctan(scores)[order], labels[order].astype(int))
     np.testing.assert_allclose(again.precision, found.precision, rtol=1e-12)
@@ -333,7 +333,7 @@ def test_shared_and_unique_concepts():
 
 
 def plain_cka(x, y):
-    """By the Gram matrices of the pictures, the other way round."""
+    """By the Gram matrices of the images, the other way round."""
     x, y = (np.asarray(a, np.float64) - np.mean(a, 0, dtype=np.float64) for a in (x, y))
     k, m = x @ x.T, y @ y.T
     return (k * m).sum() / np.sqrt((k * k).sum() * (m * m).sum())
@@ -403,19 +403,19 @@ def spoilt(value):
 
 @pytest.mark.parametrize("value", [0.0, 0.1, np.nan, np.inf])
 def test_features_without_a_value(value):
-    message = "2 of 6 pictures have features that are constant or not finite"
+    message = "2 of 6 images have features that are constant or not finite"
     features = spoilt(value)
     with pytest.raises(ValueError, match=message):
         diagnose.activation_kurtosis(features)
     with pytest.raises(ValueError, match=message):
         diagnose.outlier_features(features)
     if value != 0.1:
-        with pytest.raises(ValueError, match="2 of 6 pictures have features that are zero or not"):
+        with pytest.raises(ValueError, match="2 of 6 images have features that are zero or not"):
             diagnose.privileged_directions(HEAD, features)
     if not np.isfinite(value):
         with pytest.raises(ValueError, match="features have entries that are not finite"):
             diagnose.linear_cka(features, GOOD)
-        with pytest.raises(ValueError, match="2 of 6 pictures have a label outside 0 to 2 or feat"):
+        with pytest.raises(ValueError, match="2 of 6 images have a label outside 0 to 2 or feat"):
             diagnose.pruned_accuracy(HEAD, jnp.eye(40), features, np.zeros(6, int))
 
 
@@ -426,19 +426,19 @@ SOME = some_concepts(0, 6, 3)
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: diagnose.activation_kurtosis(GOOD[0]), r"shape \(40,\), expected \(pictures, d\)"),
-        (lambda: diagnose.activation_kurtosis(GOOD[:0]), "a mean over no pictures"),
+        (lambda: diagnose.activation_kurtosis(GOOD[0]), r"shape \(40,\), expected \(images, d\)"),
+        (lambda: diagnose.activation_kurtosis(GOOD[:0]), "a mean over no images"),
         (lambda: diagnose.outlier_features(GOOD[:, :30]), "threshold is 6.0, .* below 5.39"),
         (lambda: diagnose.outlier_features(GOOD, threshold=0.0), "threshold is 0.0, expected a"),
         (lambda: diagnose.outlier_features(GOOD, share=0.0), "share is 0.0, expected a number abo"),
-        (lambda: diagnose.outlier_features(GOOD[:0]), "a mean over no pictures"),
-        (lambda: diagnose.privileged_directions(HEAD, GOOD[:0]), "a mean over no pictures"),
+        (lambda: diagnose.outlier_features(GOOD[:0]), "a mean over no images"),
+        (lambda: diagnose.privileged_directions(HEAD, GOOD[:0]), "a mean over no images"),
         (lambda: diagnose.privileged_directions(HEAD[:1], GOOD), r"the head has shape \(1, 40\)"),
         (lambda: diagnose.privileged_directions(0 * HEAD, GOOD), "the head is zero or has"),
         (lambda: diagnose.privileged_directions(np.nan * HEAD, GOOD), "the head is zero or has"),
         (
             lambda: diagnose.privileged_directions(HEAD, GOOD[:, 1:]),
-            r"features have shape \(6, 39\), expected \(pictures, 40\)",
+            r"features have shape \(6, 39\), expected \(images, 40\)",
         ),
         (
             lambda: diagnose.privileged_directions(HEAD, GOOD, [0, 40]),
@@ -461,15 +461,15 @@ SOME = some_concepts(0, 6, 3)
         ),
         (
             lambda: diagnose.pruned_accuracy(HEAD, jnp.eye(40), GOOD, [0, 1, 2]),
-            r"labels \(3,\) do not match 6 pictures",
+            r"labels \(3,\) do not match 6 images",
         ),
         (
             lambda: diagnose.pruned_accuracy(HEAD, jnp.eye(40), GOOD, [0, 1, 2, 3, -1, 0]),
-            "2 of 6 pictures have a label outside 0 to 2",
+            "2 of 6 images have a label outside 0 to 2",
         ),
         (
             lambda: diagnose.pruned_accuracy(HEAD, jnp.eye(40), GOOD[:0], np.zeros(0, int)),
-            "a mean over no pictures",
+            "a mean over no images",
         ),
         (lambda: diagnose.fit_logit_line([0.5], [0.4]), "at least two reference points"),
         (lambda: diagnose.fit_logit_line([0.5, 0.5], [0.4, 0.3]), "at least two reference points"),
@@ -487,21 +487,21 @@ SOME = some_concepts(0, 6, 3)
         (lambda: diagnose.concept_detectors(GOOD, 2 * SOME), "neither true nor false"),
         (
             lambda: diagnose.concept_detectors(GOOD, SOME | np.array([False, True, False])),
-            r"concepts \[1\] are in all pictures or in none",
+            r"concepts \[1\] are in all images or in none",
         ),
         (
             lambda: diagnose.concept_detectors(GOOD, SOME & np.array([False, True, False])),
-            r"concepts \[0, 2\] are in all pictures or in none",
+            r"concepts \[0, 2\] are in all images or in none",
         ),
         (
             lambda: diagnose.concept_detectors(spoilt(np.nan), SOME),
             "scores of direction 0 are not finite",
         ),
         (lambda: diagnose.shared_concepts(SOME[0], SOME[0, :2]), r"concepts \(3,\) do not match"),
-        (lambda: diagnose.linear_cka(GOOD, GOOD[1:]), "features of 6 and of 5 pictures do not"),
-        (lambda: diagnose.linear_cka(GOOD[:0], GOOD[:0]), "similarity over 0 pictures, expected"),
-        (lambda: diagnose.linear_cka(GOOD[:1], GOOD[:1]), "similarity over 1 pictures, expected"),
-        (lambda: diagnose.linear_cka(GOOD, np.full((6, 3), 0.1)), "the same for all pictures"),
+        (lambda: diagnose.linear_cka(GOOD, GOOD[1:]), "features of 6 and of 5 images do not"),
+        (lambda: diagnose.linear_cka(GOOD[:0], GOOD[:0]), "similarity over 0 images, expected"),
+        (lambda: diagnose.linear_cka(GOOD[:1], GOOD[:1]), "similarity over 1 images, expected"),
+        (lambda: diagnose.linear_cka(GOOD, np.full((6, 3), 0.1)), "the same for all images"),
     ],
 )
 def test_bad_input_is_one_sentence(call, message):
@@ -511,8 +511,8 @@ def test_bad_input_is_one_sentence(call, message):
 
 
 def test_sums_without_a_value_say_so():
-    sums = PictureSums(jnp.asarray(5), jnp.zeros(2), jnp.asarray(2))
-    with pytest.raises(ValueError, match="2 of 5 pictures have features or labels that give no v"):
+    sums = ImageSums(jnp.asarray(5), jnp.zeros(2), jnp.asarray(2))
+    with pytest.raises(ValueError, match="2 of 5 images have features or labels that give no v"):
         sums.mean()
 
 

@@ -39,8 +39,8 @@ def saved(folder, embedded, change):
     return folder
 
 
-def features_of(model, params, corruption, folder=assets.PICTURES):
-    """Features and labels of the pictures that the script draws."""
+def features_of(model, params, corruption, folder=assets.IMAGES):
+    """Features and labels of the images that the script draws."""
     source = data.open_source("folder", folder, model.preprocessing)
     (stream,) = data.make_streams(
         "reset_each_shift", (corruption,), (1,), source.labels, seed=1, limit=40
@@ -61,7 +61,7 @@ def test_figures_are_those_of_direct_calls(run_script, tmp_path, embedded):
     own = tmp_path / "own"
     for folder, name in (("hounds", "dog"), ("kittens", "cat"), ("vessels", "ship")):
         (own / folder).mkdir(parents=True)
-        for file in sorted((assets.PICTURES / name).iterdir())[:14]:
+        for file in sorted((assets.IMAGES / name).iterdir())[:14]:
             shutil.copyfile(file, own / folder / file.name)
     rng = np.random.default_rng(0)
     noisy = saved(
@@ -115,7 +115,7 @@ def test_figures_are_those_of_direct_calls(run_script, tmp_path, embedded):
         assert figures["accuracy"] == pytest.approx(float(right.mean()))
         np.testing.assert_allclose(figures["pruned"], kept)
         assert figures["interval"][0] <= figures["accuracy"] <= figures["interval"][1]
-        assert figures["pictures"] == 40
+        assert figures["images"] == 40
     shifted = [mine["sets"][key] for key in ("fog-1", "own")]
     assert mine["shifted_accuracy"] == pytest.approx(np.mean([s["accuracy"] for s in shifted]))
     np.testing.assert_allclose(mine["shifted_pruned"], np.mean([s["pruned"] for s in shifted], 0))
@@ -144,7 +144,7 @@ def field(tmp_path_factory):
     root = tmp_path_factory.mktemp("field")
     for folder, name in (("labelled/felines", "cat"), ("labelled/dogs", "dog"), ("flat", "cat")):
         (root / folder).mkdir(parents=True)
-        for file in sorted((assets.PICTURES / name).iterdir())[:20]:
+        for file in sorted((assets.IMAGES / name).iterdir())[:20]:
             shutil.copyfile(file, root / folder / file.name)
     (root / "flat" / "torn.jpg").write_bytes(file.read_bytes()[:300])
     return root
@@ -159,12 +159,12 @@ def test_field_without_labels(run_script, tmp_path, field, embedded):
     assert code == 0
     (found,) = result_of(tmp_path / "a")["models"].values()
     assert "accuracy" not in found and "trial" not in found
-    assert (found["field"]["pictures"], found["reference"]["pictures"]) == (20, 40)
-    pictures = [jaxtta.data.open_picture(f) for f in sorted((field / "flat").iterdir())[:20]]
-    images = model.normalize(model.preprocess(pictures))
+    assert (found["field"]["images"], found["reference"]["images"]) == (20, 40)
+    opened = [jaxtta.data.open_image(f) for f in sorted((field / "flat").iterdir())[:20]]
+    images = model.normalize(model.preprocess(opened))
     rows = np.asarray(jaxtta.models.unit(model.encode_image(params, images)))
     task = jaxtta.models.zero_shot_task(model, ["cat", "dog", "ship"])
-    logits = model.forward(params, model.prompts(task), model.preprocess(pictures)).logits
+    logits = model.forward(params, model.prompts(task), model.preprocess(opened)).logits
     answers = np.bincount(logits.argmax(-1), minlength=3) / 20
     assert found["field"]["predicted"] == pytest.approx(answers.tolist())
     kurtosis = diagnose.activation_kurtosis(rows)
@@ -178,7 +178,7 @@ def test_field_without_labels(run_script, tmp_path, field, embedded):
     # cats are nothing new among CIFAR-10's classes, but not all of them; halves are alike
     assert found["field"]["p_value"] < 0.05 < found["reference"]["p_value"]
     assert found["field"]["lost"] == [str(field / "flat" / "torn.jpg")]
-    assert f"1 picture could not be read: {field / 'flat' / 'torn.jpg'}." in out
+    assert f"1 image could not be read: {field / 'flat' / 'torn.jpg'}." in out
     assert "accuracy, and whether an adapter helps (both need labels)" in out
     assert "Not measured" in (tmp_path / "a" / "report.html").read_text()
 
@@ -204,30 +204,29 @@ def test_field_with_labels(run_script, tmp_path, field):
     assert batclip["gain"]["interval"][0] <= gained <= batclip["gain"]["interval"][1]
     assert low == pytest.approx(zero["interval"][0])
     assert (
-        "% of 40 labelled pictures right" in out
-        and "adapters, 10 steps of 4 pictures: On field" in out
+        "% of 40 labelled images right" in out and "adapters, 10 steps of 4 images: On field" in out
     )
-    assert "Not measured: whether later pictures" in out
+    assert "Not measured: whether later images" in out
 
 
 def test_field_with_a_few_labels(run_script, tmp_path, field):
     names = sorted(path.name for path in (field / "flat").iterdir() if path.stem != "torn")
     labels = tmp_path / "few.csv"
     rows = [f"{name},{'hound' if n < 2 else 'cat'}" for n, name in enumerate(names[:6])]
-    labels.write_text("\n".join(["picture,class", *rows]))
+    labels.write_text("\n".join(["image,class", *rows]))
     code, out, _ = run_script(
         *(SCRIPT, *QUICK, "--field", field / "flat", "--class-names", "cat", "hound=dog"),
         *("--field-labels", labels, "--trial", "zero_shot", "--output", tmp_path / "a"),
     )
     assert code == 0
     (found,) = result_of(tmp_path / "a")["models"].values()
-    assert found["field"]["pictures"] == 20
+    assert found["field"]["images"] == 20
     assert (found["labels"], found["steps"]) == (6, 2)
     assert found["labelled"] == pytest.approx([2 / 3, 1 / 3])
     (zero,) = found["trial"]
     assert zero["top1"] == pytest.approx(found["accuracy"])
     assert zero["interval"] == pytest.approx(found["interval"])
-    assert "% of 6 labelled pictures right" in out and "2 steps of 4 pictures" in out
+    assert "% of 6 labelled images right" in out and "2 steps of 4 images" in out
 
 
 def test_a_trial_of_mgtta_needs_files_of_the_model(run_script, tmp_path, field, embedded):
@@ -250,7 +249,7 @@ def arrays(folder, images, labels):
 NOISE = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), np.uint8)
 
 
-def test_pictures_and_models_without_a_diagnosis(run_script, tmp_path, embedded):
+def test_images_and_models_without_a_diagnosis(run_script, tmp_path, embedded):
     labels = np.arange(20) % 2
     same = arrays(tmp_path / "same", np.repeat(NOISE[:1], 20, 0), labels)
     cats = arrays(tmp_path / "cats", NOISE, 0 * labels)
@@ -264,11 +263,11 @@ def test_pictures_and_models_without_a_diagnosis(run_script, tmp_path, embedded)
     del weights["visual_projection.weight"]
     save_file(weights, headless / "model.safetensors")
     for options, message in (
-        (("--data", same), "on clean: the features are the same for all pictures"),
-        (("--data", cats), "on clean: all pictures are of class cat, expected two or more"),
+        (("--data", same), "on clean: the features are the same for all images"),
+        (("--data", cats), "on clean: all images are of class cat, expected two or more"),
         (
             ("--data", good, "--models", blind),
-            "blind on clean: 20 of 20 pictures have features that are constant or not finite",
+            "blind on clean: 20 of 20 images have features that are constant or not finite",
         ),
         (
             ("--data", good, "--models", headless),
@@ -304,7 +303,7 @@ FLAT = ("--field", "{flat}", "--class-names", "cat", "dog")
         (("--field", "{labelled}", "--class-names", "a=x"), "felines: class folder is none|dogs: "),
         (("--field", "{flat}"), "--class-names has 0 classes, expected at least two"),
         (("--field", "{flat}", "--class-names", "cat"), "has 1 classes, expected at least two"),
-        (("--field", "{empty}", "--class-names", "a", "b"), "empty: folder without pictures"),
+        (("--field", "{empty}", "--class-names", "a", "b"), "empty: folder without images"),
         (
             (
                 "--field",
@@ -317,7 +316,7 @@ FLAT = ("--field", "{flat}", "--class-names", "cat", "dog")
                 "--field",
                 "{both}",
             ),
-            "has pictures beside its class folders, a.jpg for one",
+            "has images beside its class folders, a.jpg for one",
         ),
         (
             (
@@ -364,11 +363,11 @@ FLAT = ("--field", "{flat}", "--class-names", "cat", "dog")
         ),
         (("--field-labels", "{few}"), "--field-labels needs --field"),
         ((*FLAT, "--field-labels", "{nowhere}"), "nowhere: no such file"),
-        ((*FLAT, "--field-labels", "{points}"), "points.csv: has no columns picture and class"),
-        ((*FLAT, "--field-labels", "{few}"), "line 2 names 'b.jpg', which is no picture in .*flat"),
+        ((*FLAT, "--field-labels", "{points}"), "points.csv: has no columns image and class"),
+        ((*FLAT, "--field-labels", "{few}"), "line 2 names 'b.jpg', which is no image in .*flat"),
         ((*FLAT, "--field-labels", "{wrong}"), "line 2 has class 'cow', which is none of --class-"),
         ((*FLAT, "--field-labels", "{twice}"), "line 3 names 'torn.jpg' again"),
-        ((*FLAT, "--field-labels", "{none}"), "none.csv: names no picture"),
+        ((*FLAT, "--field-labels", "{none}"), "none.csv: names no image"),
         (
             ("--field", "{labelled}", "--field-labels", "{few}"),
             "labelled: has class folders, so --field-labels has nothing to say",
@@ -391,7 +390,7 @@ def test_bad_input_is_one_sentence(run_script, tmp_path, field, options, message
         ("none", ""),
     ):
         places[name] = tmp_path / f"{name}.csv"
-        places[name].write_text(f"picture,class\n{text}\n")
+        places[name].write_text(f"image,class\n{text}\n")
     places["pairs"] = tmp_path / "pairs"
     for name in ("empty", "one/cat", "both/cat", "both/dog", "pairs/one", "pairs/two"):
         (tmp_path / name).mkdir(parents=True)
@@ -412,7 +411,7 @@ def test_bad_input_is_one_sentence(run_script, tmp_path, field, options, message
 def test_synthetic_features_are_timed(run_script, tmp_path):
     code, out, _ = run_script(SCRIPT, "--synthetic", "2000", "--output", tmp_path)
     assert code == 0
-    assert "2000 pictures, 512 features, 1000 classes: " in out
+    assert "2000 images, 512 features, 1000 classes: " in out
     found = json.loads((tmp_path / "synthetic.json").read_text())
     assert found["outlier_axes"] == [0]  # as planted
     assert 0.5 < found["accuracy"] < 1
@@ -533,12 +532,12 @@ def model_figures(**changed):
             {},
             "m gets 80.00 % right on clean, 55.00 % on the mean of 2 shifted sets and 50.00 % on "
             "the worst shift, fog. The kurtosis of its features is 3.50 (Gaussian: 3); no axis "
-            "sticks out of most pictures' features. Of the fractions tried of the head's 10 "
+            "sticks out of most images' features. Of the fractions tried of the head's 10 "
             "directions, 20 % is the smallest that keeps its accuracy on clean within 1 point.",
         ),
         ({"enough": 1.0}, "directions, only the whole keeps its accuracy on clean within 1 point."),
         ({"enough": None}, "directions, none keeps its accuracy on clean within 1 point."),
-        ({"outlier_axes": [3, 7]}, "; axes 3, 7 stick out of most pictures' features. "),
+        ({"outlier_axes": [3, 7]}, "; axes 3, 7 stick out of most images' features. "),
         (
             {"sets": {"clean": {"accuracy": 0.8, "kurtosis": 3.5, "lost": []}}},
             "m gets 80.00 % right on clean. The kurtosis",
@@ -554,11 +553,11 @@ def test_the_words_of_a_diagnosis(changed, expected):
     assert expected in first
     assert others[-1] == (
         "Not measured: other shifts and strengths than these, calibration, and whether any of "
-        "these figures predicts accuracy on other pictures."
+        "these figures predicts accuracy on other images."
     )
     if not changed:
         assert first == expected
-        assert others[:-1] == ["2 pictures could not be read: a.jpg, b.jpg."]
+        assert others[:-1] == ["2 images could not be read: a.jpg, b.jpg."]
 
 
 def test_why_robustness_was_not_computed():
@@ -582,7 +581,7 @@ def field_figures(**changed):
         (
             {},
             [
-                "For m these pictures lie apart from the reference, old (p = 0.002; their squared "
+                "For m these images lie apart from the reference, old (p = 0.002; their squared "
                 "discrepancy is 12.5 times what chance stays below): accuracies that you know from "
                 "it may not hold here. It answers “cat” for 75 % of them, never “cow”, with a mean "
                 "confidence of 60 % (guessing: 33 %)."
@@ -597,11 +596,11 @@ def field_figures(**changed):
                 "labelled": [0.5, 0.3, 0.2],
             },
             [
-                "For m these pictures cannot be told from the reference, old (p = 0.051), which is "
+                "For m these images cannot be told from the reference, old (p = 0.051), which is "
                 "no proof that they are alike. It answers “cow” for 50 % of them, with a mean "
                 "confidence of 60 % (guessing: 33 %).",
-                "1 picture could not be read: a.jpg.",
-                "Unadapted it gets 60.00 [55.00, 70.00] % of 40 labelled pictures right, better "
+                "1 image could not be read: a.jpg.",
+                "Unadapted it gets 60.00 [55.00, 70.00] % of 40 labelled images right, better "
                 "than always giving the commonest class (50.00 %).",
             ],
         ),
@@ -617,23 +616,23 @@ def test_the_words_of_a_field_check(changed, expected):
 def test_how_labels_compare_with_the_commonest_class(bounds, than):
     labelled = {"accuracy": 0.45, "interval": bounds, "labels": 1, "labelled": [0.5, 0.3, 0.2]}
     said = diagnosis.expectations("m", field_figures(**labelled))[-1]
-    assert f"% of 1 labelled picture right, {than} than always giving the commonest" in said
+    assert f"% of 1 labelled image right, {than} than always giving the commonest" in said
 
 
 def test_what_a_field_check_leaves_open():
     assert diagnosis.unmeasured(()) == (
         "Not measured: accuracy, and whether an adapter helps (both need labels); whether later "
-        "pictures will look like these; other prompts than these."
+        "images will look like these; other prompts than these."
     )
     assert diagnosis.unmeasured(("zero_shot", "tent@1e-4", "batclip")) == (
-        "Not measured: whether later pictures will look like these; other prompts than these; "
+        "Not measured: whether later images will look like these; other prompts than these; "
         "learning rates other than those tried; the adapters tnt, mgtta, mgtta-sgd, mgtta-adam."
     )
     every = diagnosis.unmeasured(diagnosis.ADAPTERS)
     assert every.endswith("other prompts than these; learning rates other than those tried.")
 
 
-def test_every_picture_is_in_the_histogram():
+def test_every_image_is_in_the_histogram():
     found = {"classes": ["a", "b", "c"], "field": {"predicted": [0.2, 0.7, 0.1]}}
     entropies = {"field": np.full(7, np.log(3) + 1e-6), "reference": np.array([-1e-7, 0.5])}
     left, right = diagnosis.draw_predictions(found, entropies).axes
@@ -696,10 +695,8 @@ def test_the_p_value_finds_what_is_there_and_nothing_else():
     assert wider.squared > wider.by_chance
 
 
-@pytest.mark.parametrize(
-    ("pictures", "most", "drawn"), [(30, 1000, 30), (90, 1000, 40), (90, 7, 7)]
-)
-def test_a_half_of_the_reference_is_the_yardstick(pictures, most, drawn, monkeypatch):
+@pytest.mark.parametrize(("images", "most", "drawn"), [(30, 1000, 30), (90, 1000, 40), (90, 7, 7)])
+def test_a_half_of_the_reference_is_the_yardstick(images, most, drawn, monkeypatch):
     sizes = []
     whole = diagnose.field.mean_discrepancy
 
@@ -709,9 +706,7 @@ def test_a_half_of_the_reference_is_the_yardstick(pictures, most, drawn, monkeyp
         return whole(x, y, **options)
 
     monkeypatch.setattr(diagnose.field, "mean_discrepancy", spy)
-    field, half = diagnose.field_discrepancy(
-        normal(0, pictures, 6) + 1, normal(1, 80, 6), most=most
-    )
+    field, half = diagnose.field_discrepancy(normal(0, images, 6) + 1, normal(1, 80, 6), most=most)
     assert sizes == [(drawn, drawn)] * 2
     assert field.bandwidth == half.bandwidth
     assert field.squared > half.squared
@@ -750,12 +745,12 @@ GOOD = normal(0, 6, 4)
         ),
         (lambda: diagnose.mean_discrepancy(GOOD, GOOD[0]), r"\(6, 4\) and \(4,\), expected two"),
         (lambda: diagnose.mean_discrepancy(GOOD, np.nan * GOOD), "entries that are not finite"),
-        (lambda: diagnose.mean_discrepancy(0 * GOOD, 0 * GOOD), "the same for most pictures"),
+        (lambda: diagnose.mean_discrepancy(0 * GOOD, 0 * GOOD), "the same for most images"),
         (lambda: diagnose.mean_discrepancy(GOOD, GOOD, bandwidth=0), "bandwidth is 0, expected a"),
         (lambda: diagnose.mean_discrepancy(GOOD, GOOD, permutations=0), "permutations is 0, exp"),
         (lambda: diagnose.field_discrepancy(GOOD, GOOD[:3]), r"\(1, 4\) and \(1, 4\), expected"),
-        (lambda: diagnose.confused_classes(GOOD[:, :1]), r"shape \(6, 1\), expected \(pictures, c"),
-        (lambda: diagnose.confused_classes(GOOD[:0]), r"shape \(0, 4\), expected \(pictures, cl"),
+        (lambda: diagnose.confused_classes(GOOD[:, :1]), r"shape \(6, 1\), expected \(images, c"),
+        (lambda: diagnose.confused_classes(GOOD[:0]), r"shape \(0, 4\), expected \(images, cl"),
         (lambda: diagnose.confused_classes(np.nan * GOOD), "probabilities are not all finite"),
     ],
 )

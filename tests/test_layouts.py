@@ -30,9 +30,9 @@ def save(path, pixels):
 
 
 def write_folders(root, folders, suffix=".JPEG", pixels=PIXELS):
-    for folder, pictures in zip(folders, pixels, strict=True):
-        for i, picture in enumerate(pictures):
-            save(root / folder / f"{i}{suffix}", picture)
+    for folder, images in zip(folders, pixels, strict=True):
+        for i, image in enumerate(images):
+            save(root / folder / f"{i}{suffix}", image)
     return root
 
 
@@ -49,8 +49,8 @@ def write_split(root, json_name, images, names=("abbey", "air_hockey", "zoo")):
     return root / json_name
 
 
-def every_picture(source, domain=CLEAN):
-    """All pictures by class and number in it, as the model sees them."""
+def every_image(source, domain=CLEAN):
+    """All images by class and number in it, as the model sees them."""
     source = pickle.loads(pickle.dumps(source))  # as they go to worker processes
     source.check(domain)
     assert source.labels.dtype == np.int32
@@ -74,14 +74,14 @@ def test_class_folders(tmp_path, layout):
     names = CLASSES if layout == "folder" else ()
     source = data.open_source(layout, tmp_path, PREPROCESS, names)
     assert source.class_names == CLASSES
-    np.testing.assert_array_equal(every_picture(source), EXPECTED)
+    np.testing.assert_array_equal(every_image(source), EXPECTED)
 
 
 def test_imagenet_classes_are_those_present(tmp_path):
     write_folders(tmp_path, ("n15075141", "n02123045", "n01440764"))
     source = data.open_source("imagenet", tmp_path, PREPROCESS)
     assert source.class_names == ("tench", "tabby cat", "toilet paper")
-    np.testing.assert_array_equal(every_picture(source), EXPECTED[[2, 1, 0]])
+    np.testing.assert_array_equal(every_image(source), EXPECTED[[2, 1, 0]])
     (tmp_path / "n01440764").rename(tmp_path / "n00000000")
     with pytest.raises(ValueError, match="folder n00000000 is none of ImageNet's 1,000 wnids"):
         data.imagenet(tmp_path)
@@ -91,7 +91,7 @@ def test_imagenet_v2_folders_are_numbers(tmp_path):
     write_folders(tmp_path, ("2", "10", "0"))
     source = data.open_source("imagenet-v2", tmp_path, PREPROCESS)
     assert source.class_names == ("tench", "great white shark", "brambling")
-    np.testing.assert_array_equal(every_picture(source), EXPECTED[[2, 0, 1]])
+    np.testing.assert_array_equal(every_image(source), EXPECTED[[2, 0, 1]])
     for wrong in ("1000", "01", "n01440764"):
         (tmp_path / "10").rename(tmp_path / wrong)
         with pytest.raises(ValueError, match=f"folder {wrong} is no class number from 0 to 999"):
@@ -119,9 +119,9 @@ def objectnet(tmp_path):
 def test_objectnet_keeps_imagenets_classes_and_loses_its_border(objectnet):
     source = data.open_source("objectnet", objectnet, PREPROCESS)
     assert source.class_names == ("Alarm clock", "Backpack", "TV")
-    np.testing.assert_array_equal(every_picture(source), EXPECTED)
+    np.testing.assert_array_equal(every_image(source), EXPECTED)
     save(objectnet / "images" / "tv" / "1.png", np.zeros((4, 9, 3), np.uint8))
-    with pytest.raises(data.UnreadablePictureError, match=r"1\.png: 9×4 pixels leave nothing"):
+    with pytest.raises(data.UnreadableImageError, match=r"1\.png: 9×4 pixels leave nothing"):
         source.read(CLEAN, 5, 0)
     (objectnet / "images" / "tv").rename(objectnet / "images" / "telly")
     with pytest.raises(ValueError, match=r"objectnet_label\.json: has no label for folder telly"):
@@ -147,18 +147,18 @@ def test_cross_dataset_sets(tmp_path, layout, folder, name, images):
     for root in (tmp_path, tmp_path / folder):
         source = data.open_source(layout, root, PREPROCESS)
         assert source.class_names == ("abbey", "air hockey", "zoo")
-        np.testing.assert_array_equal(every_picture(source), EXPECTED)
+        np.testing.assert_array_equal(every_image(source), EXPECTED)
 
 
 @pytest.mark.parametrize(
     ("split", "entries", "message"),
     [
-        ("test", [], "no pictures for 'test', expected one of train, val, test"),
+        ("test", [], "no images for 'test', expected one of train, val, test"),
         ("val", [["a.jpg", 1, "abbey"]], "label 1 is both '.*' and '.*'"),
         ("val", [["a.jpg", 7, "far"]], "labels run from 0 to 7, expected 0 to 3 for 4 classes"),
         ("val", [["a.jpg", -1, "far"]], "labels run from -1 to 2, expected 0 to 3"),
         ("val", [["a.jpg", "zoo"]], r"holds \['a.jpg', 'zoo'\], expected \[path, label, class"),
-        ("val", 3, "expected a list of pictures under each of train, val, test"),
+        ("val", 3, "expected a list of images under each of train, val, test"),
     ],
 )
 def test_bad_splits_are_refused(tmp_path, split, entries, message):
@@ -189,7 +189,7 @@ def test_fgvc_aircraft(tmp_path):
     for place in (root, tmp_path):
         source = data.open_source("fgvc-aircraft", place, PREPROCESS)
         assert source.class_names == variants
-        np.testing.assert_array_equal(every_picture(source), EXPECTED)
+        np.testing.assert_array_equal(every_image(source), EXPECTED)
     (root / "images_variant_test.txt").write_text("1000 Concorde\n")
     with pytest.raises(ValueError, match="line '1000 Concorde' names none of the 3 variants"):
         data.fgvc_aircraft(root)
@@ -207,7 +207,7 @@ def test_imagenet_c(tmp_path, above):
         shift = np.uint8(domain.severity * len(domain.corruption))
         alone = write_folders(tmp_path / f"alone {domain}", WNIDS, pixels=PIXELS + shift)
         expected = data.open_source("imagenet", alone, PREPROCESS)
-        np.testing.assert_array_equal(every_picture(source, domain), every_picture(expected))
+        np.testing.assert_array_equal(every_image(source, domain), every_image(expected))
     with pytest.raises(ValueError, match="fog has severity 1, 5, not 3"):
         source.check(data.Domain("fog", 3))
     with pytest.raises(ValueError, match=r"unknown corruption 'rain', .* has .*gaussian_noise"):
@@ -215,19 +215,19 @@ def test_imagenet_c(tmp_path, above):
     with pytest.raises(ValueError, match="unknown corruption 'clean'"):
         source.check(CLEAN)
     (tmp_path / above[1] / "fog" / "5" / WNIDS[1] / "0.JPEG").unlink()
-    with pytest.raises(data.UnreadablePictureError, match=rf"{WNIDS[1]}/0\.JPEG: cannot be dec"):
+    with pytest.raises(data.UnreadableImageError, match=rf"{WNIDS[1]}/0\.JPEG: cannot be dec"):
         source.read(data.Domain("fog", 5), 2, 0)
     assert source.name(data.Domain("fog", 5), 2).endswith(f"fog/5/{WNIDS[1]}/0.JPEG")
 
 
-def test_imagenet_c_with_clean_pictures_and_other_classes(tmp_path):
+def test_imagenet_c_with_clean_images_and_other_classes(tmp_path):
     write_folders(tmp_path / "clean", ("a", "b", "c"))
     write_folders(tmp_path / "fog" / "3", ("a", "b", "c"), pixels=PIXELS[::-1])
     source = data.open_source("imagenet-c", tmp_path, PREPROCESS, ["x", "y", "z"])
     assert source.class_names == ("x", "y", "z")
     for clean in (CLEAN, data.Domain("clean", 3)):
-        np.testing.assert_array_equal(every_picture(source, clean), EXPECTED)
-    np.testing.assert_array_equal(every_picture(source, data.Domain("fog", 3)), EXPECTED[::-1])
+        np.testing.assert_array_equal(every_image(source, clean), EXPECTED)
+    np.testing.assert_array_equal(every_image(source, data.Domain("fog", 3)), EXPECTED[::-1])
     with pytest.raises(ValueError, match="holds no <corruption>/<severity 1 to 5> folders"):
         data.corrupted_folders(tmp_path / "fog" / "3" / "a", PREPROCESS)
     with pytest.raises(FileNotFoundError, match="nowhere: no such folder"):
@@ -236,10 +236,10 @@ def test_imagenet_c_with_clean_pictures_and_other_classes(tmp_path):
 
 @pytest.fixture
 def stacked(tmp_path):
-    """Five severities of six pictures, labels five times."""
-    pictures = PIXELS.reshape(6, 40, 44, 3)
-    np.save(tmp_path / "fog.npy", np.concatenate([pictures + np.uint8(s) for s in range(1, 6)]))
-    np.save(tmp_path / "clean.npy", pictures)
+    """Five severities of six images, labels five times."""
+    images = PIXELS.reshape(6, 40, 44, 3)
+    np.save(tmp_path / "fog.npy", np.concatenate([images + np.uint8(s) for s in range(1, 6)]))
+    np.save(tmp_path / "clean.npy", images)
     np.save(tmp_path / "labels.npy", np.tile(np.repeat([0, 1, 2], 2), 5).astype(np.uint8))
     return tmp_path
 
@@ -251,7 +251,7 @@ def test_cifar_c(stacked, repeated):
     assert source.class_names == data.CIFAR10_CLASSES
     assert list(source.labels) == [0, 0, 1, 1, 2, 2]
     source = data.open_source("cifar-c", stacked, PREPROCESS, CLASSES)
-    np.testing.assert_array_equal(every_picture(source), EXPECTED)
+    np.testing.assert_array_equal(every_image(source), EXPECTED)
     for s in range(1, 6):
         expected = PREPROCESS(Image.fromarray(PIXELS[1, 1] + np.uint8(s)))
         np.testing.assert_array_equal(source.read(data.Domain("fog", s), 3, 0), expected)
@@ -264,9 +264,7 @@ def test_cifar_c(stacked, repeated):
 def test_cifar_c_files_that_do_not_fit_their_labels(stacked):
     np.save(stacked / "snow.npy", np.load(stacked / "fog.npy")[:29])
     source = data.corrupted_arrays(stacked, PREPROCESS, CLASSES, stacked=True)
-    with pytest.raises(
-        ValueError, match=r"snow\.npy: has 29 pictures, expected 30 for 6 labels at"
-    ):
+    with pytest.raises(ValueError, match=r"snow\.npy: has 29 images, expected 30 for 6 labels at"):
         source.check(data.Domain("snow", 1))
     np.save(stacked / "labels.npy", np.sort(np.arange(30) % 3))
     with pytest.raises(ValueError, match=r"labels\.npy: has 30 labels, expected one for each"):
@@ -280,7 +278,7 @@ def test_arrays_of_one_strength(stacked):
         data.open_source("arrays", stacked, PREPROCESS)
     source = data.open_source("arrays", stacked, PREPROCESS, CLASSES)
     for domain in (data.Domain("snow"), CLEAN, data.Domain("clean", 5)):
-        np.testing.assert_array_equal(every_picture(source, domain), EXPECTED)
+        np.testing.assert_array_equal(every_image(source, domain), EXPECTED)
     with pytest.raises(ValueError, match="severity is 5, expected 0 as the files hold one"):
         source.check(data.Domain("snow", 5))
     with pytest.raises(ValueError, match=r"unknown corruption 'labels', .* has clean, fog, snow"):
@@ -299,27 +297,27 @@ def test_cifar100_is_known_by_its_labels(stacked):
 
 def prepared(split="test"):
     pytest.importorskip("tensorflow_datasets")
-    return data.tfds_pictures("tiny_pictures", split, PREPARED)
+    return data.tfds_images("tiny_pictures", split, PREPARED)
 
 
 def test_a_prepared_tensorflow_dataset_is_read_without_tensorflow():
-    pictures = prepared()
-    assert pictures.class_names == ("cat", "dog", "frog")
-    assert list(np.bincount(pictures.labels)) == [4, 4, 4]
+    images = prepared()
+    assert images.class_names == ("cat", "dog", "frog")
+    assert list(np.bincount(images.labels)) == [4, 4, 4]
     assert len(prepared("test[:50%]").labels) == 6
     source = data.open_source("tfds", "tiny_pictures:1.0.0:test", PREPROCESS, data_dir=PREPARED)
-    read = every_picture(source)
-    listed = data.image_folder(assets.PICTURES)
-    for c, name in enumerate(pictures.class_names):
+    read = every_image(source)
+    listed = data.image_folder(assets.IMAGES)
+    for c, name in enumerate(images.class_names):
         files = [path for path in listed.files if path.parent.name == name][:4]
-        expected = {PREPROCESS(data.open_picture(path)).tobytes() for path in files}
-        assert {picture.tobytes() for picture in read[c]} == expected
+        expected = {PREPROCESS(data.open_image(path)).tobytes() for path in files}
+        assert {image.tobytes() for image in read[c]} == expected
     assert "tensorflow" not in sys.modules
-    assert source.name(CLEAN, 3) == "tiny_pictures:1.0.0 test picture 3"
+    assert source.name(CLEAN, 3) == "tiny_pictures:1.0.0 test image 3"
 
 
 def test_tensorflow_datasets_own_mock_data():
-    """Its features and random pictures, encoded here: by itself it needs TensorFlow for that."""
+    """Its features and random images, encoded here: by itself it needs TensorFlow for that."""
     tfds = pytest.importorskip("tensorflow_datasets")
 
     def encoded(builder, split, decoders, **_):
@@ -330,15 +328,15 @@ def test_tensorflow_datasets_own_mock_data():
         return [example | {"image": png(example["image"])} for example in generator]
 
     with tfds.testing.mock_data(num_examples=5, as_data_source_fn=encoded):
-        pictures = data.tfds_pictures("cifar100", "test")
-        assert len(pictures.class_names) == 100
-        source = data.CorruptedOnTheFly(pictures, PREPROCESS)
+        images = data.tfds_images("cifar100", "test")
+        assert len(images.class_names) == 100
+        source = data.CorruptedOnTheFly(images, PREPROCESS)
         assert source.read(data.Domain("fog", 1), 4, 0).shape == (32, 32, 3)
-        assert len(pictures.labels) == 5
+        assert len(images.labels) == 5
         with pytest.raises(
             ValueError, match=r"imdb_reviews.*expected an image and one class label"
         ):
-            data.tfds_pictures("imdb_reviews", "test")
+            data.tfds_images("imdb_reviews", "test")
 
 
 def png(pixels):
@@ -365,7 +363,7 @@ def png(pixels):
 def test_bad_tensorflow_datasets_are_refused(name, split, error, message):
     pytest.importorskip("tensorflow_datasets")
     with pytest.raises(error, match=message) as raised:
-        data.tfds_pictures(name, split, PREPARED)
+        data.tfds_images(name, split, PREPARED)
     assert "\n" not in str(raised.value)
 
 
@@ -382,17 +380,17 @@ def test_tensorflow_datasets_in_another_format_are_refused(copied):
     records = next(copied.glob("*.array_record*"))
     records.rename(copied / records.name.replace("array_record", "tfrecord"))
     with pytest.raises(FileNotFoundError, match=r"expected array_record files .* has tfrecord;"):
-        data.tfds_pictures("tiny_pictures", "test", copied.parents[1])
+        data.tfds_images("tiny_pictures", "test", copied.parents[1])
 
 
 def test_damaged_tensorflow_datasets_are_refused(copied):
-    pictures = data.tfds_pictures("tiny_pictures", "test", copied.parents[1])
+    images = data.tfds_images("tiny_pictures", "test", copied.parents[1])
     records = next(copied.glob("*.array_record*"))
     records.write_bytes(records.read_bytes()[:70000])
     with pytest.raises(ValueError, match="tiny_pictures: split 'test' cannot be read"):
-        data.tfds_pictures("tiny_pictures", "test", copied.parents[1])
-    with pytest.raises(data.UnreadablePictureError, match="test picture 3: cannot be read"):
-        pictures.open(3)
+        data.tfds_images("tiny_pictures", "test", copied.parents[1])
+    with pytest.raises(data.UnreadableImageError, match="test image 3: cannot be read"):
+        images.open(3)
 
 
 def test_a_missing_tensorflow_datasets_is_named(monkeypatch):

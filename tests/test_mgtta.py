@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import changes, golden, pictures_of, relative
+from conftest import changes, golden, images_of, relative
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import save_file
 from transformers import CLIPConfig, ViTConfig
@@ -36,8 +36,8 @@ def phi(reference):
 @pytest.fixture(scope="module")
 def statistics(tiny, reference):
     model, params = tiny
-    pictures = pictures_of(model, reference["source_images"]).astype(np.float32)
-    return models.feature_statistics(model, params, [pictures])
+    images = images_of(model, reference["source_images"]).astype(np.float32)
+    return models.feature_statistics(model, params, [images])
 
 
 def test_equal_to_the_published_run(tiny, reference, task, phi, statistics):
@@ -49,7 +49,7 @@ def test_equal_to_the_published_run(tiny, reference, task, phi, statistics):
     assert relative(statistics.std.ravel(), reference["source_std"]) < 1e-5
     state, step = adapter.init(params), jax.jit(adapter.step)
     for number, pixels in enumerate(reference["images"]):
-        images = pictures_of(model, pixels).astype(np.float32)
+        images = images_of(model, pixels).astype(np.float32)
         state, prediction = step(params, state, images)
         np.testing.assert_allclose(prediction.logits, reference["logits"][number], atol=2e-4)
         for name in ("loss", "entropy", "discrepancy"):
@@ -74,16 +74,16 @@ def test_statistics_do_not_depend_on_the_division(sizes, seed):
     np.testing.assert_allclose(merged.std, features.std(0, ddof=1), atol=1e-5)
 
 
-def test_statistics_of_a_stream_are_those_of_its_pictures(tiny, reference, statistics, tmp_path):
+def test_statistics_of_a_stream_are_those_of_its_images(tiny, reference, statistics, tmp_path):
     model, params = tiny
-    pictures = pictures_of(model, reference["source_images"]).astype(np.float32)
-    padding = np.full((3, *pictures.shape[1:]), np.nan, np.float32)
+    images = images_of(model, reference["source_images"]).astype(np.float32)
+    padding = np.full((3, *images.shape[1:]), np.nan, np.float32)
     batches = [
-        jaxtta.Batch(pictures[:25], np.ones(25, bool), np.arange(25)),
-        jaxtta.Batch(np.concatenate([pictures[25:], padding[:]]), np.arange(18) < 15, None),
+        jaxtta.Batch(images[:25], np.ones(25, bool), np.arange(25)),
+        jaxtta.Batch(np.concatenate([images[25:], padding[:]]), np.arange(18) < 15, None),
     ]
     found = models.feature_statistics(model, params, batches)
-    assert found.count == len(pictures)
+    assert found.count == len(images)
     np.testing.assert_allclose(found.mean, statistics.mean, atol=1e-5)
     np.testing.assert_allclose(found.std, statistics.std, atol=1e-5)
     models.save_statistics(tmp_path / "source.safetensors", found, {"weights": "abc"})
@@ -91,21 +91,21 @@ def test_statistics_of_a_stream_are_those_of_its_pictures(tiny, reference, stati
     assert about == {"weights": "abc"}
     for x, y in zip(loaded, found, strict=True):
         np.testing.assert_array_equal(x, y)
-    with pytest.raises(ValueError, match="source statistics of 1 pictures, expected at least two"):
-        models.feature_statistics(model, params, [pictures[:1]])
+    with pytest.raises(ValueError, match="source statistics of 1 images, expected at least two"):
+        models.feature_statistics(model, params, [images[:1]])
     with pytest.raises(FileNotFoundError, match="nothing: no such file"):
         models.load_statistics(tmp_path / "nothing")
     (tmp_path / "odd").write_text("odd")
     with pytest.raises(ValueError, match="odd: "):
         models.load_statistics(tmp_path / "odd")
     with pytest.raises(ValueError, match="source statistics that are not finite"):
-        models.feature_statistics(model, params, [np.full_like(pictures[:2], np.nan)])
+        models.feature_statistics(model, params, [np.full_like(images[:2], np.nan)])
     array = np.zeros((3, 32), np.float32)
     for arrays, message in (
         ({"query": array}, "odd: holds query and no feature statistics"),
         (
             {"count": np.array(1.0, np.float32), "mean": array, "squares": array},
-            "odd: source .* of 1 pictures",
+            "odd: source .* of 1 images",
         ),
         (
             {"count": np.array(5.0, np.float32), "mean": array, "squares": array[:2]},
@@ -124,17 +124,15 @@ def test_statistics_of_a_stream_are_those_of_its_pictures(tiny, reference, stati
 def test_statistics_gathered_by_eight_devices(tiny, reference, statistics):
     """A batch that is spread over devices, and two sums that are put together in the end."""
     model, params = tiny
-    pictures = pictures_of(model, reference["source_images"]).astype(np.float32)
-    rows = jax.NamedSharding(
-        jax.sharding.Mesh(np.array(jax.devices()), "pictures"), jax.P("pictures")
-    )
+    images = images_of(model, reference["source_images"]).astype(np.float32)
+    rows = jax.NamedSharding(jax.sharding.Mesh(np.array(jax.devices()), "images"), jax.P("images"))
     assert rows.mesh.size == 8
-    assert len(pictures) >= 40
-    parts = [jax.device_put(jnp.asarray(pictures[i : i + 8]), rows) for i in range(0, 32, 8)]
+    assert len(images) >= 40
+    parts = [jax.device_put(jnp.asarray(images[i : i + 8]), rows) for i in range(0, 32, 8)]
     one = models.feature_statistics(model, params, parts[:2])
-    other = models.feature_statistics(model, params, [*parts[2:], pictures[32:]])
+    other = models.feature_statistics(model, params, [*parts[2:], images[32:]])
     for found in (models.merge_statistics(one, other), models.merge_statistics(other, one)):
-        assert found.count == len(pictures)
+        assert found.count == len(images)
         np.testing.assert_allclose(found.mean, statistics.mean, atol=1e-5)
         np.testing.assert_allclose(found.std, statistics.std, atol=1e-5)
 
@@ -160,7 +158,7 @@ def test_a_tower_that_is_not_adapted_alone_is_refused(tiny, task, statistics):
         jaxtta.adapters.mgtta(tiny[0], task, statistics, optax.sgd(1.0), tower="text")
 
 
-def test_the_discrepancy_is_that_of_the_valid_pictures():
+def test_the_discrepancy_is_that_of_the_valid_images():
     features = np.random.default_rng(0).normal(size=(5, 2, 3)).astype(np.float32)
     mean, std = np.full((2, 3), 0.5, np.float32), np.full((2, 3), 2.0, np.float32)
     value = jax.jit(jax.value_and_grad(losses.feature_discrepancy))
@@ -170,7 +168,7 @@ def test_the_discrepancy_is_that_of_the_valid_pictures():
     np.testing.assert_allclose(ours, expected, rtol=1e-5)
     assert np.all(gradient[5:] == 0)
     assert np.all(gradient[:5] != 0)
-    for count in (0, 1):  # one picture has no standard deviation
+    for count in (0, 1):  # one image has no standard deviation
         ours, gradient = value(padded, np.arange(7) < count, mean, std)
         assert ours == 0
         assert not np.any(gradient)
@@ -180,7 +178,7 @@ def test_the_discrepancy_is_that_of_the_valid_pictures():
 
 @pytest.fixture(scope="module")
 def images(tiny, reference):
-    return pictures_of(tiny[0], reference["images"]).astype(np.float32)
+    return images_of(tiny[0], reference["images"]).astype(np.float32)
 
 
 @pytest.mark.parametrize("tower", ["image", "both"])
@@ -192,7 +190,7 @@ def test_the_same_objective_under_other_optimisers(tiny, task, statistics, image
     state = adapter.init(params)
     assert ("text_model" in state.adapted) == (tower == "both")
     step, found = jax.jit(adapter.step), []
-    for _ in range(4):  # the same pictures: the loss goes down
+    for _ in range(4):  # the same images: the loss goes down
         state, prediction = step(params, state, images[0])
         found.append(float(prediction.metrics["loss"]))
     assert found[-1] < found[0]
@@ -333,11 +331,11 @@ def test_a_finite_loss_with_a_gradient_that_is_not(phi):
         objective, lambda _: (), lambda path: True, optim.meta_gradient_generator(phi, 1e-3)
     )
     params = {"norm": {"scale": jnp.ones(3)}}
-    step, pictures = jax.jit(adapter.step), jnp.ones((2, 4, 4, 3))
-    state, prediction = step(params, adapter.init(params), pictures)
+    step, images = jax.jit(adapter.step), jnp.ones((2, 4, 4, 3))
+    state, prediction = step(params, adapter.init(params), images)
     assert not prediction.metrics["skipped"]
     for odd in ((0.0, 1.0, 0.0), (1.0, 1e25, 0.0)):
-        after, prediction = step(params, state, pictures * jnp.array(odd))
+        after, prediction = step(params, state, images * jnp.array(odd))
         assert np.isfinite(prediction.metrics["loss"])
         assert prediction.metrics["skipped"]
         for x, y in zip(*map(jax.tree.leaves, (state, after)), strict=True):

@@ -10,7 +10,7 @@ import jaxtta
 
 
 def diversity(model, weight=1.0):
-    """Confident on each picture, diverse over the batch."""
+    """Confident on each image, diverse over the batch."""
 
     def objective(params, context, batch):
         logits = model.forward(params, context, batch.images).logits

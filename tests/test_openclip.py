@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import GOLDEN, golden, pictures_of, relative
+from conftest import GOLDEN, golden, images_of, relative
 from flax.traverse_util import flatten_dict
 from PIL import Image
 from safetensors.numpy import load_file, save_file
@@ -63,7 +63,7 @@ def test_batclip_on_the_resnet_equals_openclips(resnet, reference, task):
     setup = evaluate.Setup("cifar10-c", adapters.Tuning(), evaluate.MGTTA())
     adapter = evaluate.make_adapter("batclip", model, task, setup)
     state, step = adapter.init(params), jax.jit(adapter.step)
-    for t, images in enumerate(pictures_of(model, reference["batclip_images"])):
+    for t, images in enumerate(images_of(model, reference["batclip_images"])):
         state, prediction = step(params, state, images)
         assert np.abs(prediction.logits - reference["batclip_logits"][t]).max() <= 1e-3
         assert float(prediction.metrics["loss"]) == pytest.approx(
@@ -87,7 +87,7 @@ def test_tent_moves_the_resnets_scales_and_biases_and_lowers_entropy(resnet, ref
     state, step = adapter.init(params), jax.jit(adapter.step)
     assert set(state.adapted) == {"vision_model"}
     assert {path[-1] for path in flatten_dict(state.adapted)} == {"scale", "bias"}
-    images, entropies = pictures_of(model, reference["batclip_images"][0]), []
+    images, entropies = images_of(model, reference["batclip_images"][0]), []
     for _ in range(5):
         state, prediction = step(params, state, images)
         entropies.append(float(prediction.metrics["entropy"]))
@@ -95,7 +95,7 @@ def test_tent_moves_the_resnets_scales_and_biases_and_lowers_entropy(resnet, ref
 
 
 def padded(images, rows):
-    """A batch with more rows than pictures, the others full of what must not be looked at."""
+    """A batch with more rows than images, the others full of what must not be looked at."""
     filled = np.concatenate([np.full_like(images[:1], np.nan).repeat(rows, 0), images])
     mask = np.arange(len(filled)) >= rows
     return objectives.Batch(jnp.asarray(filled), jnp.asarray(mask), jnp.arange(len(filled)))
@@ -103,7 +103,7 @@ def padded(images, rows):
 
 def test_a_step_of_tent_on_the_resnet_is_the_entropys_gradient(resnet, reference, task):
     own, params = resnet
-    images = pictures_of(own, reference["batclip_images"][0])
+    images = images_of(own, reference["batclip_images"][0])
     model, adapter = own.with_batch_statistics(), adapters.tent(own, task, optax.sgd(0.1))
     start = adapter.init(params)
     chosen, _ = tree.partition(params, tree.normalisation_parameters("image"))
@@ -125,7 +125,7 @@ def test_a_step_of_tent_on_the_resnet_is_the_entropys_gradient(resnet, reference
 
 def test_padding_enters_no_batch_statistics(resnet, reference, task):
     model, params = resnet
-    images = pictures_of(model, reference["batclip_images"][0])
+    images = images_of(model, reference["batclip_images"][0])
     adapter = adapters.batclip(model, task, optax.sgd(0.1))
     start, step = adapter.init(params), jax.jit(adapter.step)
     state, prediction = step(params, start, images)
@@ -145,7 +145,7 @@ def test_padding_enters_no_batch_statistics(resnet, reference, task):
     assert jax.tree.all(jax.tree.map(np.array_equal, empty.adapted, start.adapted))
 
 
-def test_only_with_batch_statistics_do_pictures_depend_on_each_other(resnet, reference):
+def test_only_with_batch_statistics_do_images_depend_on_each_other(resnet, reference):
     (own, params), images = resnet, reference["images"]
     for model, apart in ((own, False), (own.with_batch_statistics(), True)):
         encode = jax.jit(model.encode_image)
@@ -184,7 +184,7 @@ def test_what_the_resnet_keeps_of_its_layers(resnet, reference):
     ]
     assert out.layer_features is None
     with pytest.raises(ValueError, match="are those of a vision transformer, not of a ResNet"):
-        models.feature_statistics(model, params, [pictures_of(model, reference["images"])])
+        models.feature_statistics(model, params, [images_of(model, reference["images"])])
 
 
 def test_bfloat16_and_recomputation_stay_close(resnet, reference, task):
@@ -340,8 +340,8 @@ def test_full_size_models_load_and_run(config, tmp_path):
     model, params = models.load(tmp_path)
     (tmp_path / WEIGHTS).unlink()  # a third of a gigabyte
     task = models.task_from_token_ids([[49406, 320, 49407, 0], [49406, 49407, 0, 0]])
-    pictures = model.preprocess([Image.effect_mandelbrot((300, 260), (-3, -2.5, 2, 2.5), 100)])
-    out = jax.jit(model.forward)(params, model.prompts(task), pictures)
+    images = model.preprocess([Image.effect_mandelbrot((300, 260), (-3, -2.5, 2, 2.5), 100)])
+    out = jax.jit(model.forward)(params, model.prompts(task), images)
     assert out.image_embeddings.shape == (1, config["model_cfg"]["embed_dim"])
     assert np.isfinite(out.logits).all()
     assert out.image_embeddings.std() > 0
@@ -365,7 +365,7 @@ def test_published_numbers_of_parameters(config, published, tmp_path):
     )
 
 
-# What the configuration says of pictures.
+# What the configuration says of images.
 
 
 def with_preprocessing(folder, **settings):

@@ -104,7 +104,7 @@ def reference_accuracies(readme):
 
 
 def test_accuracies_equal_the_reference(shared, tmp_path):
-    """All 2,000 pictures under every corruption, as the reference was run."""
+    """All 2,000 images under every corruption, as the reference was run."""
     expected = reference_accuracies((shared / "weights/README.md").read_text())
     assert len(expected) == 16
     with zipfile.ZipFile(shared / "data/cifar10-c-severity5.zip") as archive:

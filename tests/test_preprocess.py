@@ -7,7 +7,7 @@ from PIL import Image
 from jaxtta.models.preprocess import Preprocessing, read_preprocessing
 
 
-def picture(width, height, seed=0):
+def image(width, height, seed=0):
     rng = np.random.default_rng(seed)
     small = Image.fromarray(rng.integers(0, 256, (7, 9, 3), np.uint8))
     smooth = np.asarray(small.resize((width, height), Image.Resampling.BICUBIC), np.int16)
@@ -38,9 +38,9 @@ SETTINGS = [
 def test_equals_transformers_to_one_grey_level(tmp_path, settings, size):
     path = tmp_path / "preprocessor_config.json"
     path.write_text(json.dumps(settings))
-    ours = read_preprocessing(path, 48)(picture(*size))
+    ours = read_preprocessing(path, 48)(image(*size))
     theirs = published({**settings, "do_rescale": False, "do_normalize": False})
-    reference = theirs(picture(*size), return_tensors="np")["pixel_values"][0]
+    reference = theirs(image(*size), return_tensors="np")["pixel_values"][0]
     reference = np.moveaxis(np.asarray(reference), 0, -1)
     assert ours.dtype == np.uint8
     assert np.abs(ours.astype(float) - reference).max() <= 1
@@ -48,7 +48,7 @@ def test_equals_transformers_to_one_grey_level(tmp_path, settings, size):
 
 @pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "P", "CMYK", "1", "YCbCr"])
 def test_other_modes_become_rgb_as_in_transformers(mode):
-    converted = picture(60, 50).convert(mode)
+    converted = image(60, 50).convert(mode)
     ours = Preprocessing(48, 48, (48, 48))(converted)
     theirs = published({**SETTINGS[0], "do_rescale": False, "do_normalize": False})
     reference = np.moveaxis(theirs(converted, return_tensors="np")["pixel_values"][0], 0, -1)
@@ -57,7 +57,7 @@ def test_other_modes_become_rgb_as_in_transformers(mode):
 
 @pytest.mark.parametrize("mode", ["I;16", "I"])
 def test_sixteen_bits_are_scaled_not_clipped(mode):
-    grey = np.asarray(picture(60, 50).convert("L"))
+    grey = np.asarray(image(60, 50).convert("L"))
     deep = Image.fromarray((grey.astype(np.uint16) * 257).astype("<u2"))
     deep = deep if mode == "I;16" else deep.convert("I")
     preprocessing = Preprocessing(48, 48, (48, 48))
@@ -68,7 +68,7 @@ def test_sixteen_bits_are_scaled_not_clipped(mode):
 def test_without_a_file_clips_own_settings_hold():
     preprocessing = read_preprocessing(None, 224)
     assert preprocessing == Preprocessing(224, 224, (224, 224))
-    assert preprocessing(picture(300, 260)).shape == (224, 224, 3)
+    assert preprocessing(image(300, 260)).shape == (224, 224, 3)
 
 
 @pytest.mark.parametrize(
@@ -96,5 +96,5 @@ def test_settings_that_cannot_be_read_are_refused(tmp_path, content):
 
 
 def test_settings_that_miss_the_models_size_are_refused():
-    with pytest.raises(ValueError, match=r"gives a picture of 40×40, its model takes 48×48"):
-        Preprocessing(48, 56, (40, 40))(picture(60, 60))
+    with pytest.raises(ValueError, match=r"gives an image of 40×40, its model takes 48×48"):
+        Preprocessing(48, 56, (40, 40))(image(60, 60))

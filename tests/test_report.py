@@ -16,7 +16,8 @@ from jaxtta.data.streams import Batches, make_streams
 from jaxtta.evaluate.record import Record, gain
 from jaxtta.metrics import ALEXNET_ERRORS
 from jaxtta.report import html as page
-from jaxtta.report import plots, report
+from jaxtta.report import plots
+from jaxtta.report import summary as report
 
 CLASSES = 4
 LABELS = np.arange(120) % CLASSES
@@ -25,7 +26,7 @@ SKILLS = {"zero_shot": 0.5, "tent": 0.45, "batclip": 0.75}
 
 
 class Blank:
-    """Pictures that nobody looks at."""
+    """Images that nobody looks at."""
 
     labels = LABELS
     preprocess = types.SimpleNamespace(image_size=2)
@@ -41,9 +42,9 @@ def cell_of(adapter, stream, setting, skill, settings=(), unreadable=()):
     luck = np.random.default_rng(stream.seed).random((len(stream.segments), len(LABELS)))
     for number in range(len(batches)):
         batch = batches[number]
-        batch = batch._replace(mask=batch.mask & ~np.isin(batch.pictures, unreadable))
+        batch = batch._replace(mask=batch.mask & ~np.isin(batch.source_index, unreadable))
         chance = [skill(stream.segments[s]) for s in batch.segments]
-        right = luck[batch.segments, batch.pictures] < chance
+        right = luck[batch.segments, batch.source_index] < chance
         said = np.where(right, batch.labels, (batch.labels + 1) % CLASSES)
         logits = 3 * jnp.eye(CLASSES)[said] * luck[0, : len(said), None]
         record.add(number, batch, Prediction(logits, {}), 0.01)
@@ -58,7 +59,7 @@ def cell_of(adapter, stream, setting, skill, settings=(), unreadable=()):
         "about": {"versions": {"jax": "0.0"}, "device": "cpu"},
     }
     for segment in cell["segments"]:
-        segment["unreadable"] = [f"picture {number}" for number in unreadable]
+        segment["unreadable"] = [f"image {number}" for number in unreadable]
     return json.loads(json.dumps(cell, allow_nan=False))
 
 
@@ -195,11 +196,11 @@ def test_an_adapter_that_harms_is_marked():
     assert "!" not in report.table(cells_of(skills={"zero_shot": 0.5, "batclip": 0.7}))
 
 
-def test_clean_pictures_stay_out_of_the_mean():
+def test_clean_images_stay_out_of_the_mean():
     cells = cells_of(corruptions=("clean", "fog"))
     table = report.table(cells)
     assert f"{accuracy(cells, 'zero_shot', 'fog'):.2f}" in row(table, "mean")
-    assert "without clean pictures" in table
+    assert "without clean images" in table
     only = cells_of(corruptions=("clean",))
     assert f"{accuracy(only, 'zero_shot', 'clean'):.2f}" in row(report.table(only), "mean")
 
@@ -247,7 +248,7 @@ def test_what_nobody_saw_is_a_dash():
     assert row(table, "fog").split()[1:] == ["–"] * 3
     assert "nan" not in table
     assert "nan" not in " ".join(Outline(page.render(cells, {}, "lost")).text)
-    assert report.answer(lost) == "No picture has been seen."
+    assert report.answer(lost) == "No image has been seen."
 
 
 @pytest.mark.parametrize(
@@ -287,7 +288,7 @@ def test_the_csv_holds_every_segment(tmp_path):
     assert [float(line[f"nll_{end}"]) for end in ("low", "high")] == segment["intervals"]["nll"]
     base = next(c for c in cells if c["adapter"] == "zero_shot")["segments"][9]
     assert float(line["gain"]) == gain([segment], [base])["top1"]
-    assert float(line["pictures_per_second"]) == cell["pictures_per_second"]
+    assert float(line["images_per_second"]) == cell["images_per_second"]
     assert next(x for x in lines if x["adapter"] == "zero_shot")["gain"] == ""
 
 
@@ -361,7 +362,7 @@ def test_the_report_is_one_page_that_needs_nothing_else(tmp_path):
         assert words in shown
     assert "batclip: 2 steps skipped" in shown
     assert "batclip: without a finite prediction, counted as wrong: 9" in shown
-    assert "1 picture could not be used: picture 7." in shown
+    assert "1 image could not be used: image 7." in shown
 
 
 def test_names_cannot_break_the_page():

@@ -1,4 +1,4 @@
-"""The scripts, run as a user runs them: on real pictures, and on what users get wrong."""
+"""The scripts, run as a user runs them: on real images, and on what users get wrong."""
 
 import csv
 import json
@@ -30,14 +30,14 @@ def test_the_main_job_end_to_end(run_script, tmp_path):
         for corruption in ("fog-1", "clean"):
             cell = cell_of(tmp_path / "a", name, corruption)
             (row,) = cell["segments"]
-            assert (cell["adapter"], row["corruption"], row["pictures"]) == (
+            assert (cell["adapter"], row["corruption"], row["images"]) == (
                 name,
                 corruption.removesuffix("-1"),
                 20,
             )
             assert 0 <= row["top1"] <= row["top5"] <= 1
             assert cell["skipped_steps"] == row["unreadable"] == []
-            assert cell["about"]["data"] == str(assets.PICTURES)
+            assert cell["about"]["data"] == str(assets.IMAGES)
             assert cell["settings"]["class_names"][:2] == ["airplane", "automobile"]
             assert cell["about"]["versions"]["jaxtta"] == jaxtta.__version__
     assert (tmp_path / "a" / "table.txt").read_text().strip() in out
@@ -65,26 +65,26 @@ def test_the_same_seed_gives_the_same_figures(run_script, tmp_path):
 
 
 def test_ready_arrays_and_a_partly_unreadable_folder_run(run_script, tmp_path):
-    pictures = tmp_path / "pictures"
+    images = tmp_path / "images"
     for name in ("cat", "dog"):
-        (pictures / name).mkdir(parents=True)
-        for file in sorted((assets.PICTURES / name).iterdir())[:3]:
-            shutil.copyfile(file, pictures / name / file.name)
-    broken = pictures / "cat" / "0001.jpg"
+        (images / name).mkdir(parents=True)
+        for file in sorted((assets.IMAGES / name).iterdir())[:3]:
+            shutil.copyfile(file, images / name / file.name)
+    broken = images / "cat" / "0001.jpg"
     broken.write_bytes(broken.read_bytes()[:300])
     common = ("--adapters", "batclip", "--workers", "1", "--batch-size", "4")
     code, out, _ = run_script(
-        *("corruption_sweep.py", *common, "--data", pictures, "--corruptions", "clean"),
+        *("corruption_sweep.py", *common, "--data", images, "--corruptions", "clean"),
         *("--output", tmp_path / "a"),
     )
     assert code == 0
-    assert "1 pictures could not be used" in out
+    assert "1 images could not be used" in out
     assert "0001.jpg" in out
     (row,) = cell_of(tmp_path / "a", "batclip", "clean")["segments"]
-    assert row["pictures"] == 5
+    assert row["images"] == 5
     assert row["unreadable"] == [str(broken)]
 
-    listed = jaxtta.data.image_folder(assets.PICTURES)
+    listed = jaxtta.data.image_folder(assets.IMAGES)
     arrays = np.stack([np.asarray(Image.open(f).convert("RGB")) for f in listed.files[::100]])
     (tmp_path / "arrays").mkdir()
     np.save(tmp_path / "arrays" / "haze.npy", arrays)
@@ -95,19 +95,19 @@ def test_ready_arrays_and_a_partly_unreadable_folder_run(run_script, tmp_path):
         *("--output", tmp_path / "b"),
     )
     assert code == 0
-    assert cell_of(tmp_path / "b", "batclip", "haze")["pictures"] == 20
+    assert cell_of(tmp_path / "b", "batclip", "haze")["images"] == 20
 
 
-def test_two_layouts_of_the_same_pictures_give_the_same_predictions(run_script, tmp_path):
-    listed = jaxtta.data.image_folder(assets.PICTURES)
+def test_two_layouts_of_the_same_images_give_the_same_predictions(run_script, tmp_path):
+    listed = jaxtta.data.image_folder(assets.IMAGES)
     files, labels = listed.files[::100], listed.labels[::100]
     for file in files:
         copy = tmp_path / "folder" / file.parent.name / file.name
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, copy)
     (tmp_path / "arrays").mkdir()
-    pictures = [np.asarray(Image.open(file).convert("RGB")) for file in files]
-    np.save(tmp_path / "arrays" / "clean.npy", np.stack(pictures))
+    images = [np.asarray(Image.open(file).convert("RGB")) for file in files]
+    np.save(tmp_path / "arrays" / "clean.npy", np.stack(images))
     np.save(tmp_path / "arrays" / "labels.npy", labels)
     common = ("--workers", "0", "--batch-size", "10", "--corruptions", "clean", "--adapters")
     segments = []
@@ -126,17 +126,17 @@ def test_two_layouts_of_the_same_pictures_give_the_same_predictions(run_script, 
 
 
 def test_a_step_with_a_nan_loss_is_skipped_counted_and_named(run_script, tmp_path, monkeypatch):
-    """A model whose weights overflow on some pictures: the run goes on and says which steps."""
+    """A model whose weights overflow on some images: the run goes on and says which steps."""
     real = jaxtta.models.CLIP.normalize
 
-    def normalize(self, images):  # NaN where a picture is black
+    def normalize(self, images):  # NaN where an image is black
         return jnp.where((images == 0).all((1, 2, 3), keepdims=True), jnp.nan, real(self, images))
 
     monkeypatch.setattr(jaxtta.models.CLIP, "normalize", normalize)
     (tmp_path / "arrays").mkdir()
-    pictures = np.full((6, 32, 32, 3), 100, np.uint8)
-    pictures[3] = 0
-    np.save(tmp_path / "arrays" / "dark.npy", pictures)
+    dark = np.full((6, 32, 32, 3), 100, np.uint8)
+    dark[3] = 0
+    np.save(tmp_path / "arrays" / "dark.npy", dark)
     np.save(tmp_path / "arrays" / "labels.npy", np.zeros(6, int))
     code, out, _ = run_script(
         *("corruption_sweep.py", "--adapters", "zero_shot", "batclip", "--batch-size", "2"),
@@ -149,7 +149,7 @@ def test_a_step_with_a_nan_loss_is_skipped_counted_and_named(run_script, tmp_pat
     cell = cell_of(tmp_path / "a", "batclip", "dark")
     assert cell["skipped_steps"] == [1]
     assert cell["segments"][0]["without_prediction"] == 1
-    assert cell["pictures"] == 6
+    assert cell["images"] == 6
 
 
 @pytest.mark.parametrize(
@@ -212,7 +212,7 @@ def test_help_teaches(run_script, script):
 def test_a_small_clip_is_trained_and_loads(run_script, tmp_path):
     tower = "--vision.layers 1 --vision.width 24 --vision.heads 2 --text.layers 1 --text.width 16"
     options = [
-        *("pretrain_tiny_clip.py", "--train", assets.PICTURES, "--test", assets.PICTURES),
+        *("pretrain_tiny_clip.py", "--train", assets.IMAGES, "--test", assets.IMAGES),
         *("--limit", "40", "--epochs", "2", "--batch", "20", "--text.heads", "2"),
         *(*tower.split(), "--output", tmp_path / "model"),
     ]
@@ -221,8 +221,8 @@ def test_a_small_clip_is_trained_and_loads(run_script, tmp_path):
     assert "test accuracy" in out
     model, params = jaxtta.models.load(tmp_path / "model")
     adapter = jaxtta.adapters.zero_shot(model, jaxtta.models.zero_shot_task(model, ["cat", "dog"]))
-    pictures = [Image.open(f) for f in sorted((assets.PICTURES / "cat").iterdir())[:2]]
-    _, prediction = adapter.step(params, adapter.init(params), model.preprocess(pictures))
+    images = [Image.open(f) for f in sorted((assets.IMAGES / "cat").iterdir())[:2]]
+    _, prediction = adapter.step(params, adapter.init(params), model.preprocess(images))
     assert prediction.logits.shape == (2, 2)
     record = json.loads((tmp_path / "model" / "training.json").read_text())
     assert len(record["loss"]) == len(record["test_accuracy"]) == 2
@@ -237,12 +237,12 @@ def test_a_small_clip_is_trained_and_loads(run_script, tmp_path):
 def test_natural_shifts_end_to_end(run_script, tmp_path, monkeypatch):
     for number, name in enumerate(("cat", "dog", "frog")):
         (tmp_path / "shop" / name).mkdir(parents=True)
-        for file in sorted((assets.PICTURES / name).iterdir())[: 2 + number]:
-            picture = Image.open(file).resize((60 - 10 * number, 40))
-            picture.save(tmp_path / "shop" / name / file.name)
+        for file in sorted((assets.IMAGES / name).iterdir())[: 2 + number]:
+            image = Image.open(file).resize((60 - 10 * number, 40))
+            image.save(tmp_path / "shop" / name / file.name)
     options = [
         *("--limit", "8", "--batch-size", "4", "--workers", "0", "--output", tmp_path / "out"),
-        *("--datasets", f"cifar10={assets.PICTURES}", f"shop={tmp_path / 'shop'}"),
+        *("--datasets", f"cifar10={assets.IMAGES}", f"shop={tmp_path / 'shop'}"),
         *("--tnt.views", "4", "--tnt.scale", "0.5", "1"),
     ]
     drawn = []
@@ -266,8 +266,8 @@ def test_natural_shifts_end_to_end(run_script, tmp_path, monkeypatch):
         for name in ("cifar10", "shop")
         for adapter in ("zero_shot", "tnt")
     }
-    pictures = {name: cell["segments"][0]["pictures"] for (name, _), cell in cells.items()}
-    assert pictures == {"cifar10": 8, "shop": 8}
+    images = {name: cell["segments"][0]["images"] for (name, _), cell in cells.items()}
+    assert images == {"cifar10": 8, "shop": 8}
     assert cells["shop", "tnt"]["settings"]["class_names"] == ["cat", "dog", "frog"]
     assert cells["shop", "tnt"]["settings"]["tnt"]["canvas"] == 60
     assert cells["cifar10", "tnt"]["settings"]["tnt"]["canvas"] == 32
@@ -293,7 +293,7 @@ def test_natural_shifts_end_to_end(run_script, tmp_path, monkeypatch):
         (["--datasets", "imagenet-a=/nowhere"], "/nowhere: no such folder"),
         (["--adapters", "tnt-x"], "unknown adapter 'tnt-x', expected one of zero_shot, tent"),
         (["--adapters", "tnt", "--save-examples", "1"], "compares tnt with zero_shot: run both"),
-        (["--tnt.carry", "--save-examples", "1"], "for maps of single pictures, not --tnt.carry"),
+        (["--tnt.carry", "--save-examples", "1"], "for maps of single images, not --tnt.carry"),
         (["--canvas", "0"], "--canvas is 0, expected at least 1"),
     ],
 )
@@ -319,7 +319,7 @@ def test_options_of_tnt_are_checked_as_they_are_read(run_script, tmp_path):
 def test_a_generator_is_trained_and_a_killed_run_goes_on(run_script, short, tmp_path, monkeypatch):
     options = [
         *("--model", short),
-        *("--pictures", "8", "--held-out", "6", "--test-batch", "3", "--source-pictures", "6"),
+        *("--images", "8", "--held-out", "6", "--test-batch", "3", "--source-images", "6"),
         *("--corruptions", "speckle_noise", "saturate", "--severity", "1", "--hidden", "2"),
     ]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -360,7 +360,7 @@ def test_a_generator_is_trained_and_a_killed_run_goes_on(run_script, short, tmp_
 def test_a_generator_for_both_towers_through_several_updates(run_script, short, tmp_path):
     options = [
         *("--model", short),
-        *("--pictures", "12", "--held-out", "0", "--choose", "loss", "--source-pictures", "6"),
+        *("--images", "12", "--held-out", "0", "--choose", "loss", "--source-images", "6"),
         *("--corruptions", "saturate", "--hidden", "2", "--epochs", "1", "--batch", "2"),
         *("--truncation", "3", "--tower", "both"),  # five batches after the first: 3 and 2
     ]
@@ -409,9 +409,9 @@ def test_files_of_another_model(run_script, tmp_path, caplog):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--held-out", "0"], "--choose accuracy needs --held-out pictures"),
-        (["--pictures", "2"], "--pictures is 2, expected at least 4"),
-        (["--pictures", "3000"], "has 2000 pictures, expected at least 3256 for --pictures 3000"),
+        (["--held-out", "0"], "--choose accuracy needs --held-out images"),
+        (["--images", "2"], "--images is 2, expected at least 4"),
+        (["--images", "3000"], "has 2000 images, expected at least 3256 for --images 3000"),
         (["--learning-rate", "-1"], "--learning-rate is -1.0, expected a positive number"),
         (["--corruptions", "rain"], "unknown corruption 'rain'"),
     ],
@@ -443,16 +443,16 @@ def test_the_benchmark_measures_each_row_in_its_own_process(run_script, tmp_path
     assert "--classes must be at least 2, not 1" in err
 
 
-def test_a_stream_without_one_readable_picture_is_an_error(run_script, tmp_path):
+def test_a_stream_without_one_readable_image_is_an_error(run_script, tmp_path):
     for name in ("cat", "dog"):
-        (tmp_path / "pictures" / name).mkdir(parents=True)
-        (tmp_path / "pictures" / name / "a.jpg").write_bytes(b"no picture")
+        (tmp_path / "images" / name).mkdir(parents=True)
+        (tmp_path / "images" / name / "a.jpg").write_bytes(b"no image")
     code, _, err = run_script(
-        *("corruption_sweep.py", "--data", tmp_path / "pictures", "--adapters", "zero_shot"),
+        *("corruption_sweep.py", "--data", tmp_path / "images", "--adapters", "zero_shot"),
         *("--batch-size", "2", "--workers", "0", "--output", tmp_path / "a"),
     )
     assert code == 1
-    assert "none of the pictures could be read, the first is" in err
+    assert "none of the images could be read, the first is" in err
 
 
 def test_json_is_written_whole_or_not_at_all(tmp_path):
@@ -469,8 +469,8 @@ def test_a_learning_rate_is_chosen_and_said(run_script, tmp_path):
     options += ["--adapters", "batclip", "--choose-learning-rate", "1e-3", "1e-2"]
     code, out, _ = run_script("corruption_sweep.py", *options, "--output", tmp_path / "a")
     assert code == 0
-    assert "chosen on gaussian_blur, saturate, spatter, speckle_noise; 10 pictures each" in out
-    assert "the pictures that are tested, with their labels" in out
+    assert "chosen on gaussian_blur, saturate, spatter, speckle_noise; 10 images each" in out
+    assert "the images that are tested, with their labels" in out
     cell = cell_of(tmp_path / "a", "batclip", "fog-1")
     chosen = cell["about"]["chosen"]["batclip"]
     assert cell["settings"]["learning_rate"] == chosen["rate"]
@@ -479,7 +479,7 @@ def test_a_learning_rate_is_chosen_and_said(run_script, tmp_path):
 
 
 def test_a_noise_map_is_learnt_and_applied(run_script, tmp_path):
-    files = sorted((assets.PICTURES / "cat").iterdir())[:3]
+    files = sorted((assets.IMAGES / "cat").iterdir())[:3]
     tnt = [*files, "--batch-size", "2", "--adapter", "tnt"]
     code, out, _ = run_script("serve.py", *tnt, "--learn-noise", tmp_path / "camera.safetensors")
     assert (code, len(out.splitlines())) == (0, 3)
@@ -497,11 +497,11 @@ def test_a_noise_map_is_learnt_and_applied(run_script, tmp_path):
 
 
 @pytest.mark.parametrize("adapter", ["zero_shot", "batclip"])
-def test_serving_labels_every_picture(run_script, tmp_path, adapter):
+def test_serving_labels_every_image(run_script, tmp_path, adapter):
     for name in ("cat", "ship"):
-        for file in sorted((assets.PICTURES / name).iterdir())[:2]:
+        for file in sorted((assets.IMAGES / name).iterdir())[:2]:
             shutil.copyfile(file, tmp_path / f"{name}-{file.name}")
-    (tmp_path / "broken.png").write_bytes(b"no picture")
+    (tmp_path / "broken.png").write_bytes(b"no image")
     options = ["--batch-size", "3", "--adapter", adapter]
     code, out, err = run_script("serve.py", tmp_path, *options)
     assert code == 0

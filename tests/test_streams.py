@@ -14,7 +14,7 @@ PREPROCESS = Preprocessing(32, 32, (32, 32))
 
 
 class Fake:
-    """Pictures whose pixels say which they are; number 3 cannot be read."""
+    """Images whose pixels say which they are; number 3 cannot be read."""
 
     labels = np.array([0, 1, 1, 0, 1, 2, 2], np.int32)
     class_names = ("a", "b", "c")
@@ -28,10 +28,10 @@ class Fake:
 
     def read(self, domain, number, seed):
         if number == 3:
-            raise data.UnreadablePictureError("broken")
-        picture = np.full((32, 32, 3), number, np.uint8)
-        picture[0, 0] = len(domain.corruption), domain.severity, seed
-        return picture
+            raise data.UnreadableImageError("broken")
+        image = np.full((32, 32, 3), number, np.uint8)
+        image[0, 0] = len(domain.corruption), domain.severity, seed
+        return image
 
 
 settings = st.sampled_from(data.SETTINGS)
@@ -40,7 +40,7 @@ orders = st.sampled_from(data.ORDERS)
 
 @hypothesis.given(settings, orders, st.integers(1, 9), st.integers(0, 3), st.integers(1, 8))
 @hypothesis.settings(deadline=None)
-def test_every_setting_shows_every_picture_once_a_segment(setting, order, size, seed, limit):
+def test_every_setting_shows_every_image_once_a_segment(setting, order, size, seed, limit):
     severities = (1, 2, 3, 4, 5) if setting == "gradual" else (2, 5)
     source = Fake()
     streams = data.make_streams(
@@ -52,20 +52,22 @@ def test_every_setting_shows_every_picture_once_a_segment(setting, order, size, 
     batches = data.Batches(source, tuple(streams), size)
     for number, stream in enumerate(streams):
         read = [batches[i] for i in batches.of(number)]
-        shown = np.concatenate([b.pictures for b in read])
+        shown = np.concatenate([b.source_index for b in read])
         segments = np.concatenate([b.segments for b in read])
         index = np.concatenate([b.index for b in read])[shown >= 0]
         np.testing.assert_array_equal(index, np.arange(len(stream.items)))
-        pictures = set(shown[shown >= 0].tolist())
-        assert len(pictures) == min(limit, 7)
+        images = set(shown[shown >= 0].tolist())
+        assert len(images) == min(limit, 7)
         for segment in range(len(stream.segments)):
-            assert sorted(shown[segments == segment].tolist()) == sorted(pictures)
+            assert sorted(shown[segments == segment].tolist()) == sorted(images)
         for batch in read:
-            valid = batch.pictures >= 0
-            np.testing.assert_array_equal(batch.mask, valid & (batch.pictures != 3))
-            np.testing.assert_array_equal(batch.labels[valid], source.labels[batch.pictures[valid]])
+            valid = batch.source_index >= 0
+            np.testing.assert_array_equal(batch.mask, valid & (batch.source_index != 3))
             np.testing.assert_array_equal(
-                batch.images[batch.mask][:, 5, 5, 0], batch.pictures[batch.mask]
+                batch.labels[valid], source.labels[batch.source_index[valid]]
+            )
+            np.testing.assert_array_equal(
+                batch.images[batch.mask][:, 5, 5, 0], batch.source_index[batch.mask]
             )
             for k in np.flatnonzero(batch.mask):
                 domain = stream.segments[batch.segments[k]]

@@ -25,7 +25,7 @@ SCRIPT = Path(__file__).parents[1] / "experiments" / "corruption_sweep.py"
 
 
 class Source:
-    """Twenty small pictures; reading the `fatal`-th time ends the run."""
+    """Twenty small images; reading the `fatal`-th time ends the run."""
 
     labels = np.arange(20, dtype=np.int32) % 3
     class_names = ("a", "b", "c")
@@ -45,7 +45,7 @@ class Source:
         if self.reads == self.fatal:
             raise KeyboardInterrupt
         if number == 7:
-            raise data.UnreadablePictureError("broken")
+            raise data.UnreadableImageError("broken")
         rng = np.random.default_rng([number, domain.severity, len(domain.corruption), seed])
         return rng.integers(0, 256, (4, 4, 3), np.uint8)
 
@@ -97,7 +97,7 @@ def go(folder, source=None, adapters=ADAPTERS, setting="continual", seeds=(1, 2)
 
 def figures(cells):
     """The cells without what no two runs share."""
-    timing = ("pictures_per_second", "peak_memory_gb")
+    timing = ("images_per_second", "peak_memory_gb")
     return [{k: v for k, v in cell.items() if k not in timing} for cell in cells]
 
 
@@ -108,9 +108,9 @@ def test_a_cell_says_everything(tmp_path):
     ]
     for cell in cells:
         assert [s["corruption"] for s in cell["segments"]] == ["fog", "haze"]
-        assert cell["pictures"] == 38
+        assert cell["images"] == 38
         for segment in cell["segments"]:
-            assert segment["pictures"] == 19
+            assert segment["images"] == 19
             assert segment["unreadable"] == [f"{segment['corruption']}-5 7"]
             low, high = segment["intervals"]["top1"]
             assert low <= segment["top1"] <= high
@@ -188,7 +188,7 @@ def test_two_workers_together_equal_one(tmp_path):
 
 def test_an_adapter_that_cuts_its_own_views_is_given_the_originals(tmp_path):
     def step(params, state, batch):
-        # the picture's number, read off its original; the plain picture knows nothing of it
+        # the image's number, read off its original; the plain image knows nothing of it
         valid = jnp.arange(8) < batch.sizes[:, :1]
         number = (batch.images[..., 2, 0] * valid).sum(1) // (10 * batch.sizes[:, 0])
         return state, Prediction(jax.nn.one_hot(number % 3, 3), {})
@@ -203,7 +203,7 @@ def test_an_adapter_that_cuts_its_own_views_is_given_the_originals(tmp_path):
         workers=0,
         progress=False,
     )
-    assert [cell["segments"][0]["pictures"] for cell in cells] == [19] * 3
+    assert [cell["segments"][0]["images"] for cell in cells] == [19] * 3
     assert cells[2]["segments"][0]["top1"] == 1
     assert cells[0]["segments"][0]["top1"] < 1
     with pytest.raises(ValueError, match="reader cuts its own views"):
@@ -304,13 +304,13 @@ def test_a_full_disk_loses_nothing_that_was_finished(tmp_path):
     assert figures(go(tmp_path / "full", setting="reset_each_shift")) == figures(expected)
 
 
-def test_predictions_are_saved_picture_by_picture(tmp_path):
+def test_predictions_are_saved_image_by_image(tmp_path):
     cells = go(tmp_path, save_predictions=True, seeds=(1,))
     saved = np.load(tmp_path / "predictions" / "drift--continual-5--seed1.npz")
     for number, segment in enumerate(cells[1]["segments"]):
         chosen = (saved["segment"] == number) & saved["seen"]
         assert saved["top1"][chosen].mean() == pytest.approx(segment["top1"])
-        right = saved["prediction"][chosen] == Source.labels[saved["picture"][chosen]]
+        right = saved["prediction"][chosen] == Source.labels[saved["image"][chosen]]
         np.testing.assert_array_equal(right, saved["top1"][chosen])
 
 
@@ -340,8 +340,8 @@ def test_a_learning_rate_is_chosen_on_validation_corruptions_only(tmp_path):
 
 def test_the_bootstrap_agrees_with_the_textbook():
     rng = np.random.default_rng(0)
-    flags = rng.random((1000, 2)) < (0.7, 0.6)  # few kinds of pictures
-    values = rng.normal(size=(1000, 2))  # every picture its own
+    flags = rng.random((1000, 2)) < (0.7, 0.6)  # few kinds of images
+    values = rng.normal(size=(1000, 2))  # every image its own
     for columns in (flags.astype(float), values):
         means = bootstrap(columns, np.ones_like(columns), 4000)
         error = columns.std(0) / np.sqrt(len(columns))
@@ -353,7 +353,7 @@ def test_the_bootstrap_agrees_with_the_textbook():
         np.testing.assert_allclose((high - low) / 2, 1.96 * error[0], rtol=0.06)
 
 
-def test_pictures_that_were_not_seen_do_not_count():
+def test_images_that_were_not_seen_do_not_count():
     seen = np.repeat([1.0, 0.0], 100)[:, None]
     right = seen * (np.arange(200) < 50)[:, None]
     means = bootstrap(right, seen)

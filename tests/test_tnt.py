@@ -13,7 +13,7 @@ from conftest import golden
 from safetensors.numpy import save_file
 
 import jaxtta
-from jaxtta.adapters import TNT_PRESETS, Tuning, load_noise, save_noise, tnt, tune, tune_picture
+from jaxtta.adapters import TNT_PRESETS, Tuning, load_noise, save_noise, tnt, tune, tune_image
 from jaxtta.adapters.tnt import inter_view_distance, marginal_entropy
 
 
@@ -28,8 +28,8 @@ def setup(tiny, reference):
     task = jaxtta.models.task_from_token_ids(reference["token_ids"])
     classes = model.class_embeddings(params, model.prompts(task))
 
-    def embed(params, pictures):
-        return model.encode_image(params, model.normalize(pictures))
+    def embed(params, images):
+        return model.encode_image(params, model.normalize(images))
 
     return embed, params, classes, jnp.exp(params["logit_scale"])
 
@@ -100,14 +100,14 @@ def test_chunks_change_nothing(setup, reference, chunk):
     assert np.mean(np.abs(parts.noise - whole.noise) > 1e-7) <= 0.005
 
 
-def test_pictures_of_a_batch_know_nothing_of_each_other(tiny):
+def test_images_of_a_batch_know_nothing_of_each_other(tiny):
     model, params = tiny
     task = jaxtta.models.task_from_token_ids(golden("tnt")["token_ids"])
     images = jax.random.uniform(jax.random.key(1), (4, 32, 32, 3))
     index, mask = jnp.arange(4), jnp.ones(4, bool)
 
-    def predict(pictures, size):
-        adapter = tnt(model, task, Tuning(views=6, pictures=pictures))
+    def predict(count, size):
+        adapter = tnt(model, task, Tuning(views=6, images_per_map=count))
         step, state = jax.jit(adapter.step), adapter.init(params)
         chosen = [slice(first, first + size) for first in range(0, 4, size)]
         parts = [step(params, state, jaxtta.Batch(images[c], mask[c], index[c])) for c in chosen]
@@ -130,7 +130,7 @@ def test_a_map_is_carried_saved_frozen_and_refreshed(tiny, tmp_path):
     state, _ = jax.jit(carrying.step)(params, state, images)
     assert np.abs(state.noise - first).max() > 0
     assert np.abs(state.noise).max() <= tuning.epsilon
-    # picture by picture is the same as in one batch
+    # image by image is the same as in one batch
     single = carrying.init(params)
     for number in range(3):
         single, _ = jax.jit(carrying.step)(params, single, images[number : number + 1])
@@ -167,7 +167,7 @@ def test_on_parameters_that_another_adapter_adapted(tiny):
     assert np.abs(outputs[0] - outputs[1]).max() > 1e-3
 
 
-def test_a_batch_is_its_pictures_tuned_one_by_one(tiny):
+def test_a_batch_is_its_images_tuned_one_by_one(tiny):
     """What examples are drawn from is what the adapter did."""
     model, params = tiny
     task = jaxtta.models.task_from_token_ids(golden("tnt")["token_ids"])
@@ -177,9 +177,9 @@ def test_a_batch_is_its_pictures_tuned_one_by_one(tiny):
     adapter = tnt(model, task, tuning)
     batch = jaxtta.Batch(canvas, jnp.ones(2, bool), jnp.array([7, 8]), sizes)
     state, prediction = jax.jit(adapter.step)(params, adapter.init(params), batch)
-    views, tuned = jax.jit(
-        lambda *picture: tune_picture(model, params, state.classes, *picture, tuning)
-    )(jax.random.fold_in(jax.random.key(0), 8), canvas[1], sizes[1])
+    views, tuned = jax.jit(lambda *image: tune_image(model, params, state.classes, *image, tuning))(
+        jax.random.fold_in(jax.random.key(0), 8), canvas[1], sizes[1]
+    )
     np.testing.assert_allclose(tuned.log_probabilities, prediction.logits[1], atol=2e-3)
     assert views.shape == (5, 32, 32, 3)
     assert np.abs(tuned.noise).max() <= tuning.epsilon
@@ -248,7 +248,7 @@ def test_bad_maps_are_refused(tiny, tmp_path):
         tnt(model, task, TNT_PRESETS["code"], noise=np.zeros((16, 16, 3)))
     adapter = tnt(model, task)
     state = adapter.init(params)
-    with pytest.raises(ValueError, match="a picture of 40×40 pixels, expected 32×32, or"):
+    with pytest.raises(ValueError, match="an image of 40×40 pixels, expected 32×32, or"):
         jax.eval_shape(adapter.step, params, state, jnp.zeros((1, 40, 40, 3)))
     with pytest.raises(ValueError, match=r"a noise map of shape \(16, 16, 3\) for views of"):
         tune(None, None, None, None, jnp.zeros((2, 32, 32, 3)), jnp.zeros((16, 16, 3)), Tuning())

@@ -11,18 +11,18 @@ from PIL import Image
 from jaxtta import assets, views
 from jaxtta.models.preprocess import Preprocessing
 
-FILES = sorted((assets.PICTURES / "ship").iterdir())
+FILES = sorted((assets.IMAGES / "ship").iterdir())
 
 
 def photograph(number, height, width):
-    """A real picture of some size."""
+    """A real image of some size."""
     return (
         Image.open(FILES[number]).convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
     )
 
 
-def on_canvas(picture, side):
-    pixels = np.asarray(picture, np.float32) / 255
+def on_canvas(image, side):
+    pixels = np.asarray(image, np.float32) / 255
     canvas = np.full((side, side, 3), 7.0, np.float32)  # what lies outside must not be read
     canvas[: pixels.shape[0], : pixels.shape[1]] = pixels
     return canvas, np.array(pixels.shape[:2])
@@ -37,14 +37,14 @@ plain = jax.jit(views.plain, static_argnums=(2, 3))
 )
 @hypothesis.settings(max_examples=25)
 def test_crops_are_pils(height, width, data, out, flip):
-    picture = photograph(data.draw(st.integers(0, 50)), height, width)
+    image = photograph(data.draw(st.integers(0, 50)), height, width)
     top, left = data.draw(st.integers(0, height - 5)), data.draw(st.integers(0, width - 5))
     h, w = data.draw(st.integers(3, height - top)), data.draw(st.integers(3, width - left))
-    expected = picture.crop((left, top, left + w, top + h))
+    expected = image.crop((left, top, left + w, top + h))
     expected = expected.resize((out, out), Image.Resampling.BILINEAR)
     if flip:
         expected = expected.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    canvas, _ = on_canvas(picture, 96)
+    canvas, _ = on_canvas(image, 96)
     ours = crop(canvas, views.Box(*map(jnp.float32, (top, left, h, w))), out, flip)
     assert np.abs(255 * np.asarray(ours) - np.asarray(expected, np.float32)).max() < 2
 
@@ -57,19 +57,19 @@ def test_crops_are_pils(height, width, data, out, flip):
 @hypothesis.settings(max_examples=20)
 def test_the_plain_view_is_the_preprocessing(height, width, sizes):
     out, resize = sizes
-    picture = photograph(0, height, width)
-    expected = Preprocessing(out, resize, (out, out))(picture)
-    canvas, size = on_canvas(picture, 96)
+    image = photograph(0, height, width)
+    expected = Preprocessing(out, resize, (out, out))(image)
+    canvas, size = on_canvas(image, 96)
     ours = 255 * np.asarray(plain(canvas, size, out, resize))
     assert np.abs(ours - expected).max() < 3
 
 
 def test_the_same_key_gives_the_same_views_on_any_canvas():
-    picture = photograph(3, 50, 64)
+    image = photograph(3, 50, 64)
     cut = jax.jit(views.random_resized_crops, static_argnums=(3, 4))
     key = jax.random.key(5)
-    small, size = on_canvas(picture, 64)
-    large, _ = on_canvas(picture, 90)
+    small, size = on_canvas(image, 64)
+    large, _ = on_canvas(image, 90)
     a = cut(key, small, size, 6, 32)
     np.testing.assert_allclose(a, cut(key, large, size, 6, 32), atol=1e-5)
     assert np.abs(a - cut(jax.random.key(6), small, size, 6, 32)).max() > 0.1
@@ -79,7 +79,7 @@ def test_the_same_key_gives_the_same_views_on_any_canvas():
 
 
 @pytest.mark.parametrize("size", [(32, 32), (300, 20), (20, 300)])
-def test_boxes_lie_in_the_picture_and_have_the_sizes_asked_for(size):
+def test_boxes_lie_in_the_image_and_have_the_sizes_asked_for(size):
     boxes = jax.jit(views.random_boxes, static_argnums=2)(jax.random.key(0), jnp.array(size), 500)
     top, left, h, w = map(np.asarray, boxes)
     assert np.all((top >= 0) & (left >= 0) & (h >= 1) & (w >= 1))

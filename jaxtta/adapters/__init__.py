@@ -13,7 +13,7 @@ from jaxtta.adapters.tnt import (
     save_noise,
     tnt,
     tune,
-    tune_picture,
+    tune_image,
 )
 from jaxtta.adapters.zero_shot import zero_shot
 
@@ -37,6 +37,6 @@ __all__ = [
     "tent",
     "tnt",
     "tune",
-    "tune_picture",
+    "tune_image",
     "zero_shot",
 ]

@@ -32,7 +32,7 @@ class State(NamedTuple):
         optimizer: the optimiser's state.
         context: what the objective needs beside parameters and batch, and `init` computed once:
             packed prompts, class embeddings, source statistics.
-        seen: () number of valid pictures so far.
+        seen: () number of valid images so far.
     """
 
     adapted: Any
@@ -48,7 +48,7 @@ class Adapter(NamedTuple):
         init: `init(params, key=None) -> state`.
         step: `step(params, state, batch) -> (state, prediction)`. `params` is the whole frozen
             tree; it is neither stored in the state nor changed, and must not be donated. `batch`
-            is a `Batch` or a bare array of pictures.
+            is a `Batch` or a bare array of images.
     """
 
     init: Callable[..., Any]
@@ -60,7 +60,7 @@ class Preset(NamedTuple):
 
     Attributes:
         optimizer: makes the optimiser.
-        batch_size: pictures a batch.
+        batch_size: images a batch.
     """
 
     optimizer: Callable[[], optax.GradientTransformation]

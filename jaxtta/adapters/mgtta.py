@@ -31,12 +31,12 @@ def mgtta(
     weight: float = 0.4,
     tower: Literal["image", "both"] = "image",
 ) -> Adapter:
-    """Minimise entropy and the discrepancy from clean pictures' features.
+    """Minimise entropy and the discrepancy from clean images' features.
 
     Args:
         model: the model.
         task: the classes; None for a classifier, which has its own.
-        statistics: of clean pictures' features, from `jaxtta.models.feature_statistics`.
+        statistics: of clean images' features, from `jaxtta.models.feature_statistics`.
         optimizer: an optax transformation; None for `MGTTA_PRESETS["imagenet-c"]`. Weights for
             another model come from `experiments/pretrain_mgg.py`.
         weight: of the discrepancy.

@@ -1,6 +1,6 @@
-"""TNT: a small noise map on one picture's pixels, tuned until its views agree.
+"""TNT: a small noise map on one image's pixels, tuned until its views agree.
 
-    adapter = tnt(model, task)                        # a map of its own for every picture
+    adapter = tnt(model, task)                        # a map of its own for every image
     adapter = tnt(model, task, Tuning(steps=3))
     adapter = tnt(model, task, Tuning(carry=True))    # one map for an environment
     adapter = tnt(model, task, Tuning(steps=0), noise=noise)  # that map, frozen
@@ -33,7 +33,7 @@ class Tuning:
     """How TNT tunes and votes.
 
     Attributes:
-        views: N, the views of a picture; the first is the plain preprocessing.
+        views: N, the views of an image; the first is the plain preprocessing.
         steps: updates of the map; 0 to apply it as it is.
         learning_rate: size of an update.
         epsilon: the map's greatest magnitude, in [0, 1] pixel values.
@@ -45,10 +45,10 @@ class Tuning:
         scale: least and greatest share of a random crop's area.
         ratio: least and greatest width over height of a random crop.
         augmix: severity of AugMix on the random crops, up to 10; 0 for none, as published.
-        carry: go on with one map along the stream, picture by picture.
-        chunk: how many views of a picture are embedded at once where no gradient is taken; fewer
+        carry: go on with one map along the stream, image by image.
+        chunk: how many views of an image are embedded at once where no gradient is taken; fewer
             need less memory. With gradient it is those that the loss is taken over.
-        pictures: how many pictures are mapped over at once; 1 on a CPU, more fill an accelerator.
+        images_per_map: how many images are mapped over at once; 1 on a CPU, more fill an accelerator.
     """
 
     views: int = 64
@@ -64,11 +64,11 @@ class Tuning:
     augmix: float = 0.0
     carry: bool = False
     chunk: int = 8
-    pictures: int = 1
+    images_per_map: int = 1
 
     def __post_init__(self) -> None:
         """Refuse what cannot be meant."""
-        for name, least in (("views", 1), ("steps", 0), ("chunk", 1), ("pictures", 1)):
+        for name, least in (("views", 1), ("steps", 0), ("chunk", 1), ("images_per_map", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least {least}")
         for name in ("learning_rate", "epsilon"):
@@ -102,7 +102,7 @@ PIL_KERNELS = {2: "bilinear", 3: "bicubic"}
 
 
 class Tuned(NamedTuple):
-    """What TNT made of one picture.
+    """What TNT made of one image.
 
     Attributes:
         noise: (height, width, 3), the tuned map.
@@ -136,10 +136,10 @@ def tune(
     tuning: Tuning,
     select: bool = True,
 ) -> Tuned:
-    """Tune a noise map on the views of one picture, and vote.
+    """Tune a noise map on the views of one image, and vote.
 
     Args:
-        embed: `embed(params, pictures in [0, 1])` to embeddings (views, projection).
+        embed: `embed(params, images in [0, 1])` to embeddings (views, projection).
         params: of the model.
         classes: (classes, projection), normalised embeddings of the texts.
         scale: () the model's logit scale, exponentiated.
@@ -249,25 +249,25 @@ def inter_view_distance(embeddings: Array) -> Array:
     return jnp.where(apart, distances, 0).sum() / jnp.maximum(apart.sum(), 1)
 
 
-def tune_picture(
+def tune_image(
     model: CLIP,
     params: Any,
     classes: Array,
     key: Array,
-    picture: Array,
+    image: Array,
     size: Array | None = None,
     tuning: Tuning = Tuning(),
     noise: Array | None = None,
 ) -> tuple[Array, Tuned]:
-    """Cut a picture's views, tune a noise map on them, and vote.
+    """Cut an image's views, tune a noise map on them, and vote.
 
     Args:
         model: the model.
         params: its parameters.
         classes: (classes, projection), normalised embeddings of the texts.
-        key: PRNG key of this picture.
-        picture: (height, width, 3), uint8 or float in [0, 1].
-        size: (2,) true height and width where the picture is an original on a canvas; None where
+        key: PRNG key of this image.
+        image: (height, width, 3), uint8 or float in [0, 1].
+        size: (2,) true height and width where the image is an original on a canvas; None where
             it has the model's resolution.
         tuning: the settings.
         noise: (size, size, 3), the map to begin with; None for noise within the bounds.
@@ -279,12 +279,12 @@ def tune_picture(
     side, kernel = preprocessing.image_size, PIL_KERNELS[preprocessing.resample]
     noise_key, view_key, mix_key = jax.random.split(key, 3)
     start = initial_noise(noise_key, side, tuning.epsilon) if noise is None else noise
-    if size is None and picture.shape[:2] != (side, side):
+    if size is None and image.shape[:2] != (side, side):
         raise ValueError(
-            f"a picture of {picture.shape[0]}×{picture.shape[1]} pixels, expected {side}×{side}, "
+            f"an image of {image.shape[0]}×{image.shape[1]} pixels, expected {side}×{side}, "
             "or an original with its size"
         )
-    original = picture.astype(jnp.float32) / 255 if picture.dtype == jnp.uint8 else picture
+    original = image.astype(jnp.float32) / 255 if image.dtype == jnp.uint8 else image
     if size is None:
         first, size = original, jnp.array(original.shape[:2])
     else:
@@ -297,8 +297,8 @@ def tune_picture(
         others = jax.vmap(augmix, (0, 0, None))(keys, others, tuning.augmix)
     views = jnp.concatenate([first[None], others])
 
-    def embed(params: Any, pictures: Array) -> Array:
-        return model.encode_image(params, model.normalize(pictures))
+    def embed(params: Any, images: Array) -> Array:
+        return model.encode_image(params, model.normalize(images))
 
     return views, tune(embed, params, classes, jnp.exp(params["logit_scale"]), views, start, tuning)
 
@@ -314,8 +314,8 @@ class TNTState(NamedTuple):
     Attributes:
         noise: (height, width, 3), the map of a carrying or frozen adapter.
         classes: (classes, projection), normalised embeddings of the texts.
-        key: data of the PRNG key, which each picture's views and first map are drawn from.
-        seen: () number of valid pictures so far.
+        key: data of the PRNG key, which each image's views and first map are drawn from.
+        seen: () number of valid images so far.
     """
 
     noise: Array
@@ -327,10 +327,10 @@ class TNTState(NamedTuple):
 def tnt(
     model: CLIP, task: Task, tuning: Tuning = TNT_PRESETS["paper"], noise: Array | None = None
 ) -> Adapter:
-    """Tune a noise map on each picture's pixels; nothing is carried over unless asked for.
+    """Tune a noise map on each image's pixels; nothing is carried over unless asked for.
 
     A batch with `sizes` holds originals on a canvas, and the views are cut from them; without, its
-    pictures have the model's resolution already, and so do the views' originals.
+    images have the model's resolution already, and so do the views' originals.
 
     Args:
         model: the model.
@@ -364,7 +364,7 @@ def tnt(
     def init(params: Any, key: Array | None = None) -> TNTState:
         key = jax.random.key(0) if key is None else key
         if noise is None:
-            # Not from one of the keys that pictures have.
+            # Not from one of the keys that images have.
             start = initial_noise(jax.random.split(key)[0], side, tuning.epsilon)
         else:
             start = jnp.array(noise, jnp.float32)
@@ -376,28 +376,28 @@ def tnt(
         batch = as_batch(batch, state.seen)
         key = jax.random.wrap_key_data(state.key)
 
-        def one(noise: Array, picture: tuple[Array, ...]) -> tuple[Array, tuple[Array, ...]]:
-            image, size, index, valid = picture
-            _, tuned = tune_picture(
+        def one(noise: Array, row: tuple[Array, ...]) -> tuple[Array, tuple[Array, ...]]:
+            image, size, index, valid = row
+            _, tuned = tune_image(
                 *(model, params, state.classes, jax.random.fold_in(key, index), image, size),
                 *(tuning, None if own_map else noise),
             )
             losses = tuned.losses[-1] if tuning.steps else jnp.zeros(3)
             # The last loss is from before the last update: a gradient can be NaN and it not.
             finite = jnp.isfinite(losses).all() & jnp.isfinite(tuned.noise).all()
-            # A carried map forgets a picture that was padding, or gave no finite map.
+            # A carried map forgets an image that was padding, or gave no finite map.
             after = jnp.where(valid & finite, tuned.noise, noise)
             return after, (tuned.log_probabilities, losses, finite)
 
-        pictures = (batch.images, batch.sizes, batch.index, batch.mask)
+        images = (batch.images, batch.sizes, batch.index, batch.mask)
         if tuning.carry:
-            last, (logits, losses, finite) = jax.lax.scan(one, state.noise, pictures)
+            last, (logits, losses, finite) = jax.lax.scan(one, state.noise, images)
         else:
             last = state.noise
             logits, losses, finite = jax.lax.map(
-                lambda picture: one(state.noise, picture)[1],
-                pictures,
-                batch_size=min(tuning.pictures, len(batch.images)),
+                lambda row: one(state.noise, row)[1],
+                images,
+                batch_size=min(tuning.images_per_map, len(batch.images)),
             )
         valid = batch.mask.sum(dtype=jnp.int32)
         # A sum over those that count, so that a NaN in padding stays out.

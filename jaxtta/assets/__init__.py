@@ -1,4 +1,4 @@
-"""The embedded default: a small real CLIP and 2,000 real pictures, ordinary folders both."""
+"""The embedded default: a small real CLIP and 2,000 real images, ordinary folders both."""
 
 from pathlib import Path
 
@@ -7,6 +7,6 @@ MODEL = Path(__file__).parent / "tiny-clip-cifar10"
 PHI = Path(__file__).parent / "mgg-tiny-clip-cifar10" / "phi.safetensors"
 """Weights of MGTTA's gradient generator, trained on the embedded model; see the card beside it."""
 STATISTICS = PHI.with_name("statistics.safetensors")
-"""Statistics of clean CIFAR-10 pictures' features under the embedded model."""
-PICTURES = Path(__file__).parent / "cifar10-test-2000"
-"""CIFAR-10 test pictures by class."""
+"""Statistics of clean CIFAR-10 images' features under the embedded model."""
+IMAGES = Path(__file__).parent / "cifar10-test-2000"
+"""CIFAR-10 test images by class."""

@@ -90,7 +90,7 @@ def task_grams(
     Args:
         model: the model, after the task.
         params: its parameters.
-        batches: pictures (batch, height, width, 3) or anything with `images` and `mask`. Every
+        batches: images (batch, height, width, 3) or anything with `images` and `mask`. Every
             batch is scaled by itself, so that its size matters (published: 16).
         chosen: of a kernel's path, whether to gather its matrix; None for all that GNSP trains.
 
@@ -98,7 +98,7 @@ def task_grams(
         A matrix of Frobenius norm 1 for each kernel, by its path.
 
     Raises:
-        ValueError: if there is no picture, or no kernel is chosen.
+        ValueError: if there is no image, or no kernel is chosen.
     """
     sums: Grams = {}
     for batch in batches:
@@ -108,7 +108,7 @@ def task_grams(
             grams = _batch_grams(model, chosen, params, images, mask)
             sums = jax.tree.map(jnp.add, sums, grams) if sums else grams
     if not sums:
-        raise ValueError("Gram matrices of a task without pictures")
+        raise ValueError("Gram matrices of a task without images")
     return {name: scaled(gram) for name, gram in sums.items()}
 
 

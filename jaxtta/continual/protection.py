@@ -17,25 +17,25 @@ def output_basis(
     images: Array,
     rank: int,
 ) -> Any:
-    """Find the directions in which a model's answers to some pictures change most.
+    """Find the directions in which a model's answers to some images change most.
 
     Args:
         forward: `forward(context, adapted, images)` to logits (batch, classes).
         context: what it needs beside, the frozen parameters for one.
         adapted: the parameters that will be adapted.
-        images: (pictures, height, width, 3), clean ones.
-        rank: how many directions, at most one a picture.
+        images: (images, height, width, 3), clean ones.
+        rank: how many directions, at most one an image.
 
     Returns:
         A tree like `adapted`, each leaf with a leading axis (rank,); orthonormal over all leaves,
         for `jaxtta.optim.orthogonal_to`. Where the gradients span less, the last ones are zeros.
 
     Raises:
-        ValueError: if the rank is below 1 or above the number of pictures or of parameters, or
+        ValueError: if the rank is below 1 or above the number of images or of parameters, or
             a gradient is not finite.
     """
     flat, unravel = ravel_pytree(adapted)
-    for most, of in ((len(images), "pictures"), (flat.size, "parameters")):
+    for most, of in ((len(images), "images"), (flat.size, "parameters")):
         if not 1 <= rank <= most:
             raise ValueError(f"rank is {rank}, expected 1 to {most} for as many {of}")
 

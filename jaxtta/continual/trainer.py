@@ -111,7 +111,7 @@ class Pairs(NamedTuple):
     Attributes:
         images: (pairs, height, width, 3), uint8 or float in [0, 1].
         captions: (pairs, length) token ids.
-        labels: (pairs,) integers, the same for pairs whose captions fit each other's pictures.
+        labels: (pairs,) integers, the same for pairs whose captions fit each other's images.
         teacher_images: (pairs, projection), of unit norm.
         teacher_texts: (pairs, projection), of unit norm.
         texts: (pairs, projection), of unit norm, what the trained model makes of the captions where

@@ -1,4 +1,4 @@
-"""Where pictures come from: folders, corruptions, streams. Yields numpy batches."""
+"""Where images come from: folders, corruptions, streams. Yields numpy batches."""
 
 from jaxtta.data.baselines import reference_points
 from jaxtta.data.class_names import (
@@ -12,11 +12,11 @@ from jaxtta.data.class_names import (
 from jaxtta.data.corruptions import CLEAN, COMMON, VALIDATION, corrupt
 from jaxtta.data.folders import (
     ImageFolder,
-    UnreadablePictureError,
+    UnreadableImageError,
     captioned_folder,
     given_class_names,
     image_folder,
-    open_picture,
+    open_image,
     read_class_names,
 )
 from jaxtta.data.layouts import (
@@ -33,8 +33,8 @@ from jaxtta.data.sources import (
     CorruptedFolders,
     CorruptedOnTheFly,
     Domain,
+    Images,
     Named,
-    Pictures,
     Source,
     corrupted_arrays,
     corrupted_folders,
@@ -52,7 +52,7 @@ from jaxtta.data.streams import (
     read_ahead,
     stream_of,
 )
-from jaxtta.data.tfds import TfdsPictures, tfds_pictures
+from jaxtta.data.tfds import TfdsImages, tfds_images
 
 __all__ = [
     "CIFAR10_CLASSES",
@@ -69,13 +69,13 @@ __all__ = [
     "CorruptedOnTheFly",
     "Domain",
     "ImageFolder",
+    "Images",
     "Named",
-    "Pictures",
     "Source",
     "Stream",
     "StreamBatch",
-    "TfdsPictures",
-    "UnreadablePictureError",
+    "TfdsImages",
+    "UnreadableImageError",
     "arrange",
     "canvas_for",
     "captioned_folder",
@@ -94,12 +94,12 @@ __all__ = [
     "make_streams",
     "objectnet",
     "on_canvas",
-    "open_picture",
+    "open_image",
     "open_source",
     "read_ahead",
     "read_class_names",
     "reference_points",
     "stream_of",
     "templates_for",
-    "tfds_pictures",
+    "tfds_images",
 ]

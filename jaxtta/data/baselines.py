@@ -18,7 +18,7 @@ def reference_points(shifted: Sequence[str]) -> list[tuple[float, float]]:
         Of each model its top-1 accuracy on ImageNet, and its mean one on these sets, both in
         (0, 1), for `jaxtta.diagnose.fit_logit_line`. ImageNet-R and -A are answered among their own
         200 classes. A model whose mean is 0 is left out: ResNet-50 on ImageNet-A alone, whose
-        pictures were chosen so that it fails.
+        images were chosen so that it fails.
 
     Raises:
         ValueError: if a set is not among them, or there is none.

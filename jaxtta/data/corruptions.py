@@ -33,7 +33,7 @@ def check_corruption(name: str, severity: int) -> None:
 
     Args:
         name: one of `COMMON`, `VALIDATION` or "clean".
-        severity: 1 to 5, and 0 for clean pictures.
+        severity: 1 to 5, and 0 for clean images.
 
     Raises:
         ValueError: if either is another; the valid names are listed.
@@ -45,14 +45,14 @@ def check_corruption(name: str, severity: int) -> None:
         raise ValueError(f"severity is {severity}, expected 1 to 5")
 
 
-def picture_seed(seed: int, name: str, severity: int, number: int) -> int:
-    """A seed for one picture under one corruption, the same in every process."""
+def image_seed(seed: int, name: str, severity: int, number: int) -> int:
+    """A seed for one image under one corruption, the same in every process."""
     words = f"{seed}/{name}/{severity}/{number}".encode()
     return int.from_bytes(hashlib.blake2b(words, digest_size=4).digest())
 
 
 def corrupt(image: np.ndarray, name: str, severity: int, seed: int) -> np.ndarray:
-    """Corrupt one picture.
+    """Corrupt one image.
 
     Most of the library's corruptions draw from numpy's global state: it is seeded here and put
     back afterwards, so call this from processes, not from threads.
@@ -61,18 +61,18 @@ def corrupt(image: np.ndarray, name: str, severity: int, seed: int) -> np.ndarra
         image: (height, width, 3) uint8, at least 32 pixels a side.
         name: a corruption, or "clean".
         severity: 1 to 5.
-        seed: of this picture, from `picture_seed`.
+        seed: of this image, from `image_seed`.
 
     Returns:
-        The corrupted picture, of the same shape and dtype.
+        The corrupted image, of the same shape and dtype.
 
     Raises:
-        ValueError: if the picture is too small.
+        ValueError: if the image is too small.
     """
     if name == CLEAN:
         return image
     if min(image.shape[:2]) < SMALLEST:
-        raise ValueError(f"a picture of {image.shape[:2]} is smaller than {SMALLEST} pixels")
+        raise ValueError(f"an image of {image.shape[:2]} is smaller than {SMALLEST} pixels")
     import imagecorruptions
 
     state = np.random.get_state()  # noqa: NPY002 (the library knows no generator)

@@ -1,4 +1,4 @@
-"""Pictures in folders, by class or with captions."""
+"""Images in folders, by class or with captions."""
 
 import csv
 import json
@@ -13,14 +13,14 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", "
 
 
 class ImageFolder(NamedTuple):
-    """Pictures in files, with their classes.
+    """Images in files, with their classes.
 
     Attributes:
         root: the folder.
-        files: every picture; from `image_folder`, sorted by class folder and name.
-        labels: (pictures,) int32, each picture's place in `class_names`.
+        files: every image; from `image_folder`, sorted by class folder and name.
+        labels: (images,) int32, each image's place in `class_names`.
         class_names: names of the classes; from `image_folder`, the class folders' names.
-        border: pixels to cut off on every side of a picture.
+        border: pixels to cut off on every side of an image.
     """
 
     root: Path
@@ -30,20 +30,20 @@ class ImageFolder(NamedTuple):
     border: int = 0
 
     def open(self, number: int) -> Image.Image:
-        """Open one picture, or raise an UnreadablePictureError."""
-        picture = open_picture(self.files[number])
+        """Open one image, or raise an UnreadableImageError."""
+        image = open_image(self.files[number])
         if not self.border:
-            return picture
-        if min(picture.size) <= 2 * self.border:
-            raise UnreadablePictureError(
-                f"{self.files[number]}: {picture.width}×{picture.height} pixels leave nothing "
+            return image
+        if min(image.size) <= 2 * self.border:
+            raise UnreadableImageError(
+                f"{self.files[number]}: {image.width}×{image.height} pixels leave nothing "
                 f"within a border of {self.border}"
             )
-        width, height = picture.size
-        return picture.crop((self.border, self.border, width - self.border, height - self.border))
+        width, height = image.size
+        return image.crop((self.border, self.border, width - self.border, height - self.border))
 
     def name(self, number: int) -> str:
-        """The picture's path."""
+        """The image's path."""
         return str(self.files[number])
 
 
@@ -72,7 +72,7 @@ def class_folders(root: str | Path) -> list[Path]:
 def list_folders(
     root: str | Path, folders: Sequence[Path], class_names: Sequence[str]
 ) -> ImageFolder:
-    """List the pictures of class folders.
+    """List the images of class folders.
 
     Args:
         root: what to call the whole.
@@ -80,10 +80,10 @@ def list_folders(
         class_names: what each is called.
 
     Returns:
-        What is in them. No picture is opened.
+        What is in them. No image is opened.
 
     Raises:
-        ValueError: if one of them has no picture.
+        ValueError: if one of them has no image.
     """
     files, labels = [], []
     for label, folder in enumerate(folders):
@@ -93,41 +93,41 @@ def list_folders(
             if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
         )
         if not found:
-            raise ValueError(f"{folder}: class folder without pictures")
+            raise ValueError(f"{folder}: class folder without images")
         files += found
         labels += [label] * len(found)
     return ImageFolder(Path(root), tuple(files), np.asarray(labels, np.int32), tuple(class_names))
 
 
 def image_folder(root: str | Path) -> ImageFolder:
-    """List the pictures of `root/<class>/…`.
+    """List the images of `root/<class>/…`.
 
     Args:
         root: the folder; hidden entries are passed over.
 
     Returns:
-        What is in it. No picture is opened.
+        What is in it. No image is opened.
 
     Raises:
         FileNotFoundError: if there is no such folder.
-        ValueError: if it has fewer than two class folders, or one of them has no picture.
+        ValueError: if it has fewer than two class folders, or one of them has no image.
     """
     folders = class_folders(root)
     return list_folders(root, folders, [folder.name for folder in folders])
 
 
 def captioned_folder(root: str | Path) -> ImageFolder:
-    """List the pictures that a folder's `captions.csv` names, in columns file and caption.
+    """List the images that a folder's `captions.csv` names, in columns file and caption.
 
     Args:
         root: the folder that the file lies in and its paths begin at.
 
     Returns:
-        What is in it, a class for each different caption. No picture is opened.
+        What is in it, a class for each different caption. No image is opened.
 
     Raises:
         FileNotFoundError: if there is no such folder.
-        ValueError: if there is no such file, it has other columns, names a picture that is not
+        ValueError: if there is no such file, it has other columns, names an image that is not
             there, leaves one without a caption, or has the same caption for all.
     """
     root = Path(root)
@@ -144,16 +144,16 @@ def captioned_folder(root: str | Path) -> ImageFolder:
         for row in rows:
             file, caption = root / (row["file"] or ""), (row["caption"] or "").strip()
             if not file.is_file():
-                raise ValueError(f"{table}: line {rows.line_num} names no picture: {row['file']!r}")
+                raise ValueError(f"{table}: line {rows.line_num} names no image: {row['file']!r}")
             if not caption:
                 raise ValueError(f"{table}: {row['file']} has no caption")
             files.append(file)
             captions.append(caption)
     if not files:
-        raise ValueError(f"{table}: names no picture")
+        raise ValueError(f"{table}: names no image")
     names, labels = np.unique(captions, return_inverse=True)
     if len(names) < 2:
-        raise ValueError(f"{table}: has one caption for all pictures, expected at least two")
+        raise ValueError(f"{table}: has one caption for all images, expected at least two")
     return ImageFolder(root, tuple(files), labels.astype(np.int32), tuple(names.tolist()))
 
 
@@ -206,26 +206,26 @@ def given_class_names(names: Sequence[str], folders: Sequence[str] = ()) -> tupl
     return tuple(names)
 
 
-def open_picture(file: Path | BinaryIO, name: str = "") -> Image.Image:
-    """Open and decode a picture.
+def open_image(file: Path | BinaryIO, name: str = "") -> Image.Image:
+    """Open and decode an image.
 
     Args:
         file: its path, or an open file.
         name: what to call it in a message, if not by its path.
 
     Returns:
-        The picture, decoded.
+        The image, decoded.
 
     Raises:
-        UnreadablePictureError: if it cannot be read whole.
+        UnreadableImageError: if it cannot be read whole.
     """
     try:
-        with Image.open(file) as picture:
-            picture.load()
-            return picture
+        with Image.open(file) as image:
+            image.load()
+            return image
     except Exception as error:  # Pillow's plugins raise what they please on broken files
-        raise UnreadablePictureError(f"{name or file}: cannot be decoded ({error})") from error
+        raise UnreadableImageError(f"{name or file}: cannot be decoded ({error})") from error
 
 
-class UnreadablePictureError(Exception):
-    """A picture that cannot be used; the stream goes on without it."""
+class UnreadableImageError(Exception):
+    """An image that cannot be used; the stream goes on without it."""

@@ -6,7 +6,7 @@
     source.check(Domain("fog", 5))
     image = source.read(Domain("fog", 5), number=0, seed=0)
 
-The functions below it list clean pictures. Those with a public train and test set list the test
+The functions below it list clean images. Those with a public train and test set list the test
 set. Class names are those usual for CLIP; where only some of ImageNet's class folders are there,
 as in ImageNet-A and -R, the task has those classes only.
 """
@@ -29,9 +29,9 @@ from jaxtta.data.sources import (
     corrupted_folders,
     read_labels,
 )
-from jaxtta.data.tfds import tfds_pictures
+from jaxtta.data.tfds import tfds_images
 
-# Layout: the dataset's folder, its list of pictures, the folder that the list's paths start from.
+# Layout: the dataset's folder, its list of images, the folder that the list's paths start from.
 _SPLITS = {
     "caltech101": ("caltech-101", "split_zhou_Caltech101.json", "101_ObjectCategories"),
     "oxford-pets": ("oxford_pets", "split_zhou_OxfordPets.json", "images"),
@@ -43,7 +43,7 @@ _SPLITS = {
     "eurosat": ("eurosat", "split_zhou_EuroSAT.json", "2750"),
     "ucf101": ("ucf101", "split_zhou_UCF101.json", "UCF-101-midframes"),
 }
-_OBJECTNET_BORDER = 2  # red, so that nobody trains on these pictures unknowingly
+_OBJECTNET_BORDER = 2  # red, so that nobody trains on these images unknowingly
 
 
 def imagenet(root: str | Path) -> ImageFolder:
@@ -53,11 +53,11 @@ def imagenet(root: str | Path) -> ImageFolder:
         root: the folder that holds the wnid folders.
 
     Returns:
-        The pictures; the classes are the wnids present, in their order.
+        The images; the classes are the wnids present, in their order.
 
     Raises:
         FileNotFoundError: if there is no such folder.
-        ValueError: if a class folder is none of ImageNet's 1,000 wnids, or has no picture.
+        ValueError: if a class folder is none of ImageNet's 1,000 wnids, or has no image.
     """
     folders, names = class_folders(root), imagenet_classes()
     unknown = [folder.name for folder in folders if folder.name not in names]
@@ -75,11 +75,11 @@ def imagenet_v2(root: str | Path) -> ImageFolder:
         root: the folder of one of ImageNet-V2's three sets.
 
     Returns:
-        The pictures; the classes are those present, in order of number (not of the alphabet).
+        The images; the classes are those present, in order of number (not of the alphabet).
 
     Raises:
         FileNotFoundError: if there is no such folder.
-        ValueError: if a class folder is no such number, or has no picture.
+        ValueError: if a class folder is no such number, or has no image.
     """
     folders, names = class_folders(root), tuple(imagenet_classes().values())
     for folder in folders:
@@ -90,13 +90,13 @@ def imagenet_v2(root: str | Path) -> ImageFolder:
 
 
 def objectnet(root: str | Path) -> ImageFolder:
-    """List ObjectNet's pictures of the classes that ImageNet has too, without their red border.
+    """List ObjectNet's images of the classes that ImageNet has too, without their red border.
 
     Args:
         root: the folder that holds `images/` and `mappings/`.
 
     Returns:
-        The pictures; the classes are those present, in their folders' order, by ObjectNet's names.
+        The images; the classes are those present, in their folders' order, by ObjectNet's names.
 
     Raises:
         FileNotFoundError: if the images' folder is missing.
@@ -119,7 +119,7 @@ def objectnet(root: str | Path) -> ImageFolder:
 
 
 def listed_split(path: str | Path, images: str | Path, split: str = "test") -> ImageFolder:
-    """List the pictures of a `split_zhou_….json`, as prompt-learning benchmarks share them.
+    """List the images of a `split_zhou_….json`, as prompt-learning benchmarks share them.
 
     Args:
         path: the file: `{"train": [[path, label, class name], …], "val": …, "test": …}`.
@@ -127,7 +127,7 @@ def listed_split(path: str | Path, images: str | Path, split: str = "test") -> I
         split: which list.
 
     Returns:
-        The pictures. The classes are those of all lists; underscores in names become spaces.
+        The images. The classes are those of all lists; underscores in names become spaces.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -135,9 +135,9 @@ def listed_split(path: str | Path, images: str | Path, split: str = "test") -> I
     """
     lists = _json(path, dict)
     if not all(isinstance(entries, list) for entries in lists.values()):
-        raise ValueError(f"{path}: expected a list of pictures under each of {_few(lists)}")
+        raise ValueError(f"{path}: expected a list of images under each of {_few(lists)}")
     if not lists.get(split):
-        raise ValueError(f"{path}: has no pictures for {split!r}, expected one of {_few(lists)}")
+        raise ValueError(f"{path}: has no images for {split!r}, expected one of {_few(lists)}")
     names: dict[int, str] = {}
     for entry in (entry for entries in lists.values() for entry in entries):
         match entry:
@@ -161,18 +161,18 @@ def listed_split(path: str | Path, images: str | Path, split: str = "test") -> I
 
 
 def fgvc_aircraft(root: str | Path, split: str = "test") -> ImageFolder:
-    """List FGVC-Aircraft's pictures by variant.
+    """List FGVC-Aircraft's images by variant.
 
     Args:
         root: the folder that holds `variants.txt`, `images_variant_<split>.txt` and `images/`.
         split: which list.
 
     Returns:
-        The pictures; the classes are the variants, in their file's order.
+        The images; the classes are the variants, in their file's order.
 
     Raises:
         FileNotFoundError: if a list is missing.
-        ValueError: if a picture's variant is none of the listed ones.
+        ValueError: if an image's variant is none of the listed ones.
     """
     root = Path(root)
     variants = _text(root / "variants.txt").splitlines()
@@ -186,7 +186,7 @@ def fgvc_aircraft(root: str | Path, split: str = "test") -> ImageFolder:
         files.append(root / "images" / f"{file}.jpg")
         labels.append(numbers[variant.strip()])
     if not files:
-        raise ValueError(f"{listed}: lists no pictures")
+        raise ValueError(f"{listed}: lists no images")
     return ImageFolder(root, tuple(files), np.asarray(labels, np.int32), tuple(numbers))
 
 
@@ -224,7 +224,7 @@ def open_source(
 ) -> Source:
     """Open a dataset by the name of its layout.
 
-    Pictures that are there clean only are corrupted on the fly.
+    Images that are there clean only are corrupted on the fly.
 
     Args:
         layout: one of `LAYOUTS`: "folder" for `<class>/…`; "imagenet" for wnid folders (ImageNet,
@@ -265,12 +265,12 @@ def open_source(
         return corrupted_folders(root, preprocess, listing)
     if layout == "tfds":
         name, own = _name_and_split(str(root))
-        pictures = tfds_pictures(name, own or split, data_dir)
+        images = tfds_images(name, own or split, data_dir)
     elif layout in _WITH_SPLITS:
-        pictures = _WITH_SPLITS[layout](Path(root), split)
+        images = _WITH_SPLITS[layout](Path(root), split)
     else:
-        pictures = _LISTINGS[layout](Path(root))
-    return CorruptedOnTheFly(_named(pictures, class_names), preprocess)
+        images = _LISTINGS[layout](Path(root))
+    return CorruptedOnTheFly(_named(images, class_names), preprocess)
 
 
 def _name_and_split(text: str) -> tuple[str, str]:
@@ -279,22 +279,22 @@ def _name_and_split(text: str) -> tuple[str, str]:
     return name, split or ""
 
 
-def _named(pictures: Any, class_names: Sequence[str]) -> Any:
-    """The pictures, their classes renamed."""
+def _named(images: Any, class_names: Sequence[str]) -> Any:
+    """The images, their classes renamed."""
     if not class_names:
-        wnids = [name for name in pictures.class_names if re.fullmatch(r"n\d{8}", name)]
+        wnids = [name for name in images.class_names if re.fullmatch(r"n\d{8}", name)]
         if wnids:  # "a photo of a n01440764." says nothing to any model
             raise ValueError(
                 f"class folder {wnids[0]} is named by a wnid: use layout imagenet, if all are "
                 "ImageNet's, or give class names"
             )
-        return pictures
-    if len(class_names) != len(pictures.class_names):
+        return images
+    if len(class_names) != len(images.class_names):
         raise ValueError(
-            f"{len(class_names)} class names for {len(pictures.class_names)} classes "
-            f"({_few(pictures.class_names)})"
+            f"{len(class_names)} class names for {len(images.class_names)} classes "
+            f"({_few(images.class_names)})"
         )
-    return pictures._replace(class_names=tuple(class_names))
+    return images._replace(class_names=tuple(class_names))
 
 
 def _array_classes(layout: str, root: str | Path) -> tuple[str, ...]:

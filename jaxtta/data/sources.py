@@ -1,7 +1,7 @@
-"""Sources: labelled pictures under several domains, at the model's resolution.
+"""Sources: labelled images under several domains, at the model's resolution.
 
 A domain is a corruption at a severity. A source answers `read(domain, number, seed)` with one
-picture; what stands behind it (clean pictures corrupted as they are read, folders or arrays of
+image; what stands behind it (clean images corrupted as they are read, folders or arrays of
 ready corrupted ones) is its own business.
 """
 
@@ -14,23 +14,23 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from PIL import Image
 
-from jaxtta.data.corruptions import CLEAN, SMALLEST, check_corruption, corrupt, picture_seed
+from jaxtta.data.corruptions import CLEAN, SMALLEST, check_corruption, corrupt, image_seed
 from jaxtta.data.folders import (
     ImageFolder,
-    UnreadablePictureError,
+    UnreadableImageError,
     image_folder,
-    open_picture,
+    open_image,
 )
 
 SEVERITIES = 5
 
 
 class Domain(NamedTuple):
-    """Where a stream's pictures stand at one time.
+    """Where a stream's images stand at one time.
 
     Attributes:
         corruption: its name; "clean" for none.
-        severity: 1 to 5; 0 for clean pictures and for data that has one strength of its own.
+        severity: 1 to 5; 0 for clean images and for data that has one strength of its own.
     """
 
     corruption: str
@@ -46,18 +46,18 @@ class Preprocess(Protocol):
 
     image_size: int
 
-    def rgb(self, picture: Image.Image) -> Image.Image:
+    def rgb(self, image: Image.Image) -> Image.Image:
         """Convert to 8-bit RGB."""
 
-    def __call__(self, picture: Image.Image) -> np.ndarray:
+    def __call__(self, image: Image.Image) -> np.ndarray:
         """Resize and crop to (image_size, image_size, 3) uint8."""
 
 
-class Pictures(Protocol):
-    """Clean labelled pictures; `ImageFolder` is one.
+class Images(Protocol):
+    """Clean labelled images; `ImageFolder` is one.
 
     Attributes:
-        labels: (pictures,) int32, each picture's place in `class_names`.
+        labels: (images,) int32, each image's place in `class_names`.
         class_names: names of the classes.
     """
 
@@ -65,14 +65,14 @@ class Pictures(Protocol):
     class_names: tuple[str, ...]
 
     def open(self, number: int) -> Image.Image:
-        """One picture, decoded, of any mode and size, or an UnreadablePictureError."""
+        """One image, decoded, of any mode and size, or an UnreadableImageError."""
 
     def name(self, number: int) -> str:
-        """What to call a picture in a message."""
+        """What to call an image in a message."""
 
 
 class Source(Protocol):
-    """Labelled pictures under several corruptions."""
+    """Labelled images under several corruptions."""
 
     labels: np.ndarray
     class_names: tuple[str, ...]
@@ -82,100 +82,100 @@ class Source(Protocol):
         """Raise an error if there is no such domain."""
 
     def read(self, domain: Domain, number: int, seed: int) -> np.ndarray:
-        """One picture, (height, width, 3) uint8, or an UnreadablePictureError.
+        """One image, (height, width, 3) uint8, or an UnreadableImageError.
 
         The seed is that of the corruption, where there is something to draw.
         """
 
     def read_both(self, domain: Domain, number: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        """The same picture, and as it was before resize and crop, of any size."""
+        """The same image, and as it was before resize and crop, of any size."""
 
     def name(self, domain: Domain, number: int) -> str:
-        """What to call a picture in a message."""
+        """What to call an image in a message."""
 
 
 @dataclasses.dataclass(frozen=True)
 class CorruptedOnTheFly:
-    """Clean pictures, corrupted as they are read.
+    """Clean images, corrupted as they are read.
 
-    A picture is corrupted at the smaller of its own and the model's resolution: photographs after
-    resize and crop, as ImageNet-C is made, and pictures smaller than the model's input before
+    An image is corrupted at the smaller of its own and the model's resolution: photographs after
+    resize and crop, as ImageNet-C is made, and images smaller than the model's input before
     they are enlarged, as CIFAR-10-C is.
 
     Attributes:
-        pictures: the clean ones.
+        images: the clean ones.
         preprocess: the model's preprocessing.
     """
 
-    pictures: Pictures
+    images: Images
     preprocess: Preprocess
 
     @property
     def labels(self) -> np.ndarray:
-        """Labels (pictures,)."""
-        return self.pictures.labels
+        """Labels (images,)."""
+        return self.images.labels
 
     @property
     def class_names(self) -> tuple[str, ...]:
         """Names of the classes."""
-        return self.pictures.class_names
+        return self.images.class_names
 
     def name(self, domain: Domain, number: int) -> str:
-        """The picture's path."""
+        """The image's path."""
         del domain
-        return self.pictures.name(number)
+        return self.images.name(number)
 
     def check(self, domain: Domain) -> None:
         """Raise a ValueError if there is no such corruption or severity."""
         check_corruption(*domain)
         if domain.corruption != CLEAN and self.preprocess.image_size < SMALLEST:
             raise ValueError(
-                f"the model takes pictures of {self.preprocess.image_size} pixels, corruptions "
+                f"the model takes images of {self.preprocess.image_size} pixels, corruptions "
                 f"need at least {SMALLEST}"
             )
 
     def read(self, domain: Domain, number: int, seed: int) -> np.ndarray:
-        """Read, preprocess and corrupt one picture."""
+        """Read, preprocess and corrupt one image."""
         return self.read_both(domain, number, seed)[0]
 
     def read_both(self, domain: Domain, number: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        """The picture; the clean one as it is stored, or a corrupted one as it was corrupted."""
-        name = self.pictures.name(number)
-        picture = _rgb(self.preprocess, self.pictures.open(number), name)
+        """The image; the clean one as it is stored, or a corrupted one as it was corrupted."""
+        name = self.images.name(number)
+        image = _rgb(self.preprocess, self.images.open(number), name)
         if domain.corruption == CLEAN:
-            return self.preprocess(picture), np.asarray(picture)
-        if min(picture.size) < SMALLEST:
-            raise UnreadablePictureError(f"{name}: smaller than {SMALLEST} pixels")
+            return self.preprocess(image), np.asarray(image)
+        if min(image.size) < SMALLEST:
+            raise UnreadableImageError(f"{name}: smaller than {SMALLEST} pixels")
         distort = functools.partial(
             corrupt,
             name=domain.corruption,
             severity=domain.severity,
-            seed=picture_seed(seed, domain.corruption, domain.severity, number),
+            seed=image_seed(seed, domain.corruption, domain.severity, number),
         )
-        if min(picture.size) < self.preprocess.image_size:
-            distorted = distort(np.asarray(picture))
+        if min(image.size) < self.preprocess.image_size:
+            distorted = distort(np.asarray(image))
             return self.preprocess(Image.fromarray(distorted)), distorted
-        distorted = distort(self.preprocess(picture))
+        distorted = distort(self.preprocess(image))
         return distorted, distorted
 
 
-def _rgb(preprocess: Preprocess, picture: Image.Image, name: str) -> Image.Image:
+def _rgb(preprocess: Preprocess, image: Image.Image, name: str) -> Image.Image:
     try:
-        return preprocess.rgb(picture)
+        return preprocess.rgb(image)
     except ValueError as error:
-        raise UnreadablePictureError(f"{name}: {error}") from error
+        raise UnreadableImageError(f"{name}: {error}") from error
 
 
 @dataclasses.dataclass(frozen=True)
 class CorruptedFolders:
-    """Ready corrupted pictures as ImageNet-C has them: `<corruption>/<severity>/<class>/…`.
+    """Ready corrupted images as ImageNet-C has them: `<corruption>/<severity>/<class>/…`.
 
     Attributes:
         root: the folder.
         preprocess: the model's preprocessing.
         class_names: names of the classes, in the labels' order.
-        labels: (pictures,) int32.
-        files: every picture's path within a domain's folder, the same in all of them.
+        labels: (images,) int32.
+        files: every image's path within a domain's folder, the same in all of them.
         domains: which there are, and each one's folder.
     """
 
@@ -187,7 +187,7 @@ class CorruptedFolders:
     domains: Mapping[Domain, Path]
 
     def name(self, domain: Domain, number: int) -> str:
-        """The picture's path."""
+        """The image's path."""
         return str(self.domains[_of_data(domain)] / self.files[number])
 
     def check(self, domain: Domain) -> None:
@@ -206,20 +206,20 @@ class CorruptedFolders:
         )
 
     def read(self, domain: Domain, number: int, seed: int) -> np.ndarray:
-        """Read and preprocess one picture."""
+        """Read and preprocess one image."""
         return self.read_both(domain, number, seed)[0]
 
     def read_both(self, domain: Domain, number: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        """Read one picture, preprocessed and as it is stored."""
+        """Read one image, preprocessed and as it is stored."""
         del seed
         self.check(domain)
         name = self.name(domain, number)
-        picture = _rgb(self.preprocess, open_picture(Path(name)), name)
-        return self.preprocess(picture), np.asarray(picture)
+        image = _rgb(self.preprocess, open_image(Path(name)), name)
+        return self.preprocess(image), np.asarray(image)
 
 
 def _of_data(domain: Domain) -> Domain:
-    """Clean pictures have no severity, whatever a sweep over severities calls them."""
+    """Clean images have no severity, whatever a sweep over severities calls them."""
     return Domain(CLEAN) if domain.corruption == CLEAN else domain
 
 
@@ -234,7 +234,7 @@ def corrupted_folders(
 ) -> CorruptedFolders:
     """Open a folder laid out as ImageNet-C.
 
-    The pictures are listed from one domain; the others have the same ones under the same names.
+    The images are listed from one domain; the others have the same ones under the same names.
 
     Args:
         root: holds `<corruption>/<severity>/<class>/…`, or folders that do (`noise/`, `blur/`, as
@@ -278,14 +278,14 @@ def _domains(root: Path) -> dict[Domain, Path]:
 
 @dataclasses.dataclass(frozen=True)
 class CorruptedArrays:
-    """Ready corrupted pictures: `<corruption>.npy`, each (pictures, height, width, 3) uint8.
+    """Ready corrupted images: `<corruption>.npy`, each (images, height, width, 3) uint8.
 
     Attributes:
-        root: the folder; the same pictures in the same order in every file.
+        root: the folder; the same images in the same order in every file.
         preprocess: the model's preprocessing.
         class_names: names of the classes, in the labels' order.
-        labels: (pictures,) int32.
-        stacked: whether a file holds all pictures at severity 1, then all at 2, up to 5, as the
+        labels: (images,) int32.
+        stacked: whether a file holds all images at severity 1, then all at 2, up to 5, as the
             public CIFAR-10-C and CIFAR-100-C do; otherwise it holds one strength, severity 0.
     """
 
@@ -296,7 +296,7 @@ class CorruptedArrays:
     stacked: bool = False
 
     def name(self, domain: Domain, number: int) -> str:
-        """The picture's file and row."""
+        """The image's file and row."""
         return f"{self.root / domain.corruption}.npy row {self._row(domain, number)}"
 
     def check(self, domain: Domain) -> None:
@@ -304,11 +304,11 @@ class CorruptedArrays:
         self._open(domain)
 
     def read(self, domain: Domain, number: int, seed: int) -> np.ndarray:
-        """Read and preprocess one picture."""
+        """Read and preprocess one image."""
         return self.read_both(domain, number, seed)[0]
 
     def read_both(self, domain: Domain, number: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        """Read one picture, preprocessed and as it is stored."""
+        """Read one image, preprocessed and as it is stored."""
         del seed
         stored = self._open(domain)[self._row(domain, number)]
         return self.preprocess(Image.fromarray(stored)), stored
@@ -331,13 +331,13 @@ class CorruptedArrays:
         if len(array) != expected:
             severities = f" at {SEVERITIES} severities" if stacked else ""
             raise ValueError(
-                f"{self.root / corruption}.npy: has {len(array)} pictures, expected {expected} for "
+                f"{self.root / corruption}.npy: has {len(array)} images, expected {expected} for "
                 f"{len(self.labels)} labels{severities}"
             )
         return array
 
 
-@functools.lru_cache(maxsize=32)  # open files, not pictures
+@functools.lru_cache(maxsize=32)  # open files, not images
 def _open_array(root: Path, corruption: str) -> np.ndarray:
     path = root / f"{corruption}.npy"
     if not path.exists() or corruption == "labels":
@@ -346,7 +346,7 @@ def _open_array(root: Path, corruption: str) -> np.ndarray:
     array = _load(path, mmap_mode="r")
     if array.ndim != 4 or array.shape[-1] != 3 or array.dtype != np.uint8:
         raise ValueError(
-            f"{path}: is {array.dtype} of shape {array.shape}, expected uint8 of shape (pictures, "
+            f"{path}: is {array.dtype} of shape {array.shape}, expected uint8 of shape (images, "
             "height, width, 3)"
         )
     return array
@@ -426,25 +426,25 @@ def _of_one_severity(root: Path, labels: np.ndarray) -> np.ndarray:
     once = labels[: len(labels) // SEVERITIES]
     if not np.array_equal(np.tile(once, SEVERITIES), labels):
         raise ValueError(
-            f"{root / 'labels.npy'}: has {len(labels)} labels, expected one for each picture of "
-            f"{SEVERITIES} severities in the same order, or for each picture of one severity"
+            f"{root / 'labels.npy'}: has {len(labels)} labels, expected one for each image of "
+            f"{SEVERITIES} severities in the same order, or for each image of one severity"
         )
     return once
 
 
 @dataclasses.dataclass(frozen=True)
 class Wrapped:
-    """A source behind other names of its domains, or other numbers of its pictures.
+    """A source behind other names of its domains, or other numbers of its images.
 
     Attributes:
-        source: the pictures.
+        source: the images.
     """
 
     source: Source
 
     @property
     def labels(self) -> np.ndarray:
-        """Labels (pictures,)."""
+        """Labels (images,)."""
         return self.source.labels
 
     @property
@@ -458,7 +458,7 @@ class Wrapped:
         return self.source.preprocess
 
     def name(self, domain: Domain, number: int) -> str:
-        """What the source calls the picture."""
+        """What the source calls the image."""
         return self.source.name(self._domain(domain), self._number(number))
 
     def check(self, domain: Domain) -> None:
@@ -466,11 +466,11 @@ class Wrapped:
         self.source.check(self._domain(domain))
 
     def read(self, domain: Domain, number: int, seed: int) -> np.ndarray:
-        """Read one picture."""
+        """Read one image."""
         return self.source.read(self._domain(domain), self._number(number), seed)
 
     def read_both(self, domain: Domain, number: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        """Read one picture, preprocessed and as it is stored."""
+        """Read one image, preprocessed and as it is stored."""
         return self.source.read_both(self._domain(domain), self._number(number), seed)
 
     def _domain(self, domain: Domain) -> Domain:
@@ -482,7 +482,7 @@ class Wrapped:
 
 @dataclasses.dataclass(frozen=True)
 class Named(Wrapped):
-    """A source whose clean pictures are a domain by another name: a dataset that is a shift itself.
+    """A source whose clean images are a domain by another name: a dataset that is a shift itself.
 
     Attributes:
         domain: what they are called, with severity 0.

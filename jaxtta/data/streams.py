@@ -4,7 +4,7 @@
     for batch in read_ahead(Batches(source, streams, 64), workers=2):
         ...
 
-The settings are those the field names. In which order a stream shows its pictures is a choice of
+The settings are those the field names. In which order a stream shows its images is a choice of
 its own and goes with any of them.
 """
 
@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image
 
 from jaxtta.data.corruptions import CLEAN
-from jaxtta.data.folders import UnreadablePictureError
+from jaxtta.data.folders import UnreadableImageError
 from jaxtta.data.sources import Domain, Source
 
 SETTINGS = ("reset_each_shift", "continual", "gradual", "mixed")
@@ -31,13 +31,13 @@ ORDERS = ("shuffled", "stored", "correlated", "dirichlet")
 
 
 class Stream(NamedTuple):
-    """One sequence of pictures; an adapter starts anew at its beginning and nowhere else.
+    """One sequence of images; an adapter starts anew at its beginning and nowhere else.
 
     Attributes:
         name: unique among the streams of one seed.
         seed: of the order and of corruptions made on the fly.
         segments: the domains that are reported one by one; one may come twice.
-        parts: (pictures, 2) integers each: the segment's number and the picture's number in the
+        parts: (images, 2) integers each: the segment's number and the image's number in the
             source. No batch reaches from one part into the next.
     """
 
@@ -48,7 +48,7 @@ class Stream(NamedTuple):
 
     @property
     def items(self) -> np.ndarray:
-        """Segments and pictures along the whole stream, (pictures, 2)."""
+        """Segments and images along the whole stream, (images, 2)."""
         return np.concatenate(self.parts)
 
 
@@ -71,11 +71,11 @@ def make_streams(
             severity 1 to 5 and back; `mixed`, one stream of all corruptions interleaved.
         corruptions: their names, in order.
         severities: what strengths to show; (0,) for data that has its own. Gradual needs 1 to 5.
-        labels: (pictures,) the source's.
+        labels: (images,) the source's.
         order: `shuffled`, `stored`, `correlated` (sorted by class) or `dirichlet` (each class
             spread unevenly over as many slots as there are classes).
         seed: of everything that is drawn.
-        limit: show only so many pictures: the first in stored order, drawn by the seed otherwise.
+        limit: show only so many images: the first in stored order, drawn by the seed otherwise.
         concentration: of the Dirichlet order; the smaller, the nearer to sorted by class.
 
     Returns:
@@ -89,11 +89,11 @@ def make_streams(
     """
     _check(setting, order, limit, concentration)
     first = "stored" if order == "stored" else "shuffled"
-    pictures = arrange(labels, first, np.random.default_rng(seed))[:limit]
+    images = arrange(labels, first, np.random.default_rng(seed))[:limit]
 
     def part(segments: Sequence[int]) -> np.ndarray:
-        # Picture by picture through the segments, so that stored order interleaves them.
-        items = np.stack(np.meshgrid(pictures, segments, indexing="ij"), -1).reshape(-1, 2)
+        # Image by image through the segments, so that stored order interleaves them.
+        items = np.stack(np.meshgrid(images, segments, indexing="ij"), -1).reshape(-1, 2)
         # Seeded anew at each shift: a stream does not depend on what other streams there are.
         rng = np.random.default_rng([seed, 1])
         if order not in ("stored", "shuffled") or len(segments) > 1:
@@ -129,24 +129,24 @@ def make_streams(
 def stream_of(
     name: str,
     domains: Sequence[Domain],
-    pictures: np.ndarray,
+    images: np.ndarray,
     seed: int,
     segments: np.ndarray | None = None,
 ) -> Stream:
-    """A stream of given pictures, in this order.
+    """A stream of given images, in this order.
 
     Args:
         name: what to call it.
         domains: its segments.
-        pictures: (pictures,) integers, numbers in the source.
+        images: (images,) integers, numbers in the source.
         seed: of corruptions made on the fly.
-        segments: (pictures,) integers, each picture's place in `domains`; None for the first one.
+        segments: (images,) integers, each image's place in `domains`; None for the first one.
 
     Returns:
         The stream, in one part.
     """
-    segments = np.zeros(len(pictures)) if segments is None else segments
-    items = np.stack([segments, pictures], 1).astype(np.int32)
+    segments = np.zeros(len(images)) if segments is None else segments
+    items = np.stack([segments, images], 1).astype(np.int32)
     return Stream(name, seed, tuple(domains), (items,))
 
 
@@ -163,16 +163,16 @@ def _check(setting: str, order: str, limit: int | None, concentration: float) ->
 def arrange(
     labels: np.ndarray, order: str, rng: np.random.Generator, concentration: float = 0.1
 ) -> np.ndarray:
-    """Put pictures into an order.
+    """Put images into an order.
 
     Args:
-        labels: (pictures,) integers.
+        labels: (images,) integers.
         order: one of `ORDERS`.
         rng: what is drawn comes from here.
         concentration: of the Dirichlet order.
 
     Returns:
-        (pictures,) a permutation.
+        (images,) a permutation.
     """
     if order == "stored":
         return np.arange(len(labels))
@@ -197,12 +197,12 @@ class StreamBatch(NamedTuple):
 
     Attributes:
         images: (batch, height, width, 3) uint8.
-        mask: (batch,) bool, false for padding and for pictures that could not be read.
-        index: (batch,) integers, each picture's place in the stream.
+        mask: (batch,) bool, false for padding and for images that could not be read.
+        index: (batch,) integers, each image's place in the stream.
         labels: (batch,) integers.
-        pictures: (batch,) integers, each picture's number in the source; -1 for padding.
-        segments: (batch,) integers, the segment of each picture; -1 for padding.
-        originals: (batch, canvas, canvas, 3) uint8, the pictures before resize and crop in a corner
+        source_index: (batch,) integers, each image's number in the source; -1 for padding.
+        segments: (batch,) integers, the segment of each image; -1 for padding.
+        originals: (batch, canvas, canvas, 3) uint8, the images before resize and crop in a corner
             of a canvas; None where no canvas was asked for.
         sizes: (batch, 2) integers, the originals' height and width.
     """
@@ -211,14 +211,14 @@ class StreamBatch(NamedTuple):
     mask: np.ndarray
     index: np.ndarray
     labels: np.ndarray
-    pictures: np.ndarray
+    source_index: np.ndarray
     segments: np.ndarray
     originals: np.ndarray | None = None
     sizes: np.ndarray | None = None
 
 
 class Place(NamedTuple):
-    """Where a batch lies: its stream and part, and its first picture's place in both."""
+    """Where a batch lies: its stream and part, and its first image's place in both."""
 
     stream: int
     part: int
@@ -231,9 +231,9 @@ class Batches:
     """All batches of a sweep as one random-access sequence, stream after stream.
 
     Attributes:
-        source: where pictures come from.
+        source: where images come from.
         streams: the streams.
-        size: pictures a batch.
+        size: images a batch.
         canvas: side of the originals' canvas; a larger original is shrunk to fit. None for no
             originals.
     """
@@ -283,62 +283,62 @@ class Batches:
             images[row], original = both
             if self.canvas:
                 originals[row], sizes[row] = on_canvas(original, self.canvas)
-        segments, pictures = np.pad(items, ((0, padding), (0, 0)), constant_values=-1).T
+        segments, numbers = np.pad(items, ((0, padding), (0, 0)), constant_values=-1).T
         return StreamBatch(
             images,
             np.asarray([both is not None for both in read] + [False] * padding),
             (place.index + np.arange(self.size)).astype(np.int32),
             np.pad(self.source.labels[items[:, 1]], (0, padding)),
-            pictures,
+            numbers,
             segments,
             originals,
             sizes,
         )
 
     def _read(
-        self, stream: Stream, segment: int, picture: int
+        self, stream: Stream, segment: int, image: int
     ) -> tuple[np.ndarray, np.ndarray | None] | None:
-        """A picture, and where a canvas waits for it its original."""
+        """An image, and where a canvas waits for it its original."""
         domain = stream.segments[segment]
         try:
             if self.canvas:
-                return self.source.read_both(domain, picture, stream.seed)
-            return self.source.read(domain, picture, stream.seed), None
-        except UnreadablePictureError:
-            return None  # masked; whoever reads the batch knows which by `pictures`
+                return self.source.read_both(domain, image, stream.seed)
+            return self.source.read(domain, image, stream.seed), None
+        except UnreadableImageError:
+            return None  # masked; whoever reads the batch knows which by `source_index`
 
 
-def canvas_for(source: Source, domain: Domain, greatest: int = 512, pictures: int = 50) -> int:
+def canvas_for(source: Source, domain: Domain, greatest: int = 512, images: int = 50) -> int:
     """A side for the canvas that suits a source, whatever streams are made of it.
 
     Args:
-        source: the pictures.
-        domain: any of its domains, looked at where it has no clean pictures.
-        greatest: the largest side to choose; larger pictures are shrunk.
-        pictures: how many are looked at, from the first to the last.
+        source: the images.
+        domain: any of its domains, looked at where it has no clean images.
+        greatest: the largest side to choose; larger images are shrunk.
+        images: how many are looked at, from the first to the last.
 
     Returns:
         The longest side among them, or `greatest` if that is less or none can be read.
     """
-    with contextlib.suppress(ValueError):  # it has no clean pictures
+    with contextlib.suppress(ValueError):  # it has no clean images
         source.check(Domain(CLEAN))
         domain = Domain(CLEAN)
     sides: list[int] = []
-    for number in np.unique(np.linspace(0, len(source.labels) - 1, pictures).round().astype(int)):
-        with contextlib.suppress(UnreadablePictureError):
+    for number in np.unique(np.linspace(0, len(source.labels) - 1, images).round().astype(int)):
+        with contextlib.suppress(UnreadableImageError):
             sides += source.read_both(domain, int(number), 0)[1].shape[:2]
     return min(max(sides, default=greatest), greatest)
 
 
 def on_canvas(original: np.ndarray, canvas: int) -> tuple[np.ndarray, np.ndarray]:
-    """Put a picture into the corner of a canvas.
+    """Put an image into the corner of a canvas.
 
     Args:
         original: (height, width, 3) uint8.
-        canvas: side; a larger picture is shrunk to fit.
+        canvas: side; a larger image is shrunk to fit.
 
     Returns:
-        The canvas (canvas, canvas, 3) uint8, and the picture's height and width on it (2,).
+        The canvas (canvas, canvas, 3) uint8, and the image's height and width on it (2,).
     """
     shrink = canvas / max(original.shape[:2])
     if shrink < 1:

@@ -15,7 +15,7 @@ from jaxtta.data.class_names import templates_for
 from jaxtta.data.folders import ImageFolder, image_folder
 from jaxtta.data.layouts import open_source
 from jaxtta.data.memory import Arrays, InMemory, Part, every, shape_of
-from jaxtta.data.sources import CorruptedOnTheFly, Pictures, Preprocess, Source
+from jaxtta.data.sources import CorruptedOnTheFly, Images, Preprocess, Source
 
 ORDERS = {
     "order-1": (
@@ -35,13 +35,13 @@ DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight"
 
 
 class TaskData(NamedTuple):
-    """A task's pictures.
+    """A task's images.
 
     Attributes:
         name: what to call it.
         template: of its prompts.
-        train: its training pictures; None for what is only measured.
-        test: its test pictures.
+        train: its training images; None for what is only measured.
+        test: its test images.
     """
 
     name: str
@@ -51,7 +51,7 @@ class TaskData(NamedTuple):
 
 
 def open_task(name: str, root: str | None, preprocess: Preprocess) -> TaskData:
-    """Open a task's training and test pictures.
+    """Open a task's training and test images.
 
     Args:
         name: one of MTIL's, "textile", "digits", "turned-digits", or NAME=FOLDER with a folder that
@@ -89,7 +89,7 @@ def open_task(name: str, root: str | None, preprocess: Preprocess) -> TaskData:
 
 
 def _both(name: str, opened: Iterable[Source]) -> tuple[Source, Source]:
-    """A task's training and test pictures, if they go together."""
+    """A task's training and test images, if they go together."""
     try:
         train, test = opened
     except ValueError as error:
@@ -118,7 +118,7 @@ def digits(turned: bool = False) -> Arrays:
 
 
 def textile() -> ImageFolder:
-    """Simulated textile pictures with a global, a local or no defect."""
+    """Simulated textile images with a global, a local or no defect."""
     import conformal_clip_data
 
     listed = image_folder(conformal_clip_data.textile_simulated_root())
@@ -126,24 +126,24 @@ def textile() -> ImageFolder:
     return listed._replace(class_names=tuple(names[name] for name in listed.class_names))
 
 
-def split(pictures: Pictures, preprocess: Preprocess, nth: int = 4) -> tuple[Source, Source]:
-    """Split pictures evenly within the classes, to train and to test on.
+def split(images: Images, preprocess: Preprocess, nth: int = 4) -> tuple[Source, Source]:
+    """Split images evenly within the classes, to train and to test on.
 
     Args:
-        pictures: all of them.
+        images: all of them.
         preprocess: the model's preprocessing.
         nth: one in how many to test on.
 
     Returns:
         Both parts.
     """
-    tested, source = every(pictures.labels, nth), CorruptedOnTheFly(pictures, preprocess)
+    tested, source = every(images.labels, nth), CorruptedOnTheFly(images, preprocess)
     train, test = (Part(source, np.flatnonzero(mask)) for mask in (~tested, tested))
     return train, test
 
 
 def in_memory(tasks: Sequence[TaskData], room: float = 2e9) -> list[TaskData]:
-    """Keep what is read of the tasks' pictures, as far as there is room for all of a source.
+    """Keep what is read of the tasks' images, as far as there is room for all of a source.
 
     Args:
         tasks: the tasks.

@@ -1,10 +1,10 @@
-"""Pictures of tensorflow-datasets, read without TensorFlow.
+"""Images of tensorflow-datasets, read without TensorFlow.
 
 Preparing a dataset (downloading it and writing its records) needs TensorFlow, in whatever
 environment; reading the records needs none. Once, where TensorFlow is installed, and then here:
 
     tfds.builder("cifar10", file_format="array_record").download_and_prepare()
-    pictures = tfds_pictures("cifar10", "test")
+    images = tfds_images("cifar10", "test")
 """
 
 import functools
@@ -19,18 +19,18 @@ import numpy as np
 from PIL import Image
 
 from jaxtta.data.class_names import imagenet_classes
-from jaxtta.data.folders import UnreadablePictureError, open_picture
+from jaxtta.data.folders import UnreadableImageError, open_image
 
 
-class TfdsPictures(NamedTuple):
+class TfdsImages(NamedTuple):
     """One split of a prepared dataset; goes to other processes by name, not with open files.
 
     Attributes:
         dataset: its name.
         split: of it.
         data_dir: where prepared datasets are; None for tensorflow-datasets' usual place.
-        image_key: the feature that holds the picture.
-        labels: (pictures,) int32, each picture's place in `class_names`.
+        image_key: the feature that holds the image.
+        labels: (images,) int32, each image's place in `class_names`.
         class_names: names of the classes.
     """
 
@@ -42,25 +42,21 @@ class TfdsPictures(NamedTuple):
     class_names: tuple[str, ...]
 
     def open(self, number: int) -> Image.Image:
-        """Open one picture, or raise an UnreadablePictureError."""
+        """Open one image, or raise an UnreadableImageError."""
         # Open records do not survive a fork: each process has its own.
         records = _records(os.getpid(), self.dataset, self.split, self.data_dir, self.image_key)
         try:
             content = records[number][self.image_key]
         except RuntimeError as error:  # a damaged block of records
-            raise UnreadablePictureError(
-                f"{self.name(number)}: cannot be read ({error})"
-            ) from error
-        return open_picture(io.BytesIO(content), self.name(number))
+            raise UnreadableImageError(f"{self.name(number)}: cannot be read ({error})") from error
+        return open_image(io.BytesIO(content), self.name(number))
 
     def name(self, number: int) -> str:
-        """The picture's place in the split."""
-        return f"{self.dataset} {self.split} picture {number}"
+        """The image's place in the split."""
+        return f"{self.dataset} {self.split} image {number}"
 
 
-def tfds_pictures(
-    name: str, split: str = "test", data_dir: str | Path | None = None
-) -> TfdsPictures:
+def tfds_images(name: str, split: str = "test", data_dir: str | Path | None = None) -> TfdsImages:
     """Open one split of a dataset that tensorflow-datasets has prepared.
 
     Args:
@@ -69,13 +65,13 @@ def tfds_pictures(
         data_dir: where prepared datasets are, if not in the usual place.
 
     Returns:
-        The pictures, with the classes that the dataset declares; wnids are given ImageNet's class
-        names, and underscores become spaces. The labels are read, no picture is decoded.
+        The images, with the classes that the dataset declares; wnids are given ImageNet's class
+        names, and underscores become spaces. The labels are read, no image is decoded.
 
     Raises:
         FileNotFoundError: if the dataset is not prepared as records that can be read at random.
         ImportError: if tensorflow-datasets is not installed.
-        ValueError: if there is no such dataset or split, or it has no pictures with one label each.
+        ValueError: if there is no such dataset or split, or it has no images with one label each.
     """
     tfds = _tfds()
     data_dir = None if data_dir is None else str(data_dir)
@@ -94,7 +90,7 @@ def tfds_pictures(
         raise _explained(builder, name, split, data_dir, error) from error
     names = tuple(builder.info.features[label_key].names)
     if not len(labels):
-        raise ValueError(f"{name}: split {split!r} holds no pictures")
+        raise ValueError(f"{name}: split {split!r} holds no images")
     if labels.min() < 0 or labels.max() >= len(names):
         raise ValueError(
             f"{name}: labels of split {split!r} run from {labels.min()} to {labels.max()}, "
@@ -102,7 +98,7 @@ def tfds_pictures(
         )
     wnids = imagenet_classes()
     names = tuple(wnids.get(class_name, class_name).replace("_", " ") for class_name in names)
-    return TfdsPictures(name, split, data_dir, image_key, labels.astype(np.int32), names)
+    return TfdsImages(name, split, data_dir, image_key, labels.astype(np.int32), names)
 
 
 def _tfds() -> ModuleType:
@@ -118,7 +114,7 @@ def _tfds() -> ModuleType:
 
 
 def _keys(tfds: ModuleType, builder: Any) -> tuple[str, str]:
-    """The features that hold the picture and its label."""
+    """The features that hold the image and its label."""
     features, keys = dict(builder.info.features.items()), builder.info.supervised_keys
     if not isinstance(keys, tuple) or len(keys) != 2 or not all(isinstance(k, str) for k in keys):
         keys = ("image", "label")

@@ -1,6 +1,6 @@
 """Reading a model for robustness: what its features look like before anything is adapted.
 
-`modality_gap` looks at means alone: where pictures stream, the mean of their features as a single
+`modality_gap` looks at means alone: where images stream, the mean of their features as a single
 row, (1, d), gives the same.
 """
 
@@ -37,7 +37,7 @@ from jaxtta.diagnose.outliers import (
 )
 from jaxtta.diagnose.robustness import LogitLine, effective_robustness, fit_logit_line
 from jaxtta.diagnose.similarity import CrossMoments, cross_moments, linear_cka
-from jaxtta.diagnose.sums import PictureSums
+from jaxtta.diagnose.sums import ImageSums
 from jaxtta.metrics import modality_gap
 
 __all__ = [
@@ -45,9 +45,9 @@ __all__ = [
     "ConceptDetectors",
     "CrossMoments",
     "Discrepancy",
+    "ImageSums",
     "LogitLine",
     "OutlierFeatures",
-    "PictureSums",
     "PrivilegedDirections",
     "activation_kurtosis",
     "concept_detectors",

@@ -35,22 +35,22 @@ def concept_detectors(
 ) -> ConceptDetectors:
     """Average precision of directions as detectors of concepts, with both signs.
 
-    A concept that the share p of the pictures has gives a direction without any knowledge of it a
-    precision of about p. The work grows with the number of directions times the number of pictures
-    plus true labels; beside the arguments and the result, the memory with pictures plus labels.
+    A concept that the share p of the images has gives a direction without any knowledge of it a
+    precision of about p. The work grows with the number of directions times the number of images
+    plus true labels; beside the arguments and the result, the memory with images plus labels.
 
     Args:
-        scores: (pictures, directions): the features for the coordinate axes, `features @
+        scores: (images, directions): the features for the coordinate axes, `features @
             directions.T` for others.
-        labels: (pictures, concepts) bool, whether the picture has the concept.
+        labels: (images, concepts) bool, whether the image has the concept.
         threshold: average precision from which on a direction detects a concept.
 
     Returns:
         The precisions and what they come to.
 
     Raises:
-        ValueError: if scores are not finite, labels do not match the pictures or are no truth
-            values, or a concept is in all pictures or in none.
+        ValueError: if scores are not finite, labels do not match the images or are no truth
+            values, or a concept is in all images or in none.
 
     References:
         Interpreting CLIP, https://arxiv.org/abs/2310.13040
@@ -59,21 +59,21 @@ def concept_detectors(
     if scores.ndim != 2 or labels.ndim != 2 or len(scores) != len(labels):
         raise ValueError(
             f"labels {labels.shape} do not match scores {scores.shape}: expected "
-            "(pictures, concepts) and (pictures, directions)"
+            "(images, concepts) and (images, directions)"
         )
     truth = labels.astype(bool)
     if not np.array_equal(truth, labels):
         raise ValueError("labels have entries that are neither true nor false")
     sizes = truth.sum(0)
     if len(trivial := np.flatnonzero((sizes == 0) | (sizes == len(truth)))):
-        raise ValueError(f"concepts {trivial.tolist()} are in all pictures or in none")
-    concepts, pictures = np.nonzero(truth.T)  # every true label, concept by concept
+        raise ValueError(f"concepts {trivial.tolist()} are in all images or in none")
+    concepts, images = np.nonzero(truth.T)  # every true label, concept by concept
     both = np.empty((2, scores.shape[1], len(sizes)))
     for direction in range(scores.shape[1]):
         column = scores[:, direction]
         if not np.isfinite(column).all():
             raise ValueError(f"scores of direction {direction} are not finite")
-        both[:, direction] = _precisions(column, concepts, pictures, sizes)
+        both[:, direction] = _precisions(column, concepts, images, sizes)
     best = both.max(0)
     return ConceptDetectors(best, np.where(both[0] >= both[1], 1, -1), best >= threshold)
 
@@ -98,11 +98,11 @@ def _same_concepts(first: ArrayLike, second: ArrayLike) -> tuple[np.ndarray, np.
 
 
 def _precisions(
-    scores: np.ndarray, concepts: np.ndarray, pictures: np.ndarray, sizes: np.ndarray
+    scores: np.ndarray, concepts: np.ndarray, images: np.ndarray, sizes: np.ndarray
 ) -> np.ndarray:
     """Average precision of the scores and of their negatives, (2, concepts).
 
-    It is the mean over a concept's pictures of the share that has it among all pictures with a
+    It is the mean over a concept's images of the share that has it among all images with a
     score no lower. Equal scores are taken together.
     """
     count = len(scores)
@@ -110,8 +110,8 @@ def _precisions(
     place = np.empty(count, np.int64)
     place[order] = np.arange(count)
     lower, upto = _runs(scores[order])
-    # one sort orders the pictures of all concepts by their scores, ascending in each
-    own = np.sort(concepts * count + place[pictures]) - concepts * count
+    # one sort orders the images of all concepts by their scores, ascending in each
+    own = np.sort(concepts * count + place[images]) - concepts * count
     starts = np.cumsum(sizes) - sizes
     own_lower, own_upto = _runs(concepts * count + lower[own])
     own_lower, own_upto = own_lower - starts[concepts], own_upto - starts[concepts]

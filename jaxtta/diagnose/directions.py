@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtta.diagnose.sums import PictureSums, as_features, sum_pictures
+from jaxtta.diagnose.sums import ImageSums, as_features, sum_images
 from jaxtta.metrics import top_k
 
 Array = jax.Array
@@ -27,7 +27,7 @@ class PrivilegedDirections(NamedTuple):
         importance: (r,), singular value times mean |cosine|.
         directions: (r, d), orthonormal; their signs mean nothing.
         singular_values: (r,).
-        cosines: (r,), mean over pictures of |cos| between direction and features.
+        cosines: (r,), mean over images of |cos| between direction and features.
         overlap: (r,), the part of each direction's squared length that lies on the outlier axes,
             in [0, 1]; a direction at random has the axes' number over d.
     """
@@ -65,8 +65,8 @@ def head_directions(head: Array) -> Array:
 
 
 @jax.jit
-def cosine_sums(directions: Array, features: Array, mask: Array | None = None) -> PictureSums:
-    """|Cosine| of each direction and each picture's features, summed.
+def cosine_sums(directions: Array, features: Array, mask: Array | None = None) -> ImageSums:
+    """|Cosine| of each direction and each image's features, summed.
 
     Args:
         directions: (r, d), of unit norm.
@@ -81,13 +81,13 @@ def cosine_sums(directions: Array, features: Array, mask: Array | None = None) -
     defined = (largest > 0) & jnp.isfinite(largest)
     features = jnp.where(defined, features, 1) / jnp.where(defined, largest, 1)
     unit = features / jnp.linalg.norm(features, axis=1, keepdims=True)
-    return sum_pictures(jnp.abs(product(unit, directions.T)), defined[:, 0], mask)
+    return sum_images(jnp.abs(product(unit, directions.T)), defined[:, 0], mask)
 
 
 def rank_directions(
-    head: Array, directions: Array, sums: PictureSums, axes: Sequence[int] | np.ndarray = ()
+    head: Array, directions: Array, sums: ImageSums, axes: Sequence[int] | np.ndarray = ()
 ) -> PrivilegedDirections:
-    """Sort directions by the importance that `cosine_sums` over all pictures gives them.
+    """Sort directions by the importance that `cosine_sums` over all images gives them.
 
     Args:
         head: (C, d).
@@ -99,7 +99,7 @@ def rank_directions(
         The directions, the most important first.
 
     Raises:
-        ValueError: if a picture's features are zero or not finite, or there is no such axis.
+        ValueError: if an image's features are zero or not finite, or there is no such axis.
     """
     cosines = sums.mean("features that are zero or not finite")
     axes = np.unique(np.asarray(axes, int))
@@ -118,14 +118,14 @@ def privileged_directions(
 
     Args:
         head: (C, d), a row for each class; zero-shot, the class text embeddings.
-        features: (pictures, d), normalised or not.
+        features: (images, d), normalised or not.
         axes: (outliers,) integers, the axes that carry outliers; see `outlier_features`.
 
     Returns:
         The head's right singular vectors by importance, σ_i · mean |cos(v_i, h)|.
 
     Raises:
-        ValueError: if the head has one class, features do not fit it, or a picture's are zero.
+        ValueError: if the head has one class, features do not fit it, or an image's are zero.
 
     References:
         Interpreting CLIP, https://arxiv.org/abs/2310.13040
@@ -171,8 +171,8 @@ def pruning_sums(
     mask: Array | None = None,
     *,
     counts: tuple[int, ...],
-) -> PictureSums:
-    """Count the pictures that a head gets right with its first directions only.
+) -> ImageSums:
+    """Count the images that a head gets right with its first directions only.
 
     Args:
         head: (C, d).
@@ -192,7 +192,7 @@ def pruning_sums(
     for start, stop in itertools.pairwise((0, *sorted(set(counts)))):
         logits += product(read[:, start:stop], written[:, start:stop].T)  # add to those before
         right[stop] = top_k(logits, labels)
-    return sum_pictures(jnp.stack([right[count] for count in counts], 1), defined, mask)
+    return sum_images(jnp.stack([right[count] for count in counts], 1), defined, mask)
 
 
 def pruned_accuracy(
@@ -207,15 +207,15 @@ def pruned_accuracy(
     Args:
         head: (C, d).
         directions: (r, d), as in `prune_directions`.
-        features: (pictures, d).
-        labels: (pictures,) integers.
+        features: (images, d).
+        labels: (images,) integers.
         fractions: (prunings,), each above 0, at most 1.
 
     Returns:
         (prunings,).
 
     Raises:
-        ValueError: if labels do not match the pictures or classes, or a fraction is out of range.
+        ValueError: if labels do not match the images or classes, or a fraction is out of range.
 
     References:
         Interpreting CLIP, https://arxiv.org/abs/2310.13040
@@ -223,11 +223,11 @@ def pruned_accuracy(
     counts = tuple(_count(fraction, len(directions)) for fraction in fractions)
     head, labels = jnp.asarray(head), jnp.asarray(labels)
     if labels.shape != (len(features),):
-        raise ValueError(f"labels {labels.shape} do not match {len(features)} pictures")
+        raise ValueError(f"labels {labels.shape} do not match {len(features)} images")
     of_batch = functools.partial(pruning_sums, head, directions, counts=counts)
     pieces = [slice(i, i + 4096) for i in range(0, max(len(labels), 1), 4096)]  # logits are large
     sums = functools.reduce(
-        PictureSums.merge, (of_batch(features[piece], labels[piece]) for piece in pieces)
+        ImageSums.merge, (of_batch(features[piece], labels[piece]) for piece in pieces)
     )
     fault = f"a label outside 0 to {len(head) - 1} or features that are not finite"
     return jax.device_get(sums).mean(fault)

@@ -1,4 +1,4 @@
-"""How pictures from the field differ from those that a model is known on, without their labels.
+"""How images from the field differ from those that a model is known on, without their labels.
 
 field, half = field_discrepancy(field_features, reference_features)
 field.squared, half.squared                 # how far apart, and two halves of the reference
@@ -19,7 +19,7 @@ class Discrepancy(NamedTuple):
         squared: unbiased estimate of its square; around 0, and negative as well, for two sets from
             one distribution.
         bandwidth: of the Gaussian kernel, in units of the features.
-        permuted: (permutations,), the same estimate with the pictures dealt at random into two sets
+        permuted: (permutations,), the same estimate with the images dealt at random into two sets
             of the same sizes.
     """
 
@@ -48,14 +48,14 @@ def mean_discrepancy(
 ) -> Discrepancy:
     """Maximum mean discrepancy with a Gaussian kernel, and its permutation test.
 
-    Time and memory grow with the square of the number of pictures in both sets: draw some.
+    Time and memory grow with the square of the number of images in both sets: draw some.
 
     Args:
-        x: (pictures, d), one set's features.
-        y: (other pictures, d), the other's.
-        bandwidth: of the kernel; None for the median distance of two pictures in both sets
+        x: (images, d), one set's features.
+        y: (other images, d), the other's.
+        bandwidth: of the kernel; None for the median distance of two images in both sets
             together. Discrepancies compare only at the same one.
-        permutations: how many times the pictures are dealt anew.
+        permutations: how many times the images are dealt anew.
         seed: of the dealing.
 
     Returns:
@@ -63,7 +63,7 @@ def mean_discrepancy(
 
     Raises:
         ValueError: if the sets have other than two dimensions or different d, fewer than two
-            pictures, entries that are not finite or nearly all equal pictures; or an option makes
+            images, entries that are not finite or nearly all equal images; or an option makes
             no sense.
 
     References:
@@ -73,8 +73,8 @@ def mean_discrepancy(
     shapes = [features.shape for features in sets]
     if any(len(shape) != 2 or shape[0] < 2 for shape in shapes) or shapes[0][1] != shapes[1][1]:
         raise ValueError(
-            f"features have shapes {shapes[0]} and {shapes[1]}, expected two (pictures, d) with at "
-            "least two pictures"
+            f"features have shapes {shapes[0]} and {shapes[1]}, expected two (images, d) with at "
+            "least two images"
         )
     if permutations < 1:
         raise ValueError(f"permutations is {permutations}, expected at least 1")
@@ -87,11 +87,11 @@ def mean_discrepancy(
     if bandwidth is None:
         bandwidth = float(np.sqrt(np.median(distances[np.triu_indices(len(both), 1)])))
         if not bandwidth:
-            raise ValueError("features are the same for most pictures")
+            raise ValueError("features are the same for most images")
     if not 0 < bandwidth < np.inf:
         raise ValueError(f"bandwidth is {bandwidth}, expected a positive number")
     kernel = np.exp(-distances / (2 * bandwidth**2))
-    np.fill_diagonal(kernel, 0)  # the estimate is unbiased without each picture's own
+    np.fill_diagonal(kernel, 0)  # the estimate is unbiased without each image's own
     rng, first = np.random.default_rng(seed), len(sets[0])
     dealt = np.zeros((len(both), 1 + permutations))
     dealt[:first, 0] = 1  # as they came
@@ -102,7 +102,7 @@ def mean_discrepancy(
 
 
 def _estimates(kernel: np.ndarray, members: np.ndarray) -> np.ndarray:
-    """Unbiased estimates, one a column: which pictures are in the first set."""
+    """Unbiased estimates, one a column: which images are in the first set."""
     n, m = members[:, 0].sum(), len(members) - members[:, 0].sum()
     within = (members * (kernel @ members)).sum(0)
     across = members.T @ kernel.sum(1) - within
@@ -113,15 +113,15 @@ def _estimates(kernel: np.ndarray, members: np.ndarray) -> np.ndarray:
 def field_discrepancy(
     field: ArrayLike, reference: ArrayLike, *, most: int = 1000, seed: int = 0
 ) -> tuple[Discrepancy, Discrepancy]:
-    """How far pictures lie from one half of a reference, and how far its other half does.
+    """How far images lie from one half of a reference, and how far its other half does.
 
     All three samples are drawn at the same size and measured at the same bandwidth, so that the
     second discrepancy is a yardstick for the first.
 
     Args:
-        field: (pictures, d), features.
-        reference: (other pictures, d), at least four.
-        most: pictures of each sample.
+        field: (images, d), features.
+        reference: (other images, d), at least four.
+        most: images of each sample.
         seed: of all that is drawn.
 
     Returns:
@@ -146,8 +146,8 @@ class ClassPairs(NamedTuple):
 
     Attributes:
         classes: (pairs, 2) integers, ascending in each pair.
-        shares: (pairs,), the share of the pictures whose two likeliest classes these are.
-        margins: (pairs,), the mean difference of the two probabilities over those pictures.
+        shares: (pairs,), the share of the images whose two likeliest classes these are.
+        margins: (pairs,), the mean difference of the two probabilities over those images.
     """
 
     classes: np.ndarray
@@ -156,22 +156,22 @@ class ClassPairs(NamedTuple):
 
 
 def confused_classes(probabilities: ArrayLike) -> ClassPairs:
-    """Find the classes that compete for the same pictures.
+    """Find the classes that compete for the same images.
 
     Args:
-        probabilities: (pictures, classes).
+        probabilities: (images, classes).
 
     Returns:
-        The pairs that are the two likeliest classes of some picture.
+        The pairs that are the two likeliest classes of some image.
 
     Raises:
-        ValueError: if there are no pictures or fewer than two classes, or entries are not finite.
+        ValueError: if there are no images or fewer than two classes, or entries are not finite.
     """
     probabilities = np.asarray(probabilities)
     if probabilities.ndim != 2 or not len(probabilities) or probabilities.shape[1] < 2:
         raise ValueError(
-            f"probabilities have shape {probabilities.shape}, expected (pictures, classes) with at "
-            "least one picture and two classes"
+            f"probabilities have shape {probabilities.shape}, expected (images, classes) with at "
+            "least one image and two classes"
         )
     if not np.isfinite(probabilities).all():
         raise ValueError("probabilities are not all finite")

@@ -1,4 +1,4 @@
-"""How far a picture's features are from Gaussian ones, and on which axes they stick out."""
+"""How far an image's features are from Gaussian ones, and on which axes they stick out."""
 
 import functools
 from typing import NamedTuple
@@ -7,20 +7,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtta.diagnose.sums import PictureSums, as_features, sum_pictures
+from jaxtta.diagnose.sums import ImageSums, as_features, sum_images
 
 Array = jax.Array
 FAULT = "features that are constant or not finite"
 
 
 def standardised(features: Array) -> tuple[Array, Array]:
-    """Standardise each picture's features over its d entries.
+    """Standardise each image's features over its d entries.
 
     Args:
-        features: (pictures, d).
+        features: (images, d).
 
     Returns:
-        The features with mean 0 and standard deviation 1, and (pictures,) whether they could be.
+        The features with mean 0 and standard deviation 1, and (images,) whether they could be.
     """
     features = as_features(features)
     features = features - features[:, :1]  # equal entries become exact zeros
@@ -33,8 +33,8 @@ def standardised(features: Array) -> tuple[Array, Array]:
 
 
 @jax.jit
-def kurtosis_sums(features: Array, mask: Array | None = None) -> PictureSums:
-    """Kurtosis of each picture's features, summed; its mean is `activation_kurtosis`.
+def kurtosis_sums(features: Array, mask: Array | None = None) -> ImageSums:
+    """Kurtosis of each image's features, summed; its mean is `activation_kurtosis`.
 
     Args:
         features: (batch, d).
@@ -44,20 +44,20 @@ def kurtosis_sums(features: Array, mask: Array | None = None) -> PictureSums:
         The sums, scalars.
     """
     z, varies = standardised(features)
-    return sum_pictures((z**4).mean(1), varies, mask)
+    return sum_images((z**4).mean(1), varies, mask)
 
 
 def activation_kurtosis(features: Array) -> float:
-    """Mean over pictures of the kurtosis of the d entries of their features.
+    """Mean over images of the kurtosis of the d entries of their features.
 
     Args:
-        features: (pictures, d), normalised or not.
+        features: (images, d), normalised or not.
 
     Returns:
         The fourth standardised moment, not its excess: 3 for Gaussian entries, d at most.
 
     Raises:
-        ValueError: if a picture's features are constant or not finite.
+        ValueError: if an image's features are constant or not finite.
 
     References:
         Interpreting CLIP, https://arxiv.org/abs/2310.13040
@@ -70,7 +70,7 @@ class OutlierFeatures(NamedTuple):
 
     Attributes:
         axes: (outliers,) integers, ascending.
-        shares: (d,), the share of the pictures in which each axis sticks out.
+        shares: (d,), the share of the images in which each axis sticks out.
     """
 
     axes: np.ndarray
@@ -80,8 +80,8 @@ class OutlierFeatures(NamedTuple):
 @functools.partial(jax.jit, static_argnames="threshold")
 def outlier_sums(
     features: Array, mask: Array | None = None, *, threshold: float = 6.0
-) -> PictureSums:
-    """Count the pictures in which each axis sticks out, as `outlier_features` defines it.
+) -> ImageSums:
+    """Count the images in which each axis sticks out, as `outlier_features` defines it.
 
     Args:
         features: (batch, d).
@@ -101,10 +101,10 @@ def outlier_sums(
             f"threshold is {threshold}, expected a positive number below {limit:.2f}, "
             f"the most that one of {z.shape[1]} entries can stick out"
         )
-    return sum_pictures(jnp.abs(z) > threshold, varies, mask)
+    return sum_images(jnp.abs(z) > threshold, varies, mask)
 
 
-def outlier_axes(sums: PictureSums, share: float = 0.5) -> OutlierFeatures:
+def outlier_axes(sums: ImageSums, share: float = 0.5) -> OutlierFeatures:
     """The outlier axes by the counts of `outlier_sums`; see `outlier_features`."""
     if not 0 < share <= 1:
         raise ValueError(f"share is {share}, expected a number above 0, at most 1")
@@ -115,21 +115,21 @@ def outlier_axes(sums: PictureSums, share: float = 0.5) -> OutlierFeatures:
 def outlier_features(
     features: Array, threshold: float = 6.0, share: float = 0.5
 ) -> OutlierFeatures:
-    """Find the axes whose entries stick out of most pictures' features.
+    """Find the axes whose entries stick out of most images' features.
 
-    An axis sticks out of a picture's features if its entry lies more than `threshold` standard
-    deviations from the mean, both over the picture's own d entries.
+    An axis sticks out of an image's features if its entry lies more than `threshold` standard
+    deviations from the mean, both over the image's own d entries.
 
     Args:
-        features: (pictures, d), normalised or not.
+        features: (images, d), normalised or not.
         threshold: k axes that stick out equally far reach √(d/k) standard deviations at most.
-        share: of the pictures, in which an axis has to stick out.
+        share: of the images, in which an axis has to stick out.
 
     Returns:
         The axes, and each axis's share.
 
     Raises:
-        ValueError: if a picture's features are constant or not finite, or an option makes no sense.
+        ValueError: if an image's features are constant or not finite, or an option makes no sense.
 
     References:
         Interpreting CLIP, https://arxiv.org/abs/2310.13040

@@ -1,4 +1,4 @@
-"""How similar two models' features of the same pictures are."""
+"""How similar two models' features of the same images are."""
 
 from typing import NamedTuple, Self
 
@@ -12,10 +12,10 @@ Array = jax.Array
 
 
 class CrossMoments(NamedTuple):
-    """Means of two models' features and the products of their deviations, summed over pictures.
+    """Means of two models' features and the products of their deviations, summed over images.
 
     Attributes:
-        count: () number of pictures.
+        count: () number of images.
         mean_x: (d1,).
         mean_y: (d2,).
         xx: (d1, d1).
@@ -31,7 +31,7 @@ class CrossMoments(NamedTuple):
     yy: Array
 
     def merge(self, other: Self) -> Self:
-        """The moments of both sets of pictures, as if they had been one; either may be empty."""
+        """The moments of both sets of images, as if they had been one; either may be empty."""
         count = self.count + other.count
         share = other.count / jnp.maximum(count, 1)
         x, y = other.mean_x - self.mean_x, other.mean_y - self.mean_y
@@ -46,14 +46,14 @@ class CrossMoments(NamedTuple):
         )
 
     def cka(self) -> float:
-        """`linear_cka` of the pictures; raises as it does."""
+        """`linear_cka` of the images; raises as it does."""
         if self.count < 2:
-            raise ValueError(f"similarity over {int(self.count)} pictures, expected at least two")
+            raise ValueError(f"similarity over {int(self.count)} images, expected at least two")
         xx, xy, yy = (np.linalg.norm(np.asarray(m, np.float64)) for m in self[3:])
         if not np.isfinite(xx + xy + yy):
             raise ValueError("features have entries that are not finite")
         if not xx * yy:
-            raise ValueError("a model's features are the same for all pictures")
+            raise ValueError("a model's features are the same for all images")
         return float(xy**2 / (xx * yy))
 
 
@@ -63,7 +63,7 @@ def cross_moments(x: Array, y: Array, mask: Array | None = None) -> CrossMoments
 
     Args:
         x: (batch, d1), one model's features.
-        y: (batch, d2), another's of the same pictures.
+        y: (batch, d2), another's of the same images.
         mask: (batch,) bool, false for padding; None for none.
 
     Returns:
@@ -89,19 +89,19 @@ def linear_cka(x: Array, y: Array) -> float:
     """Linear centred kernel alignment of two models' features.
 
     Args:
-        x: (pictures, d1), one model's features.
-        y: (pictures, d2), another's of the same pictures.
+        x: (images, d1), one model's features.
+        y: (images, d2), another's of the same images.
 
     Returns:
         A number in [0, 1]; 1 where one is a rotation and scaling of the other.
 
     Raises:
-        ValueError: if the numbers of pictures differ or are below two, or features are the same for
-            all pictures or not finite.
+        ValueError: if the numbers of images differ or are below two, or features are the same for
+            all images or not finite.
 
     References:
         Kornblith et al. 2019, https://arxiv.org/abs/1905.00414
     """
     if len(x) != len(y):
-        raise ValueError(f"features of {len(x)} and of {len(y)} pictures do not match")
+        raise ValueError(f"features of {len(x)} and of {len(y)} images do not match")
     return cross_moments(x, y).cka()

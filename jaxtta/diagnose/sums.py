@@ -1,6 +1,6 @@
-"""Means over pictures that arrive in batches, the same for any division into batches.
+"""Means over images that arrive in batches, the same for any division into batches.
 
-sums = functools.reduce(PictureSums.merge, (kurtosis_sums(features) for features in batches))
+sums = functools.reduce(ImageSums.merge, (kurtosis_sums(features) for features in batches))
 sums.mean()
 """
 
@@ -12,11 +12,11 @@ import jax.numpy as jnp
 Array = jax.Array
 
 
-class PictureSums(NamedTuple):
-    """A quantity of each picture, summed over pictures.
+class ImageSums(NamedTuple):
+    """A quantity of each image, summed over images.
 
     Attributes:
-        count: () number of pictures.
+        count: () number of images.
         total: (…), the sum over those for which the quantity is defined.
         undefined: () number of the others.
     """
@@ -26,24 +26,24 @@ class PictureSums(NamedTuple):
     undefined: Array
 
     def merge(self, other: Self) -> Self:
-        """The sums over both sets of pictures."""
+        """The sums over both sets of images."""
         return type(self)(*(a + b for a, b in zip(self, other, strict=True)))
 
     def mean(self, fault: str = "features or labels that give no value") -> Array:
-        """The mean (…); raises a ValueError without pictures, or where one is undefined."""
+        """The mean (…); raises a ValueError without images, or where one is undefined."""
         if not self.count:
-            raise ValueError("a mean over no pictures")
+            raise ValueError("a mean over no images")
         if self.undefined:
-            raise ValueError(f"{self.undefined} of {self.count} pictures have {fault}")
+            raise ValueError(f"{self.undefined} of {self.count} images have {fault}")
         return self.total / self.count
 
 
-def sum_pictures(values: Array, defined: Array, mask: Array | None) -> PictureSums:
+def sum_images(values: Array, defined: Array, mask: Array | None) -> ImageSums:
     """Sum a quantity over one batch.
 
     Args:
         values: (batch, …).
-        defined: (batch,) bool, whether the picture has a value.
+        defined: (batch,) bool, whether the image has a value.
         mask: (batch,) bool, false for padding; None for none.
 
     Returns:
@@ -51,13 +51,13 @@ def sum_pictures(values: Array, defined: Array, mask: Array | None) -> PictureSu
     """
     mask = jnp.ones(len(values), bool) if mask is None else jnp.asarray(mask, bool)
     rows = (mask & defined).reshape(-1, *(1,) * (values.ndim - 1))
-    return PictureSums(mask.sum(), jnp.where(rows, values, 0).sum(0), (mask & ~defined).sum())
+    return ImageSums(mask.sum(), jnp.where(rows, values, 0).sum(0), (mask & ~defined).sum())
 
 
 def as_features(features: Array, entries: int | None = None) -> Array:
-    """Features (pictures, d) in at least float32; raises a ValueError for other shapes."""
+    """Features (images, d) in at least float32; raises a ValueError for other shapes."""
     features = jnp.asarray(features)
     if features.ndim != 2 or entries not in (None, features.shape[1]):
-        expected = f"(pictures, {entries or 'd'})"
+        expected = f"(images, {entries or 'd'})"
         raise ValueError(f"features have shape {features.shape}, expected {expected}")
     return features.astype(jnp.promote_types(features.dtype, jnp.float32))

@@ -30,21 +30,21 @@ def check_rates(**rates: Sequence[float | None]) -> None:
 
 
 def severity_of(layout: str, root: str, asked: int | None = None) -> int:
-    """The severity asked for, or what suits the pictures.
+    """The severity asked for, or what suits the images.
 
     Args:
         layout: how they lie there; arrays have one of their own, 0.
         root: where; the corruptions are strong for the embedded ones' size.
-        asked: 1 to 5; None for 5, or 1 on the embedded pictures.
+        asked: 1 to 5; None for 5, or 1 on the embedded images.
 
     Returns:
-        The severity of the pictures' domains.
+        The severity of the images' domains.
     """
     if layout == "arrays":
         return 0
     if asked is not None:
         return asked
-    return 1 if root == str(assets.PICTURES) else 5
+    return 1 if root == str(assets.IMAGES) else 5
 
 
 def _option(name: str) -> str:

@@ -17,7 +17,7 @@ class Choice(NamedTuple):
     Attributes:
         rate: the chosen one.
         accuracies: mean top-1 accuracy by rate, in [0, 1].
-        chosen_on: the corruptions, and how many pictures of each.
+        chosen_on: the corruptions, and how many images of each.
     """
 
     rate: float
@@ -36,8 +36,8 @@ def choose_learning_rate(
 ) -> Choice:
     """Take the rate with the highest mean accuracy on the four validation corruptions.
 
-    The labels of these pictures are used. Where they are the pictures that are tested too, the
-    choice is blind to the test corruptions but not to the pictures.
+    The labels of these images are used. Where they are the images that are tested too, the
+    choice is blind to the test corruptions but not to the images.
 
     Args:
         name: of the adapter, for the files and the progress bar.
@@ -63,9 +63,9 @@ def choose_learning_rate(
     for cell in run(adapters, params, batches, results, **options):
         top1[cell["adapter"]] += [segment["top1"] for segment in cell["segments"]]
     accuracies = {rate: float(np.mean(top1[label])) for label, rate in names.items()}
-    pictures = len(np.unique(batches.streams[0].items[:, 1]))
+    images = len(np.unique(batches.streams[0].items[:, 1]))
     return Choice(
         max(accuracies, key=accuracies.__getitem__),
         accuracies,
-        f"{', '.join(sorted(shown))}; {pictures} pictures each",
+        f"{', '.join(sorted(shown))}; {images} images each",
     )

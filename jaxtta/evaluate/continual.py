@@ -49,30 +49,30 @@ class Course:
     warmup: int | None = None
     """How many of them the learning rate rises (published: 100). Default: a tenth."""
     batch_size: int = 64
-    """Pictures a step."""
+    """Images a step."""
     learning_rate: float = 5e-5
     """The highest of AdamW (published: 1e-5 to 5e-5 on CLIP)."""
     rho: float = 0.15
     """Share of the singular values' sum that the projection gives up."""
-    gram_pictures: int | None = None
-    """Training pictures a task that its Gram matrices are gathered from. Default: all, as
+    gram_images: int | None = None
+    """Training images a task that its Gram matrices are gathered from. Default: all, as
     published."""
     first_task: Literal["same", "all"] = "same"
     """What the first task trains: the same kernels as the others, or all but the logit scale, as in
     the published code. Whether it is projected is --task-zero's business."""
     task_zero: bool = True
-    """Protect the reference pictures' inputs from the first task on. As published, the first task
+    """Protect the reference images' inputs from the first task on. As published, the first task
     is not projected: --no-task-zero."""
-    reference_pictures: int = 1000
+    reference_images: int = 1000
     """How many of the reference."""
     reference_batch: int = 64
     """Pairs a step."""
     wise_share: float = 0.5
     """Share of the fine-tuned weights in wise-ft's average."""
     limit: int | None = None
-    """Use only so many test pictures of each task."""
+    """Use only so many test images of each task."""
     workers: int = 1
-    """Processes that decode pictures; 0 does it in this one."""
+    """Processes that decode images; 0 does it in this one."""
 
     @property
     def schedule(self) -> "Schedule":
@@ -96,9 +96,9 @@ def check_course(course: Course) -> None:
         iterations=(course.iterations, 1),
         warmup=(course.warmup, 0),
         batch_size=(course.batch_size, 1),
-        reference_pictures=(course.reference_pictures, 2),
+        reference_images=(course.reference_images, 2),
         reference_batch=(course.reference_batch, 2),
-        gram_pictures=(course.gram_pictures, 1),
+        gram_images=(course.gram_images, 1),
         limit=(course.limit, 1),
         workers=(course.workers, 0),
     )
@@ -150,13 +150,13 @@ def teach(
     return [found for name in methods for found in results if found["method"] == name], failed
 
 
-# --- pictures ---
+# --- images ---
 
 
 def read(
     source: data.Source, numbers: np.ndarray, size: int, workers: int, doing: str
 ) -> Iterator[data.StreamBatch]:
-    """Batches of clean pictures, in this order; what can be is kept in memory."""
+    """Batches of clean images, in this order; what can be is kept in memory."""
     if isinstance(source, InMemory):
         missing = source.missing(numbers)
         if len(missing):
@@ -169,7 +169,7 @@ def read(
 def stream(
     source: data.Source, numbers: np.ndarray, size: int, workers: int, doing: str
 ) -> Iterator[data.StreamBatch]:
-    """Batches of clean pictures, in this order."""
+    """Batches of clean images, in this order."""
     one = data.stream_of("clean", [data.Domain(data.CLEAN)], numbers, 0)
     batches = data.Batches(source, (one,), size)
     reader = data.read_ahead(batches, workers)
@@ -178,7 +178,7 @@ def stream(
 
 @functools.partial(jax.jit, static_argnums=0)
 def encode(model: models.CLIP, params: Params, images: jax.Array) -> jax.Array:
-    """Embeddings of pictures, of unit norm."""
+    """Embeddings of images, of unit norm."""
     return models.unit(model.encode_image(params, model.normalize(images)))
 
 
@@ -203,7 +203,7 @@ def step(
     examples: Examples,
     pairs: Pairs | None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One step of training, on a crop of each picture."""
+    """One step of training, on a crop of each image."""
     # The projectors are arguments, lest the program holds them as constants.
     optimizer = continual.task_optimizer(method, projectors, *schedule)
     examples = examples._replace(images=crop(key, examples.images))
@@ -212,7 +212,7 @@ def step(
 
 @jax.jit
 def crop(key: jax.Array, images: jax.Array) -> jax.Array:
-    """The training augmentation: a random crop of most of each picture; float in [0, 1]."""
+    """The training augmentation: a random crop of most of each image; float in [0, 1]."""
     side = images.shape[1]
     images = images.astype(jnp.float32) / 255
 
@@ -245,7 +245,7 @@ class Bench:
             params: its parameters as it begins.
             tasks: to teach, in this order.
             kept: what is measured without being taught.
-            reference: pictures, as its `test`, that stand for what is to be kept.
+            reference: images, as its `test`, that stand for what is to be kept.
             output: folder for the results.
             notes: what else to write with them.
 
@@ -266,13 +266,13 @@ class Bench:
         self.embeddings = [(params["text_model"], {}), (None, {})]
 
     def draw(self, seed: int) -> np.ndarray:
-        """Numbers of a seed's reference pictures; a ValueError if they are of one class."""
+        """Numbers of a seed's reference images; a ValueError if they are of one class."""
         labels = self.reference.test.labels
         numbers = np.random.default_rng(seed).permutation(len(labels))
-        numbers = numbers[: self.course.reference_pictures]
+        numbers = numbers[: self.course.reference_images]
         if len(np.unique(labels[numbers])) < 2:
             raise ValueError(
-                f"the {len(numbers)} --reference-pictures of seed {seed} are of one class, "
+                f"the {len(numbers)} --reference-images of seed {seed} are of one class, "
                 "expected two or more; take more of them"
             )
         return numbers
@@ -295,7 +295,7 @@ class Bench:
     def gather(
         self, params: Params, source: data.Source, numbers: np.ndarray, key: jax.Array, doing: str
     ) -> continual.Grams:
-        """Gram matrices of pictures, with the training augmentation."""
+        """Gram matrices of images, with the training augmentation."""
 
         def batches() -> Iterator[data.StreamBatch]:
             reader = read(source, numbers, GRAM_BATCH, self.course.workers, doing)
@@ -330,16 +330,16 @@ class Bench:
 
 
 def alignment(images: np.ndarray, texts: np.ndarray, labels: np.ndarray) -> Row:
-    """How pictures and captions lie to each other.
+    """How images and captions lie to each other.
 
     Args:
-        images: (pictures, projection), of unit norm.
-        texts: (pictures, projection), of unit norm, the same for the same label.
-        labels: (pictures,) integers.
+        images: (images, projection), of unit norm.
+        texts: (images, projection), of unit norm, the same for the same label.
+        labels: (images,) integers.
 
     Returns:
-        The modality gap, and the share of pictures and of different captions whose nearest caption
-        or picture fits.
+        The modality gap, and the share of images and of different captions whose nearest caption
+        or image fits.
     """
     _, first, place = np.unique(labels, return_index=True, return_inverse=True)
     similarities, matches = images @ texts[first].T, place[:, None] == np.arange(len(first))
@@ -355,7 +355,7 @@ class Start:
     """Where all methods of one seed begin; each part is computed once, when it is first needed."""
 
     def __init__(self, bench: Bench, seed: int) -> None:
-        """Draw the reference pictures."""
+        """Draw the reference images."""
         self.bench, self.seed, self.numbers = bench, seed, bench.draw(seed)
 
     @functools.cached_property
@@ -386,7 +386,7 @@ class Start:
 
     @functools.cached_property
     def grams(self) -> continual.Grams:
-        """Gram matrices of the reference pictures, task zero."""
+        """Gram matrices of the reference images, task zero."""
         key = jax.random.fold_in(jax.random.key(self.seed), 999)
         doing = f"seed {self.seed}: Gram matrices of the reference"
         bench = self.bench
@@ -419,14 +419,14 @@ class Trainer:
         bench, course = self.bench, self.course
         used = ["iterations", "warmup", "batch_size", "learning_rate", "first_task", "limit"]
         if self.projects:
-            used += ["rho", "gram_pictures", "task_zero"]
+            used += ["rho", "gram_images", "task_zero"]
         if self.method.uses_pairs:
             used.append("reference_batch")
         if self.name == TRAINED_AS[WISE]:
             used.append("wise_share")  # its figures are found on the way
         found = {"method": self.name, "seed": self.seed, "weights": bench.weights}
         if self.method.uses_pairs or (self.projects and course.task_zero) or not bench.kept:
-            used.append("reference_pictures")
+            used.append("reference_images")
             found["reference"] = fingerprint(bench.reference)
         found["tasks"] = [fingerprint(task) for task in bench.tasks]
         found["kept"] = [fingerprint(task) for task in bench.kept]
@@ -516,7 +516,7 @@ class Trainer:
         if not self.projects:
             return {}
         rng = np.random.default_rng([self.seed, number, 1])
-        numbers = rng.permutation(len(task.train.labels))[: self.course.gram_pictures]
+        numbers = rng.permutation(len(task.train.labels))[: self.course.gram_images]
         key = jax.random.fold_in(jax.random.key(self.seed), 1000 + number)
         doing = f"{self.name} seed {self.seed}: Gram matrices of {task.name}"
         found = self.bench.gather(params, task.train, numbers, key, doing)
@@ -558,7 +558,7 @@ def fingerprint(task: TaskData) -> str:
     for source in (task.train, task.test):
         if source is not None:
             names = digest_of(list(source.class_names))[:8]
-            parts.append(f"{fingerprints(source, {})['pictures']}, names {names}")
+            parts.append(f"{fingerprints(source, {})['images']}, names {names}")
     return "; ".join(parts)
 
 
@@ -570,9 +570,9 @@ def shuffled(rng: np.random.Generator, count: int, wanted: int) -> np.ndarray:
 def usable(
     batch: data.StreamBatch, rng: np.random.Generator, doing: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A batch whose unreadable pictures are replaced by others of it."""
+    """A batch whose unreadable images are replaced by others of it."""
     good = np.flatnonzero(batch.mask)
     if not len(good):
-        raise ValueError(f"{doing}: none of a batch's pictures could be read")
+        raise ValueError(f"{doing}: none of a batch's images could be read")
     rows = np.where(batch.mask, np.arange(len(batch.mask)), rng.choice(good, len(batch.mask)))
     return batch.images[rows], batch.labels[rows]

@@ -31,7 +31,7 @@ class MGTTA:
 
     Attributes:
         phi: weights of the generator, from pretrain_mgg.py.
-        statistics: of clean pictures' features under the model, from pretrain_mgg.py too.
+        statistics: of clean images' features under the model, from pretrain_mgg.py too.
         weight: of the discrepancy.
         tower: image, or both to adapt the texts too.
     """
@@ -178,7 +178,7 @@ def own_settings(
     """What decides one adapter's figures alone, for its cells."""
     if is_tnt(name):
         settings = dataclasses.asdict(tuning_of(name, setup.tnt)) | {"canvas": canvas}
-        return {"tnt": {k: v for k, v in settings.items() if k not in ("chunk", "pictures")}}
+        return {"tnt": {k: v for k, v in settings.items() if k not in ("chunk", "images_per_map")}}
     rate = rate_in(name) or rate
     own: dict[str, Any] = {} if rate is None else {"learning_rate": rate}
     if name.startswith("mgtta"):

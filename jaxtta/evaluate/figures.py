@@ -27,9 +27,9 @@ class Features(NamedTuple):
     """A model's features of one set.
 
     Attributes:
-        rows: (pictures, d) float32, of unit norm.
-        labels: (pictures,) integers; -1 where there is none.
-        lost: names of pictures that could not be read.
+        rows: (images, d) float32, of unit norm.
+        labels: (images,) integers; -1 where there is none.
+        lost: names of images that could not be read.
     """
 
     rows: np.ndarray
@@ -47,7 +47,7 @@ def concerning(what: object) -> Iterator[None]:
 
 
 def logits_of(features: np.ndarray, head: jax.Array) -> jax.Array:
-    """Cosines (pictures, classes)."""
+    """Cosines (images, classes)."""
     return jnp.matmul(features, head.T, precision="highest")
 
 
@@ -85,11 +85,11 @@ def base_figures(
         The figures, and the head's directions (r, d), the most important first.
 
     Raises:
-        ValueError: if all pictures are of one class, or features have no value.
+        ValueError: if all images are of one class, or features have no value.
     """
     rows, present = features.rows, np.unique(features.labels)
     if len(present) < 2:
-        raise ValueError(f"all pictures are of class {names[present[0]]}, expected two or more")
+        raise ValueError(f"all images are of class {names[present[0]]}, expected two or more")
     outliers = diagnose.outlier_features(rows, threshold)
     ranked = diagnose.privileged_directions(head, rows, outliers.axes)
     top = np.asarray(ranked.directions[0])
@@ -133,7 +133,7 @@ def set_figures(
     kurtosis = diagnose.activation_kurtosis(rows)
     right = np.asarray(metrics.top_k(logits_of(rows, head), labels))
     return {
-        "pictures": len(rows),
+        "images": len(rows),
         "lost": lost,
         "accuracy": float(right.mean()),
         "interval": interval_of(right),
@@ -169,7 +169,7 @@ def pair_figures(
         first: one model's name.
         second: another's.
         results: figures by model.
-        features: of the base set by model, (pictures, d).
+        features: of the base set by model, (images, d).
 
     Returns:
         The figures.
@@ -242,11 +242,11 @@ def read_points(path: Path) -> list[tuple[float, float]]:
 
 
 def space_figures(features: Features, logits: jax.Array, threshold: float = 6.0) -> Found:
-    """How pictures sit in a model's space, and what it predicts.
+    """How images sit in a model's space, and what it predicts.
 
     Args:
-        features: of the pictures.
-        logits: (pictures, classes).
+        features: of the images.
+        logits: (images, classes).
         threshold: of `outlier_features`.
 
     Returns:
@@ -255,7 +255,7 @@ def space_figures(features: Features, logits: jax.Array, threshold: float = 6.0)
     probabilities = np.asarray(jax.nn.softmax(logits))
     outliers = diagnose.outlier_features(features.rows, threshold)
     return {
-        "pictures": len(features.rows),
+        "images": len(features.rows),
         "lost": features.lost,
         "kurtosis": diagnose.activation_kurtosis(features.rows),
         "outlier_axes": outliers.axes.tolist(),
@@ -269,11 +269,11 @@ def label_figures(features: Features, logits: jax.Array) -> Found:
     """What labels say of the predictions; nothing where there are none.
 
     Args:
-        features: of the pictures, some or all of them labelled.
-        logits: (pictures, classes).
+        features: of the images, some or all of them labelled.
+        logits: (images, classes).
 
     Returns:
-        The figures, of the pictures with labels.
+        The figures, of the images with labels.
     """
     known = features.labels >= 0
     if not known.any():
@@ -293,7 +293,7 @@ def label_figures(features: Features, logits: jax.Array) -> Found:
 
 
 def confused(logits: jax.Array, names: Sequence[str]) -> list[Found]:
-    """The pairs of classes between which predictions (pictures, classes) hesitate most."""
+    """The pairs of classes between which predictions (images, classes) hesitate most."""
     found = diagnose.confused_classes(jax.nn.softmax(logits))
     columns = (column[:SHOWN].tolist() for column in found)
     return [

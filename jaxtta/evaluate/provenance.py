@@ -15,10 +15,10 @@ PACKAGES = ("jaxtta", "jax", "jaxlib", "flax", "optax", "transformers", "numpy",
 
 
 def fingerprints(source: Source, params: Params) -> dict[str, Any]:
-    """What was found where options point: pictures by number and label, names, weights.
+    """What was found where options point: images by number and label, names, weights.
 
     Args:
-        source: the pictures.
+        source: the images.
         params: the weights.
 
     Returns:
@@ -29,7 +29,7 @@ def fingerprints(source: Source, params: Params) -> dict[str, Any]:
         weights.update(np.asarray(leaf).tobytes())
     labels = hashlib.blake2b(source.labels.tobytes(), digest_size=8).hexdigest()
     return {
-        "pictures": f"{len(source.labels)}, labels {labels}",
+        "images": f"{len(source.labels)}, labels {labels}",
         "class_names": source.class_names,
         "weights": weights.hexdigest(),
     }

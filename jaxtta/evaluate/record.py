@@ -1,4 +1,4 @@
-"""What an adapter did on a stream: a score for every picture, and the figures made of them."""
+"""What an adapter did on a stream: a score for every image, and the figures made of them."""
 
 import base64
 import dataclasses
@@ -18,7 +18,7 @@ CURVE_POINTS = 100
 
 
 class Scores(NamedTuple):
-    """What is kept of each picture's prediction, all (pictures,).
+    """What is kept of each image's prediction, all (images,).
 
     Attributes:
         top1: whether the label has the highest logit.
@@ -46,7 +46,7 @@ def score(logits: jax.Array, labels: jax.Array) -> Scores:
         labels: (batch,) integers.
 
     Returns:
-        One entry a picture.
+        One entry an image.
     """
     return Scores(
         metrics.top_k(logits, labels),
@@ -64,8 +64,8 @@ class Record:
 
     Attributes:
         stream: the stream.
-        scores: of all its pictures, in its order; zeros where it has not come yet.
-        seen: (pictures,) bool, whether the picture came and could be read.
+        scores: of all its images, in its order; zeros where it has not come yet.
+        seen: (images,) bool, whether the image came and could be read.
         skipped: (batches,) bool, whether the step left the state as it was.
         seconds: spent in steps.
     """
@@ -79,11 +79,11 @@ class Record:
     @classmethod
     def empty(cls, stream: Stream, batches: int) -> "Record":
         """A record of nothing yet."""
-        pictures = sum(map(len, stream.parts))
+        images = sum(map(len, stream.parts))
         kinds = Scores(bool, bool, np.float32, np.float32, np.float32, np.int32)
-        scores = Scores(*(np.zeros(pictures, kind) for kind in kinds))
+        scores = Scores(*(np.zeros(images, kind) for kind in kinds))
         return cls(
-            stream, scores, np.zeros(pictures, bool), np.zeros(batches, bool), np.zeros(batches)
+            stream, scores, np.zeros(images, bool), np.zeros(batches, bool), np.zeros(batches)
         )
 
     def add(self, number: int, batch: StreamBatch, prediction: Prediction, seconds: float) -> None:
@@ -102,31 +102,31 @@ class Record:
 
     def figures(self) -> Figures:
         """All figures of the stream: its segments', and those of the stream as a whole."""
-        pictures, seconds = int(self.seen.sum()), float(self.seconds.sum())
+        images, seconds = int(self.seen.sum()), float(self.seconds.sum())
         items = self.stream.items
         return {
             "segments": [self._segment(n, items) for n in range(len(self.stream.segments))],
             "running": self._running(),
             "skipped_steps": np.flatnonzero(self.skipped).tolist(),
-            "pictures": pictures,
-            "pictures_per_second": round(pictures / seconds, 2) if seconds else None,
+            "images": images,
+            "images_per_second": round(images / seconds, 2) if seconds else None,
         }
 
     def _segment(self, number: int, items: np.ndarray) -> Figures:
-        segments, pictures = items.T
+        segments, images = items.T
         chosen = np.flatnonzero(segments == number)
-        # By picture, whatever the order of the stream, so that rows of different streams pair up.
-        chosen = chosen[np.argsort(pictures[chosen])]
+        # By image, whatever the order of the stream, so that rows of different streams pair up.
+        chosen = chosen[np.argsort(images[chosen])]
         seen = self.seen[chosen]
         scores = Scores(*(x[chosen][seen] for x in self.scores))
-        finite = np.isfinite(scores.nll)  # a picture whose logits are NaN counts as wrong
+        finite = np.isfinite(scores.nll)  # an image whose logits are NaN counts as wrong
         kept = Scores(*(x[finite] for x in scores))
         bins = metrics.reliability(kept.confidence, kept.top1)
         domain = self.stream.segments[number]
         return {
             "corruption": domain.corruption,
             "severity": domain.severity,
-            "pictures": len(finite),
+            "images": len(finite),
             **{name: _mean(getattr(scores, name)) for name in ("top1", "top5")},
             **{name: _mean(getattr(kept, name)) for name in ("nll", "brier")},
             "ece": float(metrics.calibration_gap(bins)) if finite.any() else None,
@@ -134,20 +134,20 @@ class Record:
             "gain": None,
             "without_prediction": int((~finite).sum()),
             "reliability": {k: np.asarray(v).tolist() for k, v in bins._asdict().items()},
-            **_flags(pictures[chosen], seen, self.scores.top1[chosen]),
+            **_flags(images[chosen], seen, self.scores.top1[chosen]),
         }
 
     def _running(self) -> list[tuple[int, float]]:
-        """Pictures seen and accuracy so far, at some hundred points along the stream."""
+        """Images seen and accuracy so far, at some hundred points along the stream."""
         right = np.cumsum(self.scores.top1 & self.seen)
         count = np.cumsum(self.seen)
         points = np.unique(np.linspace(0, len(count) - 1, CURVE_POINTS).round().astype(int))
         return [(int(count[p]), float(right[p] / count[p])) for p in points if count[p]]
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """One entry a picture in the stream's order, to save."""
-        segments, pictures = self.stream.items.T
-        return {"segment": segments, "picture": pictures, "seen": self.seen} | self.scores._asdict()
+        """One entry an image in the stream's order, to save."""
+        segments, images = self.stream.items.T
+        return {"segment": segments, "image": images, "seen": self.seen} | self.scores._asdict()
 
 
 def _mean(values: np.ndarray) -> float | None:
@@ -166,10 +166,10 @@ def _intervals(scores: Scores, kept: Scores) -> dict[str, tuple[float, float] | 
     return intervals
 
 
-def _flags(pictures: np.ndarray, seen: np.ndarray, right: np.ndarray) -> Figures:
-    """Which of the source's pictures were seen and answered rightly, a bit each."""
-    flags = np.zeros((2, pictures.max() + 1), bool)
-    flags[:, pictures] = seen, seen & right
+def _flags(images: np.ndarray, seen: np.ndarray, right: np.ndarray) -> Figures:
+    """Which of the source's images were seen and answered rightly, a bit each."""
+    flags = np.zeros((2, images.max() + 1), bool)
+    flags[:, images] = seen, seen & right
     return {
         "bits": flags.shape[1],
         "seen": base64.b64encode(np.packbits(flags[0])).decode(),
@@ -177,21 +177,21 @@ def _flags(pictures: np.ndarray, seen: np.ndarray, right: np.ndarray) -> Figures
     }
 
 
-def outcomes(segment: Figures, pictures: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Read which pictures of a segment were seen, and which answered rightly.
+def outcomes(segment: Figures, images: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Read which images of a segment were seen, and which answered rightly.
 
     Args:
         segment: one of a cell's segments.
-        pictures: length to fill up to.
+        images: length to fill up to.
 
     Returns:
-        Two bool arrays by the picture's number in the source.
+        Two bool arrays by the image's number in the source.
     """
 
     def flags(name: str) -> np.ndarray:
         bits = np.frombuffer(base64.b64decode(segment[name]), np.uint8)
         bits = np.unpackbits(bits, count=segment["bits"]).astype(bool)
-        return np.pad(bits, (0, max(pictures - len(bits), 0)))
+        return np.pad(bits, (0, max(images - len(bits), 0)))
 
     return flags("seen"), flags("correct")
 
@@ -199,14 +199,14 @@ def outcomes(segment: Figures, pictures: int = 0) -> tuple[np.ndarray, np.ndarra
 def paired(
     segments: Sequence[Figures], baseline: Sequence[Figures]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Line up what an adapter and the baseline made of the same pictures.
+    """Line up what an adapter and the baseline made of the same images.
 
     Args:
         segments: the adapter's.
         baseline: the baseline's, of the same domains in the same order.
 
     Returns:
-        How often each was right, and how often both saw the picture, (pictures, 2) each: the
+        How often each was right, and how often both saw the image, (images, 2) each: the
         adapter's and the baseline's.
     """
     size = max(segment["bits"] for segment in (*segments, *baseline))
@@ -222,15 +222,15 @@ def paired(
 def gain(
     segments: Sequence[Figures], baseline: Sequence[Figures], independent: bool = False
 ) -> Figures | None:
-    """What an adapter gains in top-1 accuracy over the baseline on the pictures that both saw.
+    """What an adapter gains in top-1 accuracy over the baseline on the images that both saw.
 
     Args:
-        segments: the adapter's; several are averaged, each picture drawn with all its domains.
+        segments: the adapter's; several are averaged, each image drawn with all its domains.
         baseline: the baseline's, of the same domains in the same order.
-        independent: the domains are datasets, with pictures of their own: each is drawn apart.
+        independent: the domains are datasets, with images of their own: each is drawn apart.
 
     Returns:
-        The gain in [-1, 1] and its interval; None if no picture was seen by both.
+        The gain in [-1, 1] and its interval; None if no image was seen by both.
     """
     groups: dict[str, list[tuple[Figures, Figures]]] = {}
     for pair in zip(segments, baseline, strict=True):

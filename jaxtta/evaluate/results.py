@@ -2,7 +2,7 @@
 
 settings.json                    what decides the figures; another run must agree with it
 cells/batclip--fog-5--seed1.json one adapter on one stream with one seed
-predictions/….npz                the same cell picture by picture, where asked for
+predictions/….npz                the same cell image by image, where asked for
 checkpoints/                     where a stream stands that is not finished
 """
 
@@ -125,7 +125,7 @@ class Results:
 
         Args:
             cell: with `adapter`, `stream` and `seed`.
-            arrays: one entry a picture, for the `.npz`.
+            arrays: one entry an image, for the `.npz`.
 
         Returns:
             The cell as it was written.

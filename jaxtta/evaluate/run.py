@@ -52,7 +52,7 @@ def run(
     """Run every adapter over every stream, save each cell when its stream is done.
 
     Cells that the folder holds already are not computed again. Adapters step in lockstep, so that
-    each picture is read once.
+    each image is read once.
 
     Args:
         adapters: by name.
@@ -64,14 +64,14 @@ def run(
         workers: processes that read ahead.
         worker: this machine's number and how many share the streams.
         checkpoint_every: batches between two checkpoints inside a stream.
-        save_predictions: keep an `.npz` of each cell, picture by picture.
+        save_predictions: keep an `.npz` of each cell, image by image.
         progress: show a progress bar.
 
     Returns:
         The cells of this worker's streams, stream by stream in the adapters' order.
 
     Raises:
-        ValueError: if the folder holds another sweep, no picture of a stream can be read, or
+        ValueError: if the folder holds another sweep, no image of a stream can be read, or
             originals are needed and not there.
         OSError: if the folder cannot be written; what was finished is saved.
     """
@@ -196,12 +196,12 @@ def _cells(job: _Job, batches: Batches, baseline: Cell | None, setting: str) -> 
     }
     record = next(iter(job.records.values()))
     if not record.seen.any():
-        segment, picture = job.stream.items[0]
-        first = batches.source.name(job.stream.segments[segment], int(picture))
-        raise ValueError(f"none of the pictures could be read, the first is {first}")
+        segment, image = job.stream.items[0]
+        first = batches.source.name(job.stream.segments[segment], int(image))
+        raise ValueError(f"none of the images could be read, the first is {first}")
     unreadable: list[list[str]] = [[] for _ in job.stream.segments]
-    for segment, picture in job.stream.items[~record.seen].tolist():
-        unreadable[segment].append(batches.source.name(job.stream.segments[segment], picture))
+    for segment, image in job.stream.items[~record.seen].tolist():
+        unreadable[segment].append(batches.source.name(job.stream.segments[segment], image))
     baseline = cells.get(BASELINE, baseline)
     for name, cell in cells.items():
         for number, segment in enumerate(cell["segments"]):

@@ -38,7 +38,7 @@ class ImageClassifier:
     Attributes:
         vision: the tower.
         class_names: names of the classes.
-        preprocessing: what the checkpoint wants done to pictures.
+        preprocessing: what the checkpoint wants done to images.
     """
 
     vision: VisionTransformer
@@ -58,19 +58,19 @@ class ImageClassifier:
         return {"vision_model": tower["params"], "classifier": head}
 
     def normalize(self, images: Array) -> Array:
-        """Normalise pictures (batch, height, width, 3), uint8 or float in [0, 1]."""
+        """Normalise images (batch, height, width, 3), uint8 or float in [0, 1]."""
         return normalize(self.preprocessing, images)
 
-    def preprocess(self, pictures: list[Image.Image]) -> np.ndarray:
-        """Bring PIL pictures to the model's resolution, (batch, height, width, 3) uint8."""
-        return np.stack([self.preprocessing(picture) for picture in pictures])
+    def preprocess(self, images: list[Image.Image]) -> np.ndarray:
+        """Bring PIL images to the model's resolution, (batch, height, width, 3) uint8."""
+        return np.stack([self.preprocessing(image) for image in images])
 
     def image_features(self, params: Params, pixels: Array) -> VisionOutput:
         """Encode normalised pixels (batch, height, width, 3) and keep what the layers said."""
         return self.vision.apply({"params": params["vision_model"]}, pixels)
 
     def forward(self, params: Params, classes: None, images: Array) -> Outputs:
-        """Classify pictures: the forward function that objectives see.
+        """Classify images: the forward function that objectives see.
 
         Args:
             params: the parameter tree.

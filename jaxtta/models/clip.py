@@ -20,7 +20,7 @@ Params = dict
 
 
 class ImageFeatures(NamedTuple):
-    """What one pass over pictures gives.
+    """What one pass over images gives.
 
     Attributes:
         embeddings: (batch, projection), unnormalised.
@@ -64,7 +64,7 @@ class CLIP:
         text: the text tower.
         projection: size of the shared embedding.
         eos_token_id: as in transformers' config (2 stands for "the highest id in the prompt").
-        preprocessing: what the checkpoint wants done to pictures.
+        preprocessing: what the checkpoint wants done to images.
         source: folder that holds the checkpoint's tokenizer; None for a model made from a config.
     """
 
@@ -118,11 +118,11 @@ class CLIP:
 
     @property
     def batch_statistics(self) -> bool:
-        """Whether a picture's prediction depends on the others of its batch."""
+        """Whether an image's prediction depends on the others of its batch."""
         return isinstance(self.vision, ResNet) and self.vision.batch_statistics
 
     def normalize(self, images: Array) -> Array:
-        """Normalise pictures as the checkpoint was trained.
+        """Normalise images as the checkpoint was trained.
 
         Args:
             images: (batch, height, width, 3), uint8, or float in [0, 1] (neither clipped nor
@@ -136,16 +136,16 @@ class CLIP:
         """
         return normalize(self.preprocessing, images)
 
-    def preprocess(self, pictures: list[Image.Image]) -> np.ndarray:
-        """Bring PIL pictures to the model's resolution.
+    def preprocess(self, images: list[Image.Image]) -> np.ndarray:
+        """Bring PIL images to the model's resolution.
 
         Args:
-            pictures: of any mode and size.
+            images: of any mode and size.
 
         Returns:
             (batch, height, width, 3) uint8.
         """
-        return np.stack([self.preprocessing(picture) for picture in pictures])
+        return np.stack([self.preprocessing(image) for image in images])
 
     def image_features(
         self,
@@ -254,7 +254,7 @@ class CLIP:
     def forward(
         self, params: Params, classes: Array | Prompts, images: Array, mask: Array | None = None
     ) -> Outputs:
-        """Classify pictures: the forward function that objectives see.
+        """Classify images: the forward function that objectives see.
 
         Args:
             params: the parameter tree.
@@ -279,14 +279,14 @@ class CLIP:
 
 
 def normalize(preprocessing: Preprocessing, images: Array) -> Array:
-    """Normalise pictures; see `CLIP.normalize`."""
+    """Normalise images; see `CLIP.normalize`."""
     size = preprocessing.image_size
     if images.ndim != 4 or images.shape[1:] != (size, size, 3):
-        raise ValueError(f"pictures must have shape (batch, {size}, {size}, 3), not {images.shape}")
+        raise ValueError(f"images must have shape (batch, {size}, {size}, 3), not {images.shape}")
     if images.dtype == jnp.uint8:
         images = images.astype(jnp.float32) / 255
     elif not jnp.issubdtype(images.dtype, jnp.floating):
-        raise ValueError(f"pictures must be uint8 or float in [0, 1], not {images.dtype}")
+        raise ValueError(f"images must be uint8 or float in [0, 1], not {images.dtype}")
     images = images.astype(jnp.promote_types(images.dtype, jnp.float32))
     mean, std = (np.asarray(x, np.float32) for x in preprocessing[-2:])
     return (images - mean) / std

@@ -1,6 +1,6 @@
-"""Mean and standard deviation of a model's layer features over a stream of pictures.
+"""Mean and standard deviation of a model's layer features over a stream of images.
 
-statistics = feature_statistics(model, params, batches)     # clean pictures; a few dozen will do
+statistics = feature_statistics(model, params, batches)     # clean images; a few dozen will do
 save_statistics("source.safetensors", statistics)
 """
 
@@ -21,10 +21,10 @@ Array = jax.Array
 
 
 class FeatureStatistics(NamedTuple):
-    """Moments of the layer features of some pictures.
+    """Moments of the layer features of some images.
 
     Attributes:
-        count: () number of pictures.
+        count: () number of images.
         mean: (layers, width).
         squares: (layers, width), sum of the squared deviations from the mean.
     """
@@ -35,7 +35,7 @@ class FeatureStatistics(NamedTuple):
 
     @property
     def std(self) -> Array:
-        """Unbiased standard deviation (layers, width); needs two pictures."""
+        """Unbiased standard deviation (layers, width); needs two images."""
         return jnp.sqrt(self.squares / (self.count - 1))
 
 
@@ -59,10 +59,10 @@ def statistics_of(features: Array, mask: Array | None = None) -> FeatureStatisti
 
 
 def merge_statistics(first: FeatureStatistics, second: FeatureStatistics) -> FeatureStatistics:
-    """Moments of two sets of pictures together, as if they had been one.
+    """Moments of two sets of images together, as if they had been one.
 
     Args:
-        first: of some pictures; may be of none.
+        first: of some images; may be of none.
         second: of others.
 
     Returns:
@@ -85,19 +85,19 @@ def feature_shape(model: CLIP | ImageClassifier) -> tuple[int, int]:
 def feature_statistics(
     model: CLIP | ImageClassifier, params: Params, batches: Iterable[Any]
 ) -> FeatureStatistics:
-    """Gather the moments of the layer features over pictures.
+    """Gather the moments of the layer features over images.
 
     Args:
         model: the model.
         params: its parameters.
-        batches: pictures (batch, height, width, 3), uint8 or float in [0, 1]; or anything with
+        batches: images (batch, height, width, 3), uint8 or float in [0, 1]; or anything with
             `images` and `mask`, as a stream's batches. All of one shape compile once.
 
     Returns:
         The moments, the same for any division into batches.
 
     Raises:
-        ValueError: if there are fewer than two pictures, the features of one are not finite, or the
+        ValueError: if there are fewer than two images, the features of one are not finite, or the
             model is a ResNet.
     """
 
@@ -129,7 +129,7 @@ def _check(statistics: FeatureStatistics) -> None:
             "expected a number and twice (layers, width)"
         )
     if not count >= 2:
-        raise ValueError(f"source statistics of {count:g} pictures, expected at least two")
+        raise ValueError(f"source statistics of {count:g} images, expected at least two")
     if not (np.isfinite(mean).all() and np.isfinite(squares).all()):
         raise ValueError("source statistics that are not finite")
 
@@ -142,7 +142,7 @@ def save_statistics(
     Args:
         path: of the `.safetensors` file.
         statistics: what to save.
-        about: of which model and pictures, kept as JSON in the file's metadata.
+        about: of which model and images, kept as JSON in the file's metadata.
     """
     from safetensors.numpy import save_file
 
@@ -157,7 +157,7 @@ def load_statistics(path: str | Path) -> tuple[FeatureStatistics, dict[str, Any]
         path: of the file.
 
     Returns:
-        The moments, and of which model and pictures they are.
+        The moments, and of which model and images they are.
 
     Raises:
         FileNotFoundError: if there is no such file.

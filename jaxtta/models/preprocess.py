@@ -1,4 +1,4 @@
-"""From pictures to the model's input: resize, crop, RGB, as the checkpoint's settings say."""
+"""From images to the model's input: resize, crop, RGB, as the checkpoint's settings say."""
 
 import json
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 class Preprocessing(NamedTuple):
-    """How a checkpoint wants its pictures, as in its `preprocessor_config.json`.
+    """How a checkpoint wants its images, as in its `preprocessor_config.json`.
 
     Attributes:
         image_size: side of the model's input in pixels.
@@ -32,18 +32,18 @@ class Preprocessing(NamedTuple):
     std: tuple[float, ...] = CLIP_STD
 
     @staticmethod
-    def rgb(picture: Image.Image) -> Image.Image:
-        """Convert a picture of any mode to 8-bit RGB (transparency is dropped, not blended)."""
-        if picture.mode == "F" or picture.mode.startswith("I"):  # 16 bits; PIL would clip at 255
-            values = np.asarray(picture).astype(np.float32)
-            picture = Image.fromarray((values / 257).round().clip(0, 255).astype(np.uint8))
-        return picture if picture.mode == "RGB" else picture.convert("RGB")
+    def rgb(image: Image.Image) -> Image.Image:
+        """Convert an image of any mode to 8-bit RGB (transparency is dropped, not blended)."""
+        if image.mode == "F" or image.mode.startswith("I"):  # 16 bits; PIL would clip at 255
+            values = np.asarray(image).astype(np.float32)
+            image = Image.fromarray((values / 257).round().clip(0, 255).astype(np.uint8))
+        return image if image.mode == "RGB" else image.convert("RGB")
 
-    def __call__(self, picture: Image.Image) -> np.ndarray:
-        """Resize and crop one picture.
+    def __call__(self, image: Image.Image) -> np.ndarray:
+        """Resize and crop one image.
 
         Args:
-            picture: in any mode.
+            image: in any mode.
 
         Returns:
             (image_size, image_size, 3) uint8.
@@ -51,17 +51,15 @@ class Preprocessing(NamedTuple):
         Raises:
             ValueError: if the settings lead to another size than the model's.
         """
-        picture = self.rgb(picture)
+        image = self.rgb(image)
         if self.resize is not None:
-            picture = picture.resize(
-                _target_size(picture.size, self.resize), resample=self.resample
-            )
-        pixels = np.asarray(picture)
+            image = image.resize(_target_size(image.size, self.resize), resample=self.resample)
+        pixels = np.asarray(image)
         if self.crop is not None:
             pixels = _centre_crop(pixels, *self.crop)
         if pixels.shape[:2] != (self.image_size, self.image_size):
             raise ValueError(
-                f"the checkpoint's preprocessing gives a picture of {pixels.shape[0]}×"
+                f"the checkpoint's preprocessing gives an image of {pixels.shape[0]}×"
                 f"{pixels.shape[1]}, its model takes {self.image_size}×{self.image_size}"
             )
         return pixels
@@ -78,7 +76,7 @@ def _target_size(size: tuple[int, int], resize: int | tuple[int, int]) -> tuple[
 
 
 def _centre_crop(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Crop the middle, padding with black where the picture is smaller."""
+    """Crop the middle, padding with black where the image is smaller."""
     top, left = (pixels.shape[0] - height) // 2, (pixels.shape[1] - width) // 2
     if top >= 0 and left >= 0:
         return pixels[top : top + height, left : left + width]
@@ -107,7 +105,7 @@ def read_preprocessing(path: Path | None, image_size: int, crop: bool = True) ->
     Args:
         path: the file; None where the checkpoint has none, for CLIP's own settings.
         image_size: side of the model's input in pixels.
-        crop: whether pictures are cropped where the file does not say.
+        crop: whether images are cropped where the file does not say.
 
     Returns:
         The settings.
@@ -129,14 +127,13 @@ def read_preprocessing(path: Path | None, image_size: int, crop: bool = True) ->
             window = (window, window) if isinstance(window, int) else window
         factor = float(config.get("rescale_factor", 1 / 255))
         if not config.get("do_rescale", True) or abs(factor * 255 - 1) > 1e-3:
-            raise ValueError("only pictures scaled by 1/255 are supported")
+            raise ValueError("only images scaled by 1/255 are supported")
         final = window or resize
         if not isinstance(final, tuple):
-            raise ValueError("gives pictures of different sizes")
+            raise ValueError("gives images of different sizes")
         if final != (image_size, image_size):
             raise ValueError(
-                f"gives pictures of {final[0]}×{final[1]}, "
-                f"the model takes {image_size}×{image_size}"
+                f"gives images of {final[0]}×{final[1]}, the model takes {image_size}×{image_size}"
             )
         resample = int(Image.Resampling(config.get("resample", Image.Resampling.BICUBIC)))
         mean, std = (0.0,) * 3, (1.0,) * 3

@@ -10,7 +10,7 @@ not a hidden state: running statistics are never updated. They lie in the parame
 scales and biases, under names that `normalisation_parameters` does not choose, and no gradient
 reaches them.
 
-With a batch's own statistics a picture's prediction depends on its neighbours. Padding is none of
+With a batch's own statistics an image's prediction depends on its neighbours. Padding is none of
 them where the mask says so.
 """
 
@@ -26,7 +26,7 @@ from jaxtta.models.transformer import VisionOutput
 Array = jax.Array
 
 STRIDE = 32
-"""How many pixels of the picture's side one position of the last stage stands for."""
+"""How many pixels of the image's side one position of the last stage stands for."""
 EXPANSION = 4
 
 
@@ -186,7 +186,7 @@ class ResNet(nn.Module):
 
     Attributes:
         arch: what it looks like.
-        image_size: side of the pictures, a multiple of 32.
+        image_size: side of the images, a multiple of 32.
         batch_statistics: whether the batch norms normalise with each batch's own mean and variance
             instead of the checkpoint's.
     """
@@ -199,11 +199,11 @@ class ResNet(nn.Module):
     def __call__(
         self, pixels: Array, mask: Array | None = None, *, all_tokens: bool = False
     ) -> VisionOutput:
-        """Encode pictures.
+        """Encode images.
 
         Args:
             pixels: (batch, height, width, 3), normalised.
-            mask: (batch,) bool, false for pictures that enter no batch statistics; None for none.
+            mask: (batch,) bool, false for images that enter no batch statistics; None for none.
             all_tokens: as a ViT's; every position is always computed here.
 
         Returns:
@@ -222,7 +222,7 @@ class ResNet(nn.Module):
 
 
 def _mean(x: Array, mask: Array | None) -> Array:
-    """Mean of each channel over all positions of the pictures that count."""
+    """Mean of each channel over all positions of the images that count."""
     if mask is None:
         return x.mean((0, 1, 2))
     total = jnp.where(mask[:, None, None, None], x, 0).sum((0, 1, 2))

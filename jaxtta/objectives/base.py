@@ -16,7 +16,7 @@ class Batch(NamedTuple):
         images: (batch, height, width, 3), uint8 or float in [0, 1], at the model's resolution; with
             `sizes`, originals padded to a common canvas.
         mask: (batch,) bool, false for padding.
-        index: (batch,) integers, each picture's number in its stream, which keys its randomness.
+        index: (batch,) integers, each image's number in its stream, which keys its randomness.
         sizes: (batch, 2) integers, the originals' true height and width; None otherwise.
     """
 
@@ -27,18 +27,18 @@ class Batch(NamedTuple):
 
 
 def as_batch(batch: Batch | Array, seen: Array) -> Batch:
-    """Make a batch of a bare array of pictures, all valid and numbered from `seen`.
+    """Make a batch of a bare array of images, all valid and numbered from `seen`.
 
     Args:
-        batch: a batch, or (batch, height, width, 3) pictures.
-        seen: how many pictures the stream has given so far.
+        batch: a batch, or (batch, height, width, 3) images.
+        seen: how many images the stream has given so far.
 
     Returns:
-        The batch, with the padding's pictures blackened: a NaN there would reach the gradients
+        The batch, with the padding's images blackened: a NaN there would reach the gradients
         through the weights, masked loss or not.
 
     Raises:
-        ValueError: if mask, index or sizes have another length than the pictures.
+        ValueError: if mask, index or sizes have another length than the images.
     """
     if not isinstance(batch, Batch):
         images = jnp.asarray(batch)
@@ -46,11 +46,9 @@ def as_batch(batch: Batch | Array, seen: Array) -> Batch:
     for name in ("mask", "index"):
         shape = jnp.shape(getattr(batch, name))
         if shape != (len(batch.images),):
-            raise ValueError(f"{name} has shape {shape} for {len(batch.images)} pictures")
+            raise ValueError(f"{name} has shape {shape} for {len(batch.images)} images")
     if batch.sizes is not None and jnp.shape(batch.sizes) != (len(batch.images), 2):
-        raise ValueError(
-            f"sizes has shape {jnp.shape(batch.sizes)} for {len(batch.images)} pictures"
-        )
+        raise ValueError(f"sizes has shape {jnp.shape(batch.sizes)} for {len(batch.images)} images")
     mask = jnp.asarray(batch.mask, bool)
     images = jnp.where(mask.reshape(-1, *[1] * (jnp.ndim(batch.images) - 1)), batch.images, 0)
     return batch._replace(images=images.astype(batch.images.dtype), mask=mask)
@@ -72,7 +70,7 @@ class Classifier(Protocol):
 
 
 def forward(model: Classifier, params: Any, classes: Any, batch: Batch) -> Any:
-    """Run a model on a batch; padding does not count among the pictures of one that mixes them.
+    """Run a model on a batch; padding does not count among the images of one that mixes them.
 
     Args:
         model: the model.

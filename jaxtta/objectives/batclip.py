@@ -12,7 +12,7 @@ def batclip(model: Classifier) -> Objective:
     """Minimise entropy − image_text − separation.
 
     Pseudo-labels are the predictions of the same pass; a class's prototype is the mean of the
-    unnormalised embeddings of the pictures predicted so. Gradients flow through all but the argmax.
+    unnormalised embeddings of the images predicted so. Gradients flow through all but the argmax.
 
     Args:
         model: anything with a `forward` that returns embeddings; its `classes` are the context.

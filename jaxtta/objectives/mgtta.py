@@ -1,4 +1,4 @@
-"""MGTTA's objective: sure predictions from features distributed as clean pictures' are."""
+"""MGTTA's objective: sure predictions from features distributed as clean images' are."""
 
 from typing import Any, NamedTuple
 

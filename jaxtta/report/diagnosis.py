@@ -59,7 +59,7 @@ def field_report(results: Found, entropies: Found, answers: Found, trial: Sequen
 
     Args:
         results: figures by model, as diagnose_model.py makes them.
-        entropies: by model, field or reference: of each picture's prediction (pictures,), in nats.
+        entropies: by model, field or reference: of each image's prediction (images,), in nats.
         answers: by model, what a trial of adapters came to.
         trial: the adapters in it.
 
@@ -71,7 +71,7 @@ def field_report(results: Found, entropies: Found, answers: Found, trial: Sequen
         report.said.extend(expectations(name, found))
         if "trial" in found:
             steps = page.counted(found["steps"], "step")
-            steps += f" of {page.counted(found['trial_batch'], 'picture')}"
+            steps += f" of {page.counted(found['trial_batch'], 'image')}"
             report.said.append(f"Trial of adapters, {steps}: {answers[name]} {CAUTION}")
         report.tables.extend(field_tables(name, found))
         key = f"predictions-{name}" if len(results) > 1 else "predictions"
@@ -86,7 +86,7 @@ def field_report(results: Found, entropies: Found, answers: Found, trial: Sequen
 
 CHANCE = 0.05  # p-values above are no evidence
 CAUTION = (
-    "Answers come before the step that they cause. The best adapter was chosen on the pictures "
+    "Answers come before the step that they cause. The best adapter was chosen on the images "
     "that its gain is measured on, so expect less of it elsewhere; other orders and sizes of steps "
     "may change it too."
 )
@@ -109,10 +109,10 @@ def some(items: Sequence[Any], count: int = 5) -> str:
 
 
 def left_out(sets: Sequence[Found]) -> list[str]:
-    """A sentence about pictures that could not be read, if there are any."""
+    """A sentence about images that could not be read, if there are any."""
     lost = [name for figures in sets for name in figures["lost"]]
-    pictures = page.counted(len(lost), "picture")
-    return [f"{pictures} could not be read: {some(lost)}."] if lost else []
+    images = page.counted(len(lost), "image")
+    return [f"{images} could not be read: {some(lost)}."] if lost else []
 
 
 def summary(results: Found, robustness: Found) -> list[str]:
@@ -134,7 +134,7 @@ def summary(results: Found, robustness: Found) -> list[str]:
         )
         said.append(
             f"{text}. The kurtosis of its features is {first['kurtosis']:.2f} (Gaussian: 3); "
-            f"{stick} out of most pictures' features. Of the fractions tried of the head's "
+            f"{stick} out of most images' features. Of the fractions tried of the head's "
             f"{directions} directions, {least} its accuracy on {base} within "
             f"{per_cent(EQUAL, 'g')} point."
         )
@@ -143,13 +143,13 @@ def summary(results: Found, robustness: Found) -> list[str]:
         said.append(f"Effective robustness was not computed: {robustness['reason']}.")
     said.append(
         "Not measured: other shifts and strengths than these, calibration, and whether any of "
-        "these figures predicts accuracy on other pictures."
+        "these figures predicts accuracy on other images."
     )
     return said
 
 
 def expectations(name: str, found: Found) -> list[str]:
-    """What to expect of a model on the field's pictures."""
+    """What to expect of a model on the field's images."""
     field, reference, classes = found["field"], found["reference"], found["classes"]
     place, p = f"the reference, {reference['name']}", f"p = {field['p_value']:.3f}"
     if field["p_value"] > CHANCE:
@@ -162,7 +162,7 @@ def expectations(name: str, found: Found) -> list[str]:
         )
     commonest = int(np.argmax(field["predicted"]))
     never = [c for c, share in zip(classes, field["predicted"], strict=True) if not share]
-    text = f"For {name} these pictures {apart}. It answers “{classes[commonest]}” for "
+    text = f"For {name} these images {apart}. It answers “{classes[commonest]}” for "
     text += f"{per_cent(field['predicted'][commonest], '.0f')} % of them"
     text += f", never {some([f'“{c}”' for c in never])}" if never else ""
     guess, sure = (per_cent(x, ".0f") for x in (1 / len(classes), field["confidence"]))
@@ -173,7 +173,7 @@ def expectations(name: str, found: Found) -> list[str]:
         than = "better" if low > most else "worse" if high < most else "not clearly better"
         said.append(
             f"Unadapted it gets {bounded(found['accuracy'], found['interval'])} % of "
-            f"{page.counted(found['labels'], 'labelled picture')} right, {than} than always giving "
+            f"{page.counted(found['labels'], 'labelled image')} right, {than} than always giving "
             f"the commonest class ({per_cent(most)} %)."
         )
     return said
@@ -181,7 +181,7 @@ def expectations(name: str, found: Found) -> list[str]:
 
 def unmeasured(trial: Sequence[str]) -> str:
     """What a field check leaves open; no adapters are tried where there are no labels."""
-    missing = ["whether later pictures will look like these", "other prompts than these"]
+    missing = ["whether later images will look like these", "other prompts than these"]
     if trial:
         tried = {name.partition("@")[0] for name in trial}
         others = [name for name in ADAPTERS if name not in tried]
@@ -251,12 +251,12 @@ def by_row(columns: Sequence[dict[str, str]]) -> list[tuple[str, list[str]]]:
 
 
 def field_tables(name: str, found: Found) -> list[Table]:
-    """How the pictures sit in the space, what is predicted, and what adapters did."""
+    """How the images sit in the space, what is predicted, and what adapters did."""
     field, reference = found["field"], found["reference"]
     uniform = np.log(len(found["classes"]))
     columns = [
         {
-            "pictures": str(each["pictures"]),
+            "images": str(each["images"]),
             "squared discrepancy from half the reference": f"{each['discrepancy']:.4f}".replace(
                 "-", "−"
             ),
@@ -269,7 +269,7 @@ def field_tables(name: str, found: Found) -> list[Table]:
         }
         for each in (field, reference)
     ]
-    tables = [(f"Pictures in {name}'s space", ["field", "reference"], by_row(columns))]
+    tables = [(f"Images in {name}'s space", ["field", "reference"], by_row(columns))]
     shares = {"predicted (%)": field["predicted"]}
     if "labelled" in found:
         shares |= {"labelled (%)": found["labelled"], "of these right (%)": found["recall"]}
@@ -303,7 +303,7 @@ def commonest_first(found: Found) -> list[int]:
 CAPTIONS = {
     "kurtosis": (
         "Activation kurtosis",
-        "Mean over pictures of the fourth standardised moment of their features' entries. Dashed: "
+        "Mean over images of the fourth standardised moment of their features' entries. Dashed: "
         "3, that of Gaussian entries. A few axes that stick out raise it.",
     ),
     "importance": (
@@ -322,7 +322,7 @@ CAPTIONS = {
     ),
 }
 PREDICTIONS = (
-    "Left: entropy of each picture's prediction, the reference's under the same prompts. Right: "
+    "Left: entropy of each image's prediction, the reference's under the same prompts. Right: "
     "how often each class is predicted."
 )
 
@@ -401,8 +401,8 @@ def draw_predictions(found: Found, entropies: dict[str, np.ndarray]) -> Figure:
         right.barh(places, heights, width, color=COLOURS[number], label=label)
     right.set_yticks(range(len(shown)), [plots.label(found["classes"][label]) for label in shown])
     right.invert_yaxis()
-    plots.finish(left, "entropy of a prediction (nats)", "pictures (%)")
-    plots.finish(right, "pictures (%)", "", grid="x")
+    plots.finish(left, "entropy of a prediction (nats)", "images (%)")
+    plots.finish(right, "images (%)", "", grid="x")
     return figure
 
 

@@ -1,4 +1,4 @@
-"""What TNT's noise did to single pictures: those that it set right and those that it spoilt."""
+"""What TNT's noise did to single images: those that it set right and those that it spoilt."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from jaxtta.adapters import Tuning, tune_picture
+from jaxtta.adapters import Tuning, tune_image
 from jaxtta.data import Batches, on_canvas
 from jaxtta.evaluate.factory import is_tnt
 from jaxtta.evaluate.record import outcomes
@@ -22,7 +22,7 @@ SHOWN = 5  # classes with bars
 
 
 class Example(NamedTuple):
-    """One picture.
+    """One image.
 
     Attributes:
         title: where it comes from.
@@ -50,7 +50,7 @@ def check_examples(adapters: Sequence[str], tuning: Tuning) -> None:
     if not any(map(is_tnt, adapters)) or BASELINE not in adapters:
         raise ValueError(f"--save-examples compares tnt with {BASELINE}: run both")
     if tuning.carry:
-        raise ValueError("--save-examples is for maps of single pictures, not --tnt.carry")
+        raise ValueError("--save-examples is for maps of single images, not --tnt.carry")
 
 
 class _Place(NamedTuple):
@@ -68,13 +68,13 @@ def find_examples(
     task: Task,
     tuning: Tuning,
 ) -> list[Example]:
-    """Tune again the maps of pictures that the adapter answered otherwise than zero-shot did.
+    """Tune again the maps of images that the adapter answered otherwise than zero-shot did.
 
     Args:
         cells: of a sweep with zero-shot and the adapter.
         adapter: TNT's name in it.
         batches: the sweep's streams.
-        count: how many pictures; about as many set right as spoilt, from all streams in turn.
+        count: how many images; about as many set right as spoilt, from all streams in turn.
         model: the model.
         params: its parameters.
         task: the classes.
@@ -85,11 +85,9 @@ def find_examples(
 
     """
     classes = jax.jit(model.class_embeddings)(params, model.prompts(task))
-    # As in the sweep: cut, tuned and voted for with the key of the picture's place in its stream.
+    # As in the sweep: cut, tuned and voted for with the key of the image's place in its stream.
     tune = jax.jit(
-        lambda params, classes, *picture: tune_picture(
-            model, params, classes, *picture, tuning=tuning
-        )
+        lambda params, classes, *image: tune_image(model, params, classes, *image, tuning=tuning)
     )
 
     @jax.jit
@@ -102,9 +100,9 @@ def find_examples(
         segment, number = stream.items[place.index].tolist()
         domain = stream.segments[segment]
         original = batches.source.read_both(domain, number, stream.seed)[1]
-        picture, size = on_canvas(original, batches.canvas)
+        image, size = on_canvas(original, batches.canvas)
         key = jax.random.fold_in(jax.random.key(stream.seed), place.index)
-        views, tuned = tune(params, classes, key, picture, size)
+        views, tuned = tune(params, classes, key, image, size)
         examples.append(
             Example(
                 str(domain).replace("_", " "),
@@ -121,7 +119,7 @@ def find_examples(
 
 
 def _changed(cells: Sequence[Cell], adapter: str, batches: Batches, count: int) -> list[_Place]:
-    """Pictures set right and spoilt, by turns."""
+    """Images set right and spoilt, by turns."""
     kinds: list[list[Iterator[_Place]]] = [[], []]
     for number, stream in enumerate(batches.streams):
         pair = [
@@ -171,10 +169,10 @@ def draw_examples(examples: Sequence[Example]) -> Figure | None:
         axes.set_title(head, fontsize=10)
     for row, example in zip(grid, examples, strict=True):
         stretched = 0.5 + example.noise / (2 * example.epsilon)
-        for axes, picture in zip(
+        for axes, image in zip(
             row, (example.plain, stretched, example.plain + example.noise), strict=False
         ):
-            axes.imshow(picture.clip(0, 1))
+            axes.imshow(image.clip(0, 1))
             axes.set_xticks([])
             axes.set_yticks([])
         row[0].set_ylabel(example.title, fontsize=9)

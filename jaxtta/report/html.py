@@ -21,7 +21,7 @@ from jaxtta.report.summary import BASELINE, NONE, Entry, Summary
 SMALL = 128  # pixels a side: below, samples are enlarged without blurring them
 MANY = 4  # adapters: above, intervals go below the gains
 TALL = 500  # CSS pixels: above, a plot gets more height on a phone
-NAMED = 5  # pictures or streams that a warning lists
+NAMED = 5  # images or streams that a warning lists
 CAPTIONS = {
     "accuracy": (
         "Accuracy by {noun}",
@@ -30,7 +30,7 @@ CAPTIONS = {
     ),
     "running": (
         "Accuracy along the stream",
-        "Share of right answers among all pictures so far; the first pictures swing by chance. "
+        "Share of right answers among all images so far; the first images swing by chance. "
         "A gain that goes on falling is the mark of an adapter that loses its way.",
     ),
     "severity": (
@@ -39,12 +39,12 @@ CAPTIONS = {
     ),
     "reliability": (
         "Reliability",
-        "How often predictions of each confidence are right; strong bars stand for many pictures. "
-        "Below the dashed line a model is surer than it should be. All pictures pooled.",
+        "How often predictions of each confidence are right; strong bars stand for many images. "
+        "Below the dashed line a model is surer than it should be. All images pooled.",
     ),
     "examples": (
-        "What the noise does to single pictures",
-        "Pictures whose answer TNT set right or spoilt: the plain view, the noise that was added "
+        "What the noise does to single images",
+        "Images whose answer TNT set right or spoilt: the plain view, the noise that was added "
         "(its bounds stretched to black and white), their sum, and the likeliest classes before "
         "and after. The true class is bold.",
     ),
@@ -109,10 +109,10 @@ def write_report(
     Args:
         cells: of one sweep.
         path: of the HTML file, written whole.
-        samples: a picture of each corruption by its name, (height, width, 3) uint8; may be empty.
+        samples: an image of each corruption by its name, (height, width, 3) uint8; may be empty.
         title: stands above.
         baseline: the adapter that gains are counted from, if it is there.
-        examples: what an adapter learnt on single pictures, from `draw_examples`.
+        examples: what an adapter learnt on single images, from `draw_examples`.
     """
     path = Path(path)
     text = render(cells, samples, title, baseline, examples)
@@ -203,7 +203,7 @@ def _accuracy(cells: Sequence[Cell], summary: Summary, colours: Mapping[str, str
             f"Each {summary.noun} is the mean over severities {', '.join(map(str, shown))}."
         )
     if len(summary.averaged) < len(summary.corruptions):
-        notes.append("The mean leaves clean pictures out.")
+        notes.append("The mean leaves clean images out.")
     if count > 1:
         found = ((a, report.spread(cells, a)) for a in summary.adapters)
         spreads = ", ".join(f"{a} {_number(s)}" for a, s in found)
@@ -239,15 +239,15 @@ def _speed(cells: Sequence[Cell], summary: Summary, colours: Mapping[str, str]) 
     speeds, memories = [], []
     for adapter in summary.adapters:
         own = [cell for cell in cells if cell["adapter"] == adapter]
-        timed = [cell for cell in own if cell["pictures_per_second"]]
-        seconds = sum(cell["pictures"] / cell["pictures_per_second"] for cell in timed)
-        pictures = sum(cell["pictures"] for cell in timed)
-        speeds.append(_number(pictures / seconds if seconds else None, ",.1f"))
+        timed = [cell for cell in own if cell["images_per_second"]]
+        seconds = sum(cell["images"] / cell["images_per_second"] for cell in timed)
+        images = sum(cell["images"] for cell in timed)
+        speeds.append(_number(images / seconds if seconds else None, ",.1f"))
         known = [cell["peak_memory_gb"] for cell in own if cell.get("peak_memory_gb")]
         memories.append(_number(max(known, default=None)))
-    rows = [("pictures per second", speeds), ("peak memory (GB)", memories)]
+    rows = [("images per second", speeds), ("peak memory (GB)", memories)]
     note = (
-        "Speed counts the steps, not the reading of pictures. Memory is the most that the whole "
+        "Speed counts the steps, not the reading of images. Memory is the most that the whole "
         "run had in use, so adapters that ran side by side share one figure."
     )
     return _table("", summary, colours, rows) + _note(note)
@@ -306,16 +306,16 @@ def _samples(samples: Mapping[str, np.ndarray]) -> str:
     if not samples:
         return ""
     shown = []
-    for name, picture in samples.items():
+    for name, image in samples.items():
         file = io.BytesIO()
-        Image.fromarray(np.asarray(picture, np.uint8)).save(file, "PNG", optimize=True)
-        kind = ' class="small"' if max(picture.shape[:2]) < SMALL else ""
+        Image.fromarray(np.asarray(image, np.uint8)).save(file, "PNG", optimize=True)
+        kind = ' class="small"' if max(image.shape[:2]) < SMALL else ""
         label = escape(_plain(name))
         shown.append(
             f'<figure><img{kind} src="{_data_uri(file.getvalue())}" alt="{label}">'
             f"<figcaption>{label}</figcaption></figure>"
         )
-    return f'<h2>What the pictures look like</h2>\n<div class="samples">{"".join(shown)}</div>'
+    return f'<h2>What the images look like</h2>\n<div class="samples">{"".join(shown)}</div>'
 
 
 def _warnings(cells: Sequence[Cell]) -> str:
@@ -323,7 +323,7 @@ def _warnings(cells: Sequence[Cell]) -> str:
     segments = [segment for cell in cells for segment in cell["segments"]]
     lost = sorted({name for segment in segments for name in segment.get("unreadable", ())})
     if lost:
-        lines.append(f"{counted(len(lost), 'picture')} could not be used: {_some(lost)}.")
+        lines.append(f"{counted(len(lost), 'image')} could not be used: {_some(lost)}.")
     for adapter in dict.fromkeys(cell["adapter"] for cell in cells):
         own = [cell for cell in cells if cell["adapter"] == adapter]
         hit = [f"{c['stream']} (seed {c['seed']})" for c in own if c["skipped_steps"]]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxtta.data import Batches, UnreadablePictureError
+from jaxtta.data import Batches, UnreadableImageError
 from jaxtta.evaluate.results import Cell
 from jaxtta.io import atomic_write
 from jaxtta.report.examples import Example, draw_examples
@@ -13,7 +13,7 @@ from jaxtta.report.html import write_report
 from jaxtta.report.plots import save_all
 from jaxtta.report.summary import answer, summary_csv, table
 
-TRIES = 20  # pictures tried for the samples until one can be read
+TRIES = 20  # images tried for the samples until one can be read
 
 
 def conclude(
@@ -29,8 +29,8 @@ def conclude(
         cells: of the sweep.
         folder: where everything goes.
         title: stands above.
-        samples: a picture of each corruption by its name, uint8.
-        examples: what an adapter learnt on single pictures.
+        samples: an image of each corruption by its name, uint8.
+        examples: what an adapter learnt on single images.
     """
     text, figure = table(cells), draw_examples(examples)
     (folder / "table.txt").write_text(text + "\n")
@@ -47,7 +47,7 @@ def conclude(
 
 
 def samples_of(batches: Batches) -> dict[str, np.ndarray]:
-    """One picture under every corruption at its strongest, the same one throughout.
+    """One image under every corruption at its strongest, the same one throughout.
 
     Args:
         batches: the streams.
@@ -59,22 +59,22 @@ def samples_of(batches: Batches) -> dict[str, np.ndarray]:
     domains = sorted({d for s in batches.streams for d in s.segments}, key=lambda d: d.severity)
     strongest = {domain.corruption: domain for domain in domains}
     order = dict.fromkeys(d.corruption for s in batches.streams for d in s.segments)
-    for picture in stream.items[:TRIES, 1].tolist():
+    for image in stream.items[:TRIES, 1].tolist():
         try:
             for domain in map(strongest.__getitem__, order):
-                shown[str(domain)] = batches.source.read(domain, picture, stream.seed)
+                shown[str(domain)] = batches.source.read(domain, image, stream.seed)
             return shown
-        except UnreadablePictureError:
+        except UnreadableImageError:
             shown = {}
     return shown
 
 
 def _say_what_was_skipped(cells: Sequence[Cell]) -> None:
-    """Name the pictures and steps that were passed over."""
+    """Name the images and steps that were passed over."""
     lost = sorted({name for c in cells for s in c["segments"] for name in s["unreadable"]})
     if lost:
         more = f" and {len(lost) - 5} more" if len(lost) > 5 else ""
-        print(f"{len(lost)} pictures could not be used: {', '.join(lost[:5])}{more}")
+        print(f"{len(lost)} images could not be used: {', '.join(lost[:5])}{more}")
     for cell in cells:
         if cell["skipped_steps"]:
             print(

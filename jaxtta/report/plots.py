@@ -123,7 +123,7 @@ def running(cells: Sequence[Cell], title: str = "", baseline: str = BASELINE) ->
         for axes in panels:
             _fit(axes)
             _mark_segments(axes, members[0], named=axes is panels[0])
-        panels[-1].set_xlabel("pictures seen since the start of the stream")
+        panels[-1].set_xlabel("images seen since the start of the stream")
         if len(groups) > 1:
             panels[0].set_title(label(name), loc="left", fontsize=10)
     _finish(figure, list(grid.flat), title)
@@ -131,7 +131,7 @@ def running(cells: Sequence[Cell], title: str = "", baseline: str = BASELINE) ->
 
 
 def _fit(axes: Axes) -> None:
-    """Fit the scale to what comes after the first pictures, which swing from 0 to 100 %."""
+    """Fit the scale to what comes after the first images, which swing from 0 to 100 %."""
     late = [line.get_ydata()[len(line.get_ydata()) // 10 :] for line in axes.lines]
     if late:
         low, high = min(map(np.min, late)), max(map(np.max, late))
@@ -140,7 +140,7 @@ def _fit(axes: Axes) -> None:
 
 
 def _mean_curves(cells: Sequence[Cell]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Each adapter's average curve, all over the same numbers of pictures."""
+    """Each adapter's average curve, all over the same numbers of images."""
     curves: dict[str, list[np.ndarray]] = {}
     for cell in cells:
         if cell["running"]:
@@ -148,7 +148,7 @@ def _mean_curves(cells: Sequence[Cell]) -> dict[str, tuple[np.ndarray, np.ndarra
     if not curves:
         return {}
     every = [curve for own in curves.values() for curve in own]
-    # Unreadable pictures make some streams shorter than others.
+    # Unreadable images make some streams shorter than others.
     start, stop = max(c[0, 0] for c in every), min(c[-1, 0] for c in every)
     places = np.linspace(start, max(start, stop), 200)
     return {
@@ -164,10 +164,10 @@ def _mark_segments(axes: Axes, cell: Cell, *, named: bool) -> None:
     edges, names = [0], []
     for segment in cell["segments"]:
         if names and names[-1] == segment["corruption"]:  # gradual: its next severity
-            edges[-1] += segment["pictures"]
+            edges[-1] += segment["images"]
         else:
             names.append(segment["corruption"])
-            edges.append(edges[-1] + segment["pictures"])
+            edges.append(edges[-1] + segment["images"])
     for edge in edges[1:-1]:
         axes.axvline(edge, color="0.75", linewidth=0.8, zorder=0)
     axes.set_xlim(0, max(edges[-1], 1))
@@ -183,7 +183,7 @@ def reliability(cells: Sequence[Cell], title: str = "", baseline: str = BASELINE
     """Draw how often predictions of each confidence are right, one panel an adapter.
 
     Args:
-        cells: of one sweep; all their pictures are pooled.
+        cells: of one sweep; all their images are pooled.
         title: stands above.
         baseline: the adapter drawn in grey.
 
@@ -199,7 +199,7 @@ def reliability(cells: Sequence[Cell], title: str = "", baseline: str = BASELINE
         count, confidence, right = _pooled_bins(cells, adapter)
         width = 1 / len(count)
         centres = (np.arange(len(count)) + 0.5) * width
-        # A bar says how often it is right, its strength how many pictures it stands for.
+        # A bar says how often it is right, its strength how many images it stands for.
         strength = 0.15 + 0.85 * np.sqrt(count / max(count.max(), 1))
         for centre, height, alpha in zip(centres, right, strength, strict=True):
             axes.bar(centre, height, 0.92 * width, color=colour, alpha=alpha)

@@ -5,7 +5,7 @@
     summary_csv(cells, folder / "summary.csv")
 
 A corruption's figure is the mean over its severities and seeds. The mean row is the mean over
-corruptions; clean pictures have a row of their own and are left out of it, as in the literature.
+corruptions; clean images have a row of their own and are left out of it, as in the literature.
 """
 
 import csv
@@ -33,7 +33,7 @@ class Entry(NamedTuple):
 
     Attributes:
         top1: accuracy in per cent.
-        gain: points over the baseline, on the pictures that both saw; None for the baseline.
+        gain: points over the baseline, on the images that both saw; None for the baseline.
         interval: the gain's 95 % interval.
     """
 
@@ -115,7 +115,7 @@ def _corruptions(cells: Iterable[Cell]) -> tuple[str, ...]:
 
 
 def averaged_corruptions(cells: Sequence[Cell]) -> tuple[str, ...]:
-    """The corruptions that means are over: all but the clean pictures, if there are others."""
+    """The corruptions that means are over: all but the clean images, if there are others."""
     corruptions = _corruptions(cells)
     return tuple(name for name in corruptions if name != CLEAN) or corruptions
 
@@ -134,7 +134,7 @@ def _pairs(cells: Sequence[Cell], adapter: str, baseline: str) -> list[tuple[Fig
 def _entry(
     top1: float | None, pairs: Sequence[tuple[Figures, Figures]], datasets: bool = False
 ) -> Entry:
-    """Each picture is drawn with all its domains and seeds, so the interval is a joint one."""
+    """Each image is drawn with all its domains and seeds, so the interval is a joint one."""
     found = gain(*zip(*pairs, strict=True), independent=datasets) if pairs else None
     points = None if top1 is None else 100 * top1
     if found is None:
@@ -205,7 +205,7 @@ def corruption_error(cells: Sequence[Cell], adapter: str) -> float | None:
         adapter: whose.
 
     Returns:
-        The mean corruption error; None unless the pictures are ImageNet-C's and every one of its
+        The mean corruption error; None unless the images are ImageNet-C's and every one of its
         corruptions was run at severities 1 to 5.
     """
     cells = [cell for cell in cells if cell["adapter"] == adapter]
@@ -240,9 +240,9 @@ def answer_from(summary: Summary) -> str:
     """The same from a summary that is there already."""
     measured = [name for name in summary.adapters if summary.means[name].top1 is not None]
     if not measured:
-        return "No picture has been seen."
+        return "No image has been seen."
     count, first = len(summary.averaged), summary.averaged[0].replace("_", " ")
-    where = f"Averaged over {count} {summary.noun}s" if count > 1 else f"On {first} pictures"
+    where = f"Averaged over {count} {summary.noun}s" if count > 1 else f"On {first} images"
     if summary.baseline is None or not summary.rivals:
         best = max(measured, key=lambda name: summary.means[name].top1)
         missing = summary.baseline is None
@@ -277,7 +277,7 @@ def _counts(summary: Summary, adapter: str) -> str:
     text = f"{adapter} better on {verdicts.count(1)} and worse on {verdicts.count(-1)}"
     clean = summary.entries.get((CLEAN, adapter))
     if CLEAN not in summary.averaged and clean is not None and clean.verdict:
-        text += f" (clean pictures: {'better' if clean.verdict > 0 else 'worse'})"
+        text += f" (clean images: {'better' if clean.verdict > 0 else 'worse'})"
     return text
 
 
@@ -336,7 +336,7 @@ def _foot(cells: Sequence[Cell], summary: Summary) -> list[str]:
         count = len(seeds(cells))
         lines.append(f"standard deviation of the mean over {count} seeds: {', '.join(texts)}")
     if len(summary.averaged) < len(summary.corruptions):
-        lines.append("the mean is over the corruptions, without clean pictures")
+        lines.append("the mean is over the corruptions, without clean images")
     if any(e.verdict < 0 for e in (*summary.entries.values(), *summary.means.values())):
         lines.append(
             f"! significantly worse than {summary.baseline}: the gain's whole 95 % interval lies "
@@ -385,7 +385,7 @@ def summary_csv(cells: Sequence[Cell], path: str | Path, baseline: str = BASELIN
 def _line(cell: Cell, number: int, segment: Figures, found: Figures | None) -> dict[str, Any]:
     line = {name: cell[name] for name in ("adapter", "stream", "seed", "setting")}
     line["segment"] = number
-    line |= {name: segment[name] for name in ("corruption", "severity", "pictures")}
+    line |= {name: segment[name] for name in ("corruption", "severity", "images")}
     for name in ("top1", "top5", "nll", "brier"):
         line |= _bounded(name, segment[name], segment["intervals"][name])
     line["ece"] = segment["ece"]
@@ -395,7 +395,7 @@ def _line(cell: Cell, number: int, segment: Figures, found: Figures | None) -> d
         "without_prediction": segment["without_prediction"],
         "unreadable": len(segment.get("unreadable", ())),
         "skipped_steps": len(cell["skipped_steps"]),
-        "pictures_per_second": cell["pictures_per_second"],
+        "images_per_second": cell["images_per_second"],
         "peak_memory_gb": cell.get("peak_memory_gb"),
     }
 
