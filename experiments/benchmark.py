@@ -83,7 +83,7 @@ class Settings:
     """Images a step (TNT: always one)."""
     views: int = 64
     """Views an image (TNT)."""
-    chunk: int = 8
+    views_per_chunk: int = 8
     """Views that are embedded at once (TNT's JAX rows); more fill an accelerator."""
     adapters: tuple[Literal["zero_shot", "tent", "batclip", "tnt-1", "tnt-3", "mgtta"], ...] = (
         "zero_shot",
@@ -168,7 +168,8 @@ def main(settings: Settings) -> None:
 
 def check(settings: Settings) -> None:
     """Raise a ValueError where an option makes no sense."""
-    for name, least in (("classes", 2), ("batch", 1), ("views", 1), ("chunk", 1), ("steps", 1)):
+    least_of = {"classes": 2, "batch": 1, "views": 1, "views_per_chunk": 1, "steps": 1}
+    for name, least in least_of.items():
         if getattr(settings, name) < least:
             raise ValueError(f"--{name} must be at least {least}, not {getattr(settings, name)}")
     for name in ("adapters", "frameworks"):
@@ -370,16 +371,18 @@ def jax_row(settings: Settings, row: Row) -> Result:
         random_images(images_a_step(settings, row), model.preprocessing.image_size)
     )
     if is_tnt(row.adapter):
-        tuning = jaxtta.adapters.Tuning(
-            views=settings.views, steps=int(row.adapter[-1]), chunk=settings.chunk
+        tuning = jaxtta.adapters.TNTConfig(
+            views=settings.views,
+            steps=int(row.adapter[-1]),
+            views_per_chunk=settings.views_per_chunk,
         )
-        adapter = jaxtta.adapters.tnt(model, task, tuning)
+        adapter = jaxtta.adapters.tnt(model, task, config=tuning)
     elif row.adapter == "mgtta":
-        shape = (model.vision.arch.layers, model.vision.arch.width)
+        shape = model.feature_shape
         clean = jaxtta.models.FeatureStatistics(jnp.array(2.0), jnp.zeros(shape), jnp.ones(shape))
         phi = jaxtta.optim.init_meta_gradient_generator(jax.random.key(0))
         generator = jaxtta.optim.meta_gradient_generator(phi, 1e-3)
-        adapter = jaxtta.adapters.mgtta(model, task, clean, generator)
+        adapter = jaxtta.adapters.mgtta(model, task, optimizer=generator, statistics=clean)
     else:
         adapter = getattr(jaxtta.adapters, row.adapter)(model, task)
     params = random_params(model)
@@ -748,7 +751,7 @@ def projection_times(settings: Settings) -> str:
 
     images = jnp.asarray(random_images(settings.batch, model.preprocessing.image_size))
     labels = jnp.arange(settings.batch) % settings.classes
-    vectors = models.unit(
+    vectors = models.l2_normalize(
         jax.random.normal(jax.random.key(0), (settings.classes, model.projection))
     )
     texts = vectors[labels]

@@ -88,7 +88,7 @@ class Options:
 def main(options: Options) -> None:
     """Run every method and report."""
     check(options)
-    model, params = jaxtta.models.load(options.model)
+    model, params = jaxtta.models.load_clip(options.model)
     tasks = open_tasks(options, model)
     kept, reference = open_reference(options, model)
     *both, reference = in_memory([*tasks, *kept, reference])

@@ -28,7 +28,7 @@ import numpy as np
 
 import jaxtta
 from jaxtta import assets, cli, data, evaluate, report
-from jaxtta.adapters import Tuning
+from jaxtta.adapters import TNTConfig
 from jaxtta.data import COMMON
 
 LEFT_OUT = (
@@ -99,7 +99,7 @@ class Options:
     validation: str | None = None
     """Other images of the same layout to choose on (default: the same images, with their
     labels)."""
-    tnt: Tuning = dataclasses.field(default_factory=Tuning)
+    tnt: TNTConfig = dataclasses.field(default_factory=TNTConfig)
     """TNT's settings."""
     mgtta: evaluate.MGTTA = dataclasses.field(default_factory=evaluate.MGTTA)
     """MGTTA's settings. The files' defaults are for the embedded model."""
@@ -127,9 +127,7 @@ class Options:
 def main(options: Options) -> None:
     """Run the sweep and report."""
     worker = check(options)
-    model, params = jaxtta.models.load(
-        options.model, compute_dtype=jnp.dtype(options.compute_dtype)
-    )
+    model, params = jaxtta.load(options.model, compute_dtype=jnp.dtype(options.compute_dtype))
     source = open_source(options, options.data, model)
     severities = choose_severities(options)
     if not options.corruptions:
@@ -141,7 +139,7 @@ def main(options: Options) -> None:
     templates = options.templates or data.templates_for(options.layout)
     if templates == ("imagenet",):
         templates = data.imagenet_templates()
-    task = jaxtta.models.zero_shot_task(model, source.class_names, templates)
+    task = evaluate.task_for(model, source.class_names, templates)
 
     setup = setup_of(options)
     running = {"workers": options.workers, "checkpoint_every": options.checkpoint_every}
@@ -250,7 +248,7 @@ def check(options: Options) -> tuple[int, int]:
     return int(number), int(count)
 
 
-def open_source(options: Options, root: str, model: jaxtta.models.CLIP) -> data.Source:
+def open_source(options: Options, root: str, model: jaxtta.Classifier) -> data.Source:
     """Open the images that the options name."""
     names, folders = options.class_names, ()
     if len(names) == 1 and options.layout == "folder":  # a file of them, maybe by folder
@@ -293,9 +291,9 @@ def lay_out(
 def choose(
     name: str,
     options: Options,
-    model: jaxtta.models.CLIP,
+    model: jaxtta.Classifier,
     params: jaxtta.models.Params,
-    task: jaxtta.models.Task,
+    task: jaxtta.models.Task | None,
     settings: dict,
     **running: int | None,
 ) -> evaluate.Choice:

@@ -46,7 +46,7 @@ from tqdm import tqdm
 
 import jaxtta
 from jaxtta import assets, cli, data, diagnose, evaluate, io, losses, report
-from jaxtta.adapters import Tuning
+from jaxtta.adapters import TNTConfig
 from jaxtta.data.folders import SUFFIXES, list_folders
 from jaxtta.data.sources import read_labels
 from jaxtta.evaluate.figures import (
@@ -126,7 +126,7 @@ class Options:
     """Images a step in the trial. Default: a tenth of them, but at least 4 and at most 100."""
     preset: Literal["cifar10-c", "cifar100-c", "imagenet-c"] = "cifar10-c"
     """Published optimiser settings for the trial."""
-    tnt: Tuning = dataclasses.field(default_factory=Tuning)
+    tnt: TNTConfig = dataclasses.field(default_factory=TNTConfig)
     """TNT's settings in the trial."""
     mgtta: evaluate.MGTTA = dataclasses.field(default_factory=evaluate.MGTTA)
     """MGTTA's settings in the trial. The files' defaults are for the embedded model."""
@@ -216,7 +216,7 @@ def models_of(options: Options) -> Iterator[Model]:
     """The models, one after another."""
     names = [Path(given).name for given in options.models]
     for given, name in zip(options.models, names, strict=True):
-        model = Model(given if names.count(name) > 1 else name, *jaxtta.models.load(given))
+        model = Model(given if names.count(name) > 1 else name, *jaxtta.models.load_clip(given))
         with concerning(f"{model.name}: --outlier-threshold"):
             nothing = np.zeros((1, model.clip.projection))
             diagnose.outlier_sums(nothing, threshold=options.outlier_threshold)
@@ -277,7 +277,7 @@ def task_of(
     templates = options.templates or data.templates_for(layout)
     if templates == ("imagenet",):
         templates = data.imagenet_templates()
-    return jaxtta.models.zero_shot_task(model.clip, names, templates)
+    return jaxtta.zero_shot_task(model.clip, names, templates)
 
 
 def head_of(model: Model, task: jaxtta.models.Task) -> jax.Array:
@@ -288,7 +288,7 @@ def head_of(model: Model, task: jaxtta.models.Task) -> jax.Array:
 @functools.partial(jax.jit, static_argnums=0)
 def encode(model: jaxtta.models.CLIP, params: jaxtta.models.Params, images: jax.Array) -> jax.Array:
     """Features (batch, projection)."""
-    return jaxtta.models.unit(model.encode_image(params, model.normalize(images)))
+    return jaxtta.models.l2_normalize(model.encode_image(params, model.normalize(images)))
 
 
 def read(options: Options, model: Model, sets: Sets) -> Iterator[Features]:

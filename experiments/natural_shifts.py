@@ -31,7 +31,7 @@ import jax.numpy as jnp
 
 import jaxtta
 from jaxtta import assets, cli, data, evaluate, report
-from jaxtta.adapters import Tuning
+from jaxtta.adapters import TNTConfig
 
 LAYOUTS = {
     **dict.fromkeys(("imagenet", "imagenet-a", "imagenet-r", "imagenet-sketch"), "imagenet"),
@@ -58,7 +58,7 @@ class Options:
     """Which adapters to run: zero_shot, tent, batclip, tnt (or tnt-3, with three steps), mgtta, and
     mgtta-sgd and mgtta-adam with other optimisers for the same objective. A learning rate may stand
     behind a name, as tent@1e-4."""
-    tnt: Tuning = dataclasses.field(default_factory=Tuning)
+    tnt: TNTConfig = dataclasses.field(default_factory=TNTConfig)
     """TNT's settings."""
     mgtta: evaluate.MGTTA = dataclasses.field(default_factory=evaluate.MGTTA)
     """MGTTA's settings. The files' defaults are for the embedded model."""
@@ -98,9 +98,7 @@ class Options:
 def main(options: Options) -> None:
     """Run every dataset and report."""
     places = check(options)
-    model, params = jaxtta.models.load(
-        options.model, compute_dtype=jnp.dtype(options.compute_dtype)
-    )
+    model, params = jaxtta.load(options.model, compute_dtype=jnp.dtype(options.compute_dtype))
     sources = {name: open_dataset(name, root, model) for name, root in places.items()}
     cells, samples, examples = [], {}, []
     for number, (name, source) in enumerate(sources.items()):
@@ -169,7 +167,7 @@ def run_dataset(
             "imagenet": data.imagenet_templates(),
         }.get(given, (given,))
     )
-    task = jaxtta.models.zero_shot_task(model, source.class_names, templates)
+    task = evaluate.task_for(model, source.class_names, templates)
     streams = tuple(
         stream
         for seed in options.seeds

@@ -31,7 +31,7 @@ from tqdm import tqdm
 import jaxtta
 from jaxtta import assets, cli, data, evaluate, io, optim, tree
 from jaxtta.data import VALIDATION
-from jaxtta.objectives import Batch, MGTTAContext
+from jaxtta.models import Batch, MGTTAContext
 
 log = logging.getLogger(__name__)
 Array = jax.Array
@@ -110,20 +110,16 @@ class History(NamedTuple):
 def main(options: Options) -> None:
     """Train, and keep the best epoch's weights."""
     check(options)
-    model, params = jaxtta.models.load(options.model)
+    model, params = jaxtta.load(options.model)
     source = data.open_source(
         options.layout, options.data, model.preprocessing, options.class_names
     )
-    task = jaxtta.models.zero_shot_task(
-        model, source.class_names, data.templates_for(options.layout)
-    )
+    task = evaluate.task_for(model, source.class_names, data.templates_for(options.layout))
     train, held_out = read_images(options, source)
     clean = open_clean(options, source, model)
     statistics = gather_statistics(options, clean, model, params)
-    prompts = model.prompts(task)
-    classes = prompts
-    if options.tower == "image":
-        classes = jax.jit(model.class_embeddings)(params, prompts)
+    trainable = tree.normalisation_parameters(options.tower)
+    classes = jaxtta.models.context_of(model, task, trainable)(params)
     context = MGTTAContext(classes, statistics.mean, statistics.std)
     run = Run(options, model, params, context)
     settings = describe(options, source, clean, params)
@@ -232,7 +228,7 @@ def read_all(
     return [[read[number] for number in batches.of(stream)] for stream in range(len(streams))]
 
 
-def open_clean(options: Options, source: data.Source, model: jaxtta.models.CLIP) -> data.Source:
+def open_clean(options: Options, source: data.Source, model: jaxtta.Classifier) -> data.Source:
     """Where clean images come from."""
     if options.source is not None:
         source = data.open_source(
@@ -248,7 +244,7 @@ def open_clean(options: Options, source: data.Source, model: jaxtta.models.CLIP)
 def gather_statistics(
     options: Options,
     source: data.Source,
-    model: jaxtta.models.CLIP,
+    model: jaxtta.Classifier,
     params: jaxtta.models.Params,
 ) -> jaxtta.models.FeatureStatistics:
     """Statistics of clean images' features."""
@@ -269,13 +265,13 @@ class Run:
     def __init__(
         self,
         options: Options,
-        model: jaxtta.models.CLIP,
+        model: jaxtta.Classifier,
         params: jaxtta.models.Params,
         context: MGTTAContext,
     ) -> None:
         """Prepare them; nothing is computed yet but the first weights."""
         self.options, self.params, self.context = options, params, context
-        objective = jaxtta.objectives.mgtta(model, options.weight)
+        objective = jaxtta.adapters.mgtta_objective(model, options.weight)
         trainable = tree.normalisation_parameters(options.tower)
         self.first, _ = tree.partition(params, trainable)
         self.optimizer = optax.adam(options.learning_rate)

@@ -384,8 +384,8 @@ def make_train_step(
 
     def loss_of(params: dict, key: Array, images: Array, targets: Array) -> tuple[Array, Array]:
         template = jax.random.randint(key, (), 0, len(TEMPLATES))
-        classes = models.unit(model.encode_text(params, token_ids[:, template]))
-        logits = model.forward(params, classes, images).logits
+        classes = models.l2_normalize(model.encode_text(params, token_ids[:, template]))
+        logits = model(params, classes, images).logits
         correct = logits.argmax(-1) == targets.argmax(-1)
         targets = optax.smooth_labels(targets, config.label_smoothing)
         return optax.softmax_cross_entropy(logits, targets).mean(), correct.mean()
@@ -446,7 +446,7 @@ def make_accuracy(config: Config, model: models.CLIP, class_names: tuple[str, ..
 
     @jax.jit
     def predict(params: dict, images: Array) -> Array:
-        return model.forward(params, prompts, images).logits.argmax(-1)
+        return model(params, prompts, images).logits.argmax(-1)
 
     def accuracy(params: dict, test: Images) -> float:
         images, labels, _ = test

@@ -27,7 +27,7 @@ from tqdm import tqdm
 import jaxtta
 from jaxtta import assets, cli, continual, data, evaluate, io, report, tree
 from jaxtta.adapters import BATCLIP_PRESETS
-from jaxtta.objectives import Batch
+from jaxtta.models import Batch
 from jaxtta.optim import orthogonal_to
 
 Array = jax.Array
@@ -98,8 +98,8 @@ class Row(NamedTuple):
 def main(options: Options) -> None:
     """Adapt, test, and report."""
     check(options)
-    model, params = jaxtta.models.load(options.model)
-    if model.with_batch_statistics() != model:
+    model, params = jaxtta.models.load_clip(options.model)
+    if model.feature_shape is None:
         raise ValueError(
             f"{options.model}: is a ResNet, expected a vision transformer, whose LayerNorms are "
             "protected"
@@ -115,7 +115,7 @@ def main(options: Options) -> None:
     for corruption in options.corruptions:
         source.check(domain_of(options, corruption))
     templates = data.templates_for(options.layout)
-    task = jaxtta.models.zero_shot_task(model, source.class_names, templates)
+    task = jaxtta.zero_shot_task(model, source.class_names, templates)
     settings = {name: value for name, value in vars(options).items() if name not in LEFT_OUT}
     settings |= evaluate.fingerprints(source, params) | {"severity": severity_of(options)}
     evaluate.agree(options.output / "settings.json", json.loads(json.dumps(settings)))
@@ -138,7 +138,7 @@ def forward(
 ) -> Array:
     """Logits of images, of parameters some of which are adapted."""
     params, prompts = context
-    return model.forward(tree.merge(params, adapted), prompts, images).logits
+    return model(tree.merge(params, adapted), prompts, images).logits
 
 
 def measure(
@@ -172,7 +172,7 @@ def measure(
         if rank:
             kept = jax.tree.map(lambda x, rank=rank: x[:rank], basis)
             optimizer = optax.chain(optimizer, orthogonal_to(kept))
-        adapter = jaxtta.adapters.batclip(model, task, optimizer)
+        adapter = jaxtta.adapters.batclip(model, task, optimizer=optimizer)
         state, step, right = adapter.init(params), jax.jit(adapter.step, donate_argnums=1), []
         for batch in tqdm(stream, desc=f"{corruption}, {rank} directions", leave=False):
             state, prediction = step(params, state, Batch(batch.images, batch.mask, batch.index))

@@ -34,13 +34,13 @@ import tyro
 from PIL import Image
 
 import jaxtta
-from jaxtta import assets, data
-from jaxtta.adapters import Tuning, load_noise, save_noise
+from jaxtta import assets, data, evaluate
+from jaxtta.adapters import TNTConfig, load_noise, save_noise
 from jaxtta.data.folders import SUFFIXES
 
 CANVAS = 512
 """Side of the canvas of TNT's originals; larger ones are shrunk to fit."""
-CARRIED = Tuning(carry=True)
+CARRIED = TNTConfig(online=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,15 +75,18 @@ def main(options: Options) -> None:
         raise ValueError(f"--learning-rate is {options.learning_rate}, expected a positive number")
     if options.adapter != "tnt" and (options.noise or options.learn_noise):
         raise ValueError("--noise and --learn-noise are for --adapter tnt")
-    names = options.class_names or data.image_folder(assets.IMAGES).class_names
     files = list_images(options.images)
-    model, params = jaxtta.models.load(options.model)
-    task = jaxtta.models.zero_shot_task(model, names)
+    model, params = jaxtta.load(options.model)
+    own = getattr(model, "class_names", ())
+    names = options.class_names or own or data.image_folder(assets.IMAGES).class_names
+    task = evaluate.task_for(model, names, data.templates_for("folder"))
     adapter = {
         "zero_shot": lambda: jaxtta.adapters.zero_shot(model, task),
-        "tent": lambda: jaxtta.adapters.tent(model, task, optax.sgd(options.learning_rate, 0.9)),
+        "tent": lambda: jaxtta.adapters.tent(
+            model, task, optimizer=optax.sgd(options.learning_rate, 0.9)
+        ),
         "batclip": lambda: jaxtta.adapters.batclip(
-            model, task, optax.adamw(options.learning_rate, weight_decay=1e-2)
+            model, task, optimizer=optax.adamw(options.learning_rate, weight_decay=1e-2)
         ),
         "tnt": lambda: make_tnt(model, task, options),
     }[options.adapter]()
@@ -99,8 +102,9 @@ def make_tnt(
 ) -> jaxtta.Adapter:
     """TNT with a map for each image, or one that is learnt along them, or a ready one."""
     noise = load_noise(options.noise)[0] if options.noise else None
-    tuning = Tuning(views=1, steps=0) if options.noise else Tuning()
-    return jaxtta.adapters.tnt(model, task, CARRIED if options.learn_noise else tuning, noise)
+    tuning = TNTConfig(views=1, steps=0) if options.noise else TNTConfig()
+    config = CARRIED if options.learn_noise else tuning
+    return jaxtta.adapters.tnt(model, task, config=config, noise=noise)
 
 
 def list_images(paths: Sequence[Path]) -> list[Path]:

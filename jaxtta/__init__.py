@@ -4,8 +4,8 @@ Use::
 
     import jax, jaxtta
 
-    model, params = jaxtta.models.load("openai/clip-vit-base-patch16")
-    task = jaxtta.models.zero_shot_task(model, ["cat", "dog"], templates=["a photo of a {}."])
+    model, params = jaxtta.load("openai/clip-vit-base-patch16")
+    task = jaxtta.zero_shot_task(model, ["cat", "dog"], templates=["a photo of a {}."])
     adapter = jaxtta.adapters.batclip(model, task)
     state = adapter.init(params)
     step = jax.jit(adapter.step, donate_argnums=1)
@@ -20,33 +20,41 @@ from jaxtta import (
     continual,
     data,
     diagnose,
+    io,
     losses,
     metrics,
     models,
-    objectives,
     optim,
     tree,
     views,
 )
-from jaxtta.adapters import Adapter, Prediction
-from jaxtta.objectives import Batch
+from jaxtta.adapters import Adapter, Prediction, State
+from jaxtta.io import load_state, save_state
+from jaxtta.models import Batch, Classifier, Outputs, load, zero_shot_task
 
 __all__ = [
     "Adapter",
     "Batch",
+    "Classifier",
+    "Outputs",
     "Prediction",
+    "State",
     "adapters",
     "assets",
     "augmix",
     "continual",
     "data",
     "diagnose",
+    "io",
+    "load",
+    "load_state",
     "losses",
     "metrics",
     "models",
-    "objectives",
     "optim",
+    "save_state",
     "tree",
     "views",
+    "zero_shot_task",
 ]
 __version__ = "0.1.0"

@@ -1,4 +1,8 @@
-"""Files: arrays with a JSON description in one safetensors file, and writes that are atomic."""
+"""Files: arrays with a JSON description in one safetensors file, states, and atomic writes.
+
+save_state("state.safetensors", state)
+state = load_state("state.safetensors", like=adapter.init(params))
+"""
 
 import contextlib
 import json
@@ -7,6 +11,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
@@ -87,3 +93,75 @@ def load_arrays(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, Any]
     if not isinstance(metadata, dict):
         raise ValueError(f"{path}: its description is {metadata!r}, expected a JSON object")
     return arrays, metadata
+
+
+def save_state(path: str | Path, state: Any) -> None:
+    """Save the state of an adapter, to continue its stream later.
+
+    Args:
+        path: of the `.safetensors` file, written atomically.
+        state: what the adapter's `init` or `step` gave.
+    """
+    leaves = _leaves(state)
+    # Types that numpy lacks, bfloat16 for one, are kept as bytes.
+    arrays = {name: _as_bytes(leaf) if leaf.dtype.kind == "V" else leaf for name, leaf in leaves}
+    save_arrays(path, arrays, {"leaves": _describe(leaves)})
+
+
+def load_state(path: str | Path, like: Any) -> Any:
+    """Load what `save_state` saved.
+
+    Args:
+        path: of the file.
+        like: a state of the same adapter and model, `adapter.init(params)`.
+
+    Returns:
+        A state of the structure of `like`, equal to the saved one bit for bit.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is no state, or that of another method, optimiser or model.
+    """
+    arrays, metadata = load_arrays(path)
+    saved, wanted = metadata.get("leaves"), _describe(_leaves(like))
+    if not isinstance(saved, dict) or saved.keys() != arrays.keys():
+        raise ValueError(f"{path}: holds no adapter's state")
+    if saved.keys() != wanted.keys():
+        odd = sorted(saved.keys() ^ wanted.keys())[0]
+        where = "it has" if odd in saved else "it lacks"
+        raise ValueError(f"{path}: is the state of another method or model: {where} {odd}")
+    for name, shape_and_dtype in wanted.items():
+        if saved[name] != shape_and_dtype:
+            raise ValueError(
+                f"{path}: is the state of another method or model: {name} is {saved[name]}, "
+                f"expected {shape_and_dtype}"
+            )
+    dtypes = {name: leaf.dtype for name, leaf in _leaves(like)}
+    values = {
+        name: jnp.asarray(
+            array.view(dtypes[name]).reshape(wanted[name][0]) if dtypes[name].kind == "V" else array
+        )
+        for name, array in arrays.items()
+    }
+    if "fingerprint" in values and values["fingerprint"] != like.fingerprint:
+        raise ValueError(
+            f"{path}: is the state of another model: its parameters have checksum "
+            f"{int(values['fingerprint']):08x}, expected {int(like.fingerprint):08x}"
+        )
+    return jax.tree.map_with_path(lambda keys, _: values[_path(keys)], like)
+
+
+def _path(keys: tuple[Any, ...]) -> str:
+    return jax.tree_util.keystr(keys, simple=True, separator="/")
+
+
+def _leaves(state: Any) -> list[tuple[str, np.ndarray]]:
+    return [(_path(keys), np.asarray(leaf)) for keys, leaf in jax.tree.leaves_with_path(state)]
+
+
+def _describe(leaves: list[tuple[str, np.ndarray]]) -> dict[str, list[Any]]:
+    return {name: [list(leaf.shape), leaf.dtype.name] for name, leaf in leaves}
+
+
+def _as_bytes(array: np.ndarray) -> np.ndarray:
+    return np.frombuffer(array.tobytes(), np.uint8)

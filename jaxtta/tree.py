@@ -1,4 +1,4 @@
-"""Taking a parameter tree apart by names, and putting it together again."""
+"""Taking a parameter tree apart by the paths of its leaves, and putting it together again."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -9,66 +9,94 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 Tree = dict[str, Any]
 Trainable = Callable[[str], bool]
-"""Says of a parameter's path, "vision_model/post_layernorm/scale", whether it is adapted."""
+"""Whether a parameter is adapted, by its path, "vision_model/post_layernorm/scale"."""
 
 
-def partition(params: Tree, trainable: Trainable) -> tuple[Tree, Tree]:
-    """Split a tree in two by the names of its leaves.
+def path_of(keys: tuple[Any, ...]) -> str:
+    """The path of a leaf from the keys that `jax.tree.leaves_with_path` gives."""
+    return jax.tree_util.keystr(keys, simple=True, separator="/")
+
+
+def partition(params: Any, trainable: Trainable) -> tuple[Tree, Tree]:
+    """Split a tree in two by the paths of its leaves.
 
     Args:
-        params: nested dict of arrays.
-        trainable: a predicate on paths such as "vision_model/post_layernorm/scale".
+        params: a pytree of arrays: nested dicts, lists, a Flax NNX state.
+        trainable: a predicate on paths such as "vision_model/post_layernorm/scale", or
+            "layers/0/scale".
 
     Returns:
-        The chosen leaves and the others, each a sub-tree with the same paths as in `params`;
-        `merge(others, chosen)` gives `params` back. Nothing is copied.
+        The chosen leaves and the others, each a nested dict with the same paths as in `params`;
+        `merge(params, chosen)` gives `params` back, and so does `merge(others, chosen)` for nested
+        dicts. Nothing is copied.
 
     Raises:
         ValueError: if no leaf is chosen.
     """
     chosen, others = {}, {}
-    for path, leaf in flatten_dict(params, sep="/").items():
+    for keys, leaf in jax.tree.leaves_with_path(params):
+        path = path_of(keys)
         (chosen if trainable(path) else others)[path] = leaf
     if not chosen:
         raise ValueError(f"no parameter is chosen; there are {_some(list(others))}")
     return unflatten_dict(chosen, sep="/"), unflatten_dict(others, sep="/")
 
 
-def merge(params: Tree, adapted: Tree) -> Tree:
-    """Lay a sub-tree over a tree.
+def merge(params: Any, adapted: Tree) -> Any:
+    """Replace the leaves of a tree by those of a sub-tree.
 
     Args:
-        params: nested dict of arrays, the whole tree or what `partition` left of it.
-        adapted: nested dict whose leaves take the place of those in `params`, or join them.
+        params: a pytree of arrays, the whole tree or what `partition` left of a nested dict.
+        adapted: nested dict whose leaves replace those in `params`, or join those of a dict.
 
     Returns:
-        A new nested dict; its leaves are those given, uncopied.
+        A new tree of the same type; its leaves are those given, uncopied.
 
     Raises:
-        ValueError: if a path is a leaf in one tree and a branch in the other, or a leaf has
-            another shape.
+        ValueError: if a path is a leaf in one tree and a branch in the other, or is not in
+            `params`, or a leaf has another shape.
     """
-    merged = dict(params)
+    if not isinstance(params, dict):
+        return _replace(params, flatten_dict(adapted, sep="/"))
+    merged, keys = dict(params), {str(key): key for key in params}  # an NNX list has integer keys
     for name, value in adapted.items():
-        old = params.get(name)
-        if old is None:
-            merged[name] = value
-        elif isinstance(old, Mapping) != isinstance(value, Mapping):
+        key = keys.get(name, name)
+        old = params.get(key)
+        is_branch = isinstance(value, Mapping)
+        if old is not None and jax.tree_util.treedef_is_leaf(jax.tree.structure(old)) == is_branch:
             raise ValueError(f"{name} is a leaf in one tree and a branch in the other")
-        elif isinstance(value, Mapping):
-            merged[name] = merge(old, value)
-        elif jnp.shape(old) != jnp.shape(value):
-            raise ValueError(f"{name} has shape {jnp.shape(value)}, expected {jnp.shape(old)}")
+        if old is not None and is_branch:
+            merged[key] = merge(old, value)
         else:
-            merged[name] = value
+            _check_shape(name, old, value)
+            merged[key] = value
     return merged
+
+
+def _replace(params: Any, leaves: dict[str, Any]) -> Any:
+    paths = [path_of(keys) for keys, _ in jax.tree.leaves_with_path(params)]
+    if unknown := sorted(leaves.keys() - set(paths)):
+        raise ValueError(f"{unknown[0]} is no leaf of the tree; there are {_some(paths)}")
+
+    def replace(keys: tuple[Any, ...], old: Any) -> Any:
+        path = path_of(keys)
+        value = leaves.get(path, old)
+        _check_shape(path, old, value)
+        return value
+
+    return jax.tree.map_with_path(replace, params)
+
+
+def _check_shape(name: str, old: Any, value: Any) -> None:
+    if old is not None and jnp.shape(old) != jnp.shape(value):
+        raise ValueError(f"{name} has shape {jnp.shape(value)}, expected {jnp.shape(old)}")
 
 
 def normalisation_parameters(tower: str = "both") -> Trainable:
     """Choose the scales and biases of normalisation layers.
 
     Args:
-        tower: "image", "text" or "both".
+        tower: "image", "text" or "both"; what is not under "text_model" counts as image.
 
     Returns:
         A predicate on paths, for `partition` and `adapters.online`.
@@ -76,25 +104,45 @@ def normalisation_parameters(tower: str = "both") -> Trainable:
     Raises:
         ValueError: if the tower is another.
     """
-    roots = {
-        "image": ("vision_model/",),
-        "text": ("text_model/",),
-        "both": ("vision_model/", "text_model/"),
-    }
-    if tower not in roots:
-        raise ValueError(f"tower is {tower!r}, expected one of {', '.join(roots)}")
+    if tower not in ("image", "text", "both"):
+        raise ValueError(f"tower is {tower!r}, expected one of image, text, both")
 
     def trainable(path: str) -> bool:
-        *_, layer, leaf = ("", *path.split("/"))
+        *_, layer, leaf = ("", *path.removesuffix("/value").split("/"))  # NNX adds /value
+        if tower != "both" and path.startswith("text_model/") != (tower == "text"):
+            return False
         # "norm" is in every transformers' name of such a layer, pre_layrnorm among them
-        return path.startswith(roots[tower]) and "norm" in layer and leaf in ("scale", "bias")
+        return "norm" in layer and leaf in ("scale", "bias")
 
     return trainable
 
 
-def count(tree: Any) -> int:
-    """Number of parameters in a pytree of arrays, or of their shapes."""
-    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+def fingerprint(params: Any) -> jax.Array:
+    """A checksum of a tree of arrays, by which its state is recognised.
+
+    Args:
+        params: a pytree of arrays.
+
+    Returns:
+        () uint32, of every bit of every leaf; the same under `jit` and for any sharding.
+    """
+    total = jnp.zeros((), jnp.uint32)
+    for number, leaf in enumerate(jax.tree.leaves(params)):
+        total = total + _checksum(jnp.asarray(leaf)) * jnp.uint32(2 * number + 1)
+    return total
+
+
+@jax.jit
+def _checksum(leaf: jax.Array) -> jax.Array:
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.random.key_data(leaf)
+    if leaf.dtype == bool:
+        leaf = leaf.astype(jnp.uint8)
+    bits = jax.lax.bitcast_convert_type(leaf, f"uint{8 * min(leaf.dtype.itemsize, 4)}")
+    bits = bits.ravel().astype(jnp.uint32)
+    # Odd factors, so that neither a changed bit nor two values that changed places go unnoticed.
+    factors = 2 * jnp.arange(bits.size, dtype=jnp.uint32) + 1
+    return (bits * factors).sum(dtype=jnp.uint32)
 
 
 def all_finite(tree: Any) -> jax.Array:
@@ -117,11 +165,6 @@ def stays_finite(before: Any, after: Any) -> jax.Array:
 
     checks = jax.tree.leaves(jax.tree.map(check, before, after))
     return jnp.stack(checks).all() if checks else jnp.asarray(True)
-
-
-def select(condition: jax.Array, chosen: Any, other: Any) -> Any:
-    """Leaf by leaf `chosen` where the scalar condition holds, else `other`, bit for bit."""
-    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), chosen, other)
 
 
 def _some(names: list[str], most: int = 8) -> str:

@@ -20,6 +20,7 @@ import sys
 from pathlib import Path
 
 import hypothesis
+import jax
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
@@ -40,13 +41,13 @@ hypothesis.settings.load_profile("jaxtta")
 @pytest.fixture(scope="session")
 def tiny():
     """The golden model with its parameters."""
-    return jaxtta.models.load(GOLDEN / "tiny-clip")
+    return jaxtta.load(GOLDEN / "tiny-clip")
 
 
 @pytest.fixture(scope="session")
 def embedded():
     """The embedded model with its parameters."""
-    return jaxtta.models.load(jaxtta.assets.MODEL)
+    return jaxtta.load(jaxtta.assets.MODEL)
 
 
 @pytest.fixture(scope="session")
@@ -115,3 +116,8 @@ def changes(params, adapted, reference):
     assert set(names.values()) == {n for n in reference.files if n.startswith("ln/")}
     ours = np.concatenate([np.ravel(end[p] - start[p]) for p in end])
     return ours, np.concatenate([np.ravel(reference[names[p]] - start[p]) for p in end])
+
+
+def size_of(tree):
+    """Number of parameters in a tree of arrays, or of their shapes."""
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import changes, golden, images_of, relative
+from conftest import changes, golden, images_of, relative, size_of
 from flax.traverse_util import flatten_dict
 
 import jaxtta
@@ -30,7 +30,9 @@ def images(tiny):
 def mgtta(model, task):
     clean = models.FeatureStatistics(jnp.array(9.0), jnp.zeros((3, 32)), 8 * jnp.ones((3, 32)))
     phi = optim.init_meta_gradient_generator(jax.random.key(0))
-    return adapters.mgtta(model, task, clean, optim.meta_gradient_generator(phi, 1e-3))
+    return adapters.mgtta(
+        model, task, optimizer=optim.meta_gradient_generator(phi, 1e-3), statistics=clean
+    )
 
 
 MAKE = {name: getattr(adapters, name) for name in ("zero_shot", "tent", "batclip")}
@@ -72,13 +74,15 @@ def close_changes(a, b, tolerance=1e-3):
     ("name", "optimizer"),
     [
         ("batclip_adamw", optax.adamw(1e-3, weight_decay=1e-2)),
-        ("batclip_adam_l2", adapters.adam_l2(5e-4)),
+        ("batclip_adam_l2", adapters.adam_with_l2(5e-4)),
     ],
 )
 def test_batclip_equals_the_published_runs(tiny, name, optimizer):
     model, params = tiny
     reference = golden(name)
-    adapter = adapters.batclip(model, models.task_from_token_ids(reference["token_ids"]), optimizer)
+    adapter = adapters.batclip(
+        model, models.task_from_token_ids(reference["token_ids"]), optimizer=optimizer
+    )
     state = adapter.init(params)
     step = jax.jit(adapter.step, donate_argnums=1)
     for t, images in enumerate(images_of(model, reference["images"])):
@@ -98,8 +102,8 @@ def test_published_number_of_adapted_parameters():
     model = models.from_config(CLIPConfig(vision_config={"patch_size": 16}))
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     adapted, _ = tree.partition(shapes, tree.normalisation_parameters("both"))
-    assert tree.count(adapted) == 65_536
-    assert tree.count(shapes) == 149_620_737
+    assert size_of(adapted) == 65_536
+    assert size_of(shapes) == 149_620_737
 
 
 @pytest.mark.parametrize("name", adapters.BATCLIP_PRESETS)
@@ -109,7 +113,7 @@ def test_presets_run(tiny, task, images, name):
         (adapters.batclip, adapters.BATCLIP_PRESETS),
         (adapters.tent, adapters.TENT_PRESETS),
     ):
-        adapter = make(model, task, presets[name].optimizer())
+        adapter = make(model, task, optimizer=presets[name].optimizer())
         state = adapter.init(params)
         moved, _ = jax.jit(adapter.step)(params, state, images[0])
         assert np.any(change(state.adapted, moved.adapted))
@@ -117,7 +121,7 @@ def test_presets_run(tiny, task, images, name):
 
 def test_tent_moves_only_the_image_tower_and_lowers_entropy(tiny, task, images):
     model, params = tiny
-    adapter = adapters.tent(model, task, optax.sgd(1e-2))
+    adapter = adapters.tent(model, task, optimizer=optax.sgd(1e-2))
     state, step = adapter.init(params), jax.jit(adapter.step)
     assert set(state.adapted) == {"vision_model"}
     first = None
@@ -131,8 +135,8 @@ def test_zero_shot_is_the_model_itself(tiny, task, images):
     model, params = tiny
     adapter = adapters.zero_shot(model, task)
     _, prediction = adapter.step(params, adapter.init(params), images[0])
-    text = models.unit(model.encode_text(params, task.token_ids[:, 0]))
-    image = models.unit(model.encode_image(params, model.normalize(images[0])))
+    text = models.l2_normalize(model.encode_text(params, task.token_ids[:, 0]))
+    image = models.l2_normalize(model.encode_image(params, model.normalize(images[0])))
     expected = np.exp(params["logit_scale"]) * image @ text.T
     np.testing.assert_allclose(prediction.logits, expected, atol=1e-4)
 
@@ -215,7 +219,7 @@ def test_an_optimizer_state_that_overflows_is_skipped(tiny):
 
 def test_an_update_that_is_not_finite_is_skipped(tiny, task, images):
     model, params = tiny
-    adapter = adapters.batclip(model, task, optax.sgd(jnp.inf))
+    adapter = adapters.batclip(model, task, optimizer=optax.sgd(jnp.inf))
     state = adapter.init(params)
     after, prediction = jax.jit(adapter.step)(params, state, images[0])
     same(state, after)
@@ -243,7 +247,7 @@ def test_only_adapted_leaves_are_carried(tiny, task):
     pointers = {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(params)}
     assert not pointers & {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(state)}
     beside = (state.optimizer, state.context)
-    assert tree.count(beside) < 3 * tree.count(state.adapted)
+    assert size_of(beside) < 3 * size_of(state.adapted)
 
 
 def test_a_stream_compiles_once(tiny, adapter, images):
@@ -269,7 +273,7 @@ def test_a_new_task_of_the_same_shape_does_not_recompile(tiny, task, images):
 
 
 def test_a_bare_array_is_a_full_batch_numbered_from_the_counter(tiny, adapter, jitted, images):
-    bare = jaxtta.objectives.as_batch(images[0], jnp.asarray(7))
+    bare = jaxtta.models.as_batch(images[0], jnp.asarray(7))
     same(bare, batch_of(images[0], index=np.arange(7, 7 + BATCH)))
     state, prediction = jitted(tiny[1], adapter.init(tiny[1]), images[0])
     assert int(state.seen) == BATCH
@@ -341,7 +345,7 @@ def test_bfloat16_parameters_are_adapted_in_float32(images, task):
 def test_hyperparameters_change_without_recompiling(tiny, task, images):
     model, params = tiny
     optimizer = optax.inject_hyperparams(optax.adamw)(learning_rate=1e-3)
-    adapter = adapters.batclip(model, task, optimizer)
+    adapter = adapters.batclip(model, task, optimizer=optimizer)
     step = jax.jit(chex.assert_max_traces(adapter.step, n=1))
     moves = []
     for rate in (1e-3, 1e-2):
@@ -356,7 +360,7 @@ def test_hyperparameters_change_without_recompiling(tiny, task, images):
 def test_trainable_that_chooses_nothing_is_refused(tiny, task):
     model, params = tiny
     adapter = adapters.online(
-        jaxtta.objectives.batclip(model),
+        jaxtta.adapters.batclip_objective(model),
         lambda params: model.prompts(task),
         lambda path: "nothing" in path,
         optax.sgd(1.0),

@@ -206,7 +206,7 @@ def test_bfloat16_stays_close(tiny, forward):
 
     import jaxtta
 
-    model, params = jaxtta.models.load(GOLDEN / "tiny-clip", compute_dtype=jnp.bfloat16)
+    model, params = jaxtta.load(GOLDEN / "tiny-clip", compute_dtype=jnp.bfloat16)
     embeddings = model.encode_image(params, forward["images"])
     assert embeddings.dtype == jnp.float32
     assert 1e-6 < relative(embeddings, forward["image_embeds"]) < 2e-2
@@ -218,7 +218,7 @@ def test_rematerialisation_changes_no_gradient(tiny, forward):
     import jaxtta
 
     model, params = tiny
-    lean, _ = jaxtta.models.load(GOLDEN / "tiny-clip", remat=True)
+    lean, _ = jaxtta.load(GOLDEN / "tiny-clip", remat=True)
     packed = model.prompts(task_from_token_ids(forward["token_ids"]))
 
     def loss(model, params):

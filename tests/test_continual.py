@@ -80,7 +80,7 @@ def test_losses_are_the_published_ones(reference, dtype, bound):
     with jax.enable_x64(dtype == "float64"):
 
         def unit(name):
-            return jaxtta.models.unit(jnp.asarray(reference[name], dtype))
+            return jaxtta.models.l2_normalize(jnp.asarray(reference[name], dtype))
 
         scale, smoothing = meta["logit_scale"], meta["label_smoothing"]
         student = scale * unit("image_embeds") @ unit("text_embeds").T
@@ -319,8 +319,8 @@ def lesson(tiny):
         images[1][:6],
         captions,
         labels,
-        jaxtta.models.unit(model.encode_image(params, model.normalize(images[1][:6]))),
-        jaxtta.models.unit(model.encode_text(params, captions)),
+        jaxtta.models.l2_normalize(model.encode_image(params, model.normalize(images[1][:6]))),
+        jaxtta.models.l2_normalize(model.encode_text(params, captions)),
     )
     return examples, pairs
 

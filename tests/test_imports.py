@@ -11,15 +11,14 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "jaxtta"
 FUNCTIONS = {"losses", "metrics", "tree", "views", "augmix", "io"}
 MODELS = FUNCTIONS | {"models", "optim", "assets"}
-METHODS = MODELS | {"adapters", "objectives", "continual", "diagnose", "data"}
+METHODS = MODELS | {"adapters", "continual", "diagnose", "data"}
 MAY_IMPORT = {
     **{name: set() for name in FUNCTIONS},
     "assets": set(),
     "models": {"io"},
     "data": {"io"},
     "optim": {"tree", "io"},
-    "objectives": MODELS,
-    "adapters": MODELS | {"objectives"},
+    "adapters": MODELS,
     "continual": MODELS,
     "diagnose": MODELS,
     "evaluate": METHODS,

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import GOLDEN, golden, images_of, relative
+from conftest import GOLDEN, golden, images_of, relative, size_of
 from flax.traverse_util import flatten_dict
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from jaxtta import adapters, evaluate, models, objectives, tree
+from jaxtta import adapters, evaluate, models, tree
 from jaxtta.models.checkpoints import open_clip as openclip
 from jaxtta.models.resnet import ResNet
 
@@ -53,14 +53,14 @@ def test_embeddings_equal_openclips(name):
     assert relative(text, expected["text_embeds"]) <= 1e-5
     prompts = model.prompts(models.task_from_token_ids(expected["token_ids"]))
     packed = jax.jit(model.class_embeddings)(params, prompts)
-    assert relative(packed, models.unit(expected["text_embeds"])) <= 1e-5
+    assert relative(packed, models.l2_normalize(expected["text_embeds"])) <= 1e-5
     fresh = jax.eval_shape(model.init, jax.random.key(0))
     assert jax.tree.map(np.shape, fresh) == jax.tree.map(np.shape, params)
 
 
 def test_batclip_on_the_resnet_equals_openclips(resnet, reference, task):
     model, params = resnet
-    setup = evaluate.Setup("cifar10-c", adapters.Tuning(), evaluate.MGTTA())
+    setup = evaluate.Setup("cifar10-c", adapters.TNTConfig(), evaluate.MGTTA())
     adapter = evaluate.make_adapter("batclip", model, task, setup)
     state, step = adapter.init(params), jax.jit(adapter.step)
     for t, images in enumerate(images_of(model, reference["batclip_images"])):
@@ -83,7 +83,7 @@ def test_batclip_on_the_resnet_equals_openclips(resnet, reference, task):
 
 def test_tent_moves_the_resnets_scales_and_biases_and_lowers_entropy(resnet, reference, task):
     model, params = resnet
-    adapter = adapters.tent(model, task, optax.adam(1e-3))
+    adapter = adapters.tent(model, task, optimizer=optax.adam(1e-3))
     state, step = adapter.init(params), jax.jit(adapter.step)
     assert set(state.adapted) == {"vision_model"}
     assert {path[-1] for path in flatten_dict(state.adapted)} == {"scale", "bias"}
@@ -98,20 +98,23 @@ def padded(images, rows):
     """A batch with more rows than images, the others full of what must not be looked at."""
     filled = np.concatenate([np.full_like(images[:1], np.nan).repeat(rows, 0), images])
     mask = np.arange(len(filled)) >= rows
-    return objectives.Batch(jnp.asarray(filled), jnp.asarray(mask), jnp.arange(len(filled)))
+    return models.Batch(jnp.asarray(filled), jnp.asarray(mask), jnp.arange(len(filled)))
 
 
 def test_a_step_of_tent_on_the_resnet_is_the_entropys_gradient(resnet, reference, task):
     own, params = resnet
     images = images_of(own, reference["batclip_images"][0])
-    model, adapter = own.with_batch_statistics(), adapters.tent(own, task, optax.sgd(0.1))
+    model, adapter = (
+        own.with_batch_norm_statistics("batch"),
+        adapters.tent(own, task, optimizer=optax.sgd(0.1)),
+    )
     start = adapter.init(params)
     chosen, _ = tree.partition(params, tree.normalisation_parameters("image"))
 
     def entropy(adapted):
         merged = tree.merge(params, adapted)
         embeddings = model.encode_image(merged, model.normalize(images))
-        logits = jnp.exp(params["logit_scale"]) * models.unit(embeddings) @ start.context.T
+        logits = jnp.exp(params["logit_scale"]) * models.l2_normalize(embeddings) @ start.context.T
         return -(jax.nn.softmax(logits) * jax.nn.log_softmax(logits)).sum(1).mean()
 
     value, gradients = jax.jit(jax.value_and_grad(entropy))(chosen)
@@ -126,7 +129,7 @@ def test_a_step_of_tent_on_the_resnet_is_the_entropys_gradient(resnet, reference
 def test_padding_enters_no_batch_statistics(resnet, reference, task):
     model, params = resnet
     images = images_of(model, reference["batclip_images"][0])
-    adapter = adapters.batclip(model, task, optax.sgd(0.1))
+    adapter = adapters.batclip(model, task, optimizer=optax.sgd(0.1))
     start, step = adapter.init(params), jax.jit(adapter.step)
     state, prediction = step(params, start, images)
     assert np.abs(prediction.logits - reference["batclip_logits"][0]).max() <= 1e-3
@@ -147,16 +150,16 @@ def test_padding_enters_no_batch_statistics(resnet, reference, task):
 
 def test_only_with_batch_statistics_do_images_depend_on_each_other(resnet, reference):
     (own, params), images = resnet, reference["images"]
-    for model, apart in ((own, False), (own.with_batch_statistics(), True)):
+    for model, apart in ((own, False), (own.with_batch_norm_statistics("batch"), True)):
         encode = jax.jit(model.encode_image)
         together = np.asarray(encode(params, images))
         difference = relative(encode(params, np.repeat(images[:1], 5, 0))[0], together[0])
         assert (difference > 1e-2) == apart
-    assert model.with_batch_statistics(False) == own
+    assert model.with_batch_norm_statistics("running") == own
 
 
 def test_a_vit_has_no_batch_statistics(tiny):
-    assert tiny[0].with_batch_statistics() is tiny[0]
+    assert tiny[0].with_batch_norm_statistics("batch") is tiny[0]
 
 
 def test_no_gradient_reaches_running_statistics(resnet, reference):
@@ -342,9 +345,9 @@ def test_full_size_models_load_and_run(config, tmp_path):
     task = models.task_from_token_ids([[49406, 320, 49407, 0], [49406, 49407, 0, 0]])
     images = model.preprocess([Image.effect_mandelbrot((300, 260), (-3, -2.5, 2, 2.5), 100)])
     out = jax.jit(model.forward)(params, model.prompts(task), images)
-    assert out.image_embeddings.shape == (1, config["model_cfg"]["embed_dim"])
+    assert out.embeddings.shape == (1, config["model_cfg"]["embed_dim"])
     assert np.isfinite(out.logits).all()
-    assert out.image_embeddings.std() > 0
+    assert out.embeddings.std() > 0
 
 
 @pytest.mark.parametrize(
@@ -360,7 +363,7 @@ def test_full_size_models_load_and_run(config, tmp_path):
 def test_published_numbers_of_parameters(config, published, tmp_path):
     model = openclip.from_config(write_config(tmp_path, config))
     shapes = flatten_dict(jax.eval_shape(model.init, jax.random.key(0)))
-    assert tree.count([x for path, x in shapes.items() if path[-1] not in ("mean", "var")]) == (
+    assert size_of([x for path, x in shapes.items() if path[-1] not in ("mean", "var")]) == (
         published
     )
 

@@ -84,7 +84,7 @@ def test_a_supervised_classifier_equals_transformers(tmp_path, size):
         for parameter in theirs.parameters():
             parameter += 0.02 * torch.randn_like(parameter)
     theirs.save_pretrained(tmp_path)
-    model, params = models.load_classifier(tmp_path)
+    model, params = models.load(tmp_path)
     side = config.image_size
     images = np.random.default_rng(0).random((3, side, side, 3)).astype(np.float32)
     pixels = torch.tensor(((images - 0.5) / 0.5).transpose(0, 3, 1, 2))
@@ -120,7 +120,9 @@ def test_accuracies_equal_the_reference(shared, tmp_path):
     cells = evaluate.run(
         {
             "zero_shot": adapters.zero_shot(model, task),
-            "batclip": adapters.batclip(model, task, optax.adamw(1e-3, weight_decay=1e-2)),
+            "batclip": adapters.batclip(
+                model, task, optimizer=optax.adamw(1e-3, weight_decay=1e-2)
+            ),
         },
         params,
         data.Batches(source, tuple(streams), 100),

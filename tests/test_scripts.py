@@ -219,8 +219,8 @@ def test_a_small_clip_is_trained_and_loads(run_script, tmp_path):
     code, out, _ = run_script(*options)
     assert code == 0
     assert "test accuracy" in out
-    model, params = jaxtta.models.load(tmp_path / "model")
-    adapter = jaxtta.adapters.zero_shot(model, jaxtta.models.zero_shot_task(model, ["cat", "dog"]))
+    model, params = jaxtta.load(tmp_path / "model")
+    adapter = jaxtta.adapters.zero_shot(model, jaxtta.zero_shot_task(model, ["cat", "dog"]))
     images = [Image.open(f) for f in sorted((assets.IMAGES / "cat").iterdir())[:2]]
     _, prediction = adapter.step(params, adapter.init(params), model.preprocess(images))
     assert prediction.logits.shape == (2, 2)
@@ -293,7 +293,7 @@ def test_natural_shifts_end_to_end(run_script, tmp_path, monkeypatch):
         (["--datasets", "imagenet-a=/nowhere"], "/nowhere: no such folder"),
         (["--adapters", "tnt-x"], "unknown adapter 'tnt-x', expected one of zero_shot, tent"),
         (["--adapters", "tnt", "--save-examples", "1"], "compares tnt with zero_shot: run both"),
-        (["--tnt.carry", "--save-examples", "1"], "for maps of single images, not --tnt.carry"),
+        (["--tnt.online", "--save-examples", "1"], "for maps of single images, not --tnt.online"),
         (["--canvas", "0"], "--canvas is 0, expected at least 1"),
     ],
 )
@@ -484,7 +484,7 @@ def test_a_noise_map_is_learnt_and_applied(run_script, tmp_path):
     code, out, _ = run_script("serve.py", *tnt, "--learn-noise", tmp_path / "camera.safetensors")
     assert (code, len(out.splitlines())) == (0, 3)
     noise, tuning = jaxtta.adapters.load_noise(tmp_path / "camera.safetensors")
-    assert tuning.carry
+    assert tuning.online
     assert 0 < np.abs(noise).max() <= tuning.epsilon
     code, out, _ = run_script("serve.py", *tnt, "--noise", tmp_path / "camera.safetensors")
     assert (code, len(out.splitlines())) == (0, 3)

@@ -18,8 +18,8 @@ import pytest
 
 from jaxtta import Adapter, Prediction, data, evaluate
 from jaxtta.evaluate.bootstrap import bootstrap, interval
+from jaxtta.models import as_batch
 from jaxtta.models.preprocess import Preprocessing
-from jaxtta.objectives.base import as_batch
 
 SCRIPT = Path(__file__).parents[1] / "experiments" / "corruption_sweep.py"
 

@@ -13,8 +13,16 @@ from conftest import golden
 from safetensors.numpy import save_file
 
 import jaxtta
-from jaxtta.adapters import TNT_PRESETS, Tuning, load_noise, save_noise, tnt, tune, tune_image
-from jaxtta.adapters.tnt import inter_view_distance, marginal_entropy
+from jaxtta.adapters import (
+    TNT_PRESETS,
+    TNTConfig,
+    load_noise,
+    optimize_noise,
+    save_noise,
+    tnt,
+    tnt_image,
+)
+from jaxtta.adapters.tnt.optimize import inter_view_distance, marginal_entropy
 
 
 @pytest.fixture(scope="module")
@@ -36,11 +44,11 @@ def setup(tiny, reference):
 
 def tuning_of(reference, **changes):
     meta = json.loads(str(reference["meta"]))
-    return Tuning(
+    return TNTConfig(
         views=20,
         steps=meta["steps"],
         select_fraction=meta["select_fraction"],
-        vote_fraction=meta["vote_fraction"],
+        ensemble_fraction=meta["ensemble_fraction"],
         entropy_weight=meta["entropy_weight"],
         learning_rate=meta["lr"],
         epsilon=meta["eps"],
@@ -52,15 +60,16 @@ def tuning_of(reference, **changes):
 def test_equal_to_the_published_code(setup, reference):
     def run(tuning):
         return jax.jit(
-            jax.vmap(lambda views, noise: tune(*setup, views, noise, tuning)),
+            jax.vmap(lambda views, noise: optimize_noise(*setup, views, noise, tuning)),
         )(reference["views"], reference["noise_init"])
 
     tuned = run(tuning_of(reference))
     wrong = np.abs(tuned.noise_steps - reference["noise_steps"]) > 1e-7
     assert wrong.mean() <= 0.005
     np.testing.assert_allclose(tuned.losses, reference["losses"], atol=1e-4)
-    for name in ("selected", "voting"):
-        ours, theirs = np.sort(getattr(tuned, name), -1), np.sort(reference[name], -1)
+    theirs_of = {"selected": "selected", "ensemble": "voting"}
+    for name in theirs_of:
+        ours, theirs = np.sort(getattr(tuned, name), -1), np.sort(reference[theirs_of[name]], -1)
         np.testing.assert_array_equal(ours, theirs)
     np.testing.assert_allclose(tuned.logits, reference["adapted_logits"], atol=5e-3)
     paper = np.exp(tuned.log_probabilities)
@@ -77,9 +86,9 @@ def test_selecting_first_changes_nothing(setup, count, fraction, steps, seed):
     view_key, noise_key = jax.random.split(jax.random.key(seed))
     views = jax.random.uniform(view_key, (count, 32, 32, 3))
     noise = jax.random.normal(noise_key, (32, 32, 3)).clip(-1 / 255, 1 / 255)
-    tuning = Tuning(views=count, steps=steps, select_fraction=fraction)
+    tuning = TNTConfig(views=count, steps=steps, select_fraction=fraction)
     few, all_ = (
-        jax.jit(lambda s=select: tune(*setup, views, noise, tuning, s))()
+        jax.jit(lambda s=select: optimize_noise(*setup, views, noise, tuning, s))()
         for select in (True, False)
     )
     # A gradient that is rounding noise has a sign of its own.
@@ -91,12 +100,13 @@ def test_selecting_first_changes_nothing(setup, count, fraction, steps, seed):
 @pytest.mark.parametrize("chunk", [1, 4, 5])
 def test_chunks_change_nothing(setup, reference, chunk):
     views, noise = jnp.asarray(reference["views"][0, :6]), jnp.asarray(reference["noise_init"][0])
-    whole, parts = (
-        jax.jit(lambda c=c: tune(*setup, views, noise, Tuning(views=6, chunk=c)))()
-        for c in (99, chunk)
-    )
+
+    def run(config):
+        return jax.jit(lambda: optimize_noise(*setup, views, noise, config))()
+
+    whole, parts = (run(TNTConfig(views=6, views_per_chunk=count)) for count in (99, chunk))
     np.testing.assert_allclose(parts.logits, whole.logits, atol=2e-3)
-    np.testing.assert_array_equal(parts.voting, whole.voting)
+    np.testing.assert_array_equal(parts.ensemble, whole.ensemble)
     assert np.mean(np.abs(parts.noise - whole.noise) > 1e-7) <= 0.005
 
 
@@ -107,7 +117,7 @@ def test_images_of_a_batch_know_nothing_of_each_other(tiny):
     index, mask = jnp.arange(4), jnp.ones(4, bool)
 
     def predict(count, size):
-        adapter = tnt(model, task, Tuning(views=6, images_per_map=count))
+        adapter = tnt(model, task, config=TNTConfig(views=6, images_per_map=count))
         step, state = jax.jit(adapter.step), adapter.init(params)
         chosen = [slice(first, first + size) for first in range(0, 4, size)]
         parts = [step(params, state, jaxtta.Batch(images[c], mask[c], index[c])) for c in chosen]
@@ -123,8 +133,8 @@ def test_a_map_is_carried_saved_frozen_and_refreshed(tiny, tmp_path):
     model, params = tiny
     task = jaxtta.models.task_from_token_ids(golden("tnt")["token_ids"])
     images = jax.random.uniform(jax.random.key(1), (3, 32, 32, 3))
-    tuning = Tuning(views=4, carry=True)
-    carrying = tnt(model, task, tuning)
+    tuning = TNTConfig(views=4, online=True)
+    carrying = tnt(model, task, config=tuning)
     state = carrying.init(params)
     first = state.noise
     state, _ = jax.jit(carrying.step)(params, state, images)
@@ -143,11 +153,11 @@ def test_a_map_is_carried_saved_frozen_and_refreshed(tiny, tmp_path):
     save_noise(tmp_path / "camera.safetensors", state.noise, tuning)
     noise, settings = load_noise(tmp_path / "camera.safetensors")
     assert settings == tuning
-    frozen = tnt(model, task, Tuning(views=1, steps=0), noise=noise)
+    frozen = tnt(model, task, config=TNTConfig(views=1, steps=0), noise=noise)
     kept, prediction = jax.jit(frozen.step)(params, frozen.init(params), images)
     np.testing.assert_array_equal(kept.noise, noise)
     adapted = model.normalize(jnp.clip(images + noise, 0, 1))
-    cosines = jaxtta.models.unit(model.encode_image(params, adapted)) @ kept.classes.T
+    cosines = jaxtta.models.l2_normalize(model.encode_image(params, adapted)) @ kept.context.T
     expected = jax.nn.log_softmax(cosines / 7e-3)
     np.testing.assert_allclose(prediction.logits, expected, atol=1e-3)
     refreshed, _ = jax.jit(carrying.step)(params, kept, images)
@@ -161,7 +171,7 @@ def test_on_parameters_that_another_adapter_adapted(tiny):
     first = jaxtta.adapters.batclip(model, task)
     state, _ = jax.jit(first.step)(params, first.init(params), images)
     adapted = jaxtta.tree.merge(params, state.adapted)
-    adapter = tnt(model, task, Tuning(views=4))
+    adapter = tnt(model, task, config=TNTConfig(views=4))
     step = jax.jit(adapter.step)
     outputs = [step(p, adapter.init(p), images)[1].logits for p in (params, adapted)]
     assert np.abs(outputs[0] - outputs[1]).max() > 1e-3
@@ -173,11 +183,11 @@ def test_a_batch_is_its_images_tuned_one_by_one(tiny):
     task = jaxtta.models.task_from_token_ids(golden("tnt")["token_ids"])
     canvas = jax.random.randint(jax.random.key(1), (2, 50, 50, 3), 0, 256).astype(jnp.uint8)
     sizes = jnp.array([[50, 40], [33, 47]])
-    tuning = Tuning(views=5, augmix=2.0)
-    adapter = tnt(model, task, tuning)
+    tuning = TNTConfig(views=5, augmix=2.0)
+    adapter = tnt(model, task, config=tuning)
     batch = jaxtta.Batch(canvas, jnp.ones(2, bool), jnp.array([7, 8]), sizes)
     state, prediction = jax.jit(adapter.step)(params, adapter.init(params), batch)
-    views, tuned = jax.jit(lambda *image: tune_image(model, params, state.classes, *image, tuning))(
+    views, tuned = jax.jit(lambda *image: tnt_image(model, params, state.context, *image, tuning))(
         jax.random.fold_in(jax.random.key(0), 8), canvas[1], sizes[1]
     )
     np.testing.assert_allclose(tuned.log_probabilities, prediction.logits[1], atol=2e-3)
@@ -195,12 +205,14 @@ def test_a_map_that_is_not_finite_is_forgotten_and_said(tiny):
         def __getattr__(self, name):
             return getattr(model, name)
 
-        def encode_image(self, params, pixels):
+        def __call__(self, params, context, batch):
+            out = model(params, context, batch)
             # The root of 0 has no derivative.
-            return model.encode_image(params, pixels) + jnp.sqrt(pixels.sum((1, 2, 3))[:, None] * 0)
+            root = jnp.sqrt(batch.images.sum((1, 2, 3))[:, None] * 0)
+            return out._replace(embeddings=out.embeddings + root)
 
     task = jaxtta.models.task_from_token_ids(golden("tnt")["token_ids"])
-    adapter = tnt(Broken(), task, Tuning(views=4, carry=True))
+    adapter = tnt(Broken(), task, config=TNTConfig(views=4, online=True))
     state = adapter.init(params)
     images = jax.random.uniform(jax.random.key(1), (2, 32, 32, 3))
     after, prediction = jax.jit(adapter.step)(params, state, images)
@@ -223,7 +235,7 @@ def test_terms_where_views_agree():
     [
         ({"views": 0}, "views is 0, expected at least 1"),
         ({"select_fraction": 0.0}, "select_fraction is 0.0, expected above 0 and at most 1"),
-        ({"vote_fraction": 1.5}, "vote_fraction is 1.5"),
+        ({"ensemble_fraction": 1.5}, "ensemble_fraction is 1.5"),
         ({"epsilon": -1 / 255}, "epsilon is -0.0039.*, expected a positive number"),
         (
             {"scale": (0.5, 0.2)},
@@ -238,23 +250,25 @@ def test_terms_where_views_agree():
 )
 def test_settings_that_make_no_sense(options, message):
     with pytest.raises(ValueError, match=message):
-        Tuning(**options)
+        TNTConfig(**options)
 
 
 def test_bad_maps_are_refused(tiny, tmp_path):
     model, params = tiny
     task = jaxtta.models.task_from_token_ids(golden("tnt")["token_ids"])
     with pytest.raises(ValueError, match=r"shape \(16, 16, 3\), expected \(32, 32, 3\)"):
-        tnt(model, task, TNT_PRESETS["code"], noise=np.zeros((16, 16, 3)))
+        tnt(model, task, config=TNT_PRESETS["code"], noise=np.zeros((16, 16, 3)))
     adapter = tnt(model, task)
     state = adapter.init(params)
     with pytest.raises(ValueError, match="an image of 40×40 pixels, expected 32×32, or"):
         jax.eval_shape(adapter.step, params, state, jnp.zeros((1, 40, 40, 3)))
     with pytest.raises(ValueError, match=r"a noise map of shape \(16, 16, 3\) for views of"):
-        tune(None, None, None, None, jnp.zeros((2, 32, 32, 3)), jnp.zeros((16, 16, 3)), Tuning())
+        optimize_noise(
+            None, None, None, None, jnp.zeros((2, 32, 32, 3)), jnp.zeros((16, 16, 3)), TNTConfig()
+        )
     with pytest.raises(FileNotFoundError, match="nothing: no such file"):
         load_noise(tmp_path / "nothing")
-    save_noise(tmp_path / "new", np.zeros((32, 32, 3)), Tuning())
+    save_noise(tmp_path / "new", np.zeros((32, 32, 3)), TNTConfig())
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
     for tuning in ('{"epsilon": -1}', '{"colour": 1}', "[1]"):
         save_file({"noise": np.zeros((32, 32, 3))}, tmp_path / "new", {"tuning": tuning})

@@ -1,42 +1,49 @@
 """Adapters: pairs of pure functions `init(params)` and `step(params, state, batch)`."""
 
-from jaxtta.adapters.base import Adapter, Prediction, Preset, State
-from jaxtta.adapters.batclip import BATCLIP_PRESETS, adam_l2, batclip
-from jaxtta.adapters.mgtta import MGTTA_PRESETS, mgtta
+from jaxtta.adapters.base import Adapter, Metrics, Objective, Prediction, Preset, State
+from jaxtta.adapters.batclip import BATCLIP_PRESETS, adam_with_l2, batclip, batclip_objective
+from jaxtta.adapters.mgtta import MGTTAContext, mgtta, mgtta_objective
 from jaxtta.adapters.online import online
-from jaxtta.adapters.tent import TENT_PRESETS, tent
+from jaxtta.adapters.tent import TENT_PRESETS, tent, tent_objective
 from jaxtta.adapters.tnt import (
     TNT_PRESETS,
-    Tuned,
-    Tuning,
+    TNTConfig,
+    TNTOutput,
+    TNTState,
     load_noise,
+    optimize_noise,
     save_noise,
     tnt,
-    tune,
-    tune_image,
+    tnt_image,
 )
 from jaxtta.adapters.zero_shot import zero_shot
 
 __all__ = [
     "BATCLIP_PRESETS",
-    "MGTTA_PRESETS",
     "TENT_PRESETS",
     "TNT_PRESETS",
     "Adapter",
+    "MGTTAContext",
+    "Metrics",
+    "Objective",
     "Prediction",
     "Preset",
     "State",
-    "Tuned",
-    "Tuning",
-    "adam_l2",
+    "TNTConfig",
+    "TNTOutput",
+    "TNTState",
+    "adam_with_l2",
     "batclip",
+    "batclip_objective",
     "load_noise",
     "mgtta",
+    "mgtta_objective",
     "online",
+    "optimize_noise",
     "save_noise",
     "tent",
+    "tent_objective",
     "tnt",
-    "tune",
-    "tune_image",
+    "tnt_image",
     "zero_shot",
 ]

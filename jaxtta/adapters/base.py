@@ -1,23 +1,26 @@
 """What an adapter is: a pair of pure functions, like an optax transformation."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import optax
 
-from jaxtta.objectives.base import Batch, Metrics
+from jaxtta.models import Batch
 
 Array = jax.Array
+Metrics = dict[str, Array]
+Objective = Callable[[Any, Any, Batch], tuple[Array, tuple[Array, Metrics]]]
+"""(params, context, batch) to (loss, (logits (batch, classes), named scalars))."""
 
 
 class Prediction(NamedTuple):
-    """What a step says of its batch.
+    """What a step predicts for its batch.
 
     Attributes:
         logits: (batch, classes), unnormalised log-probabilities.
-        metrics: named scalars: loss terms, update norm, and `skipped` where the step left the state
-            as it was since its loss or update was not finite.
+        metrics: named scalars: loss terms, update norm, and `skipped`, true where the state is
+            unchanged because the loss or update was not finite.
     """
 
     logits: Array
@@ -30,15 +33,27 @@ class State(NamedTuple):
     Attributes:
         adapted: the adapted parameters, a sub-tree with the same paths as in `params`.
         optimizer: the optimiser's state.
-        context: what the objective needs beside parameters and batch, and `init` computed once:
-            packed prompts, class embeddings, source statistics.
+        context: what the objective needs beside parameters and batch: class embeddings, packed
+            prompts, source statistics. `init` computes it and no step writes it, so that `vmap`
+            over streams may broadcast it: `in_axes=State(0, 0, None, 0)`.
         seen: () number of valid images so far.
+        fingerprint: () uint32 checksum of the frozen parameters, by which `load_state` refuses the
+            state of another model.
     """
 
     adapted: Any
     optimizer: Any
     context: Any
-    seen: Array
+    seen: Any
+    fingerprint: Any = None
+
+
+class Init(Protocol):
+    """The first function of an adapter."""
+
+    def __call__(self, params: Any, key: Array | None = None) -> Any:
+        """Make the state of a new stream."""
+        ...
 
 
 class Adapter(NamedTuple):
@@ -51,8 +66,8 @@ class Adapter(NamedTuple):
             is a `Batch` or a bare array of images.
     """
 
-    init: Callable[..., Any]
-    step: Callable[[Any, Any, Batch | Array], tuple[Any, Prediction]]
+    init: Init
+    step: Callable[[Any, Any, Any], tuple[Any, Prediction]]
 
 
 class Preset(NamedTuple):
@@ -60,7 +75,7 @@ class Preset(NamedTuple):
 
     Attributes:
         optimizer: makes the optimiser.
-        batch_size: images a batch.
+        batch_size: images per batch.
     """
 
     optimizer: Callable[[], optax.GradientTransformation]

@@ -1,58 +1,148 @@
-"""BATCLIP: both towers' normalisation parameters adapted online."""
+"""BATCLIP: bimodal online test-time adaptation of CLIP.
 
+Pseudo-labels are the predictions of the same pass. A class's prototype v_k is the mean unnormalised
+embedding of the images predicted as k, and t_k its text embedding, of unit norm. Both towers'
+normalisation layers take one step per batch on
+
+    L = mean_i H(p_i) − mean_k v_k·t_k − Σ_{k≠m} (1 − cos(v_k, v_m)),
+
+over the classes that occur in the batch; gradients flow through all but the argmax.
+
+    adapter = jaxtta.adapters.batclip(model, task, optimizer=optax.adamw(1e-3, weight_decay=1e-2))
+    state = adapter.init(params)
+    step = jax.jit(adapter.step, donate_argnums=1)
+    for images in batches:
+        state, prediction = step(params, state, images)
+
+References:
+    Maharana et al., ICCV 2025, https://arxiv.org/abs/2412.02837
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
 import optax
 
-from jaxtta import objectives
-from jaxtta.adapters.base import Adapter, Preset
+from jaxtta.adapters.base import Adapter, Array, Metrics, Objective, Preset
 from jaxtta.adapters.online import online
-from jaxtta.models import CLIP, Task
-from jaxtta.tree import normalisation_parameters
+from jaxtta.losses import entropy, masked_mean
+from jaxtta.models import Batch, Classifier, Task, context_of, with_batch_norm_statistics
+from jaxtta.tree import Trainable, normalisation_parameters
 
 
-def adam_l2(learning_rate: float, weight_decay: float = 1e-2) -> optax.GradientTransformation:
-    """Adam whose weight decay is L2 in the gradient, not decoupled.
+def prototypes(embeddings: Array, labels: Array, mask: Array, classes: int) -> tuple[Array, Array]:
+    """Mean embedding of each class that occurs.
 
     Args:
-        learning_rate: step size.
-        weight_decay: coefficient of the parameter in the gradient.
+        embeddings: (batch, projection).
+        labels: (batch,) integers.
+        mask: (batch,) bool, false for padding.
+        classes: number of classes.
 
     Returns:
-        The transformation.
+        Prototypes (classes, projection), zero for absent classes, and the mask (classes,) of the
+        classes that occur.
     """
+    members = jax.nn.one_hot(labels, classes, dtype=embeddings.dtype) * mask[:, None]
+    counts = members.sum(0)
+    # where, not a product: a padded image's embedding may be anything, even NaN
+    sums = jnp.matmul(members.T, jnp.where(mask[:, None], embeddings, 0), precision="highest")
+    return sums / jnp.maximum(counts, 1)[:, None], counts > 0
+
+
+def image_text_alignment(means: Array, present: Array, class_embeddings: Array) -> Array:
+    """Mean dot product of the prototypes (classes, projection) with their classes' texts."""
+    return masked_mean((means * class_embeddings).sum(-1), present)
+
+
+def prototype_separation(means: Array, present: Array) -> Array:
+    """Sum of the cosine distances between the prototypes of all ordered pairs of classes.
+
+    Args:
+        means: prototypes (classes, projection).
+        present: (classes,) bool.
+
+    Returns:
+        A scalar; 0 where fewer than two classes occur.
+    """
+    safe = jnp.where(present[:, None], means, 1)
+    directions = safe / jnp.linalg.norm(safe, axis=-1, keepdims=True)
+    pairs = present[:, None] & present & ~jnp.eye(len(present), dtype=bool)
+    cosines = jnp.matmul(directions, directions.T, precision="highest")
+    return jnp.where(pairs, 1 - cosines, 0).sum()
+
+
+def batclip_objective(model: Classifier) -> Objective:
+    """Minimise entropy − image-text alignment − separation.
+
+    Args:
+        model: any classifier with class embeddings; its own context is the objective's.
+
+    Returns:
+        The objective; it raises a ValueError if the model has no class embeddings.
+    """
+
+    def objective(params: Any, context: Any, batch: Batch) -> tuple[Array, tuple[Array, Metrics]]:
+        logits, embeddings, texts, _ = model(params, context, batch)
+        if texts is None:
+            raise ValueError("BATCLIP needs class embeddings, which this model's outputs lack")
+        means, present = prototypes(embeddings, logits.argmax(-1), batch.mask, len(texts))
+        metrics = {
+            "entropy": masked_mean(entropy(logits), batch.mask),
+            "image_text": image_text_alignment(means, present, texts),
+            "separation": prototype_separation(means, present),
+        }
+        loss = metrics["entropy"] - metrics["image_text"] - metrics["separation"]
+        return loss, (logits, metrics)
+
+    return objective
+
+
+def adam_with_l2(learning_rate: float, weight_decay: float = 1e-2) -> optax.GradientTransformation:
+    """Adam whose weight decay is L2 in the gradient, as PyTorch's `Adam(weight_decay=…)`."""
     return optax.chain(optax.add_decayed_weights(weight_decay), optax.adam(learning_rate))
 
 
 BATCLIP_PRESETS = {
     "cifar10-c": Preset(lambda: optax.adamw(1e-3, weight_decay=1e-2), 200),
-    "cifar100-c": Preset(lambda: adam_l2(5e-4), 200),
+    "cifar100-c": Preset(lambda: adam_with_l2(5e-4), 200),
     "imagenet-c": Preset(lambda: optax.adamw(5e-4, weight_decay=1e-2), 64),
 }
 """The published settings for ViT-B/16 and ViT-B/32, severity 5."""
 
 
 def batclip(
-    model: CLIP, task: Task, optimizer: optax.GradientTransformation | None = None
+    model: Classifier,
+    task: Task | None,
+    *,
+    optimizer: optax.GradientTransformation | None = None,
+    trainable: Trainable | None = None,
 ) -> Adapter:
-    """Adapt the LayerNorms of both towers; the text is encoded anew at every step.
+    """Adapt the normalisation layers of both towers, by default.
 
-    Of a ResNet, the affine parameters of its batch norms, with each batch's own statistics.
+    Batch norms use each batch's own statistics. Where parameters of the text tower are adapted, the
+    text is encoded at every step, otherwise once.
 
     Args:
-        model: the model.
-        task: the classes.
+        model: any classifier with class embeddings.
+        task: the classes; None for a model that has its own.
         optimizer: an optax transformation; None for `BATCLIP_PRESETS["imagenet-c"]`.
+        trainable: which parameters to adapt, a predicate on paths; None for
+            `normalisation_parameters("both")`.
 
     Returns:
         The adapter.
 
-    References:
-        https://arxiv.org/abs/2412.02837
+    Raises:
+        ValueError: if the model needs a task and there is none; in `init`, if no parameter is
+            chosen.
     """
-    model = model.with_batch_statistics()
-    prompts = model.prompts(task)
+    model = with_batch_norm_statistics(model, "batch")
+    trainable = trainable or normalisation_parameters("both")
     return online(
-        objectives.batclip(model),
-        lambda params: prompts,
-        normalisation_parameters(tower="both"),
+        batclip_objective(model),
+        context_of(model, task, trainable),
+        trainable,
         optimizer or BATCLIP_PRESETS["imagenet-c"].optimizer(),
     )

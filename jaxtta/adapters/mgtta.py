@@ -1,67 +1,144 @@
-"""MGTTA: normalisation parameters adapted towards the source's feature statistics."""
+"""MGTTA: confident predictions from features distributed as the source's are.
 
-from typing import Literal
+With m_l, s_l the mean and standard deviation over the batch of the class token after layer l, and
+M_l, S_l those of clean source images, the image tower's normalisation layers take one step per
+batch, made by a learned optimiser, on
 
-import jax
+    L = mean_i H(p_i) + weight/64 · Σ_l (‖s_l − S_l‖² + ‖m_l − M_l‖²).
+
+    statistics = jaxtta.models.feature_statistics(model, params, clean_batches)
+    phi, _ = jaxtta.optim.load_mgg("mgg.safetensors")        # from experiments/pretrain_mgg.py
+    optimizer = jaxtta.optim.meta_gradient_generator(phi, 1e-3)
+    adapter = jaxtta.adapters.mgtta(model, task, optimizer=optimizer, statistics=statistics)
+
+References:
+    Deng et al., AAAI 2025, https://arxiv.org/abs/2412.16901
+"""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
 import optax
 
-from jaxtta import assets, objectives
-from jaxtta.adapters.base import Adapter, Preset
+from jaxtta.adapters.base import Adapter, Array, Metrics, Objective
 from jaxtta.adapters.online import online
-from jaxtta.models import CLIP, FeatureStatistics, ImageClassifier, Params, Task, feature_shape
-from jaxtta.objectives import MGTTAContext
-from jaxtta.optim import load_phi, meta_gradient_generator
-from jaxtta.tree import normalisation_parameters
+from jaxtta.losses import entropy, masked_mean
+from jaxtta.models import Batch, Classifier, FeatureStatistics, Task, context_of
+from jaxtta.tree import Trainable, normalisation_parameters
 
-PUBLISHED_RATE = 1e-3
-MGTTA_PRESETS = {"imagenet-c": Preset(lambda: shipped_generator(PUBLISHED_RATE), 64)}
-"""The published rate and batch size, with the shipped weights, which are the embedded model's."""
+SCALE = 64
+"""What the reference implementation divides the weight by, whatever the batch size."""
+PAPER_LEARNING_RATE = 1e-3
+PAPER_BATCH_SIZE = 64
 
 
-def shipped_generator(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
-    """The meta gradient generator with the weights in `jaxtta.assets.PHI`."""
-    return meta_gradient_generator(load_phi(assets.PHI)[0], learning_rate)
+class MGTTAContext(NamedTuple):
+    """What the objective needs beside parameters and batch.
+
+    Attributes:
+        classes: the model's own context.
+        mean: (layers, width) of the source features.
+        std: (layers, width), unbiased.
+    """
+
+    classes: Any
+    mean: Array
+    std: Array
+
+
+def feature_discrepancy(features: Array, mask: Array, mean: Array, std: Array) -> Array:
+    """Squared distance of a batch's feature statistics from given ones.
+
+    Args:
+        features: (batch, …).
+        mask: (batch,) bool, false for padding.
+        mean: (…), to compare with.
+        std: (…), unbiased.
+
+    Returns:
+        A scalar, summed over all features; 0 below two valid images, and so is its gradient.
+    """
+    features = features.astype(jnp.promote_types(features.dtype, jnp.float32))
+    rows, count = mask.reshape(-1, *(1,) * mean.ndim), mask.sum()
+    own_mean = jnp.where(rows, features, 0).sum(0) / jnp.maximum(count, 1)
+    squares = (jnp.where(rows, features - own_mean, 0) ** 2).sum(0)
+    varies = squares > 0  # the root of 0 has no derivative
+    own_std = jnp.sqrt(jnp.where(varies, squares, 1) / jnp.maximum(count - 1, 1))
+    own_std = jnp.where(varies, own_std, 0)
+    distance = ((own_std - std) ** 2 + (own_mean - mean) ** 2).sum()
+    return jnp.where(count > 1, distance, 0)
+
+
+def check_statistics(mean: Any, shape: tuple[int, ...] | None) -> None:
+    """Raise a ValueError for source statistics (layers, width) of a model with other features."""
+    if shape is None:
+        raise ValueError("MGTTA needs layer features, which this model lacks (a ResNet has none)")
+    if mean.shape != shape:
+        raise ValueError(f"source statistics have shape {mean.shape}, this model needs {shape}")
+
+
+def mgtta_objective(model: Classifier, weight: float = 0.4) -> Objective:
+    """Minimise entropy + weight/64 · the discrepancy of feature statistics from the source's.
+
+    Args:
+        model: any classifier with layer features; the context is an `MGTTAContext`.
+        weight: of the discrepancy; 0.4 in the paper, and 0.2 for ImageNet-R.
+
+    Returns:
+        The objective; it raises a ValueError if the statistics are another model's.
+    """
+
+    def objective(
+        params: Any, context: MGTTAContext, batch: Batch
+    ) -> tuple[Array, tuple[Array, Metrics]]:
+        logits, _, _, features = model(params, context.classes, batch)
+        check_statistics(context.mean, None if features is None else features.shape[1:])
+        assert features is not None  # checked above; for the type checker
+        distance = feature_discrepancy(features, batch.mask, context.mean, context.std)
+        metrics = {
+            "entropy": masked_mean(entropy(logits), batch.mask),
+            "discrepancy": weight / SCALE * distance,
+        }
+        return metrics["entropy"] + metrics["discrepancy"], (logits, metrics)
+
+    return objective
 
 
 def mgtta(
-    model: CLIP | ImageClassifier,
+    model: Classifier,
     task: Task | None,
+    *,
+    optimizer: optax.GradientTransformation,
+    trainable: Trainable | None = None,
     statistics: FeatureStatistics,
-    optimizer: optax.GradientTransformation | None = None,
     weight: float = 0.4,
-    tower: Literal["image", "both"] = "image",
 ) -> Adapter:
     """Minimise entropy and the discrepancy from clean images' features.
 
     Args:
-        model: the model.
-        task: the classes; None for a classifier, which has its own.
+        model: any classifier with layer features.
+        task: the classes; None for a model that has its own.
+        optimizer: an optax transformation; in the paper a meta gradient generator trained for this
+            model, with a learning rate of 1e-3.
+        trainable: which parameters to adapt, a predicate on paths; None for
+            `normalisation_parameters("image")`.
         statistics: of clean images' features, from `jaxtta.models.feature_statistics`.
-        optimizer: an optax transformation; None for `MGTTA_PRESETS["imagenet-c"]`. Weights for
-            another model come from `experiments/pretrain_mgg.py`.
         weight: of the discrepancy.
-        tower: "image", or "both" to adapt the texts too, encoded anew at every step then.
 
     Returns:
         The adapter.
 
     Raises:
-        ValueError: if the tower is another, or the statistics are another model's.
-
-    References:
-        https://arxiv.org/abs/2412.16901
+        ValueError: if the statistics are another model's, the model has no layer features, or it
+            needs a task and there is none.
     """
-    if tower not in ("image", "both"):
-        raise ValueError(f"tower is {tower!r}, expected image or both")
-    objectives.check_statistics(statistics.mean, feature_shape(model))
-    prompts = None if task is None else model.prompts(task)
+    if optimizer is None:
+        raise ValueError("MGTTA needs an optimizer: a meta gradient generator for this model")
+    check_statistics(statistics.mean, model.feature_shape)
+    trainable = trainable or normalisation_parameters("image")
+    classes = context_of(model, task, trainable)
 
-    def context(params: Params) -> MGTTAContext:
-        classes = prompts
-        if task is not None and tower == "image":
-            classes = jax.jit(model.class_embeddings)(params, prompts)
-        return MGTTAContext(classes, statistics.mean, statistics.std)
+    def context(params: Any) -> MGTTAContext:
+        return MGTTAContext(classes(params), statistics.mean, statistics.std)
 
-    trainable = normalisation_parameters(tower)
-    optimizer = optimizer or MGTTA_PRESETS["imagenet-c"].optimizer()
-    return online(objectives.mgtta(model, weight), context, trainable, optimizer)
+    return online(mgtta_objective(model, weight), context, trainable, optimizer)

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import optax
 
 from jaxtta import tree
-from jaxtta.adapters.base import Adapter, Array, Prediction, State
-from jaxtta.objectives.base import Batch, Objective, as_batch
+from jaxtta.adapters.base import Adapter, Array, Metrics, Objective, Prediction, State
+from jaxtta.models import Batch, as_batch
 
 
 def online(
@@ -42,12 +42,13 @@ def online(
             optimizer.init(adapted),
             jax.tree.map(jnp.copy, context(params)),
             jnp.zeros((), jnp.int32),
+            tree.fingerprint(params),
         )
 
     def step(params: Any, state: State, batch: Batch | Array) -> tuple[State, Prediction]:
         batch = as_batch(batch, state.seen)
 
-        def loss_of(adapted: Any) -> tuple[Array, tuple[Array, dict[str, Array]]]:
+        def loss_of(adapted: Any) -> tuple[Array, tuple[Array, Metrics]]:
             return objective(tree.merge(params, adapted), state.context, batch)
 
         (loss, (logits, metrics)), gradients = jax.value_and_grad(loss_of, has_aux=True)(
@@ -61,20 +62,20 @@ def online(
             & tree.stays_finite(state.optimizer, optimizer_state)
         )
         valid = batch.mask.sum(dtype=jnp.int32)
-        moved = State(
-            optax.apply_updates(state.adapted, updates),
-            optimizer_state,
-            state.context,
-            state.seen + valid,
-        )
         metrics = {
             **metrics,
             "loss": loss,
             "update_norm": optax.tree.norm(updates),
             "skipped": (valid > 0) & ~finite,
         }
-        # The context is the same in both, so that selecting costs nothing.
-        return tree.select(finite & (valid > 0), moved, state), Prediction(logits, metrics)
+        # Neither context nor fingerprint takes part: under vmap they need no stream axis.
+        adapted, optimizer_state, seen = optax.tree.where(
+            finite & (valid > 0),
+            (optax.apply_updates(state.adapted, updates), optimizer_state, state.seen + valid),
+            (state.adapted, state.optimizer, state.seen),
+        )
+        state = state._replace(adapted=adapted, optimizer=optimizer_state, seen=seen)
+        return state, Prediction(logits, metrics)
 
     return Adapter(init, step)
 

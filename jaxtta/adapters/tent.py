@@ -1,43 +1,87 @@
-"""TENT: entropy minimisation over the image tower's normalisation parameters."""
+"""TENT: fully test-time adaptation by entropy minimisation.
 
-import jax
+The loss is the mean entropy of a batch's predictions,
+
+    L = mean_i H(p_i),   H(p) = −Σ_k p_k log p_k,
+
+minimised over the scales and biases of the image tower's normalisation layers, one step per batch.
+
+    adapter = jaxtta.adapters.tent(model, task)
+    state = adapter.init(params)
+    step = jax.jit(adapter.step, donate_argnums=1)
+    for images in batches:
+        state, prediction = step(params, state, images)
+
+References:
+    Wang et al., ICLR 2021, https://arxiv.org/abs/2006.10726
+"""
+
+from typing import Any
+
 import optax
 
-from jaxtta import objectives
-from jaxtta.adapters.base import Adapter, Preset
+from jaxtta.adapters.base import Adapter, Array, Metrics, Objective, Preset
 from jaxtta.adapters.online import online
-from jaxtta.models import CLIP, Task
-from jaxtta.tree import normalisation_parameters
+from jaxtta.losses import entropy, masked_mean
+from jaxtta.models import Batch, Classifier, Task, context_of, with_batch_norm_statistics
+from jaxtta.tree import Trainable, normalisation_parameters
 
 TENT_PRESETS = {
     "cifar10-c": Preset(lambda: optax.sgd(1e-3, momentum=0.9), 200),
     "cifar100-c": Preset(lambda: optax.sgd(1e-3, momentum=0.9), 200),
     "imagenet-c": Preset(lambda: optax.sgd(2.5e-4, momentum=0.9, nesterov=True), 64),
 }
-"""ImageNet-C as in BATCLIP's published code; the others as in the embedded model's reference."""
+"""ImageNet-C as in BATCLIP's reference implementation; the others as in the bundled model's."""
 
 
-def tent(model: CLIP, task: Task, optimizer: optax.GradientTransformation | None = None) -> Adapter:
-    """Minimise prediction entropy; the text tower is frozen and encoded once.
-
-    A ResNet's batch norms take each batch's own statistics.
+def tent_objective(model: Classifier) -> Objective:
+    """Minimise the mean entropy of the predictions.
 
     Args:
-        model: the model.
-        task: the classes.
+        model: any classifier; its own context is the objective's.
+
+    Returns:
+        The objective.
+    """
+
+    def objective(params: Any, context: Any, batch: Batch) -> tuple[Array, tuple[Array, Metrics]]:
+        logits = model(params, context, batch).logits
+        loss = masked_mean(entropy(logits), batch.mask)
+        return loss, (logits, {"entropy": loss})
+
+    return objective
+
+
+def tent(
+    model: Classifier,
+    task: Task | None,
+    *,
+    optimizer: optax.GradientTransformation | None = None,
+    trainable: Trainable | None = None,
+) -> Adapter:
+    """Minimise prediction entropy, by default over the image tower's normalisation layers.
+
+    Batch norms use each batch's own statistics.
+
+    Args:
+        model: any classifier.
+        task: the classes; None for a model that has its own.
         optimizer: an optax transformation; None for `TENT_PRESETS["imagenet-c"]`.
+        trainable: which parameters to adapt, a predicate on paths; None for
+            `normalisation_parameters("image")`.
 
     Returns:
         The adapter.
 
-    References:
-        https://arxiv.org/abs/2006.10726
+    Raises:
+        ValueError: if the model needs a task and there is none; in `init`, if no parameter is
+            chosen.
     """
-    model = model.with_batch_statistics()
-    prompts, encode = model.prompts(task), jax.jit(model.class_embeddings)
+    model = with_batch_norm_statistics(model, "batch")
+    trainable = trainable or normalisation_parameters("image")
     return online(
-        objectives.entropy_minimisation(model),
-        lambda params: encode(params, prompts),
-        normalisation_parameters(tower="image"),
+        tent_objective(model),
+        context_of(model, task, trainable),
+        trainable,
         optimizer or TENT_PRESETS["imagenet-c"].optimizer(),
     )

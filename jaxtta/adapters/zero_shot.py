@@ -1,35 +1,37 @@
-"""No adaptation: the baseline of everything else, in the same shape."""
+"""No adaptation: the baseline of every other method, as an adapter."""
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
+from jaxtta import tree
 from jaxtta.adapters.base import Adapter, Array, Prediction, State
-from jaxtta.models import CLIP, Task
-from jaxtta.objectives.base import Batch, as_batch
+from jaxtta.models import Batch, Classifier, Task, as_batch, context_of
 
 
-def zero_shot(model: CLIP, task: Task) -> Adapter:
+def zero_shot(model: Classifier, task: Task | None) -> Adapter:
     """Predict with the model as it is.
 
     Args:
         model: the model.
-        task: the classes.
+        task: the classes; None for a model that has its own.
 
     Returns:
         The adapter; the class embeddings are encoded once, in `init`.
+
+    Raises:
+        ValueError: if the model needs a task and there is none.
     """
-    prompts, encode = model.prompts(task), jax.jit(model.class_embeddings)
+    context = context_of(model, task, lambda path: False)
 
     def init(params: Any, key: Array | None = None) -> State:
-        del key
-        classes = encode(params, prompts)
-        return State({}, (), classes, jnp.zeros((), jnp.int32))
+        del key  # nothing random here
+        seen = jnp.zeros((), jnp.int32)
+        return State({}, (), context(params), seen, tree.fingerprint(params))
 
     def step(params: Any, state: State, batch: Batch | Array) -> tuple[State, Prediction]:
         batch = as_batch(batch, state.seen)
-        logits = model.forward(params, state.context, batch.images).logits
+        logits = model(params, state.context, batch).logits
         seen = state.seen + batch.mask.sum(dtype=jnp.int32)
         return state._replace(seen=seen), Prediction(logits, {"skipped": jnp.zeros((), bool)})
 

@@ -15,7 +15,6 @@ import numpy as np
 import scipy.linalg
 
 from jaxtta.models import CLIP, Params
-from jaxtta.models.transformer import VisionTransformer
 from jaxtta.optim import Projector
 
 Array = jax.Array
@@ -25,7 +24,7 @@ PROJECTION = "visual_projection/kernel"
 
 def check_tower(model: CLIP) -> None:
     """Raise a ValueError if the image tower is no transformer."""
-    if not isinstance(model.vision, VisionTransformer):
+    if model.feature_shape is None:
         raise ValueError("the kernels of GNSP are those of a vision transformer, not of a ResNet")
 
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxtta import losses, tree
-from jaxtta.models import CLIP, Params, Prompts, unit
+from jaxtta.models import CLIP, Params, Prompts, l2_normalize
 from jaxtta.optim import Projector, null_space_projection
 
 Array = jax.Array
@@ -158,13 +158,13 @@ def continual_loss(
     def loss(
         params: Params, examples: Examples, pairs: Pairs | None
     ) -> tuple[Array, dict[str, Array]]:
-        logits = model.forward(params, examples.classes, examples.images).logits
+        logits = model(params, examples.classes, examples.images).logits
         terms = {"task": losses.classification(logits, examples.labels, method.smoothing)}
         if method.uses_pairs:
-            images = unit(model.encode_image(params, model.normalize(pairs.images)))
+            images = l2_normalize(model.encode_image(params, model.normalize(pairs.images)))
             texts = pairs.texts
             if texts is None:
-                texts = unit(model.encode_text(params, pairs.captions))
+                texts = l2_normalize(model.encode_text(params, pairs.captions))
             scale = jnp.exp(params["logit_scale"])
             student = scale * jnp.matmul(images, texts.T, precision="highest")
             teacher = scale * jnp.matmul(

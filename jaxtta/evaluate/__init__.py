@@ -14,6 +14,7 @@ from jaxtta.evaluate.factory import (
     is_tnt,
     make_adapter,
     own_settings,
+    task_for,
     tuning_of,
 )
 from jaxtta.evaluate.provenance import about, fingerprints
@@ -56,6 +57,7 @@ __all__ = [
     "save_step",
     "score",
     "severity_of",
+    "task_for",
     "teach",
     "tuning_of",
 ]

@@ -179,7 +179,7 @@ def stream(
 @functools.partial(jax.jit, static_argnums=0)
 def encode(model: models.CLIP, params: Params, images: jax.Array) -> jax.Array:
     """Embeddings of images, of unit norm."""
-    return models.unit(model.encode_image(params, model.normalize(images)))
+    return models.l2_normalize(model.encode_image(params, model.normalize(images)))
 
 
 @functools.partial(jax.jit, static_argnums=0)

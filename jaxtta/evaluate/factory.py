@@ -5,16 +5,18 @@ import hashlib
 import logging
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import optax
 
 from jaxtta import adapters, assets
-from jaxtta.adapters import BATCLIP_PRESETS, TENT_PRESETS, Adapter, Tuning
-from jaxtta.adapters.mgtta import PUBLISHED_RATE
-from jaxtta.models import CLIP, Task, load_statistics
+from jaxtta.adapters import BATCLIP_PRESETS, TENT_PRESETS, Adapter, TNTConfig
+from jaxtta.adapters.mgtta import PAPER_LEARNING_RATE
+from jaxtta.models import Classifier, Task, load_statistics, zero_shot_task
 from jaxtta.optim import load_phi, meta_gradient_generator
+from jaxtta.tree import normalisation_parameters
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +60,7 @@ class Setup:
     """
 
     preset: str
-    tnt: Tuning
+    tnt: TNTConfig
     mgtta: MGTTA
 
 
@@ -93,14 +95,53 @@ def is_tnt(name: str) -> bool:
     return name.partition("-")[0] == "tnt"
 
 
-def tuning_of(name: str, tuning: Tuning) -> Tuning:
+def tuning_of(name: str, tuning: TNTConfig) -> TNTConfig:
     """TNT's settings under a name that may give the number of steps."""
     steps = name.partition("-")[2]
     return dataclasses.replace(tuning, steps=int(steps)) if steps else tuning
 
 
+def task_for(
+    model: Classifier, class_names: Sequence[str], templates: Sequence[str]
+) -> Task | None:
+    """The task of a dataset's classes; None for a model that has these classes of its own.
+
+    Args:
+        model: the model.
+        class_names: the dataset's, in the labels' order.
+        templates: of the prompts; not used by a model with its own classes.
+
+    Returns:
+        The task, or None.
+
+    Raises:
+        ValueError: if the model's own classes are others.
+    """
+    own = getattr(model, "class_names", None)
+    if own is None:
+        return zero_shot_task(model, class_names, templates)  # type: ignore[arg-type]
+    if len(own) != len(class_names):
+        raise ValueError(
+            f"the model has {len(own)} classes of its own, the dataset has {len(class_names)}"
+        )
+    named = not any(re.fullmatch(r"LABEL_\d+", name) for name in own)
+    agree = [_synonyms(a) & _synonyms(b) for a, b in zip(own, class_names, strict=True)]
+    if named and sum(map(bool, agree)) * 2 < len(own):
+        odd = agree.index(set())
+        raise ValueError(
+            f"the model's classes are not the dataset's, or in another order: class {odd} is "
+            f"{own[odd]!r} there and {class_names[odd]!r} here"
+        )
+    return None
+
+
+def _synonyms(name: str) -> set[str]:
+    """The names that one of ImageNet's class names lists."""
+    return {part.strip().lower() for part in name.replace("_", " ").split(",")}
+
+
 def make_adapter(
-    name: str, model: CLIP, task: Task, setup: Setup, rate: float | None = None
+    name: str, model: Classifier, task: Task | None, setup: Setup, rate: float | None = None
 ) -> Adapter:
     """Make an adapter.
 
@@ -123,29 +164,34 @@ def make_adapter(
     if name == "zero_shot":
         return adapters.zero_shot(model, task)
     if is_tnt(name):
-        return adapters.tnt(model, task, tuning_of(name, setup.tnt))
+        return adapters.tnt(model, task, config=tuning_of(name, setup.tnt))
     if name.startswith("mgtta"):
         settings = setup.mgtta
         optimizer = {
             "mgtta": lambda: meta_gradient_generator(
-                load_phi(settings.phi)[0], rate or PUBLISHED_RATE
+                load_phi(settings.phi)[0], rate or PAPER_LEARNING_RATE
             ),
-            "mgtta-sgd": lambda: optax.sgd(rate or PUBLISHED_RATE, momentum=0.9),
-            "mgtta-adam": lambda: optax.adam(rate or PUBLISHED_RATE),
+            "mgtta-sgd": lambda: optax.sgd(rate or PAPER_LEARNING_RATE, momentum=0.9),
+            "mgtta-adam": lambda: optax.adam(rate or PAPER_LEARNING_RATE),
         }[name]()
         statistics, _ = load_statistics(settings.statistics)
         try:
             return adapters.mgtta(
-                model, task, statistics, optimizer, settings.weight, settings.tower
+                model,
+                task,
+                optimizer=optimizer,
+                trainable=normalisation_parameters(settings.tower),
+                statistics=statistics,
+                weight=settings.weight,
             )
         except ValueError as error:
             raise ValueError(f"{settings.statistics}: {error}") from error
     if name == "tent":
         sgd = optax.sgd(rate, momentum=0.9) if rate else TENT_PRESETS[setup.preset].optimizer()
-        return adapters.tent(model, task, sgd)
+        return adapters.tent(model, task, optimizer=sgd)
     preset = BATCLIP_PRESETS[setup.preset]
     adamw = optax.adamw(rate, weight_decay=1e-2) if rate else preset.optimizer()
-    return adapters.batclip(model, task, adamw)
+    return adapters.batclip(model, task, optimizer=adamw)
 
 
 def check_files(names: tuple[str, ...], mgtta: MGTTA, weights: str) -> None:
@@ -178,7 +224,11 @@ def own_settings(
     """What decides one adapter's figures alone, for its cells."""
     if is_tnt(name):
         settings = dataclasses.asdict(tuning_of(name, setup.tnt)) | {"canvas": canvas}
-        return {"tnt": {k: v for k, v in settings.items() if k not in ("chunk", "images_per_map")}}
+        return {
+            "tnt": {
+                k: v for k, v in settings.items() if k not in ("views_per_chunk", "images_per_map")
+            }
+        }
     rate = rate_in(name) or rate
     own: dict[str, Any] = {} if rate is None else {"learning_rate": rate}
     if name.startswith("mgtta"):

@@ -17,7 +17,7 @@ from jaxtta.data import Batches, Stream, StreamBatch, read_ahead
 from jaxtta.evaluate.checkpoint import Checkpoints
 from jaxtta.evaluate.record import Record, gain
 from jaxtta.evaluate.results import Cell, Results, digest_of
-from jaxtta.objectives import Batch
+from jaxtta.models import Batch
 
 BASELINE = "zero_shot"
 

@@ -1,23 +1,34 @@
-"""CLIP in Flax: checkpoints, towers, prompts and pixels."""
+"""Models: CLIP with a ViT or a ResNet, a supervised ViT, and what an adapter asks of any."""
 
 from jaxtta.models.checkpoints.transformers import from_config, save
-from jaxtta.models.classifier import ImageClassifier, classifier_from_config, load_classifier
-from jaxtta.models.clip import CLIP, ImageFeatures, Outputs, Params, unit
+from jaxtta.models.checkpoints.vit import from_config as classifier_from_config
+from jaxtta.models.classifier import (
+    Batch,
+    Classifier,
+    Outputs,
+    Params,
+    as_batch,
+    context_of,
+    with_batch_norm_statistics,
+)
+from jaxtta.models.clip import CLIP, ImageFeatures, l2_normalize
 from jaxtta.models.feature_statistics import (
     FeatureStatistics,
-    feature_shape,
     feature_statistics,
     load_statistics,
     merge_statistics,
     save_statistics,
     statistics_of,
 )
-from jaxtta.models.load import load
-from jaxtta.models.prompts import Prompts, Task, task_from_token_ids
-from jaxtta.models.zero_shot import zero_shot_task
+from jaxtta.models.load import load, load_clip
+from jaxtta.models.prompts import Prompts
+from jaxtta.models.supervised import ImageClassifier
+from jaxtta.models.task import Task, task_from_token_ids, zero_shot_task
 
 __all__ = [
     "CLIP",
+    "Batch",
+    "Classifier",
     "FeatureStatistics",
     "ImageClassifier",
     "ImageFeatures",
@@ -25,18 +36,20 @@ __all__ = [
     "Params",
     "Prompts",
     "Task",
+    "as_batch",
     "classifier_from_config",
-    "feature_shape",
+    "context_of",
     "feature_statistics",
     "from_config",
+    "l2_normalize",
     "load",
-    "load_classifier",
+    "load_clip",
     "load_statistics",
     "merge_statistics",
     "save",
     "save_statistics",
     "statistics_of",
     "task_from_token_ids",
-    "unit",
+    "with_batch_norm_statistics",
     "zero_shot_task",
 ]

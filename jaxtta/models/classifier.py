@@ -1,191 +1,183 @@
-"""A supervised image classifier in CLIP's place: transformers' ViTForImageClassification.
+"""What a model is to an adapter: the `Classifier` protocol, its batches and outputs.
 
-    model, params = load_classifier("google/vit-base-patch16-224")    # or a local folder
-    adapter = online(objectives.mgtta(model), context, normalisation_parameters("image"), optimizer)
+class Mine:                                            # a user's model is one, too
+image_size, mixes_batch, feature_shape = 32, False, None
 
-Its tower is CLIP's but for the first LayerNorm, so that everything that adapts CLIP's image tower
-adapts this too.
+def init_context(self, params, task):
+return ()
+
+def __call__(self, params, context, batch):
+features = encode(params, batch.images)
+return Outputs(features @ params["head"], features, None, None)
 """
 
-import dataclasses
-import re
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict
-from PIL import Image
-
-from jaxtta.models.checkpoints.files import find_folder, fitted, read_config, read_weights
-from jaxtta.models.checkpoints.transformers import vision_tower
-from jaxtta.models.clip import Outputs, Params, normalize
-from jaxtta.models.preprocess import Preprocessing, read_preprocessing
-from jaxtta.models.transformer import VisionOutput, VisionTransformer
-
-if TYPE_CHECKING:
-    from transformers import ViTConfig
 
 Array = jax.Array
-HALF = (0.5, 0.5, 0.5)  # what these checkpoints were normalised with, unless they say otherwise
+Params = dict[str, Any]
 
 
-@dataclasses.dataclass(frozen=True)
-class ImageClassifier:
-    """A classifier without its parameters; hashable, so that jitted functions may close over it.
+class Batch(NamedTuple):
+    """One batch of a stream; the last one of a stream is padded to the same shape.
 
     Attributes:
-        vision: the tower.
-        class_names: names of the classes.
-        preprocessing: what the checkpoint wants done to images.
+        images: (batch, height, width, 3), uint8 or float in [0, 1], at the model's resolution; with
+            `sizes`, full-size images zero-padded to a common canvas.
+        mask: (batch,) bool, false for padding.
+        index: (batch,) integers, each image's number in its stream, which keys its randomness.
+        sizes: (batch, 2) integers, the true height and width of full-size images; None otherwise.
     """
 
-    vision: VisionTransformer
-    class_names: tuple[str, ...]
-    preprocessing: Preprocessing
+    images: Array
+    mask: Array
+    index: Array
+    sizes: Array | None = None
 
-    def init(self, key: Array) -> Params:
-        """Draw random parameters; the tree has `vision_model` and `classifier`."""
-        tower_key, head_key = jax.random.split(key)
-        size = self.preprocessing.image_size
-        tower = self.vision.init(tower_key, jnp.zeros((1, size, size, 3)))
-        width, classes = self.vision.arch.width, len(self.class_names)
-        head = {
-            "kernel": jax.random.normal(head_key, (width, classes)) * width**-0.5,
-            "bias": jnp.zeros(classes),
-        }
-        return {"vision_model": tower["params"], "classifier": head}
-
-    def normalize(self, images: Array) -> Array:
-        """Normalise images (batch, height, width, 3), uint8 or float in [0, 1]."""
-        return normalize(self.preprocessing, images)
-
-    def preprocess(self, images: list[Image.Image]) -> np.ndarray:
-        """Bring PIL images to the model's resolution, (batch, height, width, 3) uint8."""
-        return np.stack([self.preprocessing(image) for image in images])
-
-    def image_features(self, params: Params, pixels: Array) -> VisionOutput:
-        """Encode normalised pixels (batch, height, width, 3) and keep what the layers said."""
-        return self.vision.apply({"params": params["vision_model"]}, pixels)
-
-    def forward(self, params: Params, classes: None, images: Array) -> Outputs:
-        """Classify images: the forward function that objectives see.
+    @classmethod
+    def padded(cls, images: Any, size: int, start: int | Array = 0) -> "Batch":
+        """Pad a batch with black images, so that all batches of a stream have one shape.
 
         Args:
-            params: the parameter tree.
-            classes: None; they are the head's.
-            images: (batch, height, width, 3), uint8 or float in [0, 1].
+            images: (images, height, width, 3), at most `size` of them.
+            size: images of the padded batch.
+            start: number of the first image in its stream.
 
         Returns:
-            Logits; the class token as embedding, the head's unit rows as class embeddings; layer
-            features.
+            A batch of `size` images; the mask is false for the padding.
+
+        Raises:
+            ValueError: if there are more images than `size`.
         """
-        del classes
-        out = self.image_features(params, self.normalize(images))
-        head = params["classifier"]
-        pooled = out.pooled.astype(jnp.promote_types(out.pooled.dtype, jnp.float32))
-        rows = head["kernel"].astype(pooled.dtype)
-        logits = jnp.matmul(pooled, rows, precision="highest") + head["bias"]
-        directions = (rows / jnp.linalg.norm(rows, axis=0)).T
-        return Outputs(logits, pooled, directions, out.layer_features)
+        xp = jnp if isinstance(images, jax.Array) else np
+        images = xp.asarray(images)
+        count = len(images)
+        if images.ndim != 4 or count > size:
+            raise ValueError(
+                f"images have shape {images.shape}, expected (at most {size}, height, width, 3)"
+            )
+        images = xp.pad(images, ((0, size - count), (0, 0), (0, 0), (0, 0)))
+        return cls(images, np.arange(size) < count, start + np.arange(size))
 
 
-def load_classifier(
-    path_or_hub_id: str | Path, *, dtype: Any = jnp.float32, compute_dtype: Any = None
-) -> tuple[ImageClassifier, Params]:
-    """Load a ViTForImageClassification checkpoint of transformers.
-
-    Args:
-        path_or_hub_id: a folder with `config.json` and `model.safetensors` (single or sharded), or
-            the id of such a model on the hub.
-        dtype: of the parameters.
-        compute_dtype: of the matrix products; None for that of the parameters.
-
-    Returns:
-        The model and its parameter tree.
-
-    Raises:
-        FileNotFoundError: if there is no such folder or hub model, or a file is missing.
-        ValueError: if the configuration is none of ViT's, or a parameter is missing or has another
-            shape.
-    """
-    from transformers import ViTConfig
-
-    folder = find_folder(path_or_hub_id)
-    config = read_config(folder, ViTConfig)
-    model = classifier_from_config(config, compute_dtype=compute_dtype)
-    settings = folder / "preprocessor_config.json"
-    if settings.exists():
-        preprocessing = read_preprocessing(settings, config.image_size, crop=False)
-        model = dataclasses.replace(model, preprocessing=preprocessing)
-    weights, entries = read_weights(folder, _path)
-    found = dict(entries)
-    bias = found.pop((*_EMBEDDINGS, "patch_embedding", "bias"), None)
-    for path in (_POSITIONS, _CLASS_TOKEN):
-        if path in found:
-            found[path] = np.array(found[path].reshape(found[path].shape[-2:]).squeeze())
-    if bias is not None and _POSITIONS in found:
-        # The same for every patch: a part of the positions, as CLIP has it.
-        found[_POSITIONS][1:] += bias
-    shapes = flatten_dict(jax.eval_shape(model.init, jax.random.key(0)))
-    return model, fitted(found.items(), shapes, weights, dtype)
-
-
-def classifier_from_config(config: "ViTConfig", *, compute_dtype: Any = None) -> ImageClassifier:
-    """Make a model of a transformers configuration; `model.init(key)` draws its parameters.
+def as_batch(batch: Batch | Any, seen: Any = 0) -> Batch:
+    """Make a batch of a bare array of images, all valid and numbered from `seen`.
 
     Args:
-        config: the configuration.
-        compute_dtype: of the matrix products; None for that of the parameters.
+        batch: a batch, or (batch, height, width, 3) images.
+        seen: number of images that the stream has given so far.
 
     Returns:
-        The model.
+        The batch, its padding black: a NaN there would reach the gradients through the weights,
+        masked loss or not.
 
     Raises:
-        ValueError: if the activation is unknown or the sizes do not fit each other.
+        ValueError: if mask, index or sizes have another length than the images.
     """
-    if not config.qkv_bias:
-        raise ValueError("config.json: qkv_bias is false, expected true")
-    side, names = config.image_size, config.id2label
-    return ImageClassifier(
-        vision_tower(config, "config.json", compute_dtype, pre_norm=False),
-        tuple(names[number] for number in sorted(names)),
-        Preprocessing(side, (side, side), None, int(Image.Resampling.BILINEAR), HALF, HALF),
-    )
+    if not isinstance(batch, Batch):
+        images = jnp.asarray(batch)
+        return Batch(images, jnp.ones(len(images), bool), seen + jnp.arange(len(images)))
+    count = len(batch.images)
+    for name, wanted in (("mask", (count,)), ("index", (count,)), ("sizes", (count, 2))):
+        given = getattr(batch, name)
+        if given is not None and jnp.shape(given) != wanted:
+            raise ValueError(f"{name} has shape {jnp.shape(given)} for {count} images")
+    mask = jnp.asarray(batch.mask, bool)
+    images = jnp.where(mask.reshape(-1, *[1] * (jnp.ndim(batch.images) - 1)), batch.images, 0)
+    return batch._replace(images=images.astype(batch.images.dtype), mask=mask)
 
 
-_EMBEDDINGS = ("vision_model", "embeddings")
-_POSITIONS = (*_EMBEDDINGS, "position_embedding", "embedding")
-_CLASS_TOKEN = (*_EMBEDDINGS, "class_embedding")
-_NAMES = (  # both of transformers 4's names and 5's
-    (r"^vit\.embeddings\.cls_token$", "vision_model.embeddings.class_embedding"),
-    (
-        r"^vit\.embeddings\.position_embeddings$",
-        "vision_model.embeddings.position_embedding.embedding",
-    ),
-    (
-        r"^vit\.embeddings\.patch_embeddings\.projection\.",
-        "vision_model.embeddings.patch_embedding.",
-    ),
-    (r"^vit\.layernorm\.", "vision_model.post_layernorm."),
-    (r"^vit\.(?:encoder\.layer|layers)\.", "vision_model.encoder.layers."),
-    (r"\.attention\.(?:attention\.)?(?:query|q_proj)\.", ".self_attn.q_proj."),
-    (r"\.attention\.(?:attention\.)?(?:key|k_proj)\.", ".self_attn.k_proj."),
-    (r"\.attention\.(?:attention\.)?(?:value|v_proj)\.", ".self_attn.v_proj."),
-    (r"\.attention\.(?:output\.dense|o_proj)\.", ".self_attn.out_proj."),
-    (r"\.layernorm_before\.", ".layer_norm1."),
-    (r"\.layernorm_after\.", ".layer_norm2."),
-    (r"\.intermediate\.dense\.", ".mlp.fc1."),
-    (r"(layers\.\d+)\.output\.dense\.", r"\1.mlp.fc2."),
-)
+class Outputs(NamedTuple):
+    """What an objective sees of a model.
+
+    Attributes:
+        logits: (batch, classes), unnormalised log-probabilities.
+        embeddings: (batch, projection), unnormalised.
+        class_embeddings: (classes, projection), of unit norm; None where there are none.
+        layer_features: (batch, layers, width); None where there are none.
+    """
+
+    logits: Array
+    embeddings: Array
+    class_embeddings: Array | None = None
+    layer_features: Array | None = None
 
 
-def _path(name: str) -> tuple[str, ...]:
-    """Our path for a parameter of theirs."""
-    for pattern, ours in _NAMES:
-        name = re.sub(pattern, ours, name)
-    path = tuple(name.split("."))
-    if path[-1] != "weight":
-        return path
-    return (*path[:-1], "scale" if "norm" in path[-2] else "kernel")
+class Classifier(Protocol):
+    """All that an adapter knows of a model.
+
+    CLIP with a ViT, CLIP with a ResNet, a supervised ViT and a user's own object are Classifiers.
+
+    Attributes:
+        image_size: side of the images in pixels.
+        mixes_batch: whether an image's logits depend on the other images of its batch.
+        feature_shape: (layers, width) of the layer features; None where there are none.
+    """
+
+    @property
+    def image_size(self) -> int: ...  # noqa: D102
+
+    @property
+    def mixes_batch(self) -> bool: ...  # noqa: D102
+
+    @property
+    def feature_shape(self) -> tuple[int, int] | None: ...  # noqa: D102
+
+    def init_context(self, params: Any, task: Any) -> Any:
+        """Compute what calls need beside parameters and batch, class embeddings say, or ()."""
+        ...
+
+    def __call__(self, params: Any, context: Any, batch: Batch) -> Outputs:
+        """Classify a batch; padding must not change the outputs of the other images."""
+        ...
+
+
+C = TypeVar("C", bound=Classifier)
+
+
+def with_batch_norm_statistics(model: C, which: str) -> C:
+    """Normalise with each batch's own statistics ("batch") or the checkpoint's ("running").
+
+    Args:
+        model: any classifier.
+        which: "batch" or "running".
+
+    Returns:
+        A model of the same parameters; the model itself where it has no batch norms.
+    """
+    change = getattr(model, "with_batch_norm_statistics", None)
+    return model if change is None else change(which)
+
+
+def context_of(model: Classifier, task: Any, trainable: Callable[[str], bool]) -> Callable:
+    """Say how a method that adapts some parameters gets its context.
+
+    Args:
+        model: any classifier.
+        task: the classes; None for a model that has its own.
+        trainable: which parameters the method adapts, a predicate on paths.
+
+    Returns:
+        `context(params)`: the model's own context, computed once with the parameters of `init`;
+        or the packed prompts, where `trainable` chooses parameters of the text tower, so that the
+        text is encoded at every step.
+
+    Raises:
+        ValueError: if the model needs a task and there is none.
+    """
+    prompts = model.prompts(task) if hasattr(model, "prompts") else None  # type: ignore
+
+    def context(params: Any) -> Any:
+        paths = (
+            jax.tree_util.keystr(path, simple=True, separator="/")
+            for path, _ in jax.tree.leaves_with_path(params)
+        )
+        if prompts is not None and any(p.startswith("text_") and trainable(p) for p in paths):
+            return prompts
+        return model.init_context(params, task)
+
+    return context

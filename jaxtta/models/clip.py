@@ -1,7 +1,8 @@
 """The CLIP model as an immutable object of pure methods; its parameters live outside it."""
 
 import dataclasses
-from typing import NamedTuple
+import functools
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +11,15 @@ from PIL import Image
 
 from jaxtta.models import prompts as packing
 from jaxtta.models.attention import attention
+from jaxtta.models.classifier import Batch, Outputs, Params, as_batch
 from jaxtta.models.preprocess import Preprocessing
-from jaxtta.models.prompts import Prompts, Task
+from jaxtta.models.prompts import Prompts
 from jaxtta.models.resnet import ResNet
-from jaxtta.models.transformer import TextTransformer, VisionTransformer
+from jaxtta.models.task import Task
+from jaxtta.models.text import TextTransformer
+from jaxtta.models.vit import VisionTransformer
 
 Array = jax.Array
-Params = dict
 
 
 class ImageFeatures(NamedTuple):
@@ -36,22 +39,6 @@ class ImageFeatures(NamedTuple):
     embeddings: Array
     pooled: Array
     hidden_states: list[Array]
-    layer_features: Array | None
-
-
-class Outputs(NamedTuple):
-    """What an objective sees of a model.
-
-    Attributes:
-        logits: (batch, classes), unnormalised log-probabilities.
-        image_embeddings: (batch, projection), unnormalised.
-        class_embeddings: (classes, projection), of unit norm.
-        layer_features: (batch, layers, width); None for a ResNet.
-    """
-
-    logits: Array
-    image_embeddings: Array
-    class_embeddings: Array
     layer_features: Array | None
 
 
@@ -90,7 +77,7 @@ class CLIP:
         vision = self.vision.init(vision_key, jnp.zeros((1, size, size, 3)))
         text = self.text.init(text_key, ids[0], ids[0], lambda q, k, v: v, ids[0])
         projection = _projection(keys[0], self.vision.arch.width, self.projection)
-        if isinstance(self.vision, ResNet):
+        if self.vision.projection_bias:
             projection["bias"] = jnp.zeros(self.projection)
         return {
             "vision_model": vision["params"],
@@ -100,26 +87,47 @@ class CLIP:
             "logit_scale": jnp.float32(2.6592),
         }
 
-    def with_batch_statistics(self, use: bool = True) -> "CLIP":
-        """Let the batch norms normalise with each batch's own mean and variance.
-
-        The adapters of BATCLIP and TENT do so by themselves. An objective of one's own gives
-        `forward` the batch's mask, so that padding does not count.
-
-        Args:
-            use: False for the checkpoint's running statistics again.
-
-        Returns:
-            A model that takes the same parameters; the model itself if it has no batch norms.
-        """
-        if not isinstance(self.vision, ResNet):
-            return self
-        return dataclasses.replace(self, vision=self.vision.clone(batch_statistics=use))
+    @property
+    def image_size(self) -> int:
+        """Side of the images in pixels."""
+        return self.preprocessing.image_size
 
     @property
-    def batch_statistics(self) -> bool:
-        """Whether an image's prediction depends on the others of its batch."""
-        return isinstance(self.vision, ResNet) and self.vision.batch_statistics
+    def max_length(self) -> int:
+        """Tokens that a prompt may have."""
+        return self.text.max_length
+
+    @property
+    def mixes_batch(self) -> bool:
+        """Whether an image's logits depend on the other images of its batch."""
+        return self.vision.mixes_batch
+
+    @property
+    def feature_shape(self) -> tuple[int, int] | None:
+        """(Layers, width) of the layer features; None for a ResNet."""
+        return self.vision.feature_shape
+
+    def with_batch_norm_statistics(self, which: Literal["batch", "running"]) -> "CLIP":
+        """Let the batch norms use each batch's own mean and variance, or the checkpoint's.
+
+        The adapters of BATCLIP and TENT choose "batch" by themselves.
+
+        Args:
+            which: "batch" or "running".
+
+        Returns:
+            A model of the same parameters; the model itself if it has no batch norms.
+
+        Raises:
+            ValueError: for another value.
+        """
+        if which not in ("batch", "running"):
+            raise ValueError(f"which is {which!r}, expected batch or running")
+        if not isinstance(self.vision, ResNet):
+            return self
+        return dataclasses.replace(
+            self, vision=self.vision.clone(batch_statistics=which == "batch")
+        )
 
     def normalize(self, images: Array) -> Array:
         """Normalise images as the checkpoint was trained.
@@ -167,8 +175,8 @@ class CLIP:
         Returns:
             The features; what is not used is not computed under `jit`.
         """
-        inputs = (pixels, mask) if isinstance(self.vision, ResNet) else (pixels,)
-        out = self.vision.apply({"params": params["vision_model"]}, *inputs, all_tokens=all_tokens)
+        variables = {"params": params["vision_model"]}
+        out = self.vision.apply(variables, pixels, mask, all_tokens=all_tokens)
         embeddings = _project(out.pooled, params["visual_projection"])
         return ImageFeatures(embeddings, *out)
 
@@ -219,6 +227,8 @@ class CLIP:
             ValueError: if a prompt is longer than the model takes, has no end of text, or holds a
                 token that the model does not know.
         """
+        if task is None:
+            raise ValueError("CLIP needs a task (jaxtta.zero_shot_task gives one), task is None")
         if not 0 <= task.token_ids.min() <= task.token_ids.max() < self.text.vocabulary:
             raise ValueError(
                 f"token ids run from {task.token_ids.min()} to {task.token_ids.max()}, the model "
@@ -248,29 +258,47 @@ class CLIP:
         token_ids, positions = packing.rows(prompts)
         attend = packing.packed_attention(prompts)
         flat = self._encode_rows(params, token_ids, positions, attend, prompts.ends.reshape(-1))
-        embeddings = unit(flat).reshape(*prompts.ends.shape, -1)
-        return embeddings[:, 0] if embeddings.shape[1] == 1 else unit(embeddings.mean(1))
+        embeddings = l2_normalize(flat).reshape(*prompts.ends.shape, -1)
+        return embeddings[:, 0] if embeddings.shape[1] == 1 else l2_normalize(embeddings.mean(1))
 
-    def forward(
-        self, params: Params, classes: Array | Prompts, images: Array, mask: Array | None = None
-    ) -> Outputs:
-        """Classify images: the forward function that objectives see.
+    def init_context(self, params: Params, task: Task) -> Array:
+        """Encode a task's classes, (classes, projection), of unit norm.
 
         Args:
             params: the parameter tree.
-            classes: packed prompts, encoded here with these parameters, or ready class embeddings
-                (classes, projection) of unit norm.
-            images: (batch, height, width, 3), uint8 or float in [0, 1].
-            mask: (batch,) bool, as in `image_features`.
+            task: the classes.
+
+        Returns:
+            A context for calls; `prompts(task)` is another, whose text is encoded at every call.
+
+        Raises:
+            ValueError: as `prompts`.
+        """
+        return _class_embeddings(self, params, self.prompts(task))
+
+    def logit_scale(self, params: Params) -> Array:
+        """The factor on the cosines, a scalar."""
+        return jnp.exp(params["logit_scale"])
+
+    def __call__(self, params: Params, context: Array | Prompts, batch: Batch | Array) -> Outputs:
+        """Classify a batch.
+
+        Args:
+            params: the parameter tree.
+            context: class embeddings (classes, projection) of unit norm, or packed prompts, which
+                are encoded here with these parameters.
+            batch: the batch, or (batch, height, width, 3) images, uint8 or float in [0, 1].
 
         Returns:
             Logits, embeddings and layer features.
         """
-        features = self.image_features(params, self.normalize(images), mask)
+        batch = as_batch(batch)
+        features = self.image_features(params, self.normalize(batch.images), batch.mask)
+        classes = context
         if isinstance(classes, Prompts):
             classes = self.class_embeddings(params, classes)
         scale = jnp.exp(params["logit_scale"].astype(classes.dtype))
-        cosines = jnp.matmul(unit(features.embeddings), classes.T, precision="highest")
+        cosines = jnp.matmul(l2_normalize(features.embeddings), classes.T, precision="highest")
         return Outputs(scale * cosines, features.embeddings, classes, features.layer_features)
 
     def _encode_rows(self, params: Params, *rows: Array) -> Array:
@@ -292,9 +320,14 @@ def normalize(preprocessing: Preprocessing, images: Array) -> Array:
     return (images - mean) / std
 
 
-def unit(x: Array) -> Array:
+def l2_normalize(x: Array) -> Array:
     """Scale vectors (…, size) to unit norm."""
     return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _class_embeddings(model: CLIP, params: Params, prompts: Prompts) -> Array:
+    return model.class_embeddings(params, prompts)
 
 
 def _project(pooled: Array, projection: Params) -> Array:

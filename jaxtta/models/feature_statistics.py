@@ -4,7 +4,6 @@ statistics = feature_statistics(model, params, batches)     # clean images; a fe
 save_statistics("source.safetensors", statistics)
 """
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,9 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtta.models.classifier import ImageClassifier
-from jaxtta.models.clip import CLIP, Params
-from jaxtta.models.transformer import VisionTransformer
+from jaxtta.io import load_arrays, save_arrays
+from jaxtta.models.classifier import Batch, Classifier, as_batch
 
 Array = jax.Array
 
@@ -75,15 +73,8 @@ def merge_statistics(first: FeatureStatistics, second: FeatureStatistics) -> Fea
     return FeatureStatistics(count, first.mean + apart * share, squares)
 
 
-def feature_shape(model: CLIP | ImageClassifier) -> tuple[int, int]:
-    """(Layers, width) of a model's layer features; a ValueError if its tower is a ResNet."""
-    if not isinstance(model.vision, VisionTransformer):
-        raise ValueError("layer features are those of a vision transformer, not of a ResNet")
-    return model.vision.arch.layers, model.vision.arch.width
-
-
 def feature_statistics(
-    model: CLIP | ImageClassifier, params: Params, batches: Iterable[Any]
+    model: Classifier, params: Any, batches: Iterable[Any], context: Any = None
 ) -> FeatureStatistics:
     """Gather the moments of the layer features over images.
 
@@ -92,30 +83,39 @@ def feature_statistics(
         params: its parameters.
         batches: images (batch, height, width, 3), uint8 or float in [0, 1]; or anything with
             `images` and `mask`, as a stream's batches. All of one shape compile once.
+        context: of the model's calls; None for CLIP and a supervised ViT, whose image tower needs
+            none.
 
     Returns:
         The moments, the same for any division into batches.
 
     Raises:
         ValueError: if there are fewer than two images, the features of one are not finite, or the
-            model is a ResNet.
+            model has no layer features (a ResNet).
     """
 
     @jax.jit
     def add(
-        params: Params, so_far: FeatureStatistics, images: Array, mask: Array
+        params: Any, context: Any, so_far: FeatureStatistics, images: Array, mask: Array
     ) -> FeatureStatistics:
-        # Padding may hold anything; what it holds is not looked at.
-        images = jnp.where(mask[:, None, None, None], images, 0).astype(images.dtype)
-        features = model.image_features(params, model.normalize(images)).layer_features
+        batch = as_batch(Batch(images, mask, jnp.arange(len(images))))
+        if context is None:
+            encoder: Any = model
+            features = encoder.image_features(
+                params, encoder.normalize(batch.images)
+            ).layer_features
+        else:
+            features = model(params, context, batch).layer_features
         return merge_statistics(so_far, statistics_of(features, mask))
 
-    shape = feature_shape(model)
+    shape = model.feature_shape
+    if shape is None:
+        raise ValueError("this model has no layer features (feature_shape is None), a ResNet say")
     found = FeatureStatistics(jnp.zeros(()), jnp.zeros(shape), jnp.zeros(shape))
     for batch in batches:
         images = jnp.asarray(getattr(batch, "images", batch))
         mask = jnp.asarray(getattr(batch, "mask", np.ones(len(images), bool)))
-        found = add(params, found, images, mask)
+        found = add(params, context, found, images, mask)
     _check(found)
     return found
 
@@ -144,10 +144,7 @@ def save_statistics(
         statistics: what to save.
         about: of which model and images, kept as JSON in the file's metadata.
     """
-    from safetensors.numpy import save_file
-
-    arrays = {name: np.asarray(x) for name, x in statistics._asdict().items()}
-    save_file(arrays, str(path), {"about": json.dumps(about or {})})
+    save_arrays(path, statistics._asdict(), about)
 
 
 def load_statistics(path: str | Path) -> tuple[FeatureStatistics, dict[str, Any]]:
@@ -163,18 +160,14 @@ def load_statistics(path: str | Path) -> tuple[FeatureStatistics, dict[str, Any]
         FileNotFoundError: if there is no such file.
         ValueError: if it holds something else.
     """
-    from safetensors import SafetensorError, safe_open
-
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such file")
+    arrays, about = load_arrays(path)
+    if arrays.keys() != set(FeatureStatistics._fields):
+        raise ValueError(
+            f"{path}: holds {', '.join(sorted(arrays)[:5])}, expected feature statistics"
+        )
+    statistics = FeatureStatistics(**arrays)
     try:
-        with safe_open(str(path), "np") as file:
-            about = json.loads((file.metadata() or {}).get("about", "{}"))
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if arrays.keys() != set(FeatureStatistics._fields):
-            raise ValueError(f"holds {', '.join(sorted(arrays)[:5])} and no feature statistics")
-        statistics = FeatureStatistics(**arrays)
         _check(statistics)
-    except (SafetensorError, ValueError) as error:
+    except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return statistics, about

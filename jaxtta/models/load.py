@@ -5,14 +5,40 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jaxtta.models.checkpoints import open_clip, transformers
+from jaxtta.models.checkpoints import open_clip, transformers, vit
 from jaxtta.models.checkpoints.files import (
     OPEN_CLIP_CONFIG,
     WEIGHTS,
     find_folder,
     is_transformers,
+    model_type,
 )
-from jaxtta.models.clip import CLIP, Params
+from jaxtta.models.classifier import Params
+from jaxtta.models.clip import CLIP
+from jaxtta.models.supervised import ImageClassifier
+
+
+def load_clip(
+    path_or_hub_id: str | Path, *, dtype: Any = jnp.float32, compute_dtype: Any = None
+) -> tuple[CLIP, Params]:
+    """Load a checkpoint as `load` does, and refuse one that is not CLIP's.
+
+    Args:
+        path_or_hub_id: as in `load`.
+        dtype: as in `load`.
+        compute_dtype: as in `load`.
+
+    Returns:
+        The model and its parameter tree.
+
+    Raises:
+        FileNotFoundError: as in `load`.
+        ValueError: as in `load`, or if the model is a supervised classifier.
+    """
+    model, params = load(path_or_hub_id, dtype=dtype, compute_dtype=compute_dtype)
+    if not isinstance(model, CLIP):
+        raise ValueError(f"{path_or_hub_id}: is a supervised classifier, this needs a CLIP model")
+    return model, params
 
 
 def load(
@@ -22,8 +48,8 @@ def load(
     compute_dtype: Any = None,
     remat: bool = False,
     revision: str | None = None,
-) -> tuple[CLIP, Params]:
-    """Load a CLIP checkpoint of transformers or OpenCLIP.
+) -> tuple[CLIP | ImageClassifier, Params]:
+    """Load a checkpoint: CLIP of transformers or OpenCLIP, or a supervised ViT of transformers.
 
     Args:
         path_or_hub_id: a folder with `config.json` and `model.safetensors` (single or sharded) or
@@ -38,12 +64,12 @@ def load(
 
     Returns:
         The model and its parameter tree (`vision_model`, `text_model`, `visual_projection`,
-        `text_projection`, `logit_scale`); a ViT's is the same for both kinds of checkpoint.
+        `text_projection`, `logit_scale`; of a supervised ViT `vision_model`, `classifier`).
 
     Raises:
         FileNotFoundError: if there is no such folder or hub model, or a file is missing.
-        ValueError: if the configuration is none of CLIP's, only pickled weights are there, or a
-            parameter is missing or has another shape (they are named).
+        ValueError: if the configuration is neither CLIP's nor ViT's, only pickled weights
+            are there, or a parameter is missing or has another shape (they are named).
     """
     folder = find_folder(path_or_hub_id, revision)
     if compute_dtype is None and jnp.finfo(dtype).bits < 32:
@@ -53,4 +79,6 @@ def load(
         readable and is_transformers(folder / "config.json")
     ):
         return open_clip.load_folder(folder, dtype, compute_dtype, remat)
+    if model_type(folder / "config.json") == "vit":
+        return vit.load_folder(folder, dtype, compute_dtype, remat)
     return transformers.load_clip(folder, dtype, compute_dtype, remat)

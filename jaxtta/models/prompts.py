@@ -6,7 +6,6 @@ values in all of them. The 1,000 ImageNet prompts "a photo of a {}." are 77,000 
 18,000 cut to the longest, and 4,170 packed; all three give the same embeddings.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -14,54 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtta.models.attention import attention
+from jaxtta.models.task import Task
 from jaxtta.models.transformer import Attend
 
 Array = jax.Array
-
-
-class Task(NamedTuple):
-    """A zero-shot classification task: what the classes are called, in tokens.
-
-    Attributes:
-        token_ids: (classes, templates, length) integers, on the host.
-        class_names: one name a class, or () where only token ids are known.
-    """
-
-    token_ids: np.ndarray
-    class_names: tuple[str, ...] = ()
-
-    @property
-    def classes(self) -> int:
-        """Number of classes."""
-        return self.token_ids.shape[0]
-
-
-def task_from_token_ids(token_ids: np.ndarray, class_names: Sequence[str] = ()) -> Task:
-    """Make a task of ready token ids.
-
-    Args:
-        token_ids: (classes, length) or (classes, templates, length) integers.
-        class_names: one name a class, if there are any.
-
-    Returns:
-        The task.
-
-    Raises:
-        ValueError: if the array has another shape or dtype, or fewer than two classes.
-    """
-    token_ids = np.asarray(token_ids)
-    if token_ids.ndim == 2:
-        token_ids = token_ids[:, None]
-    if token_ids.ndim != 3 or not np.issubdtype(token_ids.dtype, np.integer):
-        raise ValueError(
-            "token ids must be integers of shape (classes, length) or (classes, templates, "
-            f"length), not {token_ids.dtype} of shape {token_ids.shape}"
-        )
-    if len(token_ids) < 2:
-        raise ValueError(f"a task needs at least two classes, not {len(token_ids)}")
-    if class_names and len(class_names) != len(token_ids):
-        raise ValueError(f"{len(class_names)} class names for {len(token_ids)} classes")
-    return Task(token_ids.astype(np.int32), tuple(class_names))
 
 
 class Prompts(NamedTuple):

@@ -1,6 +1,6 @@
 """CLIP's ResNet image tower in linen: a three-convolution stem and attention pooling.
 
-    model, params = jaxtta.models.load(folder)               # an OpenCLIP RN50, say
+    model, params = jaxtta.load(folder)               # an OpenCLIP RN50, say
     zero_shot = jaxtta.adapters.zero_shot(model, task)     # with running statistics
     adapter = jaxtta.adapters.batclip(model, task)         # with each batch's own
 
@@ -21,11 +21,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxtta.models.attention import attention
-from jaxtta.models.transformer import VisionOutput
+from jaxtta.models.vit import VisionOutput
 
 Array = jax.Array
 
-STRIDE = 32
+OUTPUT_STRIDE = 32
 """How many pixels of the image's side one position of the last stage stands for."""
 EXPANSION = 4
 
@@ -194,6 +194,14 @@ class ResNet(nn.Module):
     arch: ResNetArchitecture
     image_size: int
     batch_statistics: bool = False
+
+    projection_bias = True
+    feature_shape = None  # the stages have features of different sizes
+
+    @property
+    def mixes_batch(self) -> bool:
+        """Whether an image's output depends on the other images of its batch."""
+        return self.batch_statistics
 
     @nn.compact
     def __call__(

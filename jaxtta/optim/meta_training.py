@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxtta import tree
 from jaxtta.optim.meta_gradient import Phi, meta_gradient_generator
 
 Array = jax.Array
@@ -69,7 +68,7 @@ def init_meta_training(
 def _move(phi: Phi, state: MetaState, learning_rate: float) -> tuple[Any, Any]:
     """Make the pending update: the parameters and the memory after it."""
     generator = meta_gradient_generator(phi, learning_rate)
-    memory = tree.select(state.fresh, generator.init(state.adapted), state.memory)
+    memory = optax.tree.where(state.fresh, generator.init(state.adapted), state.memory)
     updates, memory = generator.update(state.gradients, memory)
     return optax.apply_updates(state.adapted, updates), memory
 
@@ -89,7 +88,7 @@ def begin_epoch(
 
     def begin(state: MetaState, batch: Any) -> tuple[MetaState, Array]:
         moved, _ = _move(state.phi, state, learning_rate)
-        adapted = tree.select(state.pending, moved, state.adapted)
+        adapted = optax.tree.where(state.pending, moved, state.adapted)
         loss, gradients = jax.value_and_grad(loss_of)(adapted, batch)
         yes = jnp.asarray(True)
         state = state._replace(adapted=adapted, gradients=gradients, pending=yes, fresh=yes)

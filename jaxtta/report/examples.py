@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from jaxtta.adapters import Tuning, tune_image
+from jaxtta.adapters import TNTConfig, tnt_image
 from jaxtta.data import Batches, on_canvas
 from jaxtta.evaluate.factory import is_tnt
 from jaxtta.evaluate.record import outcomes
@@ -45,12 +45,12 @@ class Example(NamedTuple):
     after: np.ndarray
 
 
-def check_examples(adapters: Sequence[str], tuning: Tuning) -> None:
+def check_examples(adapters: Sequence[str], tuning: TNTConfig) -> None:
     """Raise a ValueError where a sweep of these adapters has no examples to show."""
     if not any(map(is_tnt, adapters)) or BASELINE not in adapters:
         raise ValueError(f"--save-examples compares tnt with {BASELINE}: run both")
-    if tuning.carry:
-        raise ValueError("--save-examples is for maps of single images, not --tnt.carry")
+    if tuning.online:
+        raise ValueError("--save-examples is for maps of single images, not --tnt.online")
 
 
 class _Place(NamedTuple):
@@ -66,7 +66,7 @@ def find_examples(
     model: CLIP,
     params: Params,
     task: Task,
-    tuning: Tuning,
+    tuning: TNTConfig,
 ) -> list[Example]:
     """Tune again the maps of images that the adapter answered otherwise than zero-shot did.
 
@@ -84,15 +84,15 @@ def find_examples(
         At most so many examples.
 
     """
-    classes = jax.jit(model.class_embeddings)(params, model.prompts(task))
+    classes = model.init_context(params, task)
     # As in the sweep: cut, tuned and voted for with the key of the image's place in its stream.
     tune = jax.jit(
-        lambda params, classes, *image: tune_image(model, params, classes, *image, tuning=tuning)
+        lambda params, classes, *image: tnt_image(model, params, classes, *image, config=tuning)
     )
 
     @jax.jit
     def before(params: Params, classes: jax.Array, view: jax.Array) -> jax.Array:
-        return jax.nn.softmax(model.forward(params, classes, view[None]).logits)[0]
+        return jax.nn.softmax(model(params, classes, view[None]).logits)[0]
 
     examples = []
     for place in _changed(cells, adapter, batches, count):

@@ -14,7 +14,8 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
 
-from jaxtta.models.clip import Params
+from jaxtta.models.classifier import Params
+from jaxtta.models.task import TOKENIZER_FILES
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "flax_model.msgpack")
 OPEN_CLIP_CONFIG = "open_clip_config.json"
@@ -25,13 +26,15 @@ PICKLES = {  # with what makes safetensors of them
     "pytorch_model.bin.index.json": _TRANSFORMERS,
     "open_clip_pytorch_model.bin": "open_clip's push_to_hf_hub.save_for_hf(…)",
 }
-TOKENIZER_FILES = (
-    "tokenizer_config.json",
-    "tokenizer.json",
-    "vocab.json",
-    "merges.txt",
-    "special_tokens_map.json",
-)
+
+
+def model_type(config: Path) -> str | None:
+    """The model type that a `config.json` names; None where it cannot be read."""
+    try:
+        content = json.loads(config.read_text())
+    except (OSError, ValueError):
+        return None
+    return content.get("model_type") if isinstance(content, dict) else None
 
 
 def is_transformers(config: Path | None) -> bool:
@@ -61,7 +64,7 @@ def find_folder(path_or_hub_id: str | Path, revision: str | None = None) -> Path
     if Path(path_or_hub_id).is_dir():
         return Path(path_or_hub_id)
     hub_id = str(path_or_hub_id)
-    missing = f"{hub_id}: is neither a folder here nor a model that the hub gives"
+    missing = f"{hub_id}: is neither a local folder nor a model on the Hugging Face Hub"
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", hub_id):
         raise FileNotFoundError(missing)
     import huggingface_hub
@@ -129,18 +132,18 @@ def read_config(folder: Path, wanted: type) -> Any:
         raise ValueError(f"{path}: is refused by transformers ({reason})") from error
 
 
-Entries = Iterator[tuple[tuple[str, ...], np.ndarray]]
-PathOf = Callable[[str], tuple[str, ...]]
+NamedArrays = Iterator[tuple[tuple[str, ...], np.ndarray]]
+ToParamPath = Callable[[str], tuple[str, ...]]
 
 
 def read_weights(
-    folder: Path, path_of: PathOf, names: Sequence[str] = WEIGHTS
-) -> tuple[Path, Entries]:
+    folder: Path, to_param_path: ToParamPath, names: Sequence[str] = WEIGHTS
+) -> tuple[Path, NamedArrays]:
     """Read a checkpoint's weights one by one.
 
     Args:
         folder: the checkpoint's.
-        path_of: the path in our tree of a parameter that PyTorch calls so.
+        to_param_path: the path in our tree of a parameter that PyTorch calls so.
         names: what the file may be called, the first that is there is read.
 
     Returns:
@@ -160,10 +163,10 @@ def read_weights(
             )
         raise FileNotFoundError(f"{folder}: has none of {', '.join(names)}")
     reader = _read_msgpack if weights.suffix == ".msgpack" else _read_safetensors
-    return weights, reader(weights, path_of)
+    return weights, reader(weights, to_param_path)
 
 
-def fitted(
+def match_parameters(
     entries: Iterable[tuple[tuple[str, ...], np.ndarray]],
     shapes: Mapping[tuple[str, ...], Any],
     weights: Path,
@@ -206,7 +209,7 @@ def fitted(
     return unflatten_dict(found)
 
 
-def _read_safetensors(weights: Path, path_of: PathOf) -> Entries:
+def _read_safetensors(weights: Path, to_param_path: ToParamPath) -> NamedArrays:
     files = [weights]
     if weights.suffix == ".json":
         files = [weights.parent / name for name in _shards(weights)]
@@ -218,7 +221,7 @@ def _read_safetensors(weights: Path, path_of: PathOf) -> Entries:
                 for name in tensors.keys():  # noqa: SIM118 (not a dict)
                     if name.endswith("position_ids"):  # a buffer of old checkpoints
                         continue
-                    path = path_of(name)
+                    path = to_param_path(name)
                     yield path, from_torch(path, np.asarray(tensors.get_tensor(name)))
         except SafetensorError as error:
             raise ValueError(f"{file}: is damaged or no safetensors file ({error})") from error
@@ -232,8 +235,8 @@ def _shards(index: Path) -> list[str]:
     return sorted(set(names))
 
 
-def _read_msgpack(weights: Path, path_of: PathOf) -> Entries:
-    del path_of  # the paths are ours already
+def _read_msgpack(weights: Path, to_param_path: ToParamPath) -> NamedArrays:
+    del to_param_path  # the paths are ours already
     try:
         tree = flatten_dict(flax.serialization.msgpack_restore(weights.read_bytes()))
     except Exception as error:  # msgpack raises errors of many kinds

@@ -21,18 +21,21 @@ from PIL import Image
 from jaxtta.models.checkpoints.files import (
     OPEN_CLIP_CONFIG,
     OPEN_CLIP_WEIGHTS,
-    fitted,
+    match_parameters,
     read_weights,
 )
-from jaxtta.models.clip import CLIP, Params
+from jaxtta.models.classifier import Params
+from jaxtta.models.clip import CLIP
 from jaxtta.models.preprocess import CLIP_MEAN, CLIP_STD, Preprocessing
-from jaxtta.models.resnet import STRIDE, ResNet, ResNetArchitecture
-from jaxtta.models.transformer import Architecture, TextTransformer, VisionTransformer
+from jaxtta.models.resnet import OUTPUT_STRIDE, ResNet, ResNetArchitecture
+from jaxtta.models.text import TextTransformer
+from jaxtta.models.transformer import Architecture
+from jaxtta.models.vit import VisionTransformer
 
-HIGHEST_ID = 2
+EOS_IS_HIGHEST_ID = 2
 """In place of an end of text: the prompt's highest id (see `prompts.ends_of_text`)."""
 FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
-NO_EFFECT = {  # on what the model computes from ready token ids
+IGNORED_KEYS = {  # on what the model computes from ready token ids
     "cast_dtype",
     "init_logit_scale",
     "output_dict",
@@ -46,7 +49,7 @@ NO_EFFECT = {  # on what the model computes from ready token ids
 }
 
 
-class Section(NamedTuple):
+class ConfigSection(NamedTuple):
     """A JSON object of the configuration, read setting by setting.
 
     Attributes:
@@ -69,14 +72,14 @@ class Section(NamedTuple):
         """A setting's place in the file."""
         return f"{self.name}.{key}".removeprefix(".")
 
-    def section(self, key: str, required: bool = True) -> "Section":
+    def section(self, key: str, required: bool = True) -> "ConfigSection":
         """The object that a setting holds; empty where it may be missing."""
         value = self.values.get(key)
         if value is None and not required:
             value = {}
         if not isinstance(value, dict):
             raise self.error(key, "an object")
-        return Section(self.file, self.place(key), value)
+        return ConfigSection(self.file, self.place(key), value)
 
     def integer(self, key: str, default: int | None = None) -> int:
         """A positive whole number."""
@@ -104,7 +107,7 @@ class Section(NamedTuple):
     def check(self, *known: str, **standard: Any) -> None:
         """Refuse settings that are neither known, nor off, nor at the value given for them."""
         for key, value in self.values.items():
-            if key in known or key in NO_EFFECT or not value:
+            if key in known or key in IGNORED_KEYS or not value:
                 continue
             if key in standard and value != standard[key]:
                 raise self.error(key, repr(standard[key]))
@@ -115,7 +118,7 @@ class Section(NamedTuple):
 
 
 def load_folder(folder: Path, dtype: Any, compute_dtype: Any, remat: bool) -> tuple[CLIP, Params]:
-    """Load an OpenCLIP checkpoint; `jaxtta.models.load` comes here by itself.
+    """Load an OpenCLIP checkpoint; `jaxtta.load` calls this.
 
     Args:
         folder: with `open_clip_config.json` and `open_clip_model.safetensors`.
@@ -135,7 +138,7 @@ def load_folder(folder: Path, dtype: Any, compute_dtype: Any, remat: bool) -> tu
     shapes = flatten_dict(jax.eval_shape(model.init, jax.random.key(0)))
     table = _RESNET_NAMES if isinstance(model.vision, ResNet) else _VIT_NAMES
     weights, entries = read_weights(folder, lambda name: _path(name, table), OPEN_CLIP_WEIGHTS)
-    return model, fitted(_as_ours(entries), shapes, weights, dtype, OPEN_CLIP_CONFIG)
+    return model, match_parameters(_split_qkv(entries), shapes, weights, dtype, OPEN_CLIP_CONFIG)
 
 
 def from_config(path: Path, *, compute_dtype: Any = None, remat: bool = False) -> CLIP:
@@ -159,7 +162,7 @@ def from_config(path: Path, *, compute_dtype: Any = None, remat: bool = False) -
         content = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path}: is not JSON ({error})") from error
-    whole = Section(path, "", content if isinstance(content, dict) else {})
+    whole = ConfigSection(path, "", content if isinstance(content, dict) else {})
     config = whole.section("model_cfg")
     # First what names another kind of model: its other settings would make less sense of it.
     config.check("embed_dim", "quick_gelu", "vision_cfg", "text_cfg")
@@ -170,14 +173,14 @@ def from_config(path: Path, *, compute_dtype: Any = None, remat: bool = False) -
         vision,
         _text_tower(config.section("text_cfg"), *options),
         config.integer("embed_dim"),
-        HIGHEST_ID,
+        EOS_IS_HIGHEST_ID,
         _preprocessing(whole.section("preprocess_cfg", required=False), vision.image_size),
         str(path.parent),
     )
 
 
 def _vision_tower(
-    section: Section, activation: str, compute_dtype: Any, remat: bool
+    section: ConfigSection, activation: str, compute_dtype: Any, remat: bool
 ) -> VisionTransformer | ResNet:
     known = "image_size", "layers", "width", "head_width", "patch_size", "mlp_ratio"
     section.check(*known, pool_type="tok", pos_embed_type="learnable")
@@ -191,12 +194,12 @@ def _vision_tower(
     return VisionTransformer(arch, size, patch)
 
 
-def _resnet(section: Section, compute_dtype: Any, remat: bool) -> ResNet:
+def _resnet(section: ConfigSection, compute_dtype: Any, remat: bool) -> ResNet:
     blocks, size = section.values["layers"], section.side("image_size", 224)
     if len(blocks) != 4 or not all(map(_is_positive_integer, blocks)):
         raise section.error("layers", "a number of blocks for each of four stages")
-    if size % STRIDE:
-        raise section.error("image_size", f"a multiple of {STRIDE}")
+    if size % OUTPUT_STRIDE:
+        raise section.error("image_size", f"a multiple of {OUTPUT_STRIDE}")
     channels = section.integer("width", 64)
     if channels % 2:
         raise section.error("width", "an even number")
@@ -205,7 +208,7 @@ def _resnet(section: Section, compute_dtype: Any, remat: bool) -> ResNet:
 
 
 def _text_tower(
-    section: Section, activation: str, compute_dtype: Any, remat: bool
+    section: ConfigSection, activation: str, compute_dtype: Any, remat: bool
 ) -> TextTransformer:
     known = "context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio"
     section.check(*known, pool_type="argmax", proj_type="linear")
@@ -220,7 +223,7 @@ def _text_tower(
 
 
 def _architecture(
-    section: Section, width: int, heads: int, activation: str, compute_dtype: Any, remat: bool
+    section: ConfigSection, width: int, heads: int, activation: str, compute_dtype: Any, remat: bool
 ) -> Architecture:
     ratio = section.values.get("mlp_ratio", 4.0)
     if not _is_number(ratio) or int(width * ratio) < 1:
@@ -236,7 +239,7 @@ def _architecture(
     )
 
 
-def _heads(section: Section, width: int) -> int:
+def _heads(section: ConfigSection, width: int) -> int:
     """Number of heads that attention over vectors of this width has."""
     size = section.integer("head_width", 64)
     if width % size:
@@ -244,7 +247,7 @@ def _heads(section: Section, width: int) -> int:
     return width // size
 
 
-def _preprocessing(section: Section, image_size: int) -> Preprocessing:
+def _preprocessing(section: ConfigSection, image_size: int) -> Preprocessing:
     section.check("size", "interpolation", "resize_mode", "mean", "std", "fill_color", mode="RGB")
     if section.side("size", image_size) != image_size:
         raise section.error("size", f"the model's {image_size}")
@@ -272,7 +275,7 @@ def _is_number(value: Any) -> bool:
 
 Names = tuple[tuple[str, str], ...]
 # `matrix` is a kernel that OpenCLIP has as we have it, not transposed as a layer's is; `joint` are
-# three layers in one. `_as_ours` knows both.
+# three layers in one. `_split_qkv` knows both.
 _TEXT_NAMES: Names = (
     (r"^token_embedding\.weight$", "text_model.embeddings.token_embedding.embedding"),
     (r"^positional_embedding$", "text_model.embeddings.position_embedding.embedding"),
@@ -324,7 +327,7 @@ def _path(name: str, table: Names) -> tuple[str, ...]:
     return (*layers, _LEAVES.get(leaf, leaf))
 
 
-def _as_ours(
+def _split_qkv(
     entries: Iterable[tuple[tuple[str, ...], np.ndarray]],
 ) -> Iterator[tuple[tuple[str, ...], np.ndarray]]:
     """Take queries, keys and values apart, and leave buffers out."""

@@ -13,14 +13,17 @@ from safetensors.numpy import save as to_bytes
 
 from jaxtta.models.checkpoints.files import (
     TOKENIZER_FILES,
-    fitted,
     map_kernel,
+    match_parameters,
     read_config,
     read_weights,
 )
-from jaxtta.models.clip import CLIP, Params
+from jaxtta.models.classifier import Params
+from jaxtta.models.clip import CLIP
 from jaxtta.models.preprocess import Preprocessing, read_preprocessing
-from jaxtta.models.transformer import ACTIVATIONS, Architecture, TextTransformer, VisionTransformer
+from jaxtta.models.text import TextTransformer
+from jaxtta.models.transformer import ACTIVATIONS, Architecture
+from jaxtta.models.vit import VisionTransformer
 
 if TYPE_CHECKING:  # transformers is imported where it is used: it brings PyTorch along
     from transformers import CLIPConfig
@@ -56,7 +59,7 @@ def load_clip(folder: Path, dtype: Any, compute_dtype: Any, remat: bool) -> tupl
     shapes = flatten_dict(jax.eval_shape(model.init, jax.random.key(0)))
     names = {_torch_name(path): path for path in shapes}
     weights, entries = read_weights(folder, lambda name: names.get(name, tuple(name.split("."))))
-    return model, fitted(entries, shapes, weights, dtype)
+    return model, match_parameters(entries, shapes, weights, dtype)
 
 
 def from_config(config: "CLIPConfig", *, compute_dtype: Any = None, remat: bool = False) -> CLIP:

@@ -1,0 +1,205 @@
+"""TNT as an adapter.
+
+    adapter = tnt(model, task)                                      # a map for every image
+    adapter = tnt(model, task, config=TNTConfig(online=True))       # one map along the stream
+    adapter = tnt(model, task, config=TNTConfig(steps=0), noise=noise)      # that map, frozen
+
+The model is unchanged. All variants share one state type, so that a frozen map can be updated from
+time to time by the online adapter.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxtta import tree
+from jaxtta import views as views_of
+from jaxtta.adapters.base import Adapter, Array, Prediction
+from jaxtta.adapters.tnt.config import TNT_PRESETS, TNTConfig
+from jaxtta.adapters.tnt.optimize import TNTOutput, optimize_noise
+from jaxtta.augmix import augmix
+from jaxtta.models import Batch, Classifier, Task, as_batch, context_of
+
+PIL_KERNELS = {2: "bilinear", 3: "bicubic"}
+"""PIL's numbers of the kernels that views can be resized with."""
+
+
+class TNTState(NamedTuple):
+    """What TNT carries from batch to batch; the same for every variant.
+
+    Attributes:
+        noise: (height, width, 3), the map that is updated online, or frozen.
+        context: the class embeddings (classes, projection), of unit norm.
+        key: data of the PRNG key, which each image's views and first map are drawn from.
+        seen: () number of valid images so far.
+        fingerprint: () uint32 checksum of the parameters, as in `adapters.State`.
+    """
+
+    noise: Array
+    context: Array
+    key: Array
+    seen: Array
+    fingerprint: Any = None
+
+
+def tnt_image(
+    model: Any,
+    params: Any,
+    classes: Any,
+    key: Array,
+    image: Array,
+    size: Array | None = None,
+    config: TNTConfig = TNT_PRESETS["paper"],
+    noise: Array | None = None,
+) -> tuple[Array, TNTOutput]:
+    """Cut an image's views, optimise a noise map on them, and predict.
+
+    Args:
+        model: a model with cosine logits and `preprocessing`, as CLIP.
+        params: its parameters.
+        classes: its context.
+        key: PRNG key of this image.
+        image: (height, width, 3), uint8 or float in [0, 1].
+        size: (2,) true height and width where the image is an original on a canvas; None where
+            it has the model's resolution.
+        config: the settings.
+        noise: (size, size, 3), the map to begin with; None for noise within the bounds.
+
+    Returns:
+        The views (N, size, size, 3) without noise, the plain one first, and the result.
+    """
+    preprocessing = model.preprocessing
+    side, kernel = preprocessing.image_size, PIL_KERNELS[preprocessing.resample]
+    noise_key, view_key, mix_key = jax.random.split(key, 3)
+    start = initial_noise(noise_key, side, config.epsilon) if noise is None else noise
+    if size is None and image.shape[:2] != (side, side):
+        raise ValueError(
+            f"an image of {image.shape[0]}×{image.shape[1]} pixels, expected {side}×{side}, "
+            "or an original with its size"
+        )
+    original = image.astype(jnp.float32) / 255 if image.dtype == jnp.uint8 else image
+    if size is None:
+        first, size = original, jnp.array(original.shape[:2])
+    else:
+        first = views_of.plain(original, size, side, preprocessing.resize, kernel)
+    others = views_of.random_resized_crops(
+        view_key, original, size, config.views - 1, side, config.scale, config.ratio
+    )
+    if config.augmix:
+        keys = jax.random.split(mix_key, len(others))
+        others = jax.vmap(augmix, (0, 0, None))(keys, others, config.augmix)
+    views = jnp.concatenate([first[None], others])
+
+    def embed(params: Any, images: Array) -> Array:
+        return model(params, classes, as_batch(images)).embeddings
+
+    scale = model.logit_scale(params)
+    return views, optimize_noise(embed, params, classes, scale, views, start, config)
+
+
+def initial_noise(key: Array, side: int, epsilon: float) -> Array:
+    """Draw the map to begin with, (side, side, 3): normal noise, clipped to its bounds."""
+    return jax.random.normal(key, (side, side, 3)).clip(-epsilon, epsilon)
+
+
+def tnt(
+    model: Classifier,
+    task: Task | None,
+    *,
+    config: TNTConfig = TNT_PRESETS["paper"],
+    noise: Array | None = None,
+) -> Adapter:
+    """Optimise a noise map on each image's pixels; stateless unless `config.online`.
+
+    Views are cut from the full-size images where the batch has `sizes`, otherwise from images at
+    the model's resolution.
+
+    Args:
+        model: a model with cosine logits whose images do not mix, as CLIP.
+        task: the classes.
+        config: the settings.
+        noise: (size, size, 3), the first map of an online adapter, or the frozen one; None for
+            noise within the bounds, drawn in `init`.
+
+    Returns:
+        The adapter; its logits are log-probabilities.
+
+    Raises:
+        ValueError: if the map has another size than the model's input, the model needs a task and
+            there is none, or it lacks what TNT needs.
+    """
+    for name, meaning in (("logit_scale", "cosine logits"), ("preprocessing", "preprocessing")):
+        if not hasattr(model, name):
+            raise ValueError(f"TNT needs a model with {meaning}; this one has no {name}")
+    if model.mixes_batch:
+        raise ValueError('TNT needs images that do not mix: with_batch_norm_statistics("running")')
+    side = model.image_size
+    preprocessing = model.preprocessing  # type: ignore[attr-defined]
+    if preprocessing.resample not in PIL_KERNELS:
+        raise ValueError(
+            f"the checkpoint resizes with PIL's filter {preprocessing.resample}, expected 2 "
+            "(bilinear) or 3 (bicubic)"
+        )
+    if noise is not None and jnp.shape(noise) != (side, side, 3):
+        raise ValueError(
+            f"a noise map of shape {jnp.shape(noise)}, expected {(side, side, 3)} for this model"
+        )
+    own_map = not config.online and noise is None
+    context = context_of(model, task, lambda path: False)
+
+    def init(params: Any, key: Array | None = None) -> TNTState:
+        key = jax.random.key(0) if key is None else key
+        if noise is None:
+            # Not from one of the keys that images have.
+            start = initial_noise(jax.random.split(key)[0], side, config.epsilon)
+        else:
+            start = jnp.array(noise, jnp.float32)
+        return TNTState(
+            start,
+            context(params),
+            jax.random.key_data(key),
+            jnp.zeros((), jnp.int32),
+            tree.fingerprint(params),
+        )
+
+    def step(params: Any, state: TNTState, batch: Batch | Array) -> tuple[TNTState, Prediction]:
+        batch = as_batch(batch, state.seen)
+        key = jax.random.wrap_key_data(state.key)
+
+        def one(noise: Array, row: tuple[Array, ...]) -> tuple[Array, tuple[Array, ...]]:
+            image, size, index, valid = row
+            _, tuned = tnt_image(
+                *(model, params, state.context, jax.random.fold_in(key, index), image, size),
+                *(config, None if own_map else noise),
+            )
+            losses = tuned.losses[-1] if config.steps else jnp.zeros(3)
+            # The last loss is from before the last update: a gradient can be NaN and it not.
+            finite = jnp.isfinite(losses).all() & jnp.isfinite(tuned.noise).all()
+            # A carried map forgets an image that was padding, or gave no finite map.
+            after = jnp.where(valid & finite, tuned.noise, noise)
+            return after, (tuned.log_probabilities, losses, finite)
+
+        images = (batch.images, batch.sizes, batch.index, batch.mask)
+        if config.online:
+            last, (logits, losses, finite) = jax.lax.scan(one, state.noise, images)
+        else:
+            last = state.noise
+            logits, losses, finite = jax.lax.map(
+                lambda row: one(state.noise, row)[1],
+                images,
+                batch_size=min(config.images_per_map, len(batch.images)),
+            )
+        valid = batch.mask.sum(dtype=jnp.int32)
+        # A sum over those that count, so that a NaN in padding stays out.
+        losses = jnp.where(batch.mask[:, None], losses, 0).sum(0) / jnp.maximum(valid, 1)
+        metrics = {
+            "marginal_entropy": losses[0],
+            "inter_view": losses[1],
+            "loss": losses[2],
+            "skipped": (batch.mask & ~finite).any(),
+        }
+        state = state._replace(noise=last, seen=state.seen + valid)
+        return state, Prediction(logits, metrics)
+
+    return Adapter(init, step)

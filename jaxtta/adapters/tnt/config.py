@@ -1,0 +1,117 @@
+"""TNT's settings, and files of a noise map with the settings that it was optimised with."""
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from jaxtta.io import load_arrays, save_arrays
+
+
+@dataclasses.dataclass(frozen=True)
+class TNTConfig:
+    """TNT's settings; the defaults are the paper's.
+
+    Attributes:
+        views: N, the views of an image; the first is the plain preprocessing.
+        steps: updates of the map; 0 to apply it as it is.
+        learning_rate: size of an update.
+        epsilon: the map's greatest magnitude, in [0, 1] pixel values.
+        select_fraction: share of the views, those of lowest entropy, that the loss is taken over.
+        ensemble_fraction: share of the views, those of lowest entropy, whose probabilities are
+            averaged.
+        entropy_weight: of the marginal entropy in the loss (0.1 in the reference implementation).
+        temperature: of the averaged probabilities: a number on the cosines, or "code" for what the
+            reference implementation does in half precision.
+        scale: least and greatest share of a random crop's area.
+        ratio: least and greatest width over height of a random crop.
+        augmix: severity of AugMix on the random crops, up to 10; 0 for none, as in the paper.
+        online: update one map along the stream, image by image.
+        views_per_chunk: views of an image that are embedded at once where no gradient is taken;
+            fewer need less memory. With gradient, all selected views are embedded at once.
+        images_per_map: images that are mapped over at once; 1 on a CPU, more fill an accelerator.
+    """
+
+    views: int = 64
+    steps: int = 1
+    learning_rate: float = 1e-3
+    epsilon: float = 1 / 255
+    select_fraction: float = 0.1
+    ensemble_fraction: float = 0.1
+    entropy_weight: float = 1.0
+    temperature: float | Literal["code"] = 7e-3
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    augmix: float = 0.0
+    online: bool = False
+    views_per_chunk: int = 8
+    images_per_map: int = 1
+
+    def __post_init__(self) -> None:
+        """Validate the settings."""
+        for name, least in (
+            ("views", 1),
+            ("steps", 0),
+            ("views_per_chunk", 1),
+            ("images_per_map", 1),
+        ):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least {least}")
+        for name in ("learning_rate", "epsilon"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected a positive number")
+        for name in ("select_fraction", "ensemble_fraction"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected above 0 and at most 1")
+        for name, greatest in (("scale", 1), ("ratio", math.inf)):
+            low, high = getattr(self, name)
+            if not 0 < low <= high <= greatest:
+                limits = " at most 1" if greatest == 1 else ""
+                raise ValueError(
+                    f"{name} is {low} to {high}, expected positive numbers in order{limits}"
+                )
+        if not 0 <= self.augmix <= 10:
+            raise ValueError(f"augmix is {self.augmix}, expected 0 to 10")
+        named = isinstance(self.temperature, str)
+        if self.temperature != "code" if named else not 0 < self.temperature < math.inf:
+            raise ValueError(
+                f"temperature is {self.temperature}, expected a positive number or code"
+            )
+
+
+TNT_PRESETS = {"paper": TNTConfig(), "code": TNTConfig(entropy_weight=0.1, temperature="code")}
+"""The settings of the paper, and the defaults of its reference implementation."""
+
+
+def save_noise(path: str | Path, noise: Any, config: TNTConfig) -> None:
+    """Save a noise map with the settings that it was optimised with.
+
+    Args:
+        path: of the `.safetensors` file.
+        noise: (height, width, 3).
+        config: the settings, kept as JSON in the file's metadata.
+    """
+    save_arrays(path, {"noise": np.asarray(noise, np.float32)}, dataclasses.asdict(config))
+
+
+def load_noise(path: str | Path) -> tuple[np.ndarray, TNTConfig]:
+    """Load what `save_noise` saved.
+
+    Args:
+        path: of the file.
+
+    Returns:
+        The map (height, width, 3) and its settings.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it holds no noise map.
+    """
+    arrays, settings = load_arrays(path)
+    try:
+        settings = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
+        return arrays["noise"], TNTConfig(**settings)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: holds no noise map of TNT ({error!r})") from error

@@ -1,0 +1,165 @@
+"""TNT: a small noise map on an image's pixels, optimised until its augmented views agree.
+
+Of N views of one image, x_n + ε with the same noise map ε, the K of lowest entropy are selected
+once, before the first step. Each step moves ε against the sign of the gradient of
+
+    L = weight · H(mean_n p_n) + mean_{n<m} ‖e_n − e_m‖,
+
+with p_n and e_n the probabilities and unit embeddings of the selected views, and clips it
+to ±1/255. The prediction is the mean probability of the views that are then the most confident.
+
+    output = optimize_noise(embed, params, classes, scale, views, noise, TNTConfig(steps=3))
+    output.log_probabilities, output.noise
+
+References:
+    Imam et al., 2025, https://arxiv.org/abs/2502.06019
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxtta.adapters.tnt.config import TNTConfig
+from jaxtta.losses import entropy
+from jaxtta.models import l2_normalize
+
+Array = jax.Array
+
+
+class TNTOutput(NamedTuple):
+    """The result for one image.
+
+    Attributes:
+        noise: (height, width, 3), the optimised map.
+        log_probabilities: (classes,), of the mean over the most confident views.
+        noise_steps: (steps, height, width, 3), the map after each step.
+        losses: (steps, 3): marginal entropy, distance between views, their weighted sum.
+        selected: (K,) the views that the loss was taken over.
+        ensemble: (V,) the views whose probabilities are averaged.
+        logits: (N, classes) of the views with the optimised map.
+    """
+
+    noise: Array
+    log_probabilities: Array
+    noise_steps: Array
+    losses: Array
+    selected: Array
+    ensemble: Array
+    logits: Array
+
+
+Embed = Callable[[Any, Array], Array]
+
+
+def optimize_noise(
+    embed: Embed,
+    params: Any,
+    classes: Array,
+    scale: Array,
+    views: Array,
+    noise: Array,
+    config: TNTConfig,
+    select: bool = True,
+) -> TNTOutput:
+    """Optimise a noise map on the views of one image, then average the most confident views.
+
+    Args:
+        embed: `embed(params, images in [0, 1])` to embeddings (views, projection).
+        params: of the model.
+        classes: (classes, projection), normalised embeddings of the texts.
+        scale: () the model's logit scale, exponentiated.
+        views: (N, height, width, 3) in [0, 1].
+        noise: (height, width, 3), the map to begin with.
+        config: the settings.
+        select: differentiate through the selected views alone; the result is the same, and the
+            backward pass N/K times smaller, where K views are selected.
+
+    Returns:
+        The optimised map and its prediction.
+
+    Raises:
+        ValueError: if views and map differ in size.
+    """
+    if views.shape[1:] != noise.shape:
+        raise ValueError(f"a noise map of shape {noise.shape} for views of {views.shape[1:]}")
+
+    def embeddings(views: Array, noise: Array) -> Array:
+        return l2_normalize(embed(params, _clip(views + noise)))
+
+    def logits_of(embedded: Array) -> Array:
+        # As CLIP's own cosines: the vote divides them by a small temperature.
+        return scale * jnp.matmul(embedded, classes.T, precision="highest")
+
+    def logits_of_all(noise: Array) -> Array:
+        return logits_of(
+            _in_chunks(lambda part: embeddings(part, noise), views, config.views_per_chunk)
+        )
+
+    fractions = config.select_fraction, config.ensemble_fraction
+    kept, averaged = (max(int(fraction * len(views)), 1) for fraction in fractions)
+    selected = jnp.arange(0)
+    losses, noise_steps = jnp.zeros((0, 3)), jnp.zeros((0, *noise.shape))
+    if config.steps:
+        selected = _most_confident(logits_of_all(noise), kept)
+        chosen = views[selected] if select else views
+
+        def loss(noise: Array) -> tuple[Array, Array]:
+            embedded = embeddings(chosen, noise)
+            embedded = embedded if select else embedded[selected]
+            terms = marginal_entropy(logits_of(embedded)), inter_view_distance(embedded)
+            total = config.entropy_weight * terms[0] + terms[1]
+            return total, jnp.stack([*terms, total])
+
+        def update(noise: Array, _: None) -> tuple[Array, tuple[Array, Array]]:
+            gradient, terms = jax.grad(loss, has_aux=True)(noise)
+            noise = noise - config.learning_rate * jnp.sign(gradient)
+            noise = noise.clip(-config.epsilon, config.epsilon)
+            return noise, (terms, noise)
+
+        noise, (losses, noise_steps) = jax.lax.scan(update, noise, length=config.steps)
+    logits = logits_of_all(noise)
+    ensemble = _most_confident(logits, averaged)
+    temperature = config.temperature
+    if temperature == "code":  # half precision's epsilon, and the entropy added to it
+        temperature = 2.0**-10 * (1 + marginal_entropy(logits))
+    probabilities = jax.nn.log_softmax(logits[ensemble] / scale / temperature)
+    log_probabilities = jax.nn.logsumexp(probabilities, 0) - jnp.log(averaged)
+    return TNTOutput(noise, log_probabilities, noise_steps, losses, selected, ensemble, logits)
+
+
+def _in_chunks(function: Callable[[Array], Array], rows: Array, views_per_chunk: int) -> Array:
+    """Apply a function of rows to at most `views_per_chunk` of them at a time."""
+    count = -(-len(rows) // views_per_chunk)
+    if count == 1:
+        return function(rows)
+    size = -(-len(rows) // count)  # all chunks as even as can be, so that few rows are padding
+    padded = jnp.pad(rows, ((0, count * size - len(rows)), *((0, 0),) * (rows.ndim - 1)))
+    parts = jax.lax.map(function, padded.reshape(count, size, *rows.shape[1:]))
+    return parts.reshape(count * size, *parts.shape[2:])[: len(rows)]
+
+
+def _most_confident(logits: Array, count: int) -> Array:
+    return jnp.argsort(entropy(logits))[:count]
+
+
+def _clip(x: Array) -> Array:
+    # Unlike jnp.clip's, the derivative is 1 at the ends too, where many pixels lie.
+    return jnp.where((x >= 0) & (x <= 1), x, jax.lax.stop_gradient(x.clip(0, 1)))
+
+
+def marginal_entropy(logits: Array) -> Array:
+    """Entropy in nats of the mean probability over views (views, classes)."""
+    mean = jax.nn.logsumexp(jax.nn.log_softmax(logits), 0) - jnp.log(len(logits))
+    return -(jnp.exp(mean) * mean).sum()
+
+
+def inter_view_distance(embeddings: Array) -> Array:
+    """Mean distance between pairs of different unit embeddings (views, projection)."""
+    first, second = np.triu_indices(len(embeddings), 1)
+    squared = ((embeddings[first] - embeddings[second]) ** 2).sum(-1)
+    apart = squared > 0
+    distances = jnp.sqrt(jnp.where(apart, squared, 1.0))  # a root of 0 has no derivative
+    return jnp.where(apart, distances, 0).sum() / jnp.maximum(apart.sum(), 1)
