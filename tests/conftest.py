@@ -12,6 +12,7 @@ os.environ["XLA_FLAGS"] = " ".join(
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+import dataclasses
 import json
 import re
 import runpy
@@ -21,12 +22,16 @@ from pathlib import Path
 
 import hypothesis
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file, save_file
 
 import jaxtta
+from jaxtta import models
+from jaxtta.models.resnet import ResNet, ResNetArchitecture
 
 GOLDEN = Path(__file__).parent / "golden"
 SHARED = Path(__file__).parents[2] / "shared"
@@ -64,6 +69,63 @@ def short(tmp_path_factory):
     weights = {name: array for name, array in weights.items() if not later.search(name)}
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     return folder
+
+
+class NNXClassifier:
+    """A user's classifier: a Flax NNX module with a list of layers."""
+
+    image_size, mixes_batch, feature_shape = 32, False, (1, 16)
+
+    def __init__(self):
+        class Net(nnx.Module):
+            def __init__(self, rngs):
+                self.layers = nnx.List(
+                    [nnx.Linear(48, 16, rngs=rngs), nnx.LayerNorm(16, rngs=rngs)]
+                )
+                self.head = nnx.Linear(16, 5, use_bias=False, rngs=rngs)
+
+        self.graph, self.params = nnx.split(Net(nnx.Rngs(0)))
+
+    def init_context(self, params, task):
+        return ()
+
+    def __call__(self, params, context, batch):
+        net = nnx.merge(self.graph, params)
+        images = batch.images.reshape(len(batch.images), 4, 8, 4, 8, 3).mean((2, 4))
+        features = images.astype(jnp.float32).reshape(len(images), 48)
+        for layer in net.layers:
+            features = layer(features)
+        texts = net.head.kernel[...] / jnp.linalg.norm(net.head.kernel[...], axis=0)
+        return jaxtta.Outputs(net.head(features), features, texts.T, features[:, None])
+
+
+@pytest.fixture(scope="session")
+def towers(tiny):
+    """One model of each kind, small: (model, params, task) by name."""
+    from transformers import ViTConfig
+
+    clip, params = tiny
+    task = models.task_from_token_ids(golden("clip_forward")["token_ids"])
+    arch = ResNetArchitecture((1, 1, 1, 1), 8, 4)
+    resnet = dataclasses.replace(clip, vision=ResNet(arch, 32))
+    vit = models.classifier_from_config(
+        ViTConfig(
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            image_size=32,
+            patch_size=8,
+            num_labels=5,
+        )
+    )
+    nnx_model = NNXClassifier()
+    return {
+        "vit": (clip, params, task),
+        "resnet": (resnet, resnet.init(jax.random.key(1)), task),
+        "supervised": (vit, vit.init(jax.random.key(2)), None),
+        "nnx": (nnx_model, nnx_model.params, None),
+    }
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from conftest import changes, golden, images_of, relative, size_of
 from flax.traverse_util import flatten_dict
 
 import jaxtta
-from jaxtta import adapters, models, optim, tree
+from jaxtta import adapters, losses, models, optim, tree
 
 BATCH = 24
 
@@ -27,20 +27,41 @@ def images(tiny):
     return images_of(tiny[0], golden("batclip_adamw")["images"]).astype(np.float32)
 
 
-def mgtta(model, task):
-    clean = models.FeatureStatistics(jnp.array(9.0), jnp.zeros((3, 32)), 8 * jnp.ones((3, 32)))
+METHODS = ("zero_shot", "tent", "batclip", "mgtta")
+CASES = [
+    (tower, method)
+    for tower in ("vit", "resnet", "supervised", "nnx")
+    for method in METHODS
+    if (tower, method) != ("resnet", "mgtta")  # has no layer features
+]
+
+
+def make(method, model, task):
+    """An adapter by its name, with settings that suit a tiny model."""
+    if method != "mgtta":
+        return getattr(adapters, method)(model, task)
+    shape = model.feature_shape
+    clean = models.FeatureStatistics(jnp.array(9.0), jnp.zeros(shape), 8 * jnp.ones(shape))
     phi = optim.init_meta_gradient_generator(jax.random.key(0))
-    return adapters.mgtta(
-        model, task, optimizer=optim.meta_gradient_generator(phi, 1e-3), statistics=clean
-    )
+    optimizer = optim.meta_gradient_generator(phi, 1e-3)
+    return adapters.mgtta(model, task, optimizer=optimizer, statistics=clean)
 
 
-MAKE = {name: getattr(adapters, name) for name in ("zero_shot", "tent", "batclip")}
+@pytest.fixture(scope="module", params=CASES, ids="-".join)
+def case(request):
+    return request.param
 
 
-@pytest.fixture(scope="module", params=[*MAKE, "mgtta"])
-def adapter(request, tiny, task):
-    return (MAKE | {"mgtta": mgtta})[request.param](tiny[0], task)
+@pytest.fixture(scope="module")
+def tower(case, towers):
+    """The model with its parameters."""
+    return towers[case[0]][:2]
+
+
+@pytest.fixture(scope="module")
+def adapter(case, towers):
+    model, _, task = towers[case[0]]
+    return make(case[1], model, task)
 
 
 @pytest.fixture(scope="module")
@@ -109,11 +130,11 @@ def test_published_number_of_adapted_parameters():
 @pytest.mark.parametrize("name", adapters.BATCLIP_PRESETS)
 def test_presets_run(tiny, task, images, name):
     model, params = tiny
-    for make, presets in (
+    for method, presets in (
         (adapters.batclip, adapters.BATCLIP_PRESETS),
         (adapters.tent, adapters.TENT_PRESETS),
     ):
-        adapter = make(model, task, optimizer=presets[name].optimizer())
+        adapter = method(model, task, optimizer=presets[name].optimizer())
         state = adapter.init(params)
         moved, _ = jax.jit(adapter.step)(params, state, images[0])
         assert np.any(change(state.adapted, moved.adapted))
@@ -143,9 +164,9 @@ def test_zero_shot_is_the_model_itself(tiny, task, images):
 
 @hypothesis.given(seed=st.integers(0, 2**32 - 1))
 def test_a_permuted_batch_gives_permuted_predictions_and_the_same_update(
-    tiny, adapter, jitted, images, seed
+    tower, adapter, jitted, images, seed
 ):
-    params = tiny[1]
+    params = tower[1]
     state = adapter.init(params)
     order = np.random.default_rng(seed).permutation(BATCH)
     moved, straight = jitted(params, state, batch_of(images[0]))
@@ -160,10 +181,10 @@ def test_a_permuted_batch_gives_permuted_predictions_and_the_same_update(
     seed=st.integers(0, 2**32 - 1),
 )
 def test_padding_changes_no_prediction_and_no_update(
-    tiny, adapter, jitted, images, valid, filling, seed
+    tower, adapter, jitted, images, valid, filling, seed
 ):
     """Whatever stands in the padding, wherever it stands."""
-    params = tiny[1]
+    params = tower[1]
     state = adapter.init(params)
     place = np.sort(np.random.default_rng(seed).permutation(BATCH)[:valid])
     mask = np.isin(np.arange(BATCH), place)
@@ -180,8 +201,8 @@ def test_padding_changes_no_prediction_and_no_update(
         )
 
 
-def test_a_fully_masked_batch_leaves_the_state_bit_identical(tiny, adapter, jitted, images):
-    params = tiny[1]
+def test_a_fully_masked_batch_leaves_the_state_bit_identical(tower, adapter, jitted, images):
+    params = tower[1]
     state, _ = jitted(params, adapter.init(params), images[0])  # with moments that are not zero
     after, prediction = jitted(params, state, batch_of(images[1], np.zeros(BATCH, bool)))
     same(state, after)
@@ -227,8 +248,8 @@ def test_an_update_that_is_not_finite_is_skipped(tiny, task, images):
     assert np.isfinite(prediction.metrics["loss"])
 
 
-def test_init_twice_works_after_a_donated_step(tiny, adapter, images):
-    params = tiny[1]
+def test_init_twice_works_after_a_donated_step(tower, adapter, images):
+    params = tower[1]
     step = jax.jit(adapter.step, donate_argnums=1)
     first, _ = step(params, adapter.init(params), images[0])
     second, _ = step(params, adapter.init(params), images[0])
@@ -250,8 +271,8 @@ def test_only_adapted_leaves_are_carried(tiny, task):
     assert size_of(beside) < 3 * size_of(state.adapted)
 
 
-def test_a_stream_compiles_once(tiny, adapter, images):
-    params = tiny[1]
+def test_a_stream_compiles_once(tower, adapter, images):
+    params = tower[1]
     step = jax.jit(chex.assert_max_traces(adapter.step, n=1))
     state = adapter.init(params)
     for t, mask in enumerate([BATCH, BATCH, 7, 0]):
@@ -272,35 +293,35 @@ def test_a_new_task_of_the_same_shape_does_not_recompile(tiny, task, images):
     chex.clear_trace_counter()
 
 
-def test_a_bare_array_is_a_full_batch_numbered_from_the_counter(tiny, adapter, jitted, images):
+def test_a_bare_array_is_a_full_batch_numbered_from_the_counter(tower, adapter, jitted, images):
     bare = jaxtta.models.as_batch(images[0], jnp.asarray(7))
     same(bare, batch_of(images[0], index=np.arange(7, 7 + BATCH)))
-    state, prediction = jitted(tiny[1], adapter.init(tiny[1]), images[0])
+    state, prediction = jitted(tower[1], adapter.init(tower[1]), images[0])
     assert int(state.seen) == BATCH
-    _, expected = jitted(tiny[1], adapter.init(tiny[1]), batch_of(images[0]))
+    _, expected = jitted(tower[1], adapter.init(tower[1]), batch_of(images[0]))
     np.testing.assert_allclose(prediction.logits, expected.logits, atol=2e-4)
 
 
-def test_a_batch_of_one_runs(tiny, adapter, jitted, images):
-    params = tiny[1]
+def test_a_batch_of_one_runs(tower, adapter, jitted, images):
+    params = tower[1]
     state, prediction = jitted(params, adapter.init(params), images[0][:1])
     assert np.isfinite(prediction.logits).all()
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(state))
 
 
 @pytest.mark.parametrize("field", ["mask", "index"])
-def test_a_mask_or_index_of_another_length_is_refused(tiny, adapter, images, field):
-    params = tiny[1]
+def test_a_mask_or_index_of_another_length_is_refused(tower, adapter, images, field):
+    params = tower[1]
     batch = batch_of(images[0])._replace(**{field: np.ones(3, bool)})
     with pytest.raises(ValueError, match=rf"{field} has shape \(3,\) for 24 images"):
         adapter.step(params, adapter.init(params), batch)
 
 
-def test_one_device_or_eight_give_the_same(tiny, adapter, jitted, images):
+def test_one_device_or_eight_give_the_same(tower, adapter, jitted, images):
     """The batch split over eight devices in the global view, parameters and state on all."""
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-    params = tiny[1]
+    params = tower[1]
     mesh = Mesh(np.array(jax.devices()), ("batch",))
     assert mesh.size == 8
     split, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (["batch"], []))
@@ -313,18 +334,49 @@ def test_one_device_or_eight_give_the_same(tiny, adapter, jitted, images):
     close_changes(change(state.adapted, moved8.adapted), change(state.adapted, moved.adapted))
 
 
-def test_streams_map_over_states(tiny, adapter, jitted, images):
-    """vmap over independent streams: one set of weights, a state each."""
-    params = tiny[1]
-    states = jax.tree.map(lambda *x: jnp.stack(x), *[adapter.init(params)] * 3)
-    mapped = jax.jit(jax.vmap(adapter.step, in_axes=(None, 0, 0)))
+def test_streams_map_over_states(tower, adapter, jitted, images):
+    """vmap over independent streams: one set of weights, one context, a state each."""
+    params = tower[1]
+    state = adapter.init(params)
+    axes = adapters.State(0, 0, None, 0)
+    stacked = jax.tree.map(lambda x: jnp.stack([x] * 3), state[:2] + state[3:4])
+    states = adapters.State(*stacked[:2], state.context, stacked[2], state.fingerprint)
+    mapped = jax.jit(
+        jax.vmap(adapter.step, in_axes=(None, axes, 0), out_axes=(axes, 0)),
+    )
     moved, predictions = mapped(params, states, images[:3])
+    same(moved.context, state.context)
     for i in range(3):
         alone, expected = jitted(params, adapter.init(params), images[i])
         np.testing.assert_allclose(predictions.logits[i], expected.logits, atol=2e-4)
         one = jax.tree.map(lambda x, i=i: x[i], moved.adapted)
         start = adapter.init(params).adapted
         close_changes(change(start, one), change(start, alone.adapted))
+
+
+def test_a_saved_state_goes_on_bit_for_bit(tower, adapter, jitted, images, tmp_path):
+    params = tower[1]
+    state, _ = jitted(params, adapter.init(params), images[0])
+    jaxtta.save_state(tmp_path / "state.safetensors", state)
+    loaded = jaxtta.load_state(tmp_path / "state.safetensors", like=adapter.init(params))
+    assert jax.tree.structure(loaded) == jax.tree.structure(state)
+    same(loaded, state)
+    same(jitted(params, loaded, images[1]), jitted(params, state, images[1]))
+
+
+def test_a_state_of_another_model_or_method_is_refused(tower, adapter, towers, case, tmp_path):
+    path = tmp_path / "state.safetensors"
+    params = tower[1]
+    jaxtta.save_state(path, adapter.init(params))
+    other = jax.tree.map(lambda x: x, params)
+    leaves, structure = jax.tree.flatten(other)
+    leaves[-1] = leaves[-1] + 1
+    with pytest.raises(ValueError, match=r"state.safetensors: .* another model"):
+        jaxtta.load_state(path, like=adapter.init(jax.tree.unflatten(structure, leaves)))
+    model, _, task = towers[case[0]]
+    method = "zero_shot" if case[1] == "tent" else "tent"
+    with pytest.raises(ValueError, match=r"state.safetensors: .* another method"):
+        jaxtta.load_state(path, like=make(method, model, task).init(params))
 
 
 def test_bfloat16_parameters_are_adapted_in_float32(images, task):
@@ -367,3 +419,85 @@ def test_trainable_that_chooses_nothing_is_refused(tiny, task):
     )
     with pytest.raises(ValueError, match="no parameter is chosen"):
         adapter.init(params)
+
+
+def test_a_method_says_what_a_model_lacks(towers):
+    """In one sentence, and before anything is computed."""
+    clip, _, task = towers["vit"]
+    for method in (adapters.zero_shot, adapters.tent, adapters.batclip, adapters.tnt):
+        with pytest.raises(ValueError, match="task"):
+            method(clip, None)
+    supervised, supervised_params, _ = towers["supervised"]
+    with pytest.raises(ValueError, match="task"):
+        adapters.tent(supervised, task).init(supervised_params)
+    with pytest.raises(ValueError, match="logit"):
+        adapters.tnt(supervised, None)
+    with pytest.raises(ValueError, match="no text tower"):
+        jaxtta.zero_shot_task(supervised, ["cat", "dog"])
+    resnet, _, task = towers["resnet"]
+    statistics = models.FeatureStatistics(jnp.array(9.0), jnp.zeros((3, 32)), jnp.ones((3, 32)))
+    with pytest.raises(ValueError, match="layer features"):
+        adapters.mgtta(resnet, task, optimizer=optax.sgd(1.0), statistics=statistics)
+    with pytest.raises(ValueError, match="batch_norm"):
+        adapters.tnt(resnet.with_batch_norm_statistics("batch"), task)
+
+    class Plain:
+        mixes_batch, feature_shape, image_size = False, None, 32
+
+        def init_context(self, params, task):
+            return ()
+
+        def __call__(self, params, context, batch):
+            features = batch.images.mean((1, 2)) * params["norm"]["scale"]
+            return jaxtta.Outputs(features, features)
+
+    params, images = {"norm": {"scale": jnp.ones(3)}}, jnp.ones((2, 32, 32, 3))
+    adapter = adapters.batclip(Plain(), None)
+    with pytest.raises(ValueError, match="class embeddings"):
+        adapter.step(params, adapter.init(params), images)
+
+
+@pytest.mark.parametrize("size", [24, 29])
+def test_an_own_objective_need_not_think_of_padding(towers, images, size):
+    """CONTRIBUTING's method on a ResNet whose batch norms take the batch's statistics."""
+    model, params, task = towers["resnet"]
+    model = model.with_batch_norm_statistics("batch")
+
+    def objective(params, context, batch):
+        logits = model(params, context, batch).logits
+        loss = losses.masked_mean(losses.entropy(logits / 2.0), batch.mask)
+        return loss, (logits, {})
+
+    adapter = adapters.online(
+        objective,
+        lambda params: model.init_context(params, task),
+        tree.normalisation_parameters("image"),
+        optax.sgd(1e-3),
+    )
+    step = jax.jit(adapter.step)
+    few = images[0][:4]
+    alone, expected = step(params, adapter.init(params), few)
+    padded, prediction = step(params, adapter.init(params), jaxtta.Batch.padded(few, size))
+    np.testing.assert_allclose(prediction.logits[:4], expected.logits, atol=2e-4)
+    start = adapter.init(params).adapted
+    close_changes(change(start, padded.adapted), change(start, alone.adapted))
+
+
+def test_tnt_on_a_resnet(towers, images):
+    model, params, task = towers["resnet"]
+    adapter = adapters.tnt(model, task, config=adapters.TNTConfig(views=4, select_fraction=0.5))
+    _, prediction = jax.jit(adapter.step)(params, adapter.init(params), images[0][:2])
+    np.testing.assert_allclose(np.exp(prediction.logits).sum(-1), 1, atol=1e-4)
+
+
+def test_batches_are_padded():
+    few = np.full((3, 4, 4, 3), 7, np.uint8)
+    batch = jaxtta.Batch.padded(few, 5, start=10)
+    assert batch.images.shape == (5, 4, 4, 3)
+    assert batch.images.dtype == np.uint8
+    np.testing.assert_array_equal(batch.images[:3], few)
+    assert not batch.images[3:].any()
+    assert batch.mask.tolist() == [True] * 3 + [False] * 2
+    assert batch.index.tolist() == [10, 11, 12, 13, 14]
+    with pytest.raises(ValueError, match="at most 2"):
+        jaxtta.Batch.padded(few, 2)

@@ -163,7 +163,7 @@ def test_bad_checkpoints_are_refused_in_one_sentence(folder, spoil, error, messa
 
 @pytest.mark.parametrize("path", ["no/such/folder", "nobody/nothing"])
 def test_missing_paths_are_refused(path):
-    with pytest.raises(FileNotFoundError, match=r"is neither a folder here nor a model"):
+    with pytest.raises(FileNotFoundError, match=r"is neither a local folder"):
         models.load(path)
 
 
@@ -197,7 +197,7 @@ def test_a_cached_hub_model_loads_without_network(monkeypatch, tiny, folder, tmp
     (cache / "refs" / "main").write_text("abc")
     shutil.copytree(folder, cache / "snapshots" / "abc")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache.parent))
-    with pytest.raises(FileNotFoundError, match="is neither a folder here nor a model"):
+    with pytest.raises(FileNotFoundError, match="is neither a local folder"):
         models.load("somebody/tiny-clip")  # nobody knows whether it has a tokenizer
     (cache / ".no_exist" / "abc").mkdir(parents=True)
     for name in ("preprocessor_config.json", *models.checkpoints.files.TOKENIZER_FILES):

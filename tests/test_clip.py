@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from conftest import golden, relative
 
-from jaxtta.models import prompts, task_from_token_ids, unit, zero_shot_task
+from jaxtta.models import l2_normalize, prompts, task_from_token_ids, zero_shot_task
 from jaxtta.models.attention import attention
 
 
@@ -70,15 +70,15 @@ def test_packing_prompts_changes_no_logit(tiny, data):
     ids[..., 1 : 1 + shared] = ids[0, 0, 1 : 1 + shared]
     lengths = rng.integers(shared + 1, 16, (count, templates))
     ids = np.where(np.arange(16) >= lengths[..., None], 63, ids)
-    image = unit(jnp.asarray(rng.normal(size=(4, 16)), jnp.float32))
+    image = l2_normalize(jnp.asarray(rng.normal(size=(4, 16)), jnp.float32))
     scale = np.exp(params["logit_scale"])
 
     def logits(classes):
         return scale * image @ classes.T
 
     def averaged(ids):
-        embeddings = unit(model.encode_text(params, ids.reshape(count * templates, -1)))
-        return unit(embeddings.reshape(count, templates, -1).mean(1))
+        embeddings = l2_normalize(model.encode_text(params, ids.reshape(count * templates, -1)))
+        return l2_normalize(embeddings.reshape(count, templates, -1).mean(1))
 
     whole = logits(averaged(ids))
     cut = logits(averaged(ids[..., : lengths.max() + 1]))
@@ -103,7 +103,7 @@ def test_gradients_flow_through_packed_prompts_as_through_plain_ones(tiny, forwa
     weights = np.random.default_rng(0).normal(size=forward["text_embeds"].shape)
 
     def plain(p):
-        return (unit(model.encode_text(p, forward["token_ids"])) * weights).sum()
+        return (l2_normalize(model.encode_text(p, forward["token_ids"])) * weights).sum()
 
     def ours(p):
         return (model.class_embeddings(p, packed) * weights).sum()

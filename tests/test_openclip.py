@@ -186,7 +186,7 @@ def test_what_the_resnet_keeps_of_its_layers(resnet, reference):
         (5, 4, 512),
     ]
     assert out.layer_features is None
-    with pytest.raises(ValueError, match="are those of a vision transformer, not of a ResNet"):
+    with pytest.raises(ValueError, match="no layer features"):
         models.feature_statistics(model, params, [images_of(model, reference["images"])])
 
 
@@ -344,7 +344,7 @@ def test_full_size_models_load_and_run(config, tmp_path):
     (tmp_path / WEIGHTS).unlink()  # a third of a gigabyte
     task = models.task_from_token_ids([[49406, 320, 49407, 0], [49406, 49407, 0, 0]])
     images = model.preprocess([Image.effect_mandelbrot((300, 260), (-3, -2.5, 2, 2.5), 100)])
-    out = jax.jit(model.forward)(params, model.prompts(task), images)
+    out = jax.jit(model)(params, model.prompts(task), images)
     assert out.embeddings.shape == (1, config["model_cfg"]["embed_dim"])
     assert np.isfinite(out.logits).all()
     assert out.embeddings.std() > 0

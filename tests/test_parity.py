@@ -90,7 +90,7 @@ def test_a_supervised_classifier_equals_transformers(tmp_path, size):
     pixels = torch.tensor(((images - 0.5) / 0.5).transpose(0, 3, 1, 2))
     with torch.no_grad():
         out = theirs(pixels, output_hidden_states=True)
-    ours = jax.jit(model.forward)(params, None, images)
+    ours = jax.jit(model)(params, (), images)
     assert relative(ours.logits, out.logits.numpy()) < 1e-5
     last = theirs.vit.layernorm(out.hidden_states[-1])[:, 0].detach().numpy()
     assert relative(ours.layer_features[:, -1], last) < 1e-5

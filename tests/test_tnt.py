@@ -48,7 +48,7 @@ def tuning_of(reference, **changes):
         views=20,
         steps=meta["steps"],
         select_fraction=meta["select_fraction"],
-        ensemble_fraction=meta["ensemble_fraction"],
+        ensemble_fraction=meta["vote_fraction"],
         entropy_weight=meta["entropy_weight"],
         learning_rate=meta["lr"],
         epsilon=meta["eps"],

@@ -1,0 +1,110 @@
+"""What the documents show runs as it is written."""
+
+import re
+from pathlib import Path
+
+import chex
+import jax
+import numpy as np
+import pytest
+
+import jaxtta
+
+ROOT = Path(__file__).parents[1]
+
+
+def blocks_of(name):
+    """The Python blocks of a document, by the heading that they stand under."""
+    text = (ROOT / name).read_text()
+    found, heading = [], ""
+    for part in re.split(r"^(#+ .*|```python\n(?:.|\n)*?^```)$", text, flags=re.M):
+        if part.startswith("#"):
+            heading = part.lstrip("# ")
+        elif part.startswith("```python"):
+            found.append((heading, part.removeprefix("```python\n").removesuffix("```")))
+    return found
+
+
+RECIPES = dict(blocks_of("docs/recipes.md"))
+
+
+@pytest.fixture
+def small_model(short, monkeypatch, tmp_path):
+    """Documents load the bundled model or one of the hub: a one-block model in their place."""
+    load = jaxtta.load
+    monkeypatch.setattr(jaxtta.assets, "MODEL", short)
+    monkeypatch.setattr(jaxtta, "load", lambda _, **options: load(short, **options))
+    monkeypatch.chdir(tmp_path)
+
+
+def run(code, names):
+    exec(compile(code, "document", "exec"), names)
+    return names
+
+
+@pytest.mark.parametrize("heading", [h for h in RECIPES if h != "Recipes"])
+def test_a_recipe_runs(small_model, heading, capsys):
+    names = run(RECIPES["Recipes"], {})
+    if heading.startswith("A data loader"):  # one compilation
+        tent = jaxtta.adapters.tent
+        counted = lambda *a, **k: (lambda x: x._replace(step=chex.assert_max_traces(x.step, 1)))(  # noqa: E731
+            tent(*a, **k)
+        )
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(jaxtta.adapters, "tent", counted)
+            run(RECIPES[heading], names)
+        chex.clear_trace_counter()
+        assert int(names["state"].seen) == 21
+        assert names["logits"].shape == (5, 3)
+        return
+    run(RECIPES[heading], names)
+    last = names.get("prediction", names.get("predictions"))
+    assert np.isfinite(last.logits).all()
+    assert not np.any(last.metrics["skipped"])
+    if heading.startswith("Swap"):
+        assert np.any(last.metrics["update_norm"] > 0)
+    elif heading.startswith("A stream"):
+        step, state = jax.jit(names["adapter"].step), names["adapter"].init(names["params"])
+        for batch, logits in zip(names["batches"], last.logits, strict=True):
+            state, prediction = step(names["params"], state, batch)
+            np.testing.assert_allclose(prediction.logits, logits, atol=1e-4)
+    elif heading.startswith("Many streams"):
+        assert last.logits.shape == (4, 8, 3)
+        width = names["model"].projection
+        context = 3 * width * 4
+        assert capsys.readouterr().out.endswith(f" {context} of context\n")  # once, not four times
+    elif heading.startswith("Save"):
+        adapter, params, step = names["adapter"], names["params"], names["step"]
+        state, _ = step(params, adapter.init(params), names["batches"][0])
+        state, expected = step(params, state, names["batches"][1])
+        np.testing.assert_array_equal(last.logits, expected.logits)
+        jax.tree.map(np.testing.assert_array_equal, names["state"], state)
+    elif heading.startswith("A model of your own"):
+        assert set(names["state"].adapted["layers"]["1"]) == {"scale", "bias"}
+    elif heading == "bfloat16":
+        dtypes = {leaf.dtype.name for leaf in jax.tree.leaves(names["state"].adapted)}
+        assert dtypes == {"float32"}
+    elif heading.startswith("A batch over"):
+        assert len(jax.devices()) == 8
+        assert len(last.logits.sharding.device_set) == 8
+
+
+def test_the_readme_runs(small_model):
+    names = {}
+    blocks = blocks_of("README.md")
+    assert blocks
+    for _, code in blocks:
+        run(code, names)
+    assert np.isfinite(names["prediction"].logits).all()
+
+
+def test_the_contributing_guides_method_runs(small_model):
+    names = run(RECIPES["Recipes"], {})
+    for _, code in blocks_of("CONTRIBUTING.md"):
+        run(code, names)
+    adapter, params = names["adapter"], names["params"]
+    few = names["batches"][0][:5]
+    state, alone = adapter.step(params, adapter.init(params), few)
+    _, padded = adapter.step(params, adapter.init(params), jaxtta.Batch.padded(few, 8))
+    np.testing.assert_allclose(padded.logits[:5], alone.logits, atol=1e-4)
+    assert state.adapted.keys() == {"vision_model"}
