@@ -10,7 +10,7 @@ from jaxtta.adapters.base import Adapter, Preset
 from jaxtta.adapters.online import online
 from jaxtta.models import CLIP, FeatureStatistics, ImageClassifier, Params, Task, feature_shape
 from jaxtta.objectives import MGTTAContext
-from jaxtta.optim import load_phi, meta_gradient_generator
+from jaxtta.optim import load_mgg, meta_gradient_generator
 from jaxtta.tree import normalisation_parameters
 
 PUBLISHED_RATE = 1e-3
@@ -20,7 +20,7 @@ MGTTA_PRESETS = {"imagenet-c": Preset(lambda: shipped_generator(PUBLISHED_RATE),
 
 def shipped_generator(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
     """The meta gradient generator with the weights in `jaxtta.assets.PHI`."""
-    return meta_gradient_generator(load_phi(assets.PHI)[0], learning_rate)
+    return meta_gradient_generator(load_mgg(assets.PHI)[0], learning_rate)
 
 
 def mgtta(

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtta.diagnose.sums import ImageSums, as_features, sum_images
+from jaxtta.diagnose.sums import RunningMean, as_features, sum_images
 from jaxtta.metrics import top_k
 
 Array = jax.Array
@@ -65,7 +65,7 @@ def head_directions(head: Array) -> Array:
 
 
 @jax.jit
-def cosine_sums(directions: Array, features: Array, mask: Array | None = None) -> ImageSums:
+def cosine_stats(directions: Array, features: Array, mask: Array | None = None) -> RunningMean:
     """|Cosine| of each direction and each image's features, summed.
 
     Args:
@@ -85,9 +85,9 @@ def cosine_sums(directions: Array, features: Array, mask: Array | None = None) -
 
 
 def rank_directions(
-    head: Array, directions: Array, sums: ImageSums, axes: Sequence[int] | np.ndarray = ()
+    head: Array, directions: Array, sums: RunningMean, axes: Sequence[int] | np.ndarray = ()
 ) -> PrivilegedDirections:
-    """Sort directions by the importance that `cosine_sums` over all images gives them.
+    """Sort directions by the importance that `cosine_stats` over all images gives them.
 
     Args:
         head: (C, d).
@@ -131,7 +131,7 @@ def privileged_directions(
         Interpreting CLIP, https://arxiv.org/abs/2310.13040
     """
     directions = head_directions(head)
-    return rank_directions(head, directions, cosine_sums(directions, features), axes)
+    return rank_directions(head, directions, cosine_stats(directions, features), axes)
 
 
 def prune_directions(
@@ -163,7 +163,7 @@ def prune_directions(
 
 
 @functools.partial(jax.jit, static_argnames="counts")
-def pruning_sums(
+def pruning_stats(
     head: Array,
     directions: Array,
     features: Array,
@@ -171,7 +171,7 @@ def pruning_sums(
     mask: Array | None = None,
     *,
     counts: tuple[int, ...],
-) -> ImageSums:
+) -> RunningMean:
     """Count the images that a head gets right with its first directions only.
 
     Args:
@@ -224,10 +224,10 @@ def pruned_accuracy(
     head, labels = jnp.asarray(head), jnp.asarray(labels)
     if labels.shape != (len(features),):
         raise ValueError(f"labels {labels.shape} do not match {len(features)} images")
-    of_batch = functools.partial(pruning_sums, head, directions, counts=counts)
+    of_batch = functools.partial(pruning_stats, head, directions, counts=counts)
     pieces = [slice(i, i + 4096) for i in range(0, max(len(labels), 1), 4096)]  # logits are large
     sums = functools.reduce(
-        ImageSums.merge, (of_batch(features[piece], labels[piece]) for piece in pieces)
+        RunningMean.merge, (of_batch(features[piece], labels[piece]) for piece in pieces)
     )
     fault = f"a label outside 0 to {len(head) - 1} or features that are not finite"
     return jax.device_get(sums).mean(fault)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtta.diagnose.sums import ImageSums, as_features, sum_images
+from jaxtta.diagnose.sums import RunningMean, as_features, sum_images
 
 Array = jax.Array
 FAULT = "features that are constant or not finite"
@@ -33,7 +33,7 @@ def standardised(features: Array) -> tuple[Array, Array]:
 
 
 @jax.jit
-def kurtosis_sums(features: Array, mask: Array | None = None) -> ImageSums:
+def kurtosis_stats(features: Array, mask: Array | None = None) -> RunningMean:
     """Kurtosis of each image's features, summed; its mean is `activation_kurtosis`.
 
     Args:
@@ -62,7 +62,7 @@ def activation_kurtosis(features: Array) -> float:
     References:
         Interpreting CLIP, https://arxiv.org/abs/2310.13040
     """
-    return float(kurtosis_sums(features).mean(FAULT))
+    return float(kurtosis_stats(features).mean(FAULT))
 
 
 class OutlierFeatures(NamedTuple):
@@ -78,9 +78,9 @@ class OutlierFeatures(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnames="threshold")
-def outlier_sums(
+def outlier_stats(
     features: Array, mask: Array | None = None, *, threshold: float = 6.0
-) -> ImageSums:
+) -> RunningMean:
     """Count the images in which each axis sticks out, as `outlier_features` defines it.
 
     Args:
@@ -104,8 +104,8 @@ def outlier_sums(
     return sum_images(jnp.abs(z) > threshold, varies, mask)
 
 
-def outlier_axes(sums: ImageSums, share: float = 0.5) -> OutlierFeatures:
-    """The outlier axes by the counts of `outlier_sums`; see `outlier_features`."""
+def outlier_axes(sums: RunningMean, share: float = 0.5) -> OutlierFeatures:
+    """The outlier axes by the counts of `outlier_stats`; see `outlier_features`."""
     if not 0 < share <= 1:
         raise ValueError(f"share is {share}, expected a number above 0, at most 1")
     shares = jax.device_get(sums).mean(FAULT)  # float64: 7 of 10 is not below 0.7
@@ -134,4 +134,4 @@ def outlier_features(
     References:
         Interpreting CLIP, https://arxiv.org/abs/2310.13040
     """
-    return outlier_axes(outlier_sums(features, threshold=threshold), share)
+    return outlier_axes(outlier_stats(features, threshold=threshold), share)

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 
-class LogitLine(NamedTuple):
+class LogitLinearBaseline(NamedTuple):
     """The shifted accuracy that goes with a base accuracy: a straight line between their logits.
 
     Attributes:
@@ -22,7 +22,7 @@ class LogitLine(NamedTuple):
         return 1 / (1 + np.exp(-(self.slope * _logits(base) + self.intercept)))
 
 
-def fit_logit_line(base: ArrayLike, shifted: ArrayLike) -> LogitLine:
+def fit_baseline(base: ArrayLike, shifted: ArrayLike) -> LogitLinearBaseline:
     """Fit the line through reference models by least squares.
 
     Args:
@@ -44,16 +44,18 @@ def fit_logit_line(base: ArrayLike, shifted: ArrayLike) -> LogitLine:
         raise ValueError("a line needs at least two reference points of different base accuracies")
     away = x - x.mean()
     slope = float(away @ y / (away @ away))
-    return LogitLine(slope, float(y.mean() - slope * x.mean()))
+    return LogitLinearBaseline(slope, float(y.mean() - slope * x.mean()))
 
 
-def effective_robustness(base: ArrayLike, shifted: ArrayLike, line: LogitLine) -> np.ndarray:
+def effective_robustness(
+    base: ArrayLike, shifted: ArrayLike, line: LogitLinearBaseline
+) -> np.ndarray:
     """Shifted accuracy minus the one that the reference models lead one to expect.
 
     Args:
         base: (models,), accuracies on the base set in (0, 1).
         shifted: (models,), mean accuracies on the shifted sets in (0, 1).
-        line: through models that are not robust, on the same sets; see `fit_logit_line`.
+        line: through models that are not robust, on the same sets; see `fit_baseline`.
 
     Returns:
         (models,), above 0 for models that are more robust than the reference.

@@ -1,6 +1,6 @@
 """Means over images that arrive in batches, the same for any division into batches.
 
-sums = functools.reduce(ImageSums.merge, (kurtosis_sums(features) for features in batches))
+sums = functools.reduce(RunningMean.merge, (kurtosis_stats(features) for features in batches))
 sums.mean()
 """
 
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 Array = jax.Array
 
 
-class ImageSums(NamedTuple):
+class RunningMean(NamedTuple):
     """A quantity of each image, summed over images.
 
     Attributes:
@@ -38,7 +38,7 @@ class ImageSums(NamedTuple):
         return self.total / self.count
 
 
-def sum_images(values: Array, defined: Array, mask: Array | None) -> ImageSums:
+def sum_images(values: Array, defined: Array, mask: Array | None) -> RunningMean:
     """Sum a quantity over one batch.
 
     Args:
@@ -51,7 +51,7 @@ def sum_images(values: Array, defined: Array, mask: Array | None) -> ImageSums:
     """
     mask = jnp.ones(len(values), bool) if mask is None else jnp.asarray(mask, bool)
     rows = (mask & defined).reshape(-1, *(1,) * (values.ndim - 1))
-    return ImageSums(mask.sum(), jnp.where(rows, values, 0).sum(0), (mask & ~defined).sum())
+    return RunningMean(mask.sum(), jnp.where(rows, values, 0).sum(0), (mask & ~defined).sum())
 
 
 def as_features(features: Array, entries: int | None = None) -> Array:

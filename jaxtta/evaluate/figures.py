@@ -38,7 +38,7 @@ class Features(NamedTuple):
 
 
 @contextlib.contextmanager
-def concerning(what: object) -> Iterator[None]:
+def error_context(what: object) -> Iterator[None]:
     """Say in a ValueError what it is about."""
     try:
         yield
@@ -142,7 +142,7 @@ def set_figures(
     }
 
 
-def enough(
+def smallest_sufficient_fraction(
     accuracy: float, fractions: Sequence[float], accuracies: Sequence[float]
 ) -> float | None:
     """The smallest fraction from which on a pruned head stays within `EQUAL` of the whole one.
@@ -176,7 +176,7 @@ def pair_figures(
     """
     concepts = np.array(results[first]["concepts"])
     a, b = (np.isin(concepts, results[name]["encoded"]) for name in (first, second))
-    with concerning(f"{first} and {second}"):
+    with error_context(f"{first} and {second}"):
         cka = diagnose.linear_cka(features[first], features[second])
     return {
         "models": [first, second],
@@ -207,7 +207,7 @@ def robustness_of(
         reason = "it takes models that are not robust, by --reference-points or --references"
         return {"reason": reason}
     try:
-        line = diagnose.fit_logit_line(*np.transpose(points))
+        line = diagnose.fit_baseline(*np.transpose(points))
         values = diagnose.effective_robustness(*np.transpose([*pairs.values()]), line).tolist()
     except ValueError as error:  # the figures so far are worth reporting
         return {"reason": str(error)}
@@ -233,8 +233,8 @@ def read_points(path: Path) -> list[tuple[float, float]]:
         points = [(float(row["base"]), float(row["shifted"])) for row in rows]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: expected base and shifted of each model ({error!r})") from error
-    with concerning(path):
-        diagnose.fit_logit_line(*np.reshape(points, (-1, 2)).T)
+    with error_context(path):
+        diagnose.fit_baseline(*np.reshape(points, (-1, 2)).T)
     return points
 
 

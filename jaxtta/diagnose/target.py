@@ -1,6 +1,6 @@
 """How images from the field differ from those that a model is known on, without their labels.
 
-field, half = field_discrepancy(field_features, reference_features)
+field, half = mmd_to_reference(field_features, reference_features)
 field.squared, half.squared                 # how far apart, and two halves of the reference
 field.p_value                               # whether chance explains it
 confused_classes(probabilities).classes[0]  # the two classes that it hesitates between most
@@ -33,12 +33,12 @@ class Discrepancy(NamedTuple):
         return float((1 + (self.permuted >= self.squared).sum()) / (1 + len(self.permuted)))
 
     @property
-    def by_chance(self) -> float:
+    def null_quantile(self) -> float:
         """What 95 % of the sets dealt at random stay below."""
         return float(np.quantile(self.permuted, 0.95))
 
 
-def mean_discrepancy(
+def mmd(
     x: ArrayLike,
     y: ArrayLike,
     *,
@@ -110,7 +110,7 @@ def _estimates(kernel: np.ndarray, members: np.ndarray) -> np.ndarray:
     return within / (n * (n - 1)) + others / (m * (m - 1)) - 2 * across / (n * m)
 
 
-def field_discrepancy(
+def mmd_to_reference(
     field: ArrayLike, reference: ArrayLike, *, most: int = 1000, seed: int = 0
 ) -> tuple[Discrepancy, Discrepancy]:
     """How far images lie from one half of a reference, and how far its other half does.
@@ -128,18 +128,18 @@ def field_discrepancy(
         The field's discrepancy and that of the two halves.
 
     Raises:
-        ValueError: as `mean_discrepancy` does.
+        ValueError: as `mmd` does.
     """
     field, reference = np.asarray(field), np.asarray(reference)
     rng = np.random.default_rng(seed)
     count = min(len(field), len(reference) // 2, most)
     drawn = reference[rng.permutation(len(reference))[: 2 * count]]
     near, far = drawn[:count], drawn[count:]
-    apart = mean_discrepancy(field[rng.permutation(len(field))[:count]], near, seed=seed)
-    return apart, mean_discrepancy(far, near, bandwidth=apart.bandwidth, seed=seed)
+    apart = mmd(field[rng.permutation(len(field))[:count]], near, seed=seed)
+    return apart, mmd(far, near, bandwidth=apart.bandwidth, seed=seed)
 
 
-class ClassPairs(NamedTuple):
+class ConfusablePairs(NamedTuple):
     """Pairs of classes between which predictions hesitate, the most doubtful first.
 
     A pair's doubt is its share times one minus its margin.
@@ -155,7 +155,7 @@ class ClassPairs(NamedTuple):
     margins: np.ndarray
 
 
-def confused_classes(probabilities: ArrayLike) -> ClassPairs:
+def confused_classes(probabilities: ArrayLike) -> ConfusablePairs:
     """Find the classes that compete for the same images.
 
     Args:
@@ -183,4 +183,4 @@ def confused_classes(probabilities: ArrayLike) -> ClassPairs:
     )
     shares, means = counts / len(margins), np.bincount(which.ravel(), margins) / counts
     order = np.argsort(-shares * (1 - means), kind="stable")
-    return ClassPairs(pairs[order], shares[order], means[order])
+    return ConfusablePairs(pairs[order], shares[order], means[order])
