@@ -176,7 +176,7 @@ def test_kept_shares(script):
             "--reference-images of seed 2 are of one",
         ),
         (["--seeds", "-1"], "--seeds is -1, expected at least 0"),
-        (["--model", str(GOLDEN / "openclip-resnet")], "of a vision transformer, not of a ResNet"),
+        (["--model", str(GOLDEN / "openclip-resnet")], "a vision transformer, not a ResNet"),
         (
             ["--reference", "folder=A", "--kept", "folder=A"],
             "--kept is the reference itself, folder=A, expected other images",

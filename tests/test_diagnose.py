@@ -445,7 +445,7 @@ SOME = some_concepts(0, 6, 3)
             r"axes \[0, 40\] are not all below 40",
         ),
         (lambda: diagnose.privileged_directions(HEAD, GOOD, [-1]), r"axes \[-1\] are not all"),
-        (lambda: diagnose.prune_directions(HEAD, jnp.eye(40)), "either a count or a fraction"),
+        (lambda: diagnose.prune_directions(HEAD, jnp.eye(40)), "count or a fraction"),
         (
             lambda: diagnose.prune_directions(HEAD, jnp.eye(40), count=1, fraction=0.5),
             "either a count or a fraction",
@@ -512,7 +512,7 @@ def test_bad_input_is_one_sentence(call, message):
 
 def test_sums_without_a_value_say_so():
     sums = RunningMean(jnp.asarray(5), jnp.zeros(2), jnp.asarray(2))
-    with pytest.raises(ValueError, match="2 of 5 images have features or labels that give no v"):
+    with pytest.raises(ValueError, match="2 of 5 images"):
         sums.mean()
 
 

@@ -183,7 +183,7 @@ def test_what_the_resnet_keeps_of_its_layers(resnet, reference):
         (5, 4, 512),
     ]
     assert out.layer_features is None
-    with pytest.raises(ValueError, match="are those of a vision transformer, not of a ResNet"):
+    with pytest.raises(ValueError, match="ResNet"):
         models.feature_statistics(model, params, [images_of(model, reference["images"])])
 
 

@@ -1,7 +1,7 @@
-"""Reading a model for robustness: what its features look like before anything is adapted.
+"""Robustness diagnosis of a model from its features, before adaptation.
 
-`modality_gap` looks at means alone: where images stream, the mean of their features as a single
-row, (1, d), gives the same.
+`modality_gap` depends on mean features only: for streamed images, pass their mean feature as a
+single row (1, d).
 """
 
 from jaxtta.diagnose.concepts import (

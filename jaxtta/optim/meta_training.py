@@ -61,8 +61,8 @@ def init_meta_training(
     adapted = jax.tree.map(jnp.asarray, adapted)
     zeros = jax.tree.map(jnp.zeros_like, adapted)
     memory = meta_gradient_generator(phi, 1.0).init(adapted)
-    false = jnp.asarray(False)
-    return MetaState(phi, optimizer.init(phi), adapted, zeros, memory, false, false)
+    flags = jnp.asarray(False), jnp.asarray(False)
+    return MetaState(phi, optimizer.init(phi), adapted, zeros, memory, *flags)
 
 
 def _apply_pending(phi: MGGParams, state: MetaState, learning_rate: float) -> tuple[Any, Any]:
@@ -90,9 +90,9 @@ def begin_epoch(
         updated, _ = _apply_pending(state.phi, state, learning_rate)
         adapted = optax.tree.where(state.pending, updated, state.adapted)
         loss, gradients = jax.value_and_grad(loss_of)(adapted, batch)
-        true = jnp.asarray(True)
         state = state._replace(adapted=adapted, gradients=gradients)
-        return state._replace(pending=true, memory_is_initial=true), loss
+        flags = {"pending": jnp.asarray(True), "memory_is_initial": jnp.asarray(True)}
+        return state._replace(**flags), loss
 
     return begin
 
