@@ -723,9 +723,9 @@ def projection_times(settings: Settings) -> str:
     seconds = {}
     identities = {size: jnp.eye(size) for size in {len(gram) for gram in grams.values()}}
     for on in ("host", "device"):
-        continual.null_space_projectors(identities, on=on)  # the libraries are loaded, and compiled
+        continual.null_space_projectors(identities, backend=on)  # compiles
         start = time.perf_counter()
-        projectors = jax.block_until_ready(continual.null_space_projectors(grams, on=on))
+        projectors = jax.block_until_ready(continual.null_space_projectors(grams, backend=on))
         seconds[on] = time.perf_counter() - start
     counts = collections.Counter(map(len, grams.values()))
     sizes = ", ".join(f"{count} of {size} inputs" for size, count in counts.items())
@@ -755,18 +755,18 @@ def projection_times(settings: Settings) -> str:
         jax.random.normal(jax.random.key(0), (settings.classes, model.projection))
     )
     texts = vectors[labels]
-    pairs = continual.Pairs(images, None, labels, texts, texts, texts)
-    examples = continual.Examples(images, labels, vectors)
+    pairs = continual.ReferenceBatch(images, None, labels, texts, texts, texts)
+    examples = continual.TaskBatch(images, labels, vectors)
     trained, frozen = tree.partition(params, continual.gnsp_kernels)
 
     @functools.partial(jax.jit, static_argnums=0)
-    def step(method: continual.Method, projectors: Any, *inputs: Any) -> Any:
+    def step(method: continual.GNSPConfig, projectors: Any, *inputs: Any) -> Any:
         optimizer = continual.task_optimizer(method, projectors, 1e-5, 1000)
         return continual.train_step(model, method, optimizer)(*inputs)
 
     found = {}
     for name in ("none", "before"):
-        method = dataclasses.replace(continual.METHODS["gnsp"], projection=name)
+        method = dataclasses.replace(continual.VARIANTS["gnsp"], projection=name)
         optimizer = continual.task_optimizer(method, projectors, 1e-5, 1000)
         state = continual.TrainState(trained, optimizer.init(trained))
         call = functools.partial(step, method, projectors, frozen, state, examples, pairs)

@@ -53,9 +53,8 @@ from jaxtta.evaluate.figures import (
     Features,
     Found,
     base_figures,
-    concerning,
     confused,
-    enough,
+    error_context,
     interval_of,
     label_figures,
     logits_of,
@@ -63,6 +62,7 @@ from jaxtta.evaluate.figures import (
     read_points,
     robustness_of,
     set_figures,
+    smallest_sufficient_fraction,
     space_figures,
 )
 from jaxtta.evaluate.run import peak_memory_gb
@@ -217,9 +217,9 @@ def models_of(options: Options) -> Iterator[Model]:
     names = [Path(given).name for given in options.models]
     for given, name in zip(options.models, names, strict=True):
         model = Model(given if names.count(name) > 1 else name, *jaxtta.models.load_clip(given))
-        with concerning(f"{model.name}: --outlier-threshold"):
+        with error_context(f"{model.name}: --outlier-threshold"):
             nothing = np.zeros((1, model.clip.projection))
-            diagnose.outlier_sums(nothing, threshold=options.outlier_threshold)
+            diagnose.outlier_stats(nothing, threshold=options.outlier_threshold)
         yield model
 
 
@@ -264,7 +264,7 @@ def sets_of(options: Options, model: Model) -> list[tuple[str, Sets]]:
         if not (name and root) or name in domains:
             raise ValueError(f"--shifted has {text!r}, expected NAME=LAYOUT=FOLDER, a new name")
         names = names_for(options, layout, root) if layout in ("folder", "arrays") else ()
-        with concerning(f"--shifted {name}"):
+        with error_context(f"--shifted {name}"):
             own = data.Named(data.open_source(layout, root, prepare, names), name)
         sets.append((layout, (own, streams_of(options, own, (name,)))))
     return sets
@@ -305,7 +305,7 @@ def read(options: Options, model: Model, sets: Sets) -> Iterator[Features]:
             missing = batch.source_index[~batch.mask & (batch.source_index >= 0)]
             lost += [source.name(stream.segments[0], int(image)) for image in missing]
         found = Features(np.concatenate(rows), np.concatenate(labels), lost)
-        with concerning(f"{model.name} on {stream.name}"):
+        with error_context(f"{model.name} on {stream.name}"):
             if len(found.rows) < 2:
                 names = f" ({some(lost)} could not)" if lost else ""
                 few = len(found.rows) or "none"
@@ -343,7 +343,7 @@ def points_of(options: Options) -> Sequence[tuple[float, float]]:
         raise ValueError(
             "--reference-points published is for --layout imagenet and empty --corruptions"
         )
-    with concerning("--reference-points published"):
+    with error_context("--reference-points published"):
         return data.reference_points([text.partition("=")[0] for text in options.shifted])
 
 
@@ -353,10 +353,10 @@ def diagnose_one(options: Options, model: Model) -> tuple[Found, np.ndarray]:
     chosen = {"threshold": options.outlier_threshold}
     chosen |= {"detectors": options.detectors, "precision": options.precision}
     for layout, (source, streams) in sets_of(options, model):
-        with concerning(f"{model.name} on {streams[0].name}"):
+        with error_context(f"{model.name} on {streams[0].name}"):
             head, ranked = head_of(model, task_of(options, model, source.class_names, layout)), None
         for stream, features in zip(streams, read(options, model, (source, streams)), strict=True):
-            with concerning(f"{model.name} on {stream.name}"):
+            with error_context(f"{model.name} on {stream.name}"):
                 if not found["sets"]:
                     base = features.rows
                     figures, ranked = base_figures(head, features, source.class_names, **chosen)
@@ -369,7 +369,9 @@ def diagnose_one(options: Options, model: Model) -> tuple[Found, np.ndarray]:
     for name in ("accuracy", "kurtosis", "pruned"):
         mean = np.mean([each[name] for each in shifts], 0).tolist() if shifts else None
         found |= {f"base_{name}": first[name], f"shifted_{name}": mean}
-    found["enough"] = enough(first["accuracy"], options.fractions, first["pruned"])
+    found["enough"] = smallest_sufficient_fraction(
+        first["accuracy"], options.fractions, first["pruned"]
+    )
     return found, base
 
 
@@ -389,7 +391,7 @@ def time_synthetic(options: Options) -> None:
     found, ranked = base_figures(head, features, names)
     found |= set_figures(head, ranked, features, options.fractions)
     found["cka"] = diagnose.linear_cka(rows, other)
-    apart = diagnose.field_discrepancy(rows[::2], rows[1::2])
+    apart = diagnose.mmd_to_reference(rows[::2], rows[1::2])
     found["p_values"] = [each.p_value for each in apart]
     found |= {"seconds": time.perf_counter() - start, "peak_memory_gb": peak_memory_gb()}
     io.write_json(options.output / "synthetic.json", found)
@@ -491,7 +493,7 @@ def check_one(
     if labelled is not None:
         weights = evaluate.fingerprints(field, model.params)["weights"]
         evaluate.check_files(options.trial, options.mgtta, weights)
-    with concerning(options.field):
+    with error_context(options.field):
         task = task_of(options, model, listed.class_names, "folder")
     head, scale = head_of(model, task), jnp.exp(model.params["logit_scale"])
     found, features, entropies = {"classes": [*listed.class_names]}, {}, {}
@@ -499,17 +501,21 @@ def check_one(
         (features[key],) = read(options, model, each)
         logits = scale * logits_of(features[key].rows, head)
         entropies[key] = np.asarray(losses.entropy(logits))
-        with concerning(f"{model.name} on the {key}"):
+        with error_context(f"{model.name} on the {key}"):
             found[key] = space_figures(features[key], logits, options.outlier_threshold)
         if key == "field":
             found["confused"] = confused(logits, listed.class_names)
             found |= label_figures(features[key], logits)
     found["reference"]["name"] = REFERENCE if options.data == Options.data else options.data
-    with concerning(f"{model.name} on {options.field}"):
+    with error_context(f"{model.name} on {options.field}"):
         rows = (features[key].rows for key in sets)
-        apart = diagnose.field_discrepancy(*rows, seed=options.seed)
+        apart = diagnose.mmd_to_reference(*rows, seed=options.seed)
     for key, each in zip(sets, apart, strict=True):
-        values = {"discrepancy": each.squared, "p_value": each.p_value, "chance": each.by_chance}
+        values = {
+            "discrepancy": each.squared,
+            "p_value": each.p_value,
+            "chance": each.null_quantile,
+        }
         found[key] |= values
     if "labels" not in found:
         return found, entropies, []

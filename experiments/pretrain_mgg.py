@@ -147,7 +147,7 @@ def main(options: Options) -> None:
                 # Before the checkpoint: a run that is killed between them makes this epoch again.
                 about = settings | weights | {"epoch": epoch + 1}
                 with io.atomic_write(options.output / "phi.safetensors") as temporary:
-                    optim.save_phi(temporary, state.phi, about)
+                    optim.save_mgg(temporary, state.phi, about)
             save(options.output, state, history, epoch + 1)
             bar.set_postfix_str(said(losses.mean(), *judged))
     best = best_epoch(options, history)
@@ -294,7 +294,7 @@ class Run:
             lambda f, *rest: optim.meta_step(loss_of(f), self.optimizer, rate)(*rest)
         )
 
-        def adapter_of(phi: optim.Phi, context: MGTTAContext) -> jaxtta.Adapter:
+        def adapter_of(phi: optim.MGGParams, context: MGTTAContext) -> jaxtta.Adapter:
             generator = optim.meta_gradient_generator(phi, options.test_learning_rate)
             return jaxtta.adapters.online(objective, lambda _: context, trainable, generator)
 
@@ -317,7 +317,7 @@ class Run:
         return state, np.concatenate(losses)
 
     def judge(
-        self, phi: optim.Phi, held_out: list[list[data.StreamBatch]], name: str
+        self, phi: optim.MGGParams, held_out: list[list[data.StreamBatch]], name: str
     ) -> tuple[float | None, float | None]:
         """Mean loss and accuracy of adapting with these weights, anew at each corruption."""
         if not held_out:

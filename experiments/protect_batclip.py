@@ -6,7 +6,7 @@ r"""Does an adapter that is kept from changing its clean answers stay good on cl
 
 BATCLIP adapts to one corruption, online, and is then tested on clean images as it stands. Beside
 it the same with its updates projected away from the directions in which the answers to some clean
-images would change (`jaxtta.optim.orthogonal_to`), for several numbers of directions. The
+images would change (`jaxtta.optim.project_out`), for several numbers of directions. The
 images that it adapts to, the clean ones and the protecting ones are all different. No label is
 used but to count.
 """
@@ -28,7 +28,7 @@ import jaxtta
 from jaxtta import assets, cli, continual, data, evaluate, io, report, tree
 from jaxtta.adapters import BATCLIP_PRESETS
 from jaxtta.models import Batch
-from jaxtta.optim import orthogonal_to
+from jaxtta.optim import project_out
 
 Array = jax.Array
 LEFT_OUT = (
@@ -163,7 +163,7 @@ def measure(
     start, _ = tree.partition(params, tree.normalisation_parameters("both"))
     batches = read(options, source, data.CLEAN, shown, seed)
     images = np.concatenate([batch.images[batch.mask] for batch in batches])
-    basis = continual.output_basis(logits, context, start, images, max(options.ranks))
+    basis = continual.output_gradient_basis(logits, context, start, images, max(options.ranks))
     rows = [Row(corruption, seed, -1, accuracy(start, stream), accuracy(start, clean))]
     for rank in (0, *options.ranks):
         optimizer = BATCLIP_PRESETS[options.preset].optimizer()
@@ -171,7 +171,7 @@ def measure(
             optimizer = optax.adamw(options.learning_rate, weight_decay=1e-2)
         if rank:
             kept = jax.tree.map(lambda x, rank=rank: x[:rank], basis)
-            optimizer = optax.chain(optimizer, orthogonal_to(kept))
+            optimizer = optax.chain(optimizer, project_out(kept))
         adapter = jaxtta.adapters.batclip(model, task, optimizer=optimizer)
         state, step, right = adapter.init(params), jax.jit(adapter.step, donate_argnums=1), []
         for batch in tqdm(stream, desc=f"{corruption}, {rank} directions", leave=False):

@@ -16,9 +16,10 @@ from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jaxtta
-from jaxtta import continual, losses, metrics
+from jaxtta import continual, metrics
+from jaxtta.continual import gnsp
 from jaxtta.continual.gram import PROJECTION, _with_jax, _with_lapack, scaled
-from jaxtta.optim import null_space_projection, orthogonal_to
+from jaxtta.optim import null_space_projection, project_out
 
 PRECISIONS = [("float32", 1e-5), ("float64", 1e-9)]
 
@@ -63,7 +64,7 @@ def test_projectors_are_the_published_ones(reference, dtype, bound, tasks):
 def test_projectors_found_on_the_device_are_the_published_ones(reference, tasks):
     gram = jnp.asarray(reference[f"gram{tasks}"], jnp.float32)
     rho = json.loads(str(reference["meta"]))["rho"]
-    projector = continual.null_space_projectors({"a": gram}, rho, on="device")["a"]
+    projector = continual.null_space_projectors({"a": gram}, rho, backend="device")["a"]
     assert relative(projector.matrix(), reference[f"null_projector{tasks}"]) < 1e-5
     gradient = jnp.asarray(reference["grad"], jnp.float32)
     assert relative(projector(gradient), reference[f"projected_grad{tasks}"]) < 1e-5
@@ -87,9 +88,9 @@ def test_losses_are_the_published_ones(reference, dtype, bound):
         teacher = scale * unit("ref_image_embeds") @ unit("ref_text_embeds").T
         logits = scale * unit("image_embeds") @ unit("class_embeds").T
         labels, pairs = reference["labels"], jnp.asarray(reference["ref_labels"])
-        distil, align = losses.contrastive_distillation, losses.modality_alignment
+        distil, align = gnsp.contrastive_distillation, gnsp.modality_alignment
         terms = {
-            "cross_entropy": losses.classification(logits, labels, smoothing),
+            "cross_entropy": gnsp.classification(logits, labels, smoothing),
             "distill_image": distil(student, teacher, meta["temperature"]),
             "distill_text": distil(student.T, teacher.T, meta["temperature"]),
             "map_image": align(student, pairs, smoothing),
@@ -128,10 +129,10 @@ def test_projectors_are_those_of_a_whole_eigendecomposition(size, rho, seed):
     values, vectors = np.linalg.eigh(np.asarray(gram, np.float64))
     free = int((np.cumsum(values) / values.sum() < rho).sum())
     expected = vectors[:, :free] @ vectors[:, :free].T
-    for on, bound in (("host", 2e-6), ("device", 1e-4)):
-        projector = continual.null_space_projector(gram, rho, on)
+    for backend, bound in (("host", 2e-6), ("device", 1e-4)):
+        projector = continual.null_space_projector(gram, rho, backend)
         assert projector.basis.shape == (size, min(free, size - free))
-        np.testing.assert_allclose(projector.matrix(), expected, atol=bound, err_msg=on)
+        np.testing.assert_allclose(projector.matrix(), expected, atol=bound, err_msg=backend)
     for found, vectors_of in (_with_lapack(np.asarray(gram)), _with_jax(gram)):
         np.testing.assert_allclose(found, values, atol=1e-5)
         basis = np.asarray(vectors_of(slice(free)))
@@ -213,9 +214,9 @@ def test_gram_matrices_of_a_task(tiny):
     only = continual.task_grams(model, params, batches, lambda path: path == PROJECTION)
     assert only.keys() == {PROJECTION}
     np.testing.assert_allclose(only[PROJECTION], grams[PROJECTION], rtol=1e-5, atol=1e-7)
-    with pytest.raises(ValueError, match="a task without images"):
+    with pytest.raises(ValueError, match="no images"):
         continual.task_grams(model, params, batches[2:])
-    with pytest.raises(ValueError, match="no kernel is chosen; there are visual_projection/kernel"):
+    with pytest.raises(ValueError, match="visual_projection/kernel"):
         continual.task_grams(model, params, batches, lambda path: path == "head")
 
 
@@ -232,24 +233,22 @@ def test_leaves_without_a_projector_pass_through():
 def test_bad_input_is_one_sentence():
     gram = jnp.eye(3)
     for rho in (0.0, 1.0, -1.0):
-        with pytest.raises(ValueError, match=f"rho is {rho}, expected a number between 0 and 1"):
+        with pytest.raises(ValueError, match=f"rho is {rho}, .*0 and 1"):
             continual.null_space_projectors({"a": gram}, rho)
-    with pytest.raises(ValueError, match="fc1: a Gram matrix has entries that are not finite"):
+    with pytest.raises(ValueError, match=r"fc1: .*not finite"):
         continual.null_space_projectors({"fc1": gram.at[0, 0].set(jnp.nan)})
-    with pytest.raises(
-        ValueError, match=r"fc1: a Gram matrix has shape \(2, 3\), expected a square"
-    ):
+    with pytest.raises(ValueError, match=r"fc1: .*shape \(2, 3\)"):
         continual.null_space_projectors({"fc1": gram[:2]})
-    with pytest.raises(ValueError, match="only one of two tasks has Gram matrices of fc1"):
+    with pytest.raises(ValueError, match=r"of fc1$"):
         continual.combine_grams({"fc1": gram, "fc2": gram}, {"fc2": gram})
-    with pytest.raises(ValueError, match="on is 'moon', expected host or device"):
-        continual.null_space_projector(gram, 0.5, on="moon")
-    with pytest.raises(ValueError, match="warmup is 100, expected 0 to the 30 iterations"):
-        continual.task_optimizer(continual.METHODS["gnsp"], {}, 1e-5, 30)
+    with pytest.raises(ValueError, match="backend is 'moon'"):
+        continual.null_space_projector(gram, 0.5, backend="moon")
+    with pytest.raises(ValueError, match=r"warmup is 100, .* 30"):
+        continual.task_optimizer(continual.VARIANTS["gnsp"], {}, 1e-5, 30)
     projection = null_space_projection(continual.null_space_projectors({"a": gram}, 0.5))
-    with pytest.raises(ValueError, match="no parameter has a projector: there are b"):
+    with pytest.raises(ValueError, match=r"there are b, .* for a"):
         projection.init({"b": jnp.ones((3, 2))})
-    with pytest.raises(ValueError, match=r"a has shape \(4, 2\), its projector is for 3 inputs"):
+    with pytest.raises(ValueError, match=r"a has shape \(4, 2\), .* 3"):
         projection.init({"a": jnp.ones((4, 2))})
 
 
@@ -265,14 +264,14 @@ def test_steps_orthogonal_to_the_outputs_leave_them():
     def answers(scale, params, x):
         return scale * forward(params, x)
 
-    basis = continual.output_basis(answers, 2.0, params, clean, 4)
+    basis = continual.output_gradient_basis(answers, 2.0, params, clean, 4)
     assert basis["a"]["kernel"].shape == (4, 12, 2)
     flat = jax.vmap(lambda tree: ravel_pytree(tree)[0])(basis)
     np.testing.assert_allclose(flat @ flat.T, np.eye(4), atol=1e-5)
     changes = {}
     for name, chain in (
         ("free", (optax.adam(1e-2),)),
-        ("kept", (optax.adam(1e-2), orthogonal_to(basis))),
+        ("kept", (optax.adam(1e-2), project_out(basis))),
     ):
         optimizer, moved = optax.chain(*chain), params
         state = optimizer.init(moved)
@@ -286,21 +285,21 @@ def test_steps_orthogonal_to_the_outputs_leave_them():
     assert changes["kept"][0] < 1e-4
     assert changes["free"][0] > 1e-2
     assert changes["kept"][1] > 0.05
-    with pytest.raises(ValueError, match="the basis is for other parameters: a/kernel of shape"):
-        orthogonal_to(basis).init({"b": params["b"]})
-    with pytest.raises(ValueError, match="rank is 5, expected 1 to 4 for as many images"):
-        continual.output_basis(answers, 2.0, params, clean, 5)
-    with pytest.raises(ValueError, match="rank is 27, expected 1 to 26 for as many parameters"):
-        continual.output_basis(answers, 2.0, params, jnp.tile(clean, (9, 1)), 27)
-    with pytest.raises(ValueError, match="gradients of the answers to be kept are not finite"):
-        continual.output_basis(answers, jnp.inf, params, clean, 4)
+    with pytest.raises(ValueError, match="a/kernel of shape"):
+        project_out(basis).init({"b": params["b"]})
+    with pytest.raises(ValueError, match=r"rank is 5, expected 1 to 4, .* images"):
+        continual.output_gradient_basis(answers, 2.0, params, clean, 5)
+    with pytest.raises(ValueError, match=r"rank is 27, expected 1 to 26, .* parameters"):
+        continual.output_gradient_basis(answers, 2.0, params, jnp.tile(clean, (9, 1)), 27)
+    with pytest.raises(ValueError, match="not finite"):
+        continual.output_gradient_basis(answers, jnp.inf, params, clean, 4)
     # however many parameters there are
     wide = {"a": {"kernel": jnp.zeros((12, 2))}, "b": jnp.zeros(2), "unused": jnp.zeros(10**7)}
-    many = continual.output_basis(answers, 1.0, wide, clean, 4)
+    many = continual.output_gradient_basis(answers, 1.0, wide, clean, 4)
     flat = jax.vmap(lambda tree: ravel_pytree(tree)[0])(many)
     np.testing.assert_allclose(flat @ flat.T, np.eye(4), atol=1e-5)
     # what is there twice gives no direction of chance
-    twice = continual.output_basis(answers, 2.0, params, jnp.tile(clean[:2], (2, 1)), 4)
+    twice = continual.output_gradient_basis(answers, 2.0, params, jnp.tile(clean[:2], (2, 1)), 4)
     flat = jax.vmap(lambda tree: ravel_pytree(tree)[0])(twice)
     np.testing.assert_allclose(flat @ flat.T, np.diag([1, 1, 0, 0]), atol=1e-5)
 
@@ -312,10 +311,10 @@ def lesson(tiny):
     task = jaxtta.models.task_from_token_ids(golden("batclip_adamw")["token_ids"])
     images = images_of(model, golden("batclip_adamw")["images"]).astype(np.float32)
     classes = model.class_embeddings(params, model.prompts(task))
-    examples = continual.Examples(images[0], jnp.arange(len(images[0])) % len(classes), classes)
+    examples = continual.TaskBatch(images[0], jnp.arange(len(images[0])) % len(classes), classes)
     labels = jnp.arange(6) % len(task.token_ids)
     captions = jnp.asarray(task.token_ids[:, 0])[labels]
-    pairs = continual.Pairs(
+    pairs = continual.ReferenceBatch(
         images[1][:6],
         captions,
         labels,
@@ -328,17 +327,19 @@ def lesson(tiny):
 def test_the_loss_is_its_terms_and_the_teacher_its_own_best_student(tiny, lesson):
     model, params = tiny
     examples, pairs = lesson
-    method = continual.METHODS["gnsp"]
+    method = continual.VARIANTS["gnsp"]
     loss, terms = continual.continual_loss(model, method)(params, examples, pairs)
     expected = terms["task"] + terms["distillation"] + 0.75 * terms["alignment"]
     np.testing.assert_allclose(loss, expected, rtol=1e-6)
     known = pairs._replace(texts=pairs.teacher_texts)
     again, _ = continual.continual_loss(model, method)(params, examples, known)
     np.testing.assert_allclose(again, loss, rtol=1e-5)
-    only = continual.continual_loss(model, continual.METHODS["fine-tuning"])(params, examples, None)
+    only = continual.continual_loss(model, continual.VARIANTS["fine-tuning"])(
+        params, examples, None
+    )
     np.testing.assert_allclose(only[0], terms["task"], rtol=1e-6)
     # nothing moves the student's matching away from the teacher's but the other terms
-    alone = continual.Method("none", alignment=0.0)
+    alone = continual.GNSPConfig("none", alignment=0.0)
     loss_of = continual.continual_loss(model, alone)
 
     def distillation(kernel):
@@ -353,7 +354,7 @@ def test_the_loss_is_its_terms_and_the_teacher_its_own_best_student(tiny, lesson
 def test_a_task_is_learnt(tiny, lesson, name):
     model, params = tiny
     examples, pairs = lesson
-    method = continual.METHODS[name]
+    method = continual.VARIANTS[name]
     trained, frozen = jaxtta.tree.partition(params, continual.gnsp_kernels)
     assert len(jax.tree.leaves(trained)) == 2 * model.vision.arch.layers + 1
     grams = continual.task_grams(model, params, [pairs.images])
@@ -377,7 +378,7 @@ def test_a_task_is_learnt(tiny, lesson, name):
 
 @pytest.mark.parametrize(("iterations", "warmup"), [(12, 4), (5, 5), (4, 0)])
 def test_the_learning_rate_is_the_published_one(iterations, warmup):
-    optimizer = continual.task_optimizer(continual.METHODS["gnsp"], {}, 0.1, iterations, warmup)
+    optimizer = continual.task_optimizer(continual.VARIANTS["gnsp"], {}, 0.1, iterations, warmup)
     params, rates = jnp.zeros(()), []
     state = optimizer.init(params)
     for _ in range(iterations):  # of a constant gradient Adam makes steps of the rate
@@ -396,7 +397,7 @@ def test_several_devices_make_of_a_batch_what_one_does(tiny, lesson):
     images = np.concatenate([examples.images] * 8)[:16]
     labels = np.resize(np.asarray(examples.labels), 16)
     pairs = jax.tree.map(lambda x: np.resize(x, (8, *x.shape[1:])), pairs)
-    method = continual.METHODS["gnsp"]
+    method = continual.VARIANTS["gnsp"]
     trained, frozen = jaxtta.tree.partition(params, continual.gnsp_kernels)
 
     @jax.jit
@@ -426,7 +427,7 @@ def test_several_devices_make_of_a_batch_what_one_does(tiny, lesson):
 
 def test_weights_between_two_models():
     a, b = {"x": jnp.zeros(2)}, {"x": jnp.ones(2)}
-    np.testing.assert_allclose(continual.average_weights(a, b, 0.25)["x"], 0.25)
+    np.testing.assert_allclose(continual.wise_ft(a, b, 0.25)["x"], 0.25)
 
 
 def test_figures_of_a_sequence():
@@ -445,12 +446,12 @@ def test_figures_of_a_sequence():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"projection": "during"}, "projection is 'during', expected before, after or none"),
-        ({"smoothing": -0.1}, "smoothing is -0.1, expected 0 to below 1"),
-        ({"distillation": -1.0}, "distillation is -1.0, expected at least 0"),
-        ({"temperature": 0.0}, "temperature is 0.0, expected a positive number"),
+        ({"projection": "during"}, "projection is 'during'"),
+        ({"smoothing": -0.1}, "smoothing is -0.1"),
+        ({"distillation": -1.0}, "distillation is -1.0"),
+        ({"temperature": 0.0}, "temperature is 0.0"),
     ],
 )
 def test_methods_that_make_no_sense(options, message):
     with pytest.raises(ValueError, match=message):
-        continual.Method(**options)
+        continual.GNSPConfig(**options)

@@ -16,7 +16,7 @@ from jaxtta import assets, data
 from jaxtta.data.memory import Arrays, InMemory, Part, every
 from jaxtta.data.tasks import in_memory
 from jaxtta.evaluate.continual import FIGURES, alignment, read
-from jaxtta.optim import orthogonal_to
+from jaxtta.optim import project_out
 
 SMALL = [
     *("--iterations", "2", "--batch-size", "8", "--reference-images", "24"),
@@ -176,7 +176,7 @@ def test_kept_shares(script):
             "--reference-images of seed 2 are of one",
         ),
         (["--seeds", "-1"], "--seeds is -1, expected at least 0"),
-        (["--model", str(GOLDEN / "openclip-resnet")], "of a vision transformer, not of a ResNet"),
+        (["--model", str(GOLDEN / "openclip-resnet")], "a vision transformer, not a ResNet"),
         (
             ["--reference", "folder=A", "--kept", "folder=A"],
             "--kept is the reference itself, folder=A, expected other images",
@@ -360,11 +360,11 @@ def test_what_protection_costs_and_keeps(run_script, short, tmp_path, monkeypatc
 
     def protect(basis):
         bases.append(basis)
-        return orthogonal_to(basis)
+        return project_out(basis)
 
     with monkeypatch.context() as patch:
         patch.setattr(data, "stream_of", remember)
-        patch.setattr(jaxtta.optim, "orthogonal_to", protect)
+        patch.setattr(jaxtta.optim, "project_out", protect)
         code, out, _ = run_script("protect_batclip.py", *options)
     assert code == 0
     assert [len(jax.tree.leaves(basis)[0]) for basis in bases] == [2, 6]

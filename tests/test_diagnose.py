@@ -13,7 +13,7 @@ import pytest
 from conftest import relative
 
 from jaxtta import data, diagnose
-from jaxtta.diagnose import ImageSums
+from jaxtta.diagnose import RunningMean
 
 SEEDS = st.integers(0, 2**31 - 1)
 
@@ -62,7 +62,7 @@ def test_kurtosis_is_the_fourth_standardised_moment(seed):
     scale, offset = np.exp(random.normal(size=(20, 1))), random.normal(size=(20, 1))
     other = (scale * features + offset)[random.permutation(20)][:, random.permutation(48)]
     assert diagnose.activation_kurtosis(-other) == pytest.approx(found, rel=1e-4)
-    sums = merged(diagnose.kurtosis_sums, features)
+    sums = merged(diagnose.kurtosis_stats, features)
     assert float(sums.mean()) == pytest.approx(found, rel=1e-5)
     assert int(sums.count) == 20
 
@@ -98,7 +98,7 @@ def test_planted_outlier_axes_are_found_exactly(seed, outliers):
     assert (diagnose.activation_kurtosis(features[20:]) > 20) == (outliers > 0)
     order = random.permutation(60)
     np.testing.assert_array_equal(diagnose.outlier_features(features[order])[1], found.shares)
-    streamed = diagnose.outlier_axes(merged(diagnose.outlier_sums, features))
+    streamed = diagnose.outlier_axes(merged(diagnose.outlier_stats, features))
     np.testing.assert_array_equal(streamed.axes, planted)
     np.testing.assert_array_equal(streamed.shares, found.shares)
 
@@ -146,7 +146,7 @@ def test_importance_is_singular_value_times_cosine(seed, shape):
         np.testing.assert_allclose(np.abs(one), np.abs(other), atol=1e-4)
     signs = np.sign(normal(seed + 4, min(shape), 1))
     directions = signs * diagnose.head_directions(head)
-    sums = merged(functools.partial(diagnose.cosine_sums, directions), features)
+    sums = merged(functools.partial(diagnose.cosine_stats, directions), features)
     streamed = diagnose.rank_directions(head, directions, sums, [1, 3])
     assert relative(streamed.importance, found.importance) < 1e-5
     assert relative(streamed.overlap, found.overlap) < 1e-5
@@ -192,7 +192,7 @@ def test_a_head_of_known_rank_keeps_its_accuracy_down_to_it(seed, rank):
         assert np.linalg.matrix_rank(np.asarray(part, np.float64), tol=1e-3) <= round(9 * fraction)
         expected = ((features @ np.asarray(part).T).argmax(1) == labels).mean()
         assert accuracy == pytest.approx(expected, abs=0.011)
-    of_batch = functools.partial(diagnose.pruning_sums, counts=(9, rank))
+    of_batch = functools.partial(diagnose.pruning_stats, counts=(9, rank))
     streamed = merged(lambda f, y, mask: of_batch(head, directions, f, y, mask), features, labels)
     np.testing.assert_allclose(streamed.mean(), accuracies[:2], atol=1e-6)
 
@@ -231,7 +231,7 @@ def test_effective_robustness_is_recovered(slope, intercept, seed):
     random = np.random.default_rng(seed)
     base = random.uniform(0.3, 0.9, 12)
     shifted = sigmoid(slope * np.log(base / (1 - base)) + intercept)
-    line = diagnose.fit_logit_line(base, shifted)
+    line = diagnose.fit_baseline(base, shifted)
     np.testing.assert_allclose(line, (slope, intercept), atol=1e-9)
     np.testing.assert_allclose(line.predict(base), shifted, atol=1e-12)
     gain = random.uniform(-0.5, 0.5, 12) * shifted * (1 - shifted)
@@ -244,7 +244,7 @@ def test_the_line_is_the_least_squares_one():
     base, shifted = np.random.default_rng(0).uniform(0.1, 0.9, (2, 30))
     logit = lambda p: np.log(p / (1 - p))  # noqa: E731
     expected = np.polyfit(logit(base), logit(shifted), 1)
-    np.testing.assert_allclose(diagnose.fit_logit_line(base, shifted), expected, rtol=1e-9)
+    np.testing.assert_allclose(diagnose.fit_baseline(base, shifted), expected, rtol=1e-9)
 
 
 # --- concepts
@@ -372,7 +372,7 @@ def test_double_precision_is_kept():
 
 def test_batches_of_one_shape_compile_once():
     features, mask = normal(0, 13, 41), np.arange(13) < 9
-    of_batch = jax.jit(chex.assert_max_traces(lambda x, m: diagnose.kurtosis_sums(x, m), n=1))
+    of_batch = jax.jit(chex.assert_max_traces(lambda x, m: diagnose.kurtosis_stats(x, m), n=1))
     for batch in (features, -features, 2 * features):
         assert int(of_batch(batch, mask).count) == 9
 
@@ -419,7 +419,7 @@ def test_features_without_a_value(value):
             diagnose.pruned_accuracy(HEAD, jnp.eye(40), features, np.zeros(6, int))
 
 
-LINE = diagnose.LogitLine(1.0, 0.0)
+LINE = diagnose.LogitLinearBaseline(1.0, 0.0)
 SOME = some_concepts(0, 6, 3)
 
 
@@ -445,7 +445,7 @@ SOME = some_concepts(0, 6, 3)
             r"axes \[0, 40\] are not all below 40",
         ),
         (lambda: diagnose.privileged_directions(HEAD, GOOD, [-1]), r"axes \[-1\] are not all"),
-        (lambda: diagnose.prune_directions(HEAD, jnp.eye(40)), "either a count or a fraction"),
+        (lambda: diagnose.prune_directions(HEAD, jnp.eye(40)), "count or a fraction"),
         (
             lambda: diagnose.prune_directions(HEAD, jnp.eye(40), count=1, fraction=0.5),
             "either a count or a fraction",
@@ -471,11 +471,11 @@ SOME = some_concepts(0, 6, 3)
             lambda: diagnose.pruned_accuracy(HEAD, jnp.eye(40), GOOD[:0], np.zeros(0, int)),
             "a mean over no images",
         ),
-        (lambda: diagnose.fit_logit_line([0.5], [0.4]), "at least two reference points"),
-        (lambda: diagnose.fit_logit_line([0.5, 0.5], [0.4, 0.3]), "at least two reference points"),
-        (lambda: diagnose.fit_logit_line([], []), "at least two reference points"),
-        (lambda: diagnose.fit_logit_line([0.5, 0.6], [0.4]), r"\(2,\) do not match shifted acc.*"),
-        (lambda: diagnose.fit_logit_line([0.5, 1.0], [0.4, 0.5]), "an accuracy is 1.0, expected"),
+        (lambda: diagnose.fit_baseline([0.5], [0.4]), "at least two reference points"),
+        (lambda: diagnose.fit_baseline([0.5, 0.5], [0.4, 0.3]), "at least two reference points"),
+        (lambda: diagnose.fit_baseline([], []), "at least two reference points"),
+        (lambda: diagnose.fit_baseline([0.5, 0.6], [0.4]), r"\(2,\) do not match shifted acc.*"),
+        (lambda: diagnose.fit_baseline([0.5, 1.0], [0.4, 0.5]), "an accuracy is 1.0, expected"),
         (lambda: diagnose.effective_robustness(0.5, 0.0, LINE), "an accuracy is 0.0, expected a"),
         (lambda: diagnose.effective_robustness([63.2], [0.4], LINE), "an accuracy is 63.2, expect"),
         (lambda: LINE.predict(np.nan), "an accuracy is nan, expected a number between 0 and 1"),
@@ -511,18 +511,18 @@ def test_bad_input_is_one_sentence(call, message):
 
 
 def test_sums_without_a_value_say_so():
-    sums = ImageSums(jnp.asarray(5), jnp.zeros(2), jnp.asarray(2))
-    with pytest.raises(ValueError, match="2 of 5 images have features or labels that give no v"):
+    sums = RunningMean(jnp.asarray(5), jnp.zeros(2), jnp.asarray(2))
+    with pytest.raises(ValueError, match="2 of 5 images"):
         sums.mean()
 
 
 def test_published_reference_points():
     base, shifted = np.transpose(data.reference_points(["imagenet-v2"]))
     assert len(base) > 15 and (shifted < base).all()
-    line = diagnose.fit_logit_line(base, shifted)
+    line = diagnose.fit_baseline(base, shifted)
     assert np.abs(diagnose.effective_robustness(base, shifted, line)).max() < 0.02
     # CLIP ViT-B/16's published accuracies on ImageNet and ImageNet-Sketch: far above the line
-    line = diagnose.fit_logit_line(*np.transpose(data.reference_points(["imagenet-sketch"])))
+    line = diagnose.fit_baseline(*np.transpose(data.reference_points(["imagenet-sketch"])))
     assert diagnose.effective_robustness([0.683], [0.482], line)[0] > 0.2
     # the mean of sets; a model that gets nothing right on the only set has no logit
     several = [data.reference_points([f"imagenet-{name}"]) for name in ("v2", "r")]

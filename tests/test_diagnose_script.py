@@ -119,7 +119,7 @@ def test_figures_are_those_of_direct_calls(run_script, tmp_path, embedded):
     shifted = [mine["sets"][key] for key in ("fog-1", "own")]
     assert mine["shifted_accuracy"] == pytest.approx(np.mean([s["accuracy"] for s in shifted]))
     np.testing.assert_allclose(mine["shifted_pruned"], np.mean([s["pruned"] for s in shifted], 0))
-    line = diagnose.fit_logit_line([0.6, 0.9], [0.2, 0.5])
+    line = diagnose.fit_baseline([0.6, 0.9], [0.2, 0.5])
     accuracies = [[m["base_accuracy"], m["shifted_accuracy"]] for m in (mine, other)]
     robust = diagnose.effective_robustness(*np.transpose(accuracies), line)
     np.testing.assert_allclose([*found["robustness"]["values"].values()], robust)
@@ -453,7 +453,7 @@ def test_robustness_is_measured_from_reference_models_or_the_reason_is_said():
         }
 
     found = figures.robustness_of(results(), references=references)
-    line = diagnose.fit_logit_line([0.6, 0.9], [0.2, 0.5])
+    line = diagnose.fit_baseline([0.6, 0.9], [0.2, 0.5])
     expected = diagnose.effective_robustness([0.6, 0.8, 0.9], [0.2, 0.7, 0.5], line)
     assert [*found["values"].values()] == pytest.approx(expected.tolist())
     assert (found["values"]["a"], found["values"]["c"]) == pytest.approx((0, 0))
@@ -473,9 +473,9 @@ def test_enough_is_counted_from_the_whole_head():
         ((0.8, 0.8, 0.78), None),
         ((0.5, 0.6, 0.7), None),
     ):
-        assert figures.enough(0.8, (0.1, 0.5, 1.0), accuracies) == expected
-    assert figures.enough(0.8, (0.5, 0.1), (0.8, 0.6)) == 0.5
-    assert figures.enough(0.8, (0.5, 0.1), (0.75, 0.75)) is None
+        assert figures.smallest_sufficient_fraction(0.8, (0.1, 0.5, 1.0), accuracies) == expected
+    assert figures.smallest_sufficient_fraction(0.8, (0.5, 0.1), (0.8, 0.6)) == 0.5
+    assert figures.smallest_sufficient_fraction(0.8, (0.5, 0.1), (0.75, 0.75)) is None
 
 
 def test_few_labels_have_exact_bounds_where_all_or_none_are_right():
@@ -665,7 +665,7 @@ def test_the_discrepancy_is_its_definition(seed):
     x, y = normal(seed, 9, 4), normal(seed + 1, 6, 4) + 0.5
     both = np.concatenate([x, y])
     distance = pytest.importorskip("scipy.spatial.distance")
-    found = diagnose.mean_discrepancy(x, y, permutations=50)
+    found = diagnose.mmd(x, y, permutations=50)
     assert found.bandwidth == pytest.approx(np.median(distance.pdist(both)), rel=1e-9)
     assert found.squared == pytest.approx(plain_discrepancy(x, y, found.bandwidth), abs=1e-12)
     # the permutations are the estimate for other deals
@@ -673,40 +673,36 @@ def test_the_discrepancy_is_its_definition(seed):
     for value in found.permuted[:3]:
         order = rng.permutation(15)
         dealt = np.isin(np.arange(15), order[:9])
-        again = diagnose.mean_discrepancy(
-            both[dealt], both[~dealt], bandwidth=found.bandwidth, permutations=1
-        )
+        again = diagnose.mmd(both[dealt], both[~dealt], bandwidth=found.bandwidth, permutations=1)
         assert value == pytest.approx(again.squared, abs=1e-12)
     # either set may come first; place and, with the bandwidth, scale are nothing to it
     for a, b in ((y, x), (10 + 3 * x, 10 + 3 * y)):
-        other = diagnose.mean_discrepancy(a, b, permutations=1)
+        other = diagnose.mmd(a, b, permutations=1)
         assert other.squared == pytest.approx(found.squared, abs=1e-9)
 
 
 def test_the_p_value_finds_what_is_there_and_nothing_else():
-    p = [
-        diagnose.mean_discrepancy(*normal(s, 2, 30, 5), permutations=99).p_value for s in range(99)
-    ]
+    p = [diagnose.mmd(*normal(s, 2, 30, 5), permutations=99).p_value for s in range(99)]
     assert 0 <= np.mean(np.array(p) <= 0.1) <= 0.2  # uniform if nothing is there
     assert 0.4 <= np.mean(p) <= 0.6
-    wider = diagnose.mean_discrepancy(normal(0, 60, 5), 2 * normal(1, 60, 5))
-    moved = diagnose.mean_discrepancy(normal(0, 60, 5), normal(1, 60, 5) + 1)
+    wider = diagnose.mmd(normal(0, 60, 5), 2 * normal(1, 60, 5))
+    moved = diagnose.mmd(normal(0, 60, 5), normal(1, 60, 5) + 1)
     assert wider.p_value == moved.p_value == 1 / 501
-    assert wider.squared > wider.by_chance
+    assert wider.squared > wider.null_quantile
 
 
 @pytest.mark.parametrize(("images", "most", "drawn"), [(30, 1000, 30), (90, 1000, 40), (90, 7, 7)])
 def test_a_half_of_the_reference_is_the_yardstick(images, most, drawn, monkeypatch):
     sizes = []
-    whole = diagnose.field.mean_discrepancy
+    whole = diagnose.target.mmd
 
     def spy(x, y, **options):
         sizes.append((len(x), len(y)))
         assert not {tuple(row) for row in x} & {tuple(row) for row in y}
         return whole(x, y, **options)
 
-    monkeypatch.setattr(diagnose.field, "mean_discrepancy", spy)
-    field, half = diagnose.field_discrepancy(normal(0, images, 6) + 1, normal(1, 80, 6), most=most)
+    monkeypatch.setattr(diagnose.target, "mmd", spy)
+    field, half = diagnose.mmd_to_reference(normal(0, images, 6) + 1, normal(1, 80, 6), most=most)
     assert sizes == [(drawn, drawn)] * 2
     assert field.bandwidth == half.bandwidth
     assert field.squared > half.squared
@@ -738,17 +734,17 @@ GOOD = normal(0, 6, 4)
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: diagnose.mean_discrepancy(GOOD, GOOD[:1]), r"\(6, 4\) and \(1, 4\), expected two"),
+        (lambda: diagnose.mmd(GOOD, GOOD[:1]), r"\(6, 4\) and \(1, 4\), expected two"),
         (
-            lambda: diagnose.mean_discrepancy(GOOD, GOOD[:, 1:]),
+            lambda: diagnose.mmd(GOOD, GOOD[:, 1:]),
             r"\(6, 4\) and \(6, 3\), expected t",
         ),
-        (lambda: diagnose.mean_discrepancy(GOOD, GOOD[0]), r"\(6, 4\) and \(4,\), expected two"),
-        (lambda: diagnose.mean_discrepancy(GOOD, np.nan * GOOD), "entries that are not finite"),
-        (lambda: diagnose.mean_discrepancy(0 * GOOD, 0 * GOOD), "the same for most images"),
-        (lambda: diagnose.mean_discrepancy(GOOD, GOOD, bandwidth=0), "bandwidth is 0, expected a"),
-        (lambda: diagnose.mean_discrepancy(GOOD, GOOD, permutations=0), "permutations is 0, exp"),
-        (lambda: diagnose.field_discrepancy(GOOD, GOOD[:3]), r"\(1, 4\) and \(1, 4\), expected"),
+        (lambda: diagnose.mmd(GOOD, GOOD[0]), r"\(6, 4\) and \(4,\), expected two"),
+        (lambda: diagnose.mmd(GOOD, np.nan * GOOD), "entries that are not finite"),
+        (lambda: diagnose.mmd(0 * GOOD, 0 * GOOD), "the same for most images"),
+        (lambda: diagnose.mmd(GOOD, GOOD, bandwidth=0), "bandwidth is 0, expected a"),
+        (lambda: diagnose.mmd(GOOD, GOOD, permutations=0), "permutations is 0, exp"),
+        (lambda: diagnose.mmd_to_reference(GOOD, GOOD[:3]), r"\(1, 4\) and \(1, 4\), expected"),
         (lambda: diagnose.confused_classes(GOOD[:, :1]), r"shape \(6, 1\), expected \(images, c"),
         (lambda: diagnose.confused_classes(GOOD[:0]), r"shape \(0, 4\), expected \(images, cl"),
         (lambda: diagnose.confused_classes(np.nan * GOOD), "probabilities are not all finite"),

@@ -71,7 +71,7 @@ def test_equal_to_plain_differentiation(phi, truncation):
     # the next epoch begins with the update that was pending, and with memories anew
     state, loss = begin(state, TARGETS[0])
     np.testing.assert_allclose(loss, loss_of(adapted, TARGETS[0]), rtol=1e-3)
-    assert state.fresh
+    assert state.memory_is_initial
 
 
 def test_the_generator_is_recomputed_in_the_backward_pass(phi):

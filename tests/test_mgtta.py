@@ -378,7 +378,7 @@ def test_the_bundled_generator_updates_the_bundled_model(embedded):
     model, params = embedded
     task = models.zero_shot_task(model, ["cat", "dog", "ship"])
     statistics, _ = models.load_statistics(jaxtta.assets.STATISTICS)
-    phi, _ = optim.load_phi(jaxtta.assets.PHI)
+    phi, _ = optim.load_mgg(jaxtta.assets.PHI)
     optimizer = optim.meta_gradient_generator(phi, PAPER_LEARNING_RATE)
     adapter = jaxtta.adapters.mgtta(model, task, optimizer=optimizer, statistics=statistics)
     state = adapter.init(params)

@@ -329,8 +329,8 @@ def test_a_generator_is_trained_and_a_killed_run_goes_on(run_script, short, tmp_
     assert [len(record[name]) for name in ("loss", "held_out_loss", "accuracy")] == [2, 2, 2]
     assert record["accuracy"][record["chosen_epoch"] - 1] == max(record["accuracy"])
     assert f"epoch {record['chosen_epoch']} of 2, chosen by accuracy" in out
-    phi, about = jaxtta.optim.load_phi(whole / "phi.safetensors")
-    assert (jaxtta.optim.check_phi(phi), about["epoch"]) == (2, record["chosen_epoch"])
+    phi, about = jaxtta.optim.load_mgg(whole / "phi.safetensors")
+    assert (jaxtta.optim.check_mgg_params(phi), about["epoch"]) == (2, record["chosen_epoch"])
     assert jaxtta.models.load_statistics(whole / "statistics.safetensors")[0].count == 6
     assert Image.open(whole / "training.png").size[0] > 500
     # killed in the second epoch, between weights and checkpoint; then the same command again
@@ -393,10 +393,10 @@ def test_a_generator_for_both_towers_through_several_updates(run_script, short, 
 
 def test_files_of_another_model(run_script, tmp_path, caplog):
     statistics, _ = jaxtta.models.load_statistics(assets.STATISTICS)
-    phi, _ = jaxtta.optim.load_phi(assets.PHI)
+    phi, _ = jaxtta.optim.load_mgg(assets.PHI)
     about = {"weights": "of another model"}
     jaxtta.models.save_statistics(tmp_path / "s", statistics, about)
-    jaxtta.optim.save_phi(tmp_path / "p", phi, about)
+    jaxtta.optim.save_mgg(tmp_path / "p", phi, about)
     run = ["corruption_sweep.py", *QUICK, "--adapters", "mgtta", "--output", tmp_path / "a"]
     code, _, err = run_script(*run, "--mgtta.statistics", tmp_path / "s")
     assert code == 1

@@ -1,5 +1,18 @@
-"""Learning task after task without losing what was known before."""
+"""Continual learning: training on a sequence of tasks without forgetting earlier knowledge."""
 
+from jaxtta.continual.gnsp import (
+    VARIANTS,
+    GNSPConfig,
+    ReferenceBatch,
+    TaskBatch,
+    TrainState,
+    continual_loss,
+    everything_but_logit_scale,
+    gnsp_kernels,
+    task_optimizer,
+    train_step,
+    wise_ft,
+)
 from jaxtta.continual.gram import (
     Grams,
     batch_gram,
@@ -11,41 +24,28 @@ from jaxtta.continual.gram import (
     null_space_projectors,
     task_grams,
 )
-from jaxtta.continual.protection import output_basis
-from jaxtta.continual.trainer import (
-    METHODS,
-    Examples,
-    Method,
-    Pairs,
-    TrainState,
-    all_but_logit_scale,
-    average_weights,
-    continual_loss,
-    gnsp_kernels,
-    task_optimizer,
-    train_step,
-)
+from jaxtta.continual.orthogonal_gradients import output_gradient_basis
 
 __all__ = [
-    "METHODS",
-    "Examples",
+    "VARIANTS",
+    "GNSPConfig",
     "Grams",
-    "Method",
-    "Pairs",
+    "ReferenceBatch",
+    "TaskBatch",
     "TrainState",
-    "all_but_logit_scale",
-    "average_weights",
     "batch_gram",
     "check_rho",
     "check_tower",
     "combine_grams",
     "continual_loss",
+    "everything_but_logit_scale",
     "gnsp_kernels",
     "kernel_inputs",
     "null_space_projector",
     "null_space_projectors",
-    "output_basis",
+    "output_gradient_basis",
     "task_grams",
     "task_optimizer",
     "train_step",
+    "wise_ft",
 ]

@@ -1,8 +1,8 @@
-"""Gram matrices: which directions the inputs of a kernel have taken, and which they left free.
+"""Gram matrices of the inputs of kernels, and projectors on the directions that they leave free.
 
-grams = task_grams(model, params, batches)                    # by path, after a task
-kept = combine_grams(kept, grams)                             # over tasks
-projectors = null_space_projectors(kept, rho=0.15)            # before the next one
+grams = task_grams(model, params, batches)              # by path, after a task
+kept = combine_grams(kept, grams)                       # over tasks
+projectors = null_space_projectors(kept, rho=0.15)      # before the next task
 """
 
 import functools
@@ -23,13 +23,13 @@ PROJECTION = "visual_projection/kernel"
 
 
 def check_tower(model: CLIP) -> None:
-    """Raise a ValueError if the image tower is no transformer."""
+    """Raise a ValueError if the image tower is not a transformer."""
     if model.feature_shape is None:
-        raise ValueError("the kernels of GNSP are those of a vision transformer, not of a ResNet")
+        raise ValueError("GNSP needs a vision transformer, not a ResNet")
 
 
 def kernel_inputs(model: CLIP, params: Params, images: Array) -> dict[str, Array]:
-    """What the kernels that GNSP trains are multiplied with, in an ordinary forward pass.
+    """Inputs of the kernels that GNSP trains, in a forward pass.
 
     Args:
         model: the model.
@@ -41,10 +41,10 @@ def kernel_inputs(model: CLIP, params: Params, images: Array) -> dict[str, Array
         tower for all tokens, and the projection for the class token, (batch, 1, inputs).
 
     Raises:
-        ValueError: if the image tower is no transformer.
+        ValueError: if the image tower is not a transformer.
     """
     check_tower(model)
-    out, seen = model.vision.apply(
+    out, recorded = model.vision.apply(
         {"params": params["vision_model"]},
         model.normalize(images),
         all_tokens=True,
@@ -52,7 +52,7 @@ def kernel_inputs(model: CLIP, params: Params, images: Array) -> dict[str, Array
     )
     inputs = {PROJECTION: out.pooled[:, None]}
     for path, (value,) in jax.tree.leaves_with_path(
-        seen["inputs"], is_leaf=lambda x: isinstance(x, tuple)
+        recorded["inputs"], is_leaf=lambda x: isinstance(x, tuple)
     ):
         name = jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("_inputs")
         inputs[f"vision_model/{name}/kernel"] = value
@@ -63,10 +63,10 @@ def batch_gram(inputs: Array) -> Array:
     """XᵀX of one batch, scaled to a Frobenius norm of 1.
 
     Args:
-        inputs: (rows, inputs); rows of zeros count for nothing.
+        inputs: (rows, inputs); rows of zeros do not contribute.
 
     Returns:
-        (inputs, inputs); zeros for no rows.
+        (inputs, inputs); zeros if there are no rows.
     """
     inputs = inputs.astype(jnp.promote_types(inputs.dtype, jnp.float32))
     return scaled(jnp.matmul(inputs.T, inputs, precision="highest"))
@@ -84,20 +84,20 @@ def task_grams(
     batches: Iterable[Any],
     chosen: Callable[[str], bool] | None = None,
 ) -> Grams:
-    """Gather the Gram matrices of a task.
+    """Sum the Gram matrices of a task's batches.
 
     Args:
         model: the model, after the task.
         params: its parameters.
-        batches: images (batch, height, width, 3) or anything with `images` and `mask`. Every
-            batch is scaled by itself, so that its size matters (published: 16).
-        chosen: of a kernel's path, whether to gather its matrix; None for all that GNSP trains.
+        batches: images (batch, height, width, 3) or objects with `images` and `mask`. Every batch
+            is scaled separately, so the batch size matters (paper: 16).
+        chosen: predicate on kernels' paths; None for all kernels that GNSP trains.
 
     Returns:
-        A matrix of Frobenius norm 1 for each kernel, by its path.
+        Matrices (inputs, inputs) of Frobenius norm 1, by the kernels' paths.
 
     Raises:
-        ValueError: if there is no image, or no kernel is chosen.
+        ValueError: if there are no images, or no kernel is chosen.
     """
     sums: Grams = {}
     for batch in batches:
@@ -107,17 +107,13 @@ def task_grams(
             grams = _batch_grams(model, chosen, params, images, mask)
             sums = jax.tree.map(jnp.add, sums, grams) if sums else grams
     if not sums:
-        raise ValueError("Gram matrices of a task without images")
+        raise ValueError("no images to compute Gram matrices from")
     return {name: scaled(gram) for name, gram in sums.items()}
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _batch_grams(
-    model: CLIP,
-    chosen: Callable[[str], bool] | None,
-    params: Params,
-    images: Array,
-    mask: Array,
+    model: CLIP, chosen: Callable[[str], bool] | None, params: Params, images: Array, mask: Array
 ) -> Grams:
     images = jnp.where(mask[:, None, None, None], images, 0).astype(images.dtype)
     inputs = kernel_inputs(model, params, images)
@@ -125,28 +121,29 @@ def _batch_grams(
         names = list(inputs)
         inputs = {name: x for name, x in inputs.items() if chosen(name)}
         if not inputs:
-            raise ValueError(f"no kernel is chosen; there are {', '.join(names[:5])}, …")
+            raise ValueError(f"no kernel is chosen, expected some of {', '.join(names[:5])}, …")
     rows = {name: jnp.where(mask[:, None, None], x, 0) for name, x in inputs.items()}
     return {name: batch_gram(x.reshape(-1, x.shape[-1])) for name, x in rows.items()}
 
 
 def combine_grams(earlier: Grams, task: Grams) -> Grams:
-    """Add a task's Gram matrices to those of the tasks before it.
+    """Add a task's Gram matrices to the sums over earlier tasks.
 
     Args:
-        earlier: the sums so far; empty for none.
-        task: the new ones, each of norm 1.
+        earlier: the sums over earlier tasks; empty before the first.
+        task: the task's matrices, each of norm 1.
 
     Returns:
-        The sums; the projection's is scaled to norm 1 before the new one is added, as published.
+        The new sums. As in the reference implementation, the sum for the visual projection is
+        scaled to norm 1 before the task's matrix is added.
 
     Raises:
-        ValueError: if they are of other kernels.
+        ValueError: if the two are for different kernels.
     """
     if not earlier:
         return dict(task)
-    if odd := sorted(earlier.keys() ^ task.keys()):
-        raise ValueError(f"only one of two tasks has Gram matrices of {', '.join(odd[:5])}")
+    if unpaired := sorted(earlier.keys() ^ task.keys()):
+        raise ValueError(f"only one of the tasks has Gram matrices of {', '.join(unpaired[:5])}")
     return {
         name: (scaled(earlier[name]) if name == PROJECTION else earlier[name]) + gram
         for name, gram in task.items()
@@ -160,38 +157,38 @@ def check_rho(rho: float) -> None:
 
 
 def null_space_projector(
-    gram: Array, rho: float = 0.15, on: Literal["host", "device"] = "host"
+    gram: Array, rho: float = 0.15, backend: Literal["host", "device"] = "host"
 ) -> Projector:
-    """The projection on the directions that inputs have hardly taken.
+    """Projector on the approximate null space of a Gram matrix.
 
     Args:
         gram: (inputs, inputs), symmetric.
-        rho: the share of the sum of singular values that may be given up; the directions of the
-            smallest ones that together stay below it are free. Of a matrix of zeros all are.
-        on: where the eigenvectors are found: in float64 on the host; or, faster, in float32 on
-            the device that has the matrix.
+        rho: the free directions are those of the smallest eigenvalues whose sum stays below this
+            share of the sum of all; all directions for a matrix of zeros.
+        backend: where to compute the eigenvectors: "host" in float64, or "device", faster, in
+            float32 on the matrix's device.
 
     Returns:
-        The projector, by the thinner of free and kept directions.
+        The projector on the free directions, stored as the smaller basis of free and kept ones.
 
     Raises:
         ValueError: if rho is not between 0 and 1, or the matrix is not square or not finite.
     """
     check_rho(rho)
-    if on not in ("host", "device"):
-        raise ValueError(f"on is {on!r}, expected host or device")
+    if backend not in ("host", "device"):
+        raise ValueError(f"backend is {backend!r}, expected host or device")
     gram = jnp.asarray(gram)
     if gram.ndim != 2 or gram.shape[0] != gram.shape[1]:
-        raise ValueError(f"a Gram matrix has shape {gram.shape}, expected a square")
+        raise ValueError(f"a Gram matrix has shape {gram.shape}, expected a square matrix")
     if not jnp.isfinite(gram).all():
         raise ValueError("a Gram matrix has entries that are not finite")
-    if on == "host":
+    if backend == "host":
         values, vectors_of = _with_lapack(np.asarray(gram, np.float64))
     elif all(device.platform == "cpu" for device in gram.devices()):
         values, vectors_of = _with_lapack(np.asarray(gram, np.float32))
     else:
         values, vectors_of = _with_jax(gram.astype(jnp.float32))
-    # Ascending; the matrix has no negative ones but for rounding.
+    # Ascending; negative values are rounding errors.
     values = np.asarray(values, np.float64).clip(0)
     free = int((np.cumsum(values) / (values.sum() or 1) < rho).sum())
     complement = free > len(gram) // 2
@@ -200,64 +197,64 @@ def null_space_projector(
 
 
 def _with_jax(matrix: Array) -> tuple[np.ndarray, Callable[[slice], np.ndarray]]:
-    """As `_with_lapack`, on the matrix's device."""
-    # Sliced on the host: on the device every new width would compile.
+    """The same as `_with_lapack`, on the matrix's device."""
+    # Sliced on the host: on the device every new width would be compiled.
     values, vectors = map(np.asarray, jnp.linalg.eigh(matrix))
     return values, lambda part: vectors[:, part]
 
 
 def _with_lapack(matrix: np.ndarray) -> tuple[np.ndarray, Callable[[slice], np.ndarray]]:
-    """Eigenvalues of a symmetric matrix, ascending, and those eigenvectors that are asked for.
+    """Eigenvalues of a symmetric matrix, and a selection of its eigenvectors.
 
-    As LAPACK's `syevd` finds them, but only the vectors that are asked for are turned back from
-    those of the tridiagonal matrix.
+    The algorithm of LAPACK's `syevd`, except that only the selected vectors are transformed back
+    from those of the tridiagonal matrix.
 
     Args:
         matrix: (size, size).
 
     Returns:
-        (size,), and a function from a slice of them to their eigenvectors, (size, count).
+        Eigenvalues (size,), ascending, and a function from a slice of them to their eigenvectors
+        (size, count).
     """
     size = len(matrix)
     if size == 1:
         return matrix[0], lambda part: np.ones_like(matrix)[:, part]
-    reduce, reduce_lwork, turn = scipy.linalg.get_lapack_funcs(
+    reduce, reduce_lwork, apply_q = scipy.linalg.get_lapack_funcs(
         ("sytrd", "sytrd_lwork", "ormqr"), (matrix,)
     )
     lwork, _ = reduce_lwork(size, lower=True)
-    reflectors, diagonal, beside, tau, _ = reduce(matrix, lower=True, lwork=int(lwork))
-    values, vectors = scipy.linalg.eigh_tridiagonal(diagonal, beside, lapack_driver="stevd")
+    reflectors, diagonal, off_diagonal, tau, _ = reduce(matrix, lower=True, lwork=int(lwork))
+    values, vectors = scipy.linalg.eigh_tridiagonal(diagonal, off_diagonal, lapack_driver="stevd")
 
     def vectors_of(part: slice) -> np.ndarray:
-        first, others = np.split(vectors[:, part], [1])  # the reflectors leave the first row alone
+        first, others = np.split(vectors[:, part], [1])  # not changed by the reflectors
         arguments = ("L", "N", reflectors[1:, :-1], tau, others)
-        _, work, _ = turn(*arguments, lwork=-1)
-        turned, _, _ = turn(*arguments, lwork=int(work[0]))
-        return np.concatenate([first, turned])
+        _, work, _ = apply_q(*arguments, lwork=-1)
+        return np.concatenate([first, apply_q(*arguments, lwork=int(work[0]))[0]])
 
     return values, vectors_of
 
 
 def null_space_projectors(
-    grams: Mapping[str, Array], rho: float = 0.15, on: Literal["host", "device"] = "host"
+    grams: Mapping[str, Array], rho: float = 0.15, backend: Literal["host", "device"] = "host"
 ) -> dict[str, Projector]:
-    """Projectors for kernels by their paths; see `null_space_projector`.
+    """Projectors for several kernels; see `null_space_projector`.
 
     Args:
-        grams: by path.
-        rho: as there.
-        on: as there.
+        grams: Gram matrices (inputs, inputs) by path.
+        rho: share of the eigenvalues' sum that is free.
+        backend: where to compute the eigenvectors.
 
     Returns:
-        By path.
+        Projectors by path.
 
     Raises:
-        ValueError: as there; the message names the matrix.
+        ValueError: as `null_space_projector` does; the message names the kernel.
     """
     projectors = {}
     for name, gram in grams.items():
         try:
-            projectors[name] = null_space_projector(gram, rho, on)
+            projectors[name] = null_space_projector(gram, rho, backend)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
     return projectors

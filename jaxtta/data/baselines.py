@@ -16,7 +16,7 @@ def reference_points(shifted: Sequence[str]) -> list[tuple[float, float]]:
 
     Returns:
         Of each model its top-1 accuracy on ImageNet, and its mean one on these sets, both in
-        (0, 1), for `jaxtta.diagnose.fit_logit_line`. ImageNet-R and -A are answered among their own
+        (0, 1), for `jaxtta.diagnose.fit_baseline`. ImageNet-R and -A are answered among their own
         200 classes. A model whose mean is 0 is left out: ResNet-50 on ImageNet-A alone, whose
         images were chosen so that it fails.
 

@@ -1,7 +1,7 @@
-"""Reading a model for robustness: what its features look like before anything is adapted.
+"""Robustness diagnosis of a model from its features, before adaptation.
 
-`modality_gap` looks at means alone: where images stream, the mean of their features as a single
-row, (1, d), gives the same.
+`modality_gap` depends on mean features only: for streamed images, pass their mean feature as a
+single row (1, d).
 """
 
 from jaxtta.diagnose.concepts import (
@@ -12,63 +12,63 @@ from jaxtta.diagnose.concepts import (
 )
 from jaxtta.diagnose.directions import (
     PrivilegedDirections,
-    cosine_sums,
+    cosine_stats,
     head_directions,
     privileged_directions,
     prune_directions,
     pruned_accuracy,
-    pruning_sums,
+    pruning_stats,
     rank_directions,
-)
-from jaxtta.diagnose.field import (
-    ClassPairs,
-    Discrepancy,
-    confused_classes,
-    field_discrepancy,
-    mean_discrepancy,
 )
 from jaxtta.diagnose.outliers import (
     OutlierFeatures,
     activation_kurtosis,
-    kurtosis_sums,
+    kurtosis_stats,
     outlier_axes,
     outlier_features,
-    outlier_sums,
+    outlier_stats,
 )
-from jaxtta.diagnose.robustness import LogitLine, effective_robustness, fit_logit_line
+from jaxtta.diagnose.robustness import LogitLinearBaseline, effective_robustness, fit_baseline
 from jaxtta.diagnose.similarity import CrossMoments, cross_moments, linear_cka
-from jaxtta.diagnose.sums import ImageSums
+from jaxtta.diagnose.sums import RunningMean
+from jaxtta.diagnose.target import (
+    ConfusablePairs,
+    Discrepancy,
+    confused_classes,
+    mmd,
+    mmd_to_reference,
+)
 from jaxtta.metrics import modality_gap
 
 __all__ = [
-    "ClassPairs",
     "ConceptDetectors",
+    "ConfusablePairs",
     "CrossMoments",
     "Discrepancy",
-    "ImageSums",
-    "LogitLine",
+    "LogitLinearBaseline",
     "OutlierFeatures",
     "PrivilegedDirections",
+    "RunningMean",
     "activation_kurtosis",
     "concept_detectors",
     "confused_classes",
-    "cosine_sums",
+    "cosine_stats",
     "cross_moments",
     "effective_robustness",
-    "field_discrepancy",
-    "fit_logit_line",
+    "fit_baseline",
     "head_directions",
-    "kurtosis_sums",
+    "kurtosis_stats",
     "linear_cka",
-    "mean_discrepancy",
+    "mmd",
+    "mmd_to_reference",
     "modality_gap",
     "outlier_axes",
     "outlier_features",
-    "outlier_sums",
+    "outlier_stats",
     "privileged_directions",
     "prune_directions",
     "pruned_accuracy",
-    "pruning_sums",
+    "pruning_stats",
     "rank_directions",
     "shared_concepts",
     "unique_concepts",

@@ -1,4 +1,4 @@
-"""Which concepts single directions of a feature space detect."""
+"""Concept detection by single directions of a feature space."""
 
 from typing import NamedTuple
 
@@ -21,12 +21,12 @@ class ConceptDetectors(NamedTuple):
 
     @property
     def encoded(self) -> np.ndarray:
-        """(concepts,) bool, whether some direction detects the concept."""
-        return self.detects.any(0)
+        """(concepts,) bool, whether at least one direction detects the concept."""
+        return np.asarray(self.detects.any(0))
 
     @property
     def per_direction(self) -> np.ndarray:
-        """(directions,), how many concepts each direction detects."""
+        """(directions,), the number of concepts that each direction detects."""
         return self.detects.sum(1)
 
 
@@ -35,22 +35,22 @@ def concept_detectors(
 ) -> ConceptDetectors:
     """Average precision of directions as detectors of concepts, with both signs.
 
-    A concept that the share p of the images has gives a direction without any knowledge of it a
-    precision of about p. The work grows with the number of directions times the number of images
-    plus true labels; beside the arguments and the result, the memory with images plus labels.
+    A random direction has an average precision of about the share of the images with the concept.
+    Time is proportional to directions times (images + true labels); memory, apart from arguments
+    and result, to images + labels.
 
     Args:
-        scores: (images, directions): the features for the coordinate axes, `features @
-            directions.T` for others.
+        scores: (images, directions): the features for coordinate axes, `features @ directions.T`
+            for other directions.
         labels: (images, concepts) bool, whether the image has the concept.
-        threshold: average precision from which on a direction detects a concept.
+        threshold: minimum average precision to detect a concept.
 
     Returns:
-        The precisions and what they come to.
+        The precisions, signs and detections.
 
     Raises:
-        ValueError: if scores are not finite, labels do not match the images or are no truth
-            values, or a concept is in all images or in none.
+        ValueError: if scores are not finite, labels do not match the images or are not boolean, or
+            a concept is in all images or in none.
 
     References:
         Interpreting CLIP, https://arxiv.org/abs/2310.13040
@@ -79,13 +79,13 @@ def concept_detectors(
 
 
 def shared_concepts(first: ArrayLike, second: ArrayLike) -> np.ndarray:
-    """Which concepts two models both encode, (concepts,) bool, from each one's `encoded`."""
+    """Concepts that both models encode, (concepts,) bool, from their `encoded`."""
     first, second = _same_concepts(first, second)
     return first & second
 
 
 def unique_concepts(first: ArrayLike, second: ArrayLike) -> np.ndarray:
-    """Which concepts the first model encodes and the second does not; see `shared_concepts`."""
+    """Concepts that the first model encodes and the second does not, (concepts,) bool."""
     first, second = _same_concepts(first, second)
     return first & ~second
 
@@ -102,8 +102,8 @@ def _precisions(
 ) -> np.ndarray:
     """Average precision of the scores and of their negatives, (2, concepts).
 
-    It is the mean over a concept's images of the share that has it among all images with a
-    score no lower. Equal scores are taken together.
+    The mean over a concept's images of the concept's share among all images with at least their
+    score. Equal scores are treated as one threshold.
     """
     count = len(scores)
     order = np.argsort(scores)
@@ -121,7 +121,7 @@ def _precisions(
 
 
 def _runs(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where the run of equal neighbours that each value is in begins, and where it has ended."""
+    """Start and end index of the run of equal neighbours around each value."""
     edges = np.flatnonzero(values[1:] != values[:-1]) + 1
     edges = np.concatenate([[0], edges, [len(values)]])
     return np.repeat(edges[:-1], np.diff(edges)), np.repeat(edges[1:], np.diff(edges))

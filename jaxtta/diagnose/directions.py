@@ -1,7 +1,7 @@
-"""Which directions of the feature space a linear head looks at, and how few of them will do.
+"""Privileged directions: singular directions of a linear head, by their contribution to its logits.
 
-found = privileged_directions(head, features, outlier_features(features).axes)
-pruned_accuracy(head, found.directions, features, labels, fractions=(0.1, 0.2, 0.5, 1.0))
+ranked = privileged_directions(head, features, outlier_features(features).axes)
+pruned_accuracy(head, ranked.directions, features, labels, fractions=(0.1, 0.2, 0.5, 1.0))
 """
 
 import functools
@@ -12,8 +12,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import ArrayLike
 
-from jaxtta.diagnose.sums import ImageSums, as_features, sum_images
+from jaxtta.diagnose.sums import Features, RunningMean, as_features, sum_images
 from jaxtta.metrics import top_k
 
 Array = jax.Array
@@ -25,11 +26,11 @@ class PrivilegedDirections(NamedTuple):
 
     Attributes:
         importance: (r,), singular value times mean |cosine|.
-        directions: (r, d), orthonormal; their signs mean nothing.
+        directions: (r, d), orthonormal; their signs are arbitrary.
         singular_values: (r,).
         cosines: (r,), mean over images of |cos| between direction and features.
-        overlap: (r,), the part of each direction's squared length that lies on the outlier axes,
-            in [0, 1]; a direction at random has the axes' number over d.
+        overlap: (r,), the share of each direction's squared length on the outlier axes, in [0, 1];
+            (number of outlier axes) / d on average for a random direction.
     """
 
     importance: Array
@@ -40,7 +41,7 @@ class PrivilegedDirections(NamedTuple):
 
     @property
     def spread(self) -> Array:
-        """Standard deviation of the importance over its mean, 0 if all directions are equal."""
+        """Coefficient of variation of the importance: standard deviation over mean."""
         return self.importance.std() / self.importance.mean()
 
 
@@ -48,10 +49,10 @@ def head_directions(head: Array) -> Array:
     """Right singular vectors of a linear head.
 
     Args:
-        head: (C, d), a row for each class; zero-shot, the class text embeddings.
+        head: (C, d), a row for each class; the class text embeddings for zero-shot heads.
 
     Returns:
-        (r, d) with r the smaller of C and d, orthonormal, found in float64 on the host.
+        (r, d) with r = min(C, d), orthonormal, computed in float64 on the host.
 
     Raises:
         ValueError: if the head has one class, is zero or not finite.
@@ -65,8 +66,8 @@ def head_directions(head: Array) -> Array:
 
 
 @jax.jit
-def cosine_sums(directions: Array, features: Array, mask: Array | None = None) -> ImageSums:
-    """|Cosine| of each direction and each image's features, summed.
+def cosine_stats(directions: Array, features: Array, mask: Array | None = None) -> RunningMean:
+    """Sum over images of |cos| between each direction and the image's features.
 
     Args:
         directions: (r, d), of unit norm.
@@ -85,21 +86,21 @@ def cosine_sums(directions: Array, features: Array, mask: Array | None = None) -
 
 
 def rank_directions(
-    head: Array, directions: Array, sums: ImageSums, axes: Sequence[int] | np.ndarray = ()
+    head: Array, directions: Array, sums: RunningMean, axes: Sequence[int] | np.ndarray = ()
 ) -> PrivilegedDirections:
-    """Sort directions by the importance that `cosine_sums` over all images gives them.
+    """Sort directions by importance, from the sums of `cosine_stats` over all images.
 
     Args:
         head: (C, d).
-        directions: (r, d), of `head_directions`.
-        sums: (r,).
-        axes: (outliers,) integers, the axes that carry outliers.
+        directions: (r, d), from `head_directions`.
+        sums: (r,), from `cosine_stats`.
+        axes: (outliers,) integers, the outlier axes.
 
     Returns:
         The directions, the most important first.
 
     Raises:
-        ValueError: if an image's features are zero or not finite, or there is no such axis.
+        ValueError: if an image's features are zero or not finite, or an axis is out of range.
     """
     cosines = sums.mean("features that are zero or not finite")
     axes = np.unique(np.asarray(axes, int))
@@ -112,48 +113,50 @@ def rank_directions(
 
 
 def privileged_directions(
-    head: Array, features: Array, axes: Sequence[int] | np.ndarray = ()
+    head: Array, features: Features, axes: Sequence[int] | np.ndarray = ()
 ) -> PrivilegedDirections:
-    """Rank the directions that a head reads by what they contribute to its logits.
+    """Rank a head's singular directions by their contribution to its logits.
 
     Args:
-        head: (C, d), a row for each class; zero-shot, the class text embeddings.
+        head: (C, d), a row for each class; the class text embeddings for zero-shot heads.
         features: (images, d), normalised or not.
-        axes: (outliers,) integers, the axes that carry outliers; see `outlier_features`.
+        axes: (outliers,) integers, the outlier axes; see `outlier_features`.
 
     Returns:
         The head's right singular vectors by importance, σ_i · mean |cos(v_i, h)|.
 
     Raises:
-        ValueError: if the head has one class, features do not fit it, or an image's are zero.
+        ValueError: if the head has one class, the features do not match it, or an image's are zero.
 
     References:
         Interpreting CLIP, https://arxiv.org/abs/2310.13040
     """
     directions = head_directions(head)
-    return rank_directions(head, directions, cosine_sums(directions, features), axes)
+    sums = cosine_stats(directions, jnp.asarray(features))
+    return rank_directions(head, directions, sums, axes)
 
 
 def prune_directions(
     head: Array, directions: Array, *, count: int | None = None, fraction: float | None = None
 ) -> Array:
-    """Leave a head only its most important directions.
+    """Project a head onto its most important directions.
 
     Args:
         head: (C, d).
         directions: (r, d), the head's right singular vectors, the most important first.
-        count: how many to keep; this or the fraction.
-        fraction: which part of the r to keep, to the nearest number, one at least.
+        count: number of directions to keep; give either this or the fraction.
+        fraction: share of the r directions to keep, rounded to the nearest number, at least one.
 
     Returns:
-        (C, d), of rank `count` at most.
+        (C, d), of rank at most `count`.
 
     Raises:
         ValueError: if not exactly one of count and fraction is given, or it is out of range.
     """
-    if (count is None) == (fraction is None):
+    if count is None and fraction is not None:
+        count = _count(fraction, len(directions))
+    elif count is None or fraction is not None:
         raise ValueError("pruning needs either a count or a fraction")
-    count = _count(fraction, len(directions)) if count is None else count
     if not 1 <= count <= len(directions):
         raise ValueError(f"count is {count}, expected 1 to {len(directions)} directions")
     if np.shape(head)[1:] != directions.shape[1:]:
@@ -163,7 +166,7 @@ def prune_directions(
 
 
 @functools.partial(jax.jit, static_argnames="counts")
-def pruning_sums(
+def pruning_stats(
     head: Array,
     directions: Array,
     features: Array,
@@ -171,8 +174,8 @@ def pruning_sums(
     mask: Array | None = None,
     *,
     counts: tuple[int, ...],
-) -> ImageSums:
-    """Count the images that a head gets right with its first directions only.
+) -> RunningMean:
+    """Count the images that a head classifies correctly with its first directions only.
 
     Args:
         head: (C, d).
@@ -180,7 +183,7 @@ def pruning_sums(
         features: (batch, d).
         labels: (batch,) integers.
         mask: (batch,) bool, false for padding; None for none.
-        counts: (prunings,), how many directions each keeps.
+        counts: (prunings,), numbers of directions to keep.
 
     Returns:
         The sums, (prunings,); their mean is the accuracy.
@@ -188,28 +191,28 @@ def pruning_sums(
     features = as_features(features, directions.shape[1])
     read, written = product(features, directions.T), product(head, directions.T)
     defined = jnp.isfinite(features).all(1) & (labels >= 0) & (labels < len(head))
-    labels, logits, right = jnp.clip(labels, 0, len(head) - 1), 0.0, {}
+    labels, logits, correct = jnp.clip(labels, 0, len(head) - 1), 0.0, {}
     for start, stop in itertools.pairwise((0, *sorted(set(counts)))):
-        logits += product(read[:, start:stop], written[:, start:stop].T)  # add to those before
-        right[stop] = top_k(logits, labels)
-    return sum_images(jnp.stack([right[count] for count in counts], 1), defined, mask)
+        logits += product(read[:, start:stop], written[:, start:stop].T)
+        correct[stop] = top_k(logits, labels)
+    return sum_images(jnp.stack([correct[count] for count in counts], 1), defined, mask)
 
 
 def pruned_accuracy(
     head: Array,
     directions: Array,
-    features: Array,
-    labels: Array,
+    features: Features,
+    labels: ArrayLike,
     fractions: Sequence[float] = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
 ) -> np.ndarray:
-    """Accuracy of a head against the fraction of its directions that it keeps.
+    """Accuracy of a head by the fraction of its directions that is kept.
 
     Args:
         head: (C, d).
         directions: (r, d), as in `prune_directions`.
         features: (images, d).
         labels: (images,) integers.
-        fractions: (prunings,), each above 0, at most 1.
+        fractions: (prunings,), each in (0, 1].
 
     Returns:
         (prunings,).
@@ -224,13 +227,13 @@ def pruned_accuracy(
     head, labels = jnp.asarray(head), jnp.asarray(labels)
     if labels.shape != (len(features),):
         raise ValueError(f"labels {labels.shape} do not match {len(features)} images")
-    of_batch = functools.partial(pruning_sums, head, directions, counts=counts)
+    stats = functools.partial(pruning_stats, head, directions, counts=counts)
     pieces = [slice(i, i + 4096) for i in range(0, max(len(labels), 1), 4096)]  # logits are large
     sums = functools.reduce(
-        ImageSums.merge, (of_batch(features[piece], labels[piece]) for piece in pieces)
+        RunningMean.merge, (stats(jnp.asarray(features[piece]), labels[piece]) for piece in pieces)
     )
-    fault = f"a label outside 0 to {len(head) - 1} or features that are not finite"
-    return jax.device_get(sums).mean(fault)
+    reason = f"a label outside 0 to {len(head) - 1} or features that are not finite"
+    return jax.device_get(sums).mean(reason)
 
 
 def _count(fraction: float, directions: int) -> int:

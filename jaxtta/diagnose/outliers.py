@@ -1,4 +1,4 @@
-"""How far an image's features are from Gaussian ones, and on which axes they stick out."""
+"""Kurtosis and outlier axes of a model's features."""
 
 import functools
 from typing import NamedTuple
@@ -7,34 +7,35 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtta.diagnose.sums import ImageSums, as_features, sum_images
+from jaxtta.diagnose.sums import Features, RunningMean, as_features, sum_images
 
 Array = jax.Array
-FAULT = "features that are constant or not finite"
+UNDEFINED_REASON = "features that are constant or not finite"
 
 
-def standardised(features: Array) -> tuple[Array, Array]:
+def standardised(features: Features) -> tuple[Array, Array]:
     """Standardise each image's features over its d entries.
 
     Args:
         features: (images, d).
 
     Returns:
-        The features with mean 0 and standard deviation 1, and (images,) whether they could be.
+        The features with mean 0 and standard deviation 1, and (images,) bool, false where features
+        are constant or not finite.
     """
     features = as_features(features)
-    features = features - features[:, :1]  # equal entries become exact zeros
+    features = features - features[:, :1]  # constant features become exact zeros
     extent = features.max(1, keepdims=True) - features.min(1, keepdims=True)
     varies = (extent > 0) & jnp.isfinite(extent)
-    features = features / jnp.where(varies, extent, 1)  # so that no power overflows
+    features = features / jnp.where(varies, extent, 1)  # avoids overflow of powers
     centred = features - features.mean(1, keepdims=True)
     std = jnp.sqrt((centred**2).mean(1, keepdims=True))
     return centred / jnp.where(varies, std, 1), varies[:, 0]
 
 
 @jax.jit
-def kurtosis_sums(features: Array, mask: Array | None = None) -> ImageSums:
-    """Kurtosis of each image's features, summed; its mean is `activation_kurtosis`.
+def kurtosis_stats(features: Array, mask: Array | None = None) -> RunningMean:
+    """Sum over images of their features' kurtosis; its mean is `activation_kurtosis`.
 
     Args:
         features: (batch, d).
@@ -47,14 +48,14 @@ def kurtosis_sums(features: Array, mask: Array | None = None) -> ImageSums:
     return sum_images((z**4).mean(1), varies, mask)
 
 
-def activation_kurtosis(features: Array) -> float:
+def activation_kurtosis(features: Features) -> float:
     """Mean over images of the kurtosis of the d entries of their features.
 
     Args:
         features: (images, d), normalised or not.
 
     Returns:
-        The fourth standardised moment, not its excess: 3 for Gaussian entries, d at most.
+        The fourth standardised moment, not the excess kurtosis: 3 for Gaussian entries, at most d.
 
     Raises:
         ValueError: if an image's features are constant or not finite.
@@ -62,15 +63,15 @@ def activation_kurtosis(features: Array) -> float:
     References:
         Interpreting CLIP, https://arxiv.org/abs/2310.13040
     """
-    return float(kurtosis_sums(features).mean(FAULT))
+    return float(kurtosis_stats(jnp.asarray(features)).mean(UNDEFINED_REASON))
 
 
 class OutlierFeatures(NamedTuple):
-    """The axes of a feature space that carry outliers.
+    """Outlier axes of a feature space.
 
     Attributes:
         axes: (outliers,) integers, ascending.
-        shares: (d,), the share of the images in which each axis sticks out.
+        shares: (d,), the share of the images in which each axis is an outlier.
     """
 
     axes: np.ndarray
@@ -78,10 +79,10 @@ class OutlierFeatures(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnames="threshold")
-def outlier_sums(
+def outlier_stats(
     features: Array, mask: Array | None = None, *, threshold: float = 6.0
-) -> ImageSums:
-    """Count the images in which each axis sticks out, as `outlier_features` defines it.
+) -> RunningMean:
+    """Count the images in which each axis is an outlier; see `outlier_features`.
 
     Args:
         features: (batch, d).
@@ -92,46 +93,48 @@ def outlier_sums(
         The sums, (d,), for `outlier_axes`.
 
     Raises:
-        ValueError: if no entry of d can be that far out.
+        ValueError: if the threshold is not positive, or no entry of d can exceed it.
     """
     z, varies = standardised(features)
-    limit = (z.shape[1] - 1) ** 0.5  # where one entry differs and all others are equal
+    limit = (z.shape[1] - 1) ** 0.5  # reached if one entry differs and all others are equal
     if not 0 < threshold < limit:
         raise ValueError(
             f"threshold is {threshold}, expected a positive number below {limit:.2f}, "
-            f"the most that one of {z.shape[1]} entries can stick out"
+            f"the largest deviation that one of {z.shape[1]} entries can have"
         )
     return sum_images(jnp.abs(z) > threshold, varies, mask)
 
 
-def outlier_axes(sums: ImageSums, share: float = 0.5) -> OutlierFeatures:
-    """The outlier axes by the counts of `outlier_sums`; see `outlier_features`."""
+def outlier_axes(sums: RunningMean, share: float = 0.5) -> OutlierFeatures:
+    """Outlier axes from the counts of `outlier_stats`; see `outlier_features`."""
     if not 0 < share <= 1:
         raise ValueError(f"share is {share}, expected a number above 0, at most 1")
-    shares = jax.device_get(sums).mean(FAULT)  # float64: 7 of 10 is not below 0.7
+    shares = np.asarray(
+        jax.device_get(sums).mean(UNDEFINED_REASON)
+    )  # float64: 7 of 10 is not below 0.7
     return OutlierFeatures(np.flatnonzero(shares >= share), shares)
 
 
 def outlier_features(
-    features: Array, threshold: float = 6.0, share: float = 0.5
+    features: Features, threshold: float = 6.0, share: float = 0.5
 ) -> OutlierFeatures:
-    """Find the axes whose entries stick out of most images' features.
+    """Find the axes that are outliers in most images' features.
 
-    An axis sticks out of an image's features if its entry lies more than `threshold` standard
-    deviations from the mean, both over the image's own d entries.
+    An axis is an outlier in an image if its entry is more than `threshold` standard deviations from
+    the mean, both over the image's d entries.
 
     Args:
         features: (images, d), normalised or not.
-        threshold: k axes that stick out equally far reach √(d/k) standard deviations at most.
-        share: of the images, in which an axis has to stick out.
+        threshold: in standard deviations; k equally large outliers reach at most √(d/k).
+        share: minimum share of the images in which the axis is an outlier.
 
     Returns:
-        The axes, and each axis's share.
+        The outlier axes, and the share of every axis.
 
     Raises:
-        ValueError: if an image's features are constant or not finite, or an option makes no sense.
+        ValueError: if an image's features are constant or not finite, or an option is out of range.
 
     References:
         Interpreting CLIP, https://arxiv.org/abs/2310.13040
     """
-    return outlier_axes(outlier_sums(features, threshold=threshold), share)
+    return outlier_axes(outlier_stats(jnp.asarray(features), threshold=threshold), share)

@@ -1,4 +1,4 @@
-"""Accuracy under shift beyond what accuracy without it would lead one to expect."""
+"""Effective robustness: accuracy under shift beyond that expected from the base accuracy."""
 
 from typing import NamedTuple
 
@@ -6,8 +6,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 
-class LogitLine(NamedTuple):
-    """The shifted accuracy that goes with a base accuracy: a straight line between their logits.
+class LogitLinearBaseline(NamedTuple):
+    """Expected shifted accuracy: linear in the logit of the base accuracy.
 
     Attributes:
         slope: of the line.
@@ -22,19 +22,19 @@ class LogitLine(NamedTuple):
         return 1 / (1 + np.exp(-(self.slope * _logits(base) + self.intercept)))
 
 
-def fit_logit_line(base: ArrayLike, shifted: ArrayLike) -> LogitLine:
-    """Fit the line through reference models by least squares.
+def fit_baseline(base: ArrayLike, shifted: ArrayLike) -> LogitLinearBaseline:
+    """Fit the baseline to reference models by least squares on logits.
 
     Args:
         base: (models,), accuracies on the base set in (0, 1).
         shifted: (models,), mean accuracies on the shifted sets in (0, 1).
 
     Returns:
-        The line.
+        The baseline.
 
     Raises:
-        ValueError: if there are fewer than two models or all have one base accuracy, or an accuracy
-            is not between 0 and 1.
+        ValueError: if there are fewer than two different base accuracies, or an accuracy is not
+            between 0 and 1.
 
     References:
         Taori et al. 2020, https://arxiv.org/abs/2007.00644
@@ -42,21 +42,23 @@ def fit_logit_line(base: ArrayLike, shifted: ArrayLike) -> LogitLine:
     x, y = _pairs(base, shifted)
     if len(np.unique(x)) < 2:
         raise ValueError("a line needs at least two reference points of different base accuracies")
-    away = x - x.mean()
-    slope = float(away @ y / (away @ away))
-    return LogitLine(slope, float(y.mean() - slope * x.mean()))
+    centred = x - x.mean()
+    slope = float(centred @ y / (centred @ centred))
+    return LogitLinearBaseline(slope, float(y.mean() - slope * x.mean()))
 
 
-def effective_robustness(base: ArrayLike, shifted: ArrayLike, line: LogitLine) -> np.ndarray:
-    """Shifted accuracy minus the one that the reference models lead one to expect.
+def effective_robustness(
+    base: ArrayLike, shifted: ArrayLike, line: LogitLinearBaseline
+) -> np.ndarray:
+    """Shifted accuracy minus the expected one.
 
     Args:
         base: (models,), accuracies on the base set in (0, 1).
         shifted: (models,), mean accuracies on the shifted sets in (0, 1).
-        line: through models that are not robust, on the same sets; see `fit_logit_line`.
+        line: baseline fitted to models that are not robust, on the same sets; see `fit_baseline`.
 
     Returns:
-        (models,), above 0 for models that are more robust than the reference.
+        (models,), above 0 for models that are more robust than the reference models.
 
     Raises:
         ValueError: if an accuracy is not between 0 and 1.
@@ -72,8 +74,8 @@ def _logits(accuracies: ArrayLike) -> np.ndarray:
     accuracies = np.asarray(accuracies, np.float64)
     inside = (accuracies > 0) & (accuracies < 1)
     if not inside.all():
-        odd = np.atleast_1d(accuracies)[~np.atleast_1d(inside)]
-        raise ValueError(f"an accuracy is {odd[0]}, expected a number between 0 and 1")
+        outside = np.atleast_1d(accuracies)[~np.atleast_1d(inside)]
+        raise ValueError(f"an accuracy is {outside[0]}, expected a number between 0 and 1")
     return np.log(accuracies) - np.log1p(-accuracies)
 
 

@@ -1,4 +1,4 @@
-"""How similar two models' features of the same images are."""
+"""Similarity of two models' features on the same images."""
 
 from typing import NamedTuple, Self
 
@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtta.diagnose.sums import as_features
+from jaxtta.diagnose.sums import Features, as_features
 
 Array = jax.Array
 
@@ -23,7 +23,7 @@ class CrossMoments(NamedTuple):
         yy: (d2, d2).
     """
 
-    count: Array
+    count: Array  # pyright: ignore[reportIncompatibleMethodOverride]
     mean_x: Array
     mean_y: Array
     xx: Array
@@ -31,7 +31,7 @@ class CrossMoments(NamedTuple):
     yy: Array
 
     def merge(self, other: Self) -> Self:
-        """The moments of both sets of images, as if they had been one; either may be empty."""
+        """The moments of the union of two sets of images; either may be empty."""
         count = self.count + other.count
         share = other.count / jnp.maximum(count, 1)
         x, y = other.mean_x - self.mean_x, other.mean_y - self.mean_y
@@ -46,7 +46,7 @@ class CrossMoments(NamedTuple):
         )
 
     def cka(self) -> float:
-        """`linear_cka` of the images; raises as it does."""
+        """`linear_cka` of the images, with the same errors."""
         if self.count < 2:
             raise ValueError(f"similarity over {int(self.count)} images, expected at least two")
         xx, xy, yy = (np.linalg.norm(np.asarray(m, np.float64)) for m in self[3:])
@@ -63,19 +63,19 @@ def cross_moments(x: Array, y: Array, mask: Array | None = None) -> CrossMoments
 
     Args:
         x: (batch, d1), one model's features.
-        y: (batch, d2), another's of the same images.
+        y: (batch, d2), the other's on the same images.
         mask: (batch,) bool, false for padding; None for none.
 
     Returns:
         The moments.
     """
-    some = 0 if mask is None else jnp.argmax(mask)
+    row = 0 if mask is None else jnp.argmax(mask)
     mask = jnp.ones(len(x), bool) if mask is None else jnp.asarray(mask, bool)
     count = mask.sum(dtype=jnp.float32)
     means, deviations = [], []
     for features in (as_features(x), as_features(y)):
         rows = jnp.where(mask[:, None], features, 0)
-        first = rows[some] if len(rows) else 0  # equal rows become exact zeros
+        first = rows[row] if len(rows) else 0  # equal rows become exact zeros
         rows = jnp.where(mask[:, None], rows - first, 0)
         mean = rows.sum(0) / jnp.maximum(count, 1)
         means.append(first + mean)
@@ -85,23 +85,23 @@ def cross_moments(x: Array, y: Array, mask: Array | None = None) -> CrossMoments
     return CrossMoments(count, *means, *products)
 
 
-def linear_cka(x: Array, y: Array) -> float:
+def linear_cka(x: Features, y: Features) -> float:
     """Linear centred kernel alignment of two models' features.
 
     Args:
         x: (images, d1), one model's features.
-        y: (images, d2), another's of the same images.
+        y: (images, d2), the other's on the same images.
 
     Returns:
-        A number in [0, 1]; 1 where one is a rotation and scaling of the other.
+        A number in [0, 1]; 1 if one is a rotation and scaling of the other.
 
     Raises:
-        ValueError: if the numbers of images differ or are below two, or features are the same for
-            all images or not finite.
+        ValueError: if the numbers of images differ or are below two, or features are equal for all
+            images or not finite.
 
     References:
         Kornblith et al. 2019, https://arxiv.org/abs/1905.00414
     """
     if len(x) != len(y):
         raise ValueError(f"features of {len(x)} and of {len(y)} images do not match")
-    return cross_moments(x, y).cka()
+    return cross_moments(jnp.asarray(x), jnp.asarray(y)).cka()

@@ -20,7 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from jaxtta import continual, data, metrics, models, tree, views
-from jaxtta.continual import METHODS, Examples, Method, Pairs, TrainState
+from jaxtta.continual import VARIANTS, GNSPConfig, ReferenceBatch, TaskBatch, TrainState
 from jaxtta.data.memory import InMemory
 from jaxtta.data.tasks import TaskData
 from jaxtta.evaluate.checkpoint import restore_step, save_step
@@ -114,8 +114,8 @@ def check_course(course: Course) -> None:
 def check_methods(methods: Sequence[str]) -> None:
     """Raise a ValueError for a method that there is not."""
     for name in methods:
-        if name not in (*METHODS, WISE):
-            known = ", ".join((*METHODS, WISE))
+        if name not in (*VARIANTS, WISE):
+            known = ", ".join((*VARIANTS, WISE))
             raise ValueError(f"unknown method {name!r}, expected one of {known}")
 
 
@@ -126,7 +126,7 @@ def teach(
 
     Args:
         bench: the model, the tasks and how they are taught.
-        methods: of `jaxtta.continual.METHODS`, or wise-ft.
+        methods: of `jaxtta.continual.VARIANTS`, or wise-ft.
         seeds: of order, crops and reference.
 
     Returns:
@@ -194,14 +194,14 @@ def encode_texts(model: models.CLIP, params: Params, prompts: models.Prompts) ->
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=5)
 def step(
     model: models.CLIP,
-    method: Method,
+    method: GNSPConfig,
     schedule: Schedule,
     params: Params,
     projectors: dict[str, Any],
     state: TrainState,
     key: jax.Array,
-    examples: Examples,
-    pairs: Pairs | None,
+    examples: TaskBatch,
+    pairs: ReferenceBatch | None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One step of training, on a crop of each image."""
     # The projectors are arguments, lest the program holds them as constants.
@@ -359,7 +359,7 @@ class Start:
         self.bench, self.seed, self.numbers = bench, seed, bench.draw(seed)
 
     @functools.cached_property
-    def pairs(self) -> Pairs:
+    def pairs(self) -> ReferenceBatch:
         """Reference pairs in memory, and what the initial model makes of them."""
         bench, course = self.bench, self.bench.course
         source, template = bench.reference.test, bench.reference.template
@@ -375,7 +375,9 @@ class Start:
         prompts = bench.model.prompts(task)
         texts = np.asarray(encode_texts(bench.model, bench.first, prompts))[place]
         self.prompts, captions = prompts, task.token_ids[place, 0]
-        return Pairs(np.concatenate(images), captions, place, np.concatenate(teacher), texts)
+        return ReferenceBatch(
+            np.concatenate(images), captions, place, np.concatenate(teacher), texts
+        )
 
     def texts(self, params: Params) -> np.ndarray:
         """Embeddings of the pairs' captions."""
@@ -403,11 +405,13 @@ class Trainer:
 
     def __init__(self, bench: Bench, start: Start, name: str) -> None:
         """Prepare; nothing is computed yet."""
-        self.bench, self.start, self.name, self.method = bench, start, name, METHODS[name]
+        self.bench, self.start, self.name, self.method = bench, start, name, VARIANTS[name]
         self.course, self.seed = bench.course, start.seed
         self.folder = bench.output / name / f"seed{self.seed}"
         everything = self.course.first_task == "all"
-        self.changed = continual.all_but_logit_scale if everything else continual.gnsp_kernels
+        self.changed = (
+            continual.everything_but_logit_scale if everything else continual.gnsp_kernels
+        )
 
     @property
     def projects(self) -> bool:
@@ -473,7 +477,7 @@ class Trainer:
         """Fine-tune on one task."""
         course, bench, method = self.course, self.bench, self.method
         everything = course.first_task == "all" and number == 0
-        chosen = continual.all_but_logit_scale if everything else continual.gnsp_kernels
+        chosen = continual.everything_but_logit_scale if everything else continual.gnsp_kernels
         trained, _ = tree.partition(params, chosen)
         projectors = continual.null_space_projectors(grams, course.rho) if grams else {}
         classes = bench.prompts(task) if everything else bench.classes(params, task)
@@ -497,7 +501,7 @@ class Trainer:
             state, figures = step(
                 *(bench.model, method, course.schedule, params, projectors, state),
                 jax.random.fold_in(key, turn),
-                Examples(images, labels, classes),
+                TaskBatch(images, labels, classes),
                 few,
             )
             if turn % 50 == 0 and not np.isfinite(figures["loss"]):
@@ -528,7 +532,7 @@ class Trainer:
         if self.name == TRAINED_AS[WISE]:
             first = self.bench.first
             ends = (tree.partition(weights, self.changed)[0] for weights in (first, params))
-            averaged = continual.average_weights(*ends, self.course.wise_share)
+            averaged = continual.wise_ft(*ends, self.course.wise_share)
             rows[WISE] = self.bench.measure(tree.merge(first, averaged), self.start)
         return rows
 

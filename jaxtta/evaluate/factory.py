@@ -15,7 +15,7 @@ from jaxtta import adapters, assets
 from jaxtta.adapters import BATCLIP_PRESETS, TENT_PRESETS, Adapter, TNTConfig
 from jaxtta.adapters.mgtta import PAPER_LEARNING_RATE
 from jaxtta.models import Classifier, Task, load_statistics, zero_shot_task
-from jaxtta.optim import load_phi, meta_gradient_generator
+from jaxtta.optim import load_mgg, meta_gradient_generator
 from jaxtta.tree import normalisation_parameters
 
 log = logging.getLogger(__name__)
@@ -169,7 +169,7 @@ def make_adapter(
         settings = setup.mgtta
         optimizer = {
             "mgtta": lambda: meta_gradient_generator(
-                load_phi(settings.phi)[0], rate or PAPER_LEARNING_RATE
+                load_mgg(settings.phi)[0], rate or PAPER_LEARNING_RATE
             ),
             "mgtta-sgd": lambda: optax.sgd(rate or PAPER_LEARNING_RATE, momentum=0.9),
             "mgtta-adam": lambda: optax.adam(rate or PAPER_LEARNING_RATE),
@@ -213,7 +213,7 @@ def check_files(names: tuple[str, ...], mgtta: MGTTA, weights: str) -> None:
         if about.get("weights", weights) != weights:
             raise ValueError(f"{mgtta.statistics}: was {made_for} --mgtta.statistics")
     if "mgtta" in bases:
-        _, about = load_phi(mgtta.phi)
+        _, about = load_mgg(mgtta.phi)
         if about.get("weights", weights) != weights:
             log.warning("%s: was %s --mgtta.phi", mgtta.phi, made_for)
 

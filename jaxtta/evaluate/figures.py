@@ -1,4 +1,4 @@
-"""The figures of a diagnosis and of a field check: what features, heads and labels come to."""
+"""Metrics of a model diagnosis and of a check of target images."""
 
 import contextlib
 import csv
@@ -15,20 +15,20 @@ import numpy as np
 from jaxtta import diagnose, losses, metrics
 from jaxtta.evaluate.bootstrap import LEVEL, bootstrap, interval
 
-SHOWN = 20  # classes or pairs of classes that are listed
-EQUAL = 0.01  # of accuracy: what a pruned head may lose and still count as good
-LARGEST = 5  # axes of the top direction that are listed
+SHOWN = 20  # number of classes, or pairs of classes, to list
+EQUAL = 0.01  # accuracy that a sufficient pruned head may lose
+LARGEST = 5  # number of axes of the top direction to list
 
 Found = dict[str, Any]
-"""Figures by name, as JSON has them."""
+"""Metrics by name, in JSON types."""
 
 
 class Features(NamedTuple):
-    """A model's features of one set.
+    """A model's features of a set of images.
 
     Attributes:
         rows: (images, d) float32, of unit norm.
-        labels: (images,) integers; -1 where there is none.
+        labels: (images,) integers; -1 for images without a label.
         lost: names of images that could not be read.
     """
 
@@ -38,12 +38,12 @@ class Features(NamedTuple):
 
 
 @contextlib.contextmanager
-def concerning(what: object) -> Iterator[None]:
-    """Say in a ValueError what it is about."""
+def error_context(context: object) -> Iterator[None]:
+    """Prefix a ValueError's message with its context."""
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"{what}: {error}") from error
+        raise ValueError(f"{context}: {error}") from error
 
 
 def logits_of(features: np.ndarray, head: jax.Array) -> jax.Array:
@@ -52,9 +52,11 @@ def logits_of(features: np.ndarray, head: jax.Array) -> jax.Array:
 
 
 def interval_of(right: np.ndarray) -> tuple[float, float]:
-    """The 95 % interval of the share that is right, exact where a bootstrap has no width."""
+    """95 % interval of the accuracy; exact at 0 and 1, where the bootstrap has no width."""
     if right.any() and not right.all():
-        return interval(bootstrap(right[:, None], np.ones((len(right), 1)))[:, 0])
+        bounds = interval(bootstrap(right[:, None], np.ones((len(right), 1)))[:, 0])
+        assert bounds is not None  # every resample has images
+        return bounds
     bound = ((1 - LEVEL) / 2) ** (1 / len(right))
     return (bound, 1.0) if right.all() else (0.0, 1 - bound)
 
@@ -71,21 +73,21 @@ def base_figures(
     detectors: str = "axes",
     precision: float = 0.9,
 ) -> tuple[Found, jax.Array]:
-    """What only the base set decides.
+    """Metrics that depend on the base set only.
 
     Args:
         head: (C, d).
         features: of the base set.
         names: of the classes.
         threshold: of `outlier_features`.
-        detectors: of classes: "axes", or "directions" of the head.
-        precision: of `concept_detectors`.
+        detectors: of the classes: coordinate "axes", or "directions" of the head.
+        precision: threshold of `concept_detectors`.
 
     Returns:
-        The figures, and the head's directions (r, d), the most important first.
+        The metrics, and the head's directions (r, d), the most important first.
 
     Raises:
-        ValueError: if all images are of one class, or features have no value.
+        ValueError: if all images are of one class, or features are constant or not finite.
     """
     rows, present = features.rows, np.unique(features.labels)
     if len(present) < 2:
@@ -94,7 +96,7 @@ def base_figures(
     ranked = diagnose.privileged_directions(head, rows, outliers.axes)
     top = np.asarray(ranked.directions[0])
     largest = np.argsort(-np.abs(top))[:LARGEST]
-    top = top * np.sign(top[largest[0]])  # a direction's sign means nothing
+    top = top * np.sign(top[largest[0]])  # a direction's sign is arbitrary
     detected = diagnose.concept_detectors(
         rows if detectors == "axes" else np.asarray(logits_of(rows, ranked.directions)),
         features.labels[:, None] == present,
@@ -108,7 +110,7 @@ def base_figures(
         "overlap": np.asarray(ranked.overlap).tolist() if outliers.axes.size else None,
         "chance_overlap": outliers.axes.size / rows.shape[1],
         "spread": float(ranked.spread),
-        "modality_gap": float(diagnose.modality_gap(rows, head)),
+        "modality_gap": float(diagnose.modality_gap(jnp.asarray(rows), head)),
         "concepts": [names[label] for label in present],
         "encoded": [names[label] for label in present[detected.encoded]],
         "most_concepts_per_direction": int(detected.per_direction.max()),
@@ -118,20 +120,20 @@ def base_figures(
 def set_figures(
     head: jax.Array, ranked: jax.Array, features: Features, fractions: Sequence[float]
 ) -> Found:
-    """What is measured on every set.
+    """Metrics of one set.
 
     Args:
         head: (C, d).
         ranked: (r, d), its directions, the most important first.
         features: of the set.
-        fractions: of the directions, to keep.
+        fractions: shares of the directions to keep, in (0, 1].
 
     Returns:
-        The figures.
+        The metrics.
     """
     rows, labels, lost = features
     kurtosis = diagnose.activation_kurtosis(rows)
-    right = np.asarray(metrics.top_k(logits_of(rows, head), labels))
+    right = np.asarray(metrics.top_k(logits_of(rows, head), jnp.asarray(labels)))
     return {
         "images": len(rows),
         "lost": lost,
@@ -142,18 +144,18 @@ def set_figures(
     }
 
 
-def enough(
+def smallest_sufficient_fraction(
     accuracy: float, fractions: Sequence[float], accuracies: Sequence[float]
 ) -> float | None:
-    """The smallest fraction from which on a pruned head stays within `EQUAL` of the whole one.
+    """Smallest fraction from which pruned heads lose at most `EQUAL` accuracy.
 
     Args:
-        accuracy: of the whole head.
-        fractions: that were kept.
-        accuracies: with each of them.
+        accuracy: of the full head.
+        fractions: (prunings,), of the directions kept.
+        accuracies: (prunings,), of the pruned heads.
 
     Returns:
-        The fraction; None if not even the largest reaches it.
+        The fraction; None if the largest fraction is not sufficient.
     """
     pairs = sorted(zip(fractions, accuracies, strict=True), reverse=True)
     good = itertools.takewhile(lambda pair: pair[1] >= accuracy - EQUAL, pairs)
@@ -163,20 +165,20 @@ def enough(
 def pair_figures(
     first: str, second: str, results: Found, features: Mapping[str, np.ndarray]
 ) -> Found:
-    """What two models have in common.
+    """Similarity of two models.
 
     Args:
         first: one model's name.
-        second: another's.
-        results: figures by model.
+        second: the other's name.
+        results: metrics by model.
         features: of the base set by model, (images, d).
 
     Returns:
-        The figures.
+        The metrics.
     """
     concepts = np.array(results[first]["concepts"])
     a, b = (np.isin(concepts, results[name]["encoded"]) for name in (first, second))
-    with concerning(f"{first} and {second}"):
+    with error_context(f"{first} and {second}"):
         cka = diagnose.linear_cka(features[first], features[second])
     return {
         "models": [first, second],
@@ -192,12 +194,12 @@ def robustness_of(
     """Effective robustness by model.
 
     Args:
-        results: figures by model.
-        points: base and shifted accuracy of models that are not robust.
-        references: in their place, which of the models are not.
+        results: metrics by model.
+        points: base and shifted accuracies of models that are not robust.
+        references: instead of points, names of those models that are not robust.
 
     Returns:
-        The values, the line and its points; or the reason why there is none.
+        The values, the baseline and its points; or the reason why there are none.
     """
     pairs = {name: (r["base_accuracy"], r["shifted_accuracy"]) for name, r in results.items()}
     if any(shifted is None for _, shifted in pairs.values()):
@@ -207,25 +209,26 @@ def robustness_of(
         reason = "it takes models that are not robust, by --reference-points or --references"
         return {"reason": reason}
     try:
-        line = diagnose.fit_logit_line(*np.transpose(points))
-        values = diagnose.effective_robustness(*np.transpose([*pairs.values()]), line).tolist()
-    except ValueError as error:  # the figures so far are worth reporting
+        line = diagnose.fit_baseline(*np.transpose(points))
+        base, shifted = np.transpose([*pairs.values()])
+        values = diagnose.effective_robustness(base, shifted, line).tolist()
+    except ValueError as error:  # report the other metrics
         return {"reason": str(error)}
     values = dict(zip(results, values, strict=True))
     return {"values": values, "line": line._asdict(), "points": points}
 
 
 def read_points(path: Path) -> list[tuple[float, float]]:
-    """Read reference models' accuracies.
+    """Read the accuracies of reference models.
 
     Args:
-        path: a .json list of objects or a .csv, with base and shifted.
+        path: of a .json list of objects or a .csv, with base and shifted.
 
     Returns:
-        Base and shifted accuracy of each.
+        Base and shifted accuracy of each model.
 
     Raises:
-        ValueError: if the file holds something else, or no line goes through the points.
+        ValueError: if the file has another content, or no baseline can be fitted.
     """
     try:
         text = path.read_text()
@@ -233,16 +236,16 @@ def read_points(path: Path) -> list[tuple[float, float]]:
         points = [(float(row["base"]), float(row["shifted"])) for row in rows]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: expected base and shifted of each model ({error!r})") from error
-    with concerning(path):
-        diagnose.fit_logit_line(*np.reshape(points, (-1, 2)).T)
+    with error_context(path):
+        diagnose.fit_baseline(*np.reshape(points, (-1, 2)).T)
     return points
 
 
-# --- field check ---
+# --- check of target images ---
 
 
 def space_figures(features: Features, logits: jax.Array, threshold: float = 6.0) -> Found:
-    """How images sit in a model's space, and what it predicts.
+    """Metrics of features and predictions, without labels.
 
     Args:
         features: of the images.
@@ -250,7 +253,7 @@ def space_figures(features: Features, logits: jax.Array, threshold: float = 6.0)
         threshold: of `outlier_features`.
 
     Returns:
-        The figures.
+        The metrics.
     """
     probabilities = np.asarray(jax.nn.softmax(logits))
     outliers = diagnose.outlier_features(features.rows, threshold)
@@ -266,20 +269,20 @@ def space_figures(features: Features, logits: jax.Array, threshold: float = 6.0)
 
 
 def label_figures(features: Features, logits: jax.Array) -> Found:
-    """What labels say of the predictions; nothing where there are none.
+    """Metrics of the predictions on labelled images; none if no image has a label.
 
     Args:
-        features: of the images, some or all of them labelled.
+        features: of the images, some or all with labels.
         logits: (images, classes).
 
     Returns:
-        The figures, of the images with labels.
+        The metrics of the images with labels.
     """
     known = features.labels >= 0
     if not known.any():
         return {}
     labels, classes = features.labels[known], logits.shape[1]
-    right = np.asarray(metrics.top_k(logits[known], labels))
+    right = np.asarray(metrics.top_k(logits[known], jnp.asarray(labels)))
     return {
         "labels": len(labels),
         "accuracy": float(right.mean()),
@@ -293,9 +296,9 @@ def label_figures(features: Features, logits: jax.Array) -> Found:
 
 
 def confused(logits: jax.Array, names: Sequence[str]) -> list[Found]:
-    """The pairs of classes between which predictions (images, classes) hesitate most."""
-    found = diagnose.confused_classes(jax.nn.softmax(logits))
-    columns = (column[:SHOWN].tolist() for column in found)
+    """The most often confused pairs of classes for logits (images, classes)."""
+    pairs = diagnose.confused_classes(np.asarray(jax.nn.softmax(logits)))
+    columns = (column[:SHOWN].tolist() for column in pairs)
     return [
         {"classes": [names[label] for label in pair], "share": share, "margin": margin}
         for pair, share, margin in zip(*columns, strict=True)
@@ -303,5 +306,5 @@ def confused(logits: jax.Array, names: Sequence[str]) -> list[Found]:
 
 
 def shares(labels: np.ndarray, classes: int) -> list[float]:
-    """The share of each class among labels."""
+    """The share of each class among labels (images,), as a list (classes,)."""
     return (np.bincount(labels, minlength=classes) / len(labels)).tolist()

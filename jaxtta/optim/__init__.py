@@ -1,30 +1,30 @@
-"""Optax transformations: a learnt optimiser, and projections that keep what was learnt before."""
+"""Optax transformations: a learned optimiser, and projections for continual learning."""
 
 from jaxtta.optim.meta_gradient import (
     MetaGradientState,
-    Phi,
-    check_phi,
+    MGGParams,
+    check_mgg_params,
     init_meta_gradient_generator,
-    load_phi,
+    load_mgg,
     meta_gradient_generator,
-    save_phi,
+    save_mgg,
 )
 from jaxtta.optim.meta_training import MetaState, begin_epoch, init_meta_training, meta_step
-from jaxtta.optim.null_space import Projector, null_space_projection, orthogonal_to
+from jaxtta.optim.null_space import Projector, null_space_projection, project_out
 
 __all__ = [
+    "MGGParams",
     "MetaGradientState",
     "MetaState",
-    "Phi",
     "Projector",
     "begin_epoch",
-    "check_phi",
+    "check_mgg_params",
     "init_meta_gradient_generator",
     "init_meta_training",
-    "load_phi",
+    "load_mgg",
     "meta_gradient_generator",
     "meta_step",
     "null_space_projection",
-    "orthogonal_to",
-    "save_phi",
+    "project_out",
+    "save_mgg",
 ]

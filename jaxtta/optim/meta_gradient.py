@@ -1,47 +1,48 @@
-"""The meta gradient generator: an optimiser that learnt to clean noisy gradients.
+"""The meta gradient generator (MGG): a learned optimiser that denoises gradients.
 
     phi = init_meta_gradient_generator(jax.random.key(0))
     optimizer = meta_gradient_generator(phi, 1e-3)      # for any pytree and any objective
 
-Every scalar parameter has a small recurrent memory of its own, a linear layer that is trained by
-one gradient step on every gradient it sees; the weights `phi` that say how are shared by all.
+Every scalar parameter has its own recurrent memory, a linear layer that takes one gradient step
+for each gradient. The generator's weights `phi` are shared by all parameters.
 """
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
 
+from jaxtta.io import load_arrays, save_arrays
+
 Array = jax.Array
-Phi = dict[str, Array]
+MGGParams = dict[str, Array]
 EPSILON, NORM_EPSILON = 1e-8, 1e-6
 
 
 class MetaGradientState(NamedTuple):
-    """What the generator carries, for all scalar parameters of a tree in a row.
+    """The generator's state, for all scalar parameters of a tree in one row.
 
     Attributes:
-        count: () updates so far.
+        count: () number of updates so far.
         mean: (parameters,) decaying mean of the gradients.
-        square: (parameters,) decaying mean of their squares.
+        square: (parameters,) decaying mean of the squared gradients.
         kernel: (parameters, hidden, hidden) of the memories.
         bias: (parameters, hidden) of the memories.
     """
 
-    count: Array
+    # The name as in optax, although a tuple has a method of that name.
+    count: Array  # pyright: ignore[reportIncompatibleMethodOverride]
     mean: Array
     square: Array
     kernel: Array
     bias: Array
 
 
-def init_meta_gradient_generator(key: Array, hidden: int = 8) -> Phi:
-    """Draw the generator's weights, from which meta-training starts.
+def init_meta_gradient_generator(key: Array, hidden: int = 8) -> MGGParams:
+    """Initialise the generator's weights at random, to start meta-training from.
 
     Args:
         key: PRNG key.
@@ -72,7 +73,7 @@ def init_meta_gradient_generator(key: Array, hidden: int = 8) -> Phi:
     }
 
 
-def check_phi(phi: Phi) -> int:
+def check_mgg_params(phi: MGGParams) -> int:
     """Check the weights' names and shapes.
 
     Args:
@@ -82,50 +83,50 @@ def check_phi(phi: Phi) -> int:
         The hidden size.
 
     Raises:
-        ValueError: if an array is missing, unknown or of another shape than the hidden size asks.
+        ValueError: if an array is missing, unexpected or has the wrong shape for the hidden size.
     """
     shapes = {name: tuple(jnp.shape(array)) for name, array in phi.items()}
     query = shapes.get("query", ())
     hidden = query[1] if len(query) == 2 and query[1] else 8
-    wanted = jax.eval_shape(lambda: init_meta_gradient_generator(jax.random.key(0), hidden))
-    for name in dict.fromkeys([*wanted, *shapes]):
-        if name not in shapes or name not in wanted:
-            problem = "is missing" if name in wanted else "is none of the generator's arrays"
-            raise ValueError(f"phi: {name} {problem}, expected {', '.join(wanted)}")
-        if shapes[name] != wanted[name].shape:
+    expected = jax.eval_shape(lambda: init_meta_gradient_generator(jax.random.key(0), hidden))
+    for name in dict.fromkeys([*expected, *shapes]):
+        if name not in shapes or name not in expected:
+            problem = "missing" if name in expected else "unexpected"
+            raise ValueError(f"phi: {problem} parameter {name}, expected {', '.join(expected)}")
+        if shapes[name] != expected[name].shape:
             raise ValueError(
-                f"phi: {name} has shape {shapes[name]}, expected {wanted[name].shape} for a hidden "
-                f"size of {hidden}"
+                f"phi: {name} has shape {shapes[name]}, expected {expected[name].shape} for a "
+                f"hidden size of {hidden}"
             )
     return hidden
 
 
 def meta_gradient_generator(
-    phi: Phi, learning_rate: optax.ScalarOrSchedule, b1: float = 0.9, b2: float = 0.99
+    phi: MGGParams, learning_rate: optax.ScalarOrSchedule, b1: float = 0.9, b2: float = 0.99
 ) -> optax.GradientTransformation:
     """Turn gradients into updates of magnitude at most the learning rate.
 
-    Differentiable with respect to `phi`, through `init` too, where the memories begin as it says.
-    Trained weights move a parameter whose gradient is always zero as well, so give it none that the
-    objective does not use.
+    Differentiable with respect to `phi`, also through `init`, where the memories' initial values
+    are part of `phi`. Parameters whose gradient is always zero are updated too, so leave out those
+    that the objective does not use.
 
     Args:
-        phi: the weights, from `load_phi` or meta-training.
+        phi: the weights, from `load_mgg` or meta-training.
         learning_rate: step size, or an optax schedule of it.
         b1: decay of the gradients' mean.
         b2: decay of their squares' mean.
 
     Returns:
-        The transformation; all leaves go through it in one row, so that it does not matter how a
-        tree is cut into leaves.
+        The transformation. It treats all leaves as one row of scalars, so the updates do not depend
+        on how the parameters are divided into leaves.
 
     Raises:
-        ValueError: if the weights do not fit together.
+        ValueError: if the weights' names or shapes are wrong.
 
     References:
         https://arxiv.org/abs/2412.16901
     """
-    hidden = check_phi(phi)
+    hidden = check_mgg_params(phi)
 
     def init(params: Any) -> MetaGradientState:
         flat = ravel_pytree(params)[0]
@@ -138,19 +139,17 @@ def meta_gradient_generator(
             jnp.broadcast_to(jnp.asarray(phi["memory_bias"], dtype), (count, hidden)),
         )
 
-    def update(
-        gradients: Any, state: MetaGradientState, params: Any = None
-    ) -> tuple[Any, MetaGradientState]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, MetaGradientState]:
         del params
-        flat, unravel = ravel_pytree(gradients)
+        flat, unravel = ravel_pytree(updates)
         flat = flat.astype(state.mean.dtype)
-        count = optax.safe_increment(state.count)
+        count = jnp.asarray(optax.safe_increment(state.count))
         mean = b1 * state.mean + (1 - b1) * flat
         square = b2 * state.square + (1 - b2) * flat**2
         inputs = generator_inputs(flat, mean, square, count, b1, b2)
         outputs, kernel, bias = generate(phi, inputs, state.kernel, state.bias)
         state = MetaGradientState(count, mean, square, kernel, bias)
-        return jax.tree.map(lambda y, g: y.astype(g.dtype), unravel(outputs), gradients), state
+        return jax.tree.map(lambda y, g: y.astype(g.dtype), unravel(outputs), updates), state
 
     return optax.chain(
         optax.GradientTransformation(init, update), optax.scale_by_learning_rate(learning_rate)
@@ -160,7 +159,7 @@ def meta_gradient_generator(
 def generator_inputs(
     gradients: Array, mean: Array, square: Array, count: Array, b1: float, b2: float
 ) -> Array:
-    """What the generator sees: the direction of the mean and of the gradient itself.
+    """The generator's inputs: mean gradient and gradient, over the root mean square.
 
     Args:
         gradients: (parameters,).
@@ -173,13 +172,15 @@ def generator_inputs(
     Returns:
         (parameters, 2).
     """
-    # The published code's exponent is one more than Adam's.
+    # The reference implementation's exponent is one more than Adam's.
     mean, square = (x / (1 - b ** (count + 1)) for x, b in ((mean, b1), (square, b2)))
     return jnp.stack([mean, gradients], -1) / (jnp.sqrt(square) + EPSILON)[:, None]
 
 
-def generate(phi: Phi, inputs: Array, kernel: Array, bias: Array) -> tuple[Array, Array, Array]:
-    """Train every memory on its input, and read it out.
+def generate(
+    phi: MGGParams, inputs: Array, kernel: Array, bias: Array
+) -> tuple[Array, Array, Array]:
+    """Update every memory by one gradient step, and compute the updates from it.
 
     Args:
         phi: the weights.
@@ -213,43 +214,38 @@ def generate(phi: Phi, inputs: Array, kernel: Array, bias: Array) -> tuple[Array
     return jnp.tanh(norm(out, "post") @ phi["output"])[:, 0], kernel, bias
 
 
-def save_phi(path: str | Path, phi: Phi, about: dict[str, Any] | None = None) -> None:
+def save_mgg(path: str | Path, phi: MGGParams, metadata: dict[str, Any] | None = None) -> None:
     """Save a generator's weights.
 
     Args:
         path: of the `.safetensors` file.
         phi: the weights.
-        about: how they were trained, kept as JSON in the file's metadata.
+        metadata: how they were trained, anything JSON can hold.
+
+    Raises:
+        ValueError: if the weights' names or shapes are wrong.
     """
-    from safetensors.numpy import save_file
-
-    check_phi(phi)
-    arrays = {name: np.asarray(array) for name, array in phi.items()}
-    save_file(arrays, str(path), {"about": json.dumps(about or {})})
+    check_mgg_params(phi)
+    save_arrays(path, phi, metadata)
 
 
-def load_phi(path: str | Path) -> tuple[Phi, dict[str, Any]]:
-    """Load what `save_phi` saved.
+def load_mgg(path: str | Path) -> tuple[MGGParams, dict[str, Any]]:
+    """Load weights that `save_mgg` saved.
 
     Args:
         path: of the file.
 
     Returns:
-        The weights, and how they were trained.
+        The weights, and the metadata: how they were trained.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it holds no generator's weights.
+        ValueError: if the file is damaged or does not hold a generator's weights.
     """
-    from safetensors import SafetensorError, safe_open
-
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such file")
+    arrays, metadata = load_arrays(path)
+    phi = {name: jnp.asarray(array) for name, array in arrays.items()}
     try:
-        with safe_open(str(path), "np") as file:
-            about = json.loads((file.metadata() or {}).get("about", "{}"))
-            phi = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        check_phi(phi)
-    except (SafetensorError, ValueError) as error:
+        check_mgg_params(phi)
+    except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    return phi, about
+    return phi, metadata

@@ -1,12 +1,12 @@
-"""Training the meta gradient generator: by what its updates do to the next batches' losses.
+"""Meta-training of the meta gradient generator, on the losses after its updates.
 
     state = init_meta_training(phi, adapted, optimizer)
     state, loss = begin_epoch(loss_of, 1e-4)(state, first)        # no gradient for phi yet
     state, losses = meta_step(loss_of, optimizer, 1e-4)(state, batches)
 
-`loss_of(adapted, batch)` is any loss of the adapted parameters: no labels, no model in here. What
-the generator sees of a gradient is constant, so a batch costs one forward and one backward pass of
-the model, however many updates are differentiated through.
+`loss_of(adapted, batch)` is any loss of the adapted parameters. The gradients that the generator
+reads are constants, so a batch costs one forward and one backward pass of the model, however many
+updates are differentiated through.
 """
 
 from collections.abc import Callable
@@ -16,42 +16,42 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxtta.optim.meta_gradient import Phi, meta_gradient_generator
+from jaxtta.optim.meta_gradient import MGGParams, meta_gradient_generator
 
 Array = jax.Array
 Loss = Callable[[Any, Any], Array]
 
 
 class MetaState(NamedTuple):
-    """Where meta-training stands.
+    """The state of meta-training.
 
     Attributes:
         phi: the generator's weights.
-        optimizer: state of the optimiser that trains them.
+        optimizer: state of the optimiser that trains `phi`.
         adapted: the model's parameters that the generator updates.
-        gradients: those of the last batch, whose update is still to be made.
+        gradients: of the last batch, not applied yet.
         memory: the generator's state before that update.
-        pending: () bool, whether there is such an update; false before the first batch.
-        fresh: () bool, whether the memory is still what `phi` says it begins as.
+        pending: () bool, whether there is an update to apply; false before the first batch.
+        memory_is_initial: () bool, whether the memory is to be initialised from `phi`.
     """
 
-    phi: Phi
+    phi: MGGParams
     optimizer: Any
     adapted: Any
     gradients: Any
     memory: Any
     pending: Array
-    fresh: Array
+    memory_is_initial: Array
 
 
 def init_meta_training(
-    phi: Phi, adapted: Any, optimizer: optax.GradientTransformation
+    phi: MGGParams, adapted: Any, optimizer: optax.GradientTransformation
 ) -> MetaState:
-    """Begin.
+    """Initialise the state of meta-training.
 
     Args:
         phi: weights to start from.
-        adapted: the model's parameters that are adapted; they go on from epoch to epoch.
+        adapted: the model's parameters that are adapted; they are kept from epoch to epoch.
         optimizer: trains `phi`.
 
     Returns:
@@ -61,14 +61,14 @@ def init_meta_training(
     adapted = jax.tree.map(jnp.asarray, adapted)
     zeros = jax.tree.map(jnp.zeros_like, adapted)
     memory = meta_gradient_generator(phi, 1.0).init(adapted)
-    no = jnp.asarray(False)
-    return MetaState(phi, optimizer.init(phi), adapted, zeros, memory, no, no)
+    flags = jnp.asarray(False), jnp.asarray(False)
+    return MetaState(phi, optimizer.init(phi), adapted, zeros, memory, *flags)
 
 
-def _move(phi: Phi, state: MetaState, learning_rate: float) -> tuple[Any, Any]:
-    """Make the pending update: the parameters and the memory after it."""
+def _apply_pending(phi: MGGParams, state: MetaState, learning_rate: float) -> tuple[Any, Any]:
+    """The adapted parameters and the memory after the pending update."""
     generator = meta_gradient_generator(phi, learning_rate)
-    memory = optax.tree.where(state.fresh, generator.init(state.adapted), state.memory)
+    memory = optax.tree.where(state.memory_is_initial, generator.init(state.adapted), state.memory)
     updates, memory = generator.update(state.gradients, memory)
     return optax.apply_updates(state.adapted, updates), memory
 
@@ -76,10 +76,10 @@ def _move(phi: Phi, state: MetaState, learning_rate: float) -> tuple[Any, Any]:
 def begin_epoch(
     loss_of: Loss, learning_rate: float
 ) -> Callable[[MetaState, Any], tuple[MetaState, Array]]:
-    """Start an epoch: moments and memory anew, the model as the last epoch left it.
+    """Start an epoch: reset the generator's state, keep the adapted parameters.
 
     Args:
-        loss_of: of adapted parameters and a batch.
+        loss_of: loss of adapted parameters and a batch.
         learning_rate: of the generator's updates.
 
     Returns:
@@ -87,12 +87,12 @@ def begin_epoch(
     """
 
     def begin(state: MetaState, batch: Any) -> tuple[MetaState, Array]:
-        moved, _ = _move(state.phi, state, learning_rate)
-        adapted = optax.tree.where(state.pending, moved, state.adapted)
+        updated, _ = _apply_pending(state.phi, state, learning_rate)
+        adapted = optax.tree.where(state.pending, updated, state.adapted)
         loss, gradients = jax.value_and_grad(loss_of)(adapted, batch)
-        yes = jnp.asarray(True)
-        state = state._replace(adapted=adapted, gradients=gradients, pending=yes, fresh=yes)
-        return state, loss
+        state = state._replace(adapted=adapted, gradients=gradients)
+        flags = {"pending": jnp.asarray(True), "memory_is_initial": jnp.asarray(True)}
+        return state._replace(**flags), loss
 
     return begin
 
@@ -100,43 +100,38 @@ def begin_epoch(
 def meta_step(
     loss_of: Loss, optimizer: optax.GradientTransformation, learning_rate: float
 ) -> Callable[[MetaState, Any], tuple[MetaState, Array]]:
-    """Train `phi` by the losses of K batches, through the updates made before each of them.
+    """Train `phi` on the losses of K batches, through the update before each batch.
 
-    With K = 1 this is the published one-step truncation: a loss is differentiated through the last
-    update alone, whose memories are constant.
+    With K = 1 this is the paper's one-step truncation: the loss is differentiated through the last
+    update only, and the memories before it are constants.
 
     Args:
-        loss_of: of adapted parameters and a batch.
+        loss_of: loss of adapted parameters and a batch.
         optimizer: trains `phi`.
         learning_rate: of the generator's updates.
 
     Returns:
-        `step(state, batches) -> (state, losses (K,))`; every leaf of `batches` has K in front.
+        `step(state, batches) -> (state, losses (K,))`; each leaf of `batches` has a leading axis K.
 
     References:
         https://arxiv.org/abs/2412.16901
     """
-    # For the backward pass the states between updates are kept, not what the generator computes.
-    move = jax.checkpoint(_move, static_argnums=2)
+    # The backward pass stores the states between updates and recomputes the generator.
+    apply_pending = jax.checkpoint(_apply_pending, static_argnums=2)
 
     def losses_of(
-        phi: Phi, state: MetaState, batches: Any
+        phi: MGGParams, state: MetaState, batches: Any
     ) -> tuple[Array, tuple[MetaState, Array]]:
-        def turn(state: MetaState, batch: Any) -> tuple[MetaState, tuple[Array, Array]]:
-            adapted, memory = move(phi, state, learning_rate)
+        def scan_step(state: MetaState, batch: Any) -> tuple[MetaState, tuple[Array, Array]]:
+            adapted, memory = apply_pending(phi, state, learning_rate)
             fixed = jax.lax.stop_gradient(adapted)
             loss, gradients = jax.value_and_grad(loss_of)(fixed, batch)
             # The same derivative as the loss's, without a second pass through the model.
-            surrogate = optax.tree.vdot(gradients, adapted)
-            state = state._replace(
-                adapted=adapted,
-                gradients=gradients,
-                memory=memory,
-                fresh=jnp.asarray(False),
-            )
-            return state, (surrogate, loss)
+            surrogate = jnp.asarray(optax.tree.vdot(gradients, adapted))
+            state = state._replace(adapted=adapted, gradients=gradients, memory=memory)
+            return state._replace(memory_is_initial=jnp.asarray(False)), (surrogate, loss)
 
-        state, (surrogates, losses) = jax.lax.scan(turn, state, batches)
+        state, (surrogates, losses) = jax.lax.scan(scan_step, state, batches)
         return surrogates.sum(), (state, losses)
 
     def step(state: MetaState, batches: Any) -> tuple[MetaState, Array]:
@@ -144,7 +139,7 @@ def meta_step(
         meta_gradient, (after, losses) = differentiate(state.phi, state, batches)
         updates, optimizer_state = optimizer.update(meta_gradient, state.optimizer, state.phi)
         phi = optax.apply_updates(state.phi, updates)
-        # The pending update, of the last batch's gradient, is made by the new weights.
+        # The pending update, by the last batch's gradient, will use the new weights.
         return after._replace(phi=phi, optimizer=optimizer_state), losses
 
     return step

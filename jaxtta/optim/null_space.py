@@ -1,11 +1,12 @@
-"""Keeping updates away from what was learnt before: projection on the null space of earlier inputs.
+"""Projections of updates that preserve a model's outputs on earlier inputs.
 
     projectors = jaxtta.continual.null_space_projectors(grams)          # by parameter path
     paper = optax.chain(null_space_projection(projectors), optax.adamw(1e-5))
     exact = optax.chain(optax.adamw(1e-5), null_space_projection(projectors))
 
-Before the optimiser the gradient is projected, as published; an elementwise optimiser then leaves
-the null space again. After it the update itself is: inputs in the kept subspace see no change.
+Before the optimiser (paper) the gradient is projected, and an elementwise optimiser leaves the null
+space again. After it (exact) the update is projected, and outputs on inputs in the kept subspace do
+not change.
 """
 
 import functools
@@ -22,11 +23,11 @@ Array = jax.Array
 
 @flax.struct.dataclass
 class Projector:
-    """An orthogonal projection on the input side of a kernel, without its square matrix.
+    """An orthogonal projection of a kernel's input side, stored as a basis.
 
     Attributes:
         basis: (inputs, rank), orthonormal columns.
-        complement: whether it projects on what is orthogonal to the basis, and not on its span.
+        complement: whether it projects onto the orthogonal complement of the basis, not its span.
     """
 
     basis: Array
@@ -46,13 +47,13 @@ class Projector:
 
 
 def null_space_projection(projectors: Mapping[str, Projector]) -> optax.GradientTransformation:
-    """Project the updates of some parameters; the others pass through.
+    """Project the updates of some parameters; leave the others unchanged.
 
     Args:
         projectors: by the parameter's path, "visual_projection/kernel".
 
     Returns:
-        The transformation, to chain before an optimiser (as published) or after it (exact).
+        The transformation, to chain before an optimiser (paper) or after it (exact).
 
     Raises:
         ValueError: in `init`, if no parameter has one of these paths, or one has another number of
@@ -77,32 +78,31 @@ def null_space_projection(projectors: Mapping[str, Projector]) -> optax.Gradient
                 )
         return optax.EmptyState()
 
-    def update(updates: Any, state: optax.EmptyState, params: Any = None) -> tuple[Any, Any]:
+    def project(updates: Any, params: Any) -> Any:
         del params
         return jax.tree.map_with_path(
             lambda path, g: projectors[_name(path)](g) if _name(path) in projectors else g, updates
-        ), state
+        )
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformation(init, optax.stateless(project).update)
 
 
-def orthogonal_to(basis: Any) -> optax.GradientTransformation:
-    """Remove from the updates of all parameters together their part along some directions.
+def project_out(basis: Any) -> optax.GradientTransformation:
+    """Make updates orthogonal to given directions in the space of all parameters.
 
-    For parameters whose inputs span everything, as LayerNorms', where there is no null space to
-    project on: with gradients of a model's outputs as directions, small steps do not change those
-    outputs (orthogonal gradient descent). Chain it after the optimiser, whose scaling would turn
-    the updates back.
+    For parameters without a null space of inputs, such as LayerNorm's. With gradients of a model's
+    outputs as directions, small steps do not change those outputs (orthogonal gradient descent).
+    Chain it after the optimiser, whose scaling would undo the projection.
 
     Args:
-        basis: a tree of the parameters' structure, each leaf with a leading axis of directions;
-            orthonormal as `jaxtta.continual.output_basis` makes it.
+        basis: a tree like the parameters, each leaf with a leading axis (directions,), orthonormal;
+            see `jaxtta.continual.output_gradient_basis`.
 
     Returns:
         The transformation.
 
     Raises:
-        ValueError: in `init`, if the basis is for other parameters.
+        ValueError: in `init`, if the basis does not match the parameters.
 
     References:
         https://arxiv.org/abs/1910.07104
@@ -111,18 +111,18 @@ def orthogonal_to(basis: Any) -> optax.GradientTransformation:
 
     def init(params: Any) -> optax.EmptyState:
         if _shapes(params) != shapes:
-            odd = sorted(_shapes(params).items() ^ shapes.items())[0]
-            raise ValueError(f"the basis is for other parameters: {odd[0]} of shape {odd[1]}")
+            name, shape = min(_shapes(params).items() ^ shapes.items())
+            raise ValueError(f"the basis does not match the parameters: {name} of shape {shape}")
         return optax.EmptyState()
 
-    def update(updates: Any, state: optax.EmptyState, params: Any = None) -> tuple[Any, Any]:
+    def project(updates: Any, params: Any) -> Any:
         del params
         product = functools.partial(jnp.tensordot, precision="highest")
         parts = jax.tree.map(lambda b, u: product(b, u, u.ndim), basis, updates)
         along = sum(jax.tree.leaves(parts))  # (directions,)
-        return jax.tree.map(lambda b, u: u - product(along, b, 1), basis, updates), state
+        return jax.tree.map(lambda b, u: u - product(along, b, 1), basis, updates)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformation(init, optax.stateless(project).update)
 
 
 def _shapes(tree: Any, skip: int = 0) -> dict[str, tuple[int, ...]]:

@@ -371,7 +371,7 @@ def draw_robustness(results: Found, robustness: Found, styles: Found) -> Figure:
     axes.plot(*points.T, "o", color=GREY, markersize=9, alpha=0.5, label="reference")
     bases = np.concatenate([points, pairs])[:, 0]
     ends = np.linspace(bases.min(), bases.max(), 50)
-    axes.plot(ends, diagnose.LogitLine(**robustness["line"]).predict(ends), color=GREY)
+    axes.plot(ends, diagnose.LogitLinearBaseline(**robustness["line"]).predict(ends), color=GREY)
     for name, pair in zip(results, pairs, strict=True):
         axes.plot(*pair, "D", color=styles[name][0], markersize=5, label=plots.label(name))
     axes.set(xscale="logit", yscale="logit")

@@ -1,9 +1,9 @@
-"""How images from the field differ from those that a model is known on, without their labels.
+"""Distribution shift of unlabelled target images from a reference set.
 
-field, half = field_discrepancy(field_features, reference_features)
-field.squared, half.squared                 # how far apart, and two halves of the reference
-field.p_value                               # whether chance explains it
-confused_classes(probabilities).classes[0]  # the two classes that it hesitates between most
+target, half = mmd_to_reference(target_features, reference_features)
+target.squared, half.squared                # discrepancy, and that of two halves of the reference
+target.p_value                              # permutation test
+confused_classes(probabilities).classes[0]  # the most often confused pair of classes
 """
 
 from typing import NamedTuple
@@ -16,11 +16,11 @@ class Discrepancy(NamedTuple):
     """The maximum mean discrepancy of two sets of features.
 
     Attributes:
-        squared: unbiased estimate of its square; around 0, and negative as well, for two sets from
+        squared: unbiased estimate of its square; close to 0, possibly negative, for two sets from
             one distribution.
         bandwidth: of the Gaussian kernel, in units of the features.
-        permuted: (permutations,), the same estimate with the images dealt at random into two sets
-            of the same sizes.
+        permuted: (permutations,), the same estimate for random permutations of the images between
+            the two sets.
     """
 
     squared: float
@@ -29,16 +29,16 @@ class Discrepancy(NamedTuple):
 
     @property
     def p_value(self) -> float:
-        """How often sets dealt at random lie as far apart, in (0, 1]."""
+        """p-value of the permutation test, in (0, 1]."""
         return float((1 + (self.permuted >= self.squared).sum()) / (1 + len(self.permuted)))
 
     @property
-    def by_chance(self) -> float:
-        """What 95 % of the sets dealt at random stay below."""
+    def null_quantile(self) -> float:
+        """95 % quantile of the estimate under random permutations."""
         return float(np.quantile(self.permuted, 0.95))
 
 
-def mean_discrepancy(
+def mmd(
     x: ArrayLike,
     y: ArrayLike,
     *,
@@ -48,23 +48,22 @@ def mean_discrepancy(
 ) -> Discrepancy:
     """Maximum mean discrepancy with a Gaussian kernel, and its permutation test.
 
-    Time and memory grow with the square of the number of images in both sets: draw some.
+    Time and memory are quadratic in the number of images of both sets: use samples.
 
     Args:
-        x: (images, d), one set's features.
-        y: (other images, d), the other's.
-        bandwidth: of the kernel; None for the median distance of two images in both sets
-            together. Discrepancies compare only at the same one.
-        permutations: how many times the images are dealt anew.
-        seed: of the dealing.
+        x: (images, d), features of one set.
+        y: (other images, d), features of the other set.
+        bandwidth: of the kernel; None for the median distance of two images in the union of both
+            sets. Discrepancies are comparable at the same bandwidth only.
+        permutations: number of random permutations.
+        seed: random seed of the permutations.
 
     Returns:
         The discrepancy and its permutations.
 
     Raises:
-        ValueError: if the sets have other than two dimensions or different d, fewer than two
-            images, entries that are not finite or nearly all equal images; or an option makes
-            no sense.
+        ValueError: if the sets are not two-dimensional or differ in d, have fewer than two images,
+            entries that are not finite or nearly all images equal; or an option is out of range.
 
     References:
         Gretton et al. 2012, https://jmlr.org/papers/v13/gretton12a.html
@@ -81,7 +80,7 @@ def mean_discrepancy(
     both = np.concatenate(sets)
     if not np.isfinite(both).all():
         raise ValueError("features have entries that are not finite")
-    both -= both.mean(0)  # distances stay, rounding shrinks
+    both -= both.mean(0)  # the same distances, smaller rounding errors
     squares = (both**2).sum(1)
     distances = np.maximum(squares[:, None] + squares - 2 * both @ both.T, 0)
     if bandwidth is None:
@@ -91,18 +90,18 @@ def mean_discrepancy(
     if not 0 < bandwidth < np.inf:
         raise ValueError(f"bandwidth is {bandwidth}, expected a positive number")
     kernel = np.exp(-distances / (2 * bandwidth**2))
-    np.fill_diagonal(kernel, 0)  # the estimate is unbiased without each image's own
+    np.fill_diagonal(kernel, 0)  # the unbiased estimate leaves out the diagonal
     rng, first = np.random.default_rng(seed), len(sets[0])
-    dealt = np.zeros((len(both), 1 + permutations))
-    dealt[:first, 0] = 1  # as they came
-    for column in dealt.T[1:]:
+    members = np.zeros((len(both), 1 + permutations))
+    members[:first, 0] = 1  # the sets themselves
+    for column in members.T[1:]:
         column[rng.permutation(len(both))[:first]] = 1
-    found = _estimates(kernel, dealt)
-    return Discrepancy(float(found[0]), bandwidth, found[1:])
+    estimates = _estimates(kernel, members)
+    return Discrepancy(float(estimates[0]), bandwidth, estimates[1:])
 
 
 def _estimates(kernel: np.ndarray, members: np.ndarray) -> np.ndarray:
-    """Unbiased estimates, one a column: which images are in the first set."""
+    """Unbiased estimate for each column of (images, columns), 1 for images in the first set."""
     n, m = members[:, 0].sum(), len(members) - members[:, 0].sum()
     within = (members * (kernel @ members)).sum(0)
     across = members.T @ kernel.sum(1) - within
@@ -110,43 +109,43 @@ def _estimates(kernel: np.ndarray, members: np.ndarray) -> np.ndarray:
     return within / (n * (n - 1)) + others / (m * (m - 1)) - 2 * across / (n * m)
 
 
-def field_discrepancy(
-    field: ArrayLike, reference: ArrayLike, *, most: int = 1000, seed: int = 0
+def mmd_to_reference(
+    target: ArrayLike, reference: ArrayLike, *, most: int = 1000, seed: int = 0
 ) -> tuple[Discrepancy, Discrepancy]:
-    """How far images lie from one half of a reference, and how far its other half does.
+    """Discrepancy of target images, and of one half of a reference, from the other half.
 
-    All three samples are drawn at the same size and measured at the same bandwidth, so that the
-    second discrepancy is a yardstick for the first.
+    All samples have the same size and the same bandwidth, so the second discrepancy is a baseline
+    for the first.
 
     Args:
-        field: (images, d), features.
-        reference: (other images, d), at least four.
-        most: images of each sample.
-        seed: of all that is drawn.
+        target: (images, d), features.
+        reference: (other images, d), features of at least four images.
+        most: maximum number of images in each sample.
+        seed: random seed of samples and permutations.
 
     Returns:
-        The field's discrepancy and that of the two halves.
+        The discrepancy of the target from one half, and that of the other half.
 
     Raises:
-        ValueError: as `mean_discrepancy` does.
+        ValueError: as `mmd` does.
     """
-    field, reference = np.asarray(field), np.asarray(reference)
+    target, reference = np.asarray(target), np.asarray(reference)
     rng = np.random.default_rng(seed)
-    count = min(len(field), len(reference) // 2, most)
-    drawn = reference[rng.permutation(len(reference))[: 2 * count]]
-    near, far = drawn[:count], drawn[count:]
-    apart = mean_discrepancy(field[rng.permutation(len(field))[:count]], near, seed=seed)
-    return apart, mean_discrepancy(far, near, bandwidth=apart.bandwidth, seed=seed)
+    count = min(len(target), len(reference) // 2, most)
+    sample = reference[rng.permutation(len(reference))[: 2 * count]]
+    half, other_half = sample[:count], sample[count:]
+    shift = mmd(target[rng.permutation(len(target))[:count]], half, seed=seed)
+    return shift, mmd(other_half, half, bandwidth=shift.bandwidth, seed=seed)
 
 
-class ClassPairs(NamedTuple):
-    """Pairs of classes between which predictions hesitate, the most doubtful first.
+class ConfusablePairs(NamedTuple):
+    """Pairs of classes that are easily confused, the most ambiguous first.
 
-    A pair's doubt is its share times one minus its margin.
+    Pairs are sorted by share times (1 - margin).
 
     Attributes:
         classes: (pairs, 2) integers, ascending in each pair.
-        shares: (pairs,), the share of the images whose two likeliest classes these are.
+        shares: (pairs,), the share of the images whose two most likely classes are the pair.
         margins: (pairs,), the mean difference of the two probabilities over those images.
     """
 
@@ -155,14 +154,14 @@ class ClassPairs(NamedTuple):
     margins: np.ndarray
 
 
-def confused_classes(probabilities: ArrayLike) -> ClassPairs:
-    """Find the classes that compete for the same images.
+def confused_classes(probabilities: ArrayLike) -> ConfusablePairs:
+    """Find the pairs of classes that are the two most likely ones of the same images.
 
     Args:
         probabilities: (images, classes).
 
     Returns:
-        The pairs that are the two likeliest classes of some image.
+        The pairs that are the two most likely classes of at least one image.
 
     Raises:
         ValueError: if there are no images or fewer than two classes, or entries are not finite.
@@ -183,4 +182,4 @@ def confused_classes(probabilities: ArrayLike) -> ClassPairs:
     )
     shares, means = counts / len(margins), np.bincount(which.ravel(), margins) / counts
     order = np.argsort(-shares * (1 - means), kind="stable")
-    return ClassPairs(pairs[order], shares[order], means[order])
+    return ConfusablePairs(pairs[order], shares[order], means[order])
