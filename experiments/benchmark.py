@@ -11,9 +11,9 @@ A CLIP model with random weights adapts to random images. The prompts are synthe
 the lengths of ImageNet's "a photo of a {}.": start, four shared tokens, 1 to 11 for the name, "."
 and end of text, so that the longest has 18. JAX runs jaxtta's adapters. PyTorch runs transformers'
 CLIPModel, in eval mode and with its fused attention, twice: on prompts padded to 77 tokens, as in
-the reference implementations, and on prompts cut to the longest. The loss and the optimiser are the same;
-all but BATCLIP encode the text once, beforehand. 1,000 classes at batch 16 and 77 tokens do not
-fit in 24 GB in PyTorch: run JAX alone there, or give a --memory-limit-gb.
+the reference implementations, and on prompts cut to the longest. The loss and the optimiser are the
+same; all but BATCLIP encode the text once, beforehand. 1,000 classes at batch 16 and 77 tokens do
+not fit in 24 GB in PyTorch: run JAX only, or set --memory-limit-gb.
 
 A step of tnt-1 is one image, 64 views and one update of the noise; tnt-3 makes three updates.
 jaxtta cuts the views from the image within the step. PyTorch gets ready-made views and
@@ -255,7 +255,7 @@ def measure(settings: Settings, row: Row, sender: Connection) -> None:
     try:
         result = {"jax": jax_row, "torch": torch_row}[row.framework](settings, row)
         result["images_per_second"] = images_a_step(settings, row) / result["seconds"]
-    except Exception as error:  # libraries may raise any exception, for example when memory runs out
+    except Exception as error:  # any exception, for example out of memory
         text = str(error).strip().partition("\n")[0]
         result = {"error": f"{type(error).__name__}: {text[:160]}"}
     sender.send(result)

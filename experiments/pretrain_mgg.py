@@ -62,7 +62,7 @@ class Options:
     images: int = 128
     """Number of training images; they take the corruptions in turn."""
     held_out: int = 256
-    """Number of held-out images for checkpoint selection, each under all corruptions; 0 for none."""
+    """Held-out images for checkpoint selection, each under all corruptions; 0 for none."""
     choose: Literal["accuracy", "loss"] = "accuracy"
     """Criterion for checkpoint selection: the highest accuracy on the held-out images or, without
     labels, the lowest loss there (on the training images if none are held out)."""

@@ -45,7 +45,7 @@ TEMPLATES = (
     "a good photo of the {}.",
     "a bad photo of a {}.",
     "a close photo of a {}.",
-    "an image of a {}.",
+    "a picture of a {}.",
     "an image of a {}.",
     "an image of the {}.",
     "this is a {}.",
