@@ -230,8 +230,8 @@ def open_source(
         layout: one of `LAYOUTS`: "folder" for `<class>/…`; "imagenet" for wnid folders (ImageNet,
             -A, -R, -Sketch), "imagenet-v2", "objectnet"; "imagenet-c" for
             `<corruption>/<severity>/<class>/…`; "cifar-c" for `.npy` files with five severities
-            each, "arrays" for `.npy` files with one; the cross-dataset sets by name, in the folders that
-            prompt-learning benchmarks use; "tfds" for tensorflow-datasets.
+            each, "arrays" for `.npy` files with one; the cross-dataset sets by name, in the folders
+            that prompt-learning benchmarks use; "tfds" for tensorflow-datasets.
         root: the folder; for a cross-dataset set its own or the parent folder; for "tfds" a name,
             with a split after a colon if it is not the test split ("cifar10:train").
         preprocess: the model's preprocessing.

@@ -64,7 +64,7 @@ class Checkpoints:
             batches, saved = self._read(states, records)
         except (ValueError, OSError, KeyError, TypeError) as error:
             reason = str(error).partition("\n")[0][:200]
-            log.warning("%s: ignored, the stream starts from the beginning (%s)", self.folder, reason)
+            log.warning("%s: ignored, restarting the stream (%s)", self.folder, reason)
             self.remove()
             return 0
         for name, state in states.items():

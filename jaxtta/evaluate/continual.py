@@ -305,7 +305,7 @@ class Bench:
         return continual.task_grams(self.model, params, batches())
 
     def measure(self, params: Params, start: "Start") -> Row:
-        """Accuracy on every task; modality gap and retrieval on retention sets or reference pairs."""
+        """Accuracy on every task; modality gap and retrieval on retention sets or pairs."""
         row, shown, course = {}, [], self.course
         for task in (*self.tasks, *self.kept):
             classes = np.asarray(self.classes(params, task))
