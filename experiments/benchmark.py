@@ -186,9 +186,7 @@ def check(settings: Settings) -> None:
     if limit is not None and not Path("/proc/self/statm").exists():
         raise ValueError("--memory-limit-gb needs Linux's /proc, which this machine does not have")
     if settings.output and (settings.output.is_dir() or not settings.output.parent.is_dir()):
-        raise ValueError(
-            f"--output {settings.output}: is a folder, or its folder does not exist"
-        )
+        raise ValueError(f"--output {settings.output}: is a folder, or its folder does not exist")
 
 
 def plan(settings: Settings) -> list[Row]:

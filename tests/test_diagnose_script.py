@@ -359,7 +359,7 @@ FLAT = ("--field", "{flat}", "--class-names", "cat", "dog")
         ),
         (
             ("--shifted", "x=arrays={nowhere}"),
-            "--shifted x: .*nowhere: arrays do not say what their classes are called",
+            "--shifted x: .*nowhere: arrays .*class",
         ),
         (("--field-labels", "{few}"), "--field-labels needs --field"),
         ((*FLAT, "--field-labels", "{nowhere}"), "nowhere: no such file"),

@@ -78,7 +78,7 @@ def test_ready_arrays_and_a_partly_unreadable_folder_run(run_script, tmp_path):
         *("--output", tmp_path / "a"),
     )
     assert code == 0
-    assert "1 images could not be used" in out
+    assert "1 images could not be read" in out
     assert "0001.jpg" in out
     (row,) = cell_of(tmp_path / "a", "batclip", "clean")["segments"]
     assert row["images"] == 5
@@ -354,7 +354,7 @@ def test_a_generator_is_trained_and_a_killed_run_goes_on(run_script, short, tmp_
         np.testing.assert_allclose(again[name], record[name], rtol=1e-6)
     code, _, err = run_script("pretrain_mgg.py", *options, "--seed", "1")
     assert code == 1
-    assert "parts: holds results with seed 0 (this run: 1)" in err
+    assert "parts: has results with seed 0 (this run: 1)" in err
 
 
 def test_a_generator_for_both_towers_through_several_updates(run_script, short, tmp_path):

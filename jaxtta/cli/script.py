@@ -6,11 +6,21 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import tyro
 
-Options = TypeVar("Options")
+
+class HasDebug(Protocol):
+    """Options with a `debug` field."""
+
+    @property
+    def debug(self) -> bool:
+        """Whether to show the traceback of an error."""
+        ...
+
+
+Options = TypeVar("Options", bound=HasDebug)
 
 _INSIST = 5.0  # seconds; longer than a stopped script needs to write its files
 
@@ -35,8 +45,9 @@ def run_script(options: type[Options], main: Callable[[Options], Any], doc: str 
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         if parsed.debug:
             raise
-        known = isinstance(error, OSError) and error.filename and error.strerror
-        sentence = f"{error.filename}: {error.strerror}" if known else str(error)
+        sentence = str(error)
+        if isinstance(error, OSError) and error.filename and error.strerror:
+            sentence = f"{error.filename}: {error.strerror}"
         sys.exit(_say(" ".join(sentence.split()), 1))
 
 

@@ -127,8 +127,8 @@ def captioned_folder(root: str | Path) -> ImageFolder:
 
     Raises:
         FileNotFoundError: if there is no such folder.
-        ValueError: if the file is missing, has other columns, lists a missing image, or has an image
-            without a caption or one caption for all.
+        ValueError: if the file is missing, has other columns, lists a missing image, has an image
+            without a caption, or one caption for all.
     """
     root = Path(root)
     if not root.is_dir():

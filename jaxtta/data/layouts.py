@@ -275,8 +275,10 @@ def open_source(
 
 def _name_and_split(text: str) -> tuple[str, str]:
     """Name and split from "cifar10", "cifar10:train" or, with a version, "cifar10:3.0.2:train"."""
-    name, split = re.fullmatch(r"([^:]*(?::\d+\.\d+\.\d+)?)(?::(.*))?", text).groups()
-    return name, split or ""
+    match = re.fullmatch(r"([^:]*(?::\d+\.\d+\.\d+)?)(?::(.*))?", text)
+    if match is None:
+        raise ValueError(f"{text!r} is not a dataset's name")
+    return match[1], match[2] or ""
 
 
 def _named(images: Any, class_names: Sequence[str]) -> Any:

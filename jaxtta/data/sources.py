@@ -43,54 +43,78 @@ class Domain(NamedTuple):
 class Preprocess(Protocol):
     """The preprocessing that a source needs; `jaxtta.models.CLIP.preprocessing` is one."""
 
-    image_size: int
+    @property
+    def image_size(self) -> int:
+        """Side of the model's input in pixels."""
+        ...
 
     def rgb(self, image: Image.Image) -> Image.Image:
         """Convert to 8-bit RGB."""
+        ...
 
     def __call__(self, image: Image.Image) -> np.ndarray:
         """Resize and crop to (image_size, image_size, 3) uint8."""
+        ...
 
 
 class Images(Protocol):
-    """Clean labelled images; `ImageFolder` is one.
+    """Clean labelled images; `ImageFolder` is one."""
 
-    Attributes:
-        labels: (images,) int32, each image's index in `class_names`.
-        class_names: names of the classes.
-    """
+    @property
+    def labels(self) -> np.ndarray:
+        """(images,) int32, each image's index in `class_names`."""
+        ...
 
-    labels: np.ndarray
-    class_names: tuple[str, ...]
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes."""
+        ...
 
     def open(self, number: int) -> Image.Image:
         """Return one decoded image of any mode and size, or raise an UnreadableImageError."""
+        ...
 
     def name(self, number: int) -> str:
         """An image's name for messages."""
+        ...
 
 
 class Source(Protocol):
     """Labelled images under several corruptions."""
 
-    labels: np.ndarray
-    class_names: tuple[str, ...]
-    preprocess: Preprocess
+    @property
+    def labels(self) -> np.ndarray:
+        """(images,) int32, each image's index in `class_names`."""
+        ...
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes."""
+        ...
+
+    @property
+    def preprocess(self) -> Preprocess:
+        """The model's preprocessing."""
+        ...
 
     def check(self, domain: Domain) -> None:
         """Raise an error if there is no such domain."""
+        ...
 
     def read(self, domain: Domain, number: int, seed: int) -> np.ndarray:
         """Return one image, (height, width, 3) uint8, or raise an UnreadableImageError.
 
         The seed is for random corruptions.
         """
+        ...
 
     def read_both(self, domain: Domain, number: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
         """The same image, and the image before resize and crop, of any size."""
+        ...
 
     def name(self, domain: Domain, number: int) -> str:
         """An image's name for messages."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)

@@ -209,7 +209,7 @@ class StreamBatch(NamedTuple):
 
     images: np.ndarray
     mask: np.ndarray
-    index: np.ndarray
+    index: np.ndarray  # pyright: ignore[reportIncompatibleMethodOverride] (hides tuple.index)
     labels: np.ndarray
     source_index: np.ndarray
     segments: np.ndarray
@@ -223,7 +223,7 @@ class Place(NamedTuple):
     stream: int
     part: int
     offset: int
-    index: int
+    index: int  # pyright: ignore[reportIncompatibleMethodOverride] (hides tuple.index)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -273,16 +273,16 @@ class Batches:
         side = self.source.preprocess.image_size
         padding = self.size - len(items)
         images = np.zeros((self.size, side, side, 3), np.uint8)
-        originals = sizes = None
+        padded = None
         if self.canvas:
             originals = np.zeros((self.size, self.canvas, self.canvas, 3), np.uint8)
-            sizes = np.ones((self.size, 2), np.int32)
+            padded = originals, np.ones((self.size, 2), np.int32)
         for row, both in enumerate(read):
             if both is None:
                 continue
             images[row], original = both
-            if self.canvas:
-                originals[row], sizes[row] = on_canvas(original, self.canvas)
+            if padded and self.canvas and original is not None:
+                padded[0][row], padded[1][row] = on_canvas(original, self.canvas)
         segments, numbers = np.pad(items, ((0, padding), (0, 0)), constant_values=-1).T
         return StreamBatch(
             images,
@@ -291,8 +291,7 @@ class Batches:
             np.pad(self.source.labels[items[:, 1]], (0, padding)),
             numbers,
             segments,
-            originals,
-            sizes,
+            *(padded or (None, None)),
         )
 
     def _read(
@@ -359,8 +358,8 @@ class _Chosen:
     def __len__(self) -> int:
         return len(self.numbers)
 
-    def __getitem__(self, place: int) -> StreamBatch:
-        return self.batches[self.numbers[place]]
+    def __getitem__(self, index: int) -> StreamBatch:
+        return self.batches[self.numbers[index]]
 
 
 def _follow_the_parent(worker: int, workers: int) -> None:
@@ -368,13 +367,14 @@ def _follow_the_parent(worker: int, workers: int) -> None:
     del worker, workers
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
+    if parent is None:
+        return
 
     def end() -> None:
         parent.join()
         os._exit(1)
 
-    if parent is not None:
-        threading.Thread(target=end, daemon=True).start()
+    threading.Thread(target=end, daemon=True).start()
 
 
 def read_ahead(

@@ -74,10 +74,13 @@ def open_task(name: str, root: str | None, preprocess: Preprocess) -> TaskData:
     elif name == "textile":
         template, both = "a photo of a textile with {}.", split(textile(), preprocess)
     elif name in ORDERS["order-1"]:
-        if root is None and name not in FROM_TFDS:
-            raise ValueError(f"{name} needs --data, the folder that contains the MTIL sets")
         template = MNIST if name == "mnist" else templates_for(name)[0]
-        layout, place = ("tfds", name) if name in FROM_TFDS else (name, root)
+        if name in FROM_TFDS:
+            layout, place = "tfds", name
+        elif root is not None:
+            layout, place = name, root
+        else:
+            raise ValueError(f"{name} needs --data, the folder that contains the MTIL sets")
         both = (open_source(layout, place, preprocess, split=s) for s in ("train", "test"))
     elif equals:
         template = "a photo of a {}."
@@ -109,12 +112,12 @@ def digits(turned: bool = False) -> Arrays:
     """scikit-learn's digits, or their negatives rotated by 90°."""
     from sklearn.datasets import load_digits
 
-    loaded = load_digits()
-    grey = (loaded.images * 255 / 16).round().astype(np.uint8)
+    pixels, labels = load_digits(return_X_y=True)
+    grey = (np.asarray(pixels).reshape(-1, 8, 8) * 255 / 16).round().astype(np.uint8)
     if turned:
         grey = np.rot90(255 - grey, axes=(1, 2))
     images = np.repeat(grey[..., None], 3, axis=-1)
-    return Arrays(images, loaded.target.astype(np.int32), DIGITS, "digit")
+    return Arrays(images, np.asarray(labels, np.int32), DIGITS, "digit")
 
 
 def textile() -> ImageFolder:
@@ -157,7 +160,9 @@ def in_memory(tasks: Sequence[TaskData], room: float = 2e9) -> list[TaskData]:
         sources = {}
         for which in ("train", "test"):
             source = getattr(task, which)
-            size = np.inf if source is None else np.prod(shape_of(source), dtype=float)
+            if source is None:
+                continue
+            size = np.prod(shape_of(source), dtype=float)
             if size <= room:
                 room -= size
                 sources[which] = InMemory(source)

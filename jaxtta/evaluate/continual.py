@@ -279,8 +279,7 @@ class Bench:
     def prompts(self, task: TaskData) -> models.Prompts:
         """A task's packed prompts."""
         names = task.test.class_names
-        task = models.zero_shot_task(self.model, names, [task.template])
-        return self.model.prompts(task)
+        return self.model.prompts(models.zero_shot_task(self.model, names, [task.template]))
 
     def classes(self, params: Params, task: TaskData) -> jax.Array:
         """Embeddings of a task's classes, cached while the text tower is the same."""
@@ -343,9 +342,9 @@ def alignment(images: np.ndarray, texts: np.ndarray, labels: np.ndarray) -> Row:
     _, first, place = np.unique(labels, return_index=True, return_inverse=True)
     similarities, matches = images @ texts[first].T, place[:, None] == np.arange(len(first))
     found = (
-        metrics.modality_gap(images, texts),
-        metrics.retrieval_recall(similarities, matches),
-        metrics.retrieval_recall(similarities.T, matches.T),
+        metrics.modality_gap(jnp.asarray(images), jnp.asarray(texts)),
+        metrics.retrieval_recall(jnp.asarray(similarities), jnp.asarray(matches)),
+        metrics.retrieval_recall(jnp.asarray(similarities.T), jnp.asarray(matches.T)),
     )
     return dict(zip(FIGURES, map(float, found), strict=True))
 
@@ -380,7 +379,7 @@ class Start:
         """Embeddings of the pairs' captions."""
         bench, pairs = self.bench, self.pairs
         if params["text_model"] is bench.first["text_model"]:
-            return pairs.teacher_texts
+            return np.asarray(pairs.teacher_texts)
         return np.asarray(encode_texts(bench.model, params, self.prompts))[pairs.labels]
 
     @functools.cached_property
@@ -470,6 +469,8 @@ class Trainer:
 
     def train(self, params: Params, grams: continual.Grams, task: TaskData, number: int) -> Params:
         """Fine-tune on one task."""
+        if task.train is None:
+            raise ValueError(f"{task.name} has no training images")
         course, bench, method = self.course, self.bench, self.method
         everything = course.first_task == "all" and number == 0
         chosen = continual.all_but_logit_scale if everything else continual.gnsp_kernels
@@ -487,8 +488,9 @@ class Trainer:
         numbers = shuffled(rng, len(task.train.labels), course.iterations * course.batch_size)
         doing = f"{self.name} seed {self.seed}: {task.name}"
         reader = read(task.train, numbers, course.batch_size, course.workers, doing)
+        figures: dict[str, Any] = {}
         for turn, batch in enumerate(reader):
-            images, labels = usable(batch, rng, doing)
+            images, labels = map(jnp.asarray, usable(batch, rng, doing))
             few = None
             if pairs is not None:
                 rows = rng.integers(0, len(pairs.images), course.reference_batch)
@@ -512,7 +514,7 @@ class Trainer:
         self, params: Params, grams: continual.Grams, task: TaskData, number: int
     ) -> continual.Grams:
         """Add the Gram matrices of the latest task to the earlier ones."""
-        if not self.projects:
+        if not self.projects or task.train is None:
             return {}
         rng = np.random.default_rng([self.seed, number, 1])
         numbers = rng.permutation(len(task.train.labels))[: self.course.gram_images]
@@ -526,7 +528,7 @@ class Trainer:
         rows = {self.name: self.bench.measure(params, self.start)}
         if self.name == TRAINED_AS[WISE]:
             first = self.bench.first
-            ends = (tree.partition(weights, self.changed)[0] for weights in (first, params))
+            ends = tree.partition(first, self.changed)[0], tree.partition(params, self.changed)[0]
             averaged = continual.average_weights(*ends, self.course.wise_share)
             rows[WISE] = self.bench.measure(tree.merge(first, averaged), self.start)
         return rows

@@ -172,8 +172,8 @@ def _flags(images: np.ndarray, seen: np.ndarray, right: np.ndarray) -> Figures:
     flags[:, images] = seen, seen & right
     return {
         "bits": flags.shape[1],
-        "seen": base64.b64encode(np.packbits(flags[0])).decode(),
-        "correct": base64.b64encode(np.packbits(flags[1])).decode(),
+        "seen": base64.b64encode(np.packbits(flags[0]).tobytes()).decode(),
+        "correct": base64.b64encode(np.packbits(flags[1]).tobytes()).decode(),
     }
 
 

@@ -138,7 +138,8 @@ class Results:
                 atomic_write(folder / f"{path.stem}.npz") as temporary,
                 temporary.open("wb") as file,
             ):
-                np.savez_compressed(file, **arrays)
+                # The stub takes the keywords for `allow_pickle`.
+                np.savez_compressed(file, **arrays)  # pyright: ignore[reportArgumentType]
         settings = self.settings_of(cell["adapter"])
         cell = json.loads(json.dumps({**cell, "settings": settings, "about": self.about}))
         write_json(path, {**cell, "digest": digest_of(cell)})

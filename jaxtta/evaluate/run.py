@@ -163,8 +163,9 @@ def _run_stream(
     bar.set_description(f"{job.stream.name} seed {job.stream.seed}")
     for number in range(job.done, len(job.numbers)):
         batch = next(source)
-        plain = Batch(batch.images, batch.mask, batch.index)
-        uncut = Batch(batch.originals, batch.mask, batch.index, batch.sizes)
+        read: Any = batch  # numpy arrays, which the compiled step transfers
+        plain = Batch(read.images, read.mask, read.index)
+        uncut = Batch(read.originals, read.mask, read.index, read.sizes)
         for name in job.adapters:
             inputs = uncut if name in from_originals else plain
             if name not in steps:  # compiled once per sweep, not timed

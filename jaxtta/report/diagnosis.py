@@ -154,7 +154,7 @@ def expectations(name: str, found: Found) -> list[str]:
     field, reference, classes = found["field"], found["reference"], found["classes"]
     place, p = f"the reference, {reference['name']}", f"p = {field['p_value']:.3f}"
     if field["p_value"] > CHANCE:
-        apart = f"do not differ significantly from {place} ({p}), which does not prove that they are alike"
+        apart = f"do not differ significantly from {place} ({p}), which is no proof of equality"
     else:
         times = field["discrepancy"] / field["chance"]
         apart = (
@@ -258,9 +258,7 @@ def field_tables(name: str, found: Found) -> list[Table]:
     columns = [
         {
             "images": str(each["images"]),
-            "squared MMD to half the reference": f"{each['discrepancy']:.4f}".replace(
-                "-", "−"
-            ),
+            "squared MMD to half the reference": f"{each['discrepancy']:.4f}".replace("-", "−"),
             "95 % quantile under the null": f"{each['chance']:.4f}",
             "p-value": f"{each['p_value']:.3f}",
             "kurtosis": f"{each['kurtosis']:.2f}",
@@ -309,7 +307,7 @@ CAPTIONS = {
     ),
     "importance": (
         "Importance of the head's directions",
-        "Singular value times mean |cosine| with the features of the base set, divided by its mean.",
+        "Singular value times mean |cosine| with the features of the base set, over its mean.",
     ),
     "pruning": (
         "Accuracy by fraction of directions kept",
@@ -341,7 +339,7 @@ def diagnosis_figures(results: Found, robustness: Found, fractions: Sequence[flo
     styles = plots.styles([{"adapter": name} for name in results], "")
     for number, (name, found) in enumerate(results.items()):
         colour, dashes = styles[name]
-        look = {"color": colour, "linestyle": dashes, "label": plots.label(name)}
+        look: dict[str, Any] = {"color": colour, "linestyle": dashes, "label": plots.label(name)}
         offset = (number - (len(results) - 1) / 2) * width
         heights = [found["sets"][each]["kurtosis"] for each in sets]
         kurtosis.bar(places + offset, heights, width, color=colour, label=plots.label(name))

@@ -55,7 +55,7 @@ def check_examples(adapters: Sequence[str], tuning: Tuning) -> None:
 
 class _Place(NamedTuple):
     stream: int
-    index: int
+    index: int  # pyright: ignore[reportIncompatibleMethodOverride] (hides tuple.index)
 
 
 def find_examples(
@@ -82,7 +82,13 @@ def find_examples(
 
     Returns:
         At most `count` examples.
+
+    Raises:
+        ValueError: if the batches have no canvas.
     """
+    canvas = batches.canvas
+    if canvas is None:
+        raise ValueError("examples need batches with a canvas")
     classes = jax.jit(model.class_embeddings)(params, model.prompts(task))
     # The same key as in the sweep: from the image's index in its stream.
     tune = jax.jit(
@@ -99,7 +105,7 @@ def find_examples(
         segment, number = stream.items[place.index].tolist()
         domain = stream.segments[segment]
         original = batches.source.read_both(domain, number, stream.seed)[1]
-        image, size = on_canvas(original, batches.canvas)
+        image, size = on_canvas(original, canvas)
         key = jax.random.fold_in(jax.random.key(stream.seed), place.index)
         views, tuned = tune(params, classes, key, image, size)
         examples.append(

@@ -136,8 +136,8 @@ def render(
         drawn["examples"] = examples
     shown = {}
     for key, figure in drawn.items():
-        words = (text.format(baseline=name, noun=summary.noun) for text in CAPTIONS[key])
-        shown[key] = plot(*words, figure, headed=key != "reliability")
+        words = [text.format(baseline=name, noun=summary.noun) for text in CAPTIONS[key]]
+        shown[key] = plot(words[0], words[1], figure, headed=key != "reliability")
     body = [
         f'<p class="answer">{escape(report.answer_from(summary))}</p>',
         _warnings(cells),
@@ -185,7 +185,7 @@ def _accuracy(cells: Sequence[Cell], summary: Summary, colours: Mapping[str, str
     ]
     means = ("mean", [_entry(summary.means[a]) for a in summary.adapters])
     errors = {adapter: report.corruption_error(cells, adapter) for adapter in summary.adapters}
-    last = [means]
+    last: list[tuple[str, list[str]]] = [means]
     if any(error is not None for error in errors.values()):
         last.append(("mean corruption error (%)", [_number(e) for e in errors.values()]))
     notes = []

@@ -7,6 +7,7 @@ grey.
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -19,6 +20,7 @@ from jaxtta.report.summary import BASELINE, average, averaged_corruptions, sever
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")
 GREY = "#767676"
+Grid = Literal["both", "x", "y"]
 DASHES = ("-", "--", ":", "-.")
 
 
@@ -71,7 +73,7 @@ def bars(cells: Sequence[Cell], title: str = "", baseline: str = BASELINE) -> Fi
             hatch=None if dashes == "-" else "//",
         )
         for place, height, entry in zip(places + offset, heights, entries, strict=True):
-            if entry.interval is not None:
+            if entry.interval is not None and entry.gain is not None:
                 ends = [height - entry.gain + bound for bound in entry.interval]
                 axes.plot([place, place], ends, color="black", linewidth=0.9)
                 lowest = min(lowest, *ends)
@@ -132,7 +134,8 @@ def running(cells: Sequence[Cell], title: str = "", baseline: str = BASELINE) ->
 
 def _fit(axes: Axes) -> None:
     """Scale the y axis without the first images, where accuracy fluctuates strongly."""
-    late = [line.get_ydata()[len(line.get_ydata()) // 10 :] for line in axes.lines]
+    lines = [np.asarray(line.get_ydata()) for line in axes.lines]
+    late = [values[len(values) // 10 :] for values in lines]
     if late:
         low, high = min(map(np.min, late)), max(map(np.max, late))
         margin = 0.08 * (high - low) + 0.3
@@ -336,7 +339,7 @@ def label(name: str) -> str:
     return name.replace("_", " ").replace("$", r"\$")
 
 
-def finish(axes: Axes, x: str, y: str, *, grid: str = "y") -> None:
+def finish(axes: Axes, x: str, y: str, *, grid: Grid = "y") -> None:
     """Set axis labels, and a legend if there are several entries."""
     axes.set(xlabel=x, ylabel=y)
     _tidy(axes, grid)
@@ -344,7 +347,7 @@ def finish(axes: Axes, x: str, y: str, *, grid: str = "y") -> None:
         axes.legend(frameon=False, fontsize=8)
 
 
-def _tidy(axes: Axes, grid: str = "y") -> None:
+def _tidy(axes: Axes, grid: Grid = "y") -> None:
     axes.grid(axis=grid, alpha=0.3)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

@@ -217,9 +217,10 @@ def corruption_error(cells: Sequence[Cell], adapter: str) -> float | None:
     errors = {}
     for name in ALEXNET_ERRORS:
         accuracies = [_mean(found.get((name, severity), [])) for severity in range(1, 6)]
-        if None in accuracies:
+        known = [accuracy for accuracy in accuracies if accuracy is not None]
+        if len(known) < len(accuracies):
             return None
-        errors[name] = 1 - sum(accuracies) / len(accuracies)
+        errors[name] = 1 - sum(known) / len(known)
     return 100 * mean_corruption_error(errors)
 
 
@@ -238,25 +239,23 @@ def answer(cells: Sequence[Cell], baseline: str = BASELINE) -> str:
 
 def answer_from(summary: Summary) -> str:
     """The same from a Summary."""
-    measured = [name for name in summary.adapters if summary.means[name].top1 is not None]
+    accuracies = [(name, summary.means[name].top1) for name in summary.adapters]
+    measured = {name: top1 for name, top1 in accuracies if top1 is not None}
     if not measured:
         return "No images were processed."
     count, first = len(summary.averaged), summary.averaged[0].replace("_", " ")
     where = f"Averaged over {count} {summary.noun}s" if count > 1 else f"On {first} images"
     if summary.baseline is None or not summary.rivals:
-        best = max(measured, key=lambda name: summary.means[name].top1)
+        best = max(measured, key=measured.__getitem__)
         missing = summary.baseline is None
         rest = "There is no baseline to compare with" if missing else "No other adapter was run"
         return f"{where}, {best} has an accuracy of {summary.means[best].top1:.2f} %. {rest}."
-    best = max(summary.rivals, key=lambda name: summary.means[name].gain)
+    best = max(summary.rivals, key=lambda name: summary.means[name].gain or 0.0)
     entry, base = summary.means[best], summary.baseline
     share = summary.means[base].top1
     figures = f"{entry.gain:+.2f} points {_bounds(entry)}"
     if entry.verdict > 0:
-        said = (
-            f"{best} is best with {entry.top1:.2f} %, {figures} over {base}'s "
-            f"{share:.2f} %"
-        )
+        said = f"{best} is best with {entry.top1:.2f} %, {figures} over {base}'s {share:.2f} %"
     elif entry.verdict == 0:
         said = (
             f"no adapter is clearly better than {base} with {share:.2f} %: the highest, {best}, "
@@ -339,8 +338,7 @@ def _foot(cells: Sequence[Cell], summary: Summary) -> list[str]:
         lines.append("the mean excludes clean images")
     if any(e.verdict < 0 for e in (*summary.entries.values(), *summary.means.values())):
         lines.append(
-            f"! significantly worse than {summary.baseline}: the gain's 95 % interval is "
-            "below 0"
+            f"! significantly worse than {summary.baseline}: the gain's 95 % interval is below 0"
         )
     return lines
 
@@ -361,7 +359,7 @@ def summary_csv(cells: Sequence[Cell], path: str | Path, baseline: str = BASELIN
 
     Args:
         cells: the cells of one sweep.
-        path: the CSV file, written atomically; accuracies and gains in [0, 1], unknown values empty.
+        path: the CSV file, written atomically; accuracies and gains in [0, 1], empty if unknown.
         baseline: the adapter that gains are relative to, if it was run.
     """
     path = Path(path)
