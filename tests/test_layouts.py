@@ -168,7 +168,7 @@ def test_bad_splits_are_refused(tmp_path, split, entries, message):
         data.listed_split(path, tmp_path / "images")
 
 
-@pytest.mark.parametrize(("text", "message"), [("{", "is no JSON"), ("[]", "holds a list, expect")])
+@pytest.mark.parametrize(("text", "message"), [("{", "JSON"), ("[]", "a list, expected")])
 def test_what_is_no_split_is_refused(tmp_path, text, message):
     with pytest.raises(FileNotFoundError, match=r"split\.json: no such file"):
         data.listed_split(tmp_path / "split.json", tmp_path)
@@ -191,7 +191,7 @@ def test_fgvc_aircraft(tmp_path):
         assert source.class_names == variants
         np.testing.assert_array_equal(every_image(source), EXPECTED)
     (root / "images_variant_test.txt").write_text("1000 Concorde\n")
-    with pytest.raises(ValueError, match="line '1000 Concorde' names none of the 3 variants"):
+    with pytest.raises(ValueError, match="line '1000 Concorde' .*3 variants"):
         data.fgvc_aircraft(root)
 
 

@@ -209,7 +209,7 @@ def test_without_a_baseline_there_are_no_gains():
     cells = cells_of(skills={"tent": 0.5, "batclip": 0.7})
     assert "[" not in report.table(cells)
     assert "batclip has" in report.answer(cells)
-    assert "not compared" in report.answer(cells)
+    assert "no baseline" in report.answer(cells)
     assert "[" in report.table(cells, baseline="tent")
 
 
