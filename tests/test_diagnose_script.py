@@ -348,7 +348,7 @@ FLAT = ("--field", "{flat}", "--class-names", "cat", "dog")
         (("--reference-points", "published"), "published .*--layout imagenet"),
         (
             ("--reference-points", "published", "--layout", "imagenet", "--corruptions"),
-            "--reference-points published: there are no shifted sets, expected some of imagenet-v2",
+            "--reference-points published: no shifted sets, expected some of imagenet-v2",
         ),
         (("--shifted", "r"), "--shifted has 'r', expected NAME=LAYOUT=FOLDER"),
         (

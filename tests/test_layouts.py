@@ -69,7 +69,7 @@ def test_class_folders(tmp_path, layout):
     write_folders(tmp_path, WNIDS)
     (tmp_path / "README.txt").write_text("as in ImageNet-A and -R")
     if layout == "folder":
-        with pytest.raises(ValueError, match="n01440764 .*layout imagenet"):
+        with pytest.raises(ValueError, match=r"n01440764 .*layout imagenet"):
             data.open_source(layout, tmp_path, PREPROCESS)
     names = CLASSES if layout == "folder" else ()
     source = data.open_source(layout, tmp_path, PREPROCESS, names)
@@ -83,7 +83,7 @@ def test_imagenet_classes_are_those_present(tmp_path):
     assert source.class_names == ("tench", "tabby cat", "toilet paper")
     np.testing.assert_array_equal(every_image(source), EXPECTED[[2, 1, 0]])
     (tmp_path / "n01440764").rename(tmp_path / "n00000000")
-    with pytest.raises(ValueError, match="n00000000.*1,000 wnids"):
+    with pytest.raises(ValueError, match=r"n00000000.*1,000 wnids"):
         data.imagenet(tmp_path)
 
 
@@ -191,7 +191,7 @@ def test_fgvc_aircraft(tmp_path):
         assert source.class_names == variants
         np.testing.assert_array_equal(every_image(source), EXPECTED)
     (root / "images_variant_test.txt").write_text("1000 Concorde\n")
-    with pytest.raises(ValueError, match="line '1000 Concorde' .*3 variants"):
+    with pytest.raises(ValueError, match=r"line '1000 Concorde' .*3 variants"):
         data.fgvc_aircraft(root)
 
 
@@ -274,7 +274,7 @@ def test_cifar_c_files_that_do_not_fit_their_labels(stacked):
 def test_arrays_of_one_strength(stacked):
     np.save(stacked / "labels.npy", np.repeat([0, 1, 2], 2))
     np.save(stacked / "snow.npy", PIXELS.reshape(6, 40, 44, 3))
-    with pytest.raises(ValueError, match="arrays .*class"):
+    with pytest.raises(ValueError, match=r"arrays .*class"):
         data.open_source("arrays", stacked, PREPROCESS)
     source = data.open_source("arrays", stacked, PREPROCESS, CLASSES)
     for domain in (data.Domain("snow"), CLEAN, data.Domain("clean", 5)):

@@ -206,7 +206,7 @@ def test_an_adapter_that_cuts_its_own_views_is_given_the_originals(tmp_path):
     assert [cell["segments"][0]["images"] for cell in cells] == [19] * 3
     assert cells[2]["segments"][0]["top1"] == 1
     assert cells[0]["segments"][0]["top1"] < 1
-    with pytest.raises(ValueError, match="reader .*canvas"):
+    with pytest.raises(ValueError, match=r"reader .*canvas"):
         evaluate.run(
             *(adapters, PARAMS, data.Batches(source, tuple(streams), 6)),
             evaluate.Results(tmp_path / "b", {}),
