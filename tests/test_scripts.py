@@ -176,7 +176,7 @@ def test_a_step_with_a_nan_loss_is_skipped_counted_and_named(run_script, tmp_pat
         (["--severities", "5", "5"], "--severities needs one or more"),
         (
             ["--choose-learning-rate", "0.1", "--corruptions", "spatter"],
-            "a learning rate chosen on the validation corruptions",
+            "the validation corruptions",
         ),
         (["--choose-learning-rate", "0.1", "--worker", "0/2"], "one machine"),
         (["--choose-for", "tent"], "--choose-for tent needs --choose-learning-rate"),
