@@ -19,7 +19,7 @@ $(VENV)/installed: pyproject.toml $(wildcard constraints/*.txt)
 	$(PIP) $(CONSTRAINTS) --editable '.[test]'
 	touch $@
 
-demo: venv  ## Adapt the embedded model to 15 corruptions of real images
+demo: venv  ## Adapt the bundled model to 15 corruptions of real images
 	$(OFFLINE) $(VENV)/bin/python experiments/corruption_sweep.py --limit 400 --batch-size 50 --output runs/demo
 
 test: venv  ## Run the tests (no PyTorch)
@@ -35,9 +35,10 @@ parity: $(VENV)/torch  ## Install PyTorch and compare with it and with reference
 bench: $(VENV)/torch  ## Time the adapters on ViT-B/16, beside PyTorch
 	$(OFFLINE) $(VENV)/bin/python experiments/benchmark.py
 
-lint: venv  ## Check style
+lint: venv  ## Check style and types
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 
 clean:  ## Remove the environment and all results
 	rm -rf $(VENV) runs

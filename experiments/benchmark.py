@@ -10,28 +10,29 @@
 A CLIP model with random weights adapts to random images. The prompts are synthetic token ids with
 the lengths of ImageNet's "a photo of a {}.": start, four shared tokens, 1 to 11 for the name, "."
 and end of text, so that the longest has 18. JAX runs jaxtta's adapters. PyTorch runs transformers'
-CLIPModel, in eval mode and with its fused attention, twice: on prompts padded to 77 tokens, the
-published procedure, and on prompts cut to the longest. The loss and the optimiser are the same;
-all but BATCLIP encode the text once, beforehand. 1,000 classes at batch 16 and 77 tokens do not
-fit in 24 GB in PyTorch: run JAX alone there, or give a --memory-limit-gb.
+CLIPModel, in eval mode and with its fused attention, twice: on prompts padded to 77 tokens, as in
+the reference implementations, and on prompts cut to the longest. The loss and the optimiser are the
+same; all but BATCLIP encode the text once, beforehand. 1,000 classes at batch 16 and 77 tokens do
+not fit in 24 GB in PyTorch: run JAX only, or set --memory-limit-gb.
 
 A step of tnt-1 is one image, 64 views and one update of the noise; tnt-3 makes three updates.
-jaxtta cuts the views from the image within the step. PyTorch is handed them, and follows the
-published procedure: every update runs all views forward and backward and then selects.
+jaxtta cuts the views from the image within the step. PyTorch gets ready-made views and
+follows the reference implementation: every update runs all views forward and backward and then
+selects.
 
-Every row has a process of its own. The columns:
+Every row is measured in a separate process. The columns:
 
-- s/step: the shortest of the measured steps, and their median; compilation and a first step come
-  before. Images per second and all that follows are of the shortest.
-- peak GB: the most memory the process has held up to the last measured step, weights, libraries and
-  compilation included; on a GPU the most that was allocated on it. JAX rows hide PyTorch, which
-  transformers would load beside JAX where it is installed.
-- GFLOP: floating-point operations of a step's matrix products, recomputed ones too; PyTorch counts
-  whole score matrices where attention is causal.
-- of peak: those operations per second as a share of what a large matrix product reaches just
-  before, in the same library and process and at its default precision.
-- faster, less memory, fewer FLOPs: PyTorch's row with 77 tokens of the same adapter and this run,
-  divided by the row.
+- s/step: the shortest of the measured steps, and their median, after compilation and a first step.
+  Images per second and the other columns use the shortest.
+- peak GB: peak memory of the process up to the last measured step, including weights, libraries and
+  compilation; on a GPU, its peak allocation. JAX rows hide PyTorch, which transformers would
+  otherwise load if it is installed.
+- GFLOP: floating-point operations of a step's matrix products, including recomputed ones; PyTorch
+  counts whole score matrices for causal attention.
+- of peak: those operations per second in % of peak matmul throughput, measured just before in the
+  same library and process at its default precision.
+- faster, less memory, fewer FLOPs: PyTorch's row with 77 tokens for the same adapter in this run,
+  divided by this row.
 """
 
 import collections
@@ -56,7 +57,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-if TYPE_CHECKING:  # each library is imported in the processes that measure it, and nowhere else
+if TYPE_CHECKING:  # each library is only imported in the processes that measure it
     import jax
     import torch
     from transformers import CLIPConfig
@@ -66,52 +67,52 @@ if TYPE_CHECKING:  # each library is imported in the processes that measure it, 
 Result = dict[str, Any]
 
 NAME_LENGTHS = (0, 246, 508, 155, 49, 24, 9, 7, 1, 0, 0, 1)
-"""How many of ImageNet's 1,000 class names have 0, 1, 2, … tokens."""
+"""Number of ImageNet's 1,000 class names with 0, 1, 2, … tokens."""
 START, SHARED, FULL_STOP, END = 49406, (320, 1125, 539, 320), 269, 49407
 MAX_LENGTH = 77
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What to measure."""
+    """Benchmark settings."""
 
     model: Literal["ViT-B/16", "ViT-B/32", "ViT-L/14", "tiny"] = "ViT-B/16"
-    """Size of the model; tiny shows that everything runs and says nothing about speed."""
+    """Size of the model; tiny only checks that everything runs."""
     classes: int = 100
-    """Number of classes, one prompt each."""
+    """Number of classes, with one prompt per class."""
     batch: int = 16
-    """Images a step (TNT: always one)."""
+    """Images per step (TNT: always one)."""
     views: int = 64
-    """Views an image (TNT)."""
+    """Views per image (TNT)."""
     views_per_chunk: int = 8
-    """Views that are embedded at once (TNT's JAX rows); more fill an accelerator."""
+    """Views encoded at once (TNT's JAX rows); use more on an accelerator."""
     adapters: tuple[Literal["zero_shot", "tent", "batclip", "tnt-1", "tnt-3", "mgtta"], ...] = (
         "zero_shot",
         "tent",
         "batclip",
     )
-    """Adapters to measure; mgtta in JAX alone."""
+    """Adapters to measure; mgtta in JAX only."""
     frameworks: tuple[Literal["jax", "torch"], ...] = ("jax", "torch")
-    """Libraries to measure them in; each adapter has one row in JAX and two in PyTorch (TNT one, as
-    its prompts are encoded beforehand)."""
+    """Libraries to measure; each adapter has one row in JAX and two in PyTorch (TNT one, since its
+    prompts are encoded beforehand)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the matrix products; the parameters are float32."""
     remat: bool = False
     """Recompute activations in the backward pass (JAX rows only): less memory, more time."""
     steps: int = 3
-    """Measured steps a row, after one that is not measured."""
+    """Measured steps per row, after one warm-up step."""
     memory_limit_gb: float | None = None
-    """Stop a row whose process holds more main memory than this (needs Linux)."""
+    """Stop a row whose process uses more main memory than this (Linux only)."""
     reading: Path | None = None
-    """A folder of images by class: time reading them too, without a model, and corrupting one."""
+    """Class folders of images: also time reading them without a model, and corrupting one image."""
     workers: int = 2
-    """Processes that read."""
+    """Processes that read images."""
     projectors: bool = False
-    """Time what GNSP adds to training too: its projectors, made from Gram matrices, beside the full
-    SVDs of the published code in PyTorch where it is installed; and a step without and with the
-    projection, on --batch images and as many reference pairs."""
+    """Also time what GNSP adds to training: projectors from Gram matrices, compared with the full
+    SVDs of the reference implementation in PyTorch if installed; and a training step without and
+    with the projection, on --batch images and as many reference pairs."""
     output: Path | None = None
-    """JSON file for settings and rows, written anew as each row finishes."""
+    """JSON file for settings and rows, rewritten after each row."""
     debug: bool = False
     """Show the traceback of an error."""
 
@@ -132,7 +133,7 @@ def main(settings: Settings) -> None:
     if settings.reading:
         from jaxtta.data import image_folder
 
-        image_folder(settings.reading)  # a wrong folder is told before anything is measured
+        image_folder(settings.reading)  # fail early for a wrong folder
     rows = plan(settings)
     results: list[Result] = []
     with tqdm(total=len(rows), unit="row", disable=None) as progress:
@@ -167,7 +168,7 @@ def main(settings: Settings) -> None:
 
 
 def check(settings: Settings) -> None:
-    """Raise a ValueError where an option makes no sense."""
+    """Raise a ValueError for invalid options."""
     least_of = {"classes": 2, "batch": 1, "views": 1, "views_per_chunk": 1, "steps": 1}
     for name, least in least_of.items():
         if getattr(settings, name) < least:
@@ -186,16 +187,14 @@ def check(settings: Settings) -> None:
     if limit is not None and not Path("/proc/self/statm").exists():
         raise ValueError("--memory-limit-gb needs Linux's /proc, which this machine does not have")
     if settings.output and (settings.output.is_dir() or not settings.output.parent.is_dir()):
-        raise ValueError(
-            f"--output {settings.output}: is a folder, or lies in one that does not exist"
-        )
+        raise ValueError(f"--output {settings.output}: is a folder, or its folder does not exist")
 
 
 def plan(settings: Settings) -> list[Row]:
-    """The rows that can be measured here; those of one adapter stand together."""
+    """The rows that can be measured here, grouped by adapter."""
     frameworks = settings.frameworks
     if "torch" in frameworks and importlib.util.find_spec("torch") is None:
-        message = "PyTorch is not installed, so its rows are left out: `make parity` installs it"
+        message = "PyTorch is not installed, so its rows are skipped: `make parity` installs it"
         if frameworks == ("torch",):
             raise ValueError(message)
         print(message, file=sys.stderr)
@@ -212,12 +211,12 @@ def plan(settings: Settings) -> list[Row]:
 
 
 def is_tnt(adapter: str) -> bool:
-    """Whether it is one of TNT's rows."""
+    """Whether this is a TNT row."""
     return adapter.startswith("tnt-")
 
 
 def supervise(settings: Settings, row: Row) -> Result:
-    """Measure a row in a fresh process, whatever becomes of that."""
+    """Measure a row in a new process and report its failure, if any."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     child = context.Process(target=measure, args=(settings, row, sender), daemon=True)
@@ -232,16 +231,16 @@ def supervise(settings: Settings, row: Row) -> Result:
             return {"error": f"stopped at more than {limit:g} GB"}
     try:
         return receiver.recv()
-    except EOFError:  # it could not say what was wrong
+    except EOFError:  # the process ended without a message
         code = child.exitcode
     if code >= 0:
         return {"error": f"exit code {code}"}
-    killed = "killed, most likely for want of memory: " if code == -signal.SIGKILL else ""
+    killed = "killed, probably out of memory: " if code == -signal.SIGKILL else ""
     return {"error": f"{killed}signal {signal.Signals(-code).name}"}
 
 
 def resident_gb(pid: int) -> float:
-    """Main memory that a process holds now; 0 if it is gone."""
+    """Main memory that a process uses now; 0 if it has ended."""
     try:
         pages = Path(f"/proc/{pid}/statm").read_text().split()[1]
     except (OSError, IndexError):
@@ -250,12 +249,12 @@ def resident_gb(pid: int) -> float:
 
 
 def measure(settings: Settings, row: Row, sender: Connection) -> None:
-    """Measure a row in this process and send the result, or what went wrong, in one line."""
+    """Measure a row in this process and send the result, or an error in one line."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process
     try:
         result = {"jax": jax_row, "torch": torch_row}[row.framework](settings, row)
         result["images_per_second"] = images_a_step(settings, row) / result["seconds"]
-    except Exception as error:  # whatever a library raises when memory runs out, say
+    except Exception as error:  # any exception, for example out of memory
         text = str(error).strip().partition("\n")[0]
         result = {"error": f"{type(error).__name__}: {text[:160]}"}
     sender.send(result)
@@ -303,7 +302,7 @@ def clip_config(model: str) -> "CLIPConfig":
 
 
 def images_a_step(settings: Settings, row: Row) -> int:
-    """How many images a step takes."""
+    """Number of images per step."""
     return 1 if is_tnt(row.adapter) else settings.batch
 
 
@@ -313,7 +312,7 @@ def random_images(count: int, size: int) -> np.ndarray:
 
 
 def timed(step: Callable[[], Any], steps: int) -> tuple[list[float], Any]:
-    """Seconds of each step after a first one that warms up, and what the last one returned."""
+    """Seconds of each step after a warm-up step, and the last result."""
     step()
     seconds = []
     for _ in range(steps):
@@ -324,18 +323,18 @@ def timed(step: Callable[[], Any], steps: int) -> tuple[list[float], Any]:
 
 
 def matrix_size(device: str) -> int:
-    """Side of the matrices whose product is the peak: large enough, and smaller than a model."""
+    """Side of the matrices whose product measures peak throughput."""
     return 2048 if device == "cpu" else 4096
 
 
 def resident_peak() -> int:
-    """The most main memory that this process has held, in bytes."""
+    """Peak main memory of this process, in bytes."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def figures(library: str, seconds: list[float], memory: int, flops: float, peak: float) -> Result:
-    """What both libraries' rows report."""
+    """The metrics that rows of both libraries report."""
     return {
         "library": f"{library} {importlib.metadata.version(library)}",
         "seconds": min(seconds),
@@ -352,7 +351,7 @@ def figures(library: str, seconds: list[float], memory: int, flops: float, peak:
 
 def jax_row(settings: Settings, row: Row) -> Result:
     """Measure a step of one of jaxtta's adapters."""
-    sys.modules["torch"] = None  # transformers imports it wherever it is installed
+    sys.modules["torch"] = None  # transformers imports it if it is installed
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     import jax
     import jax.numpy as jnp
@@ -415,7 +414,7 @@ def jax_row(settings: Settings, row: Row) -> Result:
 
 
 def jax_flops(jaxpr: "jax.extend.core.Jaxpr") -> int:
-    """Operations of the matrix products in a program; XLA's own count takes loops for one turn."""
+    """Operations of the matrix products in a program; XLA counts loops as one iteration."""
     total = 0
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
@@ -434,9 +433,9 @@ def _programs(params: dict[str, Any]) -> list[Any]:
 
 
 def random_params(model: "jaxtta.models.CLIP") -> dict[str, Any]:
-    """Random parameters, drawn one by one.
+    """Random parameters, initialised one by one.
 
-    `model.init` as a whole holds a multiple of their size, which would be the peak of a row without
+    `model.init` uses a multiple of their size, which would be the peak memory of a row without
     gradients.
     """
     import jax
@@ -518,14 +517,14 @@ def torch_step(
 
 
 def torch_tnt(settings: Settings, row: Row, device: "torch.device") -> "Callable[[], torch.Tensor]":
-    """Make a step of TNT as published; it returns the votes' mean cosines."""
+    """Make a step of TNT's reference implementation; it returns the ensemble's mean cosines."""
     import torch
 
     model, encode = torch_model(settings, device)
     model.requires_grad_(False)
     views = torch_pixels(settings.views, model).to(device)
     token_ids = torch.from_numpy(prompt_tokens(settings.classes)).to(device)
-    eps, rate, kept = 1 / 255, 1e-3, max(int(0.1 * settings.views), 1)  # as many vote
+    eps, rate, kept = 1 / 255, 1e-3, max(int(0.1 * settings.views), 1)  # size of the ensemble
     with torch.no_grad():
         texts = unit(encode(model.get_text_features, token_ids))
 
@@ -566,7 +565,7 @@ def torch_tnt_loss(images: "torch.Tensor", logits: "torch.Tensor") -> "torch.Ten
 
 
 def torch_model(settings: Settings, device: "torch.device") -> "tuple[torch.nn.Module, Callable]":
-    """The model with random weights, and what runs one of its towers in the settings' dtype."""
+    """The model with random weights, and a function that runs a tower in the settings' dtype."""
     import torch
     from transformers import AutoModel
 
@@ -673,7 +672,7 @@ def torch_peak(dtype: "torch.dtype", device: "torch.device") -> float:
 
 
 def reading_table(settings: Settings, results: Iterable[Result]) -> str:
-    """Images a second from disk to batches, beside zero-shot's; milliseconds a corruption."""
+    """Images per second when reading, compared with zero-shot; milliseconds per corruption."""
     from jaxtta import data, models
 
     preprocessing = models.from_config(clip_config(settings.model)).preprocessing
@@ -693,7 +692,7 @@ def reading_table(settings: Settings, results: Iterable[Result]) -> str:
             and "error" not in result
         ):
             ratio = speed / result["images_per_second"]
-            lines[0] += f", {ratio:.1f} times what zero-shot takes here"
+            lines[0] += f", {ratio:.1f} times the speed of zero-shot here"
     image = source.read(data.Domain(data.CLEAN), 0, 0)
     lines += ["", f"ms to corrupt one image of {image.shape[0]} pixels, severity 1, 3, 5:"]
     for name in (*data.COMMON, *data.VALIDATION):
@@ -709,7 +708,7 @@ def reading_table(settings: Settings, results: Iterable[Result]) -> str:
 
 
 def projection_times(settings: Settings) -> str:
-    """Seconds that making and using the projectors takes."""
+    """Seconds to make and use the projectors."""
     import jax
     import jax.numpy as jnp
 
@@ -718,12 +717,12 @@ def projection_times(settings: Settings) -> str:
     model = models.from_config(clip_config(settings.model))
     params = random_params(model)
     shown = random_images(64, model.preprocessing.image_size)
-    batches = np.split(shown, 4)  # of 16, as published
+    batches = np.split(shown, 4)  # of 16, as in the reference implementation
     grams = jax.block_until_ready(continual.task_grams(model, params, batches))
     seconds = {}
     identities = {size: jnp.eye(size) for size in {len(gram) for gram in grams.values()}}
     for on in ("host", "device"):
-        continual.null_space_projectors(identities, backend=on)  # compiles
+        continual.null_space_projectors(identities, backend=on)  # load the libraries and compile
         start = time.perf_counter()
         projectors = jax.block_until_ready(continual.null_space_projectors(grams, backend=on))
         seconds[on] = time.perf_counter() - start
@@ -743,11 +742,11 @@ def projection_times(settings: Settings) -> str:
         torch.linalg.svd(torch.eye(8, device=device))
         start = time.perf_counter()
         for matrix in matrices:
-            torch.linalg.svd(matrix)[1].cpu()  # waits for it
+            torch.linalg.svd(matrix)[1].cpu()  # synchronises
         published = time.perf_counter() - start
         faster = " and ".join(f"{published / seconds[on]:.2f}×" for on in seconds)
         lines[0] += f"; full SVDs in PyTorch: {published:.3g} s, {faster}"
-    lines.append(f"directions that they leave free: {np.mean(free):.1%} on average")
+    lines.append(f"free directions: {np.mean(free):.1%} on average")
 
     images = jnp.asarray(random_images(settings.batch, model.preprocessing.image_size))
     labels = jnp.arange(settings.batch) % settings.classes
@@ -783,14 +782,14 @@ def projection_times(settings: Settings) -> str:
 
 
 def summary(result: Result) -> str:
-    """One row's outcome in a few words."""
+    """A short summary of one row."""
     if "error" in result:
         return result["error"]
-    return f"{result['seconds']:.3g} s a step, {result['peak_memory_gb']:.2f} GB"
+    return f"{result['seconds']:.3g} s per step, {result['peak_memory_gb']:.2f} GB"
 
 
 def table(results: Iterable[Result]) -> str:
-    """All rows as a Markdown table, with ratios to the published procedure in PyTorch."""
+    """All rows as a Markdown table, with ratios to the reference implementation in PyTorch."""
     results = list(results)
     published = {
         result["adapter"]: result
@@ -803,14 +802,14 @@ def table(results: Iterable[Result]) -> str:
     for result in results:
         names = [result["adapter"], result.get("library", result["framework"]), result["prompts"]]
         lines.append(names + cells(result, published.get(result["adapter"])))
-    # A row that failed has one long fourth cell, which need not widen its column.
+    # A failed row has one long fourth cell, which should not widen its column.
     whole = [line for line in lines if len(line) == len(header)]
     widths = [max(len(line[i]) for line in (lines if i < 3 else whole)) for i in range(len(header))]
     return "\n".join(f"| {' | '.join(map(str.ljust, line, widths))} |" for line in lines)
 
 
 def cells(result: Result, published: Result | None) -> list[str]:
-    """A row's numbers, and what the published procedure needs as multiples of them."""
+    """A row's numbers, and its ratios to the reference implementation."""
     if "error" in result:
         return [result["error"]]
     measured = [
@@ -828,6 +827,6 @@ def cells(result: Result, published: Result | None) -> list[str]:
 
 
 if __name__ == "__main__":
-    from jaxtta.cli import run_script  # here, since the rows' processes import this file
+    from jaxtta.cli import run_script  # here, because the rows' processes import this file
 
     run_script(Settings, main, __doc__)

@@ -1,29 +1,29 @@
-r"""Teach a model one task after another: what does it learn, and what does it keep?
+r"""Train a model on one task after another: what does it learn, and what does it forget?
 
     python experiments/continual_mtil.py --output runs/continual
 
-teaches the embedded model the defects of textiles, then scikit-learn's digits, then the digits'
-negatives turned by 90°, and measures after each task what is left of CIFAR-10: on the five classes
-whose images it is shown to remember, and on the five others. Plain fine-tuning and GNSP in one
-table. All methods, three seeds, and all of CIFAR-10:
+trains the bundled demo model on textile defects, then on scikit-learn's digits, then on the digits'
+negatives rotated by 90°, and measures CIFAR-10 accuracy after each task: on the five classes of the
+reference images, and on the five others. One table compares plain fine-tuning and GNSP. All
+methods, three seeds, and all of CIFAR-10:
 
     python experiments/continual_mtil.py --output runs/cifar10 --seeds 1 2 3 \
         --reference folder=CIFAR10/train --kept folder=CIFAR10/test --reference-classes 5 \
         --methods fine-tuning distillation projection-before projection-after gnsp gnsp-after \
         wise-ft
 
-With --validate, and another --output, the same on images that are not tested: there ρ, rate and
-iterations are chosen. The eleven MTIL sets in their published order and with the published
-settings, from the folders that prompt-learning benchmarks use (CIFAR-100 and MNIST from
-tensorflow-datasets), with ImageNet images as reference:
+With --validate, and another --output, the same on validation images, to choose ρ, learning rate and
+iterations. The eleven MTIL sets in the paper's order and with the paper's settings, from the
+folders that prompt-learning benchmarks use (CIFAR-100 and MNIST from tensorflow-datasets), with
+ImageNet images as reference:
 
     python experiments/continual_mtil.py --model openai/clip-vit-base-patch16 --data DATA \
         --tasks order-1 --reference imagenet=IMAGENET/train --output runs/mtil \
         --methods fine-tuning gnsp gnsp-after --first-task all --no-task-zero \
         --iterations 1000 --warmup 100 --learning-rate 1e-5
 
-A task of your own is NAME=FOLDER, with FOLDER/train/<class>/… and FOLDER/test/<class>/…. A killed
-run goes on after the last task that it finished.
+Your own task is NAME=FOLDER, with FOLDER/train/<class>/… and FOLDER/test/<class>/…. An interrupted
+run resumes after the last finished task.
 """
 
 import dataclasses
@@ -42,45 +42,46 @@ from jaxtta.data.tasks import ORDERS, TaskData, in_memory, open_task
 from jaxtta.evaluate.continual import FIGURES
 from jaxtta.models.preprocess import Preprocessing
 
-TUNING = 5  # one in so many training and kept images is for --validate
+TUNING = 5  # every fifth training and retention image is for --validate
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Teach one task after another."""
+    """Train on one task after another."""
 
     output: Path
-    """Folder for the results; made if it is missing."""
+    """Folder for the results; created if missing."""
     tasks: tuple[str, ...] = ("textile", "digits", "turned-digits")
-    """In this order: order-1 or order-2 (the MTIL sets), their names, textile, digits,
-    turned-digits, or NAME=FOLDER."""
+    """Tasks in training order: order-1 or order-2 (the MTIL sets), names of MTIL sets, textile,
+    digits, turned-digits, or NAME=FOLDER."""
     data: str | None = None
-    """The folder above the MTIL sets."""
+    """Folder that contains the MTIL sets."""
     model: str = str(assets.MODEL)
-    """Folder or hub id of a CLIP checkpoint (default: the embedded one)."""
+    """Folder or hub id of a CLIP checkpoint (default: the bundled demo model)."""
     methods: tuple[str, ...] = ("fine-tuning", "gnsp")
     """fine-tuning, distillation (and alignment), projection-before, projection-after (of the
-    optimiser), gnsp, gnsp-after, wise-ft (fine-tuning, its weights averaged with the first)."""
+    optimiser), gnsp, gnsp-after, wise-ft (fine-tuned and initial weights averaged)."""
     reference: str | None = None
-    """LAYOUT=FOLDER with images that stand for what is to be kept, each with "a photo of a
-    {class}."; or captions=FOLDER, with a captions.csv of columns file and caption. Default:
-    embedded images of five of CIFAR-10's classes."""
+    """Reference images, as LAYOUT=FOLDER (captioned "a photo of a {class}.") or captions=FOLDER
+    (with a captions.csv of columns file and caption). Default: bundled images of five CIFAR-10
+    classes."""
     reference_classes: int | None = None
-    """Take them from the first so many classes. Default: all, but five on the embedded ones."""
+    """Number of classes in the reference set. Default: all; five of the bundled images."""
     kept: str | None = None
-    """LAYOUT=FOLDER or captions=FOLDER with other images, to measure on what is kept; if their
-    classes are the reference's, apart for those it was taken from and for the others. A fifth of
-    them is for --validate alone. Modality gap and retrieval are measured on them, without them on
-    the reference. Default: none, but embedded ones beside the embedded reference."""
+    """Images that measure retention, as LAYOUT=FOLDER or captions=FOLDER, different from the
+    reference. If both have the same classes, classes in the reference set and the others are
+    reported separately. A fifth of the images is used by --validate only. Modality gap and
+    retrieval are measured on them, or on the reference if there are none. Default: none; bundled
+    images with the bundled reference."""
     validate: bool = False
-    """Measure on a fifth of each task's training images, which is not trained on then, and on the
-    kept images that are never tested, so that settings can be chosen."""
+    """Measure on a fifth of each task's training images, held out from training, and on the
+    validation part of the retention images, to choose settings."""
     seeds: tuple[int, ...] = (1,)
-    """Of order, crops and reference; each is a run of its own."""
+    """Seeds of the order, the crops and the reference; one run per seed."""
     course: Annotated[evaluate.Course, tyro.conf.arg(name="")] = dataclasses.field(
         default_factory=evaluate.Course
     )
-    """How the tasks are taught."""
+    """Training settings."""
     debug: bool = False
     """Show tracebacks."""
 
@@ -105,12 +106,12 @@ def main(options: Options) -> None:
 
 
 def check(options: Options) -> None:
-    """Raise a ValueError for options that cannot be meant."""
+    """Raise a ValueError for invalid options."""
     evaluate.check_choices(tasks=options.tasks, methods=options.methods, seeds=options.seeds)
     evaluate.check_limits(seeds=(min(options.seeds), 0))
     evaluate.check_course(options.course)
     if options.kept and options.kept == options.reference:
-        raise ValueError(f"--kept is the reference itself, {options.kept}, expected other images")
+        raise ValueError(f"--kept is the same as --reference ({options.kept})")
     evaluate.check_methods(options.methods)
 
 
@@ -123,7 +124,7 @@ def task_names(options: Options) -> list[str]:
 
 
 def open_tasks(options: Options, model: jaxtta.models.CLIP) -> list[TaskData]:
-    """Open the tasks; with --validate, test on a part of what they are trained on otherwise."""
+    """Open the tasks; with --validate, part of the training images replaces the test images."""
     tasks = [open_task(name, options.data, model.preprocessing) for name in task_names(options)]
     if not options.validate:
         return tasks
@@ -138,7 +139,7 @@ def open_tasks(options: Options, model: jaxtta.models.CLIP) -> list[TaskData]:
 
 
 def open_reference(options: Options, model: jaxtta.models.CLIP) -> tuple[list[TaskData], TaskData]:
-    """What is measured without being taught, and the images that stand for what is to be kept."""
+    """The retention sets and the reference images."""
     prepare, embedded = model.preprocessing, options.reference is None
     given = f"folder={assets.IMAGES}" if embedded else options.reference
     source, template = open_layout("--reference", given, prepare)
@@ -151,7 +152,7 @@ def open_reference(options: Options, model: jaxtta.models.CLIP) -> tuple[list[Ta
     shown, kept = labels < count, None
     if options.kept:
         kept, kept_template = open_layout("--kept", options.kept, prepare)
-    elif embedded:  # a quarter of the reference's classes, and the others whole
+    elif embedded:  # a quarter of the reference's classes, all of the others
         measured = every(labels, 4) | ~shown
         shown = ~measured
         kept, kept_template = Part(source, np.flatnonzero(measured)), template
@@ -170,10 +171,10 @@ def open_reference(options: Options, model: jaxtta.models.CLIP) -> tuple[list[Ta
 
 
 def open_layout(option: str, text: str, prepare: Preprocessing) -> tuple[data.Source, str]:
-    """Open LAYOUT=FOLDER; the images and the template of their captions."""
+    """Open LAYOUT=FOLDER: the images and the template of their captions."""
     layout, equals, root = text.partition("=")
     if not equals:
-        raise ValueError(f"{option} is {text!r}, expected LAYOUT=FOLDER, as folder=DATA/train")
+        raise ValueError(f"{option} is {text!r}, expected LAYOUT=FOLDER, such as folder=DATA/train")
     if layout == "captions":
         return data.CorruptedOnTheFly(data.captioned_folder(root), prepare), "{}"
     return data.open_source(layout, root, prepare), "a photo of a {}."
@@ -185,10 +186,10 @@ def open_layout(option: str, text: str, prepare: Preprocessing) -> tuple[data.So
 def write_results(
     options: Options, tasks: list[str], kept: list[str], results: list[dict[str, Any]]
 ) -> None:
-    """Print the table, and draw what became of every task."""
+    """Print the table and draw the accuracy on every task."""
     text = table(tasks, kept, results)
     (options.output / "table.txt").write_text(text + "\n")
-    where = " on images to choose settings by" if options.validate else ""
+    where = " on validation images" if options.validate else ""
     seeds = len({run["seed"] for run in results})
     print(f"accuracy in %{where} after the last task, mean over {seeds} seeds\n\n{text}\n")
     heat_maps(tasks, kept, results).savefig(options.output / "matrix.png", dpi=150)
@@ -205,10 +206,10 @@ def by_method(results: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 
 
 def table(tasks: list[str], kept: list[str], results: list[dict[str, Any]]) -> str:
-    """Methods by tasks and by what was to be kept, after the last task.
+    """Table of methods by tasks and retention sets, after the last task.
 
-    "last" is the mean of the tasks, "average" their mean over all steps. The kept share is
-    (method − fine-tuning) / (start − fine-tuning), where fine-tuning is there.
+    "last" is the mean over the tasks, "average" their mean over all steps. The kept share is
+    (method − fine-tuning) / (start − fine-tuning), if fine-tuning was run.
     """
     groups = by_method(results)
     ends = {name: {run["seed"]: run["rows"][-1] for run in runs} for name, runs in groups.items()}
@@ -231,7 +232,7 @@ def table(tasks: list[str], kept: list[str], results: list[dict[str, Any]]) -> s
 
 
 def kept_share(name: str, start: dict[int, Any], own: dict[int, Any], worst: dict[int, Any]) -> str:
-    """How much of what fine-tuning loses a method keeps, over the seeds that both have."""
+    """Share of the accuracy lost by fine-tuning that a method keeps, over the common seeds."""
     seeds = own.keys() & worst.keys()
     if not seeds:
         return "–"
@@ -246,7 +247,7 @@ def spread(values: Sequence[float]) -> str:
 
 
 def heat_maps(tasks: list[str], kept: list[str], results: list[dict[str, Any]]) -> Figure:
-    """Accuracy on every task before the first and after each, a map a method."""
+    """Accuracy on every task before the first and after each, one heat map per method."""
     groups, columns = by_method(results), [*tasks, *kept]
     size = (1.6 + 0.75 * len(columns)) * len(groups), 1.6 + 0.45 * (len(tasks) + 1)
     figure = Figure(figsize=size, layout="constrained")
@@ -267,7 +268,7 @@ def heat_maps(tasks: list[str], kept: list[str], results: list[dict[str, Any]]) 
 
 
 def curves(tasks: list[str], kept: list[str], results: list[dict[str, Any]]) -> Figure:
-    """What was to be kept, and the modality gap, over the tasks."""
+    """Accuracy on the retention sets and the modality gap, over the tasks."""
     names = [*(kept or tasks[:1]), "modality gap"]
     figure = Figure(figsize=(3.4 * len(names), 3.2), layout="constrained")
     grid = figure.subplots(1, len(names), squeeze=False)[0]

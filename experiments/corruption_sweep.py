@@ -2,9 +2,9 @@ r"""How much does adaptation gain on corrupted images?
 
     python experiments/corruption_sweep.py --output runs/demo
 
-runs zero-shot CLIP, TENT and BATCLIP on 15 corruptions of the embedded images with the embedded
-model, prints the table and leaves `report.html`, `summary.csv`, plots and one JSON file a stream.
-The same command again computes only what is missing. Other images and models:
+runs zero-shot CLIP, TENT and BATCLIP on 15 corruptions of the bundled images with the bundled demo
+model, prints the table and writes `report.html`, `summary.csv`, plots and one JSON file per stream.
+Rerunning the command computes only missing results. Other images and models:
 
     # your own images in folders by class, corrupted on the fly
     python experiments/corruption_sweep.py --data FOLDER --model openai/clip-vit-base-patch16 \
@@ -15,7 +15,7 @@ The same command again computes only what is missing. Other images and models:
         --setting continual --seeds 1 2 3 --checkpoint-every 50 --output runs/imagenet-c
     # CIFAR-10-C's arrays
     python experiments/corruption_sweep.py --layout cifar-c --data CIFAR-10-C --output runs/cifar
-    # on two machines: one runs --worker 0/2, the other --worker 1/2; copy their folders together
+    # on two machines: one runs --worker 0/2, the other --worker 1/2; merge their folders
     # and run once more without --worker for the report
 """
 
@@ -33,13 +33,13 @@ from jaxtta.data import COMMON
 
 LEFT_OUT = (
     *("output", "worker", "workers", "checkpoint_every", "save_predictions", "debug"),
-    *("adapters", "seeds"),  # which cells there are, not what is in them
-    *("learning_rate", "choose_learning_rate", "choose_for", "validation"),  # an adapter's own
+    *("adapters", "seeds"),  # select the cells, do not change their content
+    *("learning_rate", "choose_learning_rate", "choose_for", "validation"),  # per adapter
     *("tnt", "mgtta", "canvas"),
     "save_examples",
-    *("data", "model", "class_names"),  # places; what was found there is compared
+    *("data", "model", "class_names"),  # paths; fingerprints of the content are compared
 )
-"""Options that another run may give otherwise and go on in the same folder."""
+"""Options that may differ between runs in the same folder."""
 CORRUPTED = ("folder", "imagenet", "tfds", "imagenet-c", "cifar-c", "arrays")
 
 
@@ -48,78 +48,78 @@ class Options:
     """A sweep of adapters over corruptions."""
 
     output: Path
-    """Folder for the results; made if it is missing."""
+    """Folder for the results; created if missing."""
     data: str = str(assets.IMAGES)
-    """The images: a folder, or NAME:SPLIT for tensorflow-datasets (default: 2,000 embedded
+    """The images: a folder, or NAME:SPLIT for tensorflow-datasets (default: 2,000 bundled
     CIFAR-10 test images)."""
     layout: str = "folder"
-    """How they lie there: folder (clean images in folders by class), imagenet (by wnid),
-    imagenet-c, cifar-c (five severities stacked), arrays (<corruption>.npy and labels.npy), tfds,
-    or one of the natural sets; an unknown name lists them all."""
+    """Dataset layout: folder (clean images in class folders), imagenet (wnid folders), imagenet-c,
+    cifar-c (five severities stacked), arrays (<corruption>.npy and labels.npy), tfds, or the name
+    of a natural or cross-dataset set; the error for an unknown name lists all."""
     class_names: tuple[str, ...] = ()
-    """Names for the prompts, in the labels' order, or one file that holds them: .json (a list, or
-    an object from folder name to class name) or text with a name a line. Default: the layout's
-    own; needed with arrays."""
+    """Class names for the prompts, in label order, or one file with them: .json (a list, or an
+    object from folder name to class name) or text with one name per line. Default: the layout's
+    names; required with arrays."""
     model: str = str(assets.MODEL)
-    """Folder or hub id of a CLIP checkpoint (default: the embedded one)."""
+    """Folder or hub id of a CLIP checkpoint (default: the bundled demo model)."""
     adapters: tuple[str, ...] = ("zero_shot", "tent", "batclip")
-    """Which adapters to run: zero_shot, tent, batclip, tnt (or tnt-3, with three steps), mgtta, and
-    mgtta-sgd and mgtta-adam with other optimisers for the same objective. A learning rate may stand
-    behind a name, as tent@1e-4."""
+    """Adapters to run: zero_shot, tent, batclip, tnt (or tnt-3, with three steps), mgtta, and
+    mgtta-sgd and mgtta-adam with other optimisers for the same objective. A learning rate can be
+    appended to a name: tent@1e-4."""
     corruptions: tuple[str, ...] = ()
-    """Which corruptions to run; "clean" is one too. Default: the 15 usual ones, but clean for sets
-    that are a shift by themselves (give it for ImageNet-A, -R and -Sketch with layout imagenet)."""
+    """Corruptions to run; may include "clean". Default: the 15 ImageNet-C corruptions; "clean" for
+    natural shifts (pass it yourself for ImageNet-A, -R and -Sketch with layout imagenet)."""
     severities: tuple[int, ...] = ()
-    """Each 1 to 5. Default: 5, but 1 on the embedded images, where it looks about as strong as
-    CIFAR-10-C's 5 (the corruptions are made for 224-pixel photographs), and all five if gradual."""
+    """Severities, 1 to 5. Default: 5; 1 on the bundled images, where it is about as strong as
+    CIFAR-10-C's 5 (the corruptions are designed for 224-pixel images); all five if gradual."""
     setting: Literal["reset_each_shift", "continual", "gradual", "mixed"] = "reset_each_shift"
-    """reset_each_shift: the adapter starts anew at each corruption. continual: one stream through
-    all of them. gradual: each rises to severity 5 and falls again. mixed: interleaved."""
+    """reset_each_shift: the adapter is reset before each corruption. continual: one stream through
+    all corruptions. gradual: each rises to severity 5 and falls again. mixed: interleaved."""
     order: Literal["shuffled", "stored", "correlated", "dirichlet"] = "shuffled"
-    """Of the images in a stream. correlated: sorted by class; dirichlet: unevenly so."""
+    """Order of the images in a stream. correlated: sorted by class; dirichlet: Dirichlet-imbalanced
+    over time."""
     concentration: float = 0.1
-    """Of the Dirichlet order; the smaller, the nearer to sorted by class."""
+    """Concentration of the Dirichlet order; smaller values are closer to sorted by class."""
     seeds: tuple[int, ...] = (1,)
-    """Seeds of the order, of corruptions made on the fly and of TNT's views; each is a run of its
-    own."""
+    """Seeds of the order, of corruptions made on the fly and of TNT's views; one run per seed."""
     limit: int | None = None
-    """Use only so many images, drawn by the seed."""
+    """Use at most this many images, sampled with the seed."""
     templates: tuple[str, ...] = ()
-    """Prompt templates; several are averaged. "imagenet" stands for CLIP's 80. Default: the
-    layout's usual one."""
+    """Prompt templates; several are averaged. "imagenet" = CLIP's 80 templates. Default: the
+    usual one of the layout."""
     preset: Literal["cifar10-c", "cifar100-c", "imagenet-c"] = "cifar10-c"
-    """Published optimiser settings (TENT has two of its own: CIFAR and ImageNet)."""
+    """Optimiser settings of the papers (TENT's paper has two: CIFAR and ImageNet)."""
     learning_rate: float | None = None
-    """In place of the published ones: TENT with SGD and momentum, BATCLIP with AdamW, MGTTA's with
-    the optimisers that their names say."""
+    """Use this learning rate instead of the preset: TENT with SGD and momentum, BATCLIP with AdamW,
+    MGTTA with the optimiser in the adapter's name."""
     choose_learning_rate: tuple[float, ...] = ()
-    """Choose each adapter's learning rate among these on the four validation corruptions first."""
+    """Candidate learning rates; each adapter's is selected on the four validation corruptions."""
     choose_for: tuple[str, ...] = ()
-    """For these adapters alone; the others keep the preset's optimiser."""
+    """Select a learning rate for these adapters only; the others keep the preset."""
     validation: str | None = None
-    """Other images of the same layout to choose on (default: the same images, with their
+    """Separate images of the same layout for the selection (default: the test images, with their
     labels)."""
     tnt: TNTConfig = dataclasses.field(default_factory=TNTConfig)
     """TNT's settings."""
     mgtta: evaluate.MGTTA = dataclasses.field(default_factory=evaluate.MGTTA)
-    """MGTTA's settings. The files' defaults are for the embedded model."""
+    """MGTTA's settings. The default files are for the bundled demo model."""
     canvas: int | None = None
-    """Side of the canvas that TNT's originals lie on; larger ones are shrunk to fit, and views are
-    cut from what is left. Default: what a sample of the images needs, up to 512."""
+    """Size in pixels to which TNT's full-size images are zero-padded; larger images are shrunk
+    first. Default: the largest side in a sample of the images, at most 512."""
     save_examples: int = 0
-    """Draw what TNT's noise did to so many images that it set right or spoilt."""
+    """Number of images to draw whose prediction TNT fixed or broke."""
     batch_size: int = 100
-    """Images a batch."""
+    """Images per batch."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the matrix products."""
     workers: int = 1
-    """Processes that decode and corrupt images; 0 does it in this one."""
+    """Processes that decode and corrupt images; 0 = main process."""
     worker: str = "0/1"
-    """This machine's number and how many share the streams, for example 0/4."""
+    """Index of this machine and number of machines that share the streams, for example 0/4."""
     checkpoint_every: int | None = None
-    """Batches between two checkpoints inside a stream; a killed run goes on at the last one."""
+    """Batches between two checkpoints within a stream; interrupted runs resume there."""
     save_predictions: bool = False
-    """Keep an .npz of every stream, image by image."""
+    """Save an .npz with per-image predictions for every stream."""
     debug: bool = False
     """Show tracebacks."""
 
@@ -182,9 +182,9 @@ def main(options: Options) -> None:
     )
     if worker[1] > 1:
         print(
-            f"{len(cells)} cells in {options.output}; once all workers are done, the same command"
+            f"{len(cells)} cells in {options.output}; when all workers have finished, merge their"
         )
-        print("without --worker on their folders put together makes the report")
+        print("folders and run the same command without --worker to write the report")
         return
     examples = []
     if options.save_examples:
@@ -199,12 +199,12 @@ def main(options: Options) -> None:
 
 
 def setup_of(options: Options) -> evaluate.Setup:
-    """What adapters are made with."""
+    """The adapters' settings."""
     return evaluate.Setup(options.preset, options.tnt, options.mgtta)
 
 
 def check(options: Options) -> tuple[int, int]:
-    """Raise a ValueError for options that cannot be meant; return the worker's share."""
+    """Raise a ValueError for invalid options; return this worker's index and count."""
     evaluate.check_adapters(options.adapters)
     evaluate.check_choices(adapters=options.adapters, seeds=options.seeds)
     for name in ("corruptions", "severities"):
@@ -226,30 +226,30 @@ def check(options: Options) -> tuple[int, int]:
             evaluate.has_rate(name) and name in options.adapters and options.choose_learning_rate
         ):
             raise ValueError(
-                f"--choose-for {name} needs --choose-learning-rate, and an adapter of that name "
+                f"--choose-for {name} needs --choose-learning-rate and an adapter of that name "
                 "with a learning rate"
             )
     if options.learning_rate and options.choose_learning_rate:
         raise ValueError("--learning-rate and --choose-learning-rate exclude each other")
     if options.severities and (options.setting == "gradual" or options.layout == "arrays"):
         what = "--setting gradual" if options.setting == "gradual" else "--layout arrays"
-        raise ValueError(f"{what} has severities of its own, leave --severities out")
+        raise ValueError(f"{what} has fixed severities, omit --severities")
     if options.choose_learning_rate and set(options.corruptions) & set(data.VALIDATION):
         raise ValueError(
-            "a learning rate chosen on the validation corruptions is not tested on them"
+            "the validation corruptions select learning rates and cannot be tested too"
         )
     if options.save_examples:
         report.check_examples(options.adapters, options.tnt)
     number, slash, count = options.worker.partition("/")
     if not (slash and number.isdecimal() and count.isdecimal() and int(number) < int(count)):
-        raise ValueError(f"--worker is {options.worker!r}, expected i/n with i below n, as 0/2")
+        raise ValueError(f"--worker is {options.worker!r}, expected i/n with i below n")
     if options.choose_learning_rate and int(count) > 1:
-        raise ValueError("--choose-learning-rate is for one machine, leave --worker out")
+        raise ValueError("--choose-learning-rate runs on one machine, omit --worker")
     return int(number), int(count)
 
 
 def open_source(options: Options, root: str, model: jaxtta.Classifier) -> data.Source:
-    """Open the images that the options name."""
+    """Open the images of the options."""
     names, folders = options.class_names, ()
     if len(names) == 1 and options.layout == "folder":  # a file of them, maybe by folder
         folders = data.image_folder(root).class_names
@@ -258,7 +258,7 @@ def open_source(options: Options, root: str, model: jaxtta.Classifier) -> data.S
 
 
 def choose_severities(options: Options) -> tuple[int, ...]:
-    """The severities asked for, or what suits the data."""
+    """The given severities, or the default for the data."""
     if options.setting == "gradual":
         return (1, 2, 3, 4, 5)
     return options.severities or (evaluate.severity_of(options.layout, options.data),)
@@ -297,7 +297,7 @@ def choose(
     settings: dict,
     **running: int | None,
 ) -> evaluate.Choice:
-    """Choose an adapter's learning rate on the validation corruptions, and say so."""
+    """Select an adapter's learning rate on the validation corruptions and print it."""
     source = open_source(options, options.validation or options.data, model)
     severities = choose_severities(dataclasses.replace(options, setting="reset_each_shift"))
     streams = lay_out(options, source, "reset_each_shift", data.VALIDATION, severities)
@@ -316,7 +316,7 @@ def choose(
         ),
         **running,
     )
-    whose = "other images" if options.validation else "the images that are tested"
+    whose = "separate images" if options.validation else "the test images"
     choice = choice._replace(chosen_on=f"{choice.chosen_on}; {whose}, with their labels")
     figures = ", ".join(f"{rate:g}: {100 * top1:.2f} %" for rate, top1 in choice.accuracies.items())
     print(f"{name}: learning rate {choice.rate:g}, chosen on {choice.chosen_on} ({figures})")
@@ -324,10 +324,10 @@ def choose(
 
 
 def describe(options: Options, severities: tuple[int, ...], templates: tuple[str, ...]) -> dict:
-    """The settings that decide every figure, for the result files."""
+    """The settings that affect the results, for the result files."""
     left_out = set(LEFT_OUT)
     if options.setting == "reset_each_shift":
-        left_out |= {"corruptions", "severities"}  # each is a stream of its own
+        left_out |= {"corruptions", "severities"}  # one stream each
     settings = dataclasses.asdict(options) | {"templates": templates, "severities": severities}
     return {name: value for name, value in settings.items() if name not in left_out}
 

@@ -1,11 +1,11 @@
-r"""What do a model's features look like, and what do shifts cost it? To read before trusting it.
+r"""Diagnose a CLIP model: its features, and its accuracy under distribution shift.
 
     python experiments/diagnose_model.py --output runs/diagnosis
 
-reads the embedded model on the embedded images and on four corruptions of them, prints the table
-and leaves `report.html`, `result.json` and plots. Other models, images and shifts:
+diagnoses the bundled demo model on the bundled images and on four corruptions of them, prints the
+table and writes `report.html`, `result.json` and plots. Other models, images and shifts:
 
-    # two models side by side, on ImageNet and three sets that are shifts by themselves
+    # two models side by side, on ImageNet and three natural distribution shifts
     python experiments/diagnose_model.py --models openai/clip-vit-base-patch16 FOLDER \
         --layout imagenet --data IMAGENET/val --corruptions --output runs/two \
         --shifted imagenet-v2=imagenet-v2=IMAGENET-V2 imagenet-r=imagenet=IMAGENET-R \
@@ -14,18 +14,18 @@ and leaves `report.html`, `result.json` and plots. Other models, images and shif
     python experiments/diagnose_model.py --layout arrays --data FOLDER --class-names NAMES.txt \
         --corruptions common --output runs/arrays
 
-The field check looks at a folder of your own images instead, compares them with --data, and where
-some have labels tries adapters on those:
+The field check compares a folder of your own images with --data instead and, if some have labels,
+tries adapters on those:
 
     python experiments/diagnose_model.py --field FOLDER --class-names cat dog --output runs/field
     python experiments/diagnose_model.py --field TEXTILES --class-names "global=a large defect" \
         "local=a small defect" "nominal=no defect" --output runs/textiles
-    # many images in one folder, of which a file names the classes of a few
+    # many images in one folder, with a file of labels for a few of them
     python experiments/diagnose_model.py --field FOLDER --class-names cat dog \
         --field-labels FEW.csv --output runs/few
 
 Features are image embeddings of unit norm, the head is the classes' text embeddings. Each model's
-features of the base set stay in memory, those of the shifted sets one set at a time.
+features of the base set stay in memory; shifted sets are processed one at a time.
 """
 
 import csv
@@ -69,7 +69,7 @@ from jaxtta.evaluate.run import peak_memory_gb
 from jaxtta.report.diagnosis import Report, diagnosis_report, field_report, some, write_diagnosis
 
 PUBLISHED = "published"
-REFERENCE = "CIFAR-10's embedded test images"
+REFERENCE = "CIFAR-10's bundled test images"
 KINDS = ("gaussian_noise", "defocus_blur", "fog", "jpeg_compression")
 """A corruption of each kind: noise, blur, weather, digital."""
 
@@ -79,70 +79,70 @@ class Options:
     """A diagnosis of models, or a field check of images."""
 
     output: Path
-    """Folder for the results; made if it is missing."""
+    """Folder for the results; created if missing."""
     models: tuple[str, ...] = (str(assets.MODEL),)
-    """Folders or hub ids of CLIP checkpoints (default: the embedded one)."""
+    """Folders or hub ids of CLIP checkpoints (default: the bundled demo model)."""
     data: str = str(assets.IMAGES)
-    """The base images: a folder, or NAME:SPLIT for tensorflow-datasets (default: 2,000 embedded
-    CIFAR-10 test images). With --field, the reference that its images are compared with."""
+    """The base images: a folder, or NAME:SPLIT for tensorflow-datasets (default: 2,000 bundled
+    CIFAR-10 test images). With --field, the reference set for the comparison."""
     layout: str = "folder"
-    """How they lie there, as in corruption_sweep.py; an unknown name lists all layouts."""
+    """Dataset layout, as in corruption_sweep.py; the error for an unknown name lists all."""
     class_names: tuple[str, ...] = ()
-    """Names for the prompts, in the labels' order, or one file that holds them (.json, or text with
-    a name a line). Default: the layout's own; needed with arrays. They hold for --shifted sets of
-    layout folder or arrays too. With --field, the classes of its images: its class folders must
-    be among them, or FOLDER=NAME says what each is called."""
+    """Class names for the prompts, in label order, or one file with them (.json, or text with one
+    name per line). Default: the layout's names; required with arrays. Also used for --shifted sets
+    of layout folder or arrays. With --field, the classes of its images: they must include its class
+    folders, or FOLDER=NAME gives the name for each."""
     corruptions: tuple[str, ...] = KINDS
-    """Shifts of the base set; "common" stands for the 15 usual ones. May be empty."""
+    """Corruptions of the base set; "common" = the 15 ImageNet-C corruptions. May be empty."""
     severity: int | None = None
-    """Of the corruptions, 1 to 5. Default: 5, but 1 on the embedded images; arrays have one."""
+    """Severity, 1 to 5. Default: 5; 1 on the bundled images; fixed for arrays."""
     shifted: tuple[str, ...] = ()
-    """Other shifted sets, NAME=LAYOUT=FOLDER each, with their own classes' texts as head."""
+    """Other shifted sets as NAME=LAYOUT=FOLDER; the head is made from their own class names."""
     references: tuple[str, ...] = ()
-    """Those of --models that are not robust, at least two: effective robustness is measured from
-    the line through them."""
+    """At least two of --models that are not robust; effective robustness is measured relative to
+    the line fitted to them."""
     reference_points: str | None = None
-    """In their place, accuracies of such models on the same sets: a .json list of objects or a
-    .csv, with base and shifted, both in (0, 1); or "published", for ImageNet (--layout imagenet, no
-    corruptions) against --shifted sets that are called imagenet-v2, -r, -sketch or -a."""
+    """Instead of --references, accuracies of such models on the same sets: a .json list of objects
+    or a .csv, with base and shifted, both in (0, 1); or "published", for ImageNet (--layout
+    imagenet, no corruptions) and --shifted sets named imagenet-v2, -r, -sketch or -a."""
     fractions: tuple[float, ...] = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-    """Of the head's directions, to keep."""
+    """Fractions of the head's directions to keep."""
     outlier_threshold: float = 6.0
-    """Standard deviations from which on an axis sticks out of an image's features."""
+    """Threshold for outlier dimensions, in standard deviations of an image's features."""
     detectors: Literal["axes", "directions"] = "axes"
-    """What may detect a class: the coordinate axes, or the head's singular vectors."""
+    """Directions tested as class detectors: the coordinate axes or the head's singular vectors."""
     precision: float = 0.9
-    """Average precision from which on it does."""
+    """Threshold on average precision for a class to count as detected."""
     field: Path | None = None
-    """Check this folder of images instead: in class folders, or without labels in none."""
+    """Check this folder of images instead, with class folders or without labels."""
     field_labels: Path | None = None
-    """Labels for some of --field's images where there are no class folders: a .csv with columns
-    image, the file as seen from there, and class, as --class-names has it."""
+    """Labels for some of --field's images if there are no class folders: a .csv with columns image
+    (path relative to the folder) and class (one of --class-names)."""
     trial: tuple[str, ...] = ("zero_shot", "tent", "batclip")
-    """Adapters to try on those of --field's images that have labels, as in corruption_sweep.py.
-    Name tnt too where time allows: its 64 views take ViT-B/16 half a minute an image on two CPU
-    cores. MGTTA needs files made for the model."""
+    """Adapters to try on the labelled images of --field, as in corruption_sweep.py. tnt can be
+    added but is slow: half a minute per image for ViT-B/16 on two CPU cores. mgtta needs files
+    made for the model."""
     trial_batch: int | None = None
-    """Images a step in the trial. Default: a tenth of them, but at least 4 and at most 100."""
+    """Images per step in the trial. Default: a tenth of the labelled images, from 4 to 100."""
     preset: Literal["cifar10-c", "cifar100-c", "imagenet-c"] = "cifar10-c"
-    """Published optimiser settings for the trial."""
+    """Optimiser settings of the papers, for the trial."""
     tnt: TNTConfig = dataclasses.field(default_factory=TNTConfig)
     """TNT's settings in the trial."""
     mgtta: evaluate.MGTTA = dataclasses.field(default_factory=evaluate.MGTTA)
-    """MGTTA's settings in the trial. The files' defaults are for the embedded model."""
+    """MGTTA's settings in the trial. The default files are for the bundled demo model."""
     synthetic: int | None = None
-    """Only time the diagnosis of so many synthetic features of ViT-B/16's size, 1,000 classes."""
+    """Only time the diagnosis, on this many synthetic features (ViT-B/16's size, 1,000 classes)."""
     templates: tuple[str, ...] = ()
-    """Prompt templates; several are averaged. "imagenet" stands for CLIP's 80. Default: the
-    layout's usual one."""
+    """Prompt templates; several are averaged. "imagenet" = CLIP's 80 templates. Default: the
+    usual one of the layout."""
     limit: int | None = None
-    """Use only so many images of each set, drawn by the seed."""
+    """Use at most this many images of each set, sampled with the seed."""
     seed: int = 1
-    """Of all that is drawn: images, corruptions, permutations, the order in a trial."""
+    """Random seed of images, corruptions, permutations and the order in the trial."""
     batch_size: int = 100
-    """Images that are encoded at a time."""
+    """Images encoded at a time."""
     workers: int = 1
-    """Processes that decode and corrupt images; 0 does it in this one."""
+    """Processes that decode and corrupt images; 0 = main process."""
     debug: bool = False
     """Show tracebacks."""
 
@@ -151,7 +151,7 @@ class Model(NamedTuple):
     """A loaded model.
 
     Attributes:
-        name: what to call it.
+        name: its name in the report.
         clip: the model.
         params: its parameters.
     """
@@ -162,11 +162,11 @@ class Model(NamedTuple):
 
 
 Sets = tuple[data.Source, list[data.Stream]]
-"""Images, and a stream of them for each domain."""
+"""A source, and one stream for each of its domains."""
 
 
 def main(options: Options) -> None:
-    """Diagnose models, check a field folder or time."""
+    """Diagnose models, run the field check, or time the diagnosis."""
     check(options)
     options.output.mkdir(parents=True, exist_ok=True)
     if options.synthetic:
@@ -181,7 +181,7 @@ def main(options: Options) -> None:
 
 
 def check(options: Options) -> None:
-    """Raise a ValueError for options that cannot be meant."""
+    """Raise a ValueError for invalid options."""
     evaluate.check_choices(models=options.models, fractions=options.fractions, trial=options.trial)
     for name in ("class_names", "corruptions", "references", "templates"):
         if getattr(options, name):
@@ -197,23 +197,23 @@ def check(options: Options) -> None:
         if not all(0 < number <= 1 for number in given):
             raise ValueError(f"--{name} is {[*given]}, expected above 0, at most 1")
     if options.layout == "arrays" and options.severity:
-        raise ValueError("--layout arrays has severities of its own, leave --severity out")
+        raise ValueError("--layout arrays has a fixed severity, omit --severity")
     if odd := sorted(set(options.references) - set(options.models)):
-        raise ValueError(f"--references has {odd[0]!r}, which is none of --models")
+        raise ValueError(f"--references has {odd[0]!r}, which is not one of --models")
     if options.references and (len(options.references) < 2 or options.reference_points):
         raise ValueError("--references needs at least two models, and no --reference-points")
     if options.field_labels and not options.field:
         raise ValueError("--field-labels needs --field")
     evaluate.check_adapters(options.trial)
     if "zero_shot" not in options.trial:
-        raise ValueError("--trial needs zero_shot, from which gains are counted")
+        raise ValueError("--trial needs zero_shot, the baseline for gains")
 
 
 # --- models and images ---
 
 
 def models_of(options: Options) -> Iterator[Model]:
-    """The models, one after another."""
+    """Load the models one after another."""
     names = [Path(given).name for given in options.models]
     for given, name in zip(options.models, names, strict=True):
         model = Model(given if names.count(name) > 1 else name, *jaxtta.models.load_clip(given))
@@ -224,7 +224,7 @@ def models_of(options: Options) -> Iterator[Model]:
 
 
 def names_for(options: Options, layout: str, root: str) -> tuple[str, ...]:
-    """The class names that the options give a set; empty for the layout's own."""
+    """Class names for a set from the options; empty for the layout's names."""
     if not options.class_names or layout != "folder":
         return data.given_class_names(options.class_names)
     folders = data.image_folder(root).class_names
@@ -251,7 +251,7 @@ def streams_of(
 
 
 def sets_of(options: Options, model: Model) -> list[tuple[str, Sets]]:
-    """The base set with its corruptions, then the other shifted sets; each with its layout."""
+    """The base set with its corruptions, then the other shifted sets, with their layouts."""
     prepare, layout = model.clip.preprocessing, options.layout
     base = data.open_source(layout, options.data, prepare, names_for(options, layout, options.data))
     severity = evaluate.severity_of(layout, options.data, options.severity)
@@ -292,7 +292,7 @@ def encode(model: jaxtta.models.CLIP, params: jaxtta.models.Params, images: jax.
 
 
 def read(options: Options, model: Model, sets: Sets) -> Iterator[Features]:
-    """A source's features, one stream after another."""
+    """Yield a source's features, one stream after another."""
     source, streams = sets
     batches = data.Batches(source, tuple(streams), options.batch_size)
     reader = data.read_ahead(batches, options.workers)
@@ -309,11 +309,11 @@ def read(options: Options, model: Model, sets: Sets) -> Iterator[Features]:
             if len(found.rows) < 2:
                 names = f" ({some(lost)} could not)" if lost else ""
                 few = len(found.rows) or "none"
-                raise ValueError(f"{few} of the images could be read{names}, expected two")
+                raise ValueError(f"{few} of the images could be read{names}, expected at least two")
             if not np.ptp(found.rows, axis=0).any():
-                raise ValueError("the features are the same for all images")
+                raise ValueError("the features are identical for all images")
         yield found
-    next(bar, None)  # the end of the reading: its processes leave
+    next(bar, None)  # ends the reader processes
 
 
 # --- diagnosis ---
@@ -334,21 +334,21 @@ def compare_models(options: Options) -> tuple[Found, Report]:
 
 
 def points_of(options: Options) -> Sequence[tuple[float, float]]:
-    """Base and shifted accuracies of models that are not robust, as far as they are given."""
+    """Base and shifted accuracies of the reference models, if given."""
     if options.reference_points is None:
         return ()
     if options.reference_points != PUBLISHED:
         return read_points(Path(options.reference_points))
     if options.layout != "imagenet" or options.corruptions:
         raise ValueError(
-            "--reference-points published is for --layout imagenet and empty --corruptions"
+            "--reference-points published needs --layout imagenet and empty --corruptions"
         )
     with error_context("--reference-points published"):
         return data.reference_points([text.partition("=")[0] for text in options.shifted])
 
 
 def diagnose_one(options: Options, model: Model) -> tuple[Found, np.ndarray]:
-    """All figures of one model, and its features of the base set."""
+    """All metrics of one model, and its features of the base set."""
     found: Found = {"sets": {}}
     chosen = {"threshold": options.outlier_threshold}
     chosen |= {"detectors": options.detectors, "precision": options.precision}
@@ -361,7 +361,7 @@ def diagnose_one(options: Options, model: Model) -> tuple[Found, np.ndarray]:
                     base = features.rows
                     figures, ranked = base_figures(head, features, source.class_names, **chosen)
                     found |= figures
-                if ranked is None:  # by the base set, whichever classes the head is of
+                if ranked is None:  # ranked on the base set, whatever the classes of the head
                     ranked = diagnose.privileged_directions(head, base).directions
                 figures = set_figures(head, ranked, features, options.fractions)
             found["sets"][stream.name] = figures
@@ -376,7 +376,7 @@ def diagnose_one(options: Options, model: Model) -> tuple[Found, np.ndarray]:
 
 
 def time_synthetic(options: Options) -> None:
-    """Time the diagnosis of planted features: noise around a class's text, and one outlier axis."""
+    """Time the diagnosis of synthetic features: noise around class texts and one outlier axis."""
     count, classes, size = options.synthetic, 1000, 512
     rng = np.random.default_rng(options.seed)
     head = rng.standard_normal((classes, size), np.float32)
@@ -397,7 +397,7 @@ def time_synthetic(options: Options) -> None:
     io.write_json(options.output / "synthetic.json", found)
     print(
         f"{count} images, {size} features, {classes} classes: {found['seconds']:.1f} s, at most "
-        f"{found['peak_memory_gb']:.2f} GB in use ({before:.2f} GB when they were drawn)"
+        f"{found['peak_memory_gb']:.2f} GB in use ({before:.2f} GB after generating them)"
     )
 
 
@@ -405,7 +405,7 @@ def time_synthetic(options: Options) -> None:
 
 
 def check_field(options: Options) -> tuple[Found, Report]:
-    """Check a folder with every model."""
+    """Run the field check with every model."""
     listed = open_field(options)
     results, entropies, answers = {}, {}, {}
     for model in models_of(options):
@@ -415,7 +415,7 @@ def check_field(options: Options) -> tuple[Found, Report]:
 
 
 def open_field(options: Options) -> data.ImageFolder:
-    """The images with the prompts' classes; the label is -1 where there is none."""
+    """The images of the folder; the label is -1 for images without one."""
     root = options.field
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: no such folder")
@@ -423,7 +423,7 @@ def open_field(options: Options) -> data.ImageFolder:
     labelled = any(path.is_dir() for path in entries)
     lone = [path.name for path in entries if path.suffix.lower() in SUFFIXES and path.is_file()]
     if labelled and lone:
-        raise ValueError(f"{root}: has images beside its class folders, {lone[0]} for one")
+        raise ValueError(f"{root}: has images outside the class folders, such as {lone[0]}")
     if not labelled and not lone:
         raise ValueError(f"{root}: folder without images")
     listed = data.image_folder(root) if labelled else list_folders(root, [root], [root.name])
@@ -434,8 +434,8 @@ def open_field(options: Options) -> data.ImageFolder:
         for name in listed.class_names:
             if name not in called:
                 raise ValueError(
-                    f"{root / name}: class folder is none of --class-names, {some([*called])}; "
-                    f'"{name}=…" would say what it is called'
+                    f"{root / name}: class folder is not one of --class-names, {some([*called])}; "
+                    f'use "{name}=…" to give its class name'
                 )
         labels = np.array([[*called].index(name) for name in listed.class_names], np.int32)
         listed = listed._replace(labels=labels[listed.labels])
@@ -445,43 +445,43 @@ def open_field(options: Options) -> data.ImageFolder:
         raise ValueError(f"{root}: --class-names has {len(called)} classes, expected at least two")
     if options.field_labels:
         if labelled:
-            raise ValueError(f"{root}: has class folders, so --field-labels has nothing to say")
+            raise ValueError(f"{root}: has class folders, omit --field-labels")
         listed = listed._replace(labels=read_labels_of(options.field_labels, listed, [*called]))
     return listed._replace(class_names=tuple(called.values()))
 
 
 def read_labels_of(path: Path, listed: data.ImageFolder, classes: Sequence[str]) -> np.ndarray:
-    """Labels (images,) from a .csv, -1 for images that it does not name."""
+    """Labels (images,) from a .csv, -1 for images not in it."""
     places = {str(file.relative_to(listed.root)): n for n, file in enumerate(listed.files)}
     labels = np.full(len(places), -1, np.int32)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
-    with path.open(newline="", encoding="utf-8-sig") as lines:  # as spreadsheets save it
+    with path.open(newline="", encoding="utf-8-sig") as lines:  # a BOM is allowed
         rows = csv.DictReader(lines)
         if not {"image", "class"} <= set(rows.fieldnames or ()):
             raise ValueError(f"{path}: has no columns image and class")
         for row in rows:
             image, name, line = row["image"], row["class"], f"{path}: line {rows.line_num}"
             if image not in places:
-                raise ValueError(f"{line} names {image!r}, which is no image in {listed.root}")
+                raise ValueError(f"{line} names {image!r}, which is not an image in {listed.root}")
             if name not in classes:
                 raise ValueError(
-                    f"{line} has class {name!r}, which is none of --class-names, {some(classes)}"
+                    f"{line} has class {name!r}, which is not one of --class-names, {some(classes)}"
                 )
             if labels[places[image]] >= 0:
                 raise ValueError(f"{line} names {image!r} again")
             labels[places[image]] = classes.index(name)
     if (labels < 0).all():
-        raise ValueError(f"{path}: names no image")
+        raise ValueError(f"{path}: lists no image")
     return labels
 
 
 def check_one(
     options: Options, model: Model, listed: data.ImageFolder
 ) -> tuple[Found, dict[str, np.ndarray], list[evaluate.Cell]]:
-    """A model's figures, each image's entropy in nats on both sets, and the trial's cells."""
+    """A model's metrics, per-image entropies in nats on both sets, and the trial's cells."""
     prepare, names = model.clip.preprocessing, ()
-    if options.layout == "arrays":  # nobody looks at the reference's labels
+    if options.layout == "arrays":  # the reference's labels are not used
         names = tuple(map(str, range(read_labels(options.data).max() + 1)))
     field = data.Named(data.CorruptedOnTheFly(listed, prepare), "field")
     reference = data.open_source(options.layout, options.data, prepare, names)
@@ -535,13 +535,13 @@ def check_one(
 def labelled_part(
     options: Options, listed: data.ImageFolder, stream: data.Stream
 ) -> data.ImageFolder | None:
-    """The images of a stream that have labels; None if the folder has none."""
+    """The labelled images of a stream; None if there are none."""
     if (listed.labels < 0).all():
         return None
     drawn = np.sort(stream.items[:, 1])
     drawn = drawn[listed.labels[drawn] >= 0]
     if not len(drawn):
-        raise ValueError(f"{options.field}: --limit {options.limit} draws no image with a label")
+        raise ValueError(f"{options.field}: --limit {options.limit} selects no labelled image")
     files = tuple(listed.files[number] for number in drawn)
     return listed._replace(files=files, labels=listed.labels[drawn])
 
@@ -549,7 +549,7 @@ def labelled_part(
 def try_adapters(
     options: Options, model: Model, task: jaxtta.models.Task, listed: data.ImageFolder, size: int
 ) -> list[evaluate.Cell]:
-    """Run every adapter of the trial once over labelled images, `size` of them a step."""
+    """Run every adapter of the trial once over the labelled images, `size` images per step."""
     source = data.Named(data.CorruptedOnTheFly(listed, model.clip.preprocessing), "field")
     streams = streams_of(options, source, ("field",))
     setup = evaluate.Setup(options.preset, options.tnt, options.mgtta)

@@ -1,10 +1,10 @@
-r"""How much does adaptation gain on datasets that are a shift by themselves?
+r"""How much does adaptation gain on natural distribution shifts?
 
     python experiments/natural_shifts.py --limit 200 --tnt.scale 0.5 1 --output runs/natural
 
-runs zero-shot CLIP and TNT on embedded CIFAR-10 images with the embedded model, with crops of at
-least half an image, as less of 32 pixels shows little. On the sets of the literature, with TNT's
-published settings:
+runs zero-shot CLIP and TNT on bundled CIFAR-10 images with the bundled demo model, with crops of at
+least half an image, since smaller crops of 32 pixels show little. On the usual datasets, with the
+settings of TNT's paper:
 
     python experiments/natural_shifts.py --model openai/clip-vit-base-patch16 \
         --datasets imagenet-a=DATA/imagenet-an imagenet-v2=DATA/imagenet-v2 \
@@ -14,12 +14,12 @@ published settings:
     python experiments/natural_shifts.py --model openai/clip-vit-base-patch16 --output runs/cross \
         --datasets caltech101=DATA oxford-pets=DATA stanford-cars=DATA oxford-flowers=DATA \
         food101=DATA fgvc-aircraft=DATA sun397=DATA dtd=DATA eurosat=DATA ucf101=DATA
-    # your own images in folders by class, under any other name
+    # your own images in class folders, under any other name
     python experiments/natural_shifts.py --datasets shop=FOLDER warehouse=FOLDER --output runs/own
 
-Every dataset has a folder of its own in the output, and is computed once: machines may take some
-datasets each, and whoever has all folders makes the report with the same command. A batch is a step
-of the other adapters; TNT takes each image for itself.
+Every dataset has its own folder in the output and is computed once: several machines can each run
+some datasets, and the same command with all folders present writes the report. TNT adapts to single
+images; the other adapters take one step per batch.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ LAYOUTS = {
     **dict.fromkeys(("imagenet", "imagenet-a", "imagenet-r", "imagenet-sketch"), "imagenet"),
     **{name: name for name in ("imagenet-v2", "objectnet", *data.TEMPLATES)},
 }
-"""How the known datasets lie; all others are folders by class."""
+"""Layouts of the known datasets; all others are class folders."""
 PHOTO = "a photo of a {}."
 
 
@@ -46,51 +46,52 @@ class Options:
     """A sweep of adapters over datasets."""
 
     output: Path
-    """Folder for the results; made if it is missing."""
+    """Folder for the results; created if missing."""
     datasets: tuple[str, ...] = ()
-    """NAME=FOLDER each. Known names: imagenet, imagenet-a, -r, -sketch, -v2, objectnet and the ten
-    cross-dataset sets (caltech101, oxford-pets, stanford-cars, oxford-flowers, food101,
-    fgvc-aircraft, sun397, dtd, eurosat, ucf101); any other name is for folders by class. Default:
-    the embedded CIFAR-10 images."""
+    """Datasets as NAME=FOLDER. Known names: imagenet, imagenet-a, -r, -sketch, -v2, objectnet and
+    the ten cross-dataset sets (caltech101, oxford-pets, stanford-cars, oxford-flowers, food101,
+    fgvc-aircraft, sun397, dtd, eurosat, ucf101); any other name means class folders. Default: the
+    bundled CIFAR-10 images."""
     model: str = str(assets.MODEL)
-    """Folder or hub id of a CLIP checkpoint (default: the embedded one)."""
+    """Folder or hub id of a CLIP checkpoint (default: the bundled demo model)."""
     adapters: tuple[str, ...] = ("zero_shot", "tnt")
-    """Which adapters to run: zero_shot, tent, batclip, tnt (or tnt-3, with three steps), mgtta, and
-    mgtta-sgd and mgtta-adam with other optimisers for the same objective. A learning rate may stand
-    behind a name, as tent@1e-4."""
+    """Adapters to run: zero_shot, tent, batclip, tnt (or tnt-3, with three steps), mgtta, and
+    mgtta-sgd and mgtta-adam with other optimisers for the same objective. A learning rate can be
+    appended to a name: tent@1e-4."""
     tnt: TNTConfig = dataclasses.field(default_factory=TNTConfig)
     """TNT's settings."""
     mgtta: evaluate.MGTTA = dataclasses.field(default_factory=evaluate.MGTTA)
-    """MGTTA's settings. The files' defaults are for the embedded model."""
+    """MGTTA's settings. The default files are for the bundled demo model."""
     canvas: int | None = None
-    """Side of the canvas that TNT's originals lie on; larger ones are shrunk to fit, and views are
-    cut from what is left. Default: what a sample of each dataset needs, up to 512."""
+    """Size in pixels to which TNT's full-size images are zero-padded; larger images are shrunk
+    first. Default: the largest side in a sample of each dataset, at most 512."""
     save_examples: int = 0
-    """Draw what TNT's noise did to so many images that it set right or spoilt."""
+    """Number of images to draw whose prediction TNT fixed or broke."""
     templates: tuple[str, ...] = (PHOTO,)
-    """Prompt templates; several are averaged. "usual" stands for each dataset's own, "imagenet" for
-    CLIP's 80."""
+    """Prompt templates; several are averaged. "usual" = the dataset's usual template, "imagenet" =
+    CLIP's 80 templates."""
     order: Literal["shuffled", "stored", "correlated", "dirichlet"] = "shuffled"
-    """Of the images in a stream. correlated: sorted by class; dirichlet: unevenly so."""
+    """Order of the images in a stream. correlated: sorted by class; dirichlet: Dirichlet-imbalanced
+    over time."""
     seeds: tuple[int, ...] = (1,)
-    """Seeds of the order and of TNT's views; each is a run of its own."""
+    """Seeds of the order and of TNT's views; one run per seed."""
     limit: int | None = None
-    """Use only so many images of each dataset, drawn by the seed."""
+    """Use at most this many images of each dataset, sampled with the seed."""
     preset: Literal["cifar10-c", "cifar100-c", "imagenet-c"] = "imagenet-c"
-    """Published optimiser settings of TENT and BATCLIP."""
+    """Optimiser settings of TENT and BATCLIP from the papers."""
     learning_rate: float | None = None
-    """In place of the published ones: TENT with SGD and momentum, BATCLIP with AdamW, MGTTA's with
-    the optimisers that their names say."""
+    """Use this learning rate instead of the preset: TENT with SGD and momentum, BATCLIP with AdamW,
+    MGTTA with the optimiser in the adapter's name."""
     batch_size: int = 50
-    """Images a batch."""
+    """Images per batch."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the matrix products."""
     workers: int = 1
-    """Processes that decode images; 0 does it in this one."""
+    """Processes that decode images; 0 = main process."""
     checkpoint_every: int | None = None
-    """Batches between two checkpoints inside a dataset; a killed run goes on at the last one."""
+    """Batches between two checkpoints within a dataset; interrupted runs resume there."""
     save_predictions: bool = False
-    """Keep an .npz of every dataset, image by image."""
+    """Save an .npz with per-image predictions for every dataset."""
     debug: bool = False
     """Show tracebacks."""
 
@@ -113,7 +114,7 @@ def main(options: Options) -> None:
 
 
 def check(options: Options) -> dict[str, str]:
-    """Raise a ValueError for options that cannot be meant; return each dataset's folder."""
+    """Raise a ValueError for invalid options; return each dataset's folder."""
     evaluate.check_adapters(options.adapters)
     evaluate.check_choices(
         adapters=options.adapters, seeds=options.seeds, templates=options.templates
@@ -134,7 +135,7 @@ def check(options: Options) -> dict[str, str]:
         name, equals, root = text.partition("=")
         if not (equals and root and re.fullmatch(r"\w[\w.-]*", name)) or name == data.CLEAN:
             raise ValueError(
-                f"--datasets has {text!r}, expected NAME=FOLDER, as imagenet-a=DATA/imagenet-a"
+                f"--datasets has {text!r}, expected NAME=FOLDER, such as imagenet-a=DATA/imagenet-a"
             )
         if name in places:
             raise ValueError(f"--datasets names {name} twice")
@@ -142,8 +143,8 @@ def check(options: Options) -> dict[str, str]:
     return places or {"cifar10": str(assets.IMAGES)}
 
 
-def open_dataset(name: str, root: str, model: jaxtta.models.CLIP) -> data.Source:
-    """Open a dataset; its images are a domain that is called by its name."""
+def open_dataset(name: str, root: str, model: jaxtta.Classifier) -> data.Source:
+    """Open a dataset; its images form one domain, named after it."""
     return data.Named(
         data.open_source(LAYOUTS.get(name, "folder"), root, model.preprocessing), name
     )
@@ -158,7 +159,7 @@ def run_dataset(
     params: jaxtta.models.Params,
     wanted: int,
 ) -> tuple[list[evaluate.Cell], dict, list[report.Example]]:
-    """Run all adapters on one dataset: its cells, a sample, and some examples."""
+    """Run all adapters on one dataset; return its cells, a sample image and some examples."""
     templates = tuple(
         template
         for given in options.templates

@@ -1,17 +1,17 @@
-r"""Train MGTTA's meta gradient generator on a few images.
+r"""Train MGTTA's meta gradient generator on a small set of images.
 
     python experiments/pretrain_mgg.py --layout arrays --data cifar10-c-severity5/meta_train \
         --class-names airplane automobile bird cat deer dog frog horse ship truck --output runs/mgg
     python experiments/pretrain_mgg.py --layout imagenet --data IMAGENET/val --source IMAGENET/val \
         --model openai/clip-vit-base-patch16 --output runs/mgg-vit
 
-adapts the model to a stream of images under the four validation corruptions, none of which a
-benchmark tests, two at a time, and learns from each batch's loss what the update before it should
-have been. No label is trained on; the epoch to keep is chosen by accuracy on held-out images,
-with their labels, as published, or by the loss there, without (--choose loss). Leaves
+adapts the model to a stream of images under the four validation corruptions (none of which is in a
+benchmark), two images per step, and trains the generator on the loss of the next batch after each
+update. Training uses no labels. The checkpoint is selected by accuracy on held-out images with
+labels, as in the paper, or by their loss without labels (--choose loss). Writes
 `phi.safetensors`, the statistics of clean images' features in `statistics.safetensors`,
-`training.json` and curves in `training.png`. A killed run goes on at the last epoch that it
-finished.
+`training.json` and curves in `training.png`. An interrupted run resumes at the last finished
+epoch.
 """
 
 import dataclasses
@@ -42,59 +42,58 @@ class Options:
     """Train the meta gradient generator."""
 
     output: Path
-    """Folder for the results; made if it is missing."""
+    """Folder for the results; created if missing."""
     data: str = str(assets.IMAGES)
-    """The images: a folder, or NAME:SPLIT for tensorflow-datasets (default: embedded ones)."""
+    """The images: a folder, or NAME:SPLIT for tensorflow-datasets (default: the bundled images)."""
     layout: str = "folder"
-    """How they lie there, as for corruption_sweep.py."""
+    """Dataset layout, as in corruption_sweep.py."""
     class_names: tuple[str, ...] = ()
-    """Names for the prompts, in the labels' order; needed with arrays."""
+    """Class names for the prompts, in label order; required with arrays."""
     model: str = str(assets.MODEL)
-    """Folder or hub id of a CLIP checkpoint (default: the embedded one)."""
+    """Folder or hub id of a CLIP checkpoint (default: the bundled demo model)."""
     source: str | None = None
-    """Clean images of the same layout for the source statistics. Default: the data's own."""
+    """Clean images of the same layout for the source statistics. Default: those of --data."""
     source_images: int = 1000
-    """At most so many of them."""
+    """Maximum number of images for the source statistics."""
     corruptions: tuple[str, ...] = VALIDATION
-    """What the training images are corrupted by; not what is to be tested."""
+    """Corruptions of the training images; must not be test corruptions."""
     severity: int | None = None
-    """1 to 5. Default: 5, but 1 on the embedded images, as in corruption_sweep.py; arrays have
-    one of their own."""
+    """Severity, 1 to 5. Default: 5; 1 on the bundled images; fixed for arrays."""
     images: int = 128
-    """Training images, each under one of the corruptions by turns."""
+    """Number of training images; they take the corruptions in turn."""
     held_out: int = 256
-    """Other images, each under all corruptions, that epochs are judged on; 0 for none."""
+    """Held-out images for checkpoint selection, each under all corruptions; 0 for none."""
     choose: Literal["accuracy", "loss"] = "accuracy"
-    """Which epoch's weights to keep: those with the highest accuracy on the held-out images or,
-    without any label, the lowest loss there (on the training images if none are held out)."""
+    """Criterion for checkpoint selection: the highest accuracy on the held-out images or, without
+    labels, the lowest loss there (on the training images if none are held out)."""
     epochs: int = 40
     """Passes over the training images."""
     batch: int = 2
-    """Training images a step."""
+    """Training images per step."""
     truncation: int = 1
-    """Updates that a step differentiates through; 1 as published."""
+    """Number of updates that a step differentiates through; 1 in the paper."""
     learning_rate: float = 1e-2
-    """Of Adam on the generator's weights."""
+    """Learning rate of Adam on the generator's weights."""
     inner_learning_rate: float = 1e-4
-    """Of the generator's updates while it is trained."""
+    """Learning rate of the generator's updates during training."""
     test_learning_rate: float = 1e-3
-    """Of its updates on the held-out images."""
+    """Learning rate of the generator's updates on the held-out images."""
     test_batch: int = 64
-    """Held-out images a batch."""
+    """Held-out images per batch."""
     weight: float = 0.4
-    """Of the discrepancy in the objective."""
+    """Weight of the discrepancy in the objective."""
     hidden: int = 8
-    """Size of a parameter's memory."""
+    """Hidden size: length of each parameter's memory."""
     tower: Literal["image", "both"] = "image"
-    """Whose normalisation parameters are adapted."""
+    """Tower whose normalisation parameters are adapted."""
     seed: int = 0
-    """Of images, order and first weights."""
+    """Random seed of the images, the order and the initial weights."""
     debug: bool = False
     """Show tracebacks."""
 
 
 class History(NamedTuple):
-    """Figures of the epochs; unknown ones are None.
+    """Metrics of each epoch; unknown values are None.
 
     Attributes:
         loss: mean over the training batches.
@@ -108,7 +107,7 @@ class History(NamedTuple):
 
 
 def main(options: Options) -> None:
-    """Train, and keep the best epoch's weights."""
+    """Train and keep the weights of the best epoch."""
     check(options)
     model, params = jaxtta.load(options.model)
     source = data.open_source(
@@ -144,7 +143,7 @@ def main(options: Options) -> None:
             for figures, value in zip(history, (float(losses.mean()), *judged), strict=True):
                 figures.append(value)
             if best_epoch(options, history) == epoch:
-                # Before the checkpoint: a run that is killed between them makes this epoch again.
+                # Before the checkpoint: a run killed in between repeats this epoch.
                 about = settings | weights | {"epoch": epoch + 1}
                 with io.atomic_write(options.output / "phi.safetensors") as temporary:
                     optim.save_mgg(temporary, state.phi, about)
@@ -168,7 +167,7 @@ def main(options: Options) -> None:
 
 
 def check(options: Options) -> None:
-    """Raise a ValueError for options that cannot be meant."""
+    """Raise a ValueError for invalid options."""
     evaluate.check_choices(corruptions=options.corruptions)
     evaluate.check_limits(
         images=(options.images, 2 * options.batch),
@@ -195,7 +194,7 @@ def check(options: Options) -> None:
 def read_images(
     options: Options, source: data.Source
 ) -> tuple[np.ndarray, list[list[data.StreamBatch]]]:
-    """Training images (images, size, size, 3), and a list of held-out batches a corruption."""
+    """Training images (images, size, size, 3), and held-out batches for each corruption."""
     severity = evaluate.severity_of(options.layout, options.data, options.severity)
     domains = [data.Domain(name, severity) for name in options.corruptions]
     for domain in domains:
@@ -208,7 +207,7 @@ def read_images(
         )
     order = np.random.default_rng(options.seed).permutation(len(source.labels))
     turns = np.arange(options.images) % len(domains)
-    # As one stream, so that images are read as everywhere else.
+    # As one stream, to use the same reading code as the other scripts.
     train = data.stream_of("train", domains, order[: options.images], options.seed, turns)
     others = order[options.images : wanted]
     tests = [data.stream_of(str(domain), [domain], others, options.seed) for domain in domains]
@@ -229,7 +228,7 @@ def read_all(
 
 
 def open_clean(options: Options, source: data.Source, model: jaxtta.Classifier) -> data.Source:
-    """Where clean images come from."""
+    """Open the clean images for the source statistics."""
     if options.source is not None:
         source = data.open_source(
             options.layout, options.source, model.preprocessing, options.class_names
@@ -237,7 +236,7 @@ def open_clean(options: Options, source: data.Source, model: jaxtta.Classifier) 
     try:
         source.check(data.Domain(data.CLEAN))
     except ValueError as error:
-        raise ValueError(f"{error}; give clean images with --source") from error
+        raise ValueError(f"{error}; set --source to clean images") from error
     return source
 
 
@@ -260,7 +259,7 @@ def gather_statistics(
 
 
 class Run:
-    """The jitted functions of a run, and the weights that it starts from."""
+    """The jitted functions of a run and its initial weights."""
 
     def __init__(
         self,
@@ -269,7 +268,7 @@ class Run:
         params: jaxtta.models.Params,
         context: MGTTAContext,
     ) -> None:
-        """Prepare them; nothing is computed yet but the first weights."""
+        """Prepare the functions; only the initial weights are computed."""
         self.options, self.params, self.context = options, params, context
         objective = jaxtta.adapters.mgtta_objective(model, options.weight)
         trainable = tree.normalisation_parameters(options.tower)
@@ -280,7 +279,7 @@ class Run:
         )
 
         def loss_of(frozen: tuple[Any, Any]) -> Callable[[Any, Array], Array]:
-            params, context = frozen  # arguments, lest the program holds them as constants
+            params, context = frozen  # arguments, so that they are not compiled in as constants
 
             def loss(adapted: Any, images: Array) -> Array:
                 batch = Batch(images, jnp.ones(len(images), bool), jnp.arange(len(images)))
@@ -306,7 +305,7 @@ class Run:
         return optim.init_meta_training(self.untrained, self.first, self.optimizer)
 
     def epoch(self, state: optim.MetaState, images: np.ndarray) -> tuple[optim.MetaState, Any]:
-        """Pass once over the images; the losses of its batches."""
+        """Train for one epoch; return the new state and the batch losses."""
         frozen, size = (self.params, self.context), self.options.batch
         batches = images[: len(images) // size * size].reshape(-1, size, *images.shape[1:])
         state, loss = self._begin(frozen, state, batches[0])
@@ -319,7 +318,7 @@ class Run:
     def judge(
         self, phi: optim.MGGParams, held_out: list[list[data.StreamBatch]], name: str
     ) -> tuple[float | None, float | None]:
-        """Mean loss and accuracy of adapting with these weights, anew at each corruption."""
+        """Mean loss and accuracy when adapting with these weights, reset before each corruption."""
         if not held_out:
             return None, None
         frozen = (self.params, self.context)
@@ -341,13 +340,13 @@ class Run:
 
 
 def windows(batches: np.ndarray, size: int) -> Iterator[np.ndarray]:
-    """Cut batches into windows; the last may be smaller."""
+    """Split batches into windows; the last one may be smaller."""
     for first in range(0, len(batches), size):
         yield batches[first : first + size]
 
 
 def best_epoch(options: Options, history: History) -> int:
-    """The epoch to keep, from 0; of equal ones the first."""
+    """Index of the selected epoch; the first one in case of ties."""
     if options.choose == "accuracy":
         return int(np.argmax(history.accuracy))
     losses = history.held_out_loss if options.held_out else history.loss
@@ -360,23 +359,23 @@ def best_epoch(options: Options, history: History) -> int:
 def describe(
     options: Options, source: data.Source, clean: data.Source, params: jaxtta.models.Params
 ) -> dict:
-    """What decides the result."""
+    """The settings that affect the result."""
     settings = dataclasses.asdict(options)
     for name in ("output", "data", "model", "source", "debug", "epochs"):
-        del settings[name]  # places, and how long it goes on
+        del settings[name]  # paths, and the number of epochs
     settings["found"] = evaluate.fingerprints(source, params)
     settings["found_source"] = {"images": evaluate.fingerprints(clean, {})["images"]}
     return json.loads(json.dumps(settings))
 
 
 def save(folder: Path, state: optim.MetaState, history: History, epochs: int) -> None:
-    """Save where training stands after so many epochs."""
+    """Save a checkpoint after this many epochs."""
     leaves = {str(number): leaf for number, leaf in enumerate(jax.tree.leaves(state))}
     evaluate.save_step(folder / "checkpoints", epochs, leaves, history._asdict())
 
 
 def restore(folder: Path, state: optim.MetaState) -> tuple[optim.MetaState, History, int]:
-    """Where a run of this folder stands: its state, history and finished epochs."""
+    """Restore a checkpoint: state, history and number of finished epochs."""
     saved = evaluate.restore_step(folder / "checkpoints")
     if saved is None:
         return state, History([], [], []), 0
@@ -386,19 +385,19 @@ def restore(folder: Path, state: optim.MetaState) -> tuple[optim.MetaState, Hist
 
 
 def said(loss: float | None, held_out_loss: float | None, accuracy: float | None) -> str:
-    """Figures in words."""
+    """Format metrics as text."""
     parts = [
         f"loss {loss:.4f}" if loss is not None else "",
         f"held-out loss {held_out_loss:.4f}" if held_out_loss is not None else "",
         f"accuracy {100 * accuracy:.2f} %" if accuracy is not None else "",
     ]
-    return ", ".join(filter(None, parts)) or "nothing was held out"
+    return ", ".join(filter(None, parts)) or "no held-out images"
 
 
 def plot(
     path: Path, history: History, before: tuple[float | None, float | None], best: int
 ) -> None:
-    """Draw losses and held-out accuracy over the epochs, and the epoch that was kept."""
+    """Draw losses and held-out accuracy over the epochs, and mark the selected epoch."""
     figure = Figure(figsize=(9, 3.5), layout="constrained")
     left, right = figure.subplots(1, 2)
     epochs = np.arange(1, len(history.loss) + 1)

@@ -3,10 +3,10 @@ r"""Train a small CLIP from scratch on a folder of images.
     python experiments/pretrain_tiny_clip.py --train cifar10/train --test cifar10/test \
         --output runs/tiny-clip
 
-The folder holds one folder of images a class, named as the class is called. The text tower turns
-the names into a classifier, and both towers learn by the cross-entropy of its predictions. Crops,
-flips and CutMix are all that is done to the images: a model that is to be adapted to corruptions
-at test time must not have met any in training. The result is an ordinary transformers checkpoint.
+The folder contains one subfolder of images per class, named after the class. The text tower turns
+the names into a classifier, and both towers are trained with the cross-entropy of its predictions.
+Augmentation is limited to crops, flips and CutMix, because a model for test-time adaptation to
+corruptions must not be trained on them. The result is an ordinary transformers checkpoint.
 """
 
 import dataclasses
@@ -45,7 +45,7 @@ TEMPLATES = (
     "a good photo of the {}.",
     "a bad photo of a {}.",
     "a close photo of a {}.",
-    "an image of a {}.",
+    "a picture of a {}.",
     "an image of a {}.",
     "an image of the {}.",
     "this is a {}.",
@@ -72,56 +72,55 @@ class Config:
     """Train a small CLIP from scratch on a folder of images, and write a checkpoint."""
 
     train: Path
-    """Training images, FOLDER/<class>/<any name>.jpg or .png; the classes are called as their
-    folders are, underscores standing for spaces."""
+    """Training images, FOLDER/<class>/<any name>.jpg or .png; classes are named after
+    their folders, with underscores for spaces."""
     test: Path | None = None
-    """Test images in the same layout and with the same classes; their accuracy with the prompt
+    """Test images in the same layout and with the same classes; test accuracy with the prompt
     "a photo of a {}." is computed after every epoch."""
     output: Path = Path("runs/tiny-clip")
-    """Where the checkpoint, training.json and training.png go. They are written after every
-    epoch."""
+    """Folder for the checkpoint, training.json and training.png, written after every epoch."""
     overwrite: bool = False
-    """Replace the checkpoint that the output folder already holds."""
+    """Replace an existing checkpoint in the output folder."""
     tokenizer: Path = MODEL
-    """Folder with a tokenizer of CLIP's kind (vocab.json, merges.txt, tokenizer_config.json). The
-    text tower's vocabulary is its vocabulary; the default one has few words, others fall to
-    pieces."""
+    """Folder with a CLIP tokenizer (vocab.json, merges.txt, tokenizer_config.json); it sets the
+    text tower's vocabulary. The default one has few words; other words are split into
+    characters."""
     limit: int | None = None
-    """Use only so many images of each of the two folders, balanced over the classes."""
+    """Use at most this many images of each folder, balanced over the classes."""
 
     epochs: int = 60
-    """Passes over the training images."""
+    """Number of passes over the training images."""
     batch: int = 128
-    """Images a step."""
+    """Images per step."""
     learning_rate: float = 5e-4
-    """The highest learning rate of AdamW; it falls to 0 along a cosine."""
+    """Peak learning rate of AdamW, with cosine decay to 0."""
     warmup: float = 0.05
-    """Share of all steps over which the learning rate rises from 0."""
+    """Fraction of steps for linear warm-up of the learning rate."""
     weight_decay: float = 0.05
     """Weight decay of AdamW, on matrices only."""
     clip_norm: float = 1.0
-    """Gradients of a greater norm are scaled down to it."""
+    """Maximum gradient norm."""
     label_smoothing: float = 0.1
-    """Share of the target that is spread over all classes."""
+    """Amount of label smoothing."""
     padding: int = 4
-    """Random crops are taken from images padded by so many black pixels."""
+    """Black pixels of padding on each side before the random crop."""
     cutmix: float = 0.5
-    """Share of the images that get a rectangle of another image pasted in."""
+    """Fraction of the images augmented with CutMix."""
     seed: int = 0
-    """The same seed gives the same model."""
+    """Random seed; the same seed gives the same model."""
 
     vision: Tower = Tower(layers=6, width=192, heads=3)
     """The image tower."""
     text: Tower = Tower(layers=3, width=128, heads=4)
     """The text tower."""
     embedding: int = 128
-    """Size of the embedding that the towers share."""
+    """Size of the joint embedding space."""
     image_size: int = 32
     """Side of the model's input in pixels; images are resized to it."""
     patch_size: int = 4
     """Side of a patch in pixels."""
     text_length: int = 32
-    """Most tokens that a prompt may have."""
+    """Maximum number of tokens in a prompt."""
 
     debug: bool = False
     """Show the traceback of an error."""
@@ -156,11 +155,11 @@ class State(NamedTuple):
 
 
 class History(NamedTuple):
-    """What the epochs so far gave, one number each.
+    """Metrics of the epochs so far, one value per epoch.
 
     Attributes:
         loss: mean training loss.
-        train_accuracy: on the augmented images, against the class that a mixed one shows most.
+        train_accuracy: on the augmented images; for mixed ones, against the dominant class.
         test_accuracy: empty without test images.
     """
 
@@ -174,7 +173,7 @@ Accuracy = Callable[[dict, Images], float]
 
 
 def run(config: Config) -> None:
-    """Train, and write the results after every epoch."""
+    """Train and write the results after every epoch."""
     check(config)
     model = make_model(config)
     train = read_images(config.train, model, config.limit, config.seed)
@@ -204,11 +203,11 @@ def run(config: Config) -> None:
 
 
 def check(config: Config) -> None:
-    """Find settings that cannot work before anything is computed.
+    """Validate the settings.
 
     Raises:
-        ValueError: if there are any.
-        FileExistsError: if the output folder holds a checkpoint that is not to be replaced.
+        ValueError: for invalid settings.
+        FileExistsError: if the output folder has a checkpoint and overwrite is false.
     """
     settings = dict(vars(config))
     for name in ("vision", "text"):
@@ -231,19 +230,19 @@ def check(config: Config) -> None:
     written = ("config.json", "model.safetensors")
     if not config.overwrite and any((config.output / name).exists() for name in written):
         raise FileExistsError(
-            f"{config.output}: already holds a checkpoint; --overwrite replaces it"
+            f"{config.output}: already has a checkpoint; use --overwrite to replace it"
         )
 
 
 def make_model(config: Config) -> models.CLIP:
     """Make the model for the tokenizer's vocabulary."""
     if not config.tokenizer.is_dir():
-        raise FileNotFoundError(f"{config.tokenizer}: there is no such tokenizer folder")
+        raise FileNotFoundError(f"{config.tokenizer}: no such tokenizer folder")
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.tokenizer)
-    except Exception as error:  # transformers and tokenizers raise errors of many kinds
+    except Exception as error:  # transformers and tokenizers may raise any exception
         raise ValueError(
-            f"{config.tokenizer}: holds no tokenizer that can be read; it takes vocab.json, "
+            f"{config.tokenizer}: no readable tokenizer, expected vocab.json, "
             "merges.txt and tokenizer_config.json"
         ) from error
 
@@ -275,7 +274,7 @@ def make_model(config: Config) -> models.CLIP:
 
 
 def read_images(root: Path, model: models.CLIP, limit: int | None, seed: int) -> Images:
-    """Decode a folder's images at the model's resolution; unreadable ones are left out."""
+    """Decode a folder's images at the model's resolution; unreadable ones are skipped."""
     folder = image_folder(root)
     chosen = balanced(folder.labels, limit or len(folder.labels), seed)
     side = model.preprocessing.image_size
@@ -292,15 +291,15 @@ def read_images(root: Path, model: models.CLIP, limit: int | None, seed: int) ->
     labels = folder.labels[chosen][readable]
     for label, name in enumerate(folder.class_names):
         if not (labels == label).any():
-            raise ValueError(f"{root / name}: none of the images chosen here is readable")
+            raise ValueError(f"{root / name}: none of the selected images is readable")
     return Images(images[readable], labels, folder.class_names)
 
 
 def balanced(labels: np.ndarray, limit: int, seed: int) -> np.ndarray:
-    """Choose images at random: one of every class, a second one of every class, and so on."""
+    """Sample images at random, balanced over the classes."""
     classes = np.unique(labels)
     if limit < len(classes):
-        raise ValueError(f"a limit of {limit} leaves none for some of the {len(classes)} classes")
+        raise ValueError(f"a limit of {limit} is less than the {len(classes)} classes")
     rng = np.random.default_rng(seed)
     turn = np.empty(len(labels), int)
     for label in classes:
@@ -350,7 +349,7 @@ def cutmix(key: Array, images: Array, targets: Array, share: float) -> tuple[Arr
     rows, columns = jnp.abs(jnp.arange(side) + 0.5 - centre) < extent / 2
     pasted = rows[:, :, None] & columns[:, None, :]
     part = pasted.mean((1, 2))[:, None]
-    # Batches are drawn in random order, so that the next image is any other.
+    # Batches are in random order, so the next image is a random one.
     images = jnp.where(pasted[..., None], jnp.roll(images, 1, 0), images)
     return images, (1 - part) * targets + part * jnp.roll(targets, 1, 0)
 
@@ -378,7 +377,7 @@ def make_train_step(
 ) -> TrainStep:
     """Make the jitted `step(state, key, images, labels) -> (state, (loss, accuracy))`."""
     task = models.zero_shot_task(model, class_names, TEMPLATES)
-    model.prompts(task)  # raises where a prompt does not fit the model
+    model.prompts(task)  # raises if a prompt is too long for the model
     # Padded rather than packed prompts: the templates share one shape and so one program.
     token_ids = jnp.asarray(task.token_ids)
 
@@ -416,7 +415,7 @@ def train_epoch(
     epoch: int,
     history: History,
 ) -> State:
-    """Pass once over the images in random order, and append to the history.
+    """Train for one epoch in random order and append to the history.
 
     Raises:
         FloatingPointError: if the loss is no longer finite.
@@ -452,7 +451,7 @@ def make_accuracy(config: Config, model: models.CLIP, class_names: tuple[str, ..
         images, labels, _ = test
         correct = []
         for start in tqdm(range(0, len(labels), config.batch), desc="test", leave=False):
-            # The last batch is filled up from the front: one shape, one program.
+            # The last batch is filled with the first images, so that one shape is compiled.
             rows = np.arange(start, start + config.batch) % len(labels)
             correct.append(np.asarray(predict(params, images[rows])) == labels[rows])
         return float(np.concatenate(correct)[: len(labels)].mean())
@@ -461,7 +460,7 @@ def make_accuracy(config: Config, model: models.CLIP, class_names: tuple[str, ..
 
 
 def summary(history: History) -> str:
-    """The last epoch's figures in words."""
+    """Format the last epoch's metrics as text."""
     parts = [
         f"loss {history.loss[-1]:.3f}",
         f"accuracy on augmented training images {history.train_accuracy[-1]:.2%}",
@@ -472,7 +471,7 @@ def summary(history: History) -> str:
 
 
 def write(config: Config, model: models.CLIP, params: dict, history: History) -> None:
-    """Write checkpoint, figures and curves, each under another name first and then renamed."""
+    """Write checkpoint, metrics and curves atomically."""
     config.output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=config.output) as name:
         folder = Path(name)

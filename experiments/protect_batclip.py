@@ -1,14 +1,14 @@
-r"""Does an adapter that is kept from changing its clean answers stay good on clean images?
+r"""Does protecting clean predictions preserve BATCLIP's accuracy on clean images?
 
     python experiments/protect_batclip.py --output runs/protected
     python experiments/protect_batclip.py --output runs/protected --layout arrays --data FOLDER \
         --class-names airplane automobile bird cat deer dog frog horse ship truck
 
-BATCLIP adapts to one corruption, online, and is then tested on clean images as it stands. Beside
-it the same with its updates projected away from the directions in which the answers to some clean
-images would change (`jaxtta.optim.project_out`), for several numbers of directions. The
-images that it adapts to, the clean ones and the protecting ones are all different. No label is
-used but to count.
+BATCLIP adapts online to one corruption and is then tested on clean images without a reset. It is
+compared with BATCLIP whose updates are projected to be orthogonal to the directions that would
+change the predictions on some clean images (`jaxtta.optim.project_out`), for several numbers of
+directions. The images adapted to, the clean test images and the protected images are disjoint.
+Labels are used only to measure accuracy.
 """
 
 import dataclasses
@@ -33,59 +33,59 @@ from jaxtta.optim import project_out
 Array = jax.Array
 LEFT_OUT = (
     *("output", "corruptions", "seeds", "workers", "debug"),
-    *("data", "model", "class_names"),  # places; what was found there is compared
+    *("data", "model", "class_names"),  # paths; fingerprints of the content are compared
 )
-"""Options that change no figure, or say which of them to find."""
+"""Options that do not change the results of a run, or select the runs."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Adapt with and without protection, and measure what is left on clean images."""
+    """Adapt with and without protection, and measure accuracy on clean images."""
 
     output: Path
-    """Folder for the results; made if it is missing."""
+    """Folder for the results; created if missing."""
     layout: str = "folder"
-    """How the images lie there, as for corruption_sweep.py."""
+    """Dataset layout, as in corruption_sweep.py."""
     data: str = str(assets.IMAGES)
-    """The images, clean and corrupted (default: embedded ones, corrupted on the fly)."""
+    """The images, clean and corrupted (default: the bundled images, corrupted on the fly)."""
     class_names: tuple[str, ...] = ()
-    """Names for the prompts, in the labels' order; needed with arrays."""
+    """Class names for the prompts, in label order; required with arrays."""
     model: str = str(assets.MODEL)
-    """Folder or hub id of a CLIP checkpoint (default: the embedded one)."""
+    """Folder or hub id of a CLIP checkpoint (default: the bundled demo model)."""
     corruptions: tuple[str, ...] = ("gaussian_noise", "defocus_blur", "fog")
-    """Each is adapted to from the start."""
+    """Corruptions to adapt to; the adapter is reset before each."""
     severity: int | None = None
-    """1 to 5. Default: 5, but 1 on the embedded images; arrays have one of their own."""
+    """Severity, 1 to 5. Default: 5; 1 on the bundled images; fixed for arrays."""
     ranks: tuple[int, ...] = (16, 64, 256)
-    """Numbers of protected directions."""
+    """Numbers of protected directions to compare."""
     protecting: int = 256
-    """Clean images that the directions come from. Of the others one half is adapted to, and the
-    other half tested clean."""
+    """Clean images from which the directions are computed. One half of the other images is adapted
+    to, the other half is the clean test set."""
     batch_size: int = 100
-    """Images a batch."""
+    """Images per batch."""
     learning_rate: float | None = None
-    """In place of the preset's optimiser: AdamW, whatever that is."""
+    """Use AdamW with this learning rate instead of the preset."""
     preset: Literal["cifar10-c", "cifar100-c", "imagenet-c"] = "cifar10-c"
-    """Published optimiser settings."""
+    """Optimiser settings of the paper."""
     limit: int | None = None
-    """Use only so many images to adapt to, and as many clean ones."""
+    """Use at most this many images to adapt to, and as many clean test images."""
     seeds: tuple[int, ...] = (1,)
-    """Of the order, of corruptions made on the fly and of the choice of protecting images."""
+    """Seeds of the order, of corruptions made on the fly and of the choice of protected images."""
     workers: int = 1
-    """Processes that decode and corrupt images; 0 does it in this one."""
+    """Processes that decode and corrupt images; 0 = main process."""
     debug: bool = False
     """Show tracebacks."""
 
 
 class Row(NamedTuple):
-    """What came of one adaptation.
+    """Result of one adaptation run.
 
     Attributes:
-        corruption: what was adapted to.
-        seed: of the run.
-        rank: protected directions; 0 for none, -1 for no adaptation.
-        online: share of the corrupted images answered rightly on the way.
-        clean: share of the clean ones, answered afterwards.
+        corruption: the corruption adapted to.
+        seed: the run's seed.
+        rank: number of protected directions; 0 for none, -1 for no adaptation.
+        online: accuracy on the corrupted images while adapting.
+        clean: accuracy on the clean images afterwards.
     """
 
     corruption: str
@@ -109,7 +109,7 @@ def main(options: Options) -> None:
     )
     if options.protecting > len(source.labels) - 2:
         raise ValueError(
-            f"--protecting is {options.protecting}, expected at least two fewer than the "
+            f"--protecting is {options.protecting}, expected at least two less than the "
             f"{len(source.labels)} images, so that some are left to adapt to and to test on"
         )
     for corruption in options.corruptions:
@@ -136,7 +136,7 @@ def forward(
     adapted: Any,
     images: Array,
 ) -> Array:
-    """Logits of images, of parameters some of which are adapted."""
+    """Logits of images, with adapted parameters merged in."""
     params, prompts = context
     return model(tree.merge(params, adapted), prompts, images).logits
 
@@ -184,7 +184,7 @@ def measure(
 def read(
     options: Options, source: data.Source, corruption: str, numbers: np.ndarray, seed: int
 ) -> list[data.StreamBatch]:
-    """Images under a corruption, in this order."""
+    """Batches of images under a corruption, in this order."""
     stream = data.stream_of(corruption, [domain_of(options, corruption)], numbers, seed)
     batches = data.Batches(source, (stream,), options.batch_size)
     reader = data.read_ahead(batches, options.workers)
@@ -192,27 +192,27 @@ def read(
 
 
 def domain_of(options: Options, corruption: str) -> data.Domain:
-    """Where the images stand under a corruption, at the severity asked for."""
+    """The domain of a corruption at the given severity."""
     return data.Domain(corruption, 0 if corruption == data.CLEAN else severity_of(options))
 
 
 def severity_of(options: Options) -> int:
-    """The severity asked for, or what suits the data."""
+    """The given severity, or the default for the data."""
     return evaluate.severity_of(options.layout, options.data, options.severity)
 
 
 def answered(logits: Array, batch: data.StreamBatch) -> np.ndarray:
-    """Whether each readable image is answered rightly."""
+    """Whether each readable image is classified correctly."""
     return (np.asarray(logits.argmax(-1)) == batch.labels)[batch.mask]
 
 
 def share(right: Iterable[np.ndarray]) -> float:
-    """Of all images."""
+    """Fraction of all images."""
     return float(np.concatenate(list(right)).mean())
 
 
 def write_results(options: Options, rows: list[Row]) -> None:
-    """Print and draw, for each adapter, what it gains on the corruption and loses on the clean."""
+    """Print and draw each adapter's accuracy on the corruptions and on clean images."""
     ranks = [-1, 0, *options.ranks]
     names = ["zero-shot", "BATCLIP", *(f"{rank} directions" for rank in options.ranks)]
     lines = [["adapter", *(f"{c} / clean after" for c in options.corruptions), "mean"]]
@@ -243,7 +243,7 @@ def write_results(options: Options, rows: list[Row]) -> None:
 
 
 def check(options: Options) -> None:
-    """Raise a ValueError for options that cannot be meant."""
+    """Raise a ValueError for invalid options."""
     evaluate.check_choices(
         corruptions=options.corruptions, ranks=options.ranks, seeds=options.seeds
     )
@@ -258,7 +258,7 @@ def check(options: Options) -> None:
         workers=(options.workers, 0),
     )
     if options.severity is not None and options.layout == "arrays":
-        raise ValueError("--layout arrays has a severity of its own, leave --severity out")
+        raise ValueError("--layout arrays has a fixed severity, omit --severity")
     if max(options.ranks) > options.protecting:
         raise ValueError(
             f"--ranks has {max(options.ranks)}, expected at most the --protecting "

@@ -1,19 +1,21 @@
-r"""Label images as they come, adapting all the while.
+r"""Label a stream of images with a model that adapts online.
 
     python experiments/serve.py FOLDER_OR_IMAGES… --class-names cat dog
 
-prints a line an image: its label, the confidence, and whether the model adapted to it. The model
-sees `--batch-size` images at a time and answers before it adapts to them; a last batch that is
-not full is padded. `--class-names` and `--model` default to the embedded model and its ten classes.
+prints one line per image: its label, the confidence, and whether the model adapted to it. Images
+are processed in batches of `--batch-size`; each batch is predicted before the model adapts to it,
+and an incomplete last batch is padded. `--class-names` and `--model` default to the bundled demo
+model and its ten classes.
 
-What to expect of small batches: TENT's and BATCLIP's losses are averages over a batch. Of one
-image BATCLIP sees one class and has nothing to separate it from: at a learning rate of 1e-3 it
-lost 21 points on the embedded model, and TENT 3; from four images a batch on BATCLIP gained (the
-table is in the README). Serve single images with zero_shot. A step whose loss or update is not
-finite is not taken, and the line says so.
+What to expect of small batches: TENT's and BATCLIP's losses are averages over a batch. With
+one image BATCLIP's separation loss is undefined: at a learning rate of 1e-3 it lost 21 points on
+the bundled demo model, and TENT lost 3; with four or more images per batch BATCLIP gained (see the
+table in the README). Use zero_shot for single images. A step whose loss or update is not finite is
+skipped, and the output line says so.
 
-TNT needs no batch: it tunes a small noise map on each image for itself, at the cost of more than
-a hundred passes. One map for a camera is learnt once and then costs nothing:
+TNT needs no batch: it optimises a small noise map for each image, at the cost of more than a
+hundred forward passes. A noise map for a camera can be learnt once and then applied without
+optimisation:
 
     python experiments/serve.py IMAGES… --adapter tnt --learn-noise camera.safetensors
     python experiments/serve.py FOLDER --adapter tnt --noise camera.safetensors
@@ -39,7 +41,7 @@ from jaxtta.adapters import TNTConfig, load_noise, save_noise
 from jaxtta.data.folders import SUFFIXES
 
 CANVAS = 512
-"""Side of the canvas of TNT's originals; larger ones are shrunk to fit."""
+"""Size in pixels to which TNT's full-size images are padded; larger images are shrunk first."""
 CARRIED = TNTConfig(online=True)
 
 
@@ -48,27 +50,27 @@ class Options:
     """Label images with an adapting model."""
 
     images: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Images, or folders of them, in the order in which the model is to see them."""
+    """Images or folders of images, in the order in which they are processed."""
     class_names: tuple[str, ...] = ()
-    """Names for the prompts (default: the embedded model's ten)."""
+    """Class names for the prompts (default: the ten of the bundled demo model)."""
     model: str = str(assets.MODEL)
     """Folder or hub id of a CLIP checkpoint."""
     adapter: Literal["zero_shot", "tent", "batclip", "tnt"] = "batclip"
-    """How to adapt."""
+    """Adaptation method."""
     learn_noise: Path | None = None
-    """Carry one noise map along all images, and save it here (tnt)."""
+    """Learn one noise map over all images and save it here (tnt only)."""
     noise: Path | None = None
-    """A map learnt so, applied as it is (tnt); with --learn-noise where learning goes on."""
+    """A saved noise map to apply unchanged (tnt only); with --learn-noise, the initial map."""
     learning_rate: float = 1e-3
-    """Of TENT's SGD or BATCLIP's AdamW."""
+    """Learning rate of TENT's SGD or BATCLIP's AdamW."""
     batch_size: int = 8
-    """Images a step."""
+    """Images per step."""
     debug: bool = False
     """Show tracebacks."""
 
 
 def main(options: Options) -> None:
-    """Print a line an image."""
+    """Print one line per image."""
     if options.batch_size < 1:
         raise ValueError(f"--batch-size is {options.batch_size}, expected at least 1")
     if not 0 < options.learning_rate < math.inf:
@@ -100,7 +102,7 @@ def main(options: Options) -> None:
 def make_tnt(
     model: jaxtta.models.CLIP, task: jaxtta.models.Task, options: Options
 ) -> jaxtta.Adapter:
-    """TNT with a map for each image, or one that is learnt along them, or a ready one."""
+    """TNT with one map per image, one map learnt over all images, or a saved map."""
     noise = load_noise(options.noise)[0] if options.noise else None
     tuning = TNTConfig(views=1, steps=0) if options.noise else TNTConfig()
     config = CARRIED if options.learn_noise else tuning
@@ -108,7 +110,7 @@ def make_tnt(
 
 
 def list_images(paths: Sequence[Path]) -> list[Path]:
-    """The files that are meant, those of a folder by name."""
+    """List the image files; those of a folder are sorted by name."""
     files: list[Path] = []
     for path in paths:
         found = sorted(path.rglob("*")) if path.is_dir() else [path]
@@ -116,13 +118,13 @@ def list_images(paths: Sequence[Path]) -> list[Path]:
         if not path.exists():
             raise FileNotFoundError(f"{path}: no such file or folder")
         if not chosen:
-            raise ValueError(f"{path}: no image ({', '.join(SUFFIXES)})")
+            raise ValueError(f"{path}: not an image ({', '.join(SUFFIXES)})")
         files += chosen
     return files
 
 
 def readable(files: Sequence[Path]) -> Iterator[tuple[Path, Image.Image]]:
-    """Images one by one, without those that cannot be decoded."""
+    """Yield images one by one, skipping those that cannot be decoded."""
     for file in files:
         try:
             yield file, data.open_image(file)
@@ -145,7 +147,7 @@ def serve(
         mask = np.arange(size) < len(batch)
         index = (seen + np.arange(size)).astype(np.int32)
         sizes = None
-        if options.adapter == "tnt":  # which cuts its own views
+        if options.adapter == "tnt":  # TNT makes its own views
             rgb = [model.preprocessing.rgb(image) for _, image in batch]
             images, sizes = map(
                 np.stack, zip(*(data.on_canvas(np.asarray(x), CANVAS) for x in rgb), strict=True)

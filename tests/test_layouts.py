@@ -69,7 +69,7 @@ def test_class_folders(tmp_path, layout):
     write_folders(tmp_path, WNIDS)
     (tmp_path / "README.txt").write_text("as in ImageNet-A and -R")
     if layout == "folder":
-        with pytest.raises(ValueError, match="n01440764 is named by a wnid: use layout imagenet"):
+        with pytest.raises(ValueError, match=r"n01440764 .*layout imagenet"):
             data.open_source(layout, tmp_path, PREPROCESS)
     names = CLASSES if layout == "folder" else ()
     source = data.open_source(layout, tmp_path, PREPROCESS, names)
@@ -83,7 +83,7 @@ def test_imagenet_classes_are_those_present(tmp_path):
     assert source.class_names == ("tench", "tabby cat", "toilet paper")
     np.testing.assert_array_equal(every_image(source), EXPECTED[[2, 1, 0]])
     (tmp_path / "n01440764").rename(tmp_path / "n00000000")
-    with pytest.raises(ValueError, match="folder n00000000 is none of ImageNet's 1,000 wnids"):
+    with pytest.raises(ValueError, match=r"n00000000.*1,000 wnids"):
         data.imagenet(tmp_path)
 
 
@@ -94,7 +94,7 @@ def test_imagenet_v2_folders_are_numbers(tmp_path):
     np.testing.assert_array_equal(every_image(source), EXPECTED[[2, 0, 1]])
     for wrong in ("1000", "01", "n01440764"):
         (tmp_path / "10").rename(tmp_path / wrong)
-        with pytest.raises(ValueError, match=f"folder {wrong} is no class number from 0 to 999"):
+        with pytest.raises(ValueError, match=f"folder {wrong} .*0 to 999"):
             data.imagenet_v2(tmp_path)
         (tmp_path / wrong).rename(tmp_path / "10")
 
@@ -157,7 +157,7 @@ def test_cross_dataset_sets(tmp_path, layout, folder, name, images):
         ("val", [["a.jpg", 1, "abbey"]], "label 1 is both '.*' and '.*'"),
         ("val", [["a.jpg", 7, "far"]], "labels run from 0 to 7, expected 0 to 3 for 4 classes"),
         ("val", [["a.jpg", -1, "far"]], "labels run from -1 to 2, expected 0 to 3"),
-        ("val", [["a.jpg", "zoo"]], r"holds \['a.jpg', 'zoo'\], expected \[path, label, class"),
+        ("val", [["a.jpg", "zoo"]], r"\['a.jpg', 'zoo'\], expected \[path, label, class"),
         ("val", 3, "expected a list of images under each of train, val, test"),
     ],
 )
@@ -168,7 +168,7 @@ def test_bad_splits_are_refused(tmp_path, split, entries, message):
         data.listed_split(path, tmp_path / "images")
 
 
-@pytest.mark.parametrize(("text", "message"), [("{", "is no JSON"), ("[]", "holds a list, expect")])
+@pytest.mark.parametrize(("text", "message"), [("{", "JSON"), ("[]", "a list, expected")])
 def test_what_is_no_split_is_refused(tmp_path, text, message):
     with pytest.raises(FileNotFoundError, match=r"split\.json: no such file"):
         data.listed_split(tmp_path / "split.json", tmp_path)
@@ -191,7 +191,7 @@ def test_fgvc_aircraft(tmp_path):
         assert source.class_names == variants
         np.testing.assert_array_equal(every_image(source), EXPECTED)
     (root / "images_variant_test.txt").write_text("1000 Concorde\n")
-    with pytest.raises(ValueError, match="line '1000 Concorde' names none of the 3 variants"):
+    with pytest.raises(ValueError, match=r"line '1000 Concorde' .*3 variants"):
         data.fgvc_aircraft(root)
 
 
@@ -228,7 +228,7 @@ def test_imagenet_c_with_clean_images_and_other_classes(tmp_path):
     for clean in (CLEAN, data.Domain("clean", 3)):
         np.testing.assert_array_equal(every_image(source, clean), EXPECTED)
     np.testing.assert_array_equal(every_image(source, data.Domain("fog", 3)), EXPECTED[::-1])
-    with pytest.raises(ValueError, match="holds no <corruption>/<severity 1 to 5> folders"):
+    with pytest.raises(ValueError, match="no <corruption>/<severity 1 to 5> folders"):
         data.corrupted_folders(tmp_path / "fog" / "3" / "a", PREPROCESS)
     with pytest.raises(FileNotFoundError, match="nowhere: no such folder"):
         data.corrupted_folders(tmp_path / "nowhere", PREPROCESS)
@@ -274,12 +274,12 @@ def test_cifar_c_files_that_do_not_fit_their_labels(stacked):
 def test_arrays_of_one_strength(stacked):
     np.save(stacked / "labels.npy", np.repeat([0, 1, 2], 2))
     np.save(stacked / "snow.npy", PIXELS.reshape(6, 40, 44, 3))
-    with pytest.raises(ValueError, match="arrays do not say what their classes are called"):
+    with pytest.raises(ValueError, match=r"arrays .*class"):
         data.open_source("arrays", stacked, PREPROCESS)
     source = data.open_source("arrays", stacked, PREPROCESS, CLASSES)
     for domain in (data.Domain("snow"), CLEAN, data.Domain("clean", 5)):
         np.testing.assert_array_equal(every_image(source, domain), EXPECTED)
-    with pytest.raises(ValueError, match="severity is 5, expected 0 as the files hold one"):
+    with pytest.raises(ValueError, match="severity is 5, expected 0"):
         source.check(data.Domain("snow", 5))
     with pytest.raises(ValueError, match=r"unknown corruption 'labels', .* has clean, fog, snow"):
         source.check(data.Domain("labels"))
@@ -333,9 +333,7 @@ def test_tensorflow_datasets_own_mock_data():
         source = data.CorruptedOnTheFly(images, PREPROCESS)
         assert source.read(data.Domain("fog", 1), 4, 0).shape == (32, 32, 3)
         assert len(images.labels) == 5
-        with pytest.raises(
-            ValueError, match=r"imdb_reviews.*expected an image and one class label"
-        ):
+        with pytest.raises(ValueError, match=r"imdb_reviews.*expected an image"):
             data.tfds_images("imdb_reviews", "test")
 
 

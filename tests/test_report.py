@@ -200,7 +200,7 @@ def test_clean_images_stay_out_of_the_mean():
     cells = cells_of(corruptions=("clean", "fog"))
     table = report.table(cells)
     assert f"{accuracy(cells, 'zero_shot', 'fog'):.2f}" in row(table, "mean")
-    assert "without clean images" in table
+    assert "mean excludes clean images" in table
     only = cells_of(corruptions=("clean",))
     assert f"{accuracy(only, 'zero_shot', 'clean'):.2f}" in row(report.table(only), "mean")
 
@@ -208,8 +208,8 @@ def test_clean_images_stay_out_of_the_mean():
 def test_without_a_baseline_there_are_no_gains():
     cells = cells_of(skills={"tent": 0.5, "batclip": 0.7})
     assert "[" not in report.table(cells)
-    assert "batclip gets" in report.answer(cells)
-    assert "not compared" in report.answer(cells)
+    assert "batclip has" in report.answer(cells)
+    assert "no baseline" in report.answer(cells)
     assert "[" in report.table(cells, baseline="tent")
 
 
@@ -248,16 +248,16 @@ def test_what_nobody_saw_is_a_dash():
     assert row(table, "fog").split()[1:] == ["–"] * 3
     assert "nan" not in table
     assert "nan" not in " ".join(Outline(page.render(cells, {}, "lost")).text)
-    assert report.answer(lost) == "No image has been seen."
+    assert report.answer(lost).startswith("No image")
 
 
 @pytest.mark.parametrize(
     ("skills", "said"),
     [
-        (SKILLS, "batclip is best: it gets"),
+        (SKILLS, "batclip is best"),
         ({"zero_shot": 0.9, "tent": 0.5}, "every adapter is worse than zero_shot"),
         ({"zero_shot": 0.7, "tent": 0.7}, "no adapter is clearly better than zero_shot"),
-        ({"zero_shot": 0.7}, "Nothing else ran"),
+        ({"zero_shot": 0.7}, "No other adapter"),
     ],
 )
 def test_the_answer_says_who_is_best(skills, said):
@@ -362,7 +362,7 @@ def test_the_report_is_one_page_that_needs_nothing_else(tmp_path):
         assert words in shown
     assert "batclip: 2 steps skipped" in shown
     assert "batclip: without a finite prediction, counted as wrong: 9" in shown
-    assert "1 image could not be used: image 7." in shown
+    assert "1 image could not be read: image 7." in shown
 
 
 def test_names_cannot_break_the_page():

@@ -139,7 +139,7 @@ def test_a_checkpoint_that_does_not_fit_is_not_used(tmp_path, caplog):
     # without one of the adapters
     cut(tmp_path / "a", adapters={"zero_shot": ADAPTERS["zero_shot"]})
     assert figures(go(tmp_path / "a", seeds=(1,), checkpoint_every=2)) == figures(expected)
-    assert "is not used, the stream starts anew" in caplog.text
+    assert ": ignored" in caplog.text
     # of other settings, whose record somebody removed
     cut(tmp_path / "b", settings={"batch_size": 7})
     (tmp_path / "b" / "settings.json").unlink()
@@ -151,7 +151,7 @@ def test_a_checkpoint_that_does_not_fit_is_not_used(tmp_path, caplog):
             file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     caplog.clear()
     assert figures(go(tmp_path / "c", seeds=(1,), checkpoint_every=2)) == figures(expected)
-    assert "is not used, the stream starts anew" in caplog.text
+    assert ": ignored" in caplog.text
     # one adapter's cell was written before the end, the other's goes on
     cut(tmp_path / "d")
     drift = sorted((tmp_path / "whole" / "cells").glob("zero_shot*"))[0]
@@ -206,7 +206,7 @@ def test_an_adapter_that_cuts_its_own_views_is_given_the_originals(tmp_path):
     assert [cell["segments"][0]["images"] for cell in cells] == [19] * 3
     assert cells[2]["segments"][0]["top1"] == 1
     assert cells[0]["segments"][0]["top1"] < 1
-    with pytest.raises(ValueError, match="reader cuts its own views"):
+    with pytest.raises(ValueError, match=r"reader .*canvas"):
         evaluate.run(
             *(adapters, PARAMS, data.Batches(source, tuple(streams), 6)),
             evaluate.Results(tmp_path / "b", {}),
@@ -222,13 +222,13 @@ def test_an_adapter_can_be_added_later(tmp_path):
 
 def test_a_folder_of_other_settings_is_refused(tmp_path):
     go(tmp_path, settings={"batch_size": 6, "model": "a"})
-    with pytest.raises(ValueError, match=r"holds results with model 'a' \(this run: 'b'\)"):
+    with pytest.raises(ValueError, match=r"results with model 'a' \(this run: 'b'\)"):
         go(tmp_path, settings={"batch_size": 6, "model": "b"})
     # a cell that came from elsewhere, under this folder's settings
     (tmp_path / "settings.json").write_text('{"batch_size": 6, "model": "b"}')
     with pytest.raises(ValueError, match=r"was made with model 'a' \(this run: 'b'\)"):
         go(tmp_path, settings={"batch_size": 6, "model": "b"})
-    for text, message in (("[]", "holds no settings"), ("{", "is no JSON")):
+    for text, message in (("[]", "no settings"), ("{", "JSON")):
         (tmp_path / "settings.json").write_text(text)
         with pytest.raises(ValueError, match=message):
             go(tmp_path, settings={"batch_size": 6, "model": "b"})
@@ -255,7 +255,7 @@ def test_a_torn_file_is_computed_again_and_an_edited_one_refused(tmp_path, caplo
     content = path.read_text()
     path.write_text(content[:500])
     assert figures(go(tmp_path)) == figures(expected)
-    assert f"{path}: is torn" in caplog.text
+    assert f"{path}: is corrupt" in caplog.text
     path.write_text("[]")
     assert figures(go(tmp_path)) == figures(expected)
     cell = json.loads(content)
@@ -331,7 +331,7 @@ def test_a_learning_rate_is_chosen_on_validation_corruptions_only(tmp_path):
     assert set(choice.accuracies) == set(rates)
     assert choice.accuracies[choice.rate] == max(choice.accuracies.values())
     assert "speckle_noise" in choice.chosen_on
-    with pytest.raises(ValueError, match=r"a learning rate is chosen on speckle_noise.*not fog"):
+    with pytest.raises(ValueError, match=r"speckle_noise.*not on fog"):
         evaluate.choose_learning_rate(
             *("drift", drifting, rates, PARAMS, batches(("fog",))),
             *(evaluate.Results(tmp_path / "b", {}),),
@@ -410,7 +410,7 @@ def test_a_killed_script_goes_on_where_it_was(tmp_path):
     stopped.send_signal(signal.SIGINT)
     _, err = stopped.communicate()
     assert stopped.returncode == 130
-    assert "stopped; what was finished is saved" in err
+    assert "interrupted" in err
     tables = []
     for folder in ("cut", "whole"):
         process = call(folder)
@@ -465,7 +465,7 @@ def test_a_saved_step_knows_no_devices_and_a_damaged_one_is_named(tmp_path):
     for path in (folder / "2" / "arrays").rglob("*"):
         if path.is_file():
             path.write_bytes(b"")
-    with pytest.raises(ValueError, match="steps: cannot be read, remove it to start anew"):
+    with pytest.raises(ValueError, match="steps: cannot be read, remove it"):
         evaluate.restore_step(folder)
 
 
@@ -499,6 +499,6 @@ def test_an_interrupt_that_a_callback_drops_comes_again(monkeypatch, capsys):
         script.run_script(Options, main, None)
     assert swallowed == [True]
     assert stopped.value.code == 130
-    assert "stopped; what was finished is saved" in capsys.readouterr().err
+    assert "interrupted" in capsys.readouterr().err
     assert before == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGALRM))
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)

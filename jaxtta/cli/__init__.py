@@ -1,4 +1,4 @@
-"""What command-line scripts share."""
+"""Helpers for command-line scripts."""
 
 from jaxtta.cli.script import run_script
 

@@ -1,4 +1,4 @@
-"""What every script does around its work: options, errors in one sentence, exit codes."""
+"""Running a script: command-line options, one-line errors and exit codes."""
 
 import contextlib
 import signal
@@ -6,23 +6,33 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import tyro
 
-Options = TypeVar("Options")
 
-_INSIST = 5.0  # seconds; longer than what a stopped script still has to write
+class HasDebug(Protocol):
+    """Options with a `debug` field."""
+
+    @property
+    def debug(self) -> bool:
+        """Whether to show the traceback of an error."""
+        ...
+
+
+Options = TypeVar("Options", bound=HasDebug)
+
+_INSIST = 5.0  # seconds; longer than a stopped script needs to write its files
 
 
 def run_script(options: type[Options], main: Callable[[Options], Any], doc: str | None) -> None:
-    """Parse the command line, run, and leave with an exit code.
+    """Parse the command line, run, and exit with a code.
 
-    Bad input ends in one sentence and exit code 1, Ctrl-C in 130; a traceback is shown only where
-    `options.debug` asks for it, or for errors that no input explains.
+    Invalid input gives a one-line error and exit code 1, Ctrl-C exit code 130. A traceback is shown
+    only with `options.debug` or for unexpected errors.
 
     Args:
-        options: a dataclass with a `debug` field; its docstrings are the help text.
+        options: a dataclass with a `debug` field; its attribute docstrings are the help text.
         main: does the work.
         doc: the script's docstring, shown above the options.
     """
@@ -31,21 +41,22 @@ def run_script(options: type[Options], main: Callable[[Options], Any], doc: str 
         with _insistent_interrupts():
             main(parsed)
     except KeyboardInterrupt:
-        sys.exit(_say("stopped; what was finished is saved", 130))
+        sys.exit(_say("interrupted; finished results are saved", 130))
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         if parsed.debug:
             raise
-        known = isinstance(error, OSError) and error.filename and error.strerror
-        sentence = f"{error.filename}: {error.strerror}" if known else str(error)
+        sentence = str(error)
+        if isinstance(error, OSError) and error.filename and error.strerror:
+            sentence = f"{error.filename}: {error.strerror}"
         sys.exit(_say(" ".join(sentence.split()), 1))
 
 
 @contextlib.contextmanager
 def _insistent_interrupts() -> Iterator[None]:
-    """Ctrl-C that comes again until it is heard.
+    """Repeat Ctrl-C until it is handled.
 
-    Python drops a KeyboardInterrupt that happens to be raised in a callback (of the garbage
-    collector or a weak reference, of which compiling has many), and the script would go on.
+    Python ignores a KeyboardInterrupt raised in a callback of the garbage collector or of a weak
+    reference (compilation has many), and the script would continue.
     """
 
     def interrupt(number: int, frame: FrameType | None) -> None:
@@ -53,7 +64,7 @@ def _insistent_interrupts() -> Iterator[None]:
         raise KeyboardInterrupt
 
     if threading.current_thread() is not threading.main_thread():
-        yield  # signals are not this thread's
+        yield  # only the main thread receives signals
         return
     before = {
         number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGALRM)

@@ -1,4 +1,4 @@
-"""Where images come from: folders, corruptions, streams. Yields numpy batches."""
+"""Images in folders and arrays, corruptions, and streams of numpy batches."""
 
 from jaxtta.data.baselines import reference_points
 from jaxtta.data.class_names import (

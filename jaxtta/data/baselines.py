@@ -1,4 +1,4 @@
-"""Published accuracies of models that are not robust: what others are measured from."""
+"""Published accuracies of standard models, the baseline for effective robustness."""
 
 from collections.abc import Sequence
 
@@ -8,24 +8,24 @@ BASE = "imagenet"
 
 
 def reference_points(shifted: Sequence[str]) -> list[tuple[float, float]]:
-    """Accuracies of classifiers that were trained on ImageNet alone, by plain supervision.
+    """Accuracies of classifiers trained on ImageNet with standard supervision.
 
     Args:
-        shifted: which sets to take the mean of: imagenet-v2, imagenet-r, imagenet-sketch,
+        shifted: the shifted sets to average: imagenet-v2, imagenet-r, imagenet-sketch,
             imagenet-a.
 
     Returns:
-        Of each model its top-1 accuracy on ImageNet, and its mean one on these sets, both in
-        (0, 1), for `jaxtta.diagnose.fit_baseline`. ImageNet-R and -A are answered among their own
-        200 classes. A model whose mean is 0 is left out: ResNet-50 on ImageNet-A alone, whose
-        images were chosen so that it fails.
+        For each model, its top-1 accuracy on ImageNet and its mean accuracy on these sets, both in
+        (0, 1), for `jaxtta.diagnose.fit_baseline`. On ImageNet-R and -A only their 200 classes
+        are predicted. Models with a mean of 0 are omitted: ResNet-50 on ImageNet-A alone, whose
+        images were selected to be misclassified by it.
 
     Raises:
-        ValueError: if a set is not among them, or there is none.
+        ValueError: for an unknown set, or if `shifted` is empty.
 
     References:
         Published by timm, https://github.com/huggingface/pytorch-image-models, in `results`; the
-        table names the files.
+        table lists the files.
     """
     models = read_table("reference-points.json")["models"].values()
     known = [name for name in next(iter(models)) if name != BASE]
@@ -35,6 +35,6 @@ def reference_points(shifted: Sequence[str]) -> list[tuple[float, float]]:
                 f"{name!r} has no published reference points, expected {', '.join(known)}"
             )
     if not shifted:
-        raise ValueError(f"there are no shifted sets, expected some of {', '.join(known)}")
+        raise ValueError(f"no shifted sets, expected some of {', '.join(known)}")
     points = [(one[BASE], sum(one[name] for name in shifted) / len(shifted)) for one in models]
     return [(base, mean) for base, mean in points if mean > 0]

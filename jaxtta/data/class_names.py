@@ -1,4 +1,4 @@
-"""What classes are called and how prompts are worded for the usual datasets."""
+"""Class names and prompt templates of common datasets."""
 
 import functools
 import json
@@ -20,7 +20,7 @@ CIFAR10_CLASSES = (
     "ship",
     "truck",
 )
-"""CIFAR-10's classes in the labels' order."""
+"""CIFAR-10's classes in label order."""
 
 TEMPLATES = types.MappingProxyType(
     {
@@ -46,7 +46,7 @@ def templates_for(layout: str) -> tuple[str, ...]:
         layout: its name.
 
     Returns:
-        Templates with `{}` in the class's place, "a photo of a {}." where there are no others.
+        Templates with `{}` for the class; "a photo of a {}." by default.
     """
     return TEMPLATES.get(layout, ("a photo of a {}.",))
 
@@ -59,21 +59,21 @@ def imagenet_templates() -> tuple[str, ...]:
 
 @functools.cache
 def imagenet_classes() -> types.MappingProxyType[str, str]:
-    """CLIP's name for each of ImageNet's 1,000 classes, by wnid in the labels' order."""
+    """CLIP's name for each of ImageNet's 1,000 classes, by wnid in label order."""
     return types.MappingProxyType(dict(sorted(read_table("imagenet-class-names.json").items())))
 
 
 @functools.cache
 def cifar100_classes() -> tuple[str, ...]:
-    """CIFAR-100's fine classes in the labels' order."""
+    """CIFAR-100's fine classes in label order."""
     return tuple(read_table("cifar100-class-names.json"))
 
 
 def read_table(name: str) -> Any:
-    """What one of the package's tables holds.
+    """Read one of the package's tables.
 
     Args:
-        name: of the file, "imagenet-templates.json".
+        name: the file name, such as "imagenet-templates.json".
 
     Returns:
         Its lists and dictionaries.

@@ -1,4 +1,4 @@
-"""The corruptions of ImageNet-C, made on the fly and repeatably."""
+"""The corruptions of ImageNet-C, applied on the fly and reproducibly."""
 
 import hashlib
 
@@ -22,21 +22,21 @@ COMMON = (
     "jpeg_compression",
 )
 VALIDATION = ("speckle_noise", "gaussian_blur", "spatter", "saturate")
-"""Held out for choosing hyperparameters; never part of a result."""
+"""Held out for hyperparameter selection; never part of a result."""
 CLEAN = "clean"
 OWN_SEED = ("impulse_noise", "glass_blur")  # take seed= and ignore numpy's global state
-SMALLEST = 32  # pixels a side that the library takes
+SMALLEST = 32  # minimum side in pixels that the library accepts
 
 
 def check_corruption(name: str, severity: int) -> None:
-    """Check a corruption's name and severity.
+    """Validate a corruption's name and severity.
 
     Args:
         name: one of `COMMON`, `VALIDATION` or "clean".
-        severity: 1 to 5, and 0 for clean images.
+        severity: 1 to 5; 0 for clean images.
 
     Raises:
-        ValueError: if either is another; the valid names are listed.
+        ValueError: for an unknown name or severity; the valid names are listed.
     """
     known = (*COMMON, *VALIDATION, CLEAN)
     if name not in known:
@@ -54,14 +54,14 @@ def image_seed(seed: int, name: str, severity: int, number: int) -> int:
 def corrupt(image: np.ndarray, name: str, severity: int, seed: int) -> np.ndarray:
     """Corrupt one image.
 
-    Most of the library's corruptions draw from numpy's global state: it is seeded here and put
-    back afterwards, so call this from processes, not from threads.
+    Most of the library's corruptions use numpy's global random state. It is seeded here and
+    restored afterwards, so call this from processes, not from threads.
 
     Args:
         image: (height, width, 3) uint8, at least 32 pixels a side.
         name: a corruption, or "clean".
         severity: 1 to 5.
-        seed: of this image, from `image_seed`.
+        seed: this image's seed, from `image_seed`.
 
     Returns:
         The corrupted image, of the same shape and dtype.
@@ -75,7 +75,7 @@ def corrupt(image: np.ndarray, name: str, severity: int, seed: int) -> np.ndarra
         raise ValueError(f"an image of {image.shape[:2]} is smaller than {SMALLEST} pixels")
     import imagecorruptions
 
-    state = np.random.get_state()  # noqa: NPY002 (the library knows no generator)
+    state = np.random.get_state()  # noqa: NPY002 (the library takes no generator)
     np.random.seed(seed)  # noqa: NPY002
     own = {"seed": seed} if name in OWN_SEED else {}
     try:
@@ -84,6 +84,6 @@ def corrupt(image: np.ndarray, name: str, severity: int, seed: int) -> np.ndarra
     except FloatingPointError:
         if name != "spatter":
             raise
-        return image  # it divides by the largest drop, and here none fell
+        return image  # division by zero when no droplet was sampled
     finally:
         np.random.set_state(state)  # noqa: NPY002

@@ -1,4 +1,4 @@
-"""Images in folders, by class or with captions."""
+"""Images in class folders or with captions."""
 
 import csv
 import json
@@ -18,9 +18,9 @@ class ImageFolder(NamedTuple):
     Attributes:
         root: the folder.
         files: every image; from `image_folder`, sorted by class folder and name.
-        labels: (images,) int32, each image's place in `class_names`.
+        labels: (images,) int32, each image's index in `class_names`.
         class_names: names of the classes; from `image_folder`, the class folders' names.
-        border: pixels to cut off on every side of an image.
+        border: pixels to crop from every side of an image.
     """
 
     root: Path
@@ -51,7 +51,7 @@ def class_folders(root: str | Path) -> list[Path]:
     """The class folders of a folder.
 
     Args:
-        root: the folder; hidden entries are passed over.
+        root: the folder; hidden entries are skipped.
 
     Returns:
         Their paths, sorted by name.
@@ -75,15 +75,15 @@ def list_folders(
     """List the images of class folders.
 
     Args:
-        root: what to call the whole.
-        folders: one a class, in the labels' order.
-        class_names: what each is called.
+        root: the dataset's folder, for messages.
+        folders: one per class, in label order.
+        class_names: the name of each class.
 
     Returns:
-        What is in them. No image is opened.
+        The images. No image is opened.
 
     Raises:
-        ValueError: if one of them has no image.
+        ValueError: if a folder has no image.
     """
     files, labels = [], []
     for label, folder in enumerate(folders):
@@ -103,32 +103,32 @@ def image_folder(root: str | Path) -> ImageFolder:
     """List the images of `root/<class>/…`.
 
     Args:
-        root: the folder; hidden entries are passed over.
+        root: the folder; hidden entries are skipped.
 
     Returns:
-        What is in it. No image is opened.
+        The images. No image is opened.
 
     Raises:
         FileNotFoundError: if there is no such folder.
-        ValueError: if it has fewer than two class folders, or one of them has no image.
+        ValueError: if it has fewer than two class folders, or a class folder has no image.
     """
     folders = class_folders(root)
     return list_folders(root, folders, [folder.name for folder in folders])
 
 
 def captioned_folder(root: str | Path) -> ImageFolder:
-    """List the images that a folder's `captions.csv` names, in columns file and caption.
+    """List the images in a folder's `captions.csv`, with columns file and caption.
 
     Args:
-        root: the folder that the file lies in and its paths begin at.
+        root: the folder with the file; its paths are relative to this folder.
 
     Returns:
-        What is in it, a class for each different caption. No image is opened.
+        The images, with one class per distinct caption. No image is opened.
 
     Raises:
         FileNotFoundError: if there is no such folder.
-        ValueError: if there is no such file, it has other columns, names an image that is not
-            there, leaves one without a caption, or has the same caption for all.
+        ValueError: if the file is missing, has other columns, lists a missing image, has an image
+            without a caption, or one caption for all.
     """
     root = Path(root)
     if not root.is_dir():
@@ -137,20 +137,20 @@ def captioned_folder(root: str | Path) -> ImageFolder:
     if not table.is_file():
         raise ValueError(f"{root}: has no captions.csv, with columns file and caption")
     files, captions = [], []
-    with table.open(newline="", encoding="utf-8-sig") as lines:  # as spreadsheets save it
+    with table.open(newline="", encoding="utf-8-sig") as lines:  # a BOM is allowed
         rows = csv.DictReader(lines)
         if not {"file", "caption"} <= set(rows.fieldnames or ()):
             raise ValueError(f"{table}: has no columns file and caption")
         for row in rows:
             file, caption = root / (row["file"] or ""), (row["caption"] or "").strip()
             if not file.is_file():
-                raise ValueError(f"{table}: line {rows.line_num} names no image: {row['file']!r}")
+                raise ValueError(f"{table}: line {rows.line_num}: no such image: {row['file']!r}")
             if not caption:
                 raise ValueError(f"{table}: {row['file']} has no caption")
             files.append(file)
             captions.append(caption)
     if not files:
-        raise ValueError(f"{table}: names no image")
+        raise ValueError(f"{table}: lists no image")
     names, labels = np.unique(captions, return_inverse=True)
     if len(names) < 2:
         raise ValueError(f"{table}: has one caption for all images, expected at least two")
@@ -158,18 +158,18 @@ def captioned_folder(root: str | Path) -> ImageFolder:
 
 
 def read_class_names(path: str | Path, folders: Sequence[str]) -> tuple[str, ...]:
-    """Read what to call the classes in prompts.
+    """Read class names for prompts.
 
     Args:
-        path: a JSON object from folder name to class name (ImageNet's wnids, say), a JSON list, or
-            plain text with a name a line, the last two in the folders' order.
-        folders: the class folders' names; may be empty if the file holds a list.
+        path: a JSON object from folder name to class name (for example ImageNet's wnids), a JSON
+            list, or plain text with one name per line; the last two in folder order.
+        folders: the class folders' names; may be empty if the file has a list.
 
     Returns:
-        One name a class.
+        One name per class.
 
     Raises:
-        ValueError: if the file cannot be read so, or lacks a folder's name.
+        ValueError: if the file cannot be read or has no name for a folder.
     """
     try:
         text = Path(path).read_text()
@@ -184,19 +184,19 @@ def read_class_names(path: str | Path, folders: Sequence[str]) -> tuple[str, ...
             raise ValueError(f"{path}: has no name for {', '.join(missing[:5])}")
         names = [names[folder] for folder in folders]
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"{path}: holds something else than names")
+        raise ValueError(f"{path}: expected a list of names")
     return tuple(names)
 
 
 def given_class_names(names: Sequence[str], folders: Sequence[str] = ()) -> tuple[str, ...]:
-    """Class names as an option gives them: themselves, or a single .json or .txt file of them.
+    """Parse the class names of an option: names, or a single .json or .txt file with them.
 
     Args:
-        names: what was given; may be empty.
+        names: the option's values; may be empty.
         folders: as for `read_class_names`.
 
     Returns:
-        The names; empty if none were given.
+        The names; empty if `names` is.
 
     Raises:
         ValueError: as `read_class_names`.
@@ -211,21 +211,21 @@ def open_image(file: Path | BinaryIO, name: str = "") -> Image.Image:
 
     Args:
         file: its path, or an open file.
-        name: what to call it in a message, if not by its path.
+        name: its name in messages; its path by default.
 
     Returns:
         The image, decoded.
 
     Raises:
-        UnreadableImageError: if it cannot be read whole.
+        UnreadableImageError: if it cannot be decoded.
     """
     try:
         with Image.open(file) as image:
             image.load()
             return image
-    except Exception as error:  # Pillow's plugins raise what they please on broken files
+    except Exception as error:  # Pillow may raise any exception on damaged files
         raise UnreadableImageError(f"{name or file}: cannot be decoded ({error})") from error
 
 
 class UnreadableImageError(Exception):
-    """An image that cannot be used; the stream goes on without it."""
+    """An image that cannot be read; streams skip it."""

@@ -1,14 +1,14 @@
-"""Layouts: the arrangements of folders and files in which datasets are published.
+"""Loaders for the folder and file layouts of common datasets.
 
-`open_source` is the one door to all of them:
+`open_source` opens any of them:
 
     source = open_source("imagenet-c", "/data/imagenet-c", model.preprocessing)
     source.check(Domain("fog", 5))
     image = source.read(Domain("fog", 5), number=0, seed=0)
 
-The functions below it list clean images. Those with a public train and test set list the test
-set. Class names are those usual for CLIP; where only some of ImageNet's class folders are there,
-as in ImageNet-A and -R, the task has those classes only.
+The other functions list clean images, of the test set if there is a public train and test set.
+Class names are the usual ones for CLIP; if only some of ImageNet's class folders are present, as in
+ImageNet-A and -R, only those classes are used.
 """
 
 import json
@@ -31,7 +31,7 @@ from jaxtta.data.sources import (
 )
 from jaxtta.data.tfds import tfds_images
 
-# Layout: the dataset's folder, its list of images, the folder that the list's paths start from.
+# Layout: the dataset's folder, its list of images, the folder that paths in it are relative to.
 _SPLITS = {
     "caltech101": ("caltech-101", "split_zhou_Caltech101.json", "101_ObjectCategories"),
     "oxford-pets": ("oxford_pets", "split_zhou_OxfordPets.json", "images"),
@@ -43,64 +43,64 @@ _SPLITS = {
     "eurosat": ("eurosat", "split_zhou_EuroSAT.json", "2750"),
     "ucf101": ("ucf101", "split_zhou_UCF101.json", "UCF-101-midframes"),
 }
-_OBJECTNET_BORDER = 2  # red, so that nobody trains on these images unknowingly
+_OBJECTNET_BORDER = 2  # ObjectNet images have a 2-px red border
 
 
 def imagenet(root: str | Path) -> ImageFolder:
     """List `root/<wnid>/…`: ImageNet's train or val folder, ImageNet-A, -R or -Sketch.
 
     Args:
-        root: the folder that holds the wnid folders.
+        root: the folder with the wnid folders.
 
     Returns:
         The images; the classes are the wnids present, in their order.
 
     Raises:
         FileNotFoundError: if there is no such folder.
-        ValueError: if a class folder is none of ImageNet's 1,000 wnids, or has no image.
+        ValueError: if a class folder is not one of ImageNet's 1,000 wnids, or has no image.
     """
     folders, names = class_folders(root), imagenet_classes()
     unknown = [folder.name for folder in folders if folder.name not in names]
     if unknown:
         raise ValueError(
-            f"{root}: folder {unknown[0]} is none of ImageNet's 1,000 wnids (as n01440764)"
+            f"{root}: folder {unknown[0]} is not one of ImageNet's 1,000 wnids (such as n01440764)"
         )
     return list_folders(root, folders, [names[folder.name] for folder in folders])
 
 
 def imagenet_v2(root: str | Path) -> ImageFolder:
-    """List `root/<0 to 999>/…`, folders named by the class's place among ImageNet's wnids.
+    """List `root/<0 to 999>/…`, folders named by the index of ImageNet's wnid.
 
     Args:
         root: the folder of one of ImageNet-V2's three sets.
 
     Returns:
-        The images; the classes are those present, in order of number (not of the alphabet).
+        The images; the classes are those present, in numerical order.
 
     Raises:
         FileNotFoundError: if there is no such folder.
-        ValueError: if a class folder is no such number, or has no image.
+        ValueError: if a class folder is not such a number, or has no image.
     """
     folders, names = class_folders(root), tuple(imagenet_classes().values())
     for folder in folders:
         if not re.fullmatch("0|[1-9][0-9]{0,2}", folder.name):
-            raise ValueError(f"{root}: folder {folder.name} is no class number from 0 to 999")
+            raise ValueError(f"{root}: folder {folder.name} is not a class number from 0 to 999")
     folders.sort(key=lambda folder: int(folder.name))
     return list_folders(root, folders, [names[int(folder.name)] for folder in folders])
 
 
 def objectnet(root: str | Path) -> ImageFolder:
-    """List ObjectNet's images of the classes that ImageNet has too, without their red border.
+    """List ObjectNet's images of classes that are also in ImageNet, without their red border.
 
     Args:
-        root: the folder that holds `images/` and `mappings/`.
+        root: the folder with `images/` and `mappings/`.
 
     Returns:
-        The images; the classes are those present, in their folders' order, by ObjectNet's names.
+        The images; the classes are those present, in folder order, with ObjectNet's names.
 
     Raises:
-        FileNotFoundError: if the images' folder is missing.
-        ValueError: if a mapping cannot be read or lacks a folder, or no class is ImageNet's.
+        FileNotFoundError: if the images folder is missing.
+        ValueError: if a mapping cannot be read or lacks a folder, or no class is in ImageNet.
     """
     images, mappings = Path(root) / "images", Path(root) / "mappings"
     labels = _json(mappings / "folder_to_objectnet_label.json", dict)
@@ -113,25 +113,25 @@ def objectnet(root: str | Path) -> ImageFolder:
         )
     folders = [folder for folder in folders if labels[folder.name] in overlap]
     if not folders:
-        raise ValueError(f"{images}: has no folder of a class that ImageNet has too")
+        raise ValueError(f"{images}: has no folder of a class that is in ImageNet")
     listed = list_folders(root, folders, [labels[folder.name] for folder in folders])
     return listed._replace(border=_OBJECTNET_BORDER)
 
 
 def listed_split(path: str | Path, images: str | Path, split: str = "test") -> ImageFolder:
-    """List the images of a `split_zhou_….json`, as prompt-learning benchmarks share them.
+    """List the images of a `split_zhou_….json`, the format of prompt-learning benchmarks.
 
     Args:
         path: the file: `{"train": [[path, label, class name], …], "val": …, "test": …}`.
-        images: the folder that its paths start from.
-        split: which list.
+        images: the folder that its paths are relative to.
+        split: the list to use.
 
     Returns:
         The images. The classes are those of all lists; underscores in names become spaces.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is arranged otherwise, or its labels do not run from 0 without a gap.
+        ValueError: if the format is different, or its labels are not consecutive from 0.
     """
     lists = _json(path, dict)
     if not all(isinstance(entries, list) for entries in lists.values()):
@@ -145,7 +145,7 @@ def listed_split(path: str | Path, images: str | Path, split: str = "test") -> I
                 if names.setdefault(label, name) != name:
                     raise ValueError(f"{path}: label {label} is both {names[label]!r} and {name!r}")
             case _:
-                raise ValueError(f"{path}: holds {entry!r}, expected [path, label, class name]")
+                raise ValueError(f"{path}: has {entry!r}, expected [path, label, class name]")
     if sorted(names) != list(range(len(names))):
         raise ValueError(
             f"{path}: labels run from {min(names)} to {max(names)}, expected 0 to "
@@ -164,15 +164,15 @@ def fgvc_aircraft(root: str | Path, split: str = "test") -> ImageFolder:
     """List FGVC-Aircraft's images by variant.
 
     Args:
-        root: the folder that holds `variants.txt`, `images_variant_<split>.txt` and `images/`.
-        split: which list.
+        root: the folder with `variants.txt`, `images_variant_<split>.txt` and `images/`.
+        split: the list to use.
 
     Returns:
-        The images; the classes are the variants, in their file's order.
+        The images; the classes are the variants, in the order of their file.
 
     Raises:
         FileNotFoundError: if a list is missing.
-        ValueError: if an image's variant is none of the listed ones.
+        ValueError: if an image's variant is not listed.
     """
     root = Path(root)
     variants = _text(root / "variants.txt").splitlines()
@@ -182,7 +182,7 @@ def fgvc_aircraft(root: str | Path, split: str = "test") -> ImageFolder:
     for line in _text(listed).splitlines():
         file, _, variant = line.partition(" ")
         if variant.strip() not in numbers:
-            raise ValueError(f"{listed}: line {line!r} names none of the {len(numbers)} variants")
+            raise ValueError(f"{listed}: line {line!r} has none of the {len(numbers)} variants")
         files.append(root / "images" / f"{file}.jpg")
         labels.append(numbers[variant.strip()])
     if not files:
@@ -211,7 +211,7 @@ _WITH_SPLITS: Mapping[str, Callable[[Path, str], ImageFolder]] = {
     "fgvc-aircraft": lambda root, split: fgvc_aircraft(_within(root, "fgvc_aircraft"), split),
 }
 LAYOUTS = (*_LISTINGS, *_WITH_SPLITS, "imagenet-c", "cifar-c", "arrays", "tfds")
-"""What `open_source` knows."""
+"""The layouts that `open_source` can open."""
 
 
 def open_source(
@@ -224,30 +224,30 @@ def open_source(
 ) -> Source:
     """Open a dataset by the name of its layout.
 
-    Images that are there clean only are corrupted on the fly.
+    Layouts with clean images only are corrupted on the fly.
 
     Args:
         layout: one of `LAYOUTS`: "folder" for `<class>/…`; "imagenet" for wnid folders (ImageNet,
             -A, -R, -Sketch), "imagenet-v2", "objectnet"; "imagenet-c" for
             `<corruption>/<severity>/<class>/…`; "cifar-c" for `.npy` files with five severities
-            each, "arrays" for such with one; the cross-dataset sets by name, in the folders that
-            prompt-learning benchmarks use; "tfds" for tensorflow-datasets.
-        root: the folder; for a cross-dataset set its own or the one above; for "tfds" a name, with
-            a split after a colon where it is another than the test split ("cifar10:train").
+            each, "arrays" for `.npy` files with one; the cross-dataset sets by name, in the folders
+            that prompt-learning benchmarks use; "tfds" for tensorflow-datasets.
+        root: the folder; for a cross-dataset set its own or the parent folder; for "tfds" a name,
+            with a split after a colon if it is not the test split ("cifar10:train").
         preprocess: the model's preprocessing.
-        class_names: what to call the classes, instead of the layout's names.
-        data_dir: where "tfds" finds prepared datasets, if not in its usual place.
-        split: of a cross-dataset set, or of a tfds name that says none; the other layouts' folders
-            are one split each.
+        class_names: class names to use instead of the layout's.
+        data_dir: folder of prepared datasets for "tfds"; None for the default.
+        split: the split of a cross-dataset set, or of a tfds name without one; the folders of the
+            other layouts are one split each.
 
     Returns:
         The source.
 
     Raises:
         FileNotFoundError: if a folder or file of the layout is missing.
-        ImportError: if "tfds" is asked for and tensorflow-datasets is not installed.
-        ValueError: if there is no such layout, the data is arranged otherwise, or the class names
-            are not as many as the classes.
+        ImportError: for "tfds" if tensorflow-datasets is not installed.
+        ValueError: for an unknown layout, data in a different format, or a number of class names
+            that is not the number of classes.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"unknown layout {layout!r}, expected one of {', '.join(LAYOUTS)}")
@@ -274,19 +274,21 @@ def open_source(
 
 
 def _name_and_split(text: str) -> tuple[str, str]:
-    """Both from "cifar10", "cifar10:train" or, with a version, "cifar10:3.0.2:train"."""
-    name, split = re.fullmatch(r"([^:]*(?::\d+\.\d+\.\d+)?)(?::(.*))?", text).groups()
-    return name, split or ""
+    """Name and split from "cifar10", "cifar10:train" or, with a version, "cifar10:3.0.2:train"."""
+    match = re.fullmatch(r"([^:]*(?::\d+\.\d+\.\d+)?)(?::(.*))?", text)
+    if match is None:
+        raise ValueError(f"{text!r} is not a dataset's name")
+    return match[1], match[2] or ""
 
 
 def _named(images: Any, class_names: Sequence[str]) -> Any:
-    """The images, their classes renamed."""
+    """The images with other class names."""
     if not class_names:
         wnids = [name for name in images.class_names if re.fullmatch(r"n\d{8}", name)]
-        if wnids:  # "a photo of a n01440764." says nothing to any model
+        if wnids:  # "a photo of a n01440764." means nothing to a model
             raise ValueError(
-                f"class folder {wnids[0]} is named by a wnid: use layout imagenet, if all are "
-                "ImageNet's, or give class names"
+                f"class folder {wnids[0]} is a wnid: use layout imagenet if all are "
+                "ImageNet's, or set the class names"
             )
         return images
     if len(class_names) != len(images.class_names):
@@ -299,13 +301,13 @@ def _named(images: Any, class_names: Sequence[str]) -> Any:
 
 def _array_classes(layout: str, root: str | Path) -> tuple[str, ...]:
     if layout == "arrays":
-        raise ValueError(f"{root}: arrays do not say what their classes are called, name them")
+        raise ValueError(f"{root}: arrays have no class names, set them")
     few = read_labels(root).max() < len(CIFAR10_CLASSES)
     return CIFAR10_CLASSES if few else cifar100_classes()
 
 
 def _within(root: str | Path, folder: str) -> Path:
-    """The dataset's folder, whether it or the one above it was given."""
+    """The dataset's folder, given the folder or its parent."""
     return Path(root) / folder if (Path(root) / folder).is_dir() else Path(root)
 
 
@@ -325,7 +327,7 @@ def _json(path: str | Path, kind: type) -> Any:
     try:
         value = json.loads(text)
     except ValueError as error:
-        raise ValueError(f"{path}: is no JSON ({error})") from error
+        raise ValueError(f"{path}: is not valid JSON ({error})") from error
     if not isinstance(value, kind):
-        raise ValueError(f"{path}: holds a {type(value).__name__}, expected an object")
+        raise ValueError(f"{path}: has a {type(value).__name__}, expected an object")
     return value

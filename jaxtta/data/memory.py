@@ -1,4 +1,4 @@
-"""Parts of a source, and images that stay in memory."""
+"""Subsets of a source, and images kept in memory."""
 
 import dataclasses
 from typing import NamedTuple
@@ -13,13 +13,13 @@ from jaxtta.data.streams import StreamBatch
 
 
 class Arrays(NamedTuple):
-    """Images that are in memory as they are.
+    """Images in an array in memory.
 
     Attributes:
         images: (images, height, width, 3) uint8.
         labels: (images,) int32.
         class_names: names of the classes.
-        what: what to call them in a message.
+        what: the name of an image in messages.
     """
 
     images: np.ndarray
@@ -32,16 +32,16 @@ class Arrays(NamedTuple):
         return Image.fromarray(self.images[number])
 
     def name(self, number: int) -> str:
-        """What to call an image in a message."""
+        """An image's name for messages."""
         return f"{self.what} {number}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Part(Wrapped):
-    """Some of a source's images, with all of its classes.
+    """A subset of a source's images, with all of its classes.
 
     Attributes:
-        numbers: (images,) integers, which of its images.
+        numbers: (images,) integers, indices of its images.
     """
 
     numbers: np.ndarray
@@ -56,20 +56,20 @@ class Part(Wrapped):
 
 
 class InMemory:
-    """A source's clean images, which stay in memory once they were read.
+    """A source's clean images, kept in memory after the first read.
 
-    Whoever reads ahead in other processes hands what came to `keep`: what those processes keep is
-    lost with them.
+    Images read by other processes are passed to `keep`, because the memory of those processes is
+    not shared.
 
     Attributes:
-        source: where they come from.
-        images: (images, height, width, 3) uint8; the system gives memory as it is written.
-        read_before: (images,) bool, whether an image was read.
-        readable: (images,) bool, whether it could be.
+        source: the source of the images.
+        images: (images, height, width, 3) uint8; memory is allocated when it is first written.
+        read_before: (images,) bool, whether each image has been read.
+        readable: (images,) bool, whether each image could be read.
     """
 
     def __init__(self, source: Source) -> None:
-        """Begin with nothing read."""
+        """Allocate the arrays; no image is read."""
         self.source, self.labels = source, source.labels
         self.class_names, self.preprocess = source.class_names, source.preprocess
         self.images = np.zeros(shape_of(source), np.uint8)
@@ -77,11 +77,11 @@ class InMemory:
         self.readable = np.zeros(len(self.labels), bool)
 
     def missing(self, numbers: np.ndarray) -> np.ndarray:
-        """Which of these images were not read yet, each once."""
+        """The distinct images among these that have not been read."""
         return np.unique(numbers[~self.read_before[numbers]])
 
     def keep(self, batch: StreamBatch) -> None:
-        """Keep a batch of the source's clean images."""
+        """Store a batch of the source's clean images."""
         rows = batch.source_index >= 0
         numbers = batch.source_index[rows]
         self.images[numbers], self.readable[numbers] = batch.images[rows], batch.mask[rows]
@@ -94,7 +94,7 @@ class InMemory:
         self.source.check(domain)
 
     def read(self, domain: Domain, number: int, seed: int) -> np.ndarray:
-        """One image, read now or before."""
+        """One image, from memory if it was read before."""
         if not self.read_before[number]:
             self.read_before[number] = True
             self.images[number] = self.source.read(domain, number, seed)
@@ -104,26 +104,26 @@ class InMemory:
         return self.images[number]
 
     def read_both(self, domain: Domain, number: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        """One image, preprocessed, and read anew as it is stored."""
+        """One image, preprocessed and as stored; always read from the source."""
         return self.source.read_both(domain, number, seed)
 
     def name(self, domain: Domain, number: int) -> str:
-        """What the source calls an image."""
+        """The source's name for an image."""
         return self.source.name(domain, number)
 
 
 def shape_of(source: Source) -> tuple[int, int, int, int]:
-    """Shape of all of a source's images at the model's resolution."""
+    """Shape of the array of all images of a source, at the model's resolution."""
     side = source.preprocess.image_size
     return len(source.labels), side, side, 3
 
 
 def every(labels: np.ndarray, nth: int) -> np.ndarray:
-    """Choose evenly among the images sorted by class.
+    """Select every nth image, stratified by class.
 
     Args:
         labels: (images,) integers.
-        nth: one in how many; the first of each so many.
+        nth: the step; the first of every `nth` images is selected.
 
     Returns:
         (images,) bool.

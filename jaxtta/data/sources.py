@@ -1,8 +1,7 @@
 """Sources: labelled images under several domains, at the model's resolution.
 
-A domain is a corruption at a severity. A source answers `read(domain, number, seed)` with one
-image; what stands behind it (clean images corrupted as they are read, folders or arrays of
-ready corrupted ones) is its own business.
+A domain is a corruption at a severity. A source's `read(domain, number, seed)` returns one image:
+a clean image corrupted on the fly, or a stored image from folders or arrays of corrupted images.
 """
 
 import dataclasses
@@ -26,84 +25,108 @@ SEVERITIES = 5
 
 
 class Domain(NamedTuple):
-    """Where a stream's images stand at one time.
+    """A corruption at a severity.
 
     Attributes:
         corruption: its name; "clean" for none.
-        severity: 1 to 5; 0 for clean images and for data that has one strength of its own.
+        severity: 1 to 5; 0 for clean images and for data with a single fixed severity.
     """
 
     corruption: str
     severity: int = 0
 
     def __str__(self) -> str:
-        """The corruption, and its severity where it has one."""
+        """The corruption, and its severity if it has one."""
         return f"{self.corruption}-{self.severity}" if self.severity else self.corruption
 
 
 class Preprocess(Protocol):
-    """What a source needs of a model; `jaxtta.models.CLIP.preprocessing` is one."""
+    """The preprocessing that a source needs; `jaxtta.models.CLIP.preprocessing` is one."""
 
-    image_size: int
+    @property
+    def image_size(self) -> int:
+        """Side of the model's input in pixels."""
+        ...
 
     def rgb(self, image: Image.Image) -> Image.Image:
         """Convert to 8-bit RGB."""
+        ...
 
     def __call__(self, image: Image.Image) -> np.ndarray:
         """Resize and crop to (image_size, image_size, 3) uint8."""
+        ...
 
 
 class Images(Protocol):
-    """Clean labelled images; `ImageFolder` is one.
+    """Clean labelled images; `ImageFolder` is one."""
 
-    Attributes:
-        labels: (images,) int32, each image's place in `class_names`.
-        class_names: names of the classes.
-    """
+    @property
+    def labels(self) -> np.ndarray:
+        """(images,) int32, each image's index in `class_names`."""
+        ...
 
-    labels: np.ndarray
-    class_names: tuple[str, ...]
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes."""
+        ...
 
     def open(self, number: int) -> Image.Image:
-        """One image, decoded, of any mode and size, or an UnreadableImageError."""
+        """Return one decoded image of any mode and size, or raise an UnreadableImageError."""
+        ...
 
     def name(self, number: int) -> str:
-        """What to call an image in a message."""
+        """An image's name for messages."""
+        ...
 
 
 class Source(Protocol):
     """Labelled images under several corruptions."""
 
-    labels: np.ndarray
-    class_names: tuple[str, ...]
-    preprocess: Preprocess
+    @property
+    def labels(self) -> np.ndarray:
+        """(images,) int32, each image's index in `class_names`."""
+        ...
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes."""
+        ...
+
+    @property
+    def preprocess(self) -> Preprocess:
+        """The model's preprocessing."""
+        ...
 
     def check(self, domain: Domain) -> None:
         """Raise an error if there is no such domain."""
+        ...
 
     def read(self, domain: Domain, number: int, seed: int) -> np.ndarray:
-        """One image, (height, width, 3) uint8, or an UnreadableImageError.
+        """Return one image, (height, width, 3) uint8, or raise an UnreadableImageError.
 
-        The seed is that of the corruption, where there is something to draw.
+        The seed is for random corruptions.
         """
+        ...
 
     def read_both(self, domain: Domain, number: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        """The same image, and as it was before resize and crop, of any size."""
+        """The same image, and the image before resize and crop, of any size."""
+        ...
 
     def name(self, domain: Domain, number: int) -> str:
-        """What to call an image in a message."""
+        """An image's name for messages."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
 class CorruptedOnTheFly:
     """Clean images, corrupted as they are read.
 
-    An image is corrupted at the smaller of its own and the model's resolution: photographs after
-    resize and crop, as ImageNet-C is made, and images smaller than the model's input before
-    they are enlarged, as CIFAR-10-C is.
+    An image is corrupted at the smaller of its own and the model's resolution: large images after
+    resize and crop, as in ImageNet-C, and images smaller than the model's input before upsampling,
+    as in CIFAR-10-C.
 
     Attributes:
-        images: the clean ones.
+        images: the clean images.
         preprocess: the model's preprocessing.
     """
 
@@ -130,7 +153,7 @@ class CorruptedOnTheFly:
         check_corruption(*domain)
         if domain.corruption != CLEAN and self.preprocess.image_size < SMALLEST:
             raise ValueError(
-                f"the model takes images of {self.preprocess.image_size} pixels, corruptions "
+                f"the model's input size is {self.preprocess.image_size} pixels, corruptions "
                 f"need at least {SMALLEST}"
             )
 
@@ -139,7 +162,7 @@ class CorruptedOnTheFly:
         return self.read_both(domain, number, seed)[0]
 
     def read_both(self, domain: Domain, number: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        """The image; the clean one as it is stored, or a corrupted one as it was corrupted."""
+        """The image, and its original: as stored if clean, as corrupted otherwise."""
         name = self.images.name(number)
         image = _rgb(self.preprocess, self.images.open(number), name)
         if domain.corruption == CLEAN:
@@ -168,15 +191,15 @@ def _rgb(preprocess: Preprocess, image: Image.Image, name: str) -> Image.Image:
 
 @dataclasses.dataclass(frozen=True)
 class CorruptedFolders:
-    """Ready corrupted images as ImageNet-C has them: `<corruption>/<severity>/<class>/…`.
+    """Corrupted images in ImageNet-C's layout: `<corruption>/<severity>/<class>/…`.
 
     Attributes:
         root: the folder.
         preprocess: the model's preprocessing.
-        class_names: names of the classes, in the labels' order.
+        class_names: names of the classes, in label order.
         labels: (images,) int32.
-        files: every image's path within a domain's folder, the same in all of them.
-        domains: which there are, and each one's folder.
+        files: every image's path relative to a domain's folder, the same for all domains.
+        domains: the folder of each domain.
     """
 
     root: Path
@@ -210,7 +233,7 @@ class CorruptedFolders:
         return self.read_both(domain, number, seed)[0]
 
     def read_both(self, domain: Domain, number: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        """Read one image, preprocessed and as it is stored."""
+        """Read one image, preprocessed and as stored."""
         del seed
         self.check(domain)
         name = self.name(domain, number)
@@ -219,7 +242,7 @@ class CorruptedFolders:
 
 
 def _of_data(domain: Domain) -> Domain:
-    """Clean images have no severity, whatever a sweep over severities calls them."""
+    """Drop the severity of clean images."""
     return Domain(CLEAN) if domain.corruption == CLEAN else domain
 
 
@@ -232,22 +255,22 @@ def corrupted_folders(
     preprocess: Preprocess,
     listing: Callable[[Path], ImageFolder] = image_folder,
 ) -> CorruptedFolders:
-    """Open a folder laid out as ImageNet-C.
+    """Open a folder in ImageNet-C's layout.
 
-    The images are listed from one domain; the others have the same ones under the same names.
+    The images are listed from one domain; the others have the same file names.
 
     Args:
-        root: holds `<corruption>/<severity>/<class>/…`, or folders that do (`noise/`, `blur/`, as
-            the public archives unpack), and perhaps `clean/<class>/…` with the same names.
+        root: contains `<corruption>/<severity>/<class>/…`, or folders that do (`noise/`, `blur/`,
+            as in the public archives), and optionally `clean/<class>/…` with the same names.
         preprocess: the model's preprocessing.
-        listing: lists one domain's folder; `imagenet` where class folders are wnids.
+        listing: lists one domain's folder; `imagenet` if class folders are wnids.
 
     Returns:
         The source.
 
     Raises:
         FileNotFoundError: if there is no such folder.
-        ValueError: if nothing in it is laid out so, or the listed domain is refused.
+        ValueError: if the layout is different, or the listed domain is invalid.
     """
     root = Path(root)
     if not root.is_dir():
@@ -257,7 +280,7 @@ def corrupted_folders(
         if folder.is_dir() and not any(folder in path.parents for path in domains.values()):
             domains |= _domains(folder)
     if not domains:
-        raise ValueError(f"{root}: holds no <corruption>/<severity 1 to {SEVERITIES}> folders")
+        raise ValueError(f"{root}: has no <corruption>/<severity 1 to {SEVERITIES}> folders")
     first = next(iter(domains.values()))
     listed = listing(first)
     files = tuple(str(path.relative_to(first)) for path in listed.files)
@@ -278,15 +301,15 @@ def _domains(root: Path) -> dict[Domain, Path]:
 
 @dataclasses.dataclass(frozen=True)
 class CorruptedArrays:
-    """Ready corrupted images: `<corruption>.npy`, each (images, height, width, 3) uint8.
+    """Corrupted images in arrays: `<corruption>.npy`, each (images, height, width, 3) uint8.
 
     Attributes:
         root: the folder; the same images in the same order in every file.
         preprocess: the model's preprocessing.
-        class_names: names of the classes, in the labels' order.
+        class_names: names of the classes, in label order.
         labels: (images,) int32.
-        stacked: whether a file holds all images at severity 1, then all at 2, up to 5, as the
-            public CIFAR-10-C and CIFAR-100-C do; otherwise it holds one strength, severity 0.
+        stacked: whether a file has all images at severity 1, then all at 2, up to 5, as in the
+            public CIFAR-10-C and CIFAR-100-C; otherwise it has a single severity, 0.
     """
 
     root: Path
@@ -300,7 +323,7 @@ class CorruptedArrays:
         return f"{self.root / domain.corruption}.npy row {self._row(domain, number)}"
 
     def check(self, domain: Domain) -> None:
-        """Raise a ValueError if the file lacks, does not fit the labels or has other severities."""
+        """Raise a ValueError if the file is missing, or labels or severities do not match."""
         self._open(domain)
 
     def read(self, domain: Domain, number: int, seed: int) -> np.ndarray:
@@ -308,7 +331,7 @@ class CorruptedArrays:
         return self.read_both(domain, number, seed)[0]
 
     def read_both(self, domain: Domain, number: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        """Read one image, preprocessed and as it is stored."""
+        """Read one image, preprocessed and as stored."""
         del seed
         stored = self._open(domain)[self._row(domain, number)]
         return self.preprocess(Image.fromarray(stored)), stored
@@ -325,7 +348,7 @@ class CorruptedArrays:
             raise ValueError(f"{self.root}: severity is {severity}, expected 1 to {SEVERITIES}")
         if not stacked and severity:
             raise ValueError(
-                f"{self.root}: severity is {severity}, expected 0 as the files hold one strength"
+                f"{self.root}: severity is {severity}, expected 0 for files with one severity"
             )
         expected = len(self.labels) * (SEVERITIES if stacked else 1)
         if len(array) != expected:
@@ -362,21 +385,21 @@ def _load(path: Path, **options: Any) -> np.ndarray:
 def corrupted_arrays(
     root: str | Path, preprocess: Preprocess, class_names: Sequence[str], stacked: bool = False
 ) -> CorruptedArrays:
-    """Open a folder of `<corruption>.npy` files beside one `labels.npy`.
+    """Open a folder of `<corruption>.npy` files and one `labels.npy`.
 
     Args:
-        root: the folder; "clean" is `clean.npy`, where there is one.
+        root: the folder; "clean" is `clean.npy`, if present.
         preprocess: the model's preprocessing.
-        class_names: names of the classes, in the labels' order.
-        stacked: whether every file but the clean one holds five severities after one another, as
-            the public CIFAR-10-C does; its labels may be repeated five times likewise.
+        class_names: names of the classes, in label order.
+        stacked: whether every file except the clean one has five severities in sequence, as in the
+            public CIFAR-10-C; its labels may be repeated five times.
 
     Returns:
         The source.
 
     Raises:
-        FileNotFoundError: if folder or labels are missing.
-        ValueError: if the labels are no integers, lie outside the classes or do not fit the files.
+        FileNotFoundError: if the folder or the labels are missing.
+        ValueError: if the labels are not integers, are out of range or do not match the files.
     """
     root = Path(root)
     labels = read_labels(root)
@@ -401,7 +424,7 @@ def read_labels(root: str | Path) -> np.ndarray:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it holds something else than labels.
+        ValueError: if it does not contain labels.
     """
     path = Path(root) / "labels.npy"
     if not path.exists():
@@ -410,7 +433,7 @@ def read_labels(root: str | Path) -> np.ndarray:
     if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
         raise ValueError(f"{path}: is {labels.dtype} of shape {labels.shape}, expected integers")
     if not len(labels):
-        raise ValueError(f"{path}: holds no labels")
+        raise ValueError(f"{path}: has no labels")
     if labels.min() < 0:
         raise ValueError(
             f"{path}: labels run from {labels.min()} to {labels.max()}, expected none below 0"
@@ -419,7 +442,7 @@ def read_labels(root: str | Path) -> np.ndarray:
 
 
 def _of_one_severity(root: Path, labels: np.ndarray) -> np.ndarray:
-    """The labels once, whether `labels.npy` holds them once or for each severity."""
+    """The labels of one severity, whether `labels.npy` has them once or repeated."""
     corruptions = sorted({p.stem for p in root.glob("*.npy")} - {"labels", CLEAN})
     if corruptions and len(_open_array(root, corruptions[0])) == SEVERITIES * len(labels):
         return labels
@@ -434,10 +457,10 @@ def _of_one_severity(root: Path, labels: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Wrapped:
-    """A source behind other names of its domains, or other numbers of its images.
+    """A view of a source with renamed domains or renumbered images.
 
     Attributes:
-        source: the images.
+        source: the original source.
     """
 
     source: Source
@@ -458,7 +481,7 @@ class Wrapped:
         return self.source.preprocess
 
     def name(self, domain: Domain, number: int) -> str:
-        """What the source calls the image."""
+        """The source's name for the image."""
         return self.source.name(self._domain(domain), self._number(number))
 
     def check(self, domain: Domain) -> None:
@@ -470,7 +493,7 @@ class Wrapped:
         return self.source.read(self._domain(domain), self._number(number), seed)
 
     def read_both(self, domain: Domain, number: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        """Read one image, preprocessed and as it is stored."""
+        """Read one image, preprocessed and as stored."""
         return self.source.read_both(self._domain(domain), self._number(number), seed)
 
     def _domain(self, domain: Domain) -> Domain:
@@ -482,10 +505,10 @@ class Wrapped:
 
 @dataclasses.dataclass(frozen=True)
 class Named(Wrapped):
-    """A source whose clean images are a domain by another name: a dataset that is a shift itself.
+    """A source whose clean images are a domain with another name: a natural distribution shift.
 
     Attributes:
-        domain: what they are called, with severity 0.
+        domain: the name of this domain, with severity 0.
     """
 
     domain: str

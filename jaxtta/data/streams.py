@@ -1,11 +1,11 @@
-"""Streams: what an adapter meets without being told when the weather changes, in padded batches.
+"""Streams of images with distribution shifts, in padded batches.
 
     streams = make_streams("continual", ("fog", "snow"), (5,), labels, order="shuffled", seed=1)
     for batch in read_ahead(Batches(source, streams, 64), workers=2):
         ...
 
-The settings are those the field names. In which order a stream shows its images is a choice of
-its own and goes with any of them.
+The settings have their usual names in the literature. The order of the images in a stream is a
+separate option and can be combined with any setting.
 """
 
 import bisect
@@ -31,14 +31,14 @@ ORDERS = ("shuffled", "stored", "correlated", "dirichlet")
 
 
 class Stream(NamedTuple):
-    """One sequence of images; an adapter starts anew at its beginning and nowhere else.
+    """One sequence of images; an adapter is reset at its beginning only.
 
     Attributes:
         name: unique among the streams of one seed.
-        seed: of the order and of corruptions made on the fly.
-        segments: the domains that are reported one by one; one may come twice.
-        parts: (images, 2) integers each: the segment's number and the image's number in the
-            source. No batch reaches from one part into the next.
+        seed: random seed of the order and of corruptions made on the fly.
+        segments: the domains that are reported separately; a domain may occur twice.
+        parts: (images, 2) integers each: the segment's index and the image's index in the source.
+            No batch crosses the boundary between two parts.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Stream(NamedTuple):
 
     @property
     def items(self) -> np.ndarray:
-        """Segments and images along the whole stream, (images, 2)."""
+        """Segment and image indices of the whole stream, (images, 2)."""
         return np.concatenate(self.parts)
 
 
@@ -63,26 +63,26 @@ def make_streams(
     limit: int | None = None,
     concentration: float = 0.1,
 ) -> list[Stream]:
-    """Lay out the streams of one seed.
+    """Make the streams of one seed.
 
     Args:
-        setting: `reset_each_shift`, one stream a domain; `continual`, one stream through all
+        setting: `reset_each_shift`, one stream per domain; `continual`, one stream through all
             corruptions at one severity; `gradual`, one stream that takes every corruption from
             severity 1 to 5 and back; `mixed`, one stream of all corruptions interleaved.
         corruptions: their names, in order.
-        severities: what strengths to show; (0,) for data that has its own. Gradual needs 1 to 5.
-        labels: (images,) the source's.
+        severities: severities to include; (0,) for data with a fixed one. Gradual needs 1 to 5.
+        labels: (images,) the source's labels.
         order: `shuffled`, `stored`, `correlated` (sorted by class) or `dirichlet` (each class
-            spread unevenly over as many slots as there are classes).
-        seed: of everything that is drawn.
-        limit: show only so many images: the first in stored order, drawn by the seed otherwise.
-        concentration: of the Dirichlet order; the smaller, the nearer to sorted by class.
+            split by a Dirichlet sample over as many time slots as classes).
+        seed: random seed.
+        limit: use at most this many images: the first in stored order, otherwise a sample.
+        concentration: of the Dirichlet order; smaller values are closer to sorted by class.
 
     Returns:
         The streams.
 
     Raises:
-        ValueError: for an unknown setting or order, or numbers that make no sense.
+        ValueError: for an unknown setting or order, or invalid numbers.
 
     References:
         Yuan et al. 2023 (Dirichlet order), https://arxiv.org/abs/2303.13899
@@ -92,9 +92,9 @@ def make_streams(
     images = arrange(labels, first, np.random.default_rng(seed))[:limit]
 
     def part(segments: Sequence[int]) -> np.ndarray:
-        # Image by image through the segments, so that stored order interleaves them.
+        # All segments of one image before the next, so that stored order interleaves them.
         items = np.stack(np.meshgrid(images, segments, indexing="ij"), -1).reshape(-1, 2)
-        # Seeded anew at each shift: a stream does not depend on what other streams there are.
+        # Seeded again at each shift: a stream does not depend on the other streams.
         rng = np.random.default_rng([seed, 1])
         if order not in ("stored", "shuffled") or len(segments) > 1:
             items = items[arrange(labels[items[:, 0]], order, rng, concentration)]
@@ -133,14 +133,14 @@ def stream_of(
     seed: int,
     segments: np.ndarray | None = None,
 ) -> Stream:
-    """A stream of given images, in this order.
+    """A stream of the given images, in this order.
 
     Args:
-        name: what to call it.
+        name: its name.
         domains: its segments.
-        images: (images,) integers, numbers in the source.
-        seed: of corruptions made on the fly.
-        segments: (images,) integers, each image's place in `domains`; None for the first one.
+        images: (images,) integers, indices in the source.
+        seed: random seed of corruptions made on the fly.
+        segments: (images,) integers, each image's index in `domains`; None for all 0.
 
     Returns:
         The stream, in one part.
@@ -163,12 +163,12 @@ def _check(setting: str, order: str, limit: int | None, concentration: float) ->
 def arrange(
     labels: np.ndarray, order: str, rng: np.random.Generator, concentration: float = 0.1
 ) -> np.ndarray:
-    """Put images into an order.
+    """Order images.
 
     Args:
         labels: (images,) integers.
         order: one of `ORDERS`.
-        rng: what is drawn comes from here.
+        rng: random generator.
         concentration: of the Dirichlet order.
 
     Returns:
@@ -193,23 +193,23 @@ def arrange(
 
 
 class StreamBatch(NamedTuple):
-    """One batch of a stream, in numpy; padding stands at the end of a part's last batch.
+    """One batch of a stream, in numpy; a part's last batch is padded at its end.
 
     Attributes:
         images: (batch, height, width, 3) uint8.
         mask: (batch,) bool, false for padding and for images that could not be read.
-        index: (batch,) integers, each image's place in the stream.
+        index: (batch,) integers, each image's index in the stream.
         labels: (batch,) integers.
-        source_index: (batch,) integers, each image's number in the source; -1 for padding.
+        source_index: (batch,) integers, each image's index in the source; -1 for padding.
         segments: (batch,) integers, the segment of each image; -1 for padding.
-        originals: (batch, canvas, canvas, 3) uint8, the images before resize and crop in a corner
-            of a canvas; None where no canvas was asked for.
+        originals: (batch, canvas, canvas, 3) uint8, full-size images zero-padded to a common size;
+            None without a canvas.
         sizes: (batch, 2) integers, the originals' height and width.
     """
 
     images: np.ndarray
     mask: np.ndarray
-    index: np.ndarray
+    index: np.ndarray  # pyright: ignore[reportIncompatibleMethodOverride] (hides tuple.index)
     labels: np.ndarray
     source_index: np.ndarray
     segments: np.ndarray
@@ -218,12 +218,12 @@ class StreamBatch(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where a batch lies: its stream and part, and its first image's place in both."""
+    """Location of a batch: its stream and part, and its first image's index in both."""
 
     stream: int
     part: int
     offset: int
-    index: int
+    index: int  # pyright: ignore[reportIncompatibleMethodOverride] (hides tuple.index)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,10 +231,10 @@ class Batches:
     """All batches of a sweep as one random-access sequence, stream after stream.
 
     Attributes:
-        source: where images come from.
+        source: the source of the images.
         streams: the streams.
-        size: images a batch.
-        canvas: side of the originals' canvas; a larger original is shrunk to fit. None for no
+        size: images per batch.
+        canvas: size to which originals are padded; larger originals are shrunk first. None for no
             originals.
     """
 
@@ -245,7 +245,7 @@ class Batches:
 
     @functools.cached_property
     def places(self) -> list[Place]:
-        """Where each batch lies."""
+        """Location of each batch."""
         places = []
         for number, stream in enumerate(self.streams):
             before = 0
@@ -256,12 +256,12 @@ class Batches:
         return places
 
     def of(self, stream: int) -> range:
-        """Numbers of the batches of one stream."""
+        """Indices of the batches of one stream."""
         numbers = [place.stream for place in self.places]
         return range(bisect.bisect_left(numbers, stream), bisect.bisect_right(numbers, stream))
 
     def __len__(self) -> int:
-        """Batches of all streams."""
+        """Number of batches of all streams."""
         return len(self.places)
 
     def __getitem__(self, number: int) -> StreamBatch:
@@ -273,16 +273,16 @@ class Batches:
         side = self.source.preprocess.image_size
         padding = self.size - len(items)
         images = np.zeros((self.size, side, side, 3), np.uint8)
-        originals = sizes = None
+        padded = None
         if self.canvas:
             originals = np.zeros((self.size, self.canvas, self.canvas, 3), np.uint8)
-            sizes = np.ones((self.size, 2), np.int32)
+            padded = originals, np.ones((self.size, 2), np.int32)
         for row, both in enumerate(read):
             if both is None:
                 continue
             images[row], original = both
-            if self.canvas:
-                originals[row], sizes[row] = on_canvas(original, self.canvas)
+            if padded and self.canvas and original is not None:
+                padded[0][row], padded[1][row] = on_canvas(original, self.canvas)
         segments, numbers = np.pad(items, ((0, padding), (0, 0)), constant_values=-1).T
         return StreamBatch(
             images,
@@ -291,34 +291,33 @@ class Batches:
             np.pad(self.source.labels[items[:, 1]], (0, padding)),
             numbers,
             segments,
-            originals,
-            sizes,
+            *(padded or (None, None)),
         )
 
     def _read(
         self, stream: Stream, segment: int, image: int
     ) -> tuple[np.ndarray, np.ndarray | None] | None:
-        """An image, and where a canvas waits for it its original."""
+        """An image and, if a canvas is used, the uncropped image."""
         domain = stream.segments[segment]
         try:
             if self.canvas:
                 return self.source.read_both(domain, image, stream.seed)
             return self.source.read(domain, image, stream.seed), None
         except UnreadableImageError:
-            return None  # masked; whoever reads the batch knows which by `source_index`
+            return None  # masked; `source_index` tells which image it is
 
 
 def canvas_for(source: Source, domain: Domain, greatest: int = 512, images: int = 50) -> int:
-    """A side for the canvas that suits a source, whatever streams are made of it.
+    """Choose a canvas size for a source, independent of the streams.
 
     Args:
-        source: the images.
-        domain: any of its domains, looked at where it has no clean images.
-        greatest: the largest side to choose; larger images are shrunk.
-        images: how many are looked at, from the first to the last.
+        source: the source.
+        domain: one of its domains, used if it has no clean images.
+        greatest: the maximum size; larger images are shrunk.
+        images: number of images sampled, evenly spaced.
 
     Returns:
-        The longest side among them, or `greatest` if that is less or none can be read.
+        The longest side among them, at most `greatest`; `greatest` if none can be read.
     """
     with contextlib.suppress(ValueError):  # it has no clean images
         source.check(Domain(CLEAN))
@@ -331,11 +330,11 @@ def canvas_for(source: Source, domain: Domain, greatest: int = 512, images: int 
 
 
 def on_canvas(original: np.ndarray, canvas: int) -> tuple[np.ndarray, np.ndarray]:
-    """Put an image into the corner of a canvas.
+    """Zero-pad an image to a square canvas.
 
     Args:
         original: (height, width, 3) uint8.
-        canvas: side; a larger image is shrunk to fit.
+        canvas: side in pixels; a larger image is shrunk first.
 
     Returns:
         The canvas (canvas, canvas, 3) uint8, and the image's height and width on it (2,).
@@ -359,33 +358,34 @@ class _Chosen:
     def __len__(self) -> int:
         return len(self.numbers)
 
-    def __getitem__(self, place: int) -> StreamBatch:
-        return self.batches[self.numbers[place]]
+    def __getitem__(self, index: int) -> StreamBatch:
+        return self.batches[self.numbers[index]]
 
 
 def _follow_the_parent(worker: int, workers: int) -> None:
-    """Leave interrupts to the parent, and do not outlive it, even if it is killed."""
+    """Ignore SIGINT; exit with the parent."""
     del worker, workers
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
+    if parent is None:
+        return
 
     def end() -> None:
         parent.join()
         os._exit(1)
 
-    if parent is not None:
-        threading.Thread(target=end, daemon=True).start()
+    threading.Thread(target=end, daemon=True).start()
 
 
 def read_ahead(
     batches: Batches, workers: int = 1, numbers: Sequence[int] | None = None
 ) -> Iterator[StreamBatch]:
-    """Read batches in order, ahead of their use.
+    """Prefetch batches in order.
 
     Args:
-        batches: what to read.
-        workers: processes that decode and corrupt; 0 for this process.
-        numbers: which batches, to go on where something stopped; None for all.
+        batches: the batches to read.
+        workers: processes that decode and corrupt images; 0 = main process.
+        numbers: indices of the batches to read, for example to resume; None for all.
 
     Returns:
         An iterator over the batches, the same for any number of workers.
@@ -393,16 +393,16 @@ def read_ahead(
     import grain
     from absl import flags
 
-    if not flags.FLAGS.is_parsed():  # Grain reads its own; here no absl app has parsed any
+    if not flags.FLAGS.is_parsed():  # Grain reads absl flags, which nothing has parsed here
         flags.FLAGS.mark_as_parsed()
     chosen = _Chosen(batches, tuple(range(len(batches)) if numbers is None else numbers))
-    # One thread a process: the corruptions seed numpy's global state.
+    # One thread per process: the corruptions seed numpy's global state.
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
     dataset = grain.MapDataset.source(chosen).to_iter_dataset(options)
     if workers:
         options = grain.MultiprocessingOptions(workers, 2)
         dataset = dataset.mp_prefetch(options, worker_init_fn=_follow_the_parent)
-        # By pipe: Grain's shared memory is freed so late that Python calls it leaked at exit.
+        # By pipe: Grain frees shared memory so late that Python reports a leak at exit.
         by_pipe = grain.experimental.DatasetOptions(min_shm_size=2**40)
         dataset = grain.experimental.WithOptionsIterDataset(dataset, by_pipe)
     return iter(dataset)

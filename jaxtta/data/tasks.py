@@ -1,4 +1,4 @@
-"""Tasks to learn one after another: the published sequences, small real ones, and folders.
+"""Tasks for continual learning: the MTIL sequences, small real datasets, and folders.
 
 task = open_task("dtd", DATA, model.preprocessing)
 task = open_task("digits", None, model.preprocessing)
@@ -27,7 +27,7 @@ ORDERS = {
         *("fgvc-aircraft", "caltech101", "dtd", "eurosat", "cifar100"),
     ),
 }
-"""The two published orders of the MTIL benchmark."""
+"""The two orders of the MTIL benchmark."""
 FROM_TFDS = ("cifar100", "mnist")
 MNIST = 'a photo of the number: "{}".'  # CLIP's own prompt
 SMALL = ("textile", "digits", "turned-digits")
@@ -38,9 +38,9 @@ class TaskData(NamedTuple):
     """A task's images.
 
     Attributes:
-        name: what to call it.
-        template: of its prompts.
-        train: its training images; None for what is only measured.
+        name: its name.
+        template: its prompt template.
+        train: its training images; None for a task that is only tested.
         test: its test images.
     """
 
@@ -56,7 +56,7 @@ def open_task(name: str, root: str | None, preprocess: Preprocess) -> TaskData:
     Args:
         name: one of MTIL's, "textile", "digits", "turned-digits", or NAME=FOLDER with a folder that
             holds `train/<class>/…` and `test/<class>/…`.
-        root: the folder above the MTIL sets, where it is one of them.
+        root: the folder that contains the MTIL sets; needed for these only.
         preprocess: the model's preprocessing.
 
     Returns:
@@ -64,8 +64,8 @@ def open_task(name: str, root: str | None, preprocess: Preprocess) -> TaskData:
 
     Raises:
         FileNotFoundError: if there is no such folder.
-        ValueError: if there is no such task, it has one class, or other classes to train on than
-            to test on.
+        ValueError: for an unknown task, one with a single class, or one with different training and
+            test classes.
     """
     own, equals, folder = name.partition("=")
     if name in ("digits", "turned-digits"):
@@ -74,10 +74,13 @@ def open_task(name: str, root: str | None, preprocess: Preprocess) -> TaskData:
     elif name == "textile":
         template, both = "a photo of a textile with {}.", split(textile(), preprocess)
     elif name in ORDERS["order-1"]:
-        if root is None and name not in FROM_TFDS:
-            raise ValueError(f"{name} needs --data, the folder above the MTIL sets")
         template = MNIST if name == "mnist" else templates_for(name)[0]
-        layout, place = ("tfds", name) if name in FROM_TFDS else (name, root)
+        if name in FROM_TFDS:
+            layout, place = "tfds", name
+        elif root is not None:
+            layout, place = name, root
+        else:
+            raise ValueError(f"{name} needs --data, the folder that contains the MTIL sets")
         both = (open_source(layout, place, preprocess, split=s) for s in ("train", "test"))
     elif equals:
         template = "a photo of a {}."
@@ -89,7 +92,7 @@ def open_task(name: str, root: str | None, preprocess: Preprocess) -> TaskData:
 
 
 def _both(name: str, opened: Iterable[Source]) -> tuple[Source, Source]:
-    """A task's training and test images, if they go together."""
+    """A task's training and test images, checked to have the same classes."""
     try:
         train, test = opened
     except ValueError as error:
@@ -99,22 +102,22 @@ def _both(name: str, opened: Iterable[Source]) -> tuple[Source, Source]:
     if tuple(train.class_names) != tuple(test.class_names):
         odd = sorted(set(train.class_names) ^ set(test.class_names))
         raise ValueError(
-            f"the task {name} has other classes to train on than to test on: "
+            f"the task {name} has different training and test classes: "
             f"{', '.join(odd[:5]) or 'the same names in another order'}"
         )
     return train, test
 
 
 def digits(turned: bool = False) -> Arrays:
-    """scikit-learn's digits; or their negatives, turned by 90°."""
+    """scikit-learn's digits, or their negatives rotated by 90°."""
     from sklearn.datasets import load_digits
 
-    loaded = load_digits()
-    grey = (loaded.images * 255 / 16).round().astype(np.uint8)
+    pixels, labels = load_digits(return_X_y=True)
+    grey = (np.asarray(pixels).reshape(-1, 8, 8) * 255 / 16).round().astype(np.uint8)
     if turned:
         grey = np.rot90(255 - grey, axes=(1, 2))
     images = np.repeat(grey[..., None], 3, axis=-1)
-    return Arrays(images, loaded.target.astype(np.int32), DIGITS, "digit")
+    return Arrays(images, np.asarray(labels, np.int32), DIGITS, "digit")
 
 
 def textile() -> ImageFolder:
@@ -127,15 +130,15 @@ def textile() -> ImageFolder:
 
 
 def split(images: Images, preprocess: Preprocess, nth: int = 4) -> tuple[Source, Source]:
-    """Split images evenly within the classes, to train and to test on.
+    """Split images into training and test images, stratified by class.
 
     Args:
-        images: all of them.
+        images: all images.
         preprocess: the model's preprocessing.
-        nth: one in how many to test on.
+        nth: every nth image is a test image.
 
     Returns:
-        Both parts.
+        The training and the test images.
     """
     tested, source = every(images.labels, nth), CorruptedOnTheFly(images, preprocess)
     train, test = (Part(source, np.flatnonzero(mask)) for mask in (~tested, tested))
@@ -143,21 +146,23 @@ def split(images: Images, preprocess: Preprocess, nth: int = 4) -> tuple[Source,
 
 
 def in_memory(tasks: Sequence[TaskData], room: float = 2e9) -> list[TaskData]:
-    """Keep what is read of the tasks' images, as far as there is room for all of a source.
+    """Cache the tasks' images in memory, for each source that fits as a whole.
 
     Args:
         tasks: the tasks.
-        room: bytes.
+        room: available memory in bytes.
 
     Returns:
-        The same tasks, with sources that remember where they fit.
+        The same tasks, with cached sources where they fit.
     """
     found = []
     for task in tasks:
         sources = {}
         for which in ("train", "test"):
             source = getattr(task, which)
-            size = np.inf if source is None else np.prod(shape_of(source), dtype=float)
+            if source is None:
+                continue
+            size = np.prod(shape_of(source), dtype=float)
             if size <= room:
                 room -= size
                 sources[which] = InMemory(source)

@@ -1,7 +1,7 @@
 """Images of tensorflow-datasets, read without TensorFlow.
 
-Preparing a dataset (downloading it and writing its records) needs TensorFlow, in whatever
-environment; reading the records needs none. Once, where TensorFlow is installed, and then here:
+Preparing a dataset (downloading it and writing its records) needs TensorFlow; reading the records
+does not. The first line can run once in another environment that has TensorFlow:
 
     tfds.builder("cifar10", file_format="array_record").download_and_prepare()
     images = tfds_images("cifar10", "test")
@@ -23,14 +23,14 @@ from jaxtta.data.folders import UnreadableImageError, open_image
 
 
 class TfdsImages(NamedTuple):
-    """One split of a prepared dataset; goes to other processes by name, not with open files.
+    """One split of a prepared dataset; pickled by name, without open files.
 
     Attributes:
-        dataset: its name.
-        split: of it.
-        data_dir: where prepared datasets are; None for tensorflow-datasets' usual place.
-        image_key: the feature that holds the image.
-        labels: (images,) int32, each image's place in `class_names`.
+        dataset: the dataset's name.
+        split: the split's name.
+        data_dir: folder of prepared datasets; None for tensorflow-datasets' default.
+        image_key: the name of the image feature.
+        labels: (images,) int32, each image's index in `class_names`.
         class_names: names of the classes.
     """
 
@@ -43,7 +43,7 @@ class TfdsImages(NamedTuple):
 
     def open(self, number: int) -> Image.Image:
         """Open one image, or raise an UnreadableImageError."""
-        # Open records do not survive a fork: each process has its own.
+        # Open records do not survive a fork, so each process opens its own.
         records = _records(os.getpid(), self.dataset, self.split, self.data_dir, self.image_key)
         try:
             content = records[number][self.image_key]
@@ -52,7 +52,7 @@ class TfdsImages(NamedTuple):
         return open_image(io.BytesIO(content), self.name(number))
 
     def name(self, number: int) -> str:
-        """The image's place in the split."""
+        """The image's index in the split."""
         return f"{self.dataset} {self.split} image {number}"
 
 
@@ -62,22 +62,22 @@ def tfds_images(name: str, split: str = "test", data_dir: str | Path | None = No
     Args:
         name: the dataset, as `tfds.builder` takes it ("cifar10", "imagenet_v2/topimages").
         split: as tensorflow-datasets writes it ("test", "test[:50%]").
-        data_dir: where prepared datasets are, if not in the usual place.
+        data_dir: folder of prepared datasets; None for the default.
 
     Returns:
-        The images, with the classes that the dataset declares; wnids are given ImageNet's class
-        names, and underscores become spaces. The labels are read, no image is decoded.
+        The images, with the dataset's classes; wnids are replaced by ImageNet's class names and
+        underscores by spaces. The labels are read, no image is decoded.
 
     Raises:
-        FileNotFoundError: if the dataset is not prepared as records that can be read at random.
+        FileNotFoundError: if the dataset is not prepared as array_record files.
         ImportError: if tensorflow-datasets is not installed.
-        ValueError: if there is no such dataset or split, or it has no images with one label each.
+        ValueError: if there is no such dataset or split, or one without an image and a class label.
     """
     tfds = _tfds()
     data_dir = None if data_dir is None else str(data_dir)
     try:
         builder = tfds.builder(name, data_dir=data_dir)
-    except Exception as error:  # tensorflow-datasets raises what it pleases on bad names
+    except Exception as error:  # tensorflow-datasets may raise any exception on bad names
         where = f" in {data_dir}" if data_dir else ""
         raise ValueError(
             f"tensorflow-datasets has no dataset {name!r}{where} ({_first_line(error)})"
@@ -90,7 +90,7 @@ def tfds_images(name: str, split: str = "test", data_dir: str | Path | None = No
         raise _explained(builder, name, split, data_dir, error) from error
     names = tuple(builder.info.features[label_key].names)
     if not len(labels):
-        raise ValueError(f"{name}: split {split!r} holds no images")
+        raise ValueError(f"{name}: split {split!r} has no images")
     if labels.min() < 0 or labels.max() >= len(names):
         raise ValueError(
             f"{name}: labels of split {split!r} run from {labels.min()} to {labels.max()}, "
@@ -103,7 +103,7 @@ def tfds_images(name: str, split: str = "test", data_dir: str | Path | None = No
 
 def _tfds() -> ModuleType:
     try:
-        import importlib_resources  # noqa: F401 (tensorflow-datasets needs it and does not say so)
+        import importlib_resources  # noqa: F401 (an undeclared dependency of tensorflow-datasets)
         import tensorflow_datasets
     except ImportError as error:
         raise ImportError(
@@ -114,14 +114,14 @@ def _tfds() -> ModuleType:
 
 
 def _keys(tfds: ModuleType, builder: Any) -> tuple[str, str]:
-    """The features that hold the image and its label."""
+    """The names of the image and label features."""
     features, keys = dict(builder.info.features.items()), builder.info.supervised_keys
     if not isinstance(keys, tuple) or len(keys) != 2 or not all(isinstance(k, str) for k in keys):
         keys = ("image", "label")
     image, label = map(features.get, keys)
     if type(image) is not tfds.features.Image or type(label) is not tfds.features.ClassLabel:
         raise ValueError(
-            f"{builder.info.full_name}: expected an image and one class label for it, has "
+            f"{builder.info.full_name}: expected an image and a class label, has "
             f"{', '.join(f'{key} ({type(value).__name__})' for key, value in features.items())}"
         )
     return keys
@@ -129,7 +129,7 @@ def _keys(tfds: ModuleType, builder: Any) -> tuple[str, str]:
 
 def _open(name: str, split: str, data_dir: str | None, image_key: str) -> Sequence[dict[str, Any]]:
     tfds = _tfds()
-    # Left encoded: Pillow decodes them as it does files, and OpenCV is not needed.
+    # Decoded later by Pillow, as files are, so that OpenCV is not needed.
     decoders = {image_key: tfds.decode.SkipDecoding()}
     return tfds.data_source(name, split=split, data_dir=data_dir, download=False, decoders=decoders)
 
@@ -145,7 +145,7 @@ def _records(
 def _explained(
     builder: Any, name: str, split: str, data_dir: str | None, error: Exception
 ) -> Exception:
-    """Why a dataset could not be opened."""
+    """The error for a dataset that could not be opened."""
     if not builder.is_prepared() or isinstance(error, NotImplementedError):
         state = f"has {builder.info.file_format.value}" if builder.is_prepared() else "has none"
         place = f", data_dir={data_dir!r}" if data_dir else ""

@@ -1,4 +1,4 @@
-"""Running many streams through many adapters, and storing the results."""
+"""Running adapters over streams, continual learning experiments, and result files."""
 
 from jaxtta.evaluate.checkpoint import restore_step, save_step
 from jaxtta.evaluate.checks import check_choices, check_limits, check_rates, severity_of

@@ -1,4 +1,4 @@
-"""How sure a mean over images is: the bootstrap, paired where adapters saw the same images."""
+"""Bootstrap confidence intervals, paired for adapters that saw the same images."""
 
 import numpy as np
 
@@ -9,23 +9,23 @@ LEVEL = 0.95
 def bootstrap(
     totals: np.ndarray, counts: np.ndarray, resamples: int = RESAMPLES, seed: int = 0
 ) -> np.ndarray:
-    """Draw images with replacement and average, many times.
+    """Bootstrap means over images.
 
-    All columns share the draws, so that the difference of two columns is a paired one.
+    All columns share the resamples, so differences of two columns are paired.
 
     Args:
-        totals: (images, columns) sums of a quantity over the times that an image was seen.
-        counts: (images, columns) how often that was.
-        resamples: how many times.
-        seed: of the draws.
+        totals: (images, columns) sums of a quantity over all times that an image was seen.
+        counts: (images, columns) how often the image was seen.
+        resamples: number of resamples.
+        seed: random seed.
 
     Returns:
-        (resamples, columns) means; NaN where no image that was drawn had been seen.
+        (resamples, columns) means; NaN for resamples without a seen image.
     """
     rng = np.random.default_rng(seed)
     images = len(totals)
     both = np.concatenate([totals, counts], 1).astype(float)
-    # Images with the same values are interchangeable: of accuracies there are only a few kinds.
+    # Images with equal values are interchangeable; accuracies take only a few values.
     kinds, how_many = np.unique(both, axis=0, return_counts=True)
     if len(kinds) < images / 4:
         draws = rng.multinomial(images, how_many / images, resamples) @ kinds

@@ -1,4 +1,4 @@
-"""Where a stream stands: adapter states and records, so that a killed run goes on and not back."""
+"""Checkpoints for resuming an interrupted stream."""
 
 import logging
 import shutil
@@ -18,23 +18,23 @@ class Checkpoints:
     """The checkpoints of one stream with one seed; the newest is kept."""
 
     def __init__(self, folder: Path, every: int | None, identity: str) -> None:
-        """Choose the folder.
+        """Set the folder.
 
         Args:
-            folder: for this stream and seed alone; made when first needed.
-            every: batches between two checkpoints; None for none at all.
-            identity: of stream and settings; a checkpoint with another is not used.
+            folder: for this stream and seed only; created when first needed.
+            every: batches between two checkpoints; None for no checkpoints.
+            identity: identifies stream and settings; checkpoints with another are ignored.
         """
         self.folder = folder
         self.every = every
         self.identity = identity
 
     def due(self, batches: int) -> bool:
-        """Whether to save after so many batches."""
+        """Whether to save after this many batches."""
         return self.every is not None and batches % self.every == 0
 
     def save(self, batches: int, states: Mapping[str, Any], records: Mapping[str, Record]) -> None:
-        """Save all adapters after so many batches of the stream."""
+        """Save all adapters after this many batches of the stream."""
         import orbax.checkpoint as ocp
 
         names = sorted(states)
@@ -47,16 +47,16 @@ class Checkpoints:
             manager.save(batches, args=ocp.args.Composite(about=about, **arrays), force=True)
 
     def restore(self, states: dict[str, Any], records: dict[str, Record]) -> int:
-        """Fill states and records from the newest checkpoint that has them all.
+        """Restore states and records from the newest checkpoint.
 
-        One of other settings, without some of the adapters, or that cannot be read is removed.
+        A checkpoint with other settings, missing adapters or damaged files is removed.
 
         Args:
-            states: freshly initialised, replaced by those saved.
+            states: initial states, replaced by the saved ones.
             records: empty, filled.
 
         Returns:
-            How many batches were done; 0 if there is no such checkpoint.
+            The number of finished batches; 0 without a checkpoint.
         """
         if self.every is None or not self.folder.is_dir():
             return 0
@@ -64,7 +64,7 @@ class Checkpoints:
             batches, saved = self._read(states, records)
         except (ValueError, OSError, KeyError, TypeError) as error:
             reason = str(error).partition("\n")[0][:200]
-            log.warning("%s: is not used, the stream starts anew (%s)", self.folder, reason)
+            log.warning("%s: ignored, restarting the stream (%s)", self.folder, reason)
             self.remove()
             return 0
         for name, state in states.items():
@@ -88,13 +88,13 @@ class Checkpoints:
         with _manager(self.folder) as manager:
             batches = manager.latest_step()
             if batches is None:
-                raise ValueError("nothing was saved")
+                raise ValueError("nothing saved")
             arguments = ocp.args.Composite(about=ocp.args.JsonRestore())
             about = manager.restore(batches, args=arguments)["about"]
             if about["identity"] != self.identity:
-                raise ValueError("it is of another stream or other settings")
+                raise ValueError("another stream or other settings")
             if lacking := sorted(set(states) - set(about["adapters"])):
-                raise ValueError(f"it lacks {', '.join(lacking)}")
+                raise ValueError(f"missing {', '.join(lacking)}")
             places = {name: f"adapter{about['adapters'].index(name)}" for name in states}
             targets = {
                 place: ocp.args.StandardRestore(_arrays(states[name], records[name]))
@@ -104,7 +104,7 @@ class Checkpoints:
         return batches, {name: saved[place] for name, place in places.items()}
 
     def remove(self) -> None:
-        """Forget the stream, once it is done."""
+        """Delete the checkpoints of a finished stream."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
@@ -114,23 +114,23 @@ def _record(record: Record) -> dict[str, np.ndarray]:
 
 
 def _arrays(state: Any, record: Record) -> dict[str, Any]:
-    # Leaves by number: a state is any pytree, some of its nodes empty.
+    # Leaves by index: a state is any pytree, possibly with empty nodes.
     leaves = {str(number): leaf for number, leaf in enumerate(jax.tree.leaves(state))}
     return {"state": leaves, "record": _record(record)}
 
 
 def save_step(folder: Path, step: int, arrays: dict[str, Any], note: Any) -> None:
-    """Save a run that counts its own steps; the newest is kept.
+    """Save a checkpoint of a run that counts its own steps; the newest is kept.
 
     Args:
-        folder: for this run alone; made if it is missing.
-        step: its number.
+        folder: for this run only; created if missing.
+        step: the step number.
         arrays: nested dict of arrays.
-        note: anything JSON knows.
+        note: any JSON value.
     """
     import orbax.checkpoint as ocp
 
-    arrays = jax.tree.map(np.asarray, arrays)  # without the devices that they lie on
+    arrays = jax.tree.map(np.asarray, arrays)  # host arrays, independent of the device
     arguments = ocp.args.Composite(
         arrays=ocp.args.StandardSave(arrays), note=ocp.args.JsonSave({"note": note})
     )
@@ -139,7 +139,7 @@ def save_step(folder: Path, step: int, arrays: dict[str, Any], note: Any) -> Non
 
 
 def restore_step(folder: Path) -> tuple[int, dict[str, Any], Any] | None:
-    """What `save_step` saved last: its number, arrays and note; None if there is nothing.
+    """Restore the last checkpoint of `save_step`: step, arrays and note; None without one.
 
     Raises:
         ValueError: if it cannot be read.
@@ -160,7 +160,7 @@ def restore_step(folder: Path) -> tuple[int, dict[str, Any], Any] | None:
         except (ValueError, OSError, KeyError, TypeError) as error:
             reason = str(error).partition("\n")[0][:200]
             raise ValueError(
-                f"{folder}: cannot be read, remove it to start anew ({reason})"
+                f"{folder}: cannot be read, remove it to start from the beginning ({reason})"
             ) from error
     return step, saved["arrays"], saved["note"]["note"]
 

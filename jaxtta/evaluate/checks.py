@@ -8,21 +8,21 @@ from jaxtta import assets
 
 
 def check_choices(**choices: Sequence[Any]) -> None:
-    """Raise a ValueError for an option without values, or with the same one twice."""
+    """Raise a ValueError for an option with no values or with duplicates."""
     for name, given in choices.items():
         if not given or len(set(given)) < len(given):
-            raise ValueError(f"{_option(name)} needs one or more different values, not {[*given]}")
+            raise ValueError(f"{_option(name)} needs one or more distinct values, not {[*given]}")
 
 
 def check_limits(**limits: tuple[int | None, int]) -> None:
-    """Raise a ValueError for an option below its least value; None is not given."""
+    """Raise a ValueError for an option below its minimum; None means not set."""
     for name, (value, least) in limits.items():
         if value is not None and value < least:
             raise ValueError(f"{_option(name)} is {value}, expected at least {least}")
 
 
 def check_rates(**rates: Sequence[float | None]) -> None:
-    """Raise a ValueError for learning rates that are not positive; None is not given."""
+    """Raise a ValueError for learning rates that are not positive; None means not set."""
     for name, given in rates.items():
         for rate in given:
             if rate is not None and not 0 < rate < math.inf:
@@ -30,15 +30,15 @@ def check_rates(**rates: Sequence[float | None]) -> None:
 
 
 def severity_of(layout: str, root: str, asked: int | None = None) -> int:
-    """The severity asked for, or what suits the images.
+    """The given severity, or the default for the images.
 
     Args:
-        layout: how they lie there; arrays have one of their own, 0.
-        root: where; the corruptions are strong for the embedded ones' size.
-        asked: 1 to 5; None for 5, or 1 on the embedded images.
+        layout: the dataset layout; arrays have a fixed severity, 0.
+        root: the dataset; severity 1 is strong for the small bundled images.
+        asked: 1 to 5; None for 5, or 1 on the bundled images.
 
     Returns:
-        The severity of the images' domains.
+        The severity.
     """
     if layout == "arrays":
         return 0

@@ -1,4 +1,4 @@
-"""Choosing a learning rate where it is fair: on corruptions that are no part of a result."""
+"""Learning-rate selection on held-out corruptions."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -12,12 +12,12 @@ from jaxtta.evaluate.run import run
 
 
 class Choice(NamedTuple):
-    """A learning rate and what it was chosen on.
+    """A selected learning rate.
 
     Attributes:
-        rate: the chosen one.
+        rate: the selected learning rate.
         accuracies: mean top-1 accuracy by rate, in [0, 1].
-        chosen_on: the corruptions, and how many images of each.
+        chosen_on: the corruptions and the number of images of each.
     """
 
     rate: float
@@ -34,29 +34,29 @@ def choose_learning_rate(
     results: Results,
     **options: Any,
 ) -> Choice:
-    """Take the rate with the highest mean accuracy on the four validation corruptions.
+    """Select the rate with the highest mean accuracy on the four validation corruptions.
 
-    The labels of these images are used. Where they are the images that are tested too, the
-    choice is blind to the test corruptions but not to the images.
+    The selection uses the labels of these images. If they are also the test images, it is
+    independent of the test corruptions but not of the images.
 
     Args:
-        name: of the adapter, for the files and the progress bar.
-        make: makes the adapter for a rate.
-        rates: to choose from.
+        name: the adapter's name, for files and the progress bar.
+        make: returns the adapter for a rate.
+        rates: the candidates.
         params: the frozen parameters.
         batches: streams of validation corruptions.
-        results: the folder for these runs; what is in it is not computed again.
+        results: the folder for these runs; existing results are reused.
         options: for `run`.
 
     Returns:
-        The choice; of equal rates the smaller.
+        The selection; the smaller rate in case of ties.
 
     Raises:
-        ValueError: if a stream shows anything but validation corruptions.
+        ValueError: if a stream has other than validation corruptions.
     """
     shown = {domain.corruption for stream in batches.streams for domain in stream.segments}
     if odd := sorted(shown - set(VALIDATION)):
-        raise ValueError(f"a learning rate is chosen on {', '.join(VALIDATION)}, not {odd[0]}")
+        raise ValueError(f"learning rates are selected on {', '.join(VALIDATION)}, not on {odd[0]}")
     names = {f"{name}@{rate!r}": rate for rate in sorted(set(rates))}
     adapters = {label: make(rate) for label, rate in names.items()}
     top1: dict[str, list[float]] = {label: [] for label in names}

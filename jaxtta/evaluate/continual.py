@@ -1,11 +1,11 @@
-"""Teaching one task after another, by several methods; a killed run goes on after the last task.
+"""Continual learning experiments with several methods; interrupted runs resume after the last task.
 
     course = Course(iterations=1000, warmup=100, learning_rate=1e-5)
     bench = Bench(course, model, params, tasks, kept, reference, output, notes={})
     results, failed = teach(bench, ["fine-tuning", "gnsp"], seeds=[1, 2, 3])
 
-Tasks are `jaxtta.data.tasks.TaskData`; each result holds what was measured before the first task
-and after every one.
+Tasks are `jaxtta.data.tasks.TaskData`; each result has the metrics before the first task and after
+every task.
 """
 
 import dataclasses
@@ -31,58 +31,57 @@ from jaxtta.io import write_json
 
 Params = models.Params
 Row = dict[str, float]
-"""What was measured at one time, by its name."""
+"""The metrics at one time, by name."""
 WISE = "wise-ft"
 TRAINED_AS = {WISE: "fine-tuning"}
-"""Methods that measure what another one trains."""
-CROP = (0.9, 1.0)  # share of the area that the training augmentation keeps
+"""Methods that reuse the training of another method."""
+CROP = (0.9, 1.0)  # fraction of the area that the training crop keeps
 GRAM_BATCH = 16
 FIGURES = ("modality gap", "image to text", "text to image")
 
 
 @dataclasses.dataclass(frozen=True)
 class Course:
-    """How tasks are taught, and what of earlier ones is protected."""
+    """Training settings."""
 
     iterations: int = 300
-    """Steps a task (published: 100 to 1000)."""
+    """Training steps per task (paper: 100 to 1000)."""
     warmup: int | None = None
-    """How many of them the learning rate rises (published: 100). Default: a tenth."""
+    """Warm-up steps per task (paper: 100). Default: a tenth of the steps."""
     batch_size: int = 64
-    """Images a step."""
+    """Images per step."""
     learning_rate: float = 5e-5
-    """The highest of AdamW (published: 1e-5 to 5e-5 on CLIP)."""
+    """Peak learning rate of AdamW (paper: 1e-5 to 5e-5 on CLIP)."""
     rho: float = 0.15
-    """Share of the singular values' sum that the projection gives up."""
+    """Fraction of the sum of singular values that is treated as the null space."""
     gram_images: int | None = None
-    """Training images a task that its Gram matrices are gathered from. Default: all, as
-    published."""
+    """Training images per task for its Gram matrices. Default: all, as in the paper."""
     first_task: Literal["same", "all"] = "same"
-    """What the first task trains: the same kernels as the others, or all but the logit scale, as in
-    the published code. Whether it is projected is --task-zero's business."""
+    """Parameters trained on the first task: the same kernels as for the others, or all except the
+    logit scale, as in the reference implementation. --task-zero decides on the projection."""
     task_zero: bool = True
-    """Protect the reference images' inputs from the first task on. As published, the first task
-    is not projected: --no-task-zero."""
+    """Apply the projection for the reference images from the first task on. The reference
+    implementation does not project the first task: --no-task-zero."""
     reference_images: int = 1000
-    """How many of the reference."""
+    """Number of reference images."""
     reference_batch: int = 64
-    """Pairs a step."""
+    """Reference pairs per step."""
     wise_share: float = 0.5
-    """Share of the fine-tuned weights in wise-ft's average."""
+    """Weight of the fine-tuned parameters in wise-ft's average."""
     limit: int | None = None
-    """Use only so many test images of each task."""
+    """Use at most this many test images of each task."""
     workers: int = 1
-    """Processes that decode images; 0 does it in this one."""
+    """Processes that decode images; 0 = main process."""
 
     @property
     def schedule(self) -> "Schedule":
-        """Of the learning rate, of every task."""
+        """The learning rate schedule of every task."""
         warmup = self.iterations // 10 if self.warmup is None else self.warmup
         return Schedule(self.learning_rate, self.iterations, warmup)
 
 
 class Schedule(NamedTuple):
-    """Of a task's learning rate; see `continual.task_optimizer`."""
+    """A task's learning rate schedule; see `continual.task_optimizer`."""
 
     learning_rate: float
     iterations: int
@@ -90,7 +89,7 @@ class Schedule(NamedTuple):
 
 
 def check_course(course: Course) -> None:
-    """Raise a ValueError for settings that cannot be meant; it calls them by their options."""
+    """Validate the settings; messages use the option names."""
     check_rates(learning_rate=(course.learning_rate,))
     check_limits(
         iterations=(course.iterations, 1),
@@ -112,7 +111,7 @@ def check_course(course: Course) -> None:
 
 
 def check_methods(methods: Sequence[str]) -> None:
-    """Raise a ValueError for a method that there is not."""
+    """Raise a ValueError for an unknown method."""
     for name in methods:
         if name not in (*VARIANTS, WISE):
             known = ", ".join((*VARIANTS, WISE))
@@ -122,23 +121,23 @@ def check_methods(methods: Sequence[str]) -> None:
 def teach(
     bench: "Bench", methods: Sequence[str], seeds: Sequence[int]
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """Teach all tasks by every method with every seed; what was done before is not done again.
+    """Train every method with every seed on all tasks; existing results are reused.
 
     Args:
-        bench: the model, the tasks and how they are taught.
-        methods: of `jaxtta.continual.VARIANTS`, or wise-ft.
-        seeds: of order, crops and reference.
+        bench: the model, the tasks and the training settings.
+        methods: names from `jaxtta.continual.VARIANTS`, or wise-ft.
+        seeds: random seeds of order, crops and reference.
 
     Returns:
-        What came of each method and seed, as it was also written to its result.json, in the
-        methods' order; and a sentence for each that failed.
+        The results of each method and seed, as in its result.json, in the order of the methods;
+        and a message for each that failed.
 
     Raises:
-        ValueError: if something cannot be taught as asked.
+        ValueError: for invalid settings.
     """
     check_methods(methods)
     for seed in seeds:
-        bench.draw(seed)  # so that no seed is refused when others were taught
+        bench.draw(seed)  # check all seeds before training
     results, failed = [], []
     for seed in seeds:
         start = Start(bench, seed)
@@ -156,7 +155,7 @@ def teach(
 def read(
     source: data.Source, numbers: np.ndarray, size: int, workers: int, doing: str
 ) -> Iterator[data.StreamBatch]:
-    """Batches of clean images, in this order; what can be is kept in memory."""
+    """Batches of clean images, in this order; cached in memory where possible."""
     if isinstance(source, InMemory):
         missing = source.missing(numbers)
         if len(missing):
@@ -204,7 +203,7 @@ def step(
     pairs: ReferenceBatch | None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One step of training, on a crop of each image."""
-    # The projectors are arguments, lest the program holds them as constants.
+    # The projectors are arguments, so that they are not compiled in as constants.
     optimizer = continual.task_optimizer(method, projectors, *schedule)
     examples = examples._replace(images=crop(key, examples.images))
     return continual.train_step(model, method, optimizer)(params, state, examples, pairs)
@@ -212,7 +211,7 @@ def step(
 
 @jax.jit
 def crop(key: jax.Array, images: jax.Array) -> jax.Array:
-    """The training augmentation: a random crop of most of each image; float in [0, 1]."""
+    """The training augmentation: a random crop of each image; float in [0, 1]."""
     side = images.shape[1]
     images = images.astype(jnp.float32) / 255
 
@@ -224,7 +223,7 @@ def crop(key: jax.Array, images: jax.Array) -> jax.Array:
 
 
 class Bench:
-    """What all runs share: the model as it begins, the tasks, and how they are measured."""
+    """Shared by all runs: the initial model, the tasks and the metrics."""
 
     def __init__(
         self,
@@ -237,54 +236,53 @@ class Bench:
         output: Path,
         notes: Mapping[str, Any],
     ) -> None:
-        """Check and prepare; nothing is computed yet.
+        """Validate the settings; nothing is computed yet.
 
         Args:
-            course: how the tasks are taught.
+            course: the training settings.
             model: the model.
-            params: its parameters as it begins.
-            tasks: to teach, in this order.
-            kept: what is measured without being taught.
-            reference: images, as its `test`, that stand for what is to be kept.
+            params: its initial parameters.
+            tasks: the tasks, in training order.
+            kept: the retention sets, tested but not trained on.
+            reference: its `test` images are the reference images.
             output: folder for the results.
-            notes: what else to write with them.
+            notes: additional information for the results.
 
         Raises:
-            ValueError: if it cannot be meant, or the image tower is no transformer.
+            ValueError: for invalid settings, or an image tower that is not a transformer.
         """
         check_course(course)
         continual.check_tower(model)
         names = [*(task.name for task in (*tasks, *kept)), *FIGURES]
         for name in names:
             if names.count(name) > 1:
-                raise ValueError(f"two things are called {name}, give the task another name")
+                raise ValueError(f"the name {name} is used twice, rename the task")
         self.course, self.model, self.first = course, model, params
         self.tasks, self.kept, self.reference = tasks, kept, reference
         self.output, self.notes = output, notes
         self.weights = fingerprints(reference.test, params)["weights"]
-        # Of the first text tower, and of the one that was last asked for.
+        # For the initial text tower and the most recent one.
         self.embeddings = [(params["text_model"], {}), (None, {})]
 
     def draw(self, seed: int) -> np.ndarray:
-        """Numbers of a seed's reference images; a ValueError if they are of one class."""
+        """Indices of a seed's reference images; a ValueError if they are of one class."""
         labels = self.reference.test.labels
         numbers = np.random.default_rng(seed).permutation(len(labels))
         numbers = numbers[: self.course.reference_images]
         if len(np.unique(labels[numbers])) < 2:
             raise ValueError(
                 f"the {len(numbers)} --reference-images of seed {seed} are of one class, "
-                "expected two or more; take more of them"
+                "expected two or more; increase their number"
             )
         return numbers
 
     def prompts(self, task: TaskData) -> models.Prompts:
         """A task's packed prompts."""
         names = task.test.class_names
-        task = models.zero_shot_task(self.model, names, [task.template])
-        return self.model.prompts(task)
+        return self.model.prompts(models.zero_shot_task(self.model, names, [task.template]))
 
     def classes(self, params: Params, task: TaskData) -> jax.Array:
-        """Embeddings of a task's classes, computed once as long as the text tower is the same."""
+        """Embeddings of a task's classes, cached while the text tower is the same."""
         if all(tower is not params["text_model"] for tower, _ in self.embeddings):
             self.embeddings[1] = params["text_model"], {}
         (known,) = (found for tower, found in self.embeddings if tower is params["text_model"])
@@ -295,7 +293,7 @@ class Bench:
     def gather(
         self, params: Params, source: data.Source, numbers: np.ndarray, key: jax.Array, doing: str
     ) -> continual.Grams:
-        """Gram matrices of images, with the training augmentation."""
+        """Gram matrices of images with the training augmentation."""
 
         def batches() -> Iterator[data.StreamBatch]:
             reader = read(source, numbers, GRAM_BATCH, self.course.workers, doing)
@@ -306,7 +304,7 @@ class Bench:
         return continual.task_grams(self.model, params, batches())
 
     def measure(self, params: Params, start: "Start") -> Row:
-        """Accuracy on every task; modality gap and retrieval on what is kept, or on the pairs."""
+        """Accuracy on every task; modality gap and retrieval on retention sets or pairs."""
         row, shown, course = {}, [], self.course
         for task in (*self.tasks, *self.kept):
             classes = np.asarray(self.classes(params, task))
@@ -330,7 +328,7 @@ class Bench:
 
 
 def alignment(images: np.ndarray, texts: np.ndarray, labels: np.ndarray) -> Row:
-    """How images and captions lie to each other.
+    """Modality gap and retrieval metrics.
 
     Args:
         images: (images, projection), of unit norm.
@@ -338,21 +336,21 @@ def alignment(images: np.ndarray, texts: np.ndarray, labels: np.ndarray) -> Row:
         labels: (images,) integers.
 
     Returns:
-        The modality gap, and the share of images and of different captions whose nearest caption
-        or image fits.
+        The modality gap, and the fraction of images and of distinct captions whose nearest caption
+        or image is a match.
     """
     _, first, place = np.unique(labels, return_index=True, return_inverse=True)
     similarities, matches = images @ texts[first].T, place[:, None] == np.arange(len(first))
     found = (
-        metrics.modality_gap(images, texts),
-        metrics.retrieval_recall(similarities, matches),
-        metrics.retrieval_recall(similarities.T, matches.T),
+        metrics.modality_gap(jnp.asarray(images), jnp.asarray(texts)),
+        metrics.retrieval_recall(jnp.asarray(similarities), jnp.asarray(matches)),
+        metrics.retrieval_recall(jnp.asarray(similarities.T), jnp.asarray(matches.T)),
     )
     return dict(zip(FIGURES, map(float, found), strict=True))
 
 
 class Start:
-    """Where all methods of one seed begin; each part is computed once, when it is first needed."""
+    """Data that all methods of one seed share; each part is computed on first use."""
 
     def __init__(self, bench: Bench, seed: int) -> None:
         """Draw the reference images."""
@@ -360,7 +358,7 @@ class Start:
 
     @functools.cached_property
     def pairs(self) -> ReferenceBatch:
-        """Reference pairs in memory, and what the initial model makes of them."""
+        """Reference pairs in memory, with the initial model's embeddings."""
         bench, course = self.bench, self.bench.course
         source, template = bench.reference.test, bench.reference.template
         images, labels, teacher = [], [], []
@@ -383,7 +381,7 @@ class Start:
         """Embeddings of the pairs' captions."""
         bench, pairs = self.bench, self.pairs
         if params["text_model"] is bench.first["text_model"]:
-            return pairs.teacher_texts
+            return np.asarray(pairs.teacher_texts)
         return np.asarray(encode_texts(bench.model, params, self.prompts))[pairs.labels]
 
     @functools.cached_property
@@ -396,15 +394,15 @@ class Start:
 
     @functools.cached_property
     def row(self) -> Row:
-        """What is measured before the first task."""
+        """The metrics before the first task."""
         return self.bench.measure(self.bench.first, self)
 
 
 class Trainer:
-    """One method with one seed, through all tasks."""
+    """One method with one seed, trained on all tasks."""
 
     def __init__(self, bench: Bench, start: Start, name: str) -> None:
-        """Prepare; nothing is computed yet."""
+        """Prepare the run; nothing is computed yet."""
         self.bench, self.start, self.name, self.method = bench, start, name, VARIANTS[name]
         self.course, self.seed = bench.course, start.seed
         self.folder = bench.output / name / f"seed{self.seed}"
@@ -419,7 +417,7 @@ class Trainer:
         return self.method.projection != "none"
 
     def settings(self) -> dict[str, Any]:
-        """What decides this run's figures, as JSON has it; what it does not use is not in it."""
+        """The settings that affect this run, as JSON; unused options are omitted."""
         bench, course = self.bench, self.course
         used = ["iterations", "warmup", "batch_size", "learning_rate", "first_task", "limit"]
         if self.projects:
@@ -427,7 +425,7 @@ class Trainer:
         if self.method.uses_pairs:
             used.append("reference_batch")
         if self.name == TRAINED_AS[WISE]:
-            used.append("wise_share")  # its figures are found on the way
+            used.append("wise_share")  # wise-ft is measured in the same run
         found = {"method": self.name, "seed": self.seed, "weights": bench.weights}
         if self.method.uses_pairs or (self.projects and course.task_zero) or not bench.kept:
             used.append("reference_images")
@@ -438,7 +436,7 @@ class Trainer:
         return found | {"warmup": course.schedule.warmup}
 
     def run(self) -> list[dict[str, Any]]:
-        """Train on every task; what was measured before the first and after each, by method."""
+        """Train on every task; return the metrics before the first and after each, by method."""
         settings, tasks = self.settings(), self.bench.tasks
         agree(self.folder / "settings.json", settings)
         params, grams, rows = self.restore()
@@ -456,7 +454,7 @@ class Trainer:
         return [self.result(name, [row[name] for row in rows], settings) for name in rows[0]]
 
     def result(self, method: str, rows: list[Row], settings: dict[str, Any]) -> dict[str, Any]:
-        """Write what came of a method."""
+        """Write a method's results."""
         names = [task.name for task in self.bench.tasks]
         matrix = np.array([[row[name] for name in names] for row in rows[1:]])
         found = {
@@ -475,6 +473,8 @@ class Trainer:
 
     def train(self, params: Params, grams: continual.Grams, task: TaskData, number: int) -> Params:
         """Fine-tune on one task."""
+        if task.train is None:
+            raise ValueError(f"{task.name} has no training images")
         course, bench, method = self.course, self.bench, self.method
         everything = course.first_task == "all" and number == 0
         chosen = continual.everything_but_logit_scale if everything else continual.gnsp_kernels
@@ -492,8 +492,9 @@ class Trainer:
         numbers = shuffled(rng, len(task.train.labels), course.iterations * course.batch_size)
         doing = f"{self.name} seed {self.seed}: {task.name}"
         reader = read(task.train, numbers, course.batch_size, course.workers, doing)
+        figures: dict[str, Any] = {}
         for turn, batch in enumerate(reader):
-            images, labels = usable(batch, rng, doing)
+            images, labels = map(jnp.asarray, usable(batch, rng, doing))
             few = None
             if pairs is not None:
                 rows = rng.integers(0, len(pairs.images), course.reference_batch)
@@ -508,7 +509,7 @@ class Trainer:
                 break
         if not np.isfinite(figures["loss"]):
             raise FloatingPointError(
-                f"{doing}: the loss is no longer finite; try a lower --learning-rate, with another "
+                f"{doing}: the loss is no longer finite; try a lower --learning-rate and another "
                 "--output"
             )
         return tree.merge(params, state.trained)
@@ -516,8 +517,8 @@ class Trainer:
     def gather(
         self, params: Params, grams: continual.Grams, task: TaskData, number: int
     ) -> continual.Grams:
-        """Add the Gram matrices of a task that was just learnt to those before it."""
-        if not self.projects:
+        """Add the Gram matrices of the latest task to the earlier ones."""
+        if not self.projects or task.train is None:
             return {}
         rng = np.random.default_rng([self.seed, number, 1])
         numbers = rng.permutation(len(task.train.labels))[: self.course.gram_images]
@@ -527,17 +528,17 @@ class Trainer:
         return continual.combine_grams(grams, found)
 
     def measure(self, params: Params) -> dict[str, Row]:
-        """Figures of every method that these weights serve."""
+        """Metrics of every method that uses these weights."""
         rows = {self.name: self.bench.measure(params, self.start)}
         if self.name == TRAINED_AS[WISE]:
             first = self.bench.first
-            ends = (tree.partition(weights, self.changed)[0] for weights in (first, params))
-            averaged = continual.wise_ft(*ends, self.course.wise_share)
+            ends = tree.partition(first, self.changed)[0], tree.partition(params, self.changed)[0]
+            averaged = continual.average_weights(*ends, self.course.wise_share)
             rows[WISE] = self.bench.measure(tree.merge(first, averaged), self.start)
         return rows
 
     def save(self, params: Params, grams: continual.Grams, rows: list[dict[str, Row]]) -> None:
-        """Save where this run stands, after a task."""
+        """Save a checkpoint after a task."""
         changed, _ = tree.partition(params, self.changed)
         numbered = {str(n): gram for n, gram in enumerate(grams.values())}
         note = {"rows": rows, "grams": list(grams)}
@@ -545,7 +546,7 @@ class Trainer:
         save_step(self.folder / "checkpoints", len(rows), arrays, note)
 
     def restore(self) -> tuple[Params, continual.Grams, list[dict[str, Row]]]:
-        """Where this run stands: parameters, sums of Gram matrices, what was measured."""
+        """Restore a checkpoint: parameters, sums of Gram matrices, and metrics."""
         saved = restore_step(self.folder / "checkpoints")
         if saved is None:
             return self.bench.first, {}, []
@@ -557,7 +558,7 @@ class Trainer:
 
 
 def fingerprint(task: TaskData) -> str:
-    """What is found in a task, wherever its files lie."""
+    """Fingerprint of a task's images and class names, independent of file locations."""
     parts = [task.name, task.template]
     for source in (task.train, task.test):
         if source is not None:
@@ -567,16 +568,16 @@ def fingerprint(task: TaskData) -> str:
 
 
 def shuffled(rng: np.random.Generator, count: int, wanted: int) -> np.ndarray:
-    """Numbers below count in random order, again and again, as many as wanted."""
+    """Concatenate shuffled epochs of indices."""
     return np.concatenate([rng.permutation(count) for _ in range(-(-wanted // count))])[:wanted]
 
 
 def usable(
     batch: data.StreamBatch, rng: np.random.Generator, doing: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A batch whose unreadable images are replaced by others of it."""
+    """Replace a batch's unreadable images with others from the batch."""
     good = np.flatnonzero(batch.mask)
     if not len(good):
-        raise ValueError(f"{doing}: none of a batch's images could be read")
+        raise ValueError(f"{doing}: none of the images of a batch could be read")
     rows = np.where(batch.mask, np.arange(len(batch.mask)), rng.choice(good, len(batch.mask)))
     return batch.images[rows], batch.labels[rows]

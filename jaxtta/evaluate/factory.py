@@ -1,4 +1,4 @@
-"""Adapters by name, as scripts offer them."""
+"""Making adapters by name, for the scripts."""
 
 import dataclasses
 import hashlib
@@ -21,10 +21,10 @@ from jaxtta.tree import normalisation_parameters
 log = logging.getLogger(__name__)
 
 ADAPTERS = ("zero_shot", "tent", "batclip", "tnt", "mgtta", "mgtta-sgd", "mgtta-adam")
-"""What `make_adapter` knows; TNT also as "tnt-3", with so many steps, and those with a learning
-rate also as "tent@1e-4", with that one."""
+"""Names for `make_adapter`; "tnt-3" is TNT with three steps, and adapters with a learning rate
+take it after an @: "tent@1e-4"."""
 WITH_RATE = ("tent", "batclip", "mgtta", "mgtta-sgd", "mgtta-adam")
-"""Those with a learning rate to choose."""
+"""Adapters with a learning rate."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,10 +32,10 @@ class MGTTA:
     """MGTTA's settings.
 
     Attributes:
-        phi: weights of the generator, from pretrain_mgg.py.
-        statistics: of clean images' features under the model, from pretrain_mgg.py too.
-        weight: of the discrepancy.
-        tower: image, or both to adapt the texts too.
+        phi: file with the generator's weights, from pretrain_mgg.py.
+        statistics: file with the statistics of clean images' features, from pretrain_mgg.py.
+        weight: weight of the discrepancy.
+        tower: image, or both to adapt the text tower too.
     """
 
     phi: Path = assets.PHI
@@ -44,17 +44,17 @@ class MGTTA:
     tower: Literal["image", "both"] = "image"
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be meant."""
+        """Validate the settings."""
         if not self.weight >= 0:
             raise ValueError(f"weight is {self.weight}, expected at least 0")
 
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """What adapters are made with, whichever they are.
+    """Settings of all adapters.
 
     Attributes:
-        preset: whose published optimiser TENT and BATCLIP take.
+        preset: optimiser settings of TENT and BATCLIP, from the papers.
         tnt: TNT's settings.
         mgtta: MGTTA's settings.
     """
@@ -65,7 +65,7 @@ class Setup:
 
 
 def check_adapters(names: tuple[str, ...]) -> None:
-    """Raise a ValueError for a name that `make_adapter` does not know."""
+    """Raise a ValueError for an unknown adapter name."""
     for name in names:
         base, at, _ = name.partition("@")
         if at and base in WITH_RATE and 0 < (rate_in(name) or 0) < math.inf:
@@ -73,12 +73,12 @@ def check_adapters(names: tuple[str, ...]) -> None:
         if at or (base not in ADAPTERS and not re.fullmatch(r"tnt-\d+", base)):
             raise ValueError(
                 f"unknown adapter {name!r}, expected one of {', '.join(ADAPTERS)} (or tnt-STEPS, "
-                "or tent@RATE and the like)"
+                "or with a learning rate: tent@RATE)"
             )
 
 
 def rate_in(name: str) -> float | None:
-    """The learning rate that a name gives, or None."""
+    """The learning rate in a name, or None."""
     try:
         return float(name.partition("@")[2])
     except ValueError:
@@ -86,17 +86,17 @@ def rate_in(name: str) -> float | None:
 
 
 def has_rate(name: str) -> bool:
-    """Whether an adapter has a learning rate that its name leaves open."""
+    """Whether an adapter has a learning rate that is not in its name."""
     return name in WITH_RATE
 
 
 def is_tnt(name: str) -> bool:
-    """Whether an adapter cuts its own views, and so needs originals."""
+    """Whether an adapter makes its own views and needs full-size images."""
     return name.partition("-")[0] == "tnt"
 
 
 def tuning_of(name: str, tuning: TNTConfig) -> TNTConfig:
-    """TNT's settings under a name that may give the number of steps."""
+    """TNT's settings, with the number of steps from the name if it has one."""
     steps = name.partition("-")[2]
     return dataclasses.replace(tuning, steps=int(steps)) if steps else tuning
 
@@ -150,15 +150,15 @@ def make_adapter(
         model: the model.
         task: the classes.
         setup: the settings.
-        rate: a learning rate for one of `WITH_RATE`, in place of the published one: TENT with SGD
-            and momentum, BATCLIP with AdamW, MGTTA with the optimiser that its name says.
+        rate: a learning rate for one of `WITH_RATE`, instead of the paper's: TENT with SGD and
+            momentum, BATCLIP with AdamW, MGTTA with the optimiser in its name.
 
     Returns:
         The adapter.
 
     Raises:
-        FileNotFoundError: if one of MGTTA's files is not there.
-        ValueError: if it holds something else, or is for a model of another size.
+        FileNotFoundError: if one of MGTTA's files is missing.
+        ValueError: if a file is invalid, or for a model of another size.
     """
     name, rate = name.partition("@")[0], rate_in(name) or rate
     if name == "zero_shot":
@@ -195,19 +195,19 @@ def make_adapter(
 
 
 def check_files(names: tuple[str, ...], mgtta: MGTTA, weights: str) -> None:
-    """Check that MGTTA's files were made with a model; warn of a generator for another one.
+    """Check that MGTTA's files were made with this model; only warn about the generator.
 
     Args:
-        names: of the adapters.
-        mgtta: the settings.
-        weights: the model's, from `fingerprints`.
+        names: the adapters' names.
+        mgtta: MGTTA's settings.
+        weights: fingerprint of the model's weights, from `fingerprints`.
 
     Raises:
-        FileNotFoundError: if one of them is not there.
-        ValueError: if it holds something else, or the statistics are of other weights.
+        FileNotFoundError: if a file is missing.
+        ValueError: if a file is invalid, or the statistics are of other weights.
     """
     bases = {name.partition("@")[0] for name in names}
-    made_for = "made with another model than this one; pretrain_mgg.py makes a file for"
+    made_for = "made with another model; run pretrain_mgg.py to make a file for"
     if bases & {"mgtta", "mgtta-sgd", "mgtta-adam"}:
         _, about = load_statistics(mgtta.statistics)
         if about.get("weights", weights) != weights:
@@ -221,7 +221,7 @@ def check_files(names: tuple[str, ...], mgtta: MGTTA, weights: str) -> None:
 def own_settings(
     name: str, setup: Setup, rate: float | None = None, canvas: int | None = None
 ) -> dict[str, Any]:
-    """What decides one adapter's figures alone, for its cells."""
+    """The settings that affect only this adapter's results, for its cells."""
     if is_tnt(name):
         settings = dataclasses.asdict(tuning_of(name, setup.tnt)) | {"canvas": canvas}
         return {

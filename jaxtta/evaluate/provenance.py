@@ -1,4 +1,4 @@
-"""What a sweep was made from and with, for its result files."""
+"""Fingerprints of data and model, and versions, for the result files."""
 
 import hashlib
 import platform
@@ -15,14 +15,14 @@ PACKAGES = ("jaxtta", "jax", "jaxlib", "flax", "optax", "transformers", "numpy",
 
 
 def fingerprints(source: Source, params: Params) -> dict[str, Any]:
-    """What was found where options point: images by number and label, names, weights.
+    """Fingerprints of the images (number and labels), the class names and the weights.
 
     Args:
         source: the images.
         params: the weights.
 
     Returns:
-        Settings that another run must agree with, wherever its files lie.
+        Settings that must match in another run, independent of file locations.
     """
     weights = hashlib.blake2b(digest_size=8)
     for leaf in jax.tree.leaves(params):
@@ -39,10 +39,10 @@ def about(**places: str) -> dict[str, Any]:
     """Versions and device.
 
     Args:
-        places: where data and model were found.
+        places: paths of data and model.
 
     Returns:
-        What cells say without deciding anything.
+        Information for the cells that does not affect results.
     """
     versions = {"python": platform.python_version()}
     return {

@@ -1,4 +1,4 @@
-"""What an adapter did on a stream: a score for every image, and the figures made of them."""
+"""Recording an adapter on a stream: scores of every image, and metrics computed from them."""
 
 import base64
 import dataclasses
@@ -18,12 +18,12 @@ CURVE_POINTS = 100
 
 
 class Scores(NamedTuple):
-    """What is kept of each image's prediction, all (images,).
+    """Scores of each image's prediction, all (images,).
 
     Attributes:
         top1: whether the label has the highest logit.
         top5: whether it is among the five highest.
-        confidence: the winning probability.
+        confidence: the highest probability.
         nll: negative log-likelihood of the label, in nats.
         brier: Brier score.
         prediction: the class with the highest logit.
@@ -46,7 +46,7 @@ def score(logits: jax.Array, labels: jax.Array) -> Scores:
         labels: (batch,) integers.
 
     Returns:
-        One entry an image.
+        One entry per image.
     """
     return Scores(
         metrics.top_k(logits, labels),
@@ -60,14 +60,14 @@ def score(logits: jax.Array, labels: jax.Array) -> Scores:
 
 @dataclasses.dataclass
 class Record:
-    """What one adapter did on one stream so far.
+    """The scores of one adapter on one stream so far.
 
     Attributes:
         stream: the stream.
-        scores: of all its images, in its order; zeros where it has not come yet.
-        seen: (images,) bool, whether the image came and could be read.
-        skipped: (batches,) bool, whether the step left the state as it was.
-        seconds: spent in steps.
+        scores: of all images in stream order; zeros for images not yet seen.
+        seen: (images,) bool, whether the image was processed and readable.
+        skipped: (batches,) bool, whether the step left the state unchanged.
+        seconds: time spent in steps.
     """
 
     stream: Stream
@@ -78,7 +78,7 @@ class Record:
 
     @classmethod
     def empty(cls, stream: Stream, batches: int) -> "Record":
-        """A record of nothing yet."""
+        """An empty record."""
         images = sum(map(len, stream.parts))
         kinds = Scores(bool, bool, np.float32, np.float32, np.float32, np.int32)
         scores = Scores(*(np.zeros(images, kind) for kind in kinds))
@@ -87,7 +87,7 @@ class Record:
         )
 
     def add(self, number: int, batch: StreamBatch, prediction: Prediction, seconds: float) -> None:
-        """Add one batch, the `number`-th of the stream."""
+        """Add batch `number` of the stream."""
         places = batch.index[batch.mask]
         for kept, values in zip(self.scores, score(prediction.logits, batch.labels), strict=True):
             kept[places] = np.asarray(values)[batch.mask]
@@ -101,7 +101,7 @@ class Record:
         return 100 * float(self.scores.top1[self.seen].mean()) if self.seen.any() else 0.0
 
     def figures(self) -> Figures:
-        """All figures of the stream: its segments', and those of the stream as a whole."""
+        """All metrics, of each segment and of the whole stream."""
         images, seconds = int(self.seen.sum()), float(self.seconds.sum())
         items = self.stream.items
         return {
@@ -115,11 +115,11 @@ class Record:
     def _segment(self, number: int, items: np.ndarray) -> Figures:
         segments, images = items.T
         chosen = np.flatnonzero(segments == number)
-        # By image, whatever the order of the stream, so that rows of different streams pair up.
+        # Sorted by image, so that rows of different streams can be paired.
         chosen = chosen[np.argsort(images[chosen])]
         seen = self.seen[chosen]
         scores = Scores(*(x[chosen][seen] for x in self.scores))
-        finite = np.isfinite(scores.nll)  # an image whose logits are NaN counts as wrong
+        finite = np.isfinite(scores.nll)  # an image with NaN logits counts as wrong
         kept = Scores(*(x[finite] for x in scores))
         bins = metrics.reliability(kept.confidence, kept.top1)
         domain = self.stream.segments[number]
@@ -138,14 +138,14 @@ class Record:
         }
 
     def _running(self) -> list[tuple[int, float]]:
-        """Images seen and accuracy so far, at some hundred points along the stream."""
+        """Number of images and accuracy so far, at about a hundred points of the stream."""
         right = np.cumsum(self.scores.top1 & self.seen)
         count = np.cumsum(self.seen)
         points = np.unique(np.linspace(0, len(count) - 1, CURVE_POINTS).round().astype(int))
         return [(int(count[p]), float(right[p] / count[p])) for p in points if count[p]]
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """One entry an image in the stream's order, to save."""
+        """One entry per image in stream order, for saving."""
         segments, images = self.stream.items.T
         return {"segment": segments, "image": images, "seen": self.seen} | self.scores._asdict()
 
@@ -167,25 +167,25 @@ def _intervals(scores: Scores, kept: Scores) -> dict[str, tuple[float, float] | 
 
 
 def _flags(images: np.ndarray, seen: np.ndarray, right: np.ndarray) -> Figures:
-    """Which of the source's images were seen and answered rightly, a bit each."""
+    """Bit masks of the source's images that were seen and correctly classified."""
     flags = np.zeros((2, images.max() + 1), bool)
     flags[:, images] = seen, seen & right
     return {
         "bits": flags.shape[1],
-        "seen": base64.b64encode(np.packbits(flags[0])).decode(),
-        "correct": base64.b64encode(np.packbits(flags[1])).decode(),
+        "seen": base64.b64encode(np.packbits(flags[0]).tobytes()).decode(),
+        "correct": base64.b64encode(np.packbits(flags[1]).tobytes()).decode(),
     }
 
 
 def outcomes(segment: Figures, images: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Read which images of a segment were seen, and which answered rightly.
+    """Decode which images of a segment were seen and which were correctly classified.
 
     Args:
-        segment: one of a cell's segments.
-        images: length to fill up to.
+        segment: a segment of a cell.
+        images: minimum length of the arrays.
 
     Returns:
-        Two bool arrays by the image's number in the source.
+        Two bool arrays, indexed by the image's index in the source.
     """
 
     def flags(name: str) -> np.ndarray:
@@ -199,15 +199,15 @@ def outcomes(segment: Figures, images: int = 0) -> tuple[np.ndarray, np.ndarray]
 def paired(
     segments: Sequence[Figures], baseline: Sequence[Figures]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Line up what an adapter and the baseline made of the same images.
+    """Pair the outcomes of an adapter and the baseline on the same images.
 
     Args:
-        segments: the adapter's.
-        baseline: the baseline's, of the same domains in the same order.
+        segments: the adapter's segments.
+        baseline: the baseline's segments, of the same domains in the same order.
 
     Returns:
-        How often each was right, and how often both saw the image, (images, 2) each: the
-        adapter's and the baseline's.
+        How often each image was classified correctly, and how often both saw it; (images, 2)
+        each, for the adapter and the baseline.
     """
     size = max(segment["bits"] for segment in (*segments, *baseline))
     right, seen = np.zeros((2, size, 2))
@@ -222,15 +222,15 @@ def paired(
 def gain(
     segments: Sequence[Figures], baseline: Sequence[Figures], independent: bool = False
 ) -> Figures | None:
-    """What an adapter gains in top-1 accuracy over the baseline on the images that both saw.
+    """An adapter's gain in top-1 accuracy over the baseline, on the images that both saw.
 
     Args:
-        segments: the adapter's; several are averaged, each image drawn with all its domains.
-        baseline: the baseline's, of the same domains in the same order.
-        independent: the domains are datasets, with images of their own: each is drawn apart.
+        segments: the adapter's segments, averaged; an image is resampled with all its domains.
+        baseline: the baseline's segments, of the same domains in the same order.
+        independent: the domains are datasets with different images, resampled separately.
 
     Returns:
-        The gain in [-1, 1] and its interval; None if no image was seen by both.
+        The gain in [-1, 1] and its interval; None if both saw no common image.
     """
     groups: dict[str, list[tuple[Figures, Figures]]] = {}
     for pair in zip(segments, baseline, strict=True):

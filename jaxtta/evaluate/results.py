@@ -1,9 +1,9 @@
-"""A sweep's folder: one file a cell, written whole, that outlives whatever happens to the run.
+"""The folder of a sweep: one file per cell, written atomically.
 
-settings.json                    what decides the figures; another run must agree with it
+settings.json                    the settings; they must match in another run
 cells/batclip--fog-5--seed1.json one adapter on one stream with one seed
-predictions/….npz                the same cell image by image, where asked for
-checkpoints/                     where a stream stands that is not finished
+predictions/….npz                per-image predictions of a cell, with save_predictions
+checkpoints/                     checkpoints of unfinished streams
 """
 
 import contextlib
@@ -33,13 +33,13 @@ class Results:
         about: Mapping[str, Any] | None = None,
         adapters: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
-        """Describe the folder; nothing is touched before `claim`.
+        """Describe the folder; nothing is written before `claim`.
 
         Args:
             root: the folder.
-            settings: what decides the figures, as JSON has it.
-            about: what else each cell should say: versions, device.
-            adapters: what decides one adapter's figures alone, by its name.
+            settings: all settings that affect the results, JSON values.
+            about: additional information for each cell: versions, device.
+            adapters: settings that affect one adapter's results only, by its name.
         """
         self.root = Path(root)
         self.settings = json.loads(json.dumps(settings))
@@ -47,30 +47,30 @@ class Results:
         self.adapters = json.loads(json.dumps(adapters or {}))
 
     def settings_of(self, adapter: str) -> dict[str, Any]:
-        """All that decides an adapter's figures."""
+        """All settings that affect an adapter's results."""
         return self.settings | self.adapters.get(adapter, {})
 
     @contextlib.contextmanager
     def claim(self, worker: tuple[int, int] = (0, 1)) -> Iterator[None]:
-        """Hold the folder for this run, so that no other writes the same cells.
+        """Lock the folder for this run, so that no other run writes the same cells.
 
         Args:
-            worker: this worker's number and how many there are.
+            worker: this worker's index and the number of workers.
 
         Raises:
-            ValueError: if the folder belongs to other settings, or to a run that is going on.
+            ValueError: if the folder has other settings, or another run is using it.
             OSError: if it cannot be written.
         """
         for folder in (self.root, self.root / "cells"):
             folder.mkdir(parents=True, exist_ok=True)
         number, count = worker
         with contextlib.ExitStack() as locks:
-            # Workers share the folder with each other and with nobody else.
+            # Only workers of the same sweep share the folder.
             locks.enter_context(self._lock(".lock", shared=count > 1))
             if count > 1:
                 locks.enter_context(self._lock(f".lock-{number}-of-{count}", shared=False))
             for other in self.root.glob(".lock-*-of-*"):
-                if not other.name.endswith(f"-of-{count}"):  # its workers share otherwise
+                if not other.name.endswith(f"-of-{count}"):  # workers of another partition
                     with self._lock(other.name, shared=False):
                         pass
             with self._lock(".lock-settings", shared=False, wait=True):
@@ -85,10 +85,10 @@ class Results:
                 fcntl.flock(file, kind)
             except BlockingIOError:
                 raise ValueError(f"{self.root}: another run is writing to this folder") from None
-            yield  # the system drops the lock with the process, however it ends
+            yield  # the system releases the lock when the process ends
 
     def path(self, adapter: str, stream: str, seed: int) -> Path:
-        """Where a cell's file lies."""
+        """Path of a cell's file."""
         return self.root / "cells" / f"{adapter}--{stream}--seed{seed}.json"
 
     def read(self, adapter: str, stream: str, seed: int) -> Cell | None:
@@ -104,14 +104,14 @@ class Results:
             cell = json.loads(path.read_text())
             digest = cell.pop("digest")
         except (ValueError, KeyError, AttributeError, TypeError):
-            log.warning("%s: is torn, the cell is computed again", path)
+            log.warning("%s: is corrupt; recomputing", path)
             return None
         if digest != digest_of(cell):
             raise ValueError(
-                f"{path}: was changed after it was written; remove it to compute the cell again"
+                f"{path}: was changed after it was written; remove it to recompute the cell"
             )
         if (cell["adapter"], cell["stream"], cell["seed"]) != (adapter, stream, seed):
-            raise ValueError(f"{path}: is the cell of another stream under this one's name")
+            raise ValueError(f"{path}: is the cell of another stream with the same name")
         settings = self.settings_of(adapter)
         if cell["settings"] != settings:
             raise ValueError(
@@ -124,11 +124,11 @@ class Results:
         """Save a finished cell, and its predictions if there are any.
 
         Args:
-            cell: with `adapter`, `stream` and `seed`.
-            arrays: one entry an image, for the `.npz`.
+            cell: has `adapter`, `stream` and `seed`.
+            arrays: one entry per image, for the `.npz`.
 
         Returns:
-            The cell as it was written.
+            The cell as written.
         """
         path = self.path(cell["adapter"], cell["stream"], cell["seed"])
         if arrays is not None:
@@ -138,7 +138,8 @@ class Results:
                 atomic_write(folder / f"{path.stem}.npz") as temporary,
                 temporary.open("wb") as file,
             ):
-                np.savez_compressed(file, **arrays)
+                # The stub takes the keywords for `allow_pickle`.
+                np.savez_compressed(file, **arrays)  # pyright: ignore[reportArgumentType]
         settings = self.settings_of(cell["adapter"])
         cell = json.loads(json.dumps({**cell, "settings": settings, "about": self.about}))
         write_json(path, {**cell, "digest": digest_of(cell)})
@@ -146,14 +147,14 @@ class Results:
 
 
 def agree(path: Path, settings: Mapping[str, Any]) -> None:
-    """Write a folder's settings, or refuse the folder if it has others.
+    """Write a folder's settings, or check that they match the existing ones.
 
     Args:
-        path: of the file in the folder.
-        settings: as JSON has them.
+        path: the settings file in the folder.
+        settings: JSON values.
 
     Raises:
-        ValueError: if there are others already, or the file is damaged.
+        ValueError: if the folder has other settings, or the file is damaged.
     """
     if not path.exists():
         write_json(path, settings)
@@ -161,18 +162,18 @@ def agree(path: Path, settings: Mapping[str, Any]) -> None:
     try:
         earlier = json.loads(path.read_text())
     except ValueError as error:
-        raise ValueError(f"{path}: is no JSON ({error}); remove the folder") from error
+        raise ValueError(f"{path}: is not valid JSON ({error}); remove the folder") from error
     if not isinstance(earlier, dict):
-        raise ValueError(f"{path}: holds no settings; remove the folder")
+        raise ValueError(f"{path}: has no settings; remove the folder")
     if earlier != settings:
         raise ValueError(
-            f"{path.parent}: holds results with {differences(earlier, settings)}; choose another "
+            f"{path.parent}: has results with {differences(earlier, settings)}; choose another "
             "folder"
         )
 
 
 def differences(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """Say which settings differ, and how."""
+    """List the settings that differ."""
     return ", ".join(
         f"{name} {earlier.get(name)!r} (this run: {now.get(name)!r})"
         for name in dict.fromkeys([*earlier, *now])
@@ -181,6 +182,6 @@ def differences(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
 
 def digest_of(content: Any) -> str:
-    """A short hash of anything JSON knows."""
+    """A short hash of a JSON value."""
     words = json.dumps(content, sort_keys=True).encode()
     return hashlib.blake2b(words, digest_size=16).hexdigest()

@@ -1,4 +1,4 @@
-"""Running adapters over streams: every adapter takes its step on each batch as it is read."""
+"""Running adapters over streams; all adapters step on each batch as it is read."""
 
 import dataclasses
 import itertools
@@ -24,7 +24,7 @@ BASELINE = "zero_shot"
 
 @dataclasses.dataclass
 class _Job:
-    """One stream and the adapters that have still to run on it."""
+    """One stream and the adapters that have not finished it."""
 
     stream: Stream
     numbers: range
@@ -49,34 +49,33 @@ def run(
     save_predictions: bool = False,
     progress: bool = True,
 ) -> list[Cell]:
-    """Run every adapter over every stream, save each cell when its stream is done.
+    """Run every adapter over every stream and save each cell when its stream is finished.
 
-    Cells that the folder holds already are not computed again. Adapters step in lockstep, so that
-    each image is read once.
+    Existing cells are not recomputed. Adapters step in lockstep, so that each image is read once.
 
     Args:
-        adapters: by name.
+        adapters: the adapters by name.
         params: the frozen parameters.
         batches: the streams.
-        results: the folder, claimed while this runs.
-        setting: what the streams are called together, for the cells.
-        from_originals: adapters that cut their own views; `batches` needs a canvas for them.
-        workers: processes that read ahead.
-        worker: this machine's number and how many share the streams.
-        checkpoint_every: batches between two checkpoints inside a stream.
-        save_predictions: keep an `.npz` of each cell, image by image.
+        results: the folder, locked during the run.
+        setting: name of the streams' setting, for the cells.
+        from_originals: adapters that make their own views; `batches` needs a canvas for them.
+        workers: processes that prefetch batches; 0 = main process.
+        worker: index of this machine and number of machines that share the streams.
+        checkpoint_every: batches between two checkpoints within a stream.
+        save_predictions: save an `.npz` with per-image predictions of each cell.
         progress: show a progress bar.
 
     Returns:
-        The cells of this worker's streams, stream by stream in the adapters' order.
+        The cells of this worker's streams, by stream, in the order of the adapters.
 
     Raises:
-        ValueError: if the folder holds another sweep, no image of a stream can be read, or
-            originals are needed and not there.
-        OSError: if the folder cannot be written; what was finished is saved.
+        ValueError: if the folder has another sweep, no image of a stream can be read, or the canvas
+            is missing.
+        OSError: if the folder cannot be written; finished results are saved.
     """
     if from_originals and batches.canvas is None:
-        raise ValueError(f"{', '.join(from_originals)} cuts its own views: batches need a canvas")
+        raise ValueError(f"{', '.join(from_originals)} makes its own views: batches need a canvas")
     cells: dict[tuple[str, int, str], Cell] = {}
     share = range(worker[0], len(batches.streams), worker[1])
     with results.claim(worker):
@@ -114,7 +113,7 @@ def run(
                 job.checkpoints.remove()
                 job.states.clear()
                 job.records.clear()
-            next(source, None)  # the end of the reading: its processes leave
+            next(source, None)  # ends the reader processes
     order = [(*_key(batches.streams[number]), name) for number in share for name in adapters]
     return [cells[key] for key in order]
 
@@ -132,7 +131,7 @@ def _prepare(
     results: Results,
     checkpoint_every: int | None,
 ) -> _Job:
-    """Set a stream up, at its beginning or where a checkpoint left it."""
+    """Prepare a stream, from its beginning or from a checkpoint."""
     stream, numbers = batches.streams[number], batches.of(number)
     folder = results.root / "checkpoints" / f"{stream.name}--seed{stream.seed}"
     settings = {name: results.settings_of(name) for name in adapters}
@@ -164,11 +163,12 @@ def _run_stream(
     bar.set_description(f"{job.stream.name} seed {job.stream.seed}")
     for number in range(job.done, len(job.numbers)):
         batch = next(source)
-        plain = Batch(batch.images, batch.mask, batch.index)
-        uncut = Batch(batch.originals, batch.mask, batch.index, batch.sizes)
+        read: Any = batch  # numpy arrays, which the compiled step transfers
+        plain = Batch(read.images, read.mask, read.index)
+        uncut = Batch(read.originals, read.mask, read.index, read.sizes)
         for name in job.adapters:
             inputs = uncut if name in from_originals else plain
-            if name not in steps:  # once a sweep, outside the clock
+            if name not in steps:  # compiled once per sweep, not timed
                 jitted = jax.jit(adapters[name].step, donate_argnums=1)
                 steps[name] = jitted.lower(params, job.states[name], inputs).compile()
             start = time.perf_counter()
@@ -182,7 +182,7 @@ def _run_stream(
 
 
 def _cells(job: _Job, batches: Batches, baseline: Cell | None, setting: str) -> dict[str, Cell]:
-    """The finished stream's cells, with their gain over the baseline where that is known."""
+    """The finished stream's cells, with the gain over the baseline if that was run."""
     cells = {
         name: {
             "adapter": name,
@@ -198,7 +198,7 @@ def _cells(job: _Job, batches: Batches, baseline: Cell | None, setting: str) -> 
     if not record.seen.any():
         segment, image = job.stream.items[0]
         first = batches.source.name(job.stream.segments[segment], int(image))
-        raise ValueError(f"none of the images could be read, the first is {first}")
+        raise ValueError(f"none of the images could be read, such as {first}")
     unreadable: list[list[str]] = [[] for _ in job.stream.segments]
     for segment, image in job.stream.items[~record.seen].tolist():
         unreadable[segment].append(batches.source.name(job.stream.segments[segment], image))
@@ -212,7 +212,7 @@ def _cells(job: _Job, batches: Batches, baseline: Cell | None, setting: str) -> 
 
 
 def peak_memory_gb() -> float:
-    """The most memory in use so far: the accelerator's, or else this process's."""
+    """Peak memory so far, of the accelerator or of this process."""
     used = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     unit = 1 if sys.platform == "darwin" else 1024
     return (used or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit) / 1e9

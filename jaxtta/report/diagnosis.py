@@ -1,4 +1,4 @@
-"""What a diagnosis of models or a field check says: words, tables, plots, one HTML page."""
+"""Reports of a diagnosis or a field check: sentences, tables, plots and an HTML page."""
 
 from collections.abc import Sequence
 from html import escape
@@ -18,16 +18,16 @@ from jaxtta.report.plots import COLOURS, GREY
 from jaxtta.report.summary import NONE, aligned
 
 Table = tuple[str, list[str], list[tuple[str, list[str]]]]
-"""Heading, column heads and rows."""
+"""Heading, column headings and rows."""
 
 
 class Report(NamedTuple):
-    """What is printed and shown.
+    """The content of a report.
 
     Attributes:
         said: sentences.
-        tables: in their order.
-        figures: a plot with its heading and caption, by file name.
+        tables: tables in order.
+        figures: heading, caption and plot, by file name.
     """
 
     said: list[str]
@@ -36,12 +36,12 @@ class Report(NamedTuple):
 
 
 def diagnosis_report(found: Found, fractions: Sequence[float]) -> Report:
-    """Say, tabulate and draw what a diagnosis found.
+    """Make the report of a diagnosis.
 
     Args:
-        found: models' figures, those of pairs of models, and effective robustness, as
-            diagnose_model.py makes them.
-        fractions: of the head's directions that were kept.
+        found: metrics of models and of pairs of models, and effective robustness, from
+            diagnose_model.py.
+        fractions: the fractions of the head's directions that were kept.
 
     Returns:
         The report.
@@ -55,13 +55,14 @@ def diagnosis_report(found: Found, fractions: Sequence[float]) -> Report:
 
 
 def field_report(results: Found, entropies: Found, answers: Found, trial: Sequence[str]) -> Report:
-    """Say, tabulate and draw what a field check found.
+    """Make the report of a field check.
 
     Args:
-        results: figures by model, as diagnose_model.py makes them.
-        entropies: by model, field or reference: of each image's prediction (images,), in nats.
-        answers: by model, what a trial of adapters came to.
-        trial: the adapters in it.
+        results: metrics by model, from diagnose_model.py.
+        entropies: by model, and by field or reference: (images,) entropies of predictions in
+            nats.
+        answers: by model, the summary sentence of the trial of adapters.
+        trial: the adapters in the trial.
 
     Returns:
         The report.
@@ -84,43 +85,43 @@ def field_report(results: Found, entropies: Found, answers: Found, trial: Sequen
 
 # --- words ---
 
-CHANCE = 0.05  # p-values above are no evidence
+CHANCE = 0.05  # significance level
 CAUTION = (
-    "Answers come before the step that they cause. The best adapter was chosen on the images "
-    "that its gain is measured on, so expect less of it elsewhere; other orders and sizes of steps "
+    "Predictions are made before the update. The best adapter was selected on the images that its "
+    "gain is measured on, so expect a smaller gain on other images; other orders and batch sizes "
     "may change it too."
 )
 
 
 def per_cent(value: float | None, digits: str = ".2f") -> str:
-    """A share in per cent."""
+    """Format a fraction in per cent."""
     return NONE if value is None else format(round(100 * value, 9) + 0, digits).replace("-", "−")
 
 
 def bounded(value: float, bounds: Sequence[float] | None, digits: str = ".2f") -> str:
-    """A share in per cent and its interval."""
+    """Format a fraction and its interval in per cent."""
     return f"{per_cent(value, digits)} [{', '.join(per_cent(b, digits) for b in bounds or ())}]"
 
 
 def some(items: Sequence[Any], count: int = 5) -> str:
-    """The first items, and how many there are if not all."""
+    """List the first items, and their number if there are more."""
     more = f" … ({len(items)})" if len(items) > count else ""
     return ", ".join(map(str, items[:count])) + more or "none"
 
 
 def left_out(sets: Sequence[Found]) -> list[str]:
-    """A sentence about images that could not be read, if there are any."""
+    """A sentence about unreadable images, if there are any."""
     lost = [name for figures in sets for name in figures["lost"]]
     images = page.counted(len(lost), "image")
     return [f"{images} could not be read: {some(lost)}."] if lost else []
 
 
 def summary(results: Found, robustness: Found) -> list[str]:
-    """What was found on models."""
+    """Sentences that summarise a diagnosis."""
     said = []
     for name, found in results.items():
         (base, first), *shifts = found["sets"].items()
-        text = f"{name} gets {per_cent(first['accuracy'])} % right on {base}"
+        text = f"{name} has an accuracy of {per_cent(first['accuracy'])} % on {base}"
         if shifts:
             worst, figures = min(shifts, key=lambda item: item[1]["accuracy"])
             if len(shifts) > 1:
@@ -128,13 +129,13 @@ def summary(results: Found, robustness: Found) -> list[str]:
                 text += "shifted sets"
             text += f" and {per_cent(figures['accuracy'])} % on the worst shift, {worst}"
         axes, directions = found["outlier_axes"], len(found["importance"])
-        stick = f"axes {some(axes)} stick" if axes else "no axis sticks"
-        least = {None: "none keeps", 1: "only the whole keeps"}.get(
+        stick = f"the outlier dimensions are {some(axes)}" if axes else "no outlier dimensions"
+        least = {None: "none keeps", 1: "only all keep"}.get(
             found["enough"], f"{per_cent(found['enough'], 'g')} % is the smallest that keeps"
         )
         said.append(
             f"{text}. The kurtosis of its features is {first['kurtosis']:.2f} (Gaussian: 3); "
-            f"{stick} out of most images' features. Of the fractions tried of the head's "
+            f"{stick}. Of the fractions tried of the head's "
             f"{directions} directions, {least} its accuracy on {base} within "
             f"{per_cent(EQUAL, 'g')} point."
         )
@@ -142,27 +143,27 @@ def summary(results: Found, robustness: Found) -> list[str]:
     if "reason" in robustness:
         said.append(f"Effective robustness was not computed: {robustness['reason']}.")
     said.append(
-        "Not measured: other shifts and strengths than these, calibration, and whether any of "
-        "these figures predicts accuracy on other images."
+        "Not measured: other shifts and severities, calibration, and whether any of these metrics "
+        "predicts accuracy on other images."
     )
     return said
 
 
 def expectations(name: str, found: Found) -> list[str]:
-    """What to expect of a model on the field's images."""
+    """What to expect of a model on the images of the field check."""
     field, reference, classes = found["field"], found["reference"], found["classes"]
     place, p = f"the reference, {reference['name']}", f"p = {field['p_value']:.3f}"
     if field["p_value"] > CHANCE:
-        apart = f"cannot be told from {place} ({p}), which is no proof that they are alike"
+        apart = f"do not differ significantly from {place} ({p}), which is no proof of equality"
     else:
         times = field["discrepancy"] / field["chance"]
         apart = (
-            f"lie apart from {place} ({p}; their squared discrepancy is {times:.1f} times what "
-            "chance stays below): accuracies that you know from it may not hold here"
+            f"differ from {place} ({p}; squared MMD {times:.1f} times the 95 % quantile under the "
+            "null hypothesis): accuracies known for the reference may not hold here"
         )
     commonest = int(np.argmax(field["predicted"]))
     never = [c for c, share in zip(classes, field["predicted"], strict=True) if not share]
-    text = f"For {name} these images {apart}. It answers “{classes[commonest]}” for "
+    text = f"For {name} these images {apart}. It predicts “{classes[commonest]}” for "
     text += f"{per_cent(field['predicted'][commonest], '.0f')} % of them"
     text += f", never {some([f'“{c}”' for c in never])}" if never else ""
     guess, sure = (per_cent(x, ".0f") for x in (1 / len(classes), field["confidence"]))
@@ -172,20 +173,20 @@ def expectations(name: str, found: Found) -> list[str]:
         (low, high), most = found["interval"], max(found["labelled"])
         than = "better" if low > most else "worse" if high < most else "not clearly better"
         said.append(
-            f"Unadapted it gets {bounded(found['accuracy'], found['interval'])} % of "
-            f"{page.counted(found['labels'], 'labelled image')} right, {than} than always giving "
-            f"the commonest class ({per_cent(most)} %)."
+            f"Unadapted it has an accuracy of {bounded(found['accuracy'], found['interval'])} % on "
+            f"{page.counted(found['labels'], 'labelled image')}, {than} than the majority-class "
+            f"baseline ({per_cent(most)} %)."
         )
     return said
 
 
 def unmeasured(trial: Sequence[str]) -> str:
-    """What a field check leaves open; no adapters are tried where there are no labels."""
-    missing = ["whether later images will look like these", "other prompts than these"]
+    """What a field check does not measure; without labels no adapters are tried."""
+    missing = ["whether later images will look like these", "other prompts"]
     if trial:
         tried = {name.partition("@")[0] for name in trial}
         others = [name for name in ADAPTERS if name not in tried]
-        missing.append("learning rates other than those tried")
+        missing.append("other learning rates")
         missing += [f"the adapters {', '.join(others)}"] if others else []
     else:
         missing.insert(0, "accuracy, and whether an adapter helps (both need labels)")
@@ -196,7 +197,7 @@ def unmeasured(trial: Sequence[str]) -> str:
 
 
 def diagnosis_tables(results: Found, pairs: list[Found], robustness: Found) -> list[Table]:
-    """Figures by model, and by pair of models."""
+    """Metrics by model and by pair of models."""
     values = robustness.get("values", {})
     columns = []
     for name, found in results.items():
@@ -223,10 +224,10 @@ def diagnosis_tables(results: Found, pairs: list[Found], robustness: Found) -> l
                 "top direction on outlier axes (chance)": NONE
                 if found["overlap"] is None
                 else f"{found['overlap'][0]:.2f} ({found['chance_overlap']:.3f})",
-                "directions that suffice (%)": per_cent(found["enough"], "g"),
+                "directions needed (%)": per_cent(found["enough"], "g"),
                 "modality gap": f"{found['modality_gap']:.3f}",
                 "classes detected": f"{len(found['encoded'])} of {len(found['concepts'])}",
-                "most of them by one": str(found["most_concepts_per_direction"]),
+                "most classes by one direction": str(found["most_concepts_per_direction"]),
             }
         )
     tables = [("Models", [*results], by_row(columns))]
@@ -246,21 +247,19 @@ def diagnosis_tables(results: Found, pairs: list[Found], robustness: Found) -> l
 
 
 def by_row(columns: Sequence[dict[str, str]]) -> list[tuple[str, list[str]]]:
-    """Columns with the same keys as rows."""
+    """Transpose columns with the same keys to rows."""
     return [(name, [column[name] for column in columns]) for name in columns[0]]
 
 
 def field_tables(name: str, found: Found) -> list[Table]:
-    """How the images sit in the space, what is predicted, and what adapters did."""
+    """Distribution shift, predictions and the trial of adapters."""
     field, reference = found["field"], found["reference"]
     uniform = np.log(len(found["classes"]))
     columns = [
         {
             "images": str(each["images"]),
-            "squared discrepancy from half the reference": f"{each['discrepancy']:.4f}".replace(
-                "-", "−"
-            ),
-            "95 % of what chance gives": f"{each['chance']:.4f}",
+            "squared MMD to half the reference": f"{each['discrepancy']:.4f}".replace("-", "−"),
+            "95 % quantile under the null": f"{each['chance']:.4f}",
             "p-value": f"{each['p_value']:.3f}",
             "kurtosis": f"{each['kurtosis']:.2f}",
             "outlier axes": some(each["outlier_axes"]),
@@ -269,10 +268,10 @@ def field_tables(name: str, found: Found) -> list[Table]:
         }
         for each in (field, reference)
     ]
-    tables = [(f"Images in {name}'s space", ["field", "reference"], by_row(columns))]
+    tables = [(f"Images in {name}'s embedding space", ["field", "reference"], by_row(columns))]
     shares = {"predicted (%)": field["predicted"]}
     if "labelled" in found:
-        shares |= {"labelled (%)": found["labelled"], "of these right (%)": found["recall"]}
+        shares |= {"labelled (%)": found["labelled"], "recall (%)": found["recall"]}
     shares["predicted on the reference (%)"] = reference["predicted"]
     rows = [
         (found["classes"][label], [per_cent(column[label]) for column in shares.values()])
@@ -283,20 +282,20 @@ def field_tables(name: str, found: Found) -> list[Table]:
         (" / ".join(pair["classes"]), [per_cent(pair["share"]), per_cent(pair["margin"])])
         for pair in found["confused"]
     ]
-    heads = ["two likeliest of (%)", "mean difference (points)"]
-    tables.append((f"Classes that {name} hesitates between", heads, rows))
+    heads = ["top two for (%)", "mean difference (points)"]
+    tables.append((f"Classes that {name} confuses", heads, rows))
     rows = []
     for cell in found.get("trial", ()):
         gain = cell["gain"]
         gained = bounded(gain["top1"], gain["interval"], "+.2f") if gain else NONE
         right = bounded(cell["top1"], cell["interval"])
         rows.append((cell["adapter"], [right, gained, per_cent(cell["ece"])]))
-    heads = ["right (%)", "gain (points)", "calibration error (%)"]
+    heads = ["accuracy (%)", "gain (points)", "calibration error (%)"]
     return [*tables, (f"Trial of adapters with {name}", heads, rows)] if rows else tables
 
 
 def commonest_first(found: Found) -> list[int]:
-    """The classes that are predicted most."""
+    """The classes by how often they are predicted."""
     return np.argsort(-np.asarray(found["field"]["predicted"]), kind="stable")[:SHOWN].tolist()
 
 
@@ -304,31 +303,31 @@ CAPTIONS = {
     "kurtosis": (
         "Activation kurtosis",
         "Mean over images of the fourth standardised moment of their features' entries. Dashed: "
-        "3, that of Gaussian entries. A few axes that stick out raise it.",
+        "3, the value for Gaussian entries. Outlier dimensions increase it.",
     ),
     "importance": (
         "Importance of the head's directions",
         "Singular value times mean |cosine| with the features of the base set, over its mean.",
     ),
     "pruning": (
-        "Accuracy against the fraction kept",
-        "Top-1 accuracy with the head's most important directions only, as ranked on the base set; "
-        "one at least. Lines: base set; dots: mean of the shifted sets, each with its own head.",
+        "Accuracy by fraction of directions kept",
+        "Top-1 accuracy with only the head's most important directions, ranked on the base set; at "
+        "least one. Lines: base set; dots: mean of the shifted sets, each with its own head.",
     ),
     "robustness": (
         "Effective robustness",
-        "Both axes are straight in the logits of accuracies. The line goes through the reference "
-        "models in grey; the height above it is the effective robustness.",
+        "Both axes have a logit scale. The line is fitted to the reference models in grey; the "
+        "height above it is the effective robustness.",
     ),
 }
 PREDICTIONS = (
-    "Left: entropy of each image's prediction, the reference's under the same prompts. Right: "
+    "Left: entropy of each image's prediction, with the same prompts for the reference. Right: "
     "how often each class is predicted."
 )
 
 
 def diagnosis_figures(results: Found, robustness: Found, fractions: Sequence[float]) -> Found:
-    """The plots of a diagnosis, each with heading and caption."""
+    """The plots of a diagnosis, with headings and captions."""
     sets, order = [*next(iter(results.values()))["sets"]], np.argsort(fractions)
     wide = np.clip(0.4 * len(sets) * len(results) + 2, 6, 12)
     drawn = {
@@ -340,7 +339,7 @@ def diagnosis_figures(results: Found, robustness: Found, fractions: Sequence[flo
     styles = plots.styles([{"adapter": name} for name in results], "")
     for number, (name, found) in enumerate(results.items()):
         colour, dashes = styles[name]
-        look = {"color": colour, "linestyle": dashes, "label": plots.label(name)}
+        look: dict[str, Any] = {"color": colour, "linestyle": dashes, "label": plots.label(name)}
         offset = (number - (len(results) - 1) / 2) * width
         heights = [found["sets"][each]["kurtosis"] for each in sets]
         kurtosis.bar(places + offset, heights, width, color=colour, label=plots.label(name))
@@ -356,7 +355,7 @@ def diagnosis_figures(results: Found, robustness: Found, fractions: Sequence[flo
     kurtosis.margins(y=0.15)
     pruning.set_ylim(0, 100)
     plots.finish(kurtosis, "", "kurtosis of the features")
-    plots.finish(importance, "rank of the direction", "importance over its mean")
+    plots.finish(importance, "rank of the direction", "importance / mean")
     plots.finish(pruning, "directions kept (%)", "top-1 accuracy (%)")
     if "line" in robustness:
         drawn["robustness"] = draw_robustness(results, robustness, styles)
@@ -364,7 +363,7 @@ def diagnosis_figures(results: Found, robustness: Found, fractions: Sequence[flo
 
 
 def draw_robustness(results: Found, robustness: Found, styles: Found) -> Figure:
-    """Shifted accuracy over base accuracy, with the reference line."""
+    """Draw shifted accuracy over base accuracy, with the reference line."""
     figure = Figure(figsize=(6, 4.6), layout="constrained")
     axes, points = figure.subplots(), np.asarray(robustness["points"])
     pairs = [(found["base_accuracy"], found["shifted_accuracy"]) for found in results.values()]
@@ -384,13 +383,13 @@ def draw_robustness(results: Found, robustness: Found, styles: Found) -> Figure:
 
 
 def draw_predictions(found: Found, entropies: dict[str, np.ndarray]) -> Figure:
-    """Entropies, and how often each class is predicted."""
+    """Draw entropies and how often each class is predicted."""
     figure, shown = Figure(figsize=(9, 4.2), layout="constrained"), commonest_first(found)
     left, right = figure.subplots(1, 2)
     bins = np.linspace(0, np.log(len(found["classes"])), 31)
     for (key, values), colour in zip(entropies.items(), (COLOURS[0], GREY), strict=True):
         weights = np.full(len(values), 100 / len(values))
-        values = np.clip(values, bins[0], bins[-1])  # rounding may leave the range
+        values = np.clip(values, bins[0], bins[-1])  # rounding may exceed the range
         left.hist(values, bins, weights=weights, color=colour, alpha=0.6, label=key)
     columns = {"predicted": found["field"]["predicted"]}
     columns |= {"labelled": found["labelled"]} if "labelled" in found else {}
@@ -410,13 +409,13 @@ def draw_predictions(found: Found, entropies: dict[str, np.ndarray]) -> Figure:
 
 
 def write_diagnosis(folder: Path, title: str, report: Report, found: Found) -> None:
-    """Print words and tables, and leave table, plots and page in a folder.
+    """Print sentences and tables, and write table, plots and HTML page to a folder.
 
     Args:
-        folder: it is there.
-        title: stands above.
-        report: what to show.
-        found: has the settings, and what is known about versions and device.
+        folder: an existing folder.
+        title: the title.
+        report: the content.
+        found: has the settings, versions and device.
     """
     text = "\n\n".join(as_text(*table) for table in report.tables)
     (folder / "table.txt").write_text(text + "\n", encoding="utf-8")
@@ -432,7 +431,7 @@ def write_diagnosis(folder: Path, title: str, report: Report, found: Found) -> N
 
 
 def as_text(heading: str, heads: list[str], rows: list[tuple[str, list[str]]]) -> str:
-    """A table as aligned lines."""
+    """Format a table as aligned text."""
     lines = [[heading, *heads], *([name, *texts] for name, texts in rows)]
     rule = ["-" * max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(aligned([lines[0], rule, *lines[1:]]))

@@ -1,4 +1,4 @@
-"""What TNT's noise did to single images: those that it set right and those that it spoilt."""
+"""Examples of TNT: images whose prediction it fixed or broke."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -18,21 +18,21 @@ from jaxtta.evaluate.run import BASELINE
 from jaxtta.models import CLIP, Params, Task
 from jaxtta.report.plots import COLOURS, GREY
 
-SHOWN = 5  # classes with bars
+SHOWN = 5  # number of classes with bars
 
 
 class Example(NamedTuple):
     """One image.
 
     Attributes:
-        title: where it comes from.
+        title: its domain.
         class_names: names of the classes.
-        label: its class.
+        label: its class index.
         plain: (size, size, 3) in [0, 1], the plain view.
-        noise: (size, size, 3), the tuned map.
+        noise: (size, size, 3), the optimised noise map.
         epsilon: the map's bound.
         before: (classes,) zero-shot probabilities of the plain view.
-        after: (classes,) probabilities of the vote.
+        after: (classes,) probabilities of the ensemble.
     """
 
     title: str
@@ -46,16 +46,16 @@ class Example(NamedTuple):
 
 
 def check_examples(adapters: Sequence[str], tuning: TNTConfig) -> None:
-    """Raise a ValueError where a sweep of these adapters has no examples to show."""
+    """Raise a ValueError if a sweep of these adapters cannot have examples."""
     if not any(map(is_tnt, adapters)) or BASELINE not in adapters:
         raise ValueError(f"--save-examples compares tnt with {BASELINE}: run both")
     if tuning.online:
-        raise ValueError("--save-examples is for maps of single images, not --tnt.online")
+        raise ValueError("--save-examples shows noise maps of single images, omit --tnt.online")
 
 
 class _Place(NamedTuple):
     stream: int
-    index: int
+    index: int  # pyright: ignore[reportIncompatibleMethodOverride] (hides tuple.index)
 
 
 def find_examples(
@@ -68,24 +68,29 @@ def find_examples(
     task: Task,
     tuning: TNTConfig,
 ) -> list[Example]:
-    """Tune again the maps of images that the adapter answered otherwise than zero-shot did.
+    """Recompute the noise maps of images whose prediction differs from zero-shot.
 
     Args:
-        cells: of a sweep with zero-shot and the adapter.
-        adapter: TNT's name in it.
+        cells: the cells of a sweep with zero-shot and the adapter.
+        adapter: TNT's name in the sweep.
         batches: the sweep's streams.
-        count: how many images; about as many set right as spoilt, from all streams in turn.
+        count: number of images, about half fixed and half broken, from all streams in turn.
         model: the model.
         params: its parameters.
         task: the classes.
-        tuning: TNT's settings in the sweep; the map must not be a carried one.
+        tuning: TNT's settings in the sweep; `carry` must be false.
 
     Returns:
-        At most so many examples.
+        At most `count` examples.
 
+    Raises:
+        ValueError: if the batches have no canvas.
     """
+    canvas = batches.canvas
+    if canvas is None:
+        raise ValueError("examples need batches with a canvas")
     classes = model.init_context(params, task)
-    # As in the sweep: cut, tuned and voted for with the key of the image's place in its stream.
+    # The same key as in the sweep: from the image's index in its stream.
     tune = jax.jit(
         lambda params, classes, *image: tnt_image(model, params, classes, *image, config=tuning)
     )
@@ -100,7 +105,7 @@ def find_examples(
         segment, number = stream.items[place.index].tolist()
         domain = stream.segments[segment]
         original = batches.source.read_both(domain, number, stream.seed)[1]
-        image, size = on_canvas(original, batches.canvas)
+        image, size = on_canvas(original, canvas)
         key = jax.random.fold_in(jax.random.key(stream.seed), place.index)
         views, tuned = tune(params, classes, key, image, size)
         examples.append(
@@ -119,7 +124,7 @@ def find_examples(
 
 
 def _changed(cells: Sequence[Cell], adapter: str, batches: Batches, count: int) -> list[_Place]:
-    """Images set right and spoilt, by turns."""
+    """Alternate between fixed and broken images."""
     kinds: list[list[Iterator[_Place]]] = [[], []]
     for number, stream in enumerate(batches.streams):
         pair = [
@@ -141,7 +146,7 @@ def _changed(cells: Sequence[Cell], adapter: str, batches: Batches, count: int) 
 
 
 def _in_turn(iterators: Sequence[Iterator[_Place]]) -> Iterator[_Place]:
-    """One from each, round and round, until all are empty."""
+    """Round-robin."""
     waiting = list(iterators)
     while waiting:
         for iterator in list(waiting):
@@ -152,13 +157,14 @@ def _in_turn(iterators: Sequence[Iterator[_Place]]) -> Iterator[_Place]:
 
 
 def draw_examples(examples: Sequence[Example]) -> Figure | None:
-    """Draw examples, one a row.
+    """Draw examples, one per row.
 
     Args:
-        examples: at least one, or there is no figure.
+        examples: the examples.
 
     Returns:
-        Plain view, noise, their sum, and the likeliest classes before and after.
+        Plain view, noise, their sum, and the most probable classes before and after; None without
+        examples.
     """
     if not examples:
         return None

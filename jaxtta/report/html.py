@@ -1,4 +1,4 @@
-"""One self-contained HTML page that says what came of a sweep: no scripts, nothing to fetch."""
+"""HTML report of a sweep: one self-contained page without scripts."""
 
 import base64
 import io
@@ -18,35 +18,35 @@ from jaxtta.report import plots
 from jaxtta.report import summary as report
 from jaxtta.report.summary import BASELINE, NONE, Entry, Summary
 
-SMALL = 128  # pixels a side: below, samples are enlarged without blurring them
-MANY = 4  # adapters: above, intervals go below the gains
-TALL = 500  # CSS pixels: above, a plot gets more height on a phone
-NAMED = 5  # images or streams that a warning lists
+SMALL = 128  # pixels per side: smaller samples are enlarged without smoothing
+MANY = 4  # adapters: with more, intervals are placed below the gains
+TALL = 500  # CSS pixels: taller plots get more height on a phone
+NAMED = 5  # number of images or streams listed in a warning
 CAPTIONS = {
     "accuracy": (
         "Accuracy by {noun}",
-        "Top-1 accuracy. A black whisker is the 95 % interval of the gain over {baseline}: where "
-        "it crosses the height of the grey bar, chance may explain the difference.",
+        "Top-1 accuracy. A black whisker is the 95 % interval of the gain over {baseline}: if "
+        "it crosses the height of the grey bar, the difference is not significant.",
     ),
     "running": (
         "Accuracy along the stream",
-        "Share of right answers among all images so far; the first images swing by chance. "
-        "A gain that goes on falling is the mark of an adapter that loses its way.",
+        "Cumulative accuracy over all images so far; it fluctuates for the first images. "
+        "A steadily falling gain means that the adapter is diverging.",
     ),
     "severity": (
         "Accuracy by severity",
-        "Top-1 accuracy as the corruption gets stronger.",
+        "Top-1 accuracy by severity of the corruption.",
     ),
     "reliability": (
         "Reliability",
-        "How often predictions of each confidence are right; strong bars stand for many images. "
-        "Below the dashed line a model is surer than it should be. All images pooled.",
+        "Accuracy of predictions by confidence; darker bars have more images. Below the dashed "
+        "line a model is overconfident. All images are pooled.",
     ),
     "examples": (
-        "What the noise does to single images",
-        "Images whose answer TNT set right or spoilt: the plain view, the noise that was added "
-        "(its bounds stretched to black and white), their sum, and the likeliest classes before "
-        "and after. The true class is bold.",
+        "Noise maps of single images",
+        "Images whose prediction TNT fixed or broke: the plain view, the added noise (scaled to "
+        "black and white at its bounds), their sum, and the most probable classes before and "
+        "after. The true class is bold.",
     ),
 }
 STYLE = """
@@ -107,12 +107,12 @@ def write_report(
     """Write the report of a sweep.
 
     Args:
-        cells: of one sweep.
-        path: of the HTML file, written whole.
+        cells: the cells of one sweep.
+        path: the HTML file, written atomically.
         samples: an image of each corruption by its name, (height, width, 3) uint8; may be empty.
-        title: stands above.
-        baseline: the adapter that gains are counted from, if it is there.
-        examples: what an adapter learnt on single images, from `draw_examples`.
+        title: the title.
+        baseline: the adapter that gains are relative to, if it was run.
+        examples: examples of TNT on single images, from `draw_examples`.
     """
     path = Path(path)
     text = render(cells, samples, title, baseline, examples)
@@ -127,7 +127,7 @@ def render(
     baseline: str = BASELINE,
     examples: Figure | None = None,
 ) -> str:
-    """The page as text; see `write_report`."""
+    """The report as HTML; see `write_report`."""
     summary = report.summarise(cells, baseline)
     colours = {name: colour for name, (colour, _) in plots.styles(cells, baseline).items()}
     drawn = plots.figures(cells, baseline=baseline)
@@ -136,8 +136,8 @@ def render(
         drawn["examples"] = examples
     shown = {}
     for key, figure in drawn.items():
-        words = (text.format(baseline=name, noun=summary.noun) for text in CAPTIONS[key])
-        shown[key] = plot(*words, figure, headed=key != "reliability")
+        words = [text.format(baseline=name, noun=summary.noun) for text in CAPTIONS[key]]
+        shown[key] = plot(words[0], words[1], figure, headed=key != "reliability")
     body = [
         f'<p class="answer">{escape(report.answer_from(summary))}</p>',
         _warnings(cells),
@@ -157,11 +157,11 @@ def render(
 
 
 def document(title: str, body: Iterable[str]) -> str:
-    """A whole page.
+    """A complete HTML page.
 
     Args:
-        title: stands above.
-        body: its parts, HTML; empty ones are passed over.
+        title: the title.
+        body: its parts as HTML; empty ones are skipped.
 
     Returns:
         HTML.
@@ -185,15 +185,15 @@ def _accuracy(cells: Sequence[Cell], summary: Summary, colours: Mapping[str, str
     ]
     means = ("mean", [_entry(summary.means[a]) for a in summary.adapters])
     errors = {adapter: report.corruption_error(cells, adapter) for adapter in summary.adapters}
-    last = [means]
+    last: list[tuple[str, list[str]]] = [means]
     if any(error is not None for error in errors.values()):
         last.append(("mean corruption error (%)", [_number(e) for e in errors.values()]))
     notes = []
     if summary.rivals:
         notes.append(
             f"Top-1 accuracy in per cent, and the gain over {summary.baseline} in points with its "
-            "95 % interval. ▲ and ▼ mark gains whose interval lies above or below 0; of twenty "
-            "such intervals about one misses by chance."
+            "95 % interval. ▲ and ▼ mark gains whose interval is above or below 0; about one in "
+            "twenty such intervals misses the true gain."
         )
     else:
         notes.append("Top-1 accuracy in per cent.")
@@ -203,11 +203,11 @@ def _accuracy(cells: Sequence[Cell], summary: Summary, colours: Mapping[str, str
             f"Each {summary.noun} is the mean over severities {', '.join(map(str, shown))}."
         )
     if len(summary.averaged) < len(summary.corruptions):
-        notes.append("The mean leaves clean images out.")
+        notes.append("The mean excludes clean images.")
     if count > 1:
         found = ((a, report.spread(cells, a)) for a in summary.adapters)
         spreads = ", ".join(f"{a} {_number(s)}" for a, s in found)
-        notes.append(f"Mean over {count} seeds; its standard deviation over them: {spreads}.")
+        notes.append(f"Mean over {count} seeds; standard deviation over seeds: {spreads}.")
     return _table(summary.noun, summary, colours, rows, last) + _note(" ".join(notes))
 
 
@@ -247,8 +247,8 @@ def _speed(cells: Sequence[Cell], summary: Summary, colours: Mapping[str, str]) 
         memories.append(_number(max(known, default=None)))
     rows = [("images per second", speeds), ("peak memory (GB)", memories)]
     note = (
-        "Speed counts the steps, not the reading of images. Memory is the most that the whole "
-        "run had in use, so adapters that ran side by side share one figure."
+        "Speed includes the steps, not the reading of images. Memory is the peak of the whole "
+        "run, so adapters in the same run have the same value."
     )
     return _table("", summary, colours, rows) + _note(note)
 
@@ -260,7 +260,7 @@ def _table(
     rows: Iterable[tuple[str, list[str]]],
     last: Iterable[tuple[str, list[str]]] = (),
 ) -> str:
-    """Row names are escaped here; what stands in the cells is HTML."""
+    """Make a table; row names are escaped, cells may contain HTML."""
     heads = [
         f'<th scope="col"><span class="swatch" style="background:{colours[a]}"></span>'
         f"{escape(a)}</th>"
@@ -277,7 +277,7 @@ def _table(
 
 
 def plain_table(heading: str, heads: Sequence[str], rows: Iterable[tuple[str, list[str]]]) -> str:
-    """A table of plain text as a part of the page, under a heading."""
+    """A table of plain text with a heading."""
     lines = ["".join(f'<th scope="col">{escape(head)}</th>' for head in ["", *heads])]
     for name, texts in rows:
         columns = "".join(f"<td>{escape(text)}</td>" for text in texts)
@@ -288,7 +288,7 @@ def plain_table(heading: str, heads: Sequence[str], rows: Iterable[tuple[str, li
 
 
 def plot(heading: str, caption: str, figure: Figure, *, headed: bool = True) -> str:
-    """A figure as a part of the page, with its caption and perhaps its heading."""
+    """A figure with its caption and, optionally, its heading."""
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=150)
     heading = escape(heading)
@@ -315,7 +315,7 @@ def _samples(samples: Mapping[str, np.ndarray]) -> str:
             f'<figure><img{kind} src="{_data_uri(file.getvalue())}" alt="{label}">'
             f"<figcaption>{label}</figcaption></figure>"
         )
-    return f'<h2>What the images look like</h2>\n<div class="samples">{"".join(shown)}</div>'
+    return f'<h2>Sample images</h2>\n<div class="samples">{"".join(shown)}</div>'
 
 
 def _warnings(cells: Sequence[Cell]) -> str:
@@ -323,14 +323,14 @@ def _warnings(cells: Sequence[Cell]) -> str:
     segments = [segment for cell in cells for segment in cell["segments"]]
     lost = sorted({name for segment in segments for name in segment.get("unreadable", ())})
     if lost:
-        lines.append(f"{counted(len(lost), 'image')} could not be used: {_some(lost)}.")
+        lines.append(f"{counted(len(lost), 'image')} could not be read: {_some(lost)}.")
     for adapter in dict.fromkeys(cell["adapter"] for cell in cells):
         own = [cell for cell in cells if cell["adapter"] == adapter]
         hit = [f"{c['stream']} (seed {c['seed']})" for c in own if c["skipped_steps"]]
         if hit:
             steps = [step for cell in own for step in cell["skipped_steps"]]
             lines.append(
-                f"{adapter}: {counted(len(steps), 'step')} skipped, with a loss or an update that "
+                f"{adapter}: {counted(len(steps), 'step')} skipped because the loss or the update "
                 f"was not finite, on {_some(hit)}."
             )
         mute = sum(s["without_prediction"] for cell in own for s in cell["segments"])
@@ -342,7 +342,7 @@ def _warnings(cells: Sequence[Cell]) -> str:
 
 
 def counted(number: int, noun: str) -> str:
-    """A number and what it counts."""
+    """A number and its noun."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
@@ -352,13 +352,13 @@ def _some(names: Sequence[str]) -> str:
 
 
 def settings_list(cells: Sequence[Cell]) -> str:
-    """Settings and versions of cells as a folded part of the page.
+    """Settings and versions of cells in a collapsed section.
 
     Args:
-        cells: with `settings` and `about`.
+        cells: have `settings` and `about`.
 
     Returns:
-        HTML; empty where there are none.
+        HTML; empty if there are none.
     """
     found: dict[str, dict[str, None]] = {}
     for cell in cells:
@@ -404,5 +404,5 @@ def _note(text: str) -> str:
 
 
 def _data_uri(png: bytes) -> str:
-    """A PNG as an address that holds it."""
+    """A PNG as a data URI."""
     return f"data:image/png;base64,{base64.b64encode(png).decode()}"

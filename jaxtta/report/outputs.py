@@ -1,4 +1,4 @@
-"""The end of a sweep: table, plots, page and words from its cells."""
+"""Writing the outputs of a sweep: table, plots, report and CSV."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +13,7 @@ from jaxtta.report.html import write_report
 from jaxtta.report.plots import save_all
 from jaxtta.report.summary import answer, summary_csv, table
 
-TRIES = 20  # images tried for the samples until one can be read
+TRIES = 20  # number of images tried for the samples
 
 
 def conclude(
@@ -23,14 +23,14 @@ def conclude(
     samples: Mapping[str, np.ndarray],
     examples: Sequence[Example] = (),
 ) -> None:
-    """Print the table and leave report, plots and summary beside the cells.
+    """Print the table and write report, plots and summary.
 
     Args:
-        cells: of the sweep.
-        folder: where everything goes.
-        title: stands above.
+        cells: the sweep's cells.
+        folder: the output folder.
+        title: the title.
         samples: an image of each corruption by its name, uint8.
-        examples: what an adapter learnt on single images.
+        examples: examples of TNT on single images.
     """
     text, figure = table(cells), draw_examples(examples)
     (folder / "table.txt").write_text(text + "\n")
@@ -47,13 +47,13 @@ def conclude(
 
 
 def samples_of(batches: Batches) -> dict[str, np.ndarray]:
-    """One image under every corruption at its strongest, the same one throughout.
+    """The same image under every corruption, at the highest severity.
 
     Args:
         batches: the streams.
 
     Returns:
-        (size, size, 3) uint8 by the domain's name; empty if none of the first can be read.
+        (size, size, 3) uint8 by the domain's name; empty if none of the first images can be read.
     """
     stream, shown = batches.streams[0], {}
     domains = sorted({d for s in batches.streams for d in s.segments}, key=lambda d: d.severity)
@@ -70,11 +70,11 @@ def samples_of(batches: Batches) -> dict[str, np.ndarray]:
 
 
 def _say_what_was_skipped(cells: Sequence[Cell]) -> None:
-    """Name the images and steps that were passed over."""
+    """Print the unreadable images and the skipped steps."""
     lost = sorted({name for c in cells for s in c["segments"] for name in s["unreadable"]})
     if lost:
         more = f" and {len(lost) - 5} more" if len(lost) > 5 else ""
-        print(f"{len(lost)} images could not be used: {', '.join(lost[:5])}{more}")
+        print(f"{len(lost)} images could not be read: {', '.join(lost[:5])}{more}")
     for cell in cells:
         if cell["skipped_steps"]:
             print(

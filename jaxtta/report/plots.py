@@ -1,12 +1,13 @@
-"""What a sweep's cells look like: matplotlib figures, without pyplot and its global state.
+"""Plots of a sweep: matplotlib figures, without pyplot and its global state.
 
-An adapter has the same colour everywhere (Okabe and Ito's, which colour-blind readers tell
-apart); the baseline is grey.
+An adapter has the same colour in all plots (Okabe and Ito's colour-blind palette); the baseline is
+grey.
 """
 
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -19,11 +20,12 @@ from jaxtta.report.summary import BASELINE, average, averaged_corruptions, sever
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")
 GREY = "#767676"
+Grid = Literal["both", "x", "y"]
 DASHES = ("-", "--", ":", "-.")
 
 
 def styles(cells: Sequence[Cell], baseline: str = BASELINE) -> dict[str, tuple[str, str]]:
-    """Colour and dashes of each adapter; dashes tell apart what has the same colour."""
+    """Colour and dashes of each adapter; dashes distinguish adapters of the same colour."""
     names = dict.fromkeys(cell["adapter"] for cell in cells)
     styles = {baseline: (GREY, "-")} if baseline in names else {}
     for number, name in enumerate(name for name in names if name != baseline):
@@ -36,9 +38,9 @@ def bars(cells: Sequence[Cell], title: str = "", baseline: str = BASELINE) -> Fi
     """Draw accuracy per corruption and adapter, with the mean at the end.
 
     Args:
-        cells: of one sweep.
-        title: stands above.
-        baseline: the adapter that gains are counted from; whiskers are the gain's 95 % interval.
+        cells: the cells of one sweep.
+        title: the title.
+        baseline: the adapter that gains are relative to; whiskers are the gain's 95 % interval.
 
     Returns:
         The figure.
@@ -71,7 +73,7 @@ def bars(cells: Sequence[Cell], title: str = "", baseline: str = BASELINE) -> Fi
             hatch=None if dashes == "-" else "//",
         )
         for place, height, entry in zip(places + offset, heights, entries, strict=True):
-            if entry.interval is not None:
+            if entry.interval is not None and entry.gain is not None:
                 ends = [height - entry.gain + bound for bound in entry.interval]
                 axes.plot([place, place], ends, color="black", linewidth=0.9)
                 lowest = min(lowest, *ends)
@@ -86,14 +88,14 @@ def bars(cells: Sequence[Cell], title: str = "", baseline: str = BASELINE) -> Fi
 
 
 def running(cells: Sequence[Cell], title: str = "", baseline: str = BASELINE) -> Figure:
-    """Draw accuracy so far along the stream, and below it the gain so far over the baseline.
+    """Draw cumulative accuracy along the stream, and below it the cumulative gain.
 
-    Streams of one segment are averaged; each longer one has its panels, with its segments marked.
+    Streams of one segment are averaged; each longer stream has its own panels with marked segments.
 
     Args:
-        cells: of one sweep.
-        title: stands above.
-        baseline: the adapter that gains are counted from, if it is there.
+        cells: the cells of one sweep.
+        title: the title.
+        baseline: the adapter that gains are relative to, if it was run.
 
     Returns:
         The figure.
@@ -131,8 +133,9 @@ def running(cells: Sequence[Cell], title: str = "", baseline: str = BASELINE) ->
 
 
 def _fit(axes: Axes) -> None:
-    """Fit the scale to what comes after the first images, which swing from 0 to 100 %."""
-    late = [line.get_ydata()[len(line.get_ydata()) // 10 :] for line in axes.lines]
+    """Scale the y axis without the first images, where accuracy fluctuates strongly."""
+    lines = [np.asarray(line.get_ydata()) for line in axes.lines]
+    late = [values[len(values) // 10 :] for values in lines]
     if late:
         low, high = min(map(np.min, late)), max(map(np.max, late))
         margin = 0.08 * (high - low) + 0.3
@@ -140,7 +143,7 @@ def _fit(axes: Axes) -> None:
 
 
 def _mean_curves(cells: Sequence[Cell]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Each adapter's average curve, all over the same numbers of images."""
+    """Each adapter's average curve, on a common grid of image counts."""
     curves: dict[str, list[np.ndarray]] = {}
     for cell in cells:
         if cell["running"]:
@@ -148,7 +151,7 @@ def _mean_curves(cells: Sequence[Cell]) -> dict[str, tuple[np.ndarray, np.ndarra
     if not curves:
         return {}
     every = [curve for own in curves.values() for curve in own]
-    # Unreadable images make some streams shorter than others.
+    # Streams with unreadable images are shorter.
     start, stop = max(c[0, 0] for c in every), min(c[-1, 0] for c in every)
     places = np.linspace(start, max(start, stop), 200)
     return {
@@ -158,12 +161,12 @@ def _mean_curves(cells: Sequence[Cell]) -> dict[str, tuple[np.ndarray, np.ndarra
 
 
 def _mark_segments(axes: Axes, cell: Cell, *, named: bool) -> None:
-    # The segments of a mixed stream do not follow one another.
+    # The segments of a mixed stream are interleaved.
     if cell["setting"] == "mixed" or len(cell["segments"]) == 1:
         return
     edges, names = [0], []
     for segment in cell["segments"]:
-        if names and names[-1] == segment["corruption"]:  # gradual: its next severity
+        if names and names[-1] == segment["corruption"]:  # gradual: the next severity
             edges[-1] += segment["images"]
         else:
             names.append(segment["corruption"])
@@ -180,11 +183,11 @@ def _mark_segments(axes: Axes, cell: Cell, *, named: bool) -> None:
 
 
 def reliability(cells: Sequence[Cell], title: str = "", baseline: str = BASELINE) -> Figure:
-    """Draw how often predictions of each confidence are right, one panel an adapter.
+    """Draw reliability diagrams, one panel per adapter.
 
     Args:
-        cells: of one sweep; all their images are pooled.
-        title: stands above.
+        cells: the cells of one sweep; all their images are pooled.
+        title: the title.
         baseline: the adapter drawn in grey.
 
     Returns:
@@ -199,7 +202,7 @@ def reliability(cells: Sequence[Cell], title: str = "", baseline: str = BASELINE
         count, confidence, right = _pooled_bins(cells, adapter)
         width = 1 / len(count)
         centres = (np.arange(len(count)) + 0.5) * width
-        # A bar says how often it is right, its strength how many images it stands for.
+        # Bar height is accuracy; opacity is the number of images.
         strength = 0.15 + 0.85 * np.sqrt(count / max(count.max(), 1))
         for centre, height, alpha in zip(centres, right, strength, strict=True):
             axes.bar(centre, height, 0.92 * width, color=colour, alpha=alpha)
@@ -211,7 +214,7 @@ def reliability(cells: Sequence[Cell], title: str = "", baseline: str = BASELINE
         axes.set_title(label(adapter) + text, fontsize=10)
         axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", box_aspect=1)
     for axes in panels[:, 0]:
-        axes.set_ylabel("share that is right")
+        axes.set_ylabel("accuracy")
     for axes in panels.flat[len(styled) :]:
         axes.set_visible(False)
     _finish(figure, list(panels.flat), title, legend=False)
@@ -237,12 +240,12 @@ def severity_curves(
     """Draw accuracy over severity, for each corruption and their mean.
 
     Args:
-        cells: of one sweep.
-        title: stands above.
+        cells: the cells of one sweep.
+        title: the title.
         baseline: the adapter drawn in grey.
 
     Returns:
-        The figure; None if there are not several severities.
+        The figure; None for fewer than two severities.
     """
     shown = severities(cells)
     if len(shown) < 2:
@@ -286,15 +289,15 @@ def _at_severity(cells: Sequence[Cell], severity: int) -> list[Cell]:
 
 
 def figures(cells: Sequence[Cell], title: str = "", baseline: str = BASELINE) -> dict[str, Figure]:
-    """Draw all figures that the cells have something to say in.
+    """Draw all figures that apply to the cells.
 
     Args:
-        cells: of one sweep.
-        title: stands above each.
-        baseline: the adapter that gains are counted from.
+        cells: the cells of one sweep.
+        title: the title of each figure.
+        baseline: the adapter that gains are relative to.
 
     Returns:
-        By name: accuracy, running, reliability, and severity if there are several.
+        The figures by name: accuracy, running, reliability, and severity if there are several.
     """
     if not cells:
         return {}
@@ -313,10 +316,10 @@ def save_all(
     """Draw all figures into a folder.
 
     Args:
-        cells: of one sweep.
-        folder: where the PNGs go; made if it is missing.
-        title: stands above each.
-        baseline: the adapter that gains are counted from.
+        cells: the cells of one sweep.
+        folder: for the PNGs; created if missing.
+        title: the title of each figure.
+        baseline: the adapter that gains are relative to.
 
     Returns:
         The files written.
@@ -332,19 +335,19 @@ def save_all(
 
 
 def label(name: str) -> str:
-    """A name that matplotlib takes for no formula, whatever a folder is called."""
+    """Format a name for matplotlib; escapes `$`."""
     return name.replace("_", " ").replace("$", r"\$")
 
 
-def finish(axes: Axes, x: str, y: str, *, grid: str = "y") -> None:
-    """Label a panel with its axes' names, and name what it shows where that is several things."""
+def finish(axes: Axes, x: str, y: str, *, grid: Grid = "y") -> None:
+    """Set axis labels, and a legend if there are several entries."""
     axes.set(xlabel=x, ylabel=y)
     _tidy(axes, grid)
     if len(axes.get_legend_handles_labels()[1]) > 1:
         axes.legend(frameon=False, fontsize=8)
 
 
-def _tidy(axes: Axes, grid: str = "y") -> None:
+def _tidy(axes: Axes, grid: Grid = "y") -> None:
     axes.grid(axis=grid, alpha=0.3)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

@@ -1,11 +1,11 @@
-"""What a sweep's cells say: the answer in words, a table to read, a CSV to go on with.
+"""Summaries of a sweep: a sentence, a text table and a CSV file.
 
     print(answer(cells))
     print(table(cells))
     summary_csv(cells, folder / "summary.csv")
 
-A corruption's figure is the mean over its severities and seeds. The mean row is the mean over
-corruptions; clean images have a row of their own and are left out of it, as in the literature.
+A corruption's accuracy is the mean over its severities and seeds. The mean row is the mean over
+corruptions; it excludes clean images, which have a separate row, as is usual in the literature.
 """
 
 import csv
@@ -25,15 +25,15 @@ from jaxtta.metrics import ALEXNET_ERRORS, mean_corruption_error
 
 NONE = "–"
 DATASETS = "datasets"
-"""The setting of cells whose segments are whole datasets."""
+"""The setting of cells whose segments are datasets."""
 
 
 class Entry(NamedTuple):
-    """One adapter on one corruption, or on the mean of them.
+    """One adapter on one corruption, or averaged over corruptions.
 
     Attributes:
         top1: accuracy in per cent.
-        gain: points over the baseline, on the images that both saw; None for the baseline.
+        gain: gain over the baseline in points, on common images; None for the baseline.
         interval: the gain's 95 % interval.
     """
 
@@ -43,7 +43,7 @@ class Entry(NamedTuple):
 
     @property
     def verdict(self) -> int:
-        """1 if the whole interval lies above 0, -1 if below, and 0 if chance may explain it."""
+        """1 for a significant gain, -1 for a significant loss, 0 if not significant."""
         if self.interval is None:
             return 0
         return int(self.interval[0] > 0) - int(self.interval[1] < 0)
@@ -53,13 +53,13 @@ class Summary(NamedTuple):
     """Accuracies and gains of all adapters.
 
     Attributes:
-        adapters: names, in the cells' order.
-        corruptions: names, in the cells' order.
-        averaged: those of them that the mean is over.
-        baseline: the adapter that gains are counted from; None if it was not run.
-        entries: by corruption and adapter.
-        means: by adapter.
-        noun: what the rows are: "corruption" or "dataset".
+        adapters: names, in the order of the cells.
+        corruptions: names, in the order of the cells.
+        averaged: the corruptions included in the mean.
+        baseline: the adapter that gains are relative to; None if it was not run.
+        entries: entries by corruption and adapter.
+        means: averaged entries by adapter.
+        noun: what a row is: "corruption" or "dataset".
     """
 
     adapters: tuple[str, ...]
@@ -72,16 +72,16 @@ class Summary(NamedTuple):
 
     @property
     def rivals(self) -> tuple[str, ...]:
-        """The adapters that have a gain over the baseline."""
+        """The adapters compared with the baseline."""
         return tuple(name for name in self.adapters if self.means[name].gain is not None)
 
 
 def summarise(cells: Sequence[Cell], baseline: str = BASELINE) -> Summary:
-    """Average the cells by corruption and adapter, and count gains from the baseline.
+    """Average the cells by corruption and adapter, and compute gains over the baseline.
 
     Args:
-        cells: of one sweep.
-        baseline: the adapter that gains are counted from, if it is there.
+        cells: the cells of one sweep.
+        baseline: the adapter that gains are relative to, if it was run.
 
     Returns:
         All accuracies and gains.
@@ -115,13 +115,13 @@ def _corruptions(cells: Iterable[Cell]) -> tuple[str, ...]:
 
 
 def averaged_corruptions(cells: Sequence[Cell]) -> tuple[str, ...]:
-    """The corruptions that means are over: all but the clean images, if there are others."""
+    """The corruptions in the mean: all except clean images, unless there are no others."""
     corruptions = _corruptions(cells)
     return tuple(name for name in corruptions if name != CLEAN) or corruptions
 
 
 def _pairs(cells: Sequence[Cell], adapter: str, baseline: str) -> list[tuple[Figures, Figures]]:
-    """An adapter's segments beside the baseline's of the same stream and seed."""
+    """Pairs of an adapter's and the baseline's segments of the same stream and seed."""
     bases = {(c["stream"], c["seed"]): c["segments"] for c in cells if c["adapter"] == baseline}
     return [
         pair
@@ -134,7 +134,7 @@ def _pairs(cells: Sequence[Cell], adapter: str, baseline: str) -> list[tuple[Fig
 def _entry(
     top1: float | None, pairs: Sequence[tuple[Figures, Figures]], datasets: bool = False
 ) -> Entry:
-    """Each image is drawn with all its domains and seeds, so the interval is a joint one."""
+    """Make an entry; an image is resampled with all its domains and seeds jointly."""
     found = gain(*zip(*pairs, strict=True), independent=datasets) if pairs else None
     points = None if top1 is None else 100 * top1
     if found is None:
@@ -146,16 +146,16 @@ def _entry(
 def average(
     cells: Iterable[Cell], adapter: str, figure: str, corruptions: Iterable[str]
 ) -> float | None:
-    """One figure of an adapter, averaged within each corruption and then over them.
+    """One metric of an adapter, averaged within each corruption and then over corruptions.
 
     Args:
-        cells: of one sweep.
-        adapter: whose.
-        figure: a segment's key: `top1`, `ece`, `nll` …
-        corruptions: over which.
+        cells: the cells of one sweep.
+        adapter: the adapter's name.
+        figure: the metric's key in a segment: `top1`, `ece`, `nll` …
+        corruptions: the corruptions to average over.
 
     Returns:
-        The mean of what is known; None if nothing is.
+        The mean of the known values; None if there are none.
     """
     segments = [s for cell in cells if cell["adapter"] == adapter for s in cell["segments"]]
     return _mean(
@@ -169,12 +169,12 @@ def _mean(values: Iterable[float | None]) -> float | None:
 
 
 def severities(cells: Iterable[Cell]) -> list[int]:
-    """The severities that the cells show, weakest first; without those that have none."""
+    """The severities of the cells in ascending order, without 0."""
     return sorted({s["severity"] for cell in cells for s in cell["segments"]} - {0})
 
 
 def seeds(cells: Iterable[Cell]) -> list[int]:
-    """The seeds that the cells come from."""
+    """The seeds of the cells."""
     return sorted({cell["seed"] for cell in cells})
 
 
@@ -182,8 +182,8 @@ def spread(cells: Sequence[Cell], adapter: str) -> float | None:
     """Standard deviation over seeds of an adapter's mean accuracy.
 
     Args:
-        cells: of one sweep.
-        adapter: whose.
+        cells: the cells of one sweep.
+        adapter: the adapter's name.
 
     Returns:
         Points; None for fewer than two seeds.
@@ -201,8 +201,8 @@ def corruption_error(cells: Sequence[Cell], adapter: str) -> float | None:
     """An adapter's mean corruption error relative to AlexNet, in per cent.
 
     Args:
-        cells: of one sweep.
-        adapter: whose.
+        cells: the cells of one sweep.
+        adapter: the adapter's name.
 
     Returns:
         The mean corruption error; None unless the images are ImageNet-C's and every one of its
@@ -217,18 +217,19 @@ def corruption_error(cells: Sequence[Cell], adapter: str) -> float | None:
     errors = {}
     for name in ALEXNET_ERRORS:
         accuracies = [_mean(found.get((name, severity), [])) for severity in range(1, 6)]
-        if None in accuracies:
+        known = [accuracy for accuracy in accuracies if accuracy is not None]
+        if len(known) < len(accuracies):
             return None
-        errors[name] = 1 - sum(accuracies) / len(accuracies)
+        errors[name] = 1 - sum(known) / len(known)
     return 100 * mean_corruption_error(errors)
 
 
 def answer(cells: Sequence[Cell], baseline: str = BASELINE) -> str:
-    """Say in two sentences which adapter is best, and where each helps or harms.
+    """Summarise in two sentences which adapter is best, and where each helps or harms.
 
     Args:
-        cells: of one sweep.
-        baseline: the adapter that gains are counted from, if it is there.
+        cells: the cells of one sweep.
+        baseline: the adapter that gains are relative to, if it was run.
 
     Returns:
         Plain text.
@@ -237,34 +238,32 @@ def answer(cells: Sequence[Cell], baseline: str = BASELINE) -> str:
 
 
 def answer_from(summary: Summary) -> str:
-    """The same from a summary that is there already."""
-    measured = [name for name in summary.adapters if summary.means[name].top1 is not None]
+    """The same from a Summary."""
+    accuracies = [(name, summary.means[name].top1) for name in summary.adapters]
+    measured = {name: top1 for name, top1 in accuracies if top1 is not None}
     if not measured:
-        return "No image has been seen."
+        return "No images were processed."
     count, first = len(summary.averaged), summary.averaged[0].replace("_", " ")
     where = f"Averaged over {count} {summary.noun}s" if count > 1 else f"On {first} images"
     if summary.baseline is None or not summary.rivals:
-        best = max(measured, key=lambda name: summary.means[name].top1)
+        best = max(measured, key=measured.__getitem__)
         missing = summary.baseline is None
-        rest = "It is not compared with unadapted predictions" if missing else "Nothing else ran"
-        return f"{where}, {best} gets {summary.means[best].top1:.2f} % right. {rest}."
-    best = max(summary.rivals, key=lambda name: summary.means[name].gain)
+        rest = "There is no baseline to compare with" if missing else "No other adapter was run"
+        return f"{where}, {best} has an accuracy of {summary.means[best].top1:.2f} %. {rest}."
+    best = max(summary.rivals, key=lambda name: summary.means[name].gain or 0.0)
     entry, base = summary.means[best], summary.baseline
     share = summary.means[base].top1
     figures = f"{entry.gain:+.2f} points {_bounds(entry)}"
     if entry.verdict > 0:
-        said = (
-            f"{best} is best: it gets {entry.top1:.2f} % right, {figures} over {base}'s "
-            f"{share:.2f} %"
-        )
+        said = f"{best} is best with {entry.top1:.2f} %, {figures} over {base}'s {share:.2f} %"
     elif entry.verdict == 0:
         said = (
             f"no adapter is clearly better than {base} with {share:.2f} %: the highest, {best}, "
-            f"gets {entry.top1:.2f} %, {figures}, which chance may explain"
+            f"has {entry.top1:.2f} %, {figures}, which is not significant"
         )
     else:
         said = (
-            f"every adapter is worse than {base} with {share:.2f} %: the nearest, {best}, gets "
+            f"every adapter is worse than {base} with {share:.2f} %: the nearest, {best}, has "
             f"{entry.top1:.2f} %, {figures}"
         )
     counts = ", ".join(_counts(summary, name) for name in summary.rivals)
@@ -282,11 +281,11 @@ def _counts(summary: Summary, adapter: str) -> str:
 
 
 def table(cells: Sequence[Cell], baseline: str = BASELINE) -> str:
-    """Lay out accuracies by corruption and adapter, with gains over the baseline.
+    """Format accuracies by corruption and adapter, with gains over the baseline.
 
     Args:
-        cells: of one sweep.
-        baseline: the adapter that gains are counted from, if it is there.
+        cells: the cells of one sweep.
+        baseline: the adapter that gains are relative to, if it was run.
 
     Returns:
         Lines of text; accuracies in per cent, gains and their 95 % intervals in points.
@@ -308,13 +307,13 @@ def table(cells: Sequence[Cell], baseline: str = BASELINE) -> str:
 
 
 def aligned(rows: Iterable[Sequence[str]]) -> list[str]:
-    """Lines of text with a table's columns below each other.
+    """Format rows as text with aligned columns.
 
     Args:
-        rows: of cells, as many in each.
+        rows: rows with the same number of cells.
 
     Returns:
-        A line for each row.
+        One line per row.
     """
     rows = list(rows)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -336,11 +335,10 @@ def _foot(cells: Sequence[Cell], summary: Summary) -> list[str]:
         count = len(seeds(cells))
         lines.append(f"standard deviation of the mean over {count} seeds: {', '.join(texts)}")
     if len(summary.averaged) < len(summary.corruptions):
-        lines.append("the mean is over the corruptions, without clean images")
+        lines.append("the mean excludes clean images")
     if any(e.verdict < 0 for e in (*summary.entries.values(), *summary.means.values())):
         lines.append(
-            f"! significantly worse than {summary.baseline}: the gain's whole 95 % interval lies "
-            "below 0"
+            f"! significantly worse than {summary.baseline}: the gain's 95 % interval is below 0"
         )
     return lines
 
@@ -357,12 +355,12 @@ def _bounds(entry: Entry) -> str:
 
 
 def summary_csv(cells: Sequence[Cell], path: str | Path, baseline: str = BASELINE) -> None:
-    """Write one line an adapter, stream, seed and segment, with all figures that are scalars.
+    """Write one line per adapter, stream, seed and segment, with all scalar metrics.
 
     Args:
-        cells: of one sweep.
-        path: of the CSV file, written whole; accuracies and gains in [0, 1], unknown ones empty.
-        baseline: the adapter that gains are counted from, if it is there.
+        cells: the cells of one sweep.
+        path: the CSV file, written atomically; accuracies and gains in [0, 1], empty if unknown.
+        baseline: the adapter that gains are relative to, if it was run.
     """
     path = Path(path)
     bases = {(c["stream"], c["seed"]): c["segments"] for c in cells if c["adapter"] == baseline}
@@ -371,7 +369,7 @@ def summary_csv(cells: Sequence[Cell], path: str | Path, baseline: str = BASELIN
         own = cell["adapter"] == baseline
         others = [] if own else bases.get((cell["stream"], cell["seed"]), [])
         for number, segment in enumerate(cell["segments"]):
-            # A cell finished before its baseline did knows no gain: count it now.
+            # A cell finished before its baseline has no gain: compute it now.
             found = segment["gain"]
             if found is None and others:
                 found = gain([segment], [others[number]])
