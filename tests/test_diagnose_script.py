@@ -47,13 +47,13 @@ def features_of(model, params, corruption, folder=assets.IMAGES):
     )
     numbers = stream.items[:, 1]
     images = np.stack([source.read(stream.segments[0], n, 1) for n in numbers.tolist()])
-    features = model.encode_image(params, model.normalize(images))
+    features = jax.jit(model.encode_image)(params, model.normalize(images))
     return np.asarray(jaxtta.models.unit(features)), source.labels[numbers]
 
 
 def head_of(model, params, names):
     prompts = model.prompts(jaxtta.models.zero_shot_task(model, names))
-    return model.class_embeddings(params, prompts)
+    return jax.jit(model.class_embeddings)(params, prompts)
 
 
 def test_figures_are_those_of_direct_calls(run_script, tmp_path, embedded):
@@ -162,9 +162,10 @@ def test_field_without_labels(run_script, tmp_path, field, embedded):
     assert (found["field"]["images"], found["reference"]["images"]) == (20, 40)
     opened = [jaxtta.data.open_image(f) for f in sorted((field / "flat").iterdir())[:20]]
     images = model.normalize(model.preprocess(opened))
-    rows = np.asarray(jaxtta.models.unit(model.encode_image(params, images)))
+    rows = np.asarray(jaxtta.models.unit(jax.jit(model.encode_image)(params, images)))
     task = jaxtta.models.zero_shot_task(model, ["cat", "dog", "ship"])
-    logits = model.forward(params, model.prompts(task), model.preprocess(opened)).logits
+    forward = jax.jit(model.forward)
+    logits = forward(params, model.prompts(task), model.preprocess(opened)).logits
     answers = np.bincount(logits.argmax(-1), minlength=3) / 20
     assert found["field"]["predicted"] == pytest.approx(answers.tolist())
     kurtosis = diagnose.activation_kurtosis(rows)

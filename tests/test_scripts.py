@@ -427,6 +427,7 @@ def test_bad_options_of_meta_training(run_script, tmp_path, options, message):
     assert not (tmp_path / "a").exists()
 
 
+@pytest.mark.slow
 def test_the_benchmark_measures_each_row_in_its_own_process(run_script, tmp_path):
     options = ["--model", "tiny", "--classes", "10", "--frameworks", "jax", "--steps", "1"]
     adapters = ["zero_shot", "mgtta", "tnt-3"]

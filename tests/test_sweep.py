@@ -372,6 +372,7 @@ def alive(pid):
     return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's /proc")
 def test_a_killed_script_goes_on_where_it_was(short, tmp_path):
     """The real thing: kill -9 in the middle of a stream, then the same command."""
