@@ -184,10 +184,11 @@ def test_field_without_labels(run_script, tmp_path, field, embedded):
     assert "Not measured" in (tmp_path / "a" / "report.html").read_text()
 
 
-def test_field_with_labels(run_script, tmp_path, field):
+def test_field_with_labels(run_script, short, tmp_path, field):
     code, out, _ = run_script(
         *(SCRIPT, *QUICK, "--field", field / "labelled", "--trial", "zero_shot", "batclip"),
-        *("--class-names", "dogs=dog", "ships=ship", "felines=cat", "--output", tmp_path / "a"),
+        *("--class-names", "dogs=dog", "ships=ship", "felines=cat", "--models", short),
+        *("--output", tmp_path / "a"),
     )
     assert code == 0
     (found,) = result_of(tmp_path / "a")["models"].values()
@@ -210,14 +211,15 @@ def test_field_with_labels(run_script, tmp_path, field):
     assert "Not measured: whether later images" in out
 
 
-def test_field_with_a_few_labels(run_script, tmp_path, field):
+def test_field_with_a_few_labels(run_script, short, tmp_path, field):
     names = sorted(path.name for path in (field / "flat").iterdir() if path.stem != "torn")
     labels = tmp_path / "few.csv"
     rows = [f"{name},{'hound' if n < 2 else 'cat'}" for n, name in enumerate(names[:6])]
     labels.write_text("\n".join(["image,class", *rows]))
     code, out, _ = run_script(
         *(SCRIPT, *QUICK, "--field", field / "flat", "--class-names", "cat", "hound=dog"),
-        *("--field-labels", labels, "--trial", "zero_shot", "--output", tmp_path / "a"),
+        *("--field-labels", labels, "--trial", "zero_shot", "--models", short),
+        *("--output", tmp_path / "a"),
     )
     assert code == 0
     (found,) = result_of(tmp_path / "a")["models"].values()

@@ -23,8 +23,9 @@ def cell_of(folder, adapter, stream):
     return json.loads((folder / "cells" / f"{adapter}--{stream}--seed1.json").read_text())
 
 
-def test_the_main_job_end_to_end(run_script, tmp_path):
-    code, out, _ = run_script("corruption_sweep.py", *QUICK, "--output", tmp_path / "a")
+def test_the_main_job_end_to_end(run_script, short, tmp_path):
+    options = (*QUICK, "--model", short, "--output", tmp_path / "a")
+    code, out, _ = run_script("corruption_sweep.py", *options)
     assert code == 0
     for name in ("zero_shot", "tent", "batclip"):
         for corruption in ("fog-1", "clean"):
