@@ -7,10 +7,10 @@ PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 CONSTRAINTS = -c constraints/common.txt -c constraints/transformers$(TRANSFORMERS).txt
 OFFLINE = HF_HUB_OFFLINE=1
 
-.PHONY: help venv demo test parity bench lint clean
+.PHONY: help venv demo test test-slow parity bench lint clean
 
 help:  ## Show this list
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 14
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 18
 
 venv: $(VENV)/installed  ## Set up .venv with the package and its test extra
 
@@ -22,8 +22,14 @@ $(VENV)/installed: pyproject.toml $(wildcard constraints/*.txt)
 demo: venv  ## Adapt the bundled model to 15 corruptions of real images
 	$(OFFLINE) $(VENV)/bin/python experiments/corruption_sweep.py --limit 400 --batch-size 50 --output runs/demo
 
-test: venv  ## Run the tests (no PyTorch)
-	$(OFFLINE) $(VENV)/bin/python -m pytest -m "not parity" -n 2 --dist loadscope $(TESTS)
+test: venv  ## Run the tests (no PyTorch), without the slow ones
+	$(OFFLINE) $(VENV)/bin/python -m pytest -m "not parity and not slow" -n 2 --dist loadscope \
+	    --durations=30 $(TESTS)
+
+test-slow: venv  ## Run the slow tests, and the cheap properties on more random examples
+	$(OFFLINE) $(VENV)/bin/python -m pytest -m slow -n 2 --dist load --durations=30
+	$(OFFLINE) HYPOTHESIS_PROFILE=ci $(VENV)/bin/python -m pytest tests/test_pure.py \
+	    tests/test_meta_gradient.py tests/test_streams.py tests/test_augmix.py
 
 $(VENV)/torch: $(VENV)/installed
 	$(PIP) $(CONSTRAINTS) --editable '.[parity]'
@@ -41,4 +47,4 @@ lint: venv  ## Check style and types
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 
 clean:  ## Remove the environment and all results
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs .pytest_cache

@@ -87,7 +87,9 @@ class Options:
     tower: Literal["image", "both"] = "image"
     """Tower whose normalisation parameters are adapted."""
     seed: int = 0
-    """Random seed of the images, the order and the initial weights."""
+    """Of images, order and first weights."""
+    workers: int = 1
+    """Processes that read ahead; 0 reads in this one."""
     debug: bool = False
     """Show tracebacks."""
 
@@ -178,6 +180,7 @@ def check(options: Options) -> None:
         test_batch=(options.test_batch, 1),
         truncation=(options.truncation, 1),
         hidden=(options.hidden, 1),
+        workers=(options.workers, 0),
     )
     evaluate.check_rates(
         learning_rate=(options.learning_rate,),
@@ -211,19 +214,22 @@ def read_images(
     train = data.stream_of("train", domains, order[: options.images], options.seed, turns)
     others = order[options.images : wanted]
     tests = [data.stream_of(str(domain), [domain], others, options.seed) for domain in domains]
-    (read,) = read_all([train], source, options.images)
+    (read,) = read_all([train], source, options.images, options.workers)
     if not read[0].mask.all():
         log.warning("%d training images could not be read", int((~read[0].mask).sum()))
     images = read[0].images[read[0].mask]
-    return images, read_all(tests, source, options.test_batch) if options.held_out else []
+    if not options.held_out:
+        return images, []
+    return images, read_all(tests, source, options.test_batch, options.workers)
 
 
 def read_all(
-    streams: list[data.Stream], source: data.Source, size: int
+    streams: list[data.Stream], source: data.Source, size: int, workers: int
 ) -> list[list[data.StreamBatch]]:
     """All batches of each stream."""
     batches = data.Batches(source, tuple(streams), size)
-    read = list(tqdm(data.read_ahead(batches), total=len(batches), desc="reading", unit="batch"))
+    reader = data.read_ahead(batches, workers)
+    read = list(tqdm(reader, total=len(batches), desc="reading", unit="batch"))
     return [[read[number] for number in batches.of(stream)] for stream in range(len(streams))]
 
 
@@ -251,7 +257,7 @@ def gather_statistics(
     order = np.random.default_rng(options.seed).permutation(len(source.labels))
     images = order[: options.source_images]
     stream = data.stream_of("clean", [clean], images, options.seed)
-    (batches,) = read_all([stream], source, options.test_batch)
+    (batches,) = read_all([stream], source, options.test_batch, options.workers)
     return jaxtta.models.feature_statistics(model, params, batches)
 
 

@@ -40,7 +40,7 @@ def test_last_block_is_the_same_for_the_class_token_alone(tiny, forward):
 
 def test_layer_features_are_class_tokens_through_the_next_norm(tiny, forward):
     model, params = tiny
-    features = model.image_features(params, forward["images"])
+    features = jax.jit(model.image_features)(params, forward["images"])
     assert features.layer_features.shape == (5, 3, 32)
     norm = params["vision_model"]["encoder"]["layers"]["1"]["layer_norm1"]
     token = np.asarray(features.hidden_states[1][:, 0], np.float64)
@@ -76,13 +76,15 @@ def test_packing_prompts_changes_no_logit(tiny, data):
     def logits(classes):
         return scale * image @ classes.T
 
+    @jax.jit
     def averaged(ids):
         embeddings = l2_normalize(model.encode_text(params, ids.reshape(count * templates, -1)))
         return l2_normalize(embeddings.reshape(count, templates, -1).mean(1))
 
     whole = logits(averaged(ids))
     cut = logits(averaged(ids[..., : lengths.max() + 1]))
-    packed = logits(model.class_embeddings(params, model.prompts(task_from_token_ids(ids))))
+    embed = jax.jit(model.class_embeddings)
+    packed = logits(embed(params, model.prompts(task_from_token_ids(ids))))
     np.testing.assert_allclose(cut, whole, atol=1e-5 * scale)
     np.testing.assert_allclose(packed, whole, atol=1e-5 * scale)
 
@@ -108,7 +110,9 @@ def test_gradients_flow_through_packed_prompts_as_through_plain_ones(tiny, forwa
     def ours(p):
         return (model.class_embeddings(p, packed) * weights).sum()
 
-    for a, b in zip(*(jax.tree.leaves(jax.grad(f)(params)) for f in (plain, ours)), strict=True):
+    for a, b in zip(
+        *(jax.tree.leaves(jax.jit(jax.grad(f))(params)) for f in (plain, ours)), strict=True
+    ):
         np.testing.assert_allclose(a, b, atol=2e-5)
 
 
@@ -140,7 +144,8 @@ def test_zero_shot_task_of_the_embedded_model(embedded):
     assert task.token_ids.shape[:2] == (2, 2)
     one = zero_shot_task(model, ["cat", "fire truck"], ["a photo of a {}."])
     two = zero_shot_task(model, ["cat", "fire truck"], ["a {}."])
-    embed = lambda t: np.asarray(model.class_embeddings(params, model.prompts(t)))  # noqa: E731
+    jitted = jax.jit(model.class_embeddings)
+    embed = lambda t: np.asarray(jitted(params, model.prompts(t)))  # noqa: E731
     mean = embed(one) + embed(two)
     np.testing.assert_allclose(
         embed(task), mean / np.linalg.norm(mean, axis=-1, keepdims=True), atol=1e-5
@@ -207,7 +212,7 @@ def test_bfloat16_stays_close(tiny, forward):
     import jaxtta
 
     model, params = jaxtta.load(GOLDEN / "tiny-clip", compute_dtype=jnp.bfloat16)
-    embeddings = model.encode_image(params, forward["images"])
+    embeddings = jax.jit(model.encode_image)(params, forward["images"])
     assert embeddings.dtype == jnp.float32
     assert 1e-6 < relative(embeddings, forward["image_embeds"]) < 2e-2
 

@@ -47,13 +47,13 @@ def features_of(model, params, corruption, folder=assets.IMAGES):
     )
     numbers = stream.items[:, 1]
     images = np.stack([source.read(stream.segments[0], n, 1) for n in numbers.tolist()])
-    features = model.encode_image(params, model.normalize(images))
+    features = jax.jit(model.encode_image)(params, model.normalize(images))
     return np.asarray(jaxtta.models.l2_normalize(features)), source.labels[numbers]
 
 
 def head_of(model, params, names):
     prompts = model.prompts(jaxtta.zero_shot_task(model, names))
-    return model.class_embeddings(params, prompts)
+    return jax.jit(model.class_embeddings)(params, prompts)
 
 
 def test_figures_are_those_of_direct_calls(run_script, tmp_path, embedded):
@@ -162,9 +162,10 @@ def test_field_without_labels(run_script, tmp_path, field, embedded):
     assert (found["field"]["images"], found["reference"]["images"]) == (20, 40)
     opened = [jaxtta.data.open_image(f) for f in sorted((field / "flat").iterdir())[:20]]
     images = model.normalize(model.preprocess(opened))
-    rows = np.asarray(jaxtta.models.l2_normalize(model.encode_image(params, images)))
+    rows = np.asarray(jaxtta.models.l2_normalize(jax.jit(model.encode_image)(params, images)))
     task = jaxtta.zero_shot_task(model, ["cat", "dog", "ship"])
-    logits = model(params, model.prompts(task), model.preprocess(opened)).logits
+    forward = jax.jit(model)
+    logits = forward(params, model.prompts(task), model.preprocess(opened)).logits
     answers = np.bincount(logits.argmax(-1), minlength=3) / 20
     assert found["field"]["predicted"] == pytest.approx(answers.tolist())
     kurtosis = diagnose.activation_kurtosis(rows)
@@ -183,10 +184,11 @@ def test_field_without_labels(run_script, tmp_path, field, embedded):
     assert "Not measured" in (tmp_path / "a" / "report.html").read_text()
 
 
-def test_field_with_labels(run_script, tmp_path, field):
+def test_field_with_labels(run_script, short, tmp_path, field):
     code, out, _ = run_script(
         *(SCRIPT, *QUICK, "--field", field / "labelled", "--trial", "zero_shot", "batclip"),
-        *("--class-names", "dogs=dog", "ships=ship", "felines=cat", "--output", tmp_path / "a"),
+        *("--class-names", "dogs=dog", "ships=ship", "felines=cat", "--models", short),
+        *("--output", tmp_path / "a"),
     )
     assert code == 0
     (found,) = result_of(tmp_path / "a")["models"].values()
@@ -207,14 +209,15 @@ def test_field_with_labels(run_script, tmp_path, field):
     assert "Not measured: whether later images" in out
 
 
-def test_field_with_a_few_labels(run_script, tmp_path, field):
+def test_field_with_a_few_labels(run_script, short, tmp_path, field):
     names = sorted(path.name for path in (field / "flat").iterdir() if path.stem != "torn")
     labels = tmp_path / "few.csv"
     rows = [f"{name},{'hound' if n < 2 else 'cat'}" for n, name in enumerate(names[:6])]
     labels.write_text("\n".join(["image,class", *rows]))
     code, out, _ = run_script(
         *(SCRIPT, *QUICK, "--field", field / "flat", "--class-names", "cat", "hound=dog"),
-        *("--field-labels", labels, "--trial", "zero_shot", "--output", tmp_path / "a"),
+        *("--field-labels", labels, "--trial", "zero_shot", "--models", short),
+        *("--output", tmp_path / "a"),
     )
     assert code == 0
     (found,) = result_of(tmp_path / "a")["models"].values()

@@ -336,6 +336,7 @@ def write_config(folder, config):
     return folder / CONFIG
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [RN50, VIT_B_32], ids=["RN50", "ViT-B-32"])
 def test_full_size_models_load_and_run(config, tmp_path):
     write_config(tmp_path, config)

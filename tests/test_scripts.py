@@ -23,8 +23,9 @@ def cell_of(folder, adapter, stream):
     return json.loads((folder / "cells" / f"{adapter}--{stream}--seed1.json").read_text())
 
 
-def test_the_main_job_end_to_end(run_script, tmp_path):
-    code, out, _ = run_script("corruption_sweep.py", *QUICK, "--output", tmp_path / "a")
+def test_the_main_job_end_to_end(run_script, short, tmp_path):
+    options = (*QUICK, "--model", short, "--output", tmp_path / "a")
+    code, out, _ = run_script("corruption_sweep.py", *options)
     assert code == 0
     for name in ("zero_shot", "tent", "batclip"):
         for corruption in ("fog-1", "clean"):
@@ -53,10 +54,10 @@ def test_the_main_job_end_to_end(run_script, tmp_path):
     assert zero != adapted
 
 
-def test_the_same_seed_gives_the_same_figures(run_script, tmp_path):
+def test_the_same_seed_gives_the_same_figures(run_script, short, tmp_path):
     figures = []
     for folder, workers in (("a", "0"), ("b", "1")):
-        options = [*QUICK[2:-1], "--adapters", "batclip", "--workers", workers]
+        options = [*QUICK[2:-1], "--model", short, "--adapters", "batclip", "--workers", workers]
         code, _, _ = run_script("corruption_sweep.py", *options, "--output", tmp_path / folder)
         assert code == 0
         cell = cell_of(tmp_path / folder, "batclip", "fog-1")
@@ -64,7 +65,7 @@ def test_the_same_seed_gives_the_same_figures(run_script, tmp_path):
     assert figures[0] == figures[1]
 
 
-def test_ready_arrays_and_a_partly_unreadable_folder_run(run_script, tmp_path):
+def test_ready_arrays_and_a_partly_unreadable_folder_run(run_script, short, tmp_path):
     images = tmp_path / "images"
     for name in ("cat", "dog"):
         (images / name).mkdir(parents=True)
@@ -72,10 +73,10 @@ def test_ready_arrays_and_a_partly_unreadable_folder_run(run_script, tmp_path):
             shutil.copyfile(file, images / name / file.name)
     broken = images / "cat" / "0001.jpg"
     broken.write_bytes(broken.read_bytes()[:300])
-    common = ("--adapters", "batclip", "--workers", "1", "--batch-size", "4")
+    common = ("--model", short, "--adapters", "batclip", "--batch-size", "4")
     code, out, _ = run_script(
         *("corruption_sweep.py", *common, "--data", images, "--corruptions", "clean"),
-        *("--output", tmp_path / "a"),
+        *("--workers", "1", "--output", tmp_path / "a"),
     )
     assert code == 0
     assert "1 images could not be read" in out
@@ -92,13 +93,13 @@ def test_ready_arrays_and_a_partly_unreadable_folder_run(run_script, tmp_path):
     code, out, _ = run_script(
         *("corruption_sweep.py", *common, "--layout", "arrays", "--data", tmp_path / "arrays"),
         *("--corruptions", "haze", "--class-names", *listed.class_names),
-        *("--output", tmp_path / "b"),
+        *("--workers", "0", "--output", tmp_path / "b"),
     )
     assert code == 0
     assert cell_of(tmp_path / "b", "batclip", "haze")["images"] == 20
 
 
-def test_two_layouts_of_the_same_images_give_the_same_predictions(run_script, tmp_path):
+def test_two_layouts_of_the_same_images_give_the_same_predictions(run_script, short, tmp_path):
     listed = jaxtta.data.image_folder(assets.IMAGES)
     files, labels = listed.files[::100], listed.labels[::100]
     for file in files:
@@ -109,7 +110,8 @@ def test_two_layouts_of_the_same_images_give_the_same_predictions(run_script, tm
     images = [np.asarray(Image.open(file).convert("RGB")) for file in files]
     np.save(tmp_path / "arrays" / "clean.npy", np.stack(images))
     np.save(tmp_path / "arrays" / "labels.npy", labels)
-    common = ("--workers", "0", "--batch-size", "10", "--corruptions", "clean", "--adapters")
+    common = ("--model", short, "--workers", "0", "--batch-size", "10")
+    common += ("--corruptions", "clean", "--adapters")
     segments = []
     for layout in ("folder", "arrays"):
         code, _, _ = run_script(
@@ -125,7 +127,9 @@ def test_two_layouts_of_the_same_images_give_the_same_predictions(run_script, tm
     assert segments[0] == segments[1]
 
 
-def test_a_step_with_a_nan_loss_is_skipped_counted_and_named(run_script, tmp_path, monkeypatch):
+def test_a_step_with_a_nan_loss_is_skipped_counted_and_named(
+    run_script, short, tmp_path, monkeypatch
+):
     """A model whose weights overflow on some images: the run goes on and says which steps."""
     real = jaxtta.models.CLIP.normalize
 
@@ -141,7 +145,7 @@ def test_a_step_with_a_nan_loss_is_skipped_counted_and_named(run_script, tmp_pat
     code, out, _ = run_script(
         *("corruption_sweep.py", "--adapters", "zero_shot", "batclip", "--batch-size", "2"),
         *("--workers", "0", "--order", "stored", "--layout", "arrays"),
-        *("--data", tmp_path / "arrays"),
+        *("--model", short, "--data", tmp_path / "arrays"),
         *("--corruptions", "dark", "--class-names", "cat", "dog", "--output", tmp_path / "a"),
     )
     assert code == 0
@@ -234,7 +238,7 @@ def test_a_small_clip_is_trained_and_loads(run_script, tmp_path):
     assert "nowhere: no such folder" in err
 
 
-def test_natural_shifts_end_to_end(run_script, tmp_path, monkeypatch):
+def test_natural_shifts_end_to_end(run_script, short, tmp_path, monkeypatch):
     for number, name in enumerate(("cat", "dog", "frog")):
         (tmp_path / "shop" / name).mkdir(parents=True)
         for file in sorted((assets.IMAGES / name).iterdir())[: 2 + number]:
@@ -243,7 +247,7 @@ def test_natural_shifts_end_to_end(run_script, tmp_path, monkeypatch):
     options = [
         *("--limit", "8", "--batch-size", "4", "--workers", "0", "--output", tmp_path / "out"),
         *("--datasets", f"cifar10={assets.IMAGES}", f"shop={tmp_path / 'shop'}"),
-        *("--tnt.views", "4", "--tnt.scale", "0.5", "1"),
+        *("--tnt.views", "4", "--tnt.scale", "0.5", "1", "--model", short),
     ]
     drawn = []
     monkeypatch.setattr(
@@ -318,7 +322,7 @@ def test_options_of_tnt_are_checked_as_they_are_read(run_script, tmp_path):
 
 def test_a_generator_is_trained_and_a_killed_run_goes_on(run_script, short, tmp_path, monkeypatch):
     options = [
-        *("--model", short),
+        *("--model", short, "--workers", "0"),
         *("--images", "8", "--held-out", "6", "--test-batch", "3", "--source-images", "6"),
         *("--corruptions", "speckle_noise", "saturate", "--severity", "1", "--hidden", "2"),
     ]
@@ -359,7 +363,7 @@ def test_a_generator_is_trained_and_a_killed_run_goes_on(run_script, short, tmp_
 
 def test_a_generator_for_both_towers_through_several_updates(run_script, short, tmp_path):
     options = [
-        *("--model", short),
+        *("--model", short, "--workers", "0"),
         *("--images", "12", "--held-out", "0", "--choose", "loss", "--source-images", "6"),
         *("--corruptions", "saturate", "--hidden", "2", "--epochs", "1", "--batch", "2"),
         *("--truncation", "3", "--tower", "both"),  # five batches after the first: 3 and 2
@@ -424,6 +428,7 @@ def test_bad_options_of_meta_training(run_script, tmp_path, options, message):
     assert not (tmp_path / "a").exists()
 
 
+@pytest.mark.slow
 def test_the_benchmark_measures_each_row_in_its_own_process(run_script, tmp_path):
     options = ["--model", "tiny", "--classes", "10", "--frameworks", "jax", "--steps", "1"]
     adapters = ["zero_shot", "mgtta", "tnt-3"]
@@ -464,9 +469,10 @@ def test_json_is_written_whole_or_not_at_all(tmp_path):
     assert [p.name for p in path.parent.iterdir()] == ["row.json"]
 
 
-def test_a_learning_rate_is_chosen_and_said(run_script, tmp_path):
+def test_a_learning_rate_is_chosen_and_said(run_script, short, tmp_path):
     options = ["--workers", "0", "--limit", "10", "--batch-size", "10", "--corruptions", "fog"]
     options += ["--adapters", "batclip", "--choose-learning-rate", "1e-3", "1e-2"]
+    options += ["--model", short]
     code, out, _ = run_script("corruption_sweep.py", *options, "--output", tmp_path / "a")
     assert code == 0
     assert "chosen on gaussian_blur, saturate, spatter, speckle_noise; 10 images each" in out
@@ -478,9 +484,9 @@ def test_a_learning_rate_is_chosen_and_said(run_script, tmp_path):
     assert set(chosen["accuracies"]) == {"0.001", "0.01"}
 
 
-def test_a_noise_map_is_learnt_and_applied(run_script, tmp_path):
+def test_a_noise_map_is_learnt_and_applied(run_script, short, tmp_path):
     files = sorted((assets.IMAGES / "cat").iterdir())[:3]
-    tnt = [*files, "--batch-size", "2", "--adapter", "tnt"]
+    tnt = [*files, "--batch-size", "2", "--adapter", "tnt", "--model", short]
     code, out, _ = run_script("serve.py", *tnt, "--learn-noise", tmp_path / "camera.safetensors")
     assert (code, len(out.splitlines())) == (0, 3)
     noise, tuning = jaxtta.adapters.load_noise(tmp_path / "camera.safetensors")

@@ -372,11 +372,13 @@ def alive(pid):
     return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's /proc")
-def test_a_killed_script_goes_on_where_it_was(tmp_path):
+def test_a_killed_script_goes_on_where_it_was(short, tmp_path):
     """The real thing: kill -9 in the middle of a stream, then the same command."""
     command = [sys.executable, str(SCRIPT), "--adapters", "zero_shot", "batclip", "--limit", "60"]
     command += ["--corruptions", "fog", "brightness", "--batch-size", "5", "--setting", "continual"]
+    command += ["--model", str(short)]
     environment = os.environ | {"TQDM_DISABLE": "1"}
 
     def call(folder, every="4", **options):

@@ -34,7 +34,7 @@ def reference():
 def setup(tiny, reference):
     model, params = tiny
     task = jaxtta.models.task_from_token_ids(reference["token_ids"])
-    classes = model.class_embeddings(params, model.prompts(task))
+    classes = jax.jit(model.class_embeddings)(params, model.prompts(task))
 
     def embed(params, images):
         return model.encode_image(params, model.normalize(images))
