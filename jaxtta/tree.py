@@ -95,6 +95,9 @@ def _check_shape(name: str, old: Any, value: Any) -> None:
 def normalisation_parameters(tower: str = "both") -> Trainable:
     """Choose the scales and biases of normalisation layers.
 
+    A bias is chosen by the name of its layer, which must contain "norm"; of layers in a list, which
+    have numbers, only the scales are.
+
     Args:
         tower: "image", "text" or "both"; what is not under "text_model" counts as image.
 
@@ -111,8 +114,9 @@ def normalisation_parameters(tower: str = "both") -> Trainable:
         *_, layer, leaf = ("", *path.removesuffix("/value").split("/"))  # NNX adds /value
         if tower != "both" and path.startswith("text_model/") != (tower == "text"):
             return False
-        # "norm" is in every transformers' name of such a layer, pre_layrnorm among them
-        return "norm" in layer and leaf in ("scale", "bias")
+        # Only normalisation layers have a leaf called scale in Flax. Biases go by the layer's name:
+        # "norm" is in all of transformers' names for such layers, pre_layrnorm among them.
+        return leaf == "scale" or ("norm" in layer and leaf == "bias")
 
     return trainable
 
