@@ -7,7 +7,7 @@ least half an image, since smaller crops of 32 pixels show little. On the usual 
 settings of TNT's paper:
 
     python experiments/natural_shifts.py --model openai/clip-vit-base-patch16 \
-        --datasets imagenet-a=DATA/imagenet-an imagenet-v2=DATA/imagenet-v2 \
+        --datasets imagenet-a=DATA/imagenet-a imagenet-v2=DATA/imagenet-v2 \
         imagenet-r=DATA/imagenet-r imagenet-sketch=DATA/sketch objectnet=DATA/objectnet \
         --batch-size 16 --tnt.images-per-map 16 --checkpoint-every 20 --output runs/natural
     # the ten cross-dataset sets, in the folders that prompt-learning benchmarks use

@@ -30,8 +30,9 @@ from tqdm import tqdm
 
 import jaxtta
 from jaxtta import assets, cli, data, evaluate, io, optim, tree
+from jaxtta.adapters import MGTTAContext
 from jaxtta.data import VALIDATION
-from jaxtta.models import Batch, MGTTAContext
+from jaxtta.models import Batch
 
 log = logging.getLogger(__name__)
 Array = jax.Array

@@ -201,3 +201,42 @@ def changes(params, adapted, reference):
 def size_of(tree):
     """Number of parameters in a tree of arrays, or of their shapes."""
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def save_vit(folder, config, params, version=5):
+    """Write a supervised ViT under the parameter names of transformers 4 or 5."""
+    config.save_pretrained(folder)
+    flat = {".".join(path): np.asarray(x) for path, x in flatten_dict(params).items()}
+    names = {
+        "vision_model.embeddings": "vit.embeddings",
+        "class_embedding": "cls_token",
+        "position_embedding.embedding": "position_embeddings",
+        "patch_embedding": "patch_embeddings.projection",
+        "vision_model.post_layernorm": "vit.layernorm",
+        "vision_model.encoder.layers": "vit.encoder.layer" if version == 4 else "vit.layers",
+        "layer_norm1": "layernorm_before",
+        "layer_norm2": "layernorm_after",
+    }
+    for ours, four, five in (
+        ("self_attn.q_proj", "attention.attention.query", "attention.q_proj"),
+        ("self_attn.k_proj", "attention.attention.key", "attention.k_proj"),
+        ("self_attn.v_proj", "attention.attention.value", "attention.v_proj"),
+        ("self_attn.out_proj", "attention.output.dense", "attention.o_proj"),
+        ("mlp.fc1", "intermediate.dense", "mlp.fc1"),
+        ("mlp.fc2", "output.dense", "mlp.fc2"),
+    ):
+        names[ours] = four if version == 4 else five
+    tensors = {}
+    for name, array in flat.items():
+        if name.endswith("kernel"):
+            array = array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
+        name = name.replace("kernel", "weight").replace("scale", "weight")
+        for ours, theirs in names.items():
+            name = name.replace(ours, theirs)
+        if name.endswith(("cls_token", "position_embeddings")):
+            array = array.reshape(1, -1, config.hidden_size)
+        tensors[name] = np.ascontiguousarray(array)
+    tensors["vit.embeddings.patch_embeddings.projection.bias"] = np.zeros(
+        config.hidden_size, np.float32
+    )
+    save_file(tensors, folder / "model.safetensors")

@@ -29,11 +29,15 @@ RECIPES = dict(blocks_of("docs/recipes.md"))
 
 
 @pytest.fixture
-def small_model(short, monkeypatch, tmp_path):
-    """Documents load the bundled model or one of the hub: a one-block model in their place."""
+def small_model(short, towers, monkeypatch, tmp_path):
+    """Documents load the bundled model or one of the hub: one-block models in their place."""
     load = jaxtta.load
+
+    def load_small(name, **options):
+        return towers["supervised"][:2] if "/vit-" in str(name) else load(short, **options)
+
     monkeypatch.setattr(jaxtta.assets, "MODEL", short)
-    monkeypatch.setattr(jaxtta, "load", lambda _, **options: load(short, **options))
+    monkeypatch.setattr(jaxtta, "load", load_small)
     monkeypatch.chdir(tmp_path)
 
 

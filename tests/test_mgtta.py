@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import changes, golden, images_of, relative, size_of
-from flax.traverse_util import flatten_dict
+from conftest import changes, golden, images_of, relative, save_vit, size_of
 from safetensors.numpy import save_file
 from transformers import CLIPConfig, ViTConfig
 
@@ -279,39 +278,7 @@ def test_a_classifier_is_loaded_under_both_of_transformers_names(
     classifier, images, tmp_path, version
 ):
     config, model, params = classifier
-    config.save_pretrained(tmp_path)
-    flat = {".".join(path): np.asarray(x) for path, x in flatten_dict(params).items()}
-    names = {
-        "vision_model.embeddings": "vit.embeddings",
-        "class_embedding": "cls_token",
-        "position_embedding.embedding": "position_embeddings",
-        "patch_embedding": "patch_embeddings.projection",
-        "vision_model.post_layernorm": "vit.layernorm",
-        "vision_model.encoder.layers": "vit.encoder.layer" if version == 4 else "vit.layers",
-        "layer_norm1": "layernorm_before",
-        "layer_norm2": "layernorm_after",
-    }
-    for ours, four, five in (
-        ("self_attn.q_proj", "attention.attention.query", "attention.q_proj"),
-        ("self_attn.k_proj", "attention.attention.key", "attention.k_proj"),
-        ("self_attn.v_proj", "attention.attention.value", "attention.v_proj"),
-        ("self_attn.out_proj", "attention.output.dense", "attention.o_proj"),
-        ("mlp.fc1", "intermediate.dense", "mlp.fc1"),
-        ("mlp.fc2", "output.dense", "mlp.fc2"),
-    ):
-        names[ours] = four if version == 4 else five
-    tensors = {}
-    for name, array in flat.items():
-        if name.endswith("kernel"):
-            array = array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
-        name = name.replace("kernel", "weight").replace("scale", "weight")
-        for ours, theirs in names.items():
-            name = name.replace(ours, theirs)
-        if name.endswith(("cls_token", "position_embeddings")):
-            array = array.reshape(1, -1, 32)
-        tensors[name] = np.ascontiguousarray(array)
-    tensors["vit.embeddings.patch_embeddings.projection.bias"] = np.zeros(32, np.float32)
-    save_file(tensors, tmp_path / "model.safetensors")
+    save_vit(tmp_path, config, params, version)
     loaded, again = models.load(tmp_path)
     assert loaded == model
     expected = model(params, (), images[0]).logits

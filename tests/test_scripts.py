@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import EXPERIMENTS, GOLDEN
+from conftest import EXPERIMENTS, GOLDEN, save_vit
 from PIL import Image
 
 import jaxtta
@@ -186,7 +186,7 @@ def test_a_step_with_a_nan_loss_is_skipped_counted_and_named(
         (["--choose-for", "tent"], "--choose-for tent needs --choose-learning-rate"),
         (["--adapters", "tent@fast"], "unknown adapter 'tent@fast', expected one of zero_shot"),
         (["--adapters", "zero_shot@0.1"], "unknown adapter 'zero_shot@0.1', expected one of"),
-        (["--model", "/nowhere/model"], "is neither a folder here nor a model"),
+        (["--model", "/nowhere/model"], "is neither a local folder"),
         (["--model", str(GOLDEN / "tiny-clip")], "has no tokenizer"),
         (["--class-names", "cat", "dog"], "2 class names for 10 classes"),
         (["--layout", "arrays", "--data", "/nowhere", "--class-names", "a", "b"], "/nowhere"),
@@ -359,6 +359,63 @@ def test_a_generator_is_trained_and_a_killed_run_goes_on(run_script, short, tmp_
     code, _, err = run_script("pretrain_mgg.py", *options, "--seed", "1")
     assert code == 1
     assert "parts: has results with seed 0 (this run: 1)" in err
+
+
+@pytest.fixture
+def supervised(tmp_path):
+    """A supervised ViT's checkpoint with three classes, and a folder of their images."""
+    from transformers import ViTConfig
+
+    names = ["cat", "dog", "ship"]
+    config = ViTConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=32,
+        patch_size=8,
+        id2label=dict(enumerate(names)),
+        label2id={name: number for number, name in enumerate(names)},
+    )
+    model = jaxtta.models.classifier_from_config(config)
+    save_vit(tmp_path / "vit", config, model.init(jax.random.key(0)))
+    for name in names:
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for file in sorted((assets.IMAGES / name).iterdir())[:6]:
+            shutil.copy(file, tmp_path / "images" / name)
+    return tmp_path / "vit", tmp_path / "images"
+
+
+def test_the_papers_table_of_mgtta_on_a_supervised_vit(run_script, supervised, tmp_path):
+    """The README's two commands: a generator and statistics, then no adaptation, TENT, MGTTA."""
+    model, images = supervised
+    code, _, err = run_script(
+        *("pretrain_mgg.py", "--model", model, "--data", images, "--workers", "0"),
+        *("--images", "8", "--held-out", "6", "--test-batch", "3", "--source-images", "6"),
+        *("--corruptions", "saturate", "--severity", "1", "--hidden", "2", "--batch", "2"),
+        *("--epochs", "1", "--output", tmp_path / "mgg"),
+    )
+    assert code == 0, err
+    options = [
+        *("corruption_sweep.py", "--model", model, "--data", images, "--workers", "0"),
+        *("--corruptions", "fog", "contrast", "--severities", "1", "--batch-size", "6"),
+        *("--adapters", "zero_shot", "tent", "mgtta"),
+        *("--mgtta.phi", tmp_path / "mgg" / "phi.safetensors"),
+        *("--mgtta.statistics", tmp_path / "mgg" / "statistics.safetensors"),
+    ]
+    code, out, err = run_script(*options, "--output", tmp_path / "run")
+    assert code == 0, err
+    row = next(line for line in out.splitlines() if line.startswith("mean"))
+    assert len(re.findall(r"\d+\.\d\d", row)) >= 3
+    assert len(list((tmp_path / "run" / "cells").iterdir())) == 6
+    # the same classes in another order would give wrong figures: refused
+    (tmp_path / "names.txt").write_text("ship\ncat\ndog\n")
+    names = ("--class-names", tmp_path / "names.txt")
+    code, _, err = run_script(*options, *names, "--output", tmp_path / "odd")
+    assert code == 1
+    assert "cat" in err
+    code, _, err = run_script(*options, "--class-names", "a", "b", "--output", tmp_path / "odd")
+    assert code == 1
 
 
 def test_a_generator_for_both_towers_through_several_updates(run_script, short, tmp_path):

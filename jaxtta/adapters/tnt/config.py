@@ -110,8 +110,10 @@ def load_noise(path: str | Path) -> tuple[np.ndarray, TNTConfig]:
         ValueError: if it holds no noise map.
     """
     arrays, settings = load_arrays(path)
+    if "noise" not in arrays or not settings:
+        raise ValueError(f"{path}: holds no noise map of TNT, or no settings")
     try:
         settings = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
         return arrays["noise"], TNTConfig(**settings)
-    except (KeyError, TypeError, ValueError) as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: holds no noise map of TNT ({error!r})") from error
