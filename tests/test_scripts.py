@@ -494,7 +494,7 @@ def test_the_benchmark_measures_each_row_in_its_own_process(run_script, tmp_path
     code, out, _ = run_script("benchmark.py", *options, "--output", tmp_path / "rows.json")
     assert code == 0
     assert re.search(r"projectors \(3 of 64 inputs, 2 of 256 inputs\): [\d.e-]+ s", out)
-    assert re.search(r"directions that they leave free: [\d.]+% on average", out)
+    assert re.search(r"free directions: [\d.]+%", out)
     assert re.search(r"training step: [\d.e-]+ s, with the projection [\d.e-]+ s \([+-]", out)
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
     assert [row["adapter"] for row in rows] == adapters
