@@ -533,7 +533,7 @@ class Trainer:
         if self.name == TRAINED_AS[WISE]:
             first = self.bench.first
             ends = tree.partition(first, self.changed)[0], tree.partition(params, self.changed)[0]
-            averaged = continual.average_weights(*ends, self.course.wise_share)
+            averaged = continual.wise_ft(*ends, self.course.wise_share)
             rows[WISE] = self.bench.measure(tree.merge(first, averaged), self.start)
         return rows
 
