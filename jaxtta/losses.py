@@ -7,11 +7,12 @@ neither to a value nor to a gradient: zeros are put in before a quotient or a no
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Array = jax.Array
 
 
-def masked_mean(values: Array, mask: Array) -> Array:
+def masked_mean(values: Array, mask: Array | np.ndarray) -> Array:
     """Mean of the values where the mask holds, 0 where it holds nowhere.
 
     Args:

@@ -68,7 +68,7 @@ def reliability(confidence: Array, correct: Array, bins: int = 15) -> Reliabilit
     """
     which = jnp.clip(jnp.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
 
-    def total(values: Array) -> Array:
+    def total(values: Array | float) -> Array:
         return jnp.zeros(bins).at[which].add(values)
 
     count = total(1.0)

@@ -42,7 +42,7 @@ def partition(params: Any, trainable: Trainable) -> tuple[Tree, Tree]:
     return unflatten_dict(chosen, sep="/"), unflatten_dict(others, sep="/")
 
 
-def merge(params: Any, adapted: Tree) -> Any:
+def merge(params: Any, adapted: Mapping[str, Any]) -> Any:
     """Replace the leaves of a tree by those of a sub-tree.
 
     Args:

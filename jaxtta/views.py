@@ -49,7 +49,13 @@ KERNELS = {"bilinear": (_triangle, 1.0), "bicubic": (_cubic, 2.0)}
 
 
 def resampling(
-    canvas: int, out: int, start: Array, length: Array, first: Array, step: Array, kernel: str
+    canvas: int,
+    out: int,
+    start: Array | float,
+    length: Array,
+    first: Array,
+    step: Array,
+    kernel: str,
 ) -> Array:
     """The matrix that resamples one axis.
 

@@ -22,6 +22,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jaxtta.adapters.base import Adapter, Array, Metrics, Objective, Preset
@@ -31,7 +32,9 @@ from jaxtta.models import Batch, Classifier, Task, context_of, with_batch_norm_s
 from jaxtta.tree import Trainable, normalisation_parameters
 
 
-def prototypes(embeddings: Array, labels: Array, mask: Array, classes: int) -> tuple[Array, Array]:
+def prototypes(
+    embeddings: Array, labels: Array, mask: Array | np.ndarray, classes: int
+) -> tuple[Array, Array]:
     """Mean embedding of each class that occurs.
 
     Args:

@@ -18,6 +18,7 @@ References:
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jaxtta.adapters.base import Adapter, Array, Metrics, Objective
@@ -42,11 +43,13 @@ class MGTTAContext(NamedTuple):
     """
 
     classes: Any
-    mean: Array
+    mean: Array | np.ndarray
     std: Array
 
 
-def feature_discrepancy(features: Array, mask: Array, mean: Array, std: Array) -> Array:
+def feature_discrepancy(
+    features: Array, mask: Array | np.ndarray, mean: Array | np.ndarray, std: Array
+) -> Array:
     """Squared distance of a batch's feature statistics from given ones.
 
     Args:

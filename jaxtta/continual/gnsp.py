@@ -26,6 +26,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jaxtta import tree
@@ -132,12 +133,12 @@ class ReferenceBatch(NamedTuple):
             tower is frozen; None to encode the captions.
     """
 
-    images: Array
-    captions: Array
-    labels: Array
-    teacher_images: Array
-    teacher_texts: Array
-    texts: Array | None = None
+    images: Array | np.ndarray
+    captions: Array | np.ndarray
+    labels: Array | np.ndarray
+    teacher_images: Array | np.ndarray
+    teacher_texts: Array | np.ndarray
+    texts: Array | np.ndarray | None = None
 
 
 class TrainState(NamedTuple):
@@ -182,7 +183,7 @@ def contrastive_distillation(student: Array, teacher: Array, temperature: float 
     return temperature**2 * optax.softmax_cross_entropy(student / temperature, targets).mean()
 
 
-def modality_alignment(logits: Array, labels: Array, smoothing: float = 0.2) -> Array:
+def modality_alignment(logits: Array, labels: Array | np.ndarray, smoothing: float = 0.2) -> Array:
     """Cross-entropy with targets shared equally among pairs of the same label.
 
     Args:
@@ -228,7 +229,7 @@ def continual_loss(model: CLIP, config: GNSPConfig) -> Loss:
         if pairs is None:
             raise ValueError("distillation and alignment need reference pairs")
         images, texts = (
-            l2_normalize(model.encode_image(params, model.normalize(pairs.images))),
+            l2_normalize(model.encode_image(params, model.normalize(jnp.asarray(pairs.images)))),
             pairs.texts,
         )
         if texts is None:

@@ -209,7 +209,7 @@ class StreamBatch(NamedTuple):
 
     images: np.ndarray
     mask: np.ndarray
-    index: np.ndarray  # pyright: ignore[reportIncompatibleMethodOverride] (hides tuple.index)
+    index: np.ndarray
     labels: np.ndarray
     source_index: np.ndarray
     segments: np.ndarray
@@ -223,7 +223,7 @@ class Place(NamedTuple):
     stream: int
     part: int
     offset: int
-    index: int  # pyright: ignore[reportIncompatibleMethodOverride] (hides tuple.index)
+    index: int
 
 
 @dataclasses.dataclass(frozen=True)

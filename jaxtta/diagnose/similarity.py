@@ -23,7 +23,7 @@ class CrossMoments(NamedTuple):
         yy: (d2, d2).
     """
 
-    count: Array  # pyright: ignore[reportIncompatibleMethodOverride]
+    count: Array
     mean_x: Array
     mean_y: Array
     xx: Array

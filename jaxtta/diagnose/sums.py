@@ -24,7 +24,7 @@ class RunningMean(NamedTuple):
         undefined: () number of images without one.
     """
 
-    count: Array  # pyright: ignore[reportIncompatibleMethodOverride]
+    count: Array
     total: Array
     undefined: Array
 

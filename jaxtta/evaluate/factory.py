@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import optax
 
@@ -15,6 +15,7 @@ from jaxtta import adapters, assets
 from jaxtta.adapters import BATCLIP_PRESETS, TENT_PRESETS, Adapter, TNTConfig
 from jaxtta.adapters.mgtta import PAPER_LEARNING_RATE
 from jaxtta.models import Classifier, Task, load_statistics, zero_shot_task
+from jaxtta.models.task import Tokenized
 from jaxtta.optim import load_mgg, meta_gradient_generator
 from jaxtta.tree import normalisation_parameters
 
@@ -119,7 +120,8 @@ def task_for(
     """
     own = getattr(model, "class_names", None)
     if own is None:
-        return zero_shot_task(model, class_names, templates)  # type: ignore[arg-type]
+        # Refused there, if it has neither classes of its own nor a text tower.
+        return zero_shot_task(cast(Tokenized, model), class_names, templates)
     if len(own) != len(class_names):
         raise ValueError(
             f"the model has {len(own)} classes of its own, the dataset has {len(class_names)}"

@@ -33,10 +33,10 @@ class Batch(NamedTuple):
         sizes: (batch, 2) integers, the true height and width of full-size images; None otherwise.
     """
 
-    images: Array
-    mask: Array
-    index: Array
-    sizes: Array | None = None
+    images: Array | np.ndarray
+    mask: Array | np.ndarray
+    index: Array | np.ndarray
+    sizes: Array | np.ndarray | None = None
 
     @classmethod
     def padded(cls, images: Any, size: int, start: int | Array = 0) -> "Batch":
@@ -169,7 +169,8 @@ def context_of(model: Classifier, task: Any, trainable: Callable[[str], bool]) -
     Raises:
         ValueError: if the model needs a task and there is none.
     """
-    prompts = model.prompts(task) if hasattr(model, "prompts") else None  # type: ignore
+    pack = getattr(model, "prompts", None)
+    prompts = None if pack is None else pack(task)
 
     def context(params: Any) -> Any:
         paths = (

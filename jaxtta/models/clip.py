@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,8 @@ from jaxtta.models.prompts import Prompts
 from jaxtta.models.resnet import ResNet
 from jaxtta.models.task import Task
 from jaxtta.models.text import TextTransformer
-from jaxtta.models.vit import VisionTransformer
+from jaxtta.models.transformer import Attend
+from jaxtta.models.vit import VisionOutput, VisionTransformer
 
 Array = jax.Array
 
@@ -159,7 +160,7 @@ class CLIP:
         self,
         params: Params,
         pixels: Array,
-        mask: Array | None = None,
+        mask: Array | np.ndarray | None = None,
         *,
         all_tokens: bool = False,
     ) -> ImageFeatures:
@@ -177,6 +178,7 @@ class CLIP:
         """
         variables = {"params": params["vision_model"]}
         out = self.vision.apply(variables, pixels, mask, all_tokens=all_tokens)
+        out = cast(VisionOutput, out)
         embeddings = _project(out.pooled, params["visual_projection"])
         return ImageFeatures(embeddings, *out)
 
@@ -184,7 +186,7 @@ class CLIP:
         """Encode normalised pixels (batch, height, width, 3) to embeddings (batch, projection)."""
         return self.image_features(params, pixels).embeddings
 
-    def encode_text(self, params: Params, token_ids: Array) -> Array:
+    def encode_text(self, params: Params, token_ids: Array | np.ndarray) -> Array:
         """Encode prompts as they are, one row of token ids each.
 
         Args:
@@ -293,7 +295,8 @@ class CLIP:
             Logits, embeddings and layer features.
         """
         batch = as_batch(batch)
-        features = self.image_features(params, self.normalize(batch.images), batch.mask)
+        pixels = self.normalize(jnp.asarray(batch.images))
+        features = self.image_features(params, pixels, batch.mask)
         classes = context
         if isinstance(classes, Prompts):
             classes = self.class_embeddings(params, classes)
@@ -301,9 +304,17 @@ class CLIP:
         cosines = jnp.matmul(l2_normalize(features.embeddings), classes.T, precision="highest")
         return Outputs(scale * cosines, features.embeddings, classes, features.layer_features)
 
-    def _encode_rows(self, params: Params, *rows: Array) -> Array:
-        pooled = self.text.apply({"params": params["text_model"]}, *rows)
-        return _project(pooled, params["text_projection"])
+    def _encode_rows(
+        self,
+        params: Params,
+        token_ids: Array | np.ndarray,
+        positions: Array | np.ndarray,
+        attend: Attend,
+        ends: Array | np.ndarray,
+    ) -> Array:
+        variables = {"params": params["text_model"]}
+        pooled = self.text.apply(variables, token_ids, positions, attend, ends)
+        return _project(cast(Array, pooled), params["text_projection"])
 
 
 def normalize(preprocessing: Preprocessing, images: Array) -> Array:

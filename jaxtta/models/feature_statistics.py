@@ -6,7 +6,7 @@ save_statistics("source.safetensors", statistics)
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -27,9 +27,9 @@ class FeatureStatistics(NamedTuple):
         squares: (layers, width), sum of the squared deviations from the mean.
     """
 
-    count: Array
-    mean: Array
-    squares: Array
+    count: Array | np.ndarray
+    mean: Array | np.ndarray
+    squares: Array | np.ndarray
 
     @property
     def std(self) -> Array:
@@ -106,6 +106,7 @@ def feature_statistics(
             ).layer_features
         else:
             features = model(params, context, batch).layer_features
+        features = cast(Array, features)  # None only if feature_shape is
         return merge_statistics(so_far, statistics_of(features, mask))
 
     shape = model.feature_shape

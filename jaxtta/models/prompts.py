@@ -34,12 +34,12 @@ class Prompts(NamedTuple):
         ends: (classes, templates) the ends of text, as rows counted from the prefix's first.
     """
 
-    prefix: Array
-    tokens: Array
-    positions: Array
-    grid: Array
-    cells: Array
-    ends: Array
+    prefix: Array | np.ndarray
+    tokens: Array | np.ndarray
+    positions: Array | np.ndarray
+    grid: Array | np.ndarray
+    cells: Array | np.ndarray
+    ends: Array | np.ndarray
 
 
 def ends_of_text(token_ids: np.ndarray | Array, eos_token_id: int) -> np.ndarray | Array:

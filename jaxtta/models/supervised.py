@@ -8,7 +8,7 @@ adapts this too.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -71,7 +71,8 @@ class ImageClassifier:
 
     def image_features(self, params: Params, pixels: Array) -> VisionOutput:
         """Encode normalised pixels (batch, height, width, 3) and keep what the layers said."""
-        return self.vision.apply({"params": params["vision_model"]}, pixels)
+        out = self.vision.apply({"params": params["vision_model"]}, pixels)
+        return cast(VisionOutput, out)
 
     def init_context(self, params: Params, task: None) -> tuple[()]:
         """Return (): the classes are the head's.
@@ -97,7 +98,7 @@ class ImageClassifier:
             features.
         """
         del context
-        out = self.image_features(params, self.normalize(as_batch(batch).images))
+        out = self.image_features(params, self.normalize(jnp.asarray(as_batch(batch).images)))
         head = params["classifier"]
         pooled = out.pooled.astype(jnp.promote_types(out.pooled.dtype, jnp.float32))
         rows = head["kernel"].astype(pooled.dtype)

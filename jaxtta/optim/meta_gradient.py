@@ -34,7 +34,7 @@ class MetaGradientState(NamedTuple):
     """
 
     # The name as in optax, although a tuple has a method of that name.
-    count: Array  # pyright: ignore[reportIncompatibleMethodOverride]
+    count: Array
     mean: Array
     square: Array
     kernel: Array

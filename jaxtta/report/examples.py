@@ -55,7 +55,7 @@ def check_examples(adapters: Sequence[str], tuning: TNTConfig) -> None:
 
 class _Place(NamedTuple):
     stream: int
-    index: int  # pyright: ignore[reportIncompatibleMethodOverride] (hides tuple.index)
+    index: int
 
 
 def find_examples(

@@ -8,7 +8,7 @@ The model is unchanged. All variants share one state type, so that a frozen map 
 time to time by the online adapter.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -135,7 +135,7 @@ def tnt(
     if model.mixes_batch:
         raise ValueError('TNT needs images that do not mix: with_batch_norm_statistics("running")')
     side = model.image_size
-    preprocessing = model.preprocessing  # type: ignore[attr-defined]
+    preprocessing = cast(Any, model).preprocessing  # it has one, see above
     if preprocessing.resample not in PIL_KERNELS:
         raise ValueError(
             f"the checkpoint resizes with PIL's filter {preprocessing.resample}, expected 2 "
@@ -167,7 +167,7 @@ def tnt(
         batch = as_batch(batch, state.seen)
         key = jax.random.wrap_key_data(state.key)
 
-        def one(noise: Array, row: tuple[Array, ...]) -> tuple[Array, tuple[Array, ...]]:
+        def one(noise: Array, row: tuple[Any, ...]) -> tuple[Array, tuple[Array, ...]]:
             image, size, index, valid = row
             _, tuned = tnt_image(
                 *(model, params, state.context, jax.random.fold_in(key, index), image, size),

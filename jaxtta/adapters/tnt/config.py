@@ -74,11 +74,9 @@ class TNTConfig:
                 )
         if not 0 <= self.augmix <= 10:
             raise ValueError(f"augmix is {self.augmix}, expected 0 to 10")
-        named = isinstance(self.temperature, str)
-        if self.temperature != "code" if named else not 0 < self.temperature < math.inf:
-            raise ValueError(
-                f"temperature is {self.temperature}, expected a positive number or code"
-            )
+        value = self.temperature
+        if value != "code" if isinstance(value, str) else not 0 < value < math.inf:
+            raise ValueError(f"temperature is {value}, expected a positive number or code")
 
 
 TNT_PRESETS = {"paper": TNTConfig(), "code": TNTConfig(entropy_weight=0.1, temperature="code")}
@@ -113,7 +111,9 @@ def load_noise(path: str | Path) -> tuple[np.ndarray, TNTConfig]:
     if "noise" not in arrays or not settings:
         raise ValueError(f"{path}: holds no noise map of TNT, or no settings")
     try:
-        settings = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
-        return arrays["noise"], TNTConfig(**settings)
+        values: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()
+        }
+        return arrays["noise"], TNTConfig(**values)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: holds no noise map of TNT ({error!r})") from error

@@ -9,7 +9,6 @@ with p_n and e_n the probabilities and unit embeddings of the selected views, an
 to ±1/255. The prediction is the mean probability of the views that are then the most confident.
 
     output = optimize_noise(embed, params, classes, scale, views, noise, TNTConfig(steps=3))
-    output.log_probabilities, output.noise
 
 References:
     Imam et al., 2025, https://arxiv.org/abs/2502.06019
@@ -22,11 +21,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxtta.adapters.base import Array
 from jaxtta.adapters.tnt.config import TNTConfig
 from jaxtta.losses import entropy
 from jaxtta.models import l2_normalize
 
-Array = jax.Array
+Embed = Callable[[Any, Array], Array]
 
 
 class TNTOutput(NamedTuple):
@@ -49,9 +49,6 @@ class TNTOutput(NamedTuple):
     selected: Array
     ensemble: Array
     logits: Array
-
-
-Embed = Callable[[Any, Array], Array]
 
 
 def optimize_noise(
@@ -94,9 +91,7 @@ def optimize_noise(
         return scale * jnp.matmul(embedded, classes.T, precision="highest")
 
     def logits_of_all(noise: Array) -> Array:
-        return logits_of(
-            _in_chunks(lambda part: embeddings(part, noise), views, config.views_per_chunk)
-        )
+        return logits_of(_in_chunks(lambda x: embeddings(x, noise), views, config.views_per_chunk))
 
     fractions = config.select_fraction, config.ensemble_fraction
     kept, averaged = (max(int(fraction * len(views)), 1) for fraction in fractions)

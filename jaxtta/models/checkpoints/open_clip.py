@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import jax
 import numpy as np
@@ -255,7 +255,10 @@ def _preprocessing(section: ConfigSection, image_size: int) -> Preprocessing:
     if name not in FILTERS:
         raise section.error("interpolation", f"one of {', '.join(FILTERS)}")
     square = (image_size, image_size)
-    windows = {"shortest": (image_size, square), "squash": (square, None)}
+    windows: dict[str, tuple[int | tuple[int, int], tuple[int, int] | None]] = {
+        "shortest": (image_size, square),
+        "squash": (square, None),
+    }
     mode = section.values.get("resize_mode") or "shortest"
     if mode not in windows:
         raise section.error("resize_mode", f"one of {', '.join(windows)}")
@@ -265,7 +268,7 @@ def _preprocessing(section: ConfigSection, image_size: int) -> Preprocessing:
     return Preprocessing(image_size, *windows[mode], int(FILTERS[name]), mean, std)
 
 
-def _is_positive_integer(value: Any) -> bool:
+def _is_positive_integer(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import jax
 import numpy as np
@@ -76,7 +76,8 @@ def from_config(config: "CLIPConfig", *, compute_dtype: Any = None, remat: bool 
     Raises:
         ValueError: if the activation is unknown or the sizes do not fit each other.
     """
-    vision, text = config.vision_config, config.text_config
+    values = cast(Any, config)  # its annotations allow None and lists where CLIP has numbers
+    vision, text = values.vision_config, values.text_config
     size = vision.image_size
     options = compute_dtype, remat
     return CLIP(
@@ -86,7 +87,7 @@ def from_config(config: "CLIPConfig", *, compute_dtype: Any = None, remat: bool 
             text.vocab_size,
             text.max_position_embeddings,
         ),
-        config.projection_dim,
+        values.projection_dim,
         text.eos_token_id,
         Preprocessing(size, size, (size, size)),
     )

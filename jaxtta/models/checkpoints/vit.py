@@ -3,7 +3,7 @@
 import dataclasses
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import jax
 import numpy as np
@@ -80,7 +80,8 @@ def from_config(
     """
     if not config.qkv_bias:
         raise ValueError("config.json: qkv_bias is false, expected true")
-    side, names = config.image_size, config.id2label
+    values = cast(Any, config)  # its annotations allow None and lists where ViT has neither
+    side, names = values.image_size, values.id2label
     return ImageClassifier(
         vision_tower(config, "config.json", compute_dtype, remat, pre_norm=False),
         tuple(names[number] for number in sorted(names)),
