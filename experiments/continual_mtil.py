@@ -140,19 +140,19 @@ def open_tasks(options: Options, model: jaxtta.models.CLIP) -> list[TaskData]:
 
 def open_reference(options: Options, model: jaxtta.models.CLIP) -> tuple[list[TaskData], TaskData]:
     """The retention sets and the reference images."""
-    prepare, embedded = model.preprocessing, options.reference is None
-    given = f"folder={assets.IMAGES}" if embedded else options.reference
+    prepare, bundled = model.preprocessing, options.reference is None
+    given = f"folder={assets.IMAGES}" if bundled else options.reference
     source, template = open_layout("--reference", given, prepare)
     names, labels = source.class_names, source.labels
     count = options.reference_classes
     if count is None:
-        count = 5 if embedded else len(names)
+        count = 5 if bundled else len(names)
     if not 1 < count <= len(names):
         raise ValueError(f"--reference-classes is {count}, expected 2 to {len(names)}")
     shown, kept = labels < count, None
     if options.kept:
         kept, kept_template = open_layout("--kept", options.kept, prepare)
-    elif embedded:  # a quarter of the reference's classes, all of the others
+    elif bundled:  # a quarter of the reference's classes, all of the others
         measured = every(labels, 4) | ~shown
         shown = ~measured
         kept, kept_template = Part(source, np.flatnonzero(measured)), template

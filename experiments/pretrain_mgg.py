@@ -51,7 +51,7 @@ class Options:
     class_names: tuple[str, ...] = ()
     """Class names for the prompts, in label order; required with arrays."""
     model: str = str(assets.MODEL)
-    """Folder or hub id of a CLIP checkpoint (default: the bundled demo model)."""
+    """Folder or hub id of a CLIP or supervised ViT checkpoint (default: the bundled demo model)."""
     source: str | None = None
     """Clean images of the same layout for the source statistics. Default: those of --data."""
     source_images: int = 1000
@@ -88,9 +88,9 @@ class Options:
     tower: Literal["image", "both"] = "image"
     """Tower whose normalisation parameters are adapted."""
     seed: int = 0
-    """Of images, order and first weights."""
+    """Random seed of images, order and initial weights."""
     workers: int = 1
-    """Processes that read ahead; 0 reads in this one."""
+    """Processes that prefetch batches; 0 = main process."""
     debug: bool = False
     """Show tracebacks."""
 

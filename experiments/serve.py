@@ -42,7 +42,7 @@ from jaxtta.data.folders import SUFFIXES
 
 CANVAS = 512
 """Size in pixels to which TNT's full-size images are padded; larger images are shrunk first."""
-CARRIED = TNTConfig(online=True)
+ONLINE = TNTConfig(online=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Options:
     class_names: tuple[str, ...] = ()
     """Class names for the prompts (default: the ten of the bundled demo model)."""
     model: str = str(assets.MODEL)
-    """Folder or hub id of a CLIP checkpoint."""
+    """Folder or hub id of a CLIP or supervised ViT checkpoint."""
     adapter: Literal["zero_shot", "tent", "batclip", "tnt"] = "batclip"
     """Adaptation method."""
     learn_noise: Path | None = None
@@ -105,7 +105,7 @@ def make_tnt(
     """TNT with one map per image, one map learnt over all images, or a saved map."""
     noise = load_noise(options.noise)[0] if options.noise else None
     tuning = TNTConfig(views=1, steps=0) if options.noise else TNTConfig()
-    config = CARRIED if options.learn_noise else tuning
+    config = ONLINE if options.learn_noise else tuning
     return jaxtta.adapters.tnt(model, task, config=config, noise=noise)
 
 
@@ -163,7 +163,7 @@ def serve(
             yield file, (int(row.argmax()), float(row.max()), adapted)
         seen += len(batch)
     if options.learn_noise:
-        save_noise(options.learn_noise, state.noise, CARRIED)
+        save_noise(options.learn_noise, state.noise, ONLINE)
 
 
 if __name__ == "__main__":

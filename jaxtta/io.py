@@ -120,7 +120,8 @@ def load_state(path: str | Path, like: Any) -> Any:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file is no state, or that of another method, optimiser or model.
+        ValueError: if the file holds no state, or one of another structure (another method, choice
+            of parameters, optimiser or number of classes) or of other parameters.
     """
     arrays, metadata = load_arrays(path)
     saved, wanted = metadata.get("leaves"), _describe(_leaves(like))
@@ -129,12 +130,14 @@ def load_state(path: str | Path, like: Any) -> Any:
     if saved.keys() != wanted.keys():
         odd = sorted(saved.keys() ^ wanted.keys())[0]
         where = "it has" if odd in saved else "it lacks"
-        raise ValueError(f"{path}: is the state of another method or model: {where} {odd}")
+        raise ValueError(
+            f"{path}: is the state of another method, optimiser or model: {where} {odd}"
+        )
     for name, shape_and_dtype in wanted.items():
         if saved[name] != shape_and_dtype:
             raise ValueError(
-                f"{path}: is the state of another method or model: {name} is {saved[name]}, "
-                f"expected {shape_and_dtype}"
+                f"{path}: is the state of another method, optimiser, task or model: "
+                f"{name} is {saved[name]}, expected {shape_and_dtype}"
             )
     dtypes = {name: leaf.dtype for name, leaf in _leaves(like)}
     values = {
@@ -143,12 +146,27 @@ def load_state(path: str | Path, like: Any) -> Any:
         )
         for name, array in arrays.items()
     }
-    if "fingerprint" in values and values["fingerprint"] != like.fingerprint:
-        raise ValueError(
-            f"{path}: is the state of another model: its parameters have checksum "
-            f"{int(values['fingerprint']):08x}, expected {int(like.fingerprint):08x}"
+    for name, expected in _leaves(like):
+        found = arrays[name]
+        if name.rpartition("/")[2] == "fingerprint" and not np.array_equal(found, expected):
+            raise ValueError(
+                f"{path}: is the state of another model: its parameters have checksum "
+                f"{int(np.ravel(found)[0]):08x}, expected {int(np.ravel(expected)[0]):08x}"
+            )
+
+    def restore(keys: tuple[Any, ...], leaf: Any) -> jax.Array:
+        value = values[_path(keys)]
+        return (
+            jax.random.wrap_key_data(value, impl=jax.random.key_impl(leaf))
+            if _is_key(leaf)
+            else value
         )
-    return jax.tree.map_with_path(lambda keys, _: values[_path(keys)], like)
+
+    return jax.tree.map_with_path(restore, like)
+
+
+def _is_key(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def _path(keys: tuple[Any, ...]) -> str:
@@ -156,7 +174,10 @@ def _path(keys: tuple[Any, ...]) -> str:
 
 
 def _leaves(state: Any) -> list[tuple[str, np.ndarray]]:
-    return [(_path(keys), np.asarray(leaf)) for keys, leaf in jax.tree.leaves_with_path(state)]
+    return [
+        (_path(keys), np.asarray(jax.random.key_data(leaf) if _is_key(leaf) else leaf))
+        for keys, leaf in jax.tree.leaves_with_path(state)
+    ]
 
 
 def _describe(leaves: list[tuple[str, np.ndarray]]) -> dict[str, list[Any]]:

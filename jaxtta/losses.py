@@ -2,7 +2,8 @@
 
 Everything is a sum over the whole batch and the whole set of classes, without axis names, so that
 a batch split over devices gives the same value. Absent classes and padded images contribute
-neither to a value nor to a gradient: zeros are put in before a quotient or a norm, not after it.
+neither to a value nor to a gradient: masked values are replaced before a quotient or a norm, so
+that gradients stay finite.
 """
 
 import jax

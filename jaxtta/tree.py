@@ -35,11 +35,12 @@ def partition(params: Any, trainable: Trainable) -> tuple[Tree, Tree]:
     """
     chosen, others = {}, {}
     for keys, leaf in jax.tree.leaves_with_path(params):
-        path = path_of(keys)
-        (chosen if trainable(path) else others)[path] = leaf
+        parts = tuple(path_of((key,)) for key in keys) or ("",)  # a key may hold a slash
+        (chosen if trainable("/".join(parts)) else others)[parts] = leaf
     if not chosen:
-        raise ValueError(f"no parameter is chosen; there are {_some(list(others))}")
-    return unflatten_dict(chosen, sep="/"), unflatten_dict(others, sep="/")
+        names = ["/".join(parts) for parts in others]
+        raise ValueError(f"no parameter is chosen; there are {_some(names)}")
+    return unflatten_dict(chosen), unflatten_dict(others)
 
 
 def merge(params: Any, adapted: Mapping[str, Any]) -> Any:
@@ -54,7 +55,7 @@ def merge(params: Any, adapted: Mapping[str, Any]) -> Any:
 
     Raises:
         ValueError: if a path is a leaf in one tree and a branch in the other, or is not in
-            `params`, or a leaf has another shape.
+            `params` and `params` is not a dict, or a leaf has another shape.
     """
     if not isinstance(params, dict):
         return _replace(params, flatten_dict(adapted, sep="/"))
@@ -140,13 +141,18 @@ def fingerprint(params: Any) -> jax.Array:
 def _checksum(leaf: jax.Array) -> jax.Array:
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         leaf = jax.random.key_data(leaf)
-    if leaf.dtype == bool:
-        leaf = leaf.astype(jnp.uint8)
+    if jnp.iscomplexobj(leaf):
+        leaf = jnp.stack([leaf.real, leaf.imag])
+    if leaf.dtype == bool or jnp.dtype(leaf.dtype).name in ("int2", "int4", "uint2", "uint4"):
+        leaf = leaf.astype(jnp.int8)
     bits = jax.lax.bitcast_convert_type(leaf, f"uint{8 * min(leaf.dtype.itemsize, 4)}")
     bits = bits.ravel().astype(jnp.uint32)
-    # Odd factors, so that neither a changed bit nor two values that changed places go unnoticed.
-    factors = 2 * jnp.arange(bits.size, dtype=jnp.uint32) + 1
-    return (bits * factors).sum(dtype=jnp.uint32)
+    # Each entry is mixed with its place before the sum (murmur's finaliser), so that flipped signs,
+    # or two values that changed places, do not cancel.
+    mixed = bits ^ (jnp.arange(bits.size, dtype=jnp.uint32) * jnp.uint32(0x9E3779B9))
+    mixed = (mixed ^ (mixed >> 16)) * jnp.uint32(0x85EBCA6B)
+    mixed = (mixed ^ (mixed >> 13)) * jnp.uint32(0xC2B2AE35)
+    return (mixed ^ (mixed >> 16)).sum(dtype=jnp.uint32)
 
 
 def all_finite(tree: Any) -> jax.Array:

@@ -501,3 +501,61 @@ def test_batches_are_padded():
     assert batch.index.tolist() == [10, 11, 12, 13, 14]
     with pytest.raises(ValueError, match="at most 2"):
         jaxtta.Batch.padded(few, 2)
+
+
+def test_fingerprints_tell_parameters_apart():
+    rng = np.random.default_rng(0)
+    params = {"a": jnp.asarray(rng.normal(size=(8, 4)), jnp.float32), "b": jnp.arange(3)}
+    own = tree.fingerprint(params)
+    assert own == jax.jit(tree.fingerprint)(params)
+    swapped = params["a"].at[0].set(params["a"][1]).at[1].set(params["a"][0])
+    for other in (-params["a"], swapped, params["a"].at[3, 2].add(1e-6), params["a"][::-1]):
+        assert tree.fingerprint(params | {"a": other}) != own
+    odd = {"key": jax.random.key(0), "c": jnp.ones(2, jnp.complex64), "d": jnp.ones(2, bool)}
+    assert tree.fingerprint(odd) != tree.fingerprint(odd | {"key": jax.random.key(1)})
+
+
+def test_states_of_any_shape_are_saved(tmp_path):
+    """Typed keys, bfloat16, many states in one file: bit for bit, and no other model's."""
+
+    def state(fingerprint):
+        adapted = {"w": jnp.asarray([1.5, -0.0], jnp.bfloat16)}
+        optimizer = optax.add_noise(0.1, 0.5, jax.random.key(3)).init(adapted)
+        seen = jnp.zeros((), jnp.int32)
+        return [adapters.State(adapted, optimizer, (), seen, jnp.uint32(fingerprint))] * 2
+
+    jaxtta.save_state(tmp_path / "s", state(7))
+    loaded = jaxtta.load_state(tmp_path / "s", like=state(7))
+    data = lambda x: jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x  # noqa: E731
+    same(jax.tree.map(data, loaded), jax.tree.map(data, state(7)))
+    with pytest.raises(ValueError, match="another model"):
+        jaxtta.load_state(tmp_path / "s", like=state(8))
+
+
+def test_keys_with_slashes_are_one_key():
+    params = {"mlp/~/norm": {"scale": jnp.ones(2)}, "w": jnp.zeros(1)}
+    chosen, others = tree.partition(params, lambda path: path == "mlp/~/norm/scale")
+    assert set(chosen) == {"mlp/~/norm"}
+    merged = tree.merge(params, jax.tree.map(lambda x: x + 1, chosen))
+    assert set(merged) == set(params)
+    assert merged["mlp/~/norm"]["scale"].tolist() == [2.0, 2.0]
+    assert set(tree.merge(others, chosen)) == set(params)
+
+
+def test_statistics_of_a_users_model(towers, images):
+    model, params, _ = towers["nnx"]
+    found = models.feature_statistics(model, params, [images[0]])
+    assert found.mean.shape == model.feature_shape
+
+
+def test_a_datasets_classes_in_another_order_are_refused():
+    from types import SimpleNamespace
+
+    from jaxtta.evaluate import task_for
+
+    names = [f"class {number}" for number in range(10)]
+    model = SimpleNamespace(class_names=tuple(names))
+    assert task_for(model, names, ["{}"]) is None
+    names[3], names[4] = names[4], names[3]
+    with pytest.raises(ValueError, match="class 3"):
+        task_for(model, names, ["{}"])

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from jaxtta import tree
@@ -27,7 +28,9 @@ def zero_shot(model: Classifier, task: Task | None) -> Adapter:
     def init(params: Any, key: Array | None = None) -> State:
         del key  # nothing random here
         seen = jnp.zeros((), jnp.int32)
-        return State({}, (), context(params), seen, tree.fingerprint(params))
+        # A copy: a donated state must not take a leaf of the parameters with it.
+        copied = jax.tree.map(jnp.copy, context(params))
+        return State({}, (), copied, seen, tree.fingerprint(params))
 
     def step(params: Any, state: State, batch: Batch | Array) -> tuple[State, Prediction]:
         batch = as_batch(batch, state.seen)

@@ -16,6 +16,7 @@ import scipy.linalg
 
 from jaxtta.models import CLIP, Params
 from jaxtta.optim import Projector
+from jaxtta.tree import path_of
 
 Array = jax.Array
 Grams = dict[str, Array]
@@ -54,7 +55,7 @@ def kernel_inputs(model: CLIP, params: Params, images: Array) -> dict[str, Array
     for path, (value,) in jax.tree.leaves_with_path(
         recorded["inputs"], is_leaf=lambda x: isinstance(x, tuple)
     ):
-        name = jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("_inputs")
+        name = path_of(path).removesuffix("_inputs")
         inputs[f"vision_model/{name}/kernel"] = value
     return inputs
 

@@ -126,13 +126,22 @@ def task_for(
         raise ValueError(
             f"the model has {len(own)} classes of its own, the dataset has {len(class_names)}"
         )
-    named = not any(re.fullmatch(r"LABEL_\d+", name) for name in own)
-    agree = [_synonyms(a) & _synonyms(b) for a, b in zip(own, class_names, strict=True)]
-    if named and sum(map(bool, agree)) * 2 < len(own):
-        odd = agree.index(set())
+    if any(re.fullmatch(r"LABEL_\d+", name) for name in own):
+        log.warning("the model does not name its classes: their order is taken to be the dataset's")
+        return None
+    places: dict[str, set[int]] = {}
+    for number, name in enumerate(own):
+        for synonym in _synonyms(name):
+            places.setdefault(synonym, set()).add(number)
+    found = [set().union(*(places.get(s, ()) for s in _synonyms(name))) for name in class_names]
+    moved = [number for number, hits in enumerate(found) if hits and number not in hits]
+    known = sum(number in hits for number, hits in enumerate(found))
+    # ImageNet's names hold a few doubles, and the prompts' names differ from the model's.
+    if len(moved) > len(own) // 50 or 2 * known < len(own):
+        odd = moved[0] if moved else next(n for n, hits in enumerate(found) if not hits)
         raise ValueError(
             f"the model's classes are not the dataset's, or in another order: class {odd} is "
-            f"{own[odd]!r} there and {class_names[odd]!r} here"
+            f"{own[odd]!r} in the model and {class_names[odd]!r} in the dataset"
         )
     return None
 
@@ -236,7 +245,7 @@ def own_settings(
     if name.startswith("mgtta"):
         settings = setup.mgtta
         files = {"statistics": settings.statistics}
-        if name == "mgtta":
+        if name.partition("@")[0] == "mgtta":
             files["phi"] = settings.phi
         digests = {key: _digest(path) for key, path in files.items()}
         own["mgtta"] = {"weight": settings.weight, "tower": settings.tower, **digests}

@@ -8,7 +8,7 @@ return ()
 
 def __call__(self, params, context, batch):
 features = encode(params, batch.images)
-return Outputs(features @ params["head"], features, None, None)
+return Outputs(features @ params["head"], features)
 """
 
 from collections.abc import Callable
@@ -116,6 +116,9 @@ class Classifier(Protocol):
         image_size: side of the images in pixels.
         mixes_batch: whether an image's logits depend on the other images of its batch.
         feature_shape: (layers, width) of the layer features; None where there are none.
+
+    A model may also have `prompts(task)`, packed prompts that it takes as a context and encodes at
+    every call, `with_batch_norm_statistics(which)`, and `class_names`, if its classes are its own.
     """
 
     @property
@@ -128,7 +131,7 @@ class Classifier(Protocol):
     def feature_shape(self) -> tuple[int, int] | None: ...  # noqa: D102
 
     def init_context(self, params: Any, task: Any) -> Any:
-        """Compute what calls need beside parameters and batch, class embeddings say, or ()."""
+        """Compute what calls need beside parameters and batch: class embeddings, or ()."""
         ...
 
     def __call__(self, params: Any, context: Any, batch: Batch) -> Outputs:

@@ -52,7 +52,7 @@ class CLIP:
         text: the text tower.
         projection: size of the shared embedding.
         eos_token_id: as in transformers' config (2 stands for "the highest id in the prompt").
-        preprocessing: what the checkpoint wants done to images.
+        preprocessing: the checkpoint's image preprocessing.
         source: folder that holds the checkpoint's tokenizer; None for a model made from a config.
     """
 
@@ -111,7 +111,7 @@ class CLIP:
     def with_batch_norm_statistics(self, which: Literal["batch", "running"]) -> "CLIP":
         """Let the batch norms use each batch's own mean and variance, or the checkpoint's.
 
-        The adapters of BATCLIP and TENT choose "batch" by themselves.
+        BATCLIP and TENT choose "batch" automatically.
 
         Args:
             which: "batch" or "running".
@@ -164,7 +164,7 @@ class CLIP:
         *,
         all_tokens: bool = False,
     ) -> ImageFeatures:
-        """Encode normalised pixels and keep what the layers said.
+        """Encode normalised pixels and return the layers' features too.
 
         Args:
             params: the parameter tree.

@@ -83,8 +83,8 @@ def feature_statistics(
         params: its parameters.
         batches: images (batch, height, width, 3), uint8 or float in [0, 1]; or anything with
             `images` and `mask`, as a stream's batches. All of one shape compile once.
-        context: of the model's calls; None for CLIP and a supervised ViT, whose image tower needs
-            none.
+        context: of the model's calls; None for a model without text, and for CLIP, whose image
+            tower needs none.
 
     Returns:
         The moments, the same for any division into batches.
@@ -93,6 +93,8 @@ def feature_statistics(
         ValueError: if there are fewer than two images, the features of one are not finite, or the
             model has no layer features (a ResNet).
     """
+    if context is None and not hasattr(model, "image_features"):
+        context = model.init_context(params, None)
 
     @jax.jit
     def add(

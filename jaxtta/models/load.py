@@ -1,4 +1,4 @@
-"""The one door to checkpoints: CLIP of transformers or OpenCLIP, or a supervised ViT."""
+"""Loading checkpoints: CLIP of transformers or OpenCLIP, or a supervised ViT."""
 
 from pathlib import Path
 from typing import Any

@@ -13,7 +13,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 class Preprocessing(NamedTuple):
-    """How a checkpoint wants its images, as in its `preprocessor_config.json`.
+    """A checkpoint's image preprocessing, as in its `preprocessor_config.json`.
 
     Attributes:
         image_size: side of the model's input in pixels.

@@ -2,7 +2,7 @@
 
 CLIP's text attention is causal and the embedding is read at the end-of-text token, so (1) tokens
 after it change nothing, and (2) the first tokens that all prompts share have the same keys and
-values in all of them. The 1,000 ImageNet prompts "a photo of a {}." are 77,000 tokens as published,
+values in all of them. The 1,000 ImageNet prompts "a photo of a {}." are 77,000 tokens unpacked,
 18,000 cut to the longest, and 4,170 packed; all three give the same embeddings.
 """
 

@@ -4,14 +4,13 @@
     zero_shot = jaxtta.adapters.zero_shot(model, task)     # with running statistics
     adapter = jaxtta.adapters.batclip(model, task)         # with each batch's own
 
-Its batch norms normalise with the checkpoint's running statistics, as any trained model does, or
-with each batch's own, as test-time adaptation wants it. Which of the two is a field of the module,
-not a hidden state: running statistics are never updated. They lie in the parameter tree beside the
-scales and biases, under names that `normalisation_parameters` does not choose, and no gradient
-reaches them.
+Its batch norms use the checkpoint's running statistics, or each batch's own for test-time
+adaptation. This is a field of the module; running statistics are never updated. They are in the
+parameter tree beside the scales and biases, under names that `normalisation_parameters` does not
+choose, and their gradient is zero.
 
-With a batch's own statistics an image's prediction depends on its neighbours. Padding is none of
-them where the mask says so.
+With batch statistics an image's prediction depends on the others in its batch, but not on masked
+padding.
 """
 
 from typing import Any, NamedTuple

@@ -1,4 +1,4 @@
-"""A supervised image classifier in CLIP's place: transformers' ViTForImageClassification.
+"""A supervised image classifier: transformers' ViTForImageClassification.
 
     model, params = jaxtta.load("google/vit-base-patch16-224")         # or a local folder
     adapter = jaxtta.adapters.tent(model, None)                        # its classes are its own
@@ -30,7 +30,7 @@ class ImageClassifier:
     Attributes:
         vision: the tower.
         class_names: names of the classes.
-        preprocessing: what the checkpoint wants done to images.
+        preprocessing: the checkpoint's image preprocessing.
     """
 
     vision: VisionTransformer
@@ -70,7 +70,7 @@ class ImageClassifier:
         return np.stack([self.preprocessing(image) for image in images])
 
     def image_features(self, params: Params, pixels: Array) -> VisionOutput:
-        """Encode normalised pixels (batch, height, width, 3) and keep what the layers said."""
+        """Encode normalised pixels (batch, height, width, 3) and return the layers' features."""
         out = self.vision.apply({"params": params["vision_model"]}, pixels)
         return cast(VisionOutput, out)
 

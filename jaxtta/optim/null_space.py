@@ -18,6 +18,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxtta.tree import path_of
+
 Array = jax.Array
 
 
@@ -81,7 +83,8 @@ def null_space_projection(projectors: Mapping[str, Projector]) -> optax.Gradient
     def project(updates: Any, params: Any) -> Any:
         del params
         return jax.tree.map_with_path(
-            lambda path, g: projectors[_name(path)](g) if _name(path) in projectors else g, updates
+            lambda path, g: projectors[path_of(path)](g) if path_of(path) in projectors else g,
+            updates,
         )
 
     return optax.GradientTransformation(init, optax.stateless(project).update)
@@ -127,8 +130,4 @@ def project_out(basis: Any) -> optax.GradientTransformation:
 
 def _shapes(tree: Any, skip: int = 0) -> dict[str, tuple[int, ...]]:
     """Shapes by path, without the first axes."""
-    return {_name(path): jnp.shape(leaf)[skip:] for path, leaf in jax.tree.leaves_with_path(tree)}
-
-
-def _name(path: tuple[Any, ...]) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
+    return {path_of(path): jnp.shape(leaf)[skip:] for path, leaf in jax.tree.leaves_with_path(tree)}

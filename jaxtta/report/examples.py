@@ -78,7 +78,7 @@ def find_examples(
         model: the model.
         params: its parameters.
         task: the classes.
-        tuning: TNT's settings in the sweep; `carry` must be false.
+        tuning: TNT's settings in the sweep; `online` must be false.
 
     Returns:
         At most `count` examples.

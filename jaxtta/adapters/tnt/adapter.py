@@ -58,7 +58,7 @@ def tnt_image(
     Args:
         model: a model with cosine logits and `preprocessing`, as CLIP.
         params: its parameters.
-        classes: its context.
+        classes: class embeddings (classes, projection) of unit norm, the model's context.
         key: PRNG key of this image.
         image: (height, width, 3), uint8 or float in [0, 1].
         size: (2,) true height and width where the image is an original on a canvas; None where
@@ -155,9 +155,12 @@ def tnt(
             start = initial_noise(jax.random.split(key)[0], side, config.epsilon)
         else:
             start = jnp.array(noise, jnp.float32)
+        classes = jax.tree.map(jnp.copy, context(params))
+        if not isinstance(classes, jax.Array) or classes.ndim != 2:
+            raise ValueError("TNT needs class embeddings (classes, projection) as the context")
         return TNTState(
             start,
-            context(params),
+            classes,
             jax.random.key_data(key),
             jnp.zeros((), jnp.int32),
             tree.fingerprint(params),
@@ -174,9 +177,9 @@ def tnt(
                 *(config, None if own_map else noise),
             )
             losses = tuned.losses[-1] if config.steps else jnp.zeros(3)
-            # The last loss is from before the last update: a gradient can be NaN and it not.
+            # The last loss is from before the last update: finite, maybe, where the gradient is not.
             finite = jnp.isfinite(losses).all() & jnp.isfinite(tuned.noise).all()
-            # A carried map forgets an image that was padding, or gave no finite map.
+            # An online map is unchanged by padding and by an image whose map is not finite.
             after = jnp.where(valid & finite, tuned.noise, noise)
             return after, (tuned.log_probabilities, losses, finite)
 

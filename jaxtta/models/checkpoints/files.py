@@ -20,7 +20,7 @@ from jaxtta.models.task import TOKENIZER_FILES
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "flax_model.msgpack")
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors",)
-_TRANSFORMERS = "transformers' CLIPModel.from_pretrained(…).save_pretrained(…)"
+_TRANSFORMERS = "transformers' from_pretrained(…).save_pretrained(…)"
 PICKLES = {  # with what makes safetensors of them
     "pytorch_model.bin": _TRANSFORMERS,
     "pytorch_model.bin.index.json": _TRANSFORMERS,

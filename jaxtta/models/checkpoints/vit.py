@@ -10,7 +10,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from PIL import Image
 
-from jaxtta.models.checkpoints.files import match_parameters, read_config, read_weights
+from jaxtta.models.checkpoints.files import WEIGHTS, match_parameters, read_config, read_weights
 from jaxtta.models.checkpoints.transformers import vision_tower
 from jaxtta.models.classifier import Params
 from jaxtta.models.preprocess import Preprocessing, read_preprocessing
@@ -49,7 +49,7 @@ def load_folder(
     if settings.exists():
         preprocessing = read_preprocessing(settings, config.image_size, crop=False)
         model = dataclasses.replace(model, preprocessing=preprocessing)
-    weights, entries = read_weights(folder, _path)
+    weights, entries = read_weights(folder, _path, WEIGHTS[:2])
     found = dict(entries)
     bias = found.pop((*_EMBEDDINGS, "patch_embedding", "bias"), None)
     for path in (_POSITIONS, _CLASS_TOKEN):
