@@ -1,7 +1,9 @@
 """Files: arrays with a JSON description in one safetensors file, states, and atomic writes.
 
-save_state("state.safetensors", state)
-state = load_state("state.safetensors", like=adapter.init(params))
+    save_state("state.safetensors", state)
+    state = load_state("state.safetensors", like=adapter.init(params))
+
+Every file is complete or not there at all.
 """
 
 import contextlib

@@ -1,8 +1,10 @@
 """Gram matrices of the inputs of kernels, and projectors on the directions that they leave free.
 
-grams = task_grams(model, params, batches)              # by path, after a task
-kept = combine_grams(kept, grams)                       # over tasks
-projectors = null_space_projectors(kept, rho=0.15)      # before the next task
+    grams = task_grams(model, params, batches)              # by path, after a task
+    kept = combine_grams(kept, grams)                       # over tasks
+    projectors = null_space_projectors(kept, rho=0.15)      # before the next task
+
+Every batch is scaled by itself, and so is every task.
 """
 
 import functools

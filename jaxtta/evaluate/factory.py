@@ -13,7 +13,7 @@ import optax
 
 from jaxtta import adapters, assets
 from jaxtta.adapters import BATCLIP_PRESETS, TENT_PRESETS, Adapter, TNTConfig
-from jaxtta.adapters.mgtta import PAPER_LEARNING_RATE
+from jaxtta.adapters.mgtta import PAPER_LEARNING_RATE, check_statistics
 from jaxtta.models import Classifier, Task, load_statistics, zero_shot_task
 from jaxtta.models.task import Tokenized
 from jaxtta.optim import load_mgg, meta_gradient_generator
@@ -186,17 +186,19 @@ def make_adapter(
             "mgtta-adam": lambda: optax.adam(rate or PAPER_LEARNING_RATE),
         }[name]()
         statistics, _ = load_statistics(settings.statistics)
-        try:
-            return adapters.mgtta(
-                model,
-                task,
-                optimizer=optimizer,
-                trainable=normalisation_parameters(settings.tower),
-                statistics=statistics,
-                weight=settings.weight,
-            )
-        except ValueError as error:
-            raise ValueError(f"{settings.statistics}: {error}") from error
+        if model.feature_shape is not None:
+            try:
+                check_statistics(statistics.mean, model.feature_shape)
+            except ValueError as error:
+                raise ValueError(f"{settings.statistics}: {error}") from error
+        return adapters.mgtta(
+            model,
+            task,
+            optimizer=optimizer,
+            trainable=normalisation_parameters(settings.tower),
+            statistics=statistics,
+            weight=settings.weight,
+        )
     if name == "tent":
         sgd = optax.sgd(rate, momentum=0.9) if rate else TENT_PRESETS[setup.preset].optimizer()
         return adapters.tent(model, task, optimizer=sgd)

@@ -1,14 +1,16 @@
 """What a model is to an adapter: the `Classifier` protocol, its batches and outputs.
 
-class Mine:                                            # a user's model is one, too
-image_size, mixes_batch, feature_shape = 32, False, None
+    class Mine:  # a user's model
+        image_size, mixes_batch, feature_shape = 32, False, None
 
-def init_context(self, params, task):
-return ()
+        def init_context(self, params, task):
+            return ()
 
-def __call__(self, params, context, batch):
-features = encode(params, batch.images)
-return Outputs(features @ params["head"], features)
+        def __call__(self, params, context, batch):
+            features = encode(params, batch.images)
+            return Outputs(features @ params["head"], features)
+
+The mask is in the batch, so that no objective can forget it.
 """
 
 from collections.abc import Callable

@@ -1,7 +1,9 @@
 """Mean and standard deviation of a model's layer features over a stream of images.
 
-statistics = feature_statistics(model, params, batches)     # clean images; a few dozen will do
-save_statistics("source.safetensors", statistics)
+    statistics = feature_statistics(model, params, batches)     # clean images; a few dozen will do
+    save_statistics("source.safetensors", statistics)
+
+The moments are the same for any division into batches.
 """
 
 from collections.abc import Iterable

@@ -81,4 +81,4 @@ def load(
         return open_clip.load_folder(folder, dtype, compute_dtype, remat)
     if model_type(folder / "config.json") == "vit":
         return vit.load_folder(folder, dtype, compute_dtype, remat)
-    return transformers.load_clip(folder, dtype, compute_dtype, remat)
+    return transformers.load_folder(folder, dtype, compute_dtype, remat)

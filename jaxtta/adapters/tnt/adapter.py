@@ -177,7 +177,7 @@ def tnt(
                 *(config, None if own_map else noise),
             )
             losses = tuned.losses[-1] if config.steps else jnp.zeros(3)
-            # The last loss is from before the last update: finite, maybe, where the gradient is not.
+            # The last loss is from before the last update: finite even if the gradient was not.
             finite = jnp.isfinite(losses).all() & jnp.isfinite(tuned.noise).all()
             # An online map is unchanged by padding and by an image whose map is not finite.
             after = jnp.where(valid & finite, tuned.noise, noise)

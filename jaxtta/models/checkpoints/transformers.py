@@ -29,7 +29,7 @@ if TYPE_CHECKING:  # transformers is imported where it is used: it brings PyTorc
     from transformers import CLIPConfig
 
 
-def load_clip(folder: Path, dtype: Any, compute_dtype: Any, remat: bool) -> tuple[CLIP, Params]:
+def load_folder(folder: Path, dtype: Any, compute_dtype: Any, remat: bool) -> tuple[CLIP, Params]:
     """Load a CLIP checkpoint of transformers; `jaxtta.load` calls this.
 
     Args:
