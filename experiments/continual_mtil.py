@@ -107,8 +107,8 @@ def main(options: Options) -> None:
 
 def check(options: Options) -> None:
     """Raise a ValueError for invalid options."""
-    evaluate.check_choices(tasks=options.tasks, methods=options.methods, seeds=options.seeds)
-    evaluate.check_limits(seeds=(min(options.seeds), 0))
+    evaluate.require_distinct(tasks=options.tasks, methods=options.methods, seeds=options.seeds)
+    evaluate.require_at_least(seeds=(min(options.seeds), 0))
     evaluate.check_course(options.course)
     if options.kept and options.kept == options.reference:
         raise ValueError(f"--kept is the same as --reference ({options.kept})")

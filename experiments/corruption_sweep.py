@@ -101,7 +101,7 @@ class Options:
     labels)."""
     tnt: TNTConfig = dataclasses.field(default_factory=TNTConfig)
     """TNT's settings."""
-    mgtta: evaluate.MGTTA = dataclasses.field(default_factory=evaluate.MGTTA)
+    mgtta: evaluate.MGTTAConfig = dataclasses.field(default_factory=evaluate.MGTTAConfig)
     """MGTTA's settings. The default files are for the bundled demo model."""
     canvas: int | None = None
     """Size in pixels to which TNT's full-size images are zero-padded; larger images are shrunk
@@ -144,7 +144,7 @@ def main(options: Options) -> None:
     setup = setup_of(options)
     running = {"workers": options.workers, "checkpoint_every": options.checkpoint_every}
     found = evaluate.fingerprints(source, params)
-    evaluate.check_files(options.adapters, options.mgtta, found["weights"])
+    evaluate.check_mgtta_files(options.adapters, options.mgtta, found["weights"])
     settings = describe(options, severities, templates) | found
     about = evaluate.about(data=options.data, model=options.model)
     rates = {
@@ -190,7 +190,7 @@ def main(options: Options) -> None:
     if options.save_examples:
         examples = report.find_examples(
             *(cells, cutting[0], batches, options.save_examples, model, params, task),
-            evaluate.tuning_of(cutting[0], options.tnt),
+            evaluate.tnt_config_of(cutting[0], options.tnt),
         )
     images = len(np.unique(streams[0].items[:, 1]))
     title = f"{Path(options.model).name} on {Path(options.data).name}, {options.setting}, "
@@ -198,19 +198,19 @@ def main(options: Options) -> None:
     report.conclude(cells, options.output, title, report.samples_of(batches), examples)
 
 
-def setup_of(options: Options) -> evaluate.Setup:
+def setup_of(options: Options) -> evaluate.AdapterConfig:
     """The adapters' settings."""
-    return evaluate.Setup(options.preset, options.tnt, options.mgtta)
+    return evaluate.AdapterConfig(options.preset, options.tnt, options.mgtta)
 
 
 def check(options: Options) -> tuple[int, int]:
     """Raise a ValueError for invalid options; return this worker's index and count."""
     evaluate.check_adapters(options.adapters)
-    evaluate.check_choices(adapters=options.adapters, seeds=options.seeds)
+    evaluate.require_distinct(adapters=options.adapters, seeds=options.seeds)
     for name in ("corruptions", "severities"):
         if getattr(options, name):
-            evaluate.check_choices(**{name: getattr(options, name)})
-    evaluate.check_limits(
+            evaluate.require_distinct(**{name: getattr(options, name)})
+    evaluate.require_at_least(
         seeds=(min(options.seeds), 0),
         batch_size=(options.batch_size, 1),
         workers=(options.workers, 0),
@@ -218,7 +218,7 @@ def check(options: Options) -> tuple[int, int]:
         canvas=(options.canvas, 1),
         save_examples=(options.save_examples, 0),
     )
-    evaluate.check_rates(
+    evaluate.require_positive(
         learning_rate=(options.learning_rate,), choose_learning_rate=options.choose_learning_rate
     )
     for name in options.choose_for:
@@ -261,7 +261,7 @@ def choose_severities(options: Options) -> tuple[int, ...]:
     """The given severities, or the default for the data."""
     if options.setting == "gradual":
         return (1, 2, 3, 4, 5)
-    return options.severities or (evaluate.severity_of(options.layout, options.data),)
+    return options.severities or (evaluate.default_severity(options.layout, options.data),)
 
 
 def lay_out(

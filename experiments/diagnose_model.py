@@ -128,7 +128,7 @@ class Options:
     """Optimiser settings of the papers, for the trial."""
     tnt: TNTConfig = dataclasses.field(default_factory=TNTConfig)
     """TNT's settings in the trial."""
-    mgtta: evaluate.MGTTA = dataclasses.field(default_factory=evaluate.MGTTA)
+    mgtta: evaluate.MGTTAConfig = dataclasses.field(default_factory=evaluate.MGTTAConfig)
     """MGTTA's settings in the trial. The default files are for the bundled demo model."""
     synthetic: int | None = None
     """Only time the diagnosis, on this many synthetic features (ViT-B/16's size, 1,000 classes)."""
@@ -182,11 +182,13 @@ def main(options: Options) -> None:
 
 def check(options: Options) -> None:
     """Raise a ValueError for invalid options."""
-    evaluate.check_choices(models=options.models, fractions=options.fractions, trial=options.trial)
+    evaluate.require_distinct(
+        models=options.models, fractions=options.fractions, trial=options.trial
+    )
     for name in ("class_names", "corruptions", "references", "templates"):
         if getattr(options, name):
-            evaluate.check_choices(**{name: getattr(options, name)})
-    evaluate.check_limits(
+            evaluate.require_distinct(**{name: getattr(options, name)})
+    evaluate.require_at_least(
         synthetic=(options.synthetic, 1000),
         limit=(options.limit, 2),
         batch_size=(options.batch_size, 1),
@@ -254,7 +256,7 @@ def sets_of(options: Options, model: Model) -> list[tuple[str, Sets]]:
     """The base set with its corruptions, then the other shifted sets, with their layouts."""
     prepare, layout = model.clip.preprocessing, options.layout
     base = data.open_source(layout, options.data, prepare, names_for(options, layout, options.data))
-    severity = evaluate.severity_of(layout, options.data, options.severity)
+    severity = evaluate.default_severity(layout, options.data, options.severity)
     corruptions = data.COMMON if options.corruptions == ("common",) else options.corruptions
     domains = tuple(dict.fromkeys((data.CLEAN, *corruptions)))
     sets = [(layout, (base, streams_of(options, base, domains, severity)))]
@@ -492,7 +494,7 @@ def check_one(
     labelled = labelled_part(options, listed, sets["field"][1][0])
     if labelled is not None:
         weights = evaluate.fingerprints(field, model.params)["weights"]
-        evaluate.check_files(options.trial, options.mgtta, weights)
+        evaluate.check_mgtta_files(options.trial, options.mgtta, weights)
     with error_context(options.field):
         task = task_of(options, model, listed.class_names, "folder")
     head, scale = head_of(model, task), jnp.exp(model.params["logit_scale"])
@@ -552,7 +554,7 @@ def try_adapters(
     """Run every adapter of the trial once over the labelled images, `size` images per step."""
     source = data.Named(data.CorruptedOnTheFly(listed, model.clip.preprocessing), "field")
     streams = streams_of(options, source, ("field",))
-    setup = evaluate.Setup(options.preset, options.tnt, options.mgtta)
+    setup = evaluate.AdapterConfig(options.preset, options.tnt, options.mgtta)
     cutting = tuple(filter(evaluate.is_tnt, options.trial))
     canvas = data.canvas_for(source, streams[0].segments[0]) if cutting else None
     batches = data.Batches(source, tuple(streams), size, canvas)

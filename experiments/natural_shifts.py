@@ -60,7 +60,7 @@ class Options:
     appended to a name: tent@1e-4."""
     tnt: TNTConfig = dataclasses.field(default_factory=TNTConfig)
     """TNT's settings."""
-    mgtta: evaluate.MGTTA = dataclasses.field(default_factory=evaluate.MGTTA)
+    mgtta: evaluate.MGTTAConfig = dataclasses.field(default_factory=evaluate.MGTTAConfig)
     """MGTTA's settings. The default files are for the bundled demo model."""
     canvas: int | None = None
     """Size in pixels to which TNT's full-size images are zero-padded; larger images are shrunk
@@ -116,10 +116,10 @@ def main(options: Options) -> None:
 def check(options: Options) -> dict[str, str]:
     """Raise a ValueError for invalid options; return each dataset's folder."""
     evaluate.check_adapters(options.adapters)
-    evaluate.check_choices(
+    evaluate.require_distinct(
         adapters=options.adapters, seeds=options.seeds, templates=options.templates
     )
-    evaluate.check_limits(
+    evaluate.require_at_least(
         seeds=(min(options.seeds), 0),
         batch_size=(options.batch_size, 1),
         workers=(options.workers, 0),
@@ -127,7 +127,7 @@ def check(options: Options) -> dict[str, str]:
         canvas=(options.canvas, 1),
         save_examples=(options.save_examples, 0),
     )
-    evaluate.check_rates(learning_rate=(options.learning_rate,))
+    evaluate.require_positive(learning_rate=(options.learning_rate,))
     if options.save_examples:
         report.check_examples(options.adapters, options.tnt)
     places: dict[str, str] = {}
@@ -188,13 +188,13 @@ def run_dataset(
         name: getattr(options, name)
         for name in ("batch_size", "compute_dtype", "order", "limit", "preset")
     }
-    setup = evaluate.Setup(options.preset, options.tnt, options.mgtta)
+    setup = evaluate.AdapterConfig(options.preset, options.tnt, options.mgtta)
     rates = {
         adapter: options.learning_rate if evaluate.has_rate(adapter) else None
         for adapter in options.adapters
     }
     found = evaluate.fingerprints(source, params)
-    evaluate.check_files(options.adapters, options.mgtta, found["weights"])
+    evaluate.check_mgtta_files(options.adapters, options.mgtta, found["weights"])
     results = evaluate.Results(
         options.output / name,
         settings | {"templates": templates} | found,
@@ -216,7 +216,7 @@ def run_dataset(
     if wanted:
         examples = report.find_examples(
             *(cells, cutting[0], batches, wanted, model, params, task),
-            evaluate.tuning_of(cutting[0], options.tnt),
+            evaluate.tnt_config_of(cutting[0], options.tnt),
         )
     return cells, report.samples_of(batches), examples
 

@@ -171,8 +171,8 @@ def main(options: Options) -> None:
 
 def check(options: Options) -> None:
     """Raise a ValueError for invalid options."""
-    evaluate.check_choices(corruptions=options.corruptions)
-    evaluate.check_limits(
+    evaluate.require_distinct(corruptions=options.corruptions)
+    evaluate.require_at_least(
         images=(options.images, 2 * options.batch),
         held_out=(options.held_out, 0),
         source_images=(options.source_images, 2),
@@ -183,7 +183,7 @@ def check(options: Options) -> None:
         hidden=(options.hidden, 1),
         workers=(options.workers, 0),
     )
-    evaluate.check_rates(
+    evaluate.require_positive(
         learning_rate=(options.learning_rate,),
         inner_learning_rate=(options.inner_learning_rate,),
         test_learning_rate=(options.test_learning_rate,),
@@ -199,7 +199,7 @@ def read_images(
     options: Options, source: data.Source
 ) -> tuple[np.ndarray, list[list[data.StreamBatch]]]:
     """Training images (images, size, size, 3), and held-out batches for each corruption."""
-    severity = evaluate.severity_of(options.layout, options.data, options.severity)
+    severity = evaluate.default_severity(options.layout, options.data, options.severity)
     domains = [data.Domain(name, severity) for name in options.corruptions]
     for domain in domains:
         source.check(domain)

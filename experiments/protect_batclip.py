@@ -198,7 +198,7 @@ def domain_of(options: Options, corruption: str) -> data.Domain:
 
 def severity_of(options: Options) -> int:
     """The given severity, or the default for the data."""
-    return evaluate.severity_of(options.layout, options.data, options.severity)
+    return evaluate.default_severity(options.layout, options.data, options.severity)
 
 
 def answered(logits: Array, batch: data.StreamBatch) -> np.ndarray:
@@ -244,11 +244,11 @@ def write_results(options: Options, rows: list[Row]) -> None:
 
 def check(options: Options) -> None:
     """Raise a ValueError for invalid options."""
-    evaluate.check_choices(
+    evaluate.require_distinct(
         corruptions=options.corruptions, ranks=options.ranks, seeds=options.seeds
     )
-    evaluate.check_rates(learning_rate=(options.learning_rate,))
-    evaluate.check_limits(
+    evaluate.require_positive(learning_rate=(options.learning_rate,))
+    evaluate.require_at_least(
         seeds=(min(options.seeds), 0),
         batch_size=(options.batch_size, 1),
         protecting=(options.protecting, 1),

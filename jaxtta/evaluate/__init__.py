@@ -1,21 +1,26 @@
 """Running adapters over streams, continual learning experiments, and result files."""
 
 from jaxtta.evaluate.checkpoint import restore_step, save_step
-from jaxtta.evaluate.checks import check_choices, check_limits, check_rates, severity_of
+from jaxtta.evaluate.checks import (
+    default_severity,
+    require_at_least,
+    require_distinct,
+    require_positive,
+)
 from jaxtta.evaluate.choose import Choice, choose_learning_rate
 from jaxtta.evaluate.continual import Bench, Course, check_course, check_methods, teach
 from jaxtta.evaluate.factory import (
     ADAPTERS,
-    MGTTA,
-    Setup,
+    AdapterConfig,
+    MGTTAConfig,
     check_adapters,
-    check_files,
+    check_mgtta_files,
     has_rate,
     is_tnt,
     make_adapter,
     own_settings,
     task_for,
-    tuning_of,
+    tnt_config_of,
 )
 from jaxtta.evaluate.provenance import about, fingerprints
 from jaxtta.evaluate.record import Record, Scores, gain, outcomes, paired, score
@@ -24,25 +29,23 @@ from jaxtta.evaluate.run import peak_memory_gb, run
 
 __all__ = [
     "ADAPTERS",
-    "MGTTA",
+    "AdapterConfig",
     "Bench",
     "Cell",
     "Choice",
     "Course",
+    "MGTTAConfig",
     "Record",
     "Results",
     "Scores",
-    "Setup",
     "about",
     "agree",
     "check_adapters",
-    "check_choices",
     "check_course",
-    "check_files",
-    "check_limits",
     "check_methods",
-    "check_rates",
+    "check_mgtta_files",
     "choose_learning_rate",
+    "default_severity",
     "fingerprints",
     "gain",
     "has_rate",
@@ -52,12 +55,14 @@ __all__ = [
     "own_settings",
     "paired",
     "peak_memory_gb",
+    "require_at_least",
+    "require_distinct",
+    "require_positive",
     "restore_step",
     "run",
     "save_step",
     "score",
-    "severity_of",
     "task_for",
     "teach",
-    "tuning_of",
+    "tnt_config_of",
 ]

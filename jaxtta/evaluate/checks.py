@@ -7,21 +7,21 @@ from typing import Any
 from jaxtta import assets
 
 
-def check_choices(**choices: Sequence[Any]) -> None:
+def require_distinct(**choices: Sequence[Any]) -> None:
     """Raise a ValueError for an option with no values or with duplicates."""
     for name, given in choices.items():
         if not given or len(set(given)) < len(given):
             raise ValueError(f"{_option(name)} needs one or more distinct values, not {[*given]}")
 
 
-def check_limits(**limits: tuple[int | None, int]) -> None:
+def require_at_least(**limits: tuple[int | None, int]) -> None:
     """Raise a ValueError for an option below its minimum; None means not set."""
     for name, (value, least) in limits.items():
         if value is not None and value < least:
             raise ValueError(f"{_option(name)} is {value}, expected at least {least}")
 
 
-def check_rates(**rates: Sequence[float | None]) -> None:
+def require_positive(**rates: Sequence[float | None]) -> None:
     """Raise a ValueError for learning rates that are not positive; None means not set."""
     for name, given in rates.items():
         for rate in given:
@@ -29,7 +29,7 @@ def check_rates(**rates: Sequence[float | None]) -> None:
                 raise ValueError(f"{_option(name)} is {rate}, expected a positive number")
 
 
-def severity_of(layout: str, root: str, asked: int | None = None) -> int:
+def default_severity(layout: str, root: str, asked: int | None = None) -> int:
     """The given severity, or the default for the images.
 
     Args:

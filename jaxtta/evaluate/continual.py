@@ -24,7 +24,7 @@ from jaxtta.continual import VARIANTS, GNSPConfig, ReferenceBatch, TaskBatch, Tr
 from jaxtta.data.memory import InMemory
 from jaxtta.data.tasks import TaskData
 from jaxtta.evaluate.checkpoint import restore_step, save_step
-from jaxtta.evaluate.checks import check_limits, check_rates
+from jaxtta.evaluate.checks import require_at_least, require_positive
 from jaxtta.evaluate.provenance import about, fingerprints
 from jaxtta.evaluate.results import agree, digest_of
 from jaxtta.io import write_json
@@ -90,8 +90,8 @@ class Schedule(NamedTuple):
 
 def check_course(course: Course) -> None:
     """Validate the settings; messages use the option names."""
-    check_rates(learning_rate=(course.learning_rate,))
-    check_limits(
+    require_positive(learning_rate=(course.learning_rate,))
+    require_at_least(
         iterations=(course.iterations, 1),
         warmup=(course.warmup, 0),
         batch_size=(course.batch_size, 1),

@@ -29,7 +29,7 @@ WITH_RATE = ("tent", "batclip", "mgtta", "mgtta-sgd", "mgtta-adam")
 
 
 @dataclasses.dataclass(frozen=True)
-class MGTTA:
+class MGTTAConfig:
     """MGTTA's settings.
 
     Attributes:
@@ -51,18 +51,18 @@ class MGTTA:
 
 
 @dataclasses.dataclass(frozen=True)
-class Setup:
+class AdapterConfig:
     """Settings of all adapters.
 
     Attributes:
         preset: optimiser settings of TENT and BATCLIP, from the papers.
         tnt: TNT's settings.
-        mgtta: MGTTA's settings.
+        mgtta: MGTTAConfig's settings.
     """
 
     preset: str
     tnt: TNTConfig
-    mgtta: MGTTA
+    mgtta: MGTTAConfig
 
 
 def check_adapters(names: tuple[str, ...]) -> None:
@@ -96,7 +96,7 @@ def is_tnt(name: str) -> bool:
     return name.partition("-")[0] == "tnt"
 
 
-def tuning_of(name: str, tuning: TNTConfig) -> TNTConfig:
+def tnt_config_of(name: str, tuning: TNTConfig) -> TNTConfig:
     """TNT's settings, with the number of steps from the name if it has one."""
     steps = name.partition("-")[2]
     return dataclasses.replace(tuning, steps=int(steps)) if steps else tuning
@@ -152,7 +152,7 @@ def _synonyms(name: str) -> set[str]:
 
 
 def make_adapter(
-    name: str, model: Classifier, task: Task | None, setup: Setup, rate: float | None = None
+    name: str, model: Classifier, task: Task | None, setup: AdapterConfig, rate: float | None = None
 ) -> Adapter:
     """Make an adapter.
 
@@ -175,7 +175,7 @@ def make_adapter(
     if name == "zero_shot":
         return adapters.zero_shot(model, task)
     if is_tnt(name):
-        return adapters.tnt(model, task, config=tuning_of(name, setup.tnt))
+        return adapters.tnt(model, task, config=tnt_config_of(name, setup.tnt))
     if name.startswith("mgtta"):
         settings = setup.mgtta
         optimizer = {
@@ -207,12 +207,12 @@ def make_adapter(
     return adapters.batclip(model, task, optimizer=adamw)
 
 
-def check_files(names: tuple[str, ...], mgtta: MGTTA, weights: str) -> None:
+def check_mgtta_files(names: tuple[str, ...], mgtta: MGTTAConfig, weights: str) -> None:
     """Check that MGTTA's files were made with this model; only warn about the generator.
 
     Args:
         names: the adapters' names.
-        mgtta: MGTTA's settings.
+        mgtta: MGTTAConfig's settings.
         weights: fingerprint of the model's weights, from `fingerprints`.
 
     Raises:
@@ -232,11 +232,11 @@ def check_files(names: tuple[str, ...], mgtta: MGTTA, weights: str) -> None:
 
 
 def own_settings(
-    name: str, setup: Setup, rate: float | None = None, canvas: int | None = None
+    name: str, setup: AdapterConfig, rate: float | None = None, canvas: int | None = None
 ) -> dict[str, Any]:
     """The settings that affect only this adapter's results, for its cells."""
     if is_tnt(name):
-        settings = dataclasses.asdict(tuning_of(name, setup.tnt)) | {"canvas": canvas}
+        settings = dataclasses.asdict(tnt_config_of(name, setup.tnt)) | {"canvas": canvas}
         return {
             "tnt": {
                 k: v for k, v in settings.items() if k not in ("views_per_chunk", "images_per_map")
