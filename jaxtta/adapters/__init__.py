@@ -5,17 +5,9 @@ from jaxtta.adapters.batclip import BATCLIP_PRESETS, adam_with_l2, batclip, batc
 from jaxtta.adapters.mgtta import MGTTAContext, mgtta, mgtta_objective
 from jaxtta.adapters.online import online
 from jaxtta.adapters.tent import TENT_PRESETS, tent, tent_objective
-from jaxtta.adapters.tnt import (
-    TNT_PRESETS,
-    TNTConfig,
-    TNTOutput,
-    TNTState,
-    load_noise,
-    optimize_noise,
-    save_noise,
-    tnt,
-    tnt_image,
-)
+from jaxtta.adapters.tnt.adapter import TNTState, tnt, tnt_image
+from jaxtta.adapters.tnt.config import TNT_PRESETS, TNTConfig, load_noise, save_noise
+from jaxtta.adapters.tnt.optimize import TNTOutput, optimize_noise
 from jaxtta.adapters.zero_shot import zero_shot
 
 __all__ = [

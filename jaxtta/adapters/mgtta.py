@@ -27,10 +27,9 @@ from jaxtta.losses import entropy, masked_mean
 from jaxtta.models import Batch, Classifier, FeatureStatistics, Task, context_of
 from jaxtta.tree import Trainable, normalisation_parameters
 
-SCALE = 64
+SCALE = 64  # also the paper's batch size
 """What the reference implementation divides the weight by, whatever the batch size."""
 PAPER_LEARNING_RATE = 1e-3
-PAPER_BATCH_SIZE = 64
 
 
 class MGTTAContext(NamedTuple):
