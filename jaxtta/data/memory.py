@@ -7,9 +7,9 @@ import numpy as np
 from PIL import Image
 
 from jaxtta.data.corruptions import CLEAN
-from jaxtta.data.folders import UnreadableImageError
 from jaxtta.data.sources import Domain, Source, Wrapped
 from jaxtta.data.streams import StreamBatch
+from jaxtta.images import UnreadableImageError
 
 
 class Arrays(NamedTuple):
