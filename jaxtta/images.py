@@ -90,11 +90,11 @@ def to_rgb(image: Image.Image, raw: bool = False) -> Image.Image:
     """
     if image.mode == "F" or image.mode.startswith("I"):
         return Image.fromarray(_eight_bits(image)).convert("RGB")
-    if not raw and image.has_transparency_data:
-        layer = image.convert("RGBA")
-        if layer.getextrema()[3][0] < 255:
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        if not raw and image.getextrema()[3][0] < 255:
             white = Image.new("RGBA", image.size, "white")
-            return Image.alpha_composite(white, layer).convert("RGB")
+            image = Image.alpha_composite(white, image)
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
