@@ -253,7 +253,7 @@ def captioned_folder(root: str | Path) -> ImageFolder:
             raise ValueError(f"{table}: has no columns file and caption")
         for row in rows:
             name, caption = row["file"] or "", nfc(row["caption"] or "").strip()
-            if not name and not caption:
+            if not name.strip() and not caption:
                 continue  # spreadsheets leave such lines at the end
             file = _existing(root, name)
             if file is None:
