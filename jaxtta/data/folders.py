@@ -271,6 +271,7 @@ def captioned_folder(root: str | Path) -> ImageFolder:
     names, labels = np.unique(captions, return_inverse=True)
     if len(names) < 2:
         raise ValueError(f"{table}: has one caption for all images, expected at least two")
+    warn_of_same_names(names.tolist(), table)
     return ImageFolder(root, tuple(files), labels.astype(np.int32), tuple(names.tolist()))
 
 

@@ -53,10 +53,13 @@ def read_class_names(path: str | Path, folders: Sequence[str]) -> tuple[str, ...
     Raises:
         ValueError: if the file cannot be read or has no name for a folder.
     """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: cannot be read as class names (no such file)")
+    text = read_text(path)
     try:
-        text = read_text(path)
-        names = json.loads(text) if Path(path).suffix.lower() == ".json" else text.split("\n")
-    except (OSError, ValueError) as error:
+        names = json.loads(text) if path.suffix.lower() == ".json" else text.split("\n")
+    except ValueError as error:
         raise ValueError(f"{path}: cannot be read as class names ({error})") from error
     if isinstance(names, dict):
         if not folders:
