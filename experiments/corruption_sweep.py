@@ -21,7 +21,7 @@ Rerunning the command computes only missing results. Other images and models:
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -33,6 +33,7 @@ from jaxtta.data import COMMON
 
 LEFT_OUT = (
     *("output", "worker", "workers", "checkpoint_every", "save_predictions", "debug"),
+    "trust_data",
     *("adapters", "seeds"),  # select the cells, do not change their content
     *("learning_rate", "choose_learning_rate", "choose_for", "validation"),  # per adapter
     *("tnt", "mgtta", "canvas"),
@@ -120,6 +121,9 @@ class Options:
     """Batches between two checkpoints within a stream; interrupted runs resume there."""
     save_predictions: bool = False
     """Save an .npz with per-image predictions for every stream."""
+    trust_data: bool = False
+    """Take earlier results in the folder without checking that the stored images have not changed
+    (by their bytes; from 512 MB on by sizes and times, which a copy may change)."""
     debug: bool = False
     """Show tracebacks."""
 
@@ -142,8 +146,12 @@ def main(options: Options) -> None:
     task = evaluate.task_for(model, source.class_names, templates)
 
     setup = setup_of(options)
-    running = {"workers": options.workers, "checkpoint_every": options.checkpoint_every}
-    found = evaluate.fingerprints(source, params)
+    running = {
+        "workers": options.workers,
+        "checkpoint_every": options.checkpoint_every,
+        "trust_data": options.trust_data,
+    }
+    found = evaluate.fingerprints(source, params, model, task)
     evaluate.check_mgtta_files(options.adapters, options.mgtta, found["weights"])
     settings = describe(options, severities, templates) | found
     about = evaluate.about(data=options.data, model=options.model)
@@ -295,7 +303,7 @@ def choose(
     params: jaxtta.models.Params,
     task: jaxtta.models.Task | None,
     settings: dict,
-    **running: int | None,
+    **running: Any,
 ) -> evaluate.Choice:
     """Select an adapter's learning rate on the validation corruptions and print it."""
     source = open_source(options, options.validation or options.data, model)
@@ -311,7 +319,9 @@ def choose(
         data.Batches(source, tuple(streams), options.batch_size),
         evaluate.Results(
             options.output / "validation",
-            settings | evaluate.fingerprints(source, params) | {"setting": "reset_each_shift"},
+            settings
+            | evaluate.fingerprints(source, params, model, task)
+            | {"setting": "reset_each_shift"},
             evaluate.about(data=options.data, model=options.model),
         ),
         **running,

@@ -36,6 +36,7 @@ from jaxtta.data.sources import (
     Images,
     Named,
     Source,
+    contents_of,
     corrupted_arrays,
     corrupted_folders,
 )
@@ -80,6 +81,7 @@ __all__ = [
     "canvas_for",
     "captioned_folder",
     "cifar100_classes",
+    "contents_of",
     "corrupt",
     "corrupted_arrays",
     "corrupted_folders",

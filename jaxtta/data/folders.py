@@ -9,6 +9,8 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from PIL import Image
 
+from jaxtta.data.content import digest_files
+
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
 
 
@@ -45,6 +47,10 @@ class ImageFolder(NamedTuple):
     def name(self, number: int) -> str:
         """The image's path."""
         return str(self.files[number])
+
+    def content(self) -> str:
+        """A digest of the files."""
+        return digest_files(self.files)
 
 
 def class_folders(root: str | Path) -> list[Path]:

@@ -1,14 +1,16 @@
 """Subsets of a source, and images kept in memory."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
+from jaxtta.data.content import digest_array
 from jaxtta.data.corruptions import CLEAN
 from jaxtta.data.folders import UnreadableImageError
-from jaxtta.data.sources import Domain, Source, Wrapped
+from jaxtta.data.sources import Domain, Source, Wrapped, contents_of
 from jaxtta.data.streams import StreamBatch
 
 
@@ -34,6 +36,10 @@ class Arrays(NamedTuple):
     def name(self, number: int) -> str:
         """An image's name for messages."""
         return f"{self.what} {number}"
+
+    def content(self) -> str:
+        """A digest of the images."""
+        return digest_array(self.images)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +116,10 @@ class InMemory:
     def name(self, domain: Domain, number: int) -> str:
         """The source's name for an image."""
         return self.source.name(domain, number)
+
+    def contents(self, domains: Sequence[Domain]) -> dict[Domain, str | None]:
+        """The source's digests of the images."""
+        return contents_of(self.source, domains)
 
 
 def shape_of(source: Source) -> tuple[int, int, int, int]:
