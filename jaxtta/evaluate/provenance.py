@@ -68,8 +68,8 @@ def model_settings(model: Any) -> Any:
     """
     if dataclasses.is_dataclass(model) and not isinstance(model, type):
         fields = {field.name: getattr(model, field.name) for field in dataclasses.fields(model)}
-    elif hasattr(model, "_asdict"):
-        fields = model._asdict()
+    elif isinstance(model, tuple) and hasattr(model, "_fields"):
+        fields = dict(zip(model._fields, model, strict=True))
     elif isinstance(model, list | tuple):
         return [model_settings(value) for value in model]
     elif model is None or isinstance(model, str | int | float):
