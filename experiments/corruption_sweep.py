@@ -9,7 +9,11 @@ Rerunning the command computes only missing results. Other images and models:
     # your own images in folders by class, corrupted on the fly
     python experiments/corruption_sweep.py --data FOLDER --model openai/clip-vit-base-patch16 \
         --preset imagenet-c --output runs/own
-    # ImageNet-C, one stream through all corruptions, three seeds
+    # ImageNet-C's 5,000 images of published tables (docs/published.md has their protocols)
+    python experiments/corruption_sweep.py --layout imagenet-c --data IMAGENET-C \
+        --image-list imagenet-c-5000 --model openai/clip-vit-base-patch16 --preset imagenet-c \
+        --batch-size 64 --output runs/imagenet-c-5000
+    # all of its images, one stream through all corruptions, three seeds
     python experiments/corruption_sweep.py --layout imagenet-c --data IMAGENET-C \
         --model openai/clip-vit-base-patch16 --preset imagenet-c --batch-size 64 \
         --setting continual --seeds 1 2 3 --checkpoint-every 50 --output runs/imagenet-c
@@ -38,7 +42,7 @@ LEFT_OUT = (
     *("learning_rate", "choose_learning_rate", "choose_for", "validation"),  # per adapter
     *("tnt", "mgtta", "canvas"),
     "save_examples",
-    *("data", "model", "class_names"),  # paths; fingerprints of the content are compared
+    *("data", "model", "class_names", "image_list"),  # fingerprints of the content are compared
 )
 """Options that may differ between runs in the same folder."""
 CORRUPTED = ("folder", "imagenet", "tfds", "imagenet-c", "cifar-c", "arrays")
@@ -83,6 +87,9 @@ class Options:
     """Concentration of the Dirichlet order; smaller values are closer to sorted by class."""
     seeds: tuple[int, ...] = (1,)
     """Seeds of the order, of corruptions made on the fly and of TNT's views; one run per seed."""
+    image_list: str | None = None
+    """Use these images only, of a text file with one CLASS_FOLDER/FILE a line; "imagenet-c-5000" =
+    RobustBench's 5,000 images a corruption, which many published ImageNet-C tables read."""
     limit: int | None = None
     """Use at most this many images, sampled with the seed."""
     templates: tuple[str, ...] = ()
@@ -262,7 +269,8 @@ def open_source(options: Options, root: str, model: jaxtta.Classifier) -> data.S
     if len(names) == 1 and options.layout == "folder":  # a file of them, maybe by folder
         folders = data.image_folder(root).class_names
     names = data.given_class_names(names, folders)
-    return data.open_source(options.layout, root, model.preprocessing, names)
+    source = data.open_source(options.layout, root, model.preprocessing, names)
+    return data.listed_part(source, options.image_list) if options.image_list else source
 
 
 def choose_severities(options: Options) -> tuple[int, ...]:

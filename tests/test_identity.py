@@ -195,3 +195,21 @@ def test_other_tokens_are_another_run(tiny):
         for ids in (tokens, tokens + 1)
     )
     assert {name for name in one if one[name] != two[name]} == {"tokens"}
+
+
+def test_a_list_of_images_chooses_them_in_its_order(tmp_path):
+    source = imagenet_c(tmp_path / "data")
+    listed = tmp_path / "list.txt"
+    listed.write_text("\n".join(reversed(source.files)))
+    part = data.listed_part(source, listed)
+    assert part.labels.tolist() == [1, 0]
+    assert part.class_names == NAMES
+    fog = data.Domain("fog", 5)
+    np.testing.assert_array_equal(part.read(fog, 0, 0), source.read(fog, 1, 0))
+    found = [evaluate.fingerprints(x, {})["images"] for x in (source, part)]
+    assert found[0] != found[1]
+    listed.write_text("cat/nothing.jpg\n")
+    with pytest.raises(ValueError, match=r"list.txt: lists 1 images, .* lack 1, such as cat/nothi"):
+        data.listed_part(source, listed)
+    with pytest.raises(ValueError, match="lists 5000 images"):
+        data.listed_part(source, "imagenet-c-5000")

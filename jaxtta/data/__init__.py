@@ -28,6 +28,7 @@ from jaxtta.data.layouts import (
     objectnet,
     open_source,
 )
+from jaxtta.data.memory import listed_part
 from jaxtta.data.sources import (
     CorruptedArrays,
     CorruptedFolders,
@@ -92,6 +93,7 @@ __all__ = [
     "imagenet_classes",
     "imagenet_templates",
     "imagenet_v2",
+    "listed_part",
     "listed_split",
     "make_streams",
     "objectnet",

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -12,6 +13,9 @@ from jaxtta.data.corruptions import CLEAN
 from jaxtta.data.folders import UnreadableImageError
 from jaxtta.data.sources import Domain, Source, Wrapped, contents_of
 from jaxtta.data.streams import StreamBatch
+
+IMAGENET_C_5000 = "imagenet-c-5000"
+_TABLES = Path(__file__).parent / "tables"
 
 
 class Arrays(NamedTuple):
@@ -59,6 +63,38 @@ class Part(Wrapped):
 
     def _number(self, number: int) -> int:
         return int(self.numbers[number])
+
+
+def listed_part(source: Source, listed: str | Path) -> Part:
+    """The images of a source that a file lists, in the file's order.
+
+    Args:
+        source: one of images in folders.
+        listed: a text file with a path a line, of which `<class folder>/<file>` counts; or
+            "imagenet-c-5000", RobustBench's 5,000 images of ImageNet-C, which many published tables
+            read.
+
+    Returns:
+        The subset, with all of the source's classes.
+
+    Raises:
+        ValueError: if the source has no files, or lacks one of the list.
+    """
+    files = getattr(source, "files", None) or getattr(getattr(source, "images", None), "files", ())
+    numbers = {Path(file).parts[-2:]: number for number, file in enumerate(files)}
+    path = _TABLES / f"{listed}.txt" if str(listed) == IMAGENET_C_5000 else Path(listed)
+    try:
+        wanted = [Path(line).parts[-2:] for line in path.read_text("utf-8-sig").split("\n") if line]
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read as a list of images ({error})") from error
+    missing = [name for name in wanted if name not in numbers]
+    if missing or not wanted:
+        first = f", such as {'/'.join(missing[0])}" if missing else ""
+        raise ValueError(
+            f"{path}: lists {len(wanted)} images, of which the {len(files)} files here lack "
+            f"{len(missing)}{first}"
+        )
+    return Part(source, np.asarray([numbers[name] for name in wanted]))
 
 
 class InMemory:

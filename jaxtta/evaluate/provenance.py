@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtta.data import Source
+from jaxtta.data.memory import Part
 from jaxtta.models import Params, Task
 
 PACKAGES = ("jaxtta", "jax", "jaxlib", "flax", "optax", "transformers", "numpy", "pillow")
@@ -41,8 +42,11 @@ def fingerprints(
     weights = hashlib.blake2b(digest_size=8)
     for leaf in jax.tree.leaves(params):
         weights.update(np.asarray(leaf).tobytes())
+    labels = f"{len(source.labels)}, labels {_digest(source.labels)}"
+    if isinstance(source, Part):
+        labels += f", numbers {_digest(np.asarray(source.numbers, np.int64))}"
     found: dict[str, Any] = {
-        "images": f"{len(source.labels)}, labels {_digest(source.labels)}",
+        "images": labels,
         "class_names": source.class_names,
         "weights": weights.hexdigest(),
     }
@@ -68,8 +72,8 @@ def model_settings(model: Any) -> Any:
     """
     if dataclasses.is_dataclass(model) and not isinstance(model, type):
         fields = {field.name: getattr(model, field.name) for field in dataclasses.fields(model)}
-    elif isinstance(model, tuple) and hasattr(model, "_fields"):
-        fields = dict(zip(model._fields, model, strict=True))
+    elif names := getattr(model, "_fields", None):  # a named tuple
+        fields = {name: getattr(model, name) for name in names}
     elif isinstance(model, list | tuple):
         return [model_settings(value) for value in model]
     elif model is None or isinstance(model, str | int | float):
