@@ -11,7 +11,7 @@ Rerunning the command computes only missing results. Other images and models:
         --preset imagenet-c --output runs/own
     # ImageNet-C's 5,000 images of published tables (docs/published.md has their protocols)
     python experiments/corruption_sweep.py --layout imagenet-c --data IMAGENET-C \
-        --image-list imagenet-c-5000 --model openai/clip-vit-base-patch16 --preset imagenet-c \
+        --ids imagenet-c-5000 --model openai/clip-vit-base-patch16 --preset imagenet-c \
         --batch-size 64 --output runs/imagenet-c-5000
     # all of its images, one stream through all corruptions, three seeds
     python experiments/corruption_sweep.py --layout imagenet-c --data IMAGENET-C \
@@ -42,7 +42,7 @@ LEFT_OUT = (
     *("learning_rate", "choose_learning_rate", "choose_for", "validation"),  # per adapter
     *("tnt", "mgtta", "canvas"),
     "save_examples",
-    *("data", "model", "class_names", "image_list"),  # fingerprints of the content are compared
+    *("data", "model", "class_names", "ids"),  # fingerprints of the content are compared
 )
 """Options that may differ between runs in the same folder."""
 CORRUPTED = ("folder", "imagenet", "tfds", "imagenet-c", "cifar-c", "arrays")
@@ -87,7 +87,7 @@ class Options:
     """Concentration of the Dirichlet order; smaller values are closer to sorted by class."""
     seeds: tuple[int, ...] = (1,)
     """Seeds of the order, of corruptions made on the fly and of TNT's views; one run per seed."""
-    image_list: str | None = None
+    ids: str | None = None
     """Use these images only, of a text file with one CLASS_FOLDER/FILE a line; "imagenet-c-5000" =
     RobustBench's 5,000 images a corruption, which many published ImageNet-C tables read."""
     limit: int | None = None
@@ -270,7 +270,7 @@ def open_source(options: Options, root: str, model: jaxtta.Classifier) -> data.S
         folders = data.image_folder(root).class_names
     names = data.given_class_names(names, folders)
     source = data.open_source(options.layout, root, model.preprocessing, names)
-    return data.listed_part(source, options.image_list) if options.image_list else source
+    return data.listed_part(source, options.ids) if options.ids else source
 
 
 def choose_severities(options: Options) -> tuple[int, ...]:
