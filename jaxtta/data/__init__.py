@@ -12,12 +12,8 @@ from jaxtta.data.class_names import (
 from jaxtta.data.corruptions import CLEAN, COMMON, VALIDATION, corrupt
 from jaxtta.data.folders import (
     ImageFolder,
-    UnreadableImageError,
     captioned_folder,
-    given_class_names,
     image_folder,
-    open_image,
-    read_class_names,
 )
 from jaxtta.data.layouts import (
     LAYOUTS,
@@ -54,7 +50,9 @@ from jaxtta.data.streams import (
     read_ahead,
     stream_of,
 )
+from jaxtta.data.text import given_class_names, read_class_names
 from jaxtta.data.tfds import TfdsImages, tfds_images
+from jaxtta.images import UnreadableImageError, open_image
 
 __all__ = [
     "CIFAR10_CLASSES",

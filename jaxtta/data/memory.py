@@ -10,9 +10,9 @@ from PIL import Image
 
 from jaxtta.data.content import digest_array
 from jaxtta.data.corruptions import CLEAN
-from jaxtta.data.folders import UnreadableImageError
 from jaxtta.data.sources import Domain, Source, Wrapped, contents_of
 from jaxtta.data.streams import StreamBatch
+from jaxtta.images import UnreadableImageError
 
 IMAGENET_C_5000 = "imagenet-c-5000"
 _TABLES = Path(__file__).parent / "tables"

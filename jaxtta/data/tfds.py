@@ -20,7 +20,7 @@ from PIL import Image
 
 from jaxtta.data.class_names import imagenet_classes
 from jaxtta.data.content import digest_files
-from jaxtta.data.folders import UnreadableImageError, open_image
+from jaxtta.images import UnreadableImageError, open_image
 
 
 class TfdsImages(NamedTuple):
@@ -43,14 +43,14 @@ class TfdsImages(NamedTuple):
     class_names: tuple[str, ...]
 
     def open(self, number: int) -> Image.Image:
-        """Open one image, or raise an UnreadableImageError."""
+        """Open one image as it is stored, or raise an UnreadableImageError."""
         # Open records do not survive a fork, so each process opens its own.
         records = _records(os.getpid(), self.dataset, self.split, self.data_dir, self.image_key)
         try:
             content = records[number][self.image_key]
         except RuntimeError as error:  # a damaged block of records
             raise UnreadableImageError(f"{self.name(number)}: cannot be read ({error})") from error
-        return open_image(io.BytesIO(content), self.name(number))
+        return open_image(io.BytesIO(content), self.name(number), raw=True)
 
     def name(self, number: int) -> str:
         """The image's index in the split."""
