@@ -17,8 +17,14 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
 
 from jaxtta.models.classifier import Params
-from jaxtta.models.task import TOKENIZER_FILES
 
+TOKENIZER_FILES = (
+    "tokenizer_config.json",
+    "tokenizer.json",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+)
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "flax_model.msgpack")
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors",)
