@@ -1,5 +1,6 @@
 """Loading checkpoints: CLIP of transformers or OpenCLIP, or a supervised ViT."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,10 @@ from jaxtta.models.checkpoints.files import (
 )
 from jaxtta.models.classifier import Params
 from jaxtta.models.clip import CLIP
+from jaxtta.models.preprocess import describe_preprocessing
 from jaxtta.models.supervised import ImageClassifier
+
+log = logging.getLogger(__name__)
 
 
 def load_clip(
@@ -55,7 +59,8 @@ def load(
         path_or_hub_id: a folder with `config.json` and `model.safetensors` (single or sharded) or
             `flax_model.msgpack`, or with `open_clip_config.json` and
             `open_clip_model.safetensors`; or the id of such a model on the hub. Where both are
-            there with weights, transformers' is read.
+            there with weights, transformers' is read. `jaxtta convert` makes such a folder of
+            pickled weights (`.pt`, `.bin`).
         dtype: of the parameters.
         compute_dtype: of the matrix products, `jnp.bfloat16` say; None for that of the parameters.
             LayerNorm, softmax, losses and adapted parameters stay in float32.
@@ -68,17 +73,21 @@ def load(
 
     Raises:
         FileNotFoundError: if there is no such folder or hub model, or a file is missing.
-        ValueError: if the configuration is neither CLIP's nor ViT's, only pickled weights
-            are there, or a parameter is missing or has another shape (they are named).
+        ValueError: if the configuration is neither CLIP's nor ViT's, only pickled weights or a
+            LoRA adapter are there, a file is a git-LFS pointer, a parameter is missing, has
+            another shape or is not finite (they are named), or the preprocessing cannot be read.
     """
     folder = find_folder(path_or_hub_id, revision)
     if compute_dtype is None and jnp.finfo(dtype).bits < 32:
         compute_dtype = dtype  # adapted parameters are float32 and must not decide it
     readable = any((folder / name).exists() for name in WEIGHTS)
+    reader = transformers
     if (folder / OPEN_CLIP_CONFIG).exists() and not (
         readable and is_transformers(folder / "config.json")
     ):
-        return open_clip.load_folder(folder, dtype, compute_dtype, remat)
-    if model_type(folder / "config.json") == "vit":
-        return vit.load_folder(folder, dtype, compute_dtype, remat)
-    return transformers.load_folder(folder, dtype, compute_dtype, remat)
+        reader = open_clip
+    elif model_type(folder / "config.json") == "vit":
+        reader = vit
+    model, params = reader.load_folder(folder, dtype, compute_dtype, remat)
+    log.info("%s", describe_preprocessing(model))
+    return model, params
