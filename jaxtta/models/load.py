@@ -1,11 +1,11 @@
-"""Loading checkpoints: CLIP of transformers or OpenCLIP, or a supervised ViT."""
+"""Loading checkpoints: CLIP and SigLIP of transformers or OpenCLIP, or a supervised ViT."""
 
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 
-from jaxtta.models.checkpoints import open_clip, transformers, vit
+from jaxtta.models.checkpoints import open_clip, siglip, transformers, vit
 from jaxtta.models.checkpoints.files import (
     OPEN_CLIP_CONFIG,
     WEIGHTS,
@@ -49,7 +49,7 @@ def load(
     remat: bool = False,
     revision: str | None = None,
 ) -> tuple[CLIP | ImageClassifier, Params]:
-    """Load a checkpoint: CLIP of transformers or OpenCLIP, or a supervised ViT of transformers.
+    """Load a checkpoint: CLIP or SigLIP of transformers or OpenCLIP, or a supervised ViT.
 
     Args:
         path_or_hub_id: a folder with `config.json` and `model.safetensors` (single or sharded) or
@@ -64,12 +64,13 @@ def load(
 
     Returns:
         The model and its parameter tree (`vision_model`, `text_model`, `visual_projection`,
-        `text_projection`, `logit_scale`; of a supervised ViT `vision_model`, `classifier`).
+        `text_projection`, `logit_scale`; of SigLIP `logit_bias` and no `visual_projection`; of a
+        supervised ViT `vision_model`, `classifier`).
 
     Raises:
         FileNotFoundError: if there is no such folder or hub model, or a file is missing.
-        ValueError: if the configuration is neither CLIP's nor ViT's, only pickled weights
-            are there, or a parameter is missing or has another shape (they are named).
+        ValueError: if the configuration is none of CLIP's, SigLIP's and ViT's, only pickled
+            weights are there, or a parameter is missing or has another shape (they are named).
     """
     folder = find_folder(path_or_hub_id, revision)
     if compute_dtype is None and jnp.finfo(dtype).bits < 32:
@@ -79,6 +80,11 @@ def load(
         readable and is_transformers(folder / "config.json")
     ):
         return open_clip.load_folder(folder, dtype, compute_dtype, remat)
-    if model_type(folder / "config.json") == "vit":
-        return vit.load_folder(folder, dtype, compute_dtype, remat)
-    return transformers.load_folder(folder, dtype, compute_dtype, remat)
+    kind = model_type(folder / "config.json")
+    if kind == "siglip2":
+        raise ValueError(
+            f"{folder / 'config.json'}: model_type is 'siglip2', SigLIP 2 with images of any shape "
+            "(NaFlex), which is not supported; its checkpoints for one size are ('siglip')"
+        )
+    reader = {"vit": vit, "siglip": siglip}.get(kind or "clip", transformers)
+    return reader.load_folder(folder, dtype, compute_dtype, remat)

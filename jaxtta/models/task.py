@@ -1,8 +1,9 @@
 """Zero-shot tasks: class names and prompt templates to token ids."""
 
-from collections.abc import Sequence
+import string
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -12,7 +13,24 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
     "special_tokens_map.json",
+    "spiece.model",
+    "tokenizer.model",
 )
+VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model")
+
+
+def canonicalize(text: str) -> str:
+    """Leave out ASCII punctuation and capitals, as SigLIP was trained; underscores are spaces."""
+    text = text.replace("_", " ").translate(str.maketrans("", "", string.punctuation))
+    return " ".join(text.lower().split())
+
+
+CLEANERS: dict[str | None, Callable[[str], str]] = {
+    None: lambda text: text,
+    "lower": str.lower,
+    "canonicalize": canonicalize,
+}
+"""What is done to prompts before they are tokenised."""
 
 
 class Tokenized(Protocol):
@@ -21,6 +39,8 @@ class Tokenized(Protocol):
     Attributes:
         source: folder of the tokenizer, or None.
         max_length: tokens a prompt may have.
+        padded_prompts: whether its prompts are all filled up to `max_length`, as SigLIP's are.
+        clean: a key of `CLEANERS`.
     """
 
     @property
@@ -28,6 +48,12 @@ class Tokenized(Protocol):
 
     @property
     def max_length(self) -> int: ...  # noqa: D102
+
+    @property
+    def padded_prompts(self) -> bool: ...  # noqa: D102
+
+    @property
+    def clean(self) -> str | None: ...  # noqa: D102
 
 
 class Task(NamedTuple):
@@ -109,7 +135,8 @@ def zero_shot_task(
             raise ValueError(f"template {template!r} needs one {{}} for the class name")
     # replace, not format: a template or a name may hold other braces
     prompts = [template.replace("{}", name) for name in names for template in templates]
-    rows = _tokenizer(model)(prompts, verbose=False)["input_ids"]
+    tokenizer, clean = _tokenizer(model), CLEANERS[model.clean]
+    rows = tokenizer([clean(prompt) for prompt in prompts], verbose=False)["input_ids"]
     lengths = [len(row) for row in rows]
     longest = max(lengths)
     if longest > model.max_length:
@@ -117,9 +144,12 @@ def zero_shot_task(
             f"a prompt has {longest} tokens, the model takes at most {model.max_length}: "
             f"{prompts[lengths.index(longest)]!r}"
         )
-    # Filled up with its own end of text, whatever pads a prompt's tokenizer.
-    ids = [row + row[-1:] * (longest - len(row)) for row in rows]
-    return task_from_token_ids(np.reshape(ids, (len(names), len(templates), longest)), names)
+    if model.padded_prompts:  # with what, and on which side, is a part of the prompt
+        padding: dict[str, Any] = {"padding": "max_length", "max_length": model.max_length}
+        ids = tokenizer.pad({"input_ids": rows}, **padding)["input_ids"]
+    else:  # with its own end of text, whatever pads a prompt's tokenizer
+        ids = [row + row[-1:] * (longest - len(row)) for row in rows]
+    return task_from_token_ids(np.reshape(ids, (len(names), len(templates), -1)), names)
 
 
 def _tokenizer(model: Tokenized):  # noqa: ANN202 (a transformers class that differs by version)
@@ -127,10 +157,11 @@ def _tokenizer(model: Tokenized):  # noqa: ANN202 (a transformers class that dif
     from transformers import AutoTokenizer
 
     folder = Path(model.source) if model.source else None
-    if folder is None or not any((folder / name).exists() for name in TOKENIZER_FILES[1:3]):
+    if folder is None or not any((folder / name).exists() for name in VOCABULARIES):
         raise FileNotFoundError(
-            f"{folder or 'this model'}: has no tokenizer (tokenizer.json, or vocab.json and "
-            "merges.txt), which class names need; task_from_token_ids takes ready token ids"
+            f"{folder or 'this model'}: has no tokenizer (tokenizer.json, vocab.json and "
+            "merges.txt, or spiece.model), which class names need; task_from_token_ids takes ready "
+            "token ids"
         )
     try:
         return AutoTokenizer.from_pretrained(folder)

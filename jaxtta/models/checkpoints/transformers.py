@@ -83,7 +83,7 @@ def from_config(config: "CLIPConfig", *, compute_dtype: Any = None, remat: bool 
     return CLIP(
         vision_tower(vision, "vision_config", *options),
         TextTransformer(
-            _architecture(text, "text_config", *options),
+            architecture(text, "text_config", *options),
             text.vocab_size,
             text.max_position_embeddings,
         ),
@@ -115,11 +115,12 @@ def vision_tower(
         raise ValueError(
             f"an image size of {config.image_size} is smaller than a patch of {config.patch_size}"
         )
-    arch = _architecture(config, name, compute_dtype, remat)
+    arch = architecture(config, name, compute_dtype, remat)
     return VisionTransformer(arch, config.image_size, config.patch_size, pre_norm)
 
 
-def _architecture(tower: Any, name: str, compute_dtype: Any, remat: bool) -> Architecture:
+def architecture(tower: Any, name: str, compute_dtype: Any, remat: bool = False) -> Architecture:
+    """Read what a tower's blocks look like; arguments and errors are `vision_tower`'s."""
     if tower.hidden_act not in ACTIVATIONS:
         raise ValueError(
             f"{name}.hidden_act is {tower.hidden_act!r}, known are {', '.join(ACTIVATIONS)}"

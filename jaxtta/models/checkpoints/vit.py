@@ -13,13 +13,11 @@ from PIL import Image
 from jaxtta.models.checkpoints.files import WEIGHTS, match_parameters, read_config, read_weights
 from jaxtta.models.checkpoints.transformers import vision_tower
 from jaxtta.models.classifier import Params
-from jaxtta.models.preprocess import Preprocessing, read_preprocessing
+from jaxtta.models.preprocess import HALF_MEAN, Preprocessing, read_preprocessing
 from jaxtta.models.supervised import ImageClassifier
 
 if TYPE_CHECKING:
     from transformers import ViTConfig
-
-HALF_MEAN = (0.5, 0.5, 0.5)  # these checkpoints' mean and std, unless they say otherwise
 
 
 def load_folder(
