@@ -1,4 +1,7 @@
-"""SigLIP beside transformers' and open_clip's, on tiny random weights that they save."""
+"""SigLIP beside transformers' and open_clip's, on tiny random weights that they save.
+
+`python tests/test_parity_siglip.py` wrote what `tests/test_siglip.py` compares with.
+"""
 
 import functools
 import json
@@ -7,7 +10,7 @@ import warnings
 import jax
 import numpy as np
 import pytest
-from conftest import relative
+from conftest import GOLDEN, golden, relative
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import save_file
 
@@ -65,19 +68,31 @@ def siglip_of_transformers(**changes):
     return perturb(SiglipModel(config))
 
 
-@pytest.mark.parametrize("changes", [{}, {"hidden_act": "gelu", "layer_norm_eps": 1e-3}])
-def test_embeddings_and_logits_equal_transformers(tmp_path, changes):
+def outputs_of_transformers(theirs, images, ids):
+    """Image embeddings, text embeddings and logits for images in [0, 1]."""
     import torch
 
+    pixels, ids = torch.tensor(((images - 0.5) / 0.5).transpose(0, 3, 1, 2)), torch.tensor(ids)
+    with torch.no_grad():
+        image = theirs.vision_model(pixels).pooler_output
+        text = theirs.text_model(ids).pooler_output
+        return image.numpy(), text.numpy(), theirs(ids, pixels).logits_per_image.numpy()
+
+
+@pytest.mark.parametrize("changes", [{}, {"hidden_act": "gelu", "layer_norm_eps": 1e-3}])
+def test_embeddings_and_logits_equal_transformers(tmp_path, changes):
     theirs = siglip_of_transformers(**changes)
     theirs.save_pretrained(tmp_path)
-    images, ids = inputs()
-    pixels = torch.tensor(((images - 0.5) / 0.5).transpose(0, 3, 1, 2))
-    with torch.no_grad():
-        out = theirs(torch.tensor(ids), pixels)
-        text = theirs.text_model(torch.tensor(ids)).pooler_output
-        image = theirs.vision_model(pixels).pooler_output
-    check(tmp_path, image.numpy(), text.numpy(), out.logits_per_image.numpy())
+    check(tmp_path, *outputs_of_transformers(theirs, *inputs()))
+
+
+def test_the_golden_numbers_are_transformers():
+    from transformers import SiglipModel
+
+    theirs, expected = SiglipModel.from_pretrained(GOLDEN / "tiny-siglip"), golden("siglip")
+    ours = outputs_of_transformers(theirs.eval(), expected["images"], expected["token_ids"])
+    for name, value in zip(("image_embeds", "text_embeds", "logits"), ours, strict=True):
+        assert relative(value, expected[name]) < 1e-5
 
 
 TIMM = {"base": "vit_base_patch16_siglip_224", "giantopt": "vit_giantopt_patch16_siglip_256"}
@@ -164,3 +179,16 @@ def test_sizes_and_activations_are_timms(tmp_path):
             ACTIVATIONS[tower.arch.activation](values), activated, atol=1e-5, err_msg=name
         )
         assert theirs.norm.eps == tower.arch.epsilon
+
+
+def write_golden():
+    """Write `golden/tiny-siglip` and `golden/siglip.npz`."""
+    theirs, (images, ids) = siglip_of_transformers(), inputs()
+    theirs.save_pretrained(GOLDEN / "tiny-siglip")
+    names = ("images", "token_ids", "image_embeds", "text_embeds", "logits")
+    values = (images, ids, *outputs_of_transformers(theirs, images, ids))
+    np.savez_compressed(GOLDEN / "siglip.npz", **dict(zip(names, values, strict=True)))
+
+
+if __name__ == "__main__":
+    write_golden()

@@ -151,7 +151,8 @@ def save(folder: str | Path, model: CLIP, params: Params) -> None:
         params: the parameter tree.
 
     Raises:
-        ValueError: if the image tower is a ResNet, which transformers' CLIP has not.
+        ValueError: if the image tower is a ResNet, which transformers' CLIP has not, or the model
+            is SigLIP.
     """
     from transformers import CLIPConfig
 
@@ -160,9 +161,16 @@ def save(folder: str | Path, model: CLIP, params: Params) -> None:
             f"{folder}: a {type(model.vision).__name__} image tower cannot be saved as a "
             "transformers checkpoint"
         )
+    text = model.text
+    plain = text.causal and text.has_projection and not text.projection_bias
+    if not plain or model.logit_bias or not model.vision.class_token:
+        raise ValueError(
+            f"{folder}: SigLIP, and CLIP with a bias on its logits or another text projection, "
+            "cannot be saved as a transformers checkpoint"
+        )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    vision, text = model.vision, model.text
+    vision = model.vision
     config = CLIPConfig(
         projection_dim=model.projection,
         vision_config={
