@@ -75,7 +75,7 @@ def from_config(config: "SiglipConfig", *, compute_dtype: Any = None, remat: boo
     """
     values = cast(Any, config)  # its annotations allow None and lists where SigLIP has numbers
     vision, text = values.vision_config, values.text_config
-    if not vision.vision_use_head:
+    if not getattr(vision, "vision_use_head", True):  # transformers 4 sets it only if it is given
         raise ValueError("vision_config.vision_use_head is false, expected true")
     if text.projection_size != vision.hidden_size:
         raise ValueError(
