@@ -248,13 +248,8 @@ def test_a_script_that_cannot_have_processes_ends_with_a_sentence(tmp_path, wher
     with script.open() as lines:
         done = run_python("-" if where == "stdin" else script, stdin=lines)
     assert (done.returncode, done.stdout) == (1, "")
-    assert (
-        done.stderr.strip()
-        .splitlines()[-1]
-        .startswith(
-            "ChildProcessError: a process that reads images has ended early: killed, perhaps for lack "
-        )
-    )
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("ChildProcessError: a process that reads images has ended early: killed")
     if where == "file":
         assert "put the script's work under if __name__ ==" in done.stderr
 
