@@ -70,7 +70,7 @@ class Course:
     """Weight of the fine-tuned parameters in wise-ft's average."""
     limit: int | None = None
     """Use at most this many test images of each task."""
-    workers: int = 1
+    workers: int = 0
     """Processes that decode images; 0 = main process."""
 
     @property
