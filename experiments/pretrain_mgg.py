@@ -29,7 +29,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import jaxtta
-from jaxtta import assets, cli, data, evaluate, io, optim, tree
+from jaxtta import assets, cli, data, evaluate, io, metrics, optim, tree
 from jaxtta.adapters import MGTTAContext
 from jaxtta.data import VALIDATION
 from jaxtta.models import Batch
@@ -343,8 +343,8 @@ class Run:
                         f"{name}: a loss or an update on held-out images is not finite"
                     )
                 losses.append(float(prediction.metrics["loss"]))
-                answers = np.asarray(prediction.logits.argmax(-1))
-                right.append((answers == read.labels)[read.mask])
+                answers = metrics.top_k(prediction.logits, read.labels)
+                right.append(np.asarray(answers)[read.mask])
                 counts.append(len(right[-1]))
         return float(np.average(losses, weights=counts)), float(np.concatenate(right).mean())
 

@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import jaxtta
-from jaxtta import assets, cli, continual, data, evaluate, io, report, tree
+from jaxtta import assets, cli, continual, data, evaluate, io, metrics, report, tree
 from jaxtta.adapters import BATCLIP_PRESETS
 from jaxtta.models import Batch
 from jaxtta.optim import project_out
@@ -207,7 +207,7 @@ def severity_of(options: Options) -> int:
 
 def answered(logits: Array, batch: data.StreamBatch) -> np.ndarray:
     """Whether each readable image is classified correctly."""
-    return (np.asarray(logits.argmax(-1)) == batch.labels)[batch.mask]
+    return np.asarray(metrics.top_k(logits, batch.labels))[batch.mask]
 
 
 def share(right: Iterable[np.ndarray]) -> float:
