@@ -3,7 +3,7 @@
 import string
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -135,8 +135,8 @@ def zero_shot_task(
             raise ValueError(f"template {template!r} needs one {{}} for the class name")
     # replace, not format: a template or a name may hold other braces
     prompts = [template.replace("{}", name) for name in names for template in templates]
-    tokenizer, clean = _tokenizer(model), CLEANERS[model.clean]
-    rows = tokenizer([clean(prompt) for prompt in prompts], verbose=False)["input_ids"]
+    tokenizer, texts = _tokenizer(model), [CLEANERS[model.clean](prompt) for prompt in prompts]
+    rows = tokenizer(texts, verbose=False)["input_ids"]
     lengths = [len(row) for row in rows]
     longest = max(lengths)
     if longest > model.max_length:
@@ -145,8 +145,7 @@ def zero_shot_task(
             f"{prompts[lengths.index(longest)]!r}"
         )
     if model.padded_prompts:  # with what, and on which side, is a part of the prompt
-        padding: dict[str, Any] = {"padding": "max_length", "max_length": model.max_length}
-        ids = tokenizer.pad({"input_ids": rows}, **padding)["input_ids"]
+        ids = tokenizer(texts, padding="max_length", max_length=model.max_length)["input_ids"]
     else:  # with its own end of text, whatever pads a prompt's tokenizer
         ids = [row + row[-1:] * (longest - len(row)) for row in rows]
     return task_from_token_ids(np.reshape(ids, (len(names), len(templates), -1)), names)
@@ -165,6 +164,11 @@ def _tokenizer(model: Tokenized):  # noqa: ANN202 (a transformers class that dif
         )
     try:
         return AutoTokenizer.from_pretrained(folder)
+    except ImportError as error:
+        raise ValueError(
+            f"{folder}: its tokenizer needs a package that is not installed (for spiece.model "
+            "sentencepiece and protobuf)"
+        ) from error
     except Exception as error:  # transformers and tokenizers raise errors of many kinds
         reason = " ".join(str(error).split())
         raise ValueError(f"{folder}: its tokenizer cannot be read ({reason})") from error
