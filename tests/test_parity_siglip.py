@@ -3,6 +3,7 @@
 `python tests/test_parity_siglip.py` wrote what `tests/test_siglip.py` compares with.
 """
 
+import dataclasses
 import functools
 import json
 import warnings
@@ -13,6 +14,7 @@ import pytest
 from conftest import GOLDEN, golden, relative
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import save_file
+from test_siglip import write_tokenizer
 
 from jaxtta import models
 from jaxtta.models.checkpoints import open_clip as reader
@@ -179,6 +181,49 @@ def test_sizes_and_activations_are_timms(tmp_path):
             ACTIVATIONS[tower.arch.activation](values), activated, atol=1e-5, err_msg=name
         )
         assert theirs.norm.eps == tower.arch.epsilon
+
+
+NAMES = ["Cat's", "fire_truck", "Samoyed", "cafe & bar", "ice-cream", "CAT  cat"]
+TEMPLATES = ["A photo of a {}.", "itap of my {}!"]
+
+
+def prompts():
+    return [template.replace("{}", name) for name in NAMES for template in TEMPLATES]
+
+
+def test_tokens_equal_openclips(tmp_path):
+    import open_clip
+
+    write_tokenizer(tmp_path)
+    config = {"model_cfg": {"embed_dim": 32, "vision_cfg": {}, "text_cfg": dict(TEXT)}}
+    config["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = "timm/ViT-B-16-SigLIP2"
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    expected = open_clip.get_tokenizer(f"local-dir:{tmp_path}")(prompts()).numpy()
+    model, _ = models.load(GOLDEN / "tiny-siglip")
+    model = dataclasses.replace(model, source=str(tmp_path), clean="canonicalize")
+    task = models.zero_shot_task(model, NAMES, TEMPLATES)
+    np.testing.assert_array_equal(task.token_ids.reshape(-1, LENGTH), expected)
+
+
+def test_tokens_equal_transformers(tmp_path):
+    """SigLIP's own tokenizer, which leaves capitals and punctuation out by itself."""
+    spm = pytest.importorskip("sentencepiece")
+    from transformers import SiglipTokenizer
+
+    text = tmp_path / "text"
+    text.write_text("\n".join(prompts()))
+    ids = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1}
+    settings = {"input": str(text), "model_prefix": str(tmp_path / "spiece"), "minloglevel": 2}
+    spm.SentencePieceTrainer.train(**settings, **ids, vocab_size=60, hard_vocab_limit=False)
+    tokenizer = SiglipTokenizer(str(tmp_path / "spiece.model"))
+    tokenizer.save_pretrained(tmp_path)
+    names = [prompt.replace("_", " ") for prompt in prompts()]
+    expected = tokenizer(names, padding="max_length", max_length=64)["input_ids"]
+    model, _ = models.load(GOLDEN / "tiny-siglip")
+    text_tower = model.text.clone(max_length=64)
+    model = dataclasses.replace(model, source=str(tmp_path), text=text_tower)
+    task = models.zero_shot_task(model, NAMES, TEMPLATES)
+    np.testing.assert_array_equal(task.token_ids.reshape(-1, 64), expected)
 
 
 def write_golden():

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 import warnings
+from importlib.util import find_spec
 
 import jax
 import jax.numpy as jnp
@@ -302,6 +303,15 @@ def test_prompts_that_are_too_long_are_refused(siglip, tmp_path):
     model = dataclasses.replace(siglip[0], source=str(tmp_path))
     with pytest.raises(ValueError, match="a prompt has 17 tokens, the model takes at most 16"):
         models.zero_shot_task(model, ["cat", "cat " * 16], ["{}"])
+
+
+@pytest.mark.skipif(find_spec("sentencepiece") is not None, reason="sentencepiece is installed")
+def test_a_missing_package_is_named(siglip, tmp_path):
+    (tmp_path / "spiece.model").write_bytes(b"")
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "SiglipTokenizer"}')
+    model = dataclasses.replace(siglip[0], source=str(tmp_path))
+    with pytest.raises(ValueError, match=r"a package that is not installed .* sentencepiece"):
+        models.zero_shot_task(model, ["cat", "dog"])
 
 
 def test_canonical_text():

@@ -5,7 +5,7 @@ import logging
 import string
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import ftfy
 import numpy as np
@@ -163,9 +163,9 @@ def zero_shot_task(
         if template.count("{}") != 1:
             raise ValueError(f"template {template!r} needs one {{}} for the class name")
     # replace, not format: a template or a name may hold other braces
-    tokenizer, clean = _tokenizer(model), CLEANERS[model.clean]
     prompts = [template.replace("{}", name) for name in names for template in templates]
-    rows = tokenizer([clean(prompt) for prompt in prompts], verbose=False)["input_ids"]
+    tokenizer, texts = _tokenizer(model), [CLEANERS[model.clean](prompt) for prompt in prompts]
+    rows = tokenizer(texts, verbose=False)["input_ids"]
     lengths = [len(row) for row in rows]
     longest = max(lengths)
     if longest > model.max_length:
@@ -174,8 +174,7 @@ def zero_shot_task(
             f"{prompts[lengths.index(longest)]!r}"
         )
     if model.padded_prompts:  # with what, and on which side, is a part of the prompt
-        padding: dict[str, Any] = {"padding": "max_length", "max_length": model.max_length}
-        ids = tokenizer.pad({"input_ids": rows}, **padding)["input_ids"]
+        ids = tokenizer(texts, padding="max_length", max_length=model.max_length)["input_ids"]
     else:  # with its own end of text, whatever pads a prompt's tokenizer
         ids = [row + row[-1:] * (longest - len(row)) for row in rows]
     return task_from_token_ids(np.reshape(ids, (len(names), len(templates), -1)), names)
@@ -214,6 +213,11 @@ def _tokenizer(model: Tokenized) -> Any:
     kind = _tokenizer_class(folder)
     try:
         return kind.from_pretrained(folder)
+    except ImportError as error:
+        raise ValueError(
+            f"{folder}: its tokenizer needs a package that is not installed (for spiece.model "
+            "sentencepiece and protobuf)"
+        ) from error
     except Exception as error:  # transformers and tokenizers raise errors of many kinds
         reason = " ".join(str(error).split())
         raise ValueError(f"{folder}: its tokenizer cannot be read ({reason})") from error
