@@ -154,7 +154,7 @@ def main(options: Options) -> None:
     best = best_epoch(options, history)
     record = {
         "settings": settings,
-        "about": evaluate.about(data=options.data, model=options.model),
+        "about": evaluate.about(model, data=options.data, model=options.model),
         "before": before,
         "chosen_epoch": best + 1,
         "chosen_by": options.choose,

@@ -5,7 +5,7 @@ import logging
 import string
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import ftfy
 import numpy as np
