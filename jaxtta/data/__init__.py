@@ -24,6 +24,7 @@ from jaxtta.data.layouts import (
     objectnet,
     open_source,
 )
+from jaxtta.data.memory import listed_part
 from jaxtta.data.sources import (
     CorruptedArrays,
     CorruptedFolders,
@@ -32,6 +33,7 @@ from jaxtta.data.sources import (
     Images,
     Named,
     Source,
+    contents_of,
     corrupted_arrays,
     corrupted_folders,
 )
@@ -78,6 +80,7 @@ __all__ = [
     "canvas_for",
     "captioned_folder",
     "cifar100_classes",
+    "contents_of",
     "corrupt",
     "corrupted_arrays",
     "corrupted_folders",
@@ -88,6 +91,7 @@ __all__ = [
     "imagenet_classes",
     "imagenet_templates",
     "imagenet_v2",
+    "listed_part",
     "listed_split",
     "make_streams",
     "objectnet",

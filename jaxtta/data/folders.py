@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from jaxtta.data.content import digest_files
 from jaxtta.data.recognise import entries_of, is_folder, refuse_other_layouts
 from jaxtta.data.text import nfc, read_text, warn_of_same_names
 from jaxtta.images import SUFFIXES, UnreadableImageError, open_image, printable
@@ -57,6 +58,10 @@ class ImageFolder(NamedTuple):
     def name(self, number: int) -> str:
         """The image's path, for messages."""
         return printable(self.files[number])
+
+    def content(self) -> str:
+        """A digest of the files."""
+        return digest_files(self.files)
 
 
 def class_folders(root: str | Path) -> list[Path]:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from PIL import Image
 
+from jaxtta.data.content import digest_files
 from jaxtta.data.corruptions import CLEAN, SMALLEST, check_corruption, corrupt, image_seed
 from jaxtta.data.folders import images_in, in_class_order, list_folders
 from jaxtta.data.recognise import SEVERITIES, entries_of, hints, is_folder, is_system
@@ -57,7 +58,10 @@ class Preprocess(Protocol):
 
 
 class Images(Protocol):
-    """Clean labelled images; `ImageFolder` is one."""
+    """Clean labelled images; `ImageFolder` is one.
+
+    It may also have `content()`, a digest of all images, by which a run notices that they changed.
+    """
 
     @property
     def labels(self) -> np.ndarray:
@@ -79,7 +83,11 @@ class Images(Protocol):
 
 
 class Source(Protocol):
-    """Labelled images under several corruptions."""
+    """Labelled images under several corruptions.
+
+    It may also have `contents(domains)`, a digest of what is stored of each domain's images, by
+    which a run notices that they changed.
+    """
 
     @property
     def labels(self) -> np.ndarray:
@@ -116,6 +124,21 @@ class Source(Protocol):
         ...
 
 
+def contents_of(source: Source, domains: Sequence[Domain]) -> dict[Domain, str | None]:
+    """A source's digests of its domains' images.
+
+    Args:
+        source: the source.
+        domains: some of its domains.
+
+    Returns:
+        A short text for each, another one if its stored images changed; None where the source
+        cannot tell.
+    """
+    contents = getattr(source, "contents", None)
+    return dict.fromkeys(domains) if contents is None else contents(domains)
+
+
 @dataclasses.dataclass(frozen=True)
 class CorruptedOnTheFly:
     """Clean images, corrupted as they are read.
@@ -146,6 +169,11 @@ class CorruptedOnTheFly:
         """The image's path."""
         del domain
         return self.images.name(number)
+
+    def contents(self, domains: Sequence[Domain]) -> dict[Domain, str | None]:
+        """A digest of the clean images, the same for all domains."""
+        content = getattr(self.images, "content", None)
+        return dict.fromkeys(domains, None if content is None else content())
 
     def check(self, domain: Domain) -> None:
         """Raise a ValueError if there is no such corruption or severity."""
@@ -215,6 +243,14 @@ class CorruptedFolders:
     def name(self, domain: Domain, number: int) -> str:
         """The image's path, for messages."""
         return printable(self._path(domain, number))
+
+    def contents(self, domains: Sequence[Domain]) -> dict[Domain, str | None]:
+        """A digest of each domain's files."""
+        folders = {domain: self.domains[_of_data(domain)] for domain in domains}
+        return {
+            domain: digest_files([folder / file for file in self.files])
+            for domain, folder in folders.items()
+        }
 
     def check(self, domain: Domain) -> None:
         """Raise a ValueError if there is no such folder; log which images it lacks."""
@@ -375,6 +411,12 @@ class CorruptedArrays:
     def name(self, domain: Domain, number: int) -> str:
         """The image's file and row."""
         return f"{self.root / domain.corruption}.npy row {self._row(domain, number)}"
+
+    def contents(self, domains: Sequence[Domain]) -> dict[Domain, str | None]:
+        """A digest of each domain's file."""
+        return {
+            domain: digest_files([self.root / f"{domain.corruption}.npy"]) for domain in domains
+        }
 
     def check(self, domain: Domain) -> None:
         """Raise a ValueError if the file is missing, or labels or severities do not match."""
@@ -562,6 +604,11 @@ class Wrapped:
     def name(self, domain: Domain, number: int) -> str:
         """The source's name for the image."""
         return self.source.name(self._domain(domain), self._number(number))
+
+    def contents(self, domains: Sequence[Domain]) -> dict[Domain, str | None]:
+        """The source's digests of the images."""
+        found = contents_of(self.source, [self._domain(domain) for domain in domains])
+        return {domain: found[self._domain(domain)] for domain in domains}
 
     def check(self, domain: Domain) -> None:
         """Raise an error if there is no such domain."""

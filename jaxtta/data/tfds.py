@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image
 
 from jaxtta.data.class_names import imagenet_classes
+from jaxtta.data.content import digest_files
 from jaxtta.images import UnreadableImageError, open_image
 
 
@@ -54,6 +55,11 @@ class TfdsImages(NamedTuple):
     def name(self, number: int) -> str:
         """The image's index in the split."""
         return f"{self.dataset} {self.split} image {number}"
+
+    def content(self) -> str:
+        """A digest of the dataset's files."""
+        folder = _tfds().builder(self.dataset, data_dir=self.data_dir).data_path
+        return digest_files(sorted(path for path in Path(folder).iterdir() if path.is_file()))
 
 
 def tfds_images(name: str, split: str = "test", data_dir: str | Path | None = None) -> TfdsImages:
