@@ -244,13 +244,11 @@ def test_an_empty_name_within_a_list_is_refused(tmp_path):
         data.read_class_names(tmp_path / "names.txt", [])
 
 
-def test_names_that_a_tokenizer_cannot_tell_apart_are_said(tmp_path, said):
+def test_equal_names_in_a_file_are_said_with_its_name(tmp_path, said):
     (tmp_path / "names.txt").write_text("crane\nmaillot\nCrane \ndog\n")
     expected = "classes 0 and 2 have the same name (crane, Crane); a tie counts for the first"
     assert len(data.read_class_names(tmp_path / "names.txt", [])) == 4
     assert said() == [f"{tmp_path / 'names.txt'}: {expected}"]
-    data.given_class_names(["crane", "maillot", "Crane"])
-    assert said()[1:] == [f"the class names: {expected}"]
 
 
 def turned(path):

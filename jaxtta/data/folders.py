@@ -16,7 +16,7 @@ from PIL import Image
 
 from jaxtta.data.content import digest_files
 from jaxtta.data.recognise import entries_of, is_folder, refuse_other_layouts
-from jaxtta.data.text import nfc, read_text, warn_of_same_names
+from jaxtta.data.text import nfc, read_text
 from jaxtta.images import SUFFIXES, UnreadableImageError, open_image, printable
 
 log = logging.getLogger(__name__)
@@ -224,9 +224,7 @@ def image_folder(root: str | Path) -> ImageFolder:
     alone = sum(map(_is_image, filter(lambda entry: not is_folder(entry), entries_of(root))))
     if alone:
         log.warning("%s: %d images outside the class folders passed over", printable(root), alone)
-    names = [nfc(folder.name) for folder in folders]
-    warn_of_same_names(names, root)
-    return list_folders(root, folders, names)
+    return list_folders(root, folders, [nfc(folder.name) for folder in folders])
 
 
 def captioned_folder(root: str | Path) -> ImageFolder:
@@ -276,7 +274,6 @@ def captioned_folder(root: str | Path) -> ImageFolder:
     names, labels = np.unique(captions, return_inverse=True)
     if len(names) < 2:
         raise ValueError(f"{table}: has one caption for all images, expected at least two")
-    warn_of_same_names(names.tolist(), table)
     return ImageFolder(root, tuple(files), labels.astype(np.int32), tuple(names.tolist()))
 
 

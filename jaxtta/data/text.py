@@ -39,7 +39,7 @@ def read_text(path: str | Path) -> str:
 
 
 def read_class_names(path: str | Path, folders: Sequence[str]) -> tuple[str, ...]:
-    """Read class names for prompts. Names that the model cannot tell apart are logged.
+    """Read class names for prompts; equal ones are logged.
 
     Args:
         path: a JSON object from folder name to class name (for example ImageNet's wnids), a JSON
@@ -58,7 +58,7 @@ def read_class_names(path: str | Path, folders: Sequence[str]) -> tuple[str, ...
         raise ValueError(f"{path}: cannot be read as class names (no such file)")
     text = read_text(path)
     try:
-        names = json.loads(text) if path.suffix.lower() == ".json" else text.split("\n")
+        names = json.loads(text) if path.suffix.lower() == ".json" else text.rstrip().split("\n")
     except ValueError as error:
         raise ValueError(f"{path}: cannot be read as class names ({error})") from error
     if isinstance(names, dict):
@@ -72,11 +72,9 @@ def read_class_names(path: str | Path, folders: Sequence[str]) -> tuple[str, ...
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"{path}: expected a list of names")
     names = [nfc(name).strip() for name in names]
-    while names and not names[-1]:  # blank lines at the end
-        names.pop()
     if "" in names:
         raise ValueError(f"{path}: name {names.index('') + 1} of {len(names)} is empty")
-    warn_of_same_names(names, path)
+    _warn_of_equal(names, path)
     return tuple(names)
 
 
@@ -95,22 +93,16 @@ def given_class_names(names: Sequence[str], folders: Sequence[str] = ()) -> tupl
     """
     if len(names) == 1 and Path(names[0]).suffix.lower() in (".json", ".txt"):
         return read_class_names(names[0], folders)
-    warn_of_same_names(names, "the class names")
     return tuple(map(nfc, names))
 
 
-def warn_of_same_names(names: Iterable[str], where: object) -> None:
-    """Log classes whose names differ in nothing that a tokenizer keeps.
-
-    Args:
-        names: of the classes.
-        where: where they are from, for the message.
-    """
+def _warn_of_equal(names: Iterable[str], path: Path) -> None:
+    """Log classes whose names differ at most in case and spaces."""
     first: dict[str, tuple[int, str]] = {}
     for number, name in enumerate(names):
         before, other = first.setdefault(" ".join(name.casefold().split()), (number, name))
         if before != number:
             log.warning(
                 "%s: classes %d and %d have the same name (%s, %s); a tie counts for the first",
-                *(printable(where), before, number, printable(other), printable(name)),
+                *(printable(path), before, number, printable(other), printable(name)),
             )
