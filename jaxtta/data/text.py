@@ -1,9 +1,10 @@
 """Text files beside images: class names, captions and lists."""
 
+import csv
 import json
 import logging
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from jaxtta.images import printable
@@ -36,6 +37,35 @@ def read_text(path: str | Path) -> str:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: is not UTF-8 text ({error.reason}), save it as UTF-8") from error
+
+
+def read_rows(path: str | Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, str]]]:
+    """Read a table in CSV, in UTF-8, separated by commas, semicolons or tabs.
+
+    Args:
+        path: the file, whose first line names the columns.
+        columns: those that it must have.
+
+    Yields:
+        The file's name with the line's number, and the text in each of these columns, for each line
+        that is not blank.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is not UTF-8, cannot be read as CSV, or lacks a column.
+    """
+    lines = read_text(path).split("\n")
+    separator = max(",;\t", key=lines[0].count)
+    rows = csv.DictReader((f"{line}\n" for line in lines), delimiter=separator, restval="")
+    try:
+        if not set(columns) <= set(rows.fieldnames or ()):
+            raise ValueError(f"{path}: has no columns {' and '.join(columns)}")
+        for row in rows:
+            found = {column: row[column] for column in columns}
+            if any(map(str.strip, found.values())):  # spreadsheets leave blank lines at the end
+                yield f"{path}: line {rows.line_num}", found
+    except csv.Error as error:
+        raise ValueError(f"{path}: line {rows.line_num}: {error}") from error
 
 
 def read_class_names(path: str | Path, folders: Sequence[str]) -> tuple[str, ...]:
