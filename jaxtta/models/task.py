@@ -2,6 +2,7 @@
 
 import html
 import logging
+import re
 import string
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -162,6 +163,7 @@ def zero_shot_task(
     for template in templates:
         if template.count("{}") != 1:
             raise ValueError(f"template {template!r} needs one {{}} for the class name")
+    _report_numbers(names, templates)
     # replace, not format: a template or a name may hold other braces
     prompts = [template.replace("{}", name) for name in names for template in templates]
     tokenizer, texts = _tokenizer(model), [CLEANERS[model.clean](prompt) for prompt in prompts]
@@ -240,3 +242,13 @@ def _tokenizer_class(folder: Path) -> Any:
             "tokenizer_config.json says whose it is"
         )
     return CLIPTokenizerFast
+
+
+def _report_numbers(names: Sequence[str], templates: Sequence[str]) -> None:
+    """Log names that say nothing about a class: 3, class 3, n01440764."""
+    if any("number" in template or "digit" in template for template in templates):
+        return
+    empty = [name for name in names if re.fullmatch(r"(class|label)?[ -]*\d+|n\d{8}", name.lower())]
+    if empty:
+        prompt = templates[0].replace("{}", empty[0])
+        log.warning("%d class names are numbers: %r means nothing to a model", len(empty), prompt)
