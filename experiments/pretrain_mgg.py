@@ -124,7 +124,7 @@ def main(options: Options) -> None:
     classes = jaxtta.models.context_of(model, task, trainable)(params)
     context = MGTTAContext(classes, statistics.mean, statistics.std)
     run = Run(options, model, params, context)
-    settings = describe(options, source, clean, params)
+    settings = describe(options, source, clean, evaluate.fingerprints(source, params, model, task))
     evaluate.agree(options.output / "settings.json", settings)
     weights = {"weights": settings["found"]["weights"]}
     with io.atomic_write(options.output / "statistics.safetensors") as temporary:
@@ -363,15 +363,18 @@ def best_epoch(options: Options, history: History) -> int:
 # --- files ---
 
 
-def describe(
-    options: Options, source: data.Source, clean: data.Source, params: jaxtta.models.Params
-) -> dict:
+def describe(options: Options, source: data.Source, clean: data.Source, found: dict) -> dict:
     """The settings that affect the result."""
     settings = dataclasses.asdict(options)
     for name in ("output", "data", "model", "source", "debug", "epochs"):
         del settings[name]  # paths, and the number of epochs
-    settings["found"] = evaluate.fingerprints(source, params)
+    settings["found"] = found
     settings["found_source"] = {"images": evaluate.fingerprints(clean, {})["images"]}
+    severity = evaluate.default_severity(options.layout, options.data, options.severity)
+    domains = [data.Domain(name, severity) for name in options.corruptions]
+    stored = [*data.contents_of(source, domains).values()]
+    stored += data.contents_of(clean, [data.Domain(data.CLEAN)]).values()
+    settings["stored"] = evaluate.digest_of(stored)
     return json.loads(json.dumps(settings))
 
 

@@ -192,7 +192,9 @@ def relative(ours, reference):
 
 def images_of(model, pixels):
     """Images in [0, 1] (or beyond) whose normalisation gives these pixels."""
-    mean, std = (np.asarray(x, np.float32) for x in model.preprocessing[-2:])
+    mean, std = (
+        np.asarray(x, np.float32) for x in (model.preprocessing.mean, model.preprocessing.std)
+    )
     return np.asarray(pixels) * std + mean
 
 

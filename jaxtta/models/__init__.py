@@ -22,6 +22,7 @@ from jaxtta.models.feature_statistics import (
     statistics_of,
 )
 from jaxtta.models.load import load, load_clip
+from jaxtta.models.preprocess import Preprocessing, describe_preprocessing
 from jaxtta.models.prompts import Prompts
 from jaxtta.models.supervised import ImageClassifier
 from jaxtta.models.task import Task, task_from_token_ids, zero_shot_task
@@ -35,11 +36,13 @@ __all__ = [
     "ImageFeatures",
     "Outputs",
     "Params",
+    "Preprocessing",
     "Prompts",
     "Task",
     "as_batch",
     "classifier_from_config",
     "context_of",
+    "describe_preprocessing",
     "feature_statistics",
     "from_config",
     "l2_normalize",

@@ -18,7 +18,7 @@ from PIL import Image
 from jaxtta.models import prompts as packing
 from jaxtta.models.attention import attention
 from jaxtta.models.classifier import Batch, Outputs, Params, as_batch
-from jaxtta.models.preprocess import Preprocessing
+from jaxtta.models.preprocess import DEFAULTS, Preprocessing
 from jaxtta.models.prompts import Prompts
 from jaxtta.models.resnet import ResNet
 from jaxtta.models.task import Task
@@ -61,6 +61,7 @@ class CLIP:
             where prompts are read at their last token.
         preprocessing: the checkpoint's image preprocessing.
         source: folder that holds the checkpoint's tokenizer; None for a model made from a config.
+        preprocessing_origin: the file that `preprocessing` was read from.
         logit_bias: whether a bias is added to the scaled cosines.
         clean: how prompts are cleaned before they are tokenised, a key of `task.CLEANERS`; None
             for not at all.
@@ -72,6 +73,7 @@ class CLIP:
     eos_token_id: int | None
     preprocessing: Preprocessing
     source: str | None = None
+    preprocessing_origin: str = dataclasses.field(default=DEFAULTS, compare=False)
     logit_bias: bool = False
     clean: str | None = None
 
@@ -359,7 +361,7 @@ def normalize(preprocessing: Preprocessing, images: Array) -> Array:
     elif not jnp.issubdtype(images.dtype, jnp.floating):
         raise ValueError(f"images must be uint8 or float in [0, 1], not {images.dtype}")
     images = images.astype(jnp.promote_types(images.dtype, jnp.float32))
-    mean, std = (np.asarray(x, np.float32) for x in preprocessing[-2:])
+    mean, std = (np.asarray(x, np.float32) for x in (preprocessing.mean, preprocessing.std))
     return (images - mean) / std
 
 

@@ -1,22 +1,24 @@
 """Zero-shot tasks: class names and prompt templates to token ids."""
 
+import html
+import logging
 import string
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
+import ftfy
 import numpy as np
 
-TOKENIZER_FILES = (
-    "tokenizer_config.json",
-    "tokenizer.json",
-    "vocab.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "spiece.model",
-    "tokenizer.model",
+from jaxtta.models.checkpoints.files import (
+    SENTENCEPIECE,
+    TOKENIZER_FILES,
+    is_transformers,
+    read_json,
+    refuse_pointer,
 )
-VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model")
+
+VOCABULARIES = TOKENIZER_FILES[1:4] + SENTENCEPIECE
 
 
 def canonicalize(text: str) -> str:
@@ -31,6 +33,8 @@ CLEANERS: dict[str | None, Callable[[str], str]] = {
     "canonicalize": canonicalize,
 }
 """What is done to prompts before they are tokenised."""
+
+log = logging.getLogger(__name__)
 
 
 class Tokenized(Protocol):
@@ -108,7 +112,8 @@ def zero_shot_task(
 
     Args:
         model: a loaded model.
-        class_names: at least two; underscores become spaces.
+        class_names: at least two; underscores become spaces. Prompts are mended (`mend_text`), and
+            names that then are the same are logged.
         templates: one or more, each with `{}` where the class name goes; several are averaged.
 
     Returns:
@@ -116,25 +121,31 @@ def zero_shot_task(
 
     Raises:
         FileNotFoundError: if the checkpoint has no tokenizer.
-        ValueError: if there are fewer than two classes, an empty name, a template without `{}` or
-            a prompt too long for the model.
+        TypeError: if a name or template is no string.
+        ValueError: if there are fewer than two classes, an empty name, a template without `{}`, a
+            prompt too long for the model, or the tokenizer cannot be read.
     """
     if not hasattr(model, "max_length"):
         raise ValueError("this model has no text tower: its classes are its own, task is None")
     if isinstance(class_names, str) or isinstance(templates, str):
         raise ValueError("class names and templates are lists of strings, not one string")
+    for text in (*class_names, *templates):
+        if not isinstance(text, str):
+            raise TypeError(f"class names and templates are strings, {text!r} is none")
     if len(class_names) < 2:
         raise ValueError(f"a task needs at least two classes, not {len(class_names)}")
     names = [name.replace("_", " ").strip() for name in class_names]
-    if not all(names):
-        raise ValueError(f"class name {names.index('')} is empty")
+    mended = [mend_text(name) for name in names]
+    if not all(mended):
+        raise ValueError(f"class name {mended.index('')} is empty")
+    _report_equal(names, mended)
     if not templates:
         raise ValueError("a task needs at least one prompt template")
     for template in templates:
         if template.count("{}") != 1:
             raise ValueError(f"template {template!r} needs one {{}} for the class name")
     # replace, not format: a template or a name may hold other braces
-    prompts = [template.replace("{}", name) for name in names for template in templates]
+    prompts = [mend_text(template.replace("{}", name)) for name in names for template in templates]
     tokenizer, texts = _tokenizer(model), [CLEANERS[model.clean](prompt) for prompt in prompts]
     rows = tokenizer(texts, verbose=False)["input_ids"]
     lengths = [len(row) for row in rows]
@@ -151,19 +162,55 @@ def zero_shot_task(
     return task_from_token_ids(np.reshape(ids, (len(names), len(templates), -1)), names)
 
 
-def _tokenizer(model: Tokenized):  # noqa: ANN202 (a transformers class that differs by version)
-    """The checkpoint's tokenizer."""
-    from transformers import AutoTokenizer
+def mend_text(text: str) -> str:
+    """Mend a text as the tokenizers of CLIP and OpenCLIP do before they split it.
 
+    Curly quotes, ligatures, full-width letters and wrongly decoded bytes become what was meant,
+    HTML entities the characters they stand for. transformers' tokenizers leave this out.
+
+    Args:
+        text: a prompt or a class name.
+
+    Returns:
+        The text that CLIP was trained on.
+
+    References:
+        Radford et al., "Learning Transferable Visual Models From Natural Language Supervision",
+        2021 (`clip/simple_tokenizer.py`).
+    """
+    return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split())
+
+
+def _report_equal(names: Sequence[str], mended: Sequence[str]) -> None:
+    """Log the names that the model cannot tell apart."""
+    by_text: dict[str, list[int]] = {}
+    for number, text in enumerate(mended):
+        by_text.setdefault(text.lower(), []).append(number)
+    same = [
+        " and ".join(f"{names[number]!r} ({number})" for number in numbers)
+        for numbers in by_text.values()
+        if len(numbers) > 1
+    ]
+    if same:
+        log.warning("class names that are the same for the model: %s", "; ".join(same))
+
+
+def _tokenizer(model: Tokenized) -> Any:
+    """The checkpoint's tokenizer."""
     folder = Path(model.source) if model.source else None
-    if folder is None or not any((folder / name).exists() for name in VOCABULARIES):
+    found = [name for name in VOCABULARIES if folder is not None and (folder / name).exists()]
+    if folder is None or found in ([], ["vocab.json"], ["merges.txt"]):
         raise FileNotFoundError(
             f"{folder or 'this model'}: has no tokenizer (tokenizer.json, vocab.json and "
             "merges.txt, or spiece.model), which class names need; task_from_token_ids takes ready "
             "token ids"
         )
+    for name in TOKENIZER_FILES:
+        if (folder / name).exists():
+            refuse_pointer(folder / name)
+    kind = _tokenizer_class(folder)
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return kind.from_pretrained(folder)
     except ImportError as error:
         raise ValueError(
             f"{folder}: its tokenizer needs a package that is not installed (for spiece.model "
@@ -172,3 +219,23 @@ def _tokenizer(model: Tokenized):  # noqa: ANN202 (a transformers class that dif
     except Exception as error:  # transformers and tokenizers raise errors of many kinds
         reason = " ".join(str(error).split())
         raise ValueError(f"{folder}: its tokenizer cannot be read ({reason})") from error
+
+
+def _tokenizer_class(folder: Path) -> Any:
+    """What reads a folder's tokenizer: transformers' choice, or where nothing names one CLIP's."""
+    from transformers import AutoTokenizer, CLIPTokenizerFast, PreTrainedTokenizerFast
+
+    settings, whole, vocabulary = (folder / name for name in TOKENIZER_FILES[:3])
+    named = settings.exists() and "tokenizer_class" in read_json(settings)
+    if named or is_transformers(folder / "config.json"):
+        return AutoTokenizer
+    if whole.exists():
+        return PreTrainedTokenizerFast
+    if not vocabulary.exists():
+        return AutoTokenizer
+    if "<|startoftext|>" not in read_json(vocabulary):
+        raise ValueError(
+            f"{vocabulary}: is not CLIP's (it has no <|startoftext|>), and no "
+            "tokenizer_config.json says whose it is"
+        )
+    return CLIPTokenizerFast

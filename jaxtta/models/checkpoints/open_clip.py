@@ -9,7 +9,7 @@ towers); those that would compute something else than CLIP or SigLIP are refused
 ignored.
 """
 
-import json
+import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,6 +25,7 @@ from jaxtta.models.checkpoints.files import (
     NamedArrays,
     drop_leading_axes,
     match_parameters,
+    read_json,
     read_weights,
     split_joint,
 )
@@ -36,9 +37,12 @@ from jaxtta.models.text import TextTransformer
 from jaxtta.models.transformer import Architecture
 from jaxtta.models.vit import VisionTransformer
 
+log = logging.getLogger(__name__)
+
 EOS_IS_HIGHEST_ID = 2
 """In place of an end of text: the prompt's highest id (see `prompts.ends_of_text`)."""
 FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+FILTERS["random"] = FILTERS["bicubic"]  # in training alone
 IGNORED_KEYS = {  # on what the model computes from ready token ids
     "cast_dtype",
     "init_logit_scale",
@@ -136,6 +140,7 @@ class ConfigSection(NamedTuple):
     def numbers(self, key: str, default: tuple[float, ...]) -> tuple[float, ...]:
         """A number for each colour."""
         value = self.values.get(key) or default
+        value = [value] * 3 if _is_number(value) else value
         numbers = isinstance(value, list | tuple) and all(map(_is_number, value))
         if not numbers or len(value) != 3:
             raise self.error(key, "three numbers")
@@ -196,11 +201,7 @@ def from_config(path: Path, *, compute_dtype: Any = None, remat: bool = False) -
     """
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file")
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path}: is not JSON ({error})") from error
-    whole = ConfigSection(path, "", content if isinstance(content, dict) else {})
+    whole = ConfigSection(path, "", read_json(path))
     config = whole.section("model_cfg")
     vision_section, text_section = config.section("vision_cfg"), config.section("text_cfg")
     # First what names another kind of model: its other settings would make less sense of it.
@@ -221,6 +222,7 @@ def from_config(path: Path, *, compute_dtype: Any = None, remat: bool = False) -
         EOS_IS_HIGHEST_ID if text.causal else None,
         _preprocessing(whole.section("preprocess_cfg", required=False), vision.image_size),
         str(path.parent),
+        str(path),
         config.values.get("init_logit_bias") is not None,
         _cleaner(text_section.section("tokenizer_kwargs", required=False)),
     )
@@ -374,14 +376,18 @@ def _heads(section: ConfigSection, width: int) -> int:
 
 def _preprocessing(section: ConfigSection, image_size: int) -> Preprocessing:
     section.check("size", "interpolation", "resize_mode", "mean", "std", "fill_color", mode="RGB")
-    if section.side("size", image_size) != image_size:
-        raise section.error("size", f"the model's {image_size}")
+    if not section.values:
+        log.warning("%s: has no preprocess_cfg: OpenCLIP's defaults are taken", section.file)
+    # OpenCLIP too resizes to the model's own size, whatever the setting is.
+    if (size := section.side("size", image_size)) != image_size:
+        log.warning("%s: size is %s, the model's %s is taken", section.file, size, image_size)
     name = section.values.get("interpolation") or "bicubic"
     if name not in FILTERS:
         raise section.error("interpolation", f"one of {', '.join(FILTERS)}")
     square = (image_size, image_size)
     windows: dict[str, tuple[int | tuple[int, int], tuple[int, int] | None]] = {
         "shortest": (image_size, square),
+        "longest": (image_size, square),
         "squash": (square, None),
     }
     mode = section.values.get("resize_mode") or "shortest"
@@ -390,7 +396,19 @@ def _preprocessing(section: ConfigSection, image_size: int) -> Preprocessing:
     mean, std = section.numbers("mean", CLIP_MEAN), section.numbers("std", CLIP_STD)
     if min(std) <= 0:
         raise section.error("std", "numbers above 0")
-    return Preprocessing(image_size, *windows[mode], int(FILTERS[name]), mean, std)
+    fill = section.values.get("fill_color") or 0
+    if not isinstance(fill, int) or not 0 <= fill <= 255:
+        raise section.error("fill_color", "a grey level from 0 to 255")
+    return Preprocessing(
+        image_size,
+        *windows[mode],
+        int(FILTERS[name]),
+        mean,
+        std,
+        rounding="torchvision",
+        resize_longer=mode == "longest",
+        fill=fill if mode == "longest" else 0,
+    )
 
 
 def _is_positive_integer(value: Any) -> TypeGuard[int]:

@@ -12,14 +12,16 @@ from jaxtta.models.checkpoints.files import (
     WEIGHTS,
     drop_leading_axes,
     match_parameters,
+    naming,
     read_config,
     read_weights,
     split_joint,
 )
-from jaxtta.models.checkpoints.transformers import architecture, vision_tower
+from jaxtta.models.checkpoints.preprocessing import HALF, read_preprocessing
+from jaxtta.models.checkpoints.transformers import architecture, square_side, vision_tower
 from jaxtta.models.classifier import Params
 from jaxtta.models.clip import CLIP
-from jaxtta.models.preprocess import HALF_MEAN, Preprocessing, read_preprocessing
+from jaxtta.models.preprocess import Preprocessing
 from jaxtta.models.text import TextTransformer
 
 if TYPE_CHECKING:
@@ -46,12 +48,12 @@ def load_folder(folder: Path, dtype: Any, compute_dtype: Any, remat: bool) -> tu
     from transformers import SiglipConfig
 
     config = read_config(folder, SiglipConfig)
-    model = from_config(config, compute_dtype=compute_dtype, remat=remat)
-    settings = folder / "preprocessor_config.json"
-    if settings.exists():
-        preprocessing = read_preprocessing(settings, model.image_size, crop=False)
-        model = dataclasses.replace(model, preprocessing=preprocessing)
-    model = dataclasses.replace(model, source=str(folder))
+    with naming(folder / "config.json"):
+        model = from_config(config, compute_dtype=compute_dtype, remat=remat)
+    preprocessing, origin = read_preprocessing(folder, model.preprocessing, "SiglipImageProcessor")
+    model = dataclasses.replace(
+        model, preprocessing=preprocessing, preprocessing_origin=origin, source=str(folder)
+    )
     weights, entries = read_weights(folder, _path, WEIGHTS[:2])
     shapes = flatten_dict(jax.eval_shape(model.init, jax.random.key(0)))
     entries = drop_leading_axes(split_joint(entries), shapes)
@@ -82,7 +84,7 @@ def from_config(config: "SiglipConfig", *, compute_dtype: Any = None, remat: boo
             f"text_config.projection_size is {text.projection_size}, expected the image tower's "
             f"hidden_size of {vision.hidden_size}"
         )
-    options, size = (compute_dtype, remat), vision.image_size
+    options, size = (compute_dtype, remat), square_side(vision, "image_size")
     return CLIP(
         vision_tower(vision, "vision_config", *options, pre_norm=False).clone(class_token=False),
         TextTransformer(
@@ -94,7 +96,7 @@ def from_config(config: "SiglipConfig", *, compute_dtype: Any = None, remat: boo
         ),
         text.projection_size,
         None,
-        Preprocessing(size, (size, size), mean=HALF_MEAN, std=HALF_MEAN),
+        Preprocessing(size, (size, size), mean=HALF, std=HALF),
         logit_bias=True,
         clean="lower",  # what SigLIP 2's tokenizer does not do by itself in all versions
     )
