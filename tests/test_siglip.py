@@ -226,9 +226,30 @@ def test_other_models_of_transformers_are_refused(tmp_path, spoil, message):
     assert "\n" not in str(caught.value)
 
 
-def test_siglip_is_no_clip_checkpoint(siglip, tmp_path):
-    with pytest.raises(ValueError, match=r"SigLIP, and CLIP with .*, cannot be saved"):
-        models.save(tmp_path / "new", *siglip)
+def test_a_saved_model_is_the_same(siglip, tmp_path):
+    model, params = siglip
+    models.save(tmp_path, model, params)
+    again, loaded = models.load(tmp_path)
+    assert again == dataclasses.replace(model, source=str(tmp_path))
+    assert jax.tree.all(jax.tree.map(np.array_equal, loaded, params))
+    ours, theirs = (load_file(x / "model.safetensors") for x in (tmp_path, FOLDER))
+    assert {name: x.shape for name, x in ours.items()} == {n: x.shape for n, x in theirs.items()}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"logit_bias": False}, "new: a model between CLIP and SigLIP .* cannot be saved"),
+        ({"text": {"has_projection": False}}, "new: a text tower without projection cannot be"),
+        ({"text": {"projection_bias": False}}, "new: a model between CLIP and SigLIP .* cannot"),
+    ],
+)
+def test_what_transformers_has_not_is_not_saved(siglip, tmp_path, changes, message):
+    model, params = siglip
+    if "text" in changes:
+        changes = {"text": model.text.clone(**changes["text"])}
+    with pytest.raises(ValueError, match=message):
+        models.save(tmp_path / "new", dataclasses.replace(model, **changes), params)
     assert not (tmp_path / "new").exists()
 
 

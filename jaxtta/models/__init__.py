@@ -1,7 +1,8 @@
 """Models: CLIP, SigLIP, a supervised ViT, and what an adapter asks of any."""
 
+from jaxtta.models.checkpoints.save import save
 from jaxtta.models.checkpoints.siglip import from_config as siglip_from_config
-from jaxtta.models.checkpoints.transformers import from_config, save
+from jaxtta.models.checkpoints.transformers import from_config
 from jaxtta.models.checkpoints.vit import from_config as classifier_from_config
 from jaxtta.models.classifier import (
     Batch,
