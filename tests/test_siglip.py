@@ -211,7 +211,11 @@ def edit_config(section=None, **changes):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (edit_config(model_type="siglip2"), r"images of any shape \(NaFlex\), which is not supp"),
+        (
+            edit_config(model_type="siglip2"),
+            "SigLIP 2 for images of any shape; .* clip, siglip, vit",
+        ),
+        (edit_config(model_type="align"), "model_type is 'align', supported are clip, siglip, vit"),
         (edit_config("vision_config", vision_use_head=False), "vision_use_head is false, expected"),
         (edit_config("text_config", projection_size=16), "size is 16, expected the image tower's"),
         (edit_config("vision_config", hidden_act="mish"), "vision_config.hidden_act is 'mish'"),
@@ -329,6 +333,15 @@ def test_prompts_that_are_too_long_are_refused(siglip, tmp_path):
     model = dataclasses.replace(siglip[0], source=str(tmp_path))
     with pytest.raises(ValueError, match="a prompt has 17 tokens, the model takes at most 16"):
         models.zero_shot_task(model, ["cat", "cat " * 16], ["{}"])
+
+
+def test_a_tokenizer_without_padding_is_refused(siglip, tmp_path):
+    write_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").unlink()
+    (tmp_path / "special_tokens_map.json").unlink(missing_ok=True)
+    model = dataclasses.replace(siglip[0], source=str(tmp_path))
+    with pytest.raises(ValueError, match="its tokenizer has no padding token"):
+        models.zero_shot_task(model, ["cat", "fire truck"])
 
 
 @pytest.mark.skipif(find_spec("sentencepiece") is not None, reason="sentencepiece is installed")

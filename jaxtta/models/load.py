@@ -2,6 +2,7 @@
 
 import logging
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import jax.numpy as jnp
@@ -18,6 +19,9 @@ from jaxtta.models.classifier import Params
 from jaxtta.models.clip import CLIP
 from jaxtta.models.preprocess import describe_preprocessing
 from jaxtta.models.supervised import ImageClassifier
+
+READERS = {"clip": transformers, "siglip": siglip, "vit": vit}
+"""What reads each of transformers' model types."""
 
 log = logging.getLogger(__name__)
 
@@ -87,13 +91,21 @@ def load(
     ):
         reader = open_clip
     else:
-        kind = model_type(folder / "config.json")
-        if kind == "siglip2":
-            raise ValueError(
-                f"{folder / 'config.json'}: model_type is 'siglip2', SigLIP 2 for images of any "
-                "shape (NaFlex), which is not supported; those for one size ('siglip') are"
-            )
-        reader = {"vit": vit, "siglip": siglip}.get(kind or "clip", transformers)
+        reader = _reader(folder / "config.json")
     model, params = reader.load_folder(folder, dtype, compute_dtype, remat)
     log.info("%s", describe_preprocessing(model))
     return model, params
+
+
+def _reader(config: Path) -> ModuleType:
+    """What reads a checkpoint of transformers with this configuration."""
+    kind = model_type(config)
+    if kind is None:
+        return transformers  # which says what is wrong with the file
+    if kind not in READERS:
+        naflex = " (SigLIP 2 for images of any shape; those for one size are 'siglip')"
+        said = naflex if kind == "siglip2" else ""
+        raise ValueError(
+            f"{config}: model_type is {kind!r}{said}, supported are {', '.join(READERS)}"
+        )
+    return READERS[kind]

@@ -156,6 +156,11 @@ def zero_shot_task(
             f"{prompts[lengths.index(longest)]!r}"
         )
     if model.padded_prompts:  # with what, and on which side, is a part of the prompt
+        if tokenizer.pad_token is None:
+            raise ValueError(
+                f"{model.source}: its tokenizer has no padding token, with which this model's "
+                "prompts are filled up"
+            )
         ids = tokenizer(texts, padding="max_length", max_length=model.max_length)["input_ids"]
     else:  # with its own end of text, whatever pads a prompt's tokenizer
         ids = [row + row[-1:] * (longest - len(row)) for row in rows]
