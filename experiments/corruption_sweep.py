@@ -161,7 +161,7 @@ def main(options: Options) -> None:
     found = evaluate.fingerprints(source, params, model, task)
     evaluate.check_mgtta_files(options.adapters, options.mgtta, found["weights"])
     settings = describe(options, severities, templates) | found
-    about = evaluate.about(data=options.data, model=options.model)
+    about = evaluate.about(model, data=options.data, model=options.model)
     rates = {
         name: options.learning_rate if evaluate.has_rate(name) else None
         for name in options.adapters
@@ -330,7 +330,7 @@ def choose(
             settings
             | evaluate.fingerprints(source, params, model, task)
             | {"setting": "reset_each_shift"},
-            evaluate.about(data=options.data, model=options.model),
+            evaluate.about(model, data=options.data, model=options.model),
         ),
         **running,
     )

@@ -201,7 +201,7 @@ def run_dataset(
     results = evaluate.Results(
         options.output / name,
         settings | {"templates": templates} | found,
-        evaluate.about(data=root, model=options.model),
+        evaluate.about(model, data=root, model=options.model),
         {a: evaluate.own_settings(a, setup, rates[a], canvas) for a in options.adapters},
     )
     cells = evaluate.run(

@@ -92,7 +92,7 @@ def to_rgb(image: Image.Image, raw: bool = False) -> Image.Image:
         return Image.fromarray(_eight_bits(image)).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        if not raw and image.getextrema()[3][0] < 255:
+        if not raw and image.getchannel("A").getextrema() != (255, 255):
             white = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(white, image)
     return image if image.mode == "RGB" else image.convert("RGB")

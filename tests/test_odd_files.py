@@ -103,7 +103,8 @@ def test_images_in_sub_folders_are_said(folder, said):
     assert len(listed(folder)) == 6
     assert said() == [
         f"{folder}: 2 of 6 images lie in sub-folders of the class folders, such as "
-        f"{folder / 'cat' / 'morning'}, and are of the class folder's class"
+        f"{folder / 'cat' / 'morning'}, and are of the class folder's class; if they are "
+        "the classes, give the folder that holds them"
     ]
 
 
@@ -350,7 +351,7 @@ def test_a_folder_with_one_of_everything(tmp_path, said):
         f"{tmp_path / 'images'}: 3 files passed over: 1 .heic, 1 .cr2, 1 .txt",
         f"{tmp_path / 'images'}: 1 of {len(source.labels)} images lie in sub-folders of the class "
         f"folders, such as {tmp_path / 'images' / NFD / 'more.png'}, and are of the class folder's "
-        "class",
+        "class; if they are the classes, give the folder that holds them",
     ]
     streams = data.make_streams("continual", ("clean",), (0,), source.labels, order="stored")
     (batch,) = data.Batches(source, tuple(streams), len(source.labels))

@@ -1,6 +1,7 @@
 """Images in class folders or with captions."""
 
 import csv
+import itertools
 import logging
 import os
 import re
@@ -70,7 +71,7 @@ def class_folders(root: str | Path) -> list[Path]:
         root: the folder; hidden and system entries are skipped, links are followed.
 
     Returns:
-        Their paths, in the order of `in_class_order`.
+        Their paths, sorted by `in_class_order`.
 
     Raises:
         FileNotFoundError: if there is no such folder.
@@ -86,7 +87,7 @@ def class_folders(root: str | Path) -> list[Path]:
 
 
 def in_class_order(folders: Iterable[Path]) -> list[Path]:
-    """Sort class folders: by number if all are numbers (0 to 11, 001 to 100), or else by name.
+    """Sort class folders by name, with the numbers in names as numbers (0 to 11; c1 to c12).
 
     Args:
         folders: their paths.
@@ -97,15 +98,17 @@ def in_class_order(folders: Iterable[Path]) -> list[Path]:
     Raises:
         ValueError: if two have the same name in different Unicode forms.
     """
-    folders = list(folders)
-    if all(re.fullmatch("[0-9]+", folder.name) for folder in folders):
-        return sorted(folders, key=lambda folder: (int(folder.name), folder.name))
-    folders = sorted(folders, key=lambda folder: nfc(folder.name))
-    names = [nfc(folder.name) for folder in folders]
-    for folder, name, following in zip(folders, names, names[1:], strict=False):
-        if name == following:
+    folders = sorted(folders, key=lambda folder: (_with_numbers(nfc(folder.name)), folder.name))
+    for folder, following in itertools.pairwise(folders):
+        if nfc(folder.name) == nfc(following.name):
             raise ValueError(f"{folder}: two class folders have this name, in two Unicode forms")
     return folders
+
+
+def _with_numbers(name: str) -> list[str | int]:
+    """A name's parts: text and numbers in turn, so that parts in the same place can be compared."""
+    parts = re.split("([0-9]+)", name)
+    return [int(part) if place % 2 else part for place, part in enumerate(parts)]
 
 
 def list_folders(
@@ -145,7 +148,7 @@ def list_folders(
     if nested and len(folders) > 1:
         log.warning(
             "%s: %d of %d images lie in sub-folders of the class folders, such as %s, and are of "
-            "the class folder's class",
+            "the class folder's class; if they are the classes, give the folder that holds them",
             *(printable(root), len(nested), len(files), printable(nested[0].parent)),
         )
     labels = np.asarray(labels, np.int32)
@@ -210,8 +213,7 @@ def image_folder(root: str | Path) -> ImageFolder:
         root: the folder; hidden and system entries are skipped.
 
     Returns:
-        The images; classes are in numerical order if all class folders are numbers. No image is
-        opened.
+        The images; numbers in the names of class folders are sorted as numbers. No image is opened.
 
     Raises:
         FileNotFoundError: if there is no such folder.

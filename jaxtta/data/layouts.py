@@ -328,16 +328,15 @@ def _class_names(
         raise ValueError(f"{len(given)} class names for {len(own)} classes ({_few(own)})")
     if sorted(folders) != [*folders] and not _consecutive(folders):
         pairs = [f"{folder} is {name!r}" for folder, name in zip(folders, given, strict=True)]
-        log.warning("class folders are numbers with gaps, in numerical order: %s", _few(pairs))
+        log.warning("class folders are sorted by number, with gaps: %s", _few(pairs))
     return tuple(given)
 
 
-def _consecutive(numbers: Sequence[str]) -> bool:
-    """Whether folders are consecutive numbers from 0 or 1."""
-    if not all(re.fullmatch("[0-9]+", number) for number in numbers):
-        return False
-    first = int(numbers[0])
-    return first < 2 and [*map(int, numbers)] == [*range(first, first + len(numbers))]
+def _consecutive(folders: Sequence[str]) -> bool:
+    """Whether the first numbers in the names are consecutive from 0 or 1."""
+    found = [re.search("[0-9]+", folder) for folder in folders]
+    numbers = [int(match[0]) if match else -1 for match in found]
+    return numbers[0] in (0, 1) and numbers == [*range(numbers[0], numbers[0] + len(numbers))]
 
 
 def _array_classes(layout: str, root: str | Path) -> tuple[str, ...]:

@@ -9,11 +9,11 @@ from jaxtta.data.corruptions import COMMON, VALIDATION
 from jaxtta.images import SUFFIXES
 
 SEVERITIES = 5  # of ImageNet-C and CIFAR-10-C
-_SYSTEM = (  # made by operating systems, NAS servers and tools, in lower case
+_SYSTEM = {  # made by operating systems, NAS servers and tools, in lower case
     *("__macosx", "__pycache__", "lost+found", "system volume information", "$recycle.bin"),
     *("recycler", "found.000", "@eadir", "@tmp", "@recycle", "@recently-snapshot", "#recycle"),
     *("#snapshot", "thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", "icon\r"),
-)
+}
 _SPLIT = re.compile(
     r"(train|training|val|valid|validation|test|testing|dev|eval)([-_ ]?(set|\d+))?", re.IGNORECASE
 )

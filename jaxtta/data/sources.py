@@ -459,12 +459,18 @@ class CorruptedArrays:
         return array
 
 
-@functools.lru_cache(maxsize=32)  # open files, not images
 def _open_array(root: Path, corruption: str) -> np.ndarray:
     path = root / f"{corruption}.npy"
     if not path.exists() or corruption == "labels":
         known = sorted(_arrays_in(root) - {"labels"})
         raise ValueError(f"unknown corruption {corruption!r}, {root} has {_listed(known)}")
+    status = path.stat()
+    return _mapped(path, status.st_mtime_ns, status.st_size)
+
+
+@functools.lru_cache(maxsize=32)  # open files, not images
+def _mapped(path: Path, changed: int, size: int) -> np.ndarray:
+    del changed, size  # another file under the same name is opened anew
     array = _load(path, mmap_mode="r")
     if array.ndim != 4 or array.shape[-1] != 3 or array.dtype != np.uint8:
         raise ValueError(

@@ -43,8 +43,8 @@ def read_class_names(path: str | Path, folders: Sequence[str]) -> tuple[str, ...
 
     Args:
         path: a JSON object from folder name to class name (for example ImageNet's wnids), a JSON
-            list, or plain text with one name per line; the last two in folder order, which is
-            numerical where all folders are numbers.
+            list, or plain text with one name per line; the last two in folder order, in which
+            numbers are sorted as numbers.
         folders: the class folders' names; may be empty if the file has a list.
 
     Returns:

@@ -70,7 +70,7 @@ class Course:
     """Weight of the fine-tuned parameters in wise-ft's average."""
     limit: int | None = None
     """Use at most this many test images of each task."""
-    workers: int = 1
+    workers: int = 0
     """Processes that decode images; 0 = main process."""
 
     @property
@@ -334,7 +334,7 @@ class Bench:
                 images.append(found[batch.mask])
                 labels.append(batch.labels[batch.mask])
             images, labels = np.concatenate(images), np.concatenate(labels)
-            row[task.name] = float(((images @ classes.T).argmax(-1) == labels).mean())
+            row[task.name] = float(metrics.top_k(images @ classes.T, labels).mean())
             if task.train is None:
                 shown.append((images, classes[labels], labels))
         if not shown:

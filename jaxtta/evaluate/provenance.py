@@ -17,10 +17,10 @@ import numpy as np
 
 from jaxtta.data import Source
 from jaxtta.data.memory import Part
-from jaxtta.models import Params, Task
+from jaxtta.models import Params, Task, describe_preprocessing
 
 PACKAGES = ("jaxtta", "jax", "jaxlib", "flax", "optax", "transformers", "numpy", "pillow")
-_NO_MATTER = ("source", "remat", "class_names")
+_NO_MATTER = ("source", "remat", "class_names", "preprocessing_origin")
 """Fields of a model that change no result: its folder, memory for time, and names, which the
 labels' names stand for."""
 
@@ -88,10 +88,11 @@ def model_settings(model: Any) -> Any:
     return {name: model_settings(x) for name, x in fields.items() if name not in left_out}
 
 
-def about(**places: str) -> dict[str, Any]:
-    """How to repeat a run: command line, date, commit, versions and device.
+def about(loaded: Any = None, **places: str) -> dict[str, Any]:
+    """How to repeat a run: command line, date, commit, preprocessing, versions and device.
 
     Args:
+        loaded: the model, if it came from `jaxtta.load`.
         places: paths of data and model.
 
     Returns:
@@ -99,6 +100,8 @@ def about(**places: str) -> dict[str, Any]:
     """
     versions = {"python": platform.python_version()}
     commit = _commit()
+    if loaded is not None:
+        places["preprocessing"] = describe_preprocessing(loaded).removeprefix("preprocessing: ")
     return {
         **places,
         "command": shlex.join(["python", *sys.argv]),

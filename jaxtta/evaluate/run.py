@@ -44,7 +44,7 @@ def run(
     *,
     setting: str = "",
     from_originals: Collection[str] = (),
-    workers: int = 1,
+    workers: int = 0,
     worker: tuple[int, int] = (0, 1),
     checkpoint_every: int | None = None,
     save_predictions: bool = False,
@@ -62,7 +62,7 @@ def run(
         results: the folder, locked during the run.
         setting: name of the streams' setting, for the cells.
         from_originals: adapters that make their own views; `batches` needs a canvas for them.
-        workers: processes that prefetch batches; 0 = main process.
+        workers: processes that prefetch batches, as for `data.read_ahead`; 0 = none.
         worker: index of this machine and number of machines that share the streams.
         checkpoint_every: batches between two checkpoints within a stream.
         save_predictions: save an `.npz` with per-image predictions of each cell.

@@ -61,10 +61,9 @@ class CLIP:
             where prompts are read at their last token.
         preprocessing: the checkpoint's image preprocessing.
         source: folder that holds the checkpoint's tokenizer; None for a model made from a config.
-        preprocessing_origin: the file that `preprocessing` was read from.
         logit_bias: whether a bias is added to the scaled cosines.
-        clean: how prompts are cleaned before they are tokenised, a key of `task.CLEANERS`; None
-            for not at all.
+        clean: how prompts are cleaned before they are tokenised, a key of `task.CLEANERS`.
+        preprocessing_origin: the file that `preprocessing` was read from.
     """
 
     vision: VisionTransformer | ResNet
@@ -73,9 +72,9 @@ class CLIP:
     eos_token_id: int | None
     preprocessing: Preprocessing
     source: str | None = None
-    preprocessing_origin: str = dataclasses.field(default=DEFAULTS, compare=False)
     logit_bias: bool = False
     clean: str | None = None
+    preprocessing_origin: str = dataclasses.field(default=DEFAULTS, compare=False)
 
     def init(self, key: Array) -> Params:
         """Draw random parameters.

@@ -11,6 +11,7 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 DEFAULTS = "CLIP's defaults"
 """Where a checkpoint without any file of preprocessing has its settings from."""
+HALF_MEAN = (0.5, 0.5, 0.5)  # SigLIP's and supervised ViTs' mean and std, unless they say otherwise
 
 
 class Preprocessing(NamedTuple):

@@ -11,14 +11,33 @@ import ftfy
 import numpy as np
 
 from jaxtta.models.checkpoints.files import (
-    SENTENCEPIECE,
+    SENTENCE_PIECES,
     TOKENIZER_FILES,
     is_transformers,
     read_json,
     refuse_pointer,
 )
 
-VOCABULARIES = TOKENIZER_FILES[1:4] + SENTENCEPIECE
+log = logging.getLogger(__name__)
+
+
+def mend_text(text: str) -> str:
+    """Mend a text as the tokenizers of CLIP and OpenCLIP do before they split it.
+
+    Curly quotes, ligatures, full-width letters and wrongly decoded bytes become what was meant,
+    HTML entities the characters they stand for. transformers' tokenizers leave this out.
+
+    Args:
+        text: a prompt or a class name.
+
+    Returns:
+        The text that CLIP was trained on.
+
+    References:
+        Radford et al., "Learning Transferable Visual Models From Natural Language Supervision",
+        2021 (`clip/simple_tokenizer.py`).
+    """
+    return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split())
 
 
 def canonicalize(text: str) -> str:
@@ -28,13 +47,12 @@ def canonicalize(text: str) -> str:
 
 
 CLEANERS: dict[str | None, Callable[[str], str]] = {
-    None: lambda text: text,
-    "lower": str.lower,
-    "canonicalize": canonicalize,
+    None: mend_text,  # CLIP's
+    "lower": lambda text: mend_text(text).lower(),  # this and the next as OpenCLIP names them
+    "canonicalize": lambda text: canonicalize(mend_text(text)),
+    "siglip": str.lower,  # what transformers' tokenizers of SigLIP 2 leave out in some versions
 }
 """What is done to prompts before they are tokenised."""
-
-log = logging.getLogger(__name__)
 
 
 class Tokenized(Protocol):
@@ -145,7 +163,7 @@ def zero_shot_task(
         if template.count("{}") != 1:
             raise ValueError(f"template {template!r} needs one {{}} for the class name")
     # replace, not format: a template or a name may hold other braces
-    prompts = [mend_text(template.replace("{}", name)) for name in names for template in templates]
+    prompts = [template.replace("{}", name) for name in names for template in templates]
     tokenizer, texts = _tokenizer(model), [CLEANERS[model.clean](prompt) for prompt in prompts]
     rows = tokenizer(texts, verbose=False)["input_ids"]
     lengths = [len(row) for row in rows]
@@ -167,25 +185,6 @@ def zero_shot_task(
     return task_from_token_ids(np.reshape(ids, (len(names), len(templates), -1)), names)
 
 
-def mend_text(text: str) -> str:
-    """Mend a text as the tokenizers of CLIP and OpenCLIP do before they split it.
-
-    Curly quotes, ligatures, full-width letters and wrongly decoded bytes become what was meant,
-    HTML entities the characters they stand for. transformers' tokenizers leave this out.
-
-    Args:
-        text: a prompt or a class name.
-
-    Returns:
-        The text that CLIP was trained on.
-
-    References:
-        Radford et al., "Learning Transferable Visual Models From Natural Language Supervision",
-        2021 (`clip/simple_tokenizer.py`).
-    """
-    return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split())
-
-
 def _report_equal(names: Sequence[str], mended: Sequence[str]) -> None:
     """Log the names that the model cannot tell apart."""
     by_text: dict[str, list[int]] = {}
@@ -203,8 +202,11 @@ def _report_equal(names: Sequence[str], mended: Sequence[str]) -> None:
 def _tokenizer(model: Tokenized) -> Any:
     """The checkpoint's tokenizer."""
     folder = Path(model.source) if model.source else None
-    found = [name for name in VOCABULARIES if folder is not None and (folder / name).exists()]
-    if folder is None or found in ([], ["vocab.json"], ["merges.txt"]):
+    whole, vocabulary, merges = ((folder or Path()) / name for name in TOKENIZER_FILES[1:4])
+    pieces = folder is not None and any((folder / name).exists() for name in SENTENCE_PIECES)
+    if folder is None or not (
+        whole.exists() or pieces or (vocabulary.exists() and merges.exists())
+    ):
         raise FileNotFoundError(
             f"{folder or 'this model'}: has no tokenizer (tokenizer.json, vocab.json and "
             "merges.txt, or spiece.model), which class names need; task_from_token_ids takes ready "
@@ -232,12 +234,11 @@ def _tokenizer_class(folder: Path) -> Any:
 
     settings, whole, vocabulary = (folder / name for name in TOKENIZER_FILES[:3])
     named = settings.exists() and "tokenizer_class" in read_json(settings)
-    if named or is_transformers(folder / "config.json"):
+    pieces = any((folder / name).exists() for name in SENTENCE_PIECES)
+    if named or pieces or is_transformers(folder / "config.json"):
         return AutoTokenizer
     if whole.exists():
         return PreTrainedTokenizerFast
-    if not vocabulary.exists():
-        return AutoTokenizer
     if "<|startoftext|>" not in read_json(vocabulary):
         raise ValueError(
             f"{vocabulary}: is not CLIP's (it has no <|startoftext|>), and no "

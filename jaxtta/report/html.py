@@ -363,19 +363,21 @@ def how_to_repeat(cells: Sequence[Cell]) -> str:
     Returns:
         HTML; empty if none says its command.
     """
-    made: dict[tuple[str, str], list[str]] = {}
+    made: dict[tuple[str, str, str], list[str]] = {}
     for about in (cell.get("about") or {} for cell in cells):
         if "command" in about:
-            key = about["command"], about.get("commit", "")
+            key = about["command"], about.get("commit", ""), about.get("preprocessing", "")
             made.setdefault(key, []).append(about.get("date", ""))
     if not made:
         return ""
     lines = []
-    for (command, commit), dates in made.items():
+    for (command, commit, preprocessing), dates in made.items():
         first, last = min(dates)[:16], max(dates)[:16]
         when = first if first == last else f"{first} to {last}"
         at = f", commit {commit}" if commit else ""
-        lines.append(f"<pre>{escape(command)}</pre>{_note(when.replace('T', ' ') + at)}")
+        after = f". Preprocessing: {preprocessing}" if preprocessing else ""
+        note = _note(when.replace("T", " ") + at + after)
+        lines.append(f"<pre>{escape(command)}</pre>{note}")
     return f"<h2>How to repeat this</h2>{''.join(lines)}"
 
 
@@ -392,7 +394,7 @@ def settings_list(cells: Sequence[Cell]) -> str:
     for cell in cells:
         for part in ("settings", "about"):
             for name, value in _flat(cell.get(part) or {}):
-                if part == "about" and name in ("command", "date", "commit"):
+                if part == "about" and name in ("command", "date", "commit", "preprocessing"):
                     continue  # in `how_to_repeat`
                 found.setdefault(name, {})[_json(value)] = None
     if not found:

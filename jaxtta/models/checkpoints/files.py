@@ -18,14 +18,14 @@ from safetensors import SafetensorError, safe_open
 
 from jaxtta.models.classifier import Params
 
-SENTENCEPIECE = ("spiece.model", "tokenizer.model")
+SENTENCE_PIECES = ("spiece.model", "tokenizer.model")
 TOKENIZER_FILES = (
     "tokenizer_config.json",
     "tokenizer.json",
     "vocab.json",
     "merges.txt",
     "special_tokens_map.json",
-    *SENTENCEPIECE,
+    *SENTENCE_PIECES,
 )
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "flax_model.msgpack")
 OPEN_CLIP_CONFIG = "open_clip_config.json"

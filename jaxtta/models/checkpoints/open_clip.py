@@ -222,9 +222,9 @@ def from_config(path: Path, *, compute_dtype: Any = None, remat: bool = False) -
         EOS_IS_HIGHEST_ID if text.causal else None,
         _preprocessing(whole.section("preprocess_cfg", required=False), vision.image_size),
         str(path.parent),
-        str(path),
-        config.values.get("init_logit_bias") is not None,
-        _cleaner(text_section.section("tokenizer_kwargs", required=False)),
+        logit_bias=config.values.get("init_logit_bias") is not None,
+        clean=_cleaner(text_section.section("tokenizer_kwargs", required=False)),
+        preprocessing_origin=str(path),
     )
 
 
@@ -405,7 +405,7 @@ def _preprocessing(section: ConfigSection, image_size: int) -> Preprocessing:
         int(FILTERS[name]),
         mean,
         std,
-        rounding="torchvision",
+        rounding="transformers" if windows[mode][1] is None else "torchvision",
         resize_longer=mode == "longest",
         fill=fill if mode == "longest" else 0,
     )

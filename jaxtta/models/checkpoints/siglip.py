@@ -19,7 +19,7 @@ from jaxtta.models.checkpoints.files import (
     read_weights,
     split_joint,
 )
-from jaxtta.models.checkpoints.preprocessing import HALF, read_preprocessing
+from jaxtta.models.checkpoints.preprocessing import read_preprocessing
 from jaxtta.models.checkpoints.transformers import (
     architecture,
     square_side,
@@ -29,7 +29,7 @@ from jaxtta.models.checkpoints.transformers import (
 )
 from jaxtta.models.classifier import Params
 from jaxtta.models.clip import CLIP
-from jaxtta.models.preprocess import Preprocessing
+from jaxtta.models.preprocess import HALF_MEAN, Preprocessing
 from jaxtta.models.text import TextTransformer
 from jaxtta.models.vit import VisionTransformer
 
@@ -59,9 +59,9 @@ def load_folder(folder: Path, dtype: Any, compute_dtype: Any, remat: bool) -> tu
     config = read_config(folder, SiglipConfig)
     with naming(folder / "config.json"):
         model = from_config(config, compute_dtype=compute_dtype, remat=remat)
-    preprocessing, origin = read_preprocessing(folder, model.preprocessing, "SiglipImageProcessor")
+    found, origin = read_preprocessing(folder, model.preprocessing, "SiglipImageProcessor")
     model = dataclasses.replace(
-        model, preprocessing=preprocessing, preprocessing_origin=origin, source=str(folder)
+        model, preprocessing=found, preprocessing_origin=origin, source=str(folder)
     )
     weights, entries = read_weights(folder, _path, WEIGHTS[:2])
     shapes = flatten_dict(jax.eval_shape(model.init, jax.random.key(0)))
@@ -105,9 +105,9 @@ def from_config(config: "SiglipConfig", *, compute_dtype: Any = None, remat: boo
         ),
         text.projection_size,
         None,
-        Preprocessing(size, (size, size), mean=HALF, std=HALF),
+        Preprocessing(size, (size, size), mean=HALF_MEAN, std=HALF_MEAN),
         logit_bias=True,
-        clean="lower",  # what SigLIP 2's tokenizer does not do by itself in all versions
+        clean="siglip",
     )
 
 
