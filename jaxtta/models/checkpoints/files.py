@@ -164,7 +164,7 @@ def find_folder(path_or_hub_id: str | Path, revision: str | None = None) -> Path
         for name in others:
             fetch(name)
         if weights and weights.name.endswith("index.json"):
-            for name in _shards(weights):
+            for name in shards_of(weights):
                 fetch(name)
     except Exception as error:  # the hub's client raises its HTTP library's errors too
         if isinstance(error, LocalEntryNotFoundError):
@@ -360,7 +360,7 @@ def _read_safetensors(weights: Path, to_param_path: ToParamPath) -> NamedArrays:
     files = [weights]
     refuse_pointer(weights)
     if weights.suffix == ".json":
-        files = [weights.parent / name for name in _shards(weights)]
+        files = [weights.parent / name for name in shards_of(weights)]
     for file in files:
         if not file.exists():
             raise FileNotFoundError(f"{file}: named in {weights.name}, but missing")
@@ -421,12 +421,22 @@ def _names(file: Path) -> list[str]:
         return list(tensors.keys())
 
 
-def _shards(index: Path) -> list[str]:
-    try:
-        names = json.loads(index.read_text())["weight_map"].values()
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index}: is no index of sharded weights ({error!r})") from error
-    return sorted(set(names))
+def shards_of(index: Path) -> list[str]:
+    """The files that an index of sharded weights names.
+
+    Args:
+        index: a `….index.json`.
+
+    Returns:
+        Their names, each once.
+
+    Raises:
+        ValueError: if it is no such index.
+    """
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict):
+        raise ValueError(f"{index}: is no index of sharded weights (it has no weight_map)")
+    return sorted(set(names.values()))
 
 
 def _read_msgpack(weights: Path, to_param_path: ToParamPath) -> NamedArrays:
