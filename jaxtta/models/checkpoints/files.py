@@ -37,7 +37,10 @@ PREFIXES = ("module.", "model.", "clip_model.", "clip.")
 _COMPILED = "_orig_mod."  # torch.compile's, before any part of a model
 _LFS = b"version https://git-lfs"
 _OPEN_CLIP_NAME = re.compile(
-    r"(ViT|RN\d+|coca|EVA\d*|convnext|MobileCLIP\d*|nllb|roberta|xlm|swin|mt5)[-_x@].*", re.I
+    # ViT-B-32, vit_base_patch16_clip_224.openai, …; with a slash only what is no owner on the hub:
+    # ViT-B/32, ViT-B-32/laion2b_s34b_b79k
+    r"(?i:ViT|RN\d+|coca|EVA\d*|convnext|MobileCLIP|nllb|roberta|xlm|swin|mt5)([-_x@][^/]*)?"
+    r"|(ViT-[A-Za-z]+|RN\d+)([-x@][^/]*)?/.*"
 )
 
 log = logging.getLogger(__name__)
