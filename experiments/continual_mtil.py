@@ -79,7 +79,7 @@ class Options:
     seeds: tuple[int, ...] = (1,)
     """Seeds of the order, the crops and the reference; one run per seed."""
     course: Annotated[evaluate.Course, tyro.conf.arg(name="")] = dataclasses.field(
-        default_factory=evaluate.Course
+        default_factory=lambda: evaluate.Course(workers=1)
     )
     """Training settings."""
     debug: bool = False

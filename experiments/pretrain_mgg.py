@@ -29,7 +29,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import jaxtta
-from jaxtta import assets, cli, data, evaluate, io, optim, tree
+from jaxtta import assets, cli, data, evaluate, io, metrics, optim, tree
 from jaxtta.adapters import MGTTAContext
 from jaxtta.data import VALIDATION
 from jaxtta.models import Batch
@@ -49,7 +49,8 @@ class Options:
     layout: str = "folder"
     """Dataset layout, as in corruption_sweep.py."""
     class_names: tuple[str, ...] = ()
-    """Class names for the prompts, in label order; required with arrays."""
+    """Class names for the prompts, in label order, or one file with them (.json, or text with one
+    name per line); required with arrays."""
     model: str = str(assets.MODEL)
     """Folder or hub id of a CLIP or supervised ViT checkpoint (default: the bundled demo model)."""
     source: str | None = None
@@ -113,9 +114,7 @@ def main(options: Options) -> None:
     """Train and keep the weights of the best epoch."""
     check(options)
     model, params = jaxtta.load(options.model)
-    source = data.open_source(
-        options.layout, options.data, model.preprocessing, options.class_names
-    )
+    source = open_source(options, options.data, model)
     task = evaluate.task_for(model, source.class_names, data.templates_for(options.layout))
     train, held_out = read_images(options, source)
     clean = open_clean(options, source, model)
@@ -124,7 +123,7 @@ def main(options: Options) -> None:
     classes = jaxtta.models.context_of(model, task, trainable)(params)
     context = MGTTAContext(classes, statistics.mean, statistics.std)
     run = Run(options, model, params, context)
-    settings = describe(options, source, clean, params)
+    settings = describe(options, source, clean, evaluate.fingerprints(source, params, model, task))
     evaluate.agree(options.output / "settings.json", settings)
     weights = {"weights": settings["found"]["weights"]}
     with io.atomic_write(options.output / "statistics.safetensors") as temporary:
@@ -155,7 +154,7 @@ def main(options: Options) -> None:
     best = best_epoch(options, history)
     record = {
         "settings": settings,
-        "about": evaluate.about(data=options.data, model=options.model),
+        "about": evaluate.about(model, data=options.data, model=options.model),
         "before": before,
         "chosen_epoch": best + 1,
         "chosen_by": options.choose,
@@ -234,12 +233,16 @@ def read_all(
     return [[read[number] for number in batches.of(stream)] for stream in range(len(streams))]
 
 
+def open_source(options: Options, root: str, model: jaxtta.Classifier) -> data.Source:
+    """Open images in the layout of the options."""
+    names = cli.class_names_of(options.class_names, options.layout, root)
+    return data.open_source(options.layout, root, model.preprocessing, names)
+
+
 def open_clean(options: Options, source: data.Source, model: jaxtta.Classifier) -> data.Source:
     """Open the clean images for the source statistics."""
     if options.source is not None:
-        source = data.open_source(
-            options.layout, options.source, model.preprocessing, options.class_names
-        )
+        source = open_source(options, options.source, model)
     try:
         source.check(data.Domain(data.CLEAN))
     except ValueError as error:
@@ -340,8 +343,8 @@ class Run:
                         f"{name}: a loss or an update on held-out images is not finite"
                     )
                 losses.append(float(prediction.metrics["loss"]))
-                answers = np.asarray(prediction.logits.argmax(-1))
-                right.append((answers == read.labels)[read.mask])
+                answers = metrics.top_k(prediction.logits, read.labels)
+                right.append(np.asarray(answers)[read.mask])
                 counts.append(len(right[-1]))
         return float(np.average(losses, weights=counts)), float(np.concatenate(right).mean())
 
@@ -363,15 +366,18 @@ def best_epoch(options: Options, history: History) -> int:
 # --- files ---
 
 
-def describe(
-    options: Options, source: data.Source, clean: data.Source, params: jaxtta.models.Params
-) -> dict:
+def describe(options: Options, source: data.Source, clean: data.Source, found: dict) -> dict:
     """The settings that affect the result."""
     settings = dataclasses.asdict(options)
     for name in ("output", "data", "model", "source", "debug", "epochs"):
         del settings[name]  # paths, and the number of epochs
-    settings["found"] = evaluate.fingerprints(source, params)
+    settings["found"] = found
     settings["found_source"] = {"images": evaluate.fingerprints(clean, {})["images"]}
+    severity = evaluate.default_severity(options.layout, options.data, options.severity)
+    domains = [data.Domain(name, severity) for name in options.corruptions]
+    stored = [*data.contents_of(source, domains).values()]
+    stored += data.contents_of(clean, [data.Domain(data.CLEAN)]).values()
+    settings["stored"] = evaluate.digest_of(stored)
     return json.loads(json.dumps(settings))
 
 

@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import jaxtta
-from jaxtta import assets, cli, continual, data, evaluate, io, report, tree
+from jaxtta import assets, cli, continual, data, evaluate, io, metrics, report, tree
 from jaxtta.adapters import BATCLIP_PRESETS
 from jaxtta.models import Batch
 from jaxtta.optim import project_out
@@ -49,7 +49,8 @@ class Options:
     data: str = str(assets.IMAGES)
     """The images, clean and corrupted (default: the bundled images, corrupted on the fly)."""
     class_names: tuple[str, ...] = ()
-    """Class names for the prompts, in label order; required with arrays."""
+    """Class names for the prompts, in label order, or one file with them (.json, or text with one
+    name per line); required with arrays."""
     model: str = str(assets.MODEL)
     """Folder or hub id of a CLIP checkpoint (default: the bundled demo model)."""
     corruptions: tuple[str, ...] = ("gaussian_noise", "defocus_blur", "fog")
@@ -104,9 +105,8 @@ def main(options: Options) -> None:
             f"{options.model}: is a ResNet, expected a vision transformer, whose LayerNorms are "
             "protected"
         )
-    source = data.open_source(
-        options.layout, options.data, model.preprocessing, options.class_names
-    )
+    names = cli.class_names_of(options.class_names, options.layout, options.data)
+    source = data.open_source(options.layout, options.data, model.preprocessing, names)
     if options.protecting > len(source.labels) - 2:
         raise ValueError(
             f"--protecting is {options.protecting}, expected at least two less than the "
@@ -117,8 +117,12 @@ def main(options: Options) -> None:
     templates = data.templates_for(options.layout)
     task = jaxtta.zero_shot_task(model, source.class_names, templates)
     settings = {name: value for name, value in vars(options).items() if name not in LEFT_OUT}
-    settings |= evaluate.fingerprints(source, params) | {"severity": severity_of(options)}
+    settings |= evaluate.fingerprints(source, params, model, task)
+    settings["severity"] = severity_of(options)
     evaluate.agree(options.output / "settings.json", json.loads(json.dumps(settings)))
+    domains = [data.Domain(data.CLEAN), *(domain_of(options, c) for c in options.corruptions)]
+    for domain, content in data.contents_of(source, domains).items():
+        evaluate.agree(options.output / f"images-{domain}.json", {"content": content})
     saved = options.output / "rows.json"
     rows = [Row(*row) for row in json.loads(saved.read_text())] if saved.exists() else []
     for seed in options.seeds:
@@ -203,7 +207,7 @@ def severity_of(options: Options) -> int:
 
 def answered(logits: Array, batch: data.StreamBatch) -> np.ndarray:
     """Whether each readable image is classified correctly."""
-    return (np.asarray(logits.argmax(-1)) == batch.labels)[batch.mask]
+    return np.asarray(metrics.top_k(logits, batch.labels))[batch.mask]
 
 
 def share(right: Iterable[np.ndarray]) -> float:

@@ -2,16 +2,17 @@ r"""Label a stream of images with a model that adapts online.
 
     python experiments/serve.py FOLDER_OR_IMAGES… --class-names cat dog
 
-prints one line per image: its label, the confidence, and whether the model adapted to it. Images
-are processed in batches of `--batch-size`; each batch is predicted before the model adapts to it,
-and an incomplete last batch is padded. `--class-names` and `--model` default to the bundled demo
-model and its ten classes.
+prints one line per image: its label, the confidence, and how many updates of the model stand
+behind the answer. Images are processed in batches of `--batch-size`; each batch is predicted before
+the model adapts to it, so the answers to the first one are zero-shot's (`updates 0`). An incomplete
+last batch is padded. `--class-names` and `--model` default to the bundled demo model and its ten
+classes.
 
 What to expect of small batches: TENT's and BATCLIP's losses are averages over a batch. With
 one image BATCLIP's separation loss is undefined: at a learning rate of 1e-3 it lost 21 points on
 the bundled demo model, and TENT lost 3; with four or more images per batch BATCLIP gained (see the
-table in the README). Use zero_shot for single images. A step whose loss or update is not finite is
-skipped, and the output line says so.
+table in the README). Batches of fewer than `--min-adapt` images are therefore answered, but not
+adapted to. A step whose loss or update is not finite is skipped and not counted.
 
 TNT needs no batch: it optimises a small noise map for each image, at the cost of more than a
 hundred forward passes. A noise map for a camera can be learnt once and then applied without
@@ -19,15 +20,20 @@ optimisation:
 
     python experiments/serve.py IMAGES… --adapter tnt --learn-noise camera.safetensors
     python experiments/serve.py FOLDER --adapter tnt --noise camera.safetensors
+
+Exit codes: 0 if every image has a label; 1 for an error, also if no image could be read; 2 for
+options that cannot be parsed; 3 if some images could not be read or have no finite answer, which
+are named on stderr.
 """
 
 import dataclasses
 import itertools
 import math
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -39,20 +45,24 @@ import jaxtta
 from jaxtta import assets, data, evaluate
 from jaxtta.adapters import TNTConfig, load_noise, save_noise
 from jaxtta.data.folders import SUFFIXES
+from jaxtta.images import printable
 
 CANVAS = 512
 """Size in pixels to which TNT's full-size images are padded; larger images are shrunk first."""
-ONLINE = TNTConfig(online=True)
+INCOMPLETE = 3
+"""Exit code if some images have no label."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
     """Label images with an adapting model."""
 
-    images: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Images or folders of images, in the order in which they are processed."""
+    images: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
+    """Images or folders of images, in the order in which they are processed. They come before
+    --class-names, which takes all words that follow it."""
     class_names: tuple[str, ...] = ()
-    """Class names for the prompts (default: the ten of the bundled demo model)."""
+    """Class names for the prompts, or one file with them (.json, or text with one name per line).
+    Default: the ten of the bundled demo model."""
     model: str = str(assets.MODEL)
     """Folder or hub id of a CLIP or supervised ViT checkpoint."""
     adapter: Literal["zero_shot", "tent", "batclip", "tnt"] = "batclip"
@@ -65,22 +75,35 @@ class Options:
     """Learning rate of TENT's SGD or BATCLIP's AdamW."""
     batch_size: int = 8
     """Images per step."""
+    min_adapt: int = 4
+    """Least number of images in a batch that TENT and BATCLIP adapt to."""
     debug: bool = False
     """Show tracebacks."""
 
 
-def main(options: Options) -> None:
+class Answer(NamedTuple):
+    """What is said of an image.
+
+    Attributes:
+        file: the image.
+        label: index of the class; None if the model's answer is not finite.
+        confidence: probability of the class.
+        updates: how many updates stand behind the answer; None for a method without any.
+    """
+
+    file: Path
+    label: int | None
+    confidence: float
+    updates: int | None
+
+
+def main(options: Options) -> int:
     """Print one line per image."""
-    if options.batch_size < 1:
-        raise ValueError(f"--batch-size is {options.batch_size}, expected at least 1")
-    if not 0 < options.learning_rate < math.inf:
-        raise ValueError(f"--learning-rate is {options.learning_rate}, expected a positive number")
-    if options.adapter != "tnt" and (options.noise or options.learn_noise):
-        raise ValueError("--noise and --learn-noise are for --adapter tnt")
+    check(options)
     files = list_images(options.images)
     model, params = jaxtta.load(options.model)
-    own = getattr(model, "class_names", ())
-    names = options.class_names or own or data.image_folder(assets.IMAGES).class_names
+    names = data.given_class_names(options.class_names) or getattr(model, "class_names", ())
+    names = names or data.image_folder(assets.IMAGES).class_names
     task = evaluate.task_for(model, names, data.templates_for("folder"))
     adapter = {
         "zero_shot": lambda: jaxtta.adapters.zero_shot(model, task),
@@ -92,11 +115,49 @@ def main(options: Options) -> None:
         ),
         "tnt": lambda: make_tnt(model, task, options),
     }[options.adapter]()
-    images = readable(files)
-    width = max(len(str(file)) for file in files)
-    for file, (label, confidence, adapted) in serve(model, params, adapter, images, options):
-        said = f"{names[label]:<16}  {confidence:6.1%}  {'adapted' if adapted else 'not adapted'}"
-        print(f"{file!s:<{width}}  {said}", flush=True)
+    lost: list[Path] = []
+    width, unanswered = max(len(printable(file)) for file in files), 0
+    for answer in serve(model, params, adapter, readable(files, lost), options):
+        label = "(not finite)" if answer.label is None else printable(names[answer.label])
+        updates = "" if answer.updates is None else f"  updates {answer.updates}"
+        said = f"{printable(answer.file):<{width}}  {label:<16}  {answer.confidence:6.1%}{updates}"
+        print(said, flush=True)
+        unanswered += answer.label is None
+    if len(lost) == len(files):
+        raise ValueError(f"none of the {len(files)} images could be read")
+    for count, what in ((len(lost), "could not be read"), (unanswered, "have no finite answer")):
+        if count:
+            print(f"{count} of {len(files)} images {what}", file=sys.stderr)
+    return INCOMPLETE if lost or unanswered else 0
+
+
+def check(options: Options) -> None:
+    """Raise an error for invalid options; warn if nothing will be adapted to."""
+    if not options.images:
+        raise ValueError(f"no images: {say_order(options.class_names)}")
+    evaluate.require_at_least(batch_size=(options.batch_size, 1), min_adapt=(options.min_adapt, 1))
+    if not 0 < options.learning_rate < math.inf:
+        raise ValueError(f"--learning-rate is {options.learning_rate}, expected a positive number")
+    if options.adapter != "tnt" and (options.noise or options.learn_noise):
+        raise ValueError("--noise and --learn-noise are for --adapter tnt")
+    if options.learn_noise and not options.learn_noise.parent.is_dir():
+        raise FileNotFoundError(f"{options.learn_noise.parent}: no such folder")
+    if options.adapter in ("tent", "batclip") and options.batch_size < options.min_adapt:
+        print(
+            f"the model is not adapted: --batch-size {options.batch_size} is below --min-adapt "
+            f"{options.min_adapt}",
+            file=sys.stderr,
+        )
+
+
+def say_order(names: Sequence[str]) -> str:
+    """How to give images and class names, if the last names are paths of images."""
+    taken = list(itertools.takewhile(lambda name: Path(name).exists(), reversed(names)))[::-1]
+    taken = taken[1:] if len(taken) == len(names) else taken  # the first is a file of names
+    if not taken:
+        return "give files or folders before the options"
+    right = shlex.join(["serve.py", *taken, "--class-names", *names[: -len(taken)]])
+    return f"--class-names took {taken[0]} for a name; give the images first: {right}"
 
 
 def make_tnt(
@@ -104,9 +165,14 @@ def make_tnt(
 ) -> jaxtta.Adapter:
     """TNT with one map per image, one map learnt over all images, or a saved map."""
     noise = load_noise(options.noise)[0] if options.noise else None
-    tuning = TNTConfig(views=1, steps=0) if options.noise else TNTConfig()
-    config = ONLINE if options.learn_noise else tuning
-    return jaxtta.adapters.tnt(model, task, config=config, noise=noise)
+    return jaxtta.adapters.tnt(model, task, config=tnt_config(options), noise=noise)
+
+
+def tnt_config(options: Options) -> TNTConfig:
+    """TNT's settings."""
+    if options.learn_noise:
+        return TNTConfig(online=True)
+    return TNTConfig(views=1, steps=0) if options.noise else TNTConfig()
 
 
 def list_images(paths: Sequence[Path]) -> list[Path]:
@@ -123,13 +189,14 @@ def list_images(paths: Sequence[Path]) -> list[Path]:
     return files
 
 
-def readable(files: Sequence[Path]) -> Iterator[tuple[Path, Image.Image]]:
-    """Yield images one by one, skipping those that cannot be decoded."""
+def readable(files: Sequence[Path], lost: list[Path]) -> Iterator[tuple[Path, Image.Image]]:
+    """Yield images one by one; those that cannot be decoded are named and added to `lost`."""
     for file in files:
         try:
             yield file, data.open_image(file)
         except data.UnreadableImageError as error:
-            print(error, file=sys.stderr)
+            print(printable(error), file=sys.stderr)
+            lost.append(file)
 
 
 def serve(
@@ -138,32 +205,55 @@ def serve(
     adapter: jaxtta.Adapter,
     files: Iterator[tuple[Path, Image.Image]],
     options: Options,
-) -> Iterator[tuple[Path, tuple[int, float, bool]]]:
-    """Label, confidence and whether the model adapted, for each image."""
-    state, step = adapter.init(params), jax.jit(adapter.step, donate_argnums=1)
-    seen, size = 0, options.batch_size
+) -> Iterator[Answer]:
+    """Answer image by image, and adapt batch by batch."""
+    state, size, tnt = adapter.init(params), options.batch_size, options.adapter == "tnt"
+    inputs = uncut_inputs if tnt else plain_inputs
+    steps = tnt_config(options).steps if tnt else 0
+    # The state is not donated: it is kept where a batch is too small to adapt to.
+    step, seen, updates = jax.jit(adapter.step), 0, 0
     while batch := list(itertools.islice(files, size)):
+        if not seen:
+            print(f"compiling {options.adapter} …", file=sys.stderr)
+        images, sizes = inputs(model, [image for _, image in batch])
         padding = size - len(batch)
+        images, sizes = (
+            None if x is None else np.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1), "edge")
+            for x in (images, sizes)
+        )
         mask = np.arange(size) < len(batch)
         index = (seen + np.arange(size)).astype(np.int32)
-        sizes = None
-        if options.adapter == "tnt":  # TNT makes its own views
-            rgb = [model.preprocessing.rgb(image) for _, image in batch]
-            images, sizes = map(
-                np.stack, zip(*(data.on_canvas(np.asarray(x), CANVAS) for x in rgb), strict=True)
-            )
-            sizes = np.pad(sizes, ((0, padding), (0, 0)), constant_values=1)
-        else:
-            images = model.preprocess([image for _, image in batch])
-        images = np.pad(images, ((0, padding), (0, 0), (0, 0), (0, 0)))
-        state, prediction = step(params, state, jaxtta.Batch(images, mask, index, sizes))
-        probabilities = np.asarray(jax.nn.softmax(prediction.logits))
-        adapted = options.adapter != "zero_shot" and not prediction.metrics["skipped"]
-        for (file, _), row in zip(batch, probabilities, strict=False):
-            yield file, (int(row.argmax()), float(row.max()), adapted)
+        after, prediction = step(params, state, jaxtta.Batch(images, mask, index, sizes))
+        for (file, _), row in zip(batch, np.asarray(prediction.logits), strict=False):
+            finite = bool(np.isfinite(row).all())
+            if tnt:  # each image has its own map, unless one is learnt over all
+                updates = (updates if options.learn_noise else 0) + steps * finite
+            likeliest = int(row.argmax()) if finite else None
+            confidence = float(np.asarray(jax.nn.softmax(row)).max())
+            counted = steps > 0 if tnt else options.adapter != "zero_shot"
+            yield Answer(file, likeliest, confidence, updates if counted else None)
+        if tnt or len(batch) >= options.min_adapt:
+            state = after
+            updates += not (tnt or bool(prediction.metrics["skipped"]))
         seen += len(batch)
-    if options.learn_noise:
-        save_noise(options.learn_noise, state.noise, ONLINE)
+    if options.learn_noise and seen:
+        save_noise(options.learn_noise, state.noise, tnt_config(options))
+
+
+def plain_inputs(
+    model: jaxtta.models.CLIP, images: Sequence[Image.Image]
+) -> tuple[np.ndarray, None]:
+    """Images at the model's resolution."""
+    return model.preprocess(images), None
+
+
+def uncut_inputs(
+    model: jaxtta.models.CLIP, images: Sequence[Image.Image]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Full-size images and their sizes, for TNT, which makes its own views."""
+    rgb = (np.asarray(model.preprocessing.rgb(image)) for image in images)
+    padded, sizes = zip(*(data.on_canvas(image, CANVAS) for image in rgb), strict=True)
+    return np.stack(padded), np.stack(sizes)
 
 
 if __name__ == "__main__":

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "jaxtta"
-FUNCTIONS = {"losses", "metrics", "tree", "views", "augmix", "io"}
+FUNCTIONS = {"losses", "metrics", "tree", "views", "augmix", "io", "images"}
 MODELS = FUNCTIONS | {"models", "optim", "assets"}
 METHODS = MODELS | {"adapters", "continual", "diagnose", "data"}
 MAY_IMPORT = {
     **{name: set() for name in FUNCTIONS},
     "assets": set(),
-    "models": {"io"},
-    "data": {"io"},
+    "models": {"io", "images"},
+    "data": {"io", "images"},
     "optim": {"tree", "io"},
     "adapters": MODELS,
     "continual": MODELS,

@@ -236,6 +236,15 @@ def test_sixteen_bits_are_scaled_not_clipped(mode):
     np.testing.assert_array_equal(preprocessing(deep), eight)
 
 
+def test_transparent_images_are_laid_over_white():
+    colours = image(48, 48)
+    half = colours.copy()
+    half.putalpha(128)
+    preprocessing = Preprocessing(48, 48, (48, 48))
+    expected = np.asarray(colours) * (128 / 255) + 127
+    assert np.abs(preprocessing(half) - expected).max() <= 1
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

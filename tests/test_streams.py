@@ -1,12 +1,16 @@
 """What an adapter meets, in which order, and how it is cut into batches."""
 
+import inspect
+import subprocess
+import sys
+
 import hypothesis
 import hypothesis.strategies as st
 import numpy as np
 import pytest
 from PIL import Image
 
-from jaxtta import data
+from jaxtta import data, evaluate
 from jaxtta.data import Domain
 from jaxtta.models.preprocess import Preprocessing
 
@@ -205,3 +209,60 @@ def test_a_dataset_is_a_domain_of_its_own_name(tmp_path):
     for other in (Domain("clean"), Domain("shop", 1)):
         with pytest.raises(ValueError, match=f"unknown domain {other}, expected shop"):
             named.check(other)
+
+
+READER = """
+import numpy as np
+from jaxtta import data
+
+class Source:
+    def __init__(self, number):  # more than a pipe between processes holds
+        self.labels, self.preprocess = np.zeros(20_000, np.int64), self
+        self.image_size, self.number = 4, number
+    def read(self, domain, image, seed):
+        return np.full((4, 4, 3), self.number + image, np.uint8)
+
+batches = data.Batches(Source(7), (data.stream_of("a", [data.Domain("a")], np.arange(5), 0),), 2)
+"""
+
+
+def run_python(script, **options):
+    command = [sys.executable, script]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=120, check=False, **options
+    )
+
+
+def test_a_script_without_a_main_guard_reads_its_images(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(f"{READER}\nfor batch in data.read_ahead(batches): print(batch.images.max())")
+    done = run_python(script)
+    assert (done.returncode, done.stdout.split()) == (0, ["8", "10", "11"])
+
+
+@pytest.mark.parametrize("where", ["file", "stdin"])
+def test_a_script_that_cannot_have_processes_ends_with_a_sentence(tmp_path, where):
+    """It waited for ever, for a process that had ended."""
+    script = tmp_path / "script.py"
+    script.write_text(f"{READER}\nfor batch in data.read_ahead(batches, 2): print(batch)")
+    with script.open() as lines:
+        done = run_python("-" if where == "stdin" else script, stdin=lines)
+    assert (done.returncode, done.stdout) == (1, "")
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("ChildProcessError: a process that reads images has ended early: killed")
+    if where == "file":
+        assert "put the script's work under if __name__ ==" in done.stderr
+
+
+def test_a_guarded_script_reads_in_processes(tmp_path):
+    script = tmp_path / "script.py"
+    guarded = "    for batch in data.read_ahead(batches, 2): print(batch.images.max())"
+    script.write_text(f'{READER}\nif __name__ == "__main__":\n{guarded}')
+    done = run_python(script)
+    assert (done.returncode, done.stdout.split()) == (0, ["8", "10", "11"])
+
+
+def test_no_library_function_starts_processes_unasked():
+    for function in (data.read_ahead, evaluate.run):
+        assert inspect.signature(function).parameters["workers"].default == 0
+    assert evaluate.Course().workers == 0

@@ -1,6 +1,9 @@
 """Running a script: command-line options, one-line errors and exit codes."""
 
 import contextlib
+import logging
+import os
+import select
 import signal
 import sys
 import threading
@@ -28,27 +31,62 @@ _INSIST = 5.0  # seconds; longer than a stopped script needs to write its files
 def run_script(options: type[Options], main: Callable[[Options], Any], doc: str | None) -> None:
     """Parse the command line, run, and exit with a code.
 
-    Invalid input gives a one-line error and exit code 1, Ctrl-C exit code 130. A traceback is shown
-    only with `options.debug` or for unexpected errors.
+    The codes are 0, 1 for an error, 2 for options that cannot be parsed, 130 for Ctrl-C and 141 if
+    nobody reads the output any more (`| head`), or what `main` returns. Invalid input gives a
+    one-line error; a traceback is shown only with `options.debug` or for unexpected errors. What
+    the output's encoding lacks, such as file names that are no UTF-8, is printed escaped.
 
     Args:
         options: a dataclass with a `debug` field; its attribute docstrings are the help text.
-        main: does the work.
+        main: does the work; returns None or the exit code.
         doc: the script's docstring, shown above the options.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # it may be closed or replaced
+            stream.reconfigure(errors="backslashreplace")
     parsed = tyro.cli(options, description=doc)
     try:
-        with _insistent_interrupts():
-            main(parsed)
+        with _insistent_interrupts(), _notes_on_stderr():
+            code = main(parsed)
+        if sys.stdout is not None:
+            sys.stdout.flush()  # here, so that an error is handled
     except KeyboardInterrupt:
         sys.exit(_say("interrupted; finished results are saved", 130))
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
+        if isinstance(error, BrokenPipeError) and _output_is_closed():
+            sys.exit(141)  # as the shell says for programs that this ends
         if parsed.debug:
             raise
         sentence = str(error)
         if isinstance(error, OSError) and error.filename and error.strerror:
             sentence = f"{error.filename}: {error.strerror}"
         sys.exit(_say(" ".join(sentence.split()), 1))
+    if code:
+        sys.exit(code)
+
+
+@contextlib.contextmanager
+def _notes_on_stderr() -> Iterator[None]:
+    """Print what the package logs: the preprocessing that was read, images passed over."""
+    log, handler = logging.getLogger("jaxtta"), logging.StreamHandler()
+    level = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
+
+
+def _output_is_closed() -> bool:
+    """Whether the reader of the output has gone; nothing more is written to it then."""
+    output = select.poll()
+    output.register(sys.stdout, 0)  # errors alone
+    if not output.poll(0):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes at its end
+    return True
 
 
 @contextlib.contextmanager

@@ -14,10 +14,13 @@ import dataclasses
 import functools
 import multiprocessing
 import os
+import pickle
 import signal
+import tempfile
 import threading
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -362,6 +365,29 @@ class _Chosen:
         return self.batches[self.numbers[index]]
 
 
+@dataclasses.dataclass(frozen=True)
+class _Stored:
+    """Batches in a file, from which each process reads them.
+
+    Python writes what a new process gets into a pipe and waits for it to be read; if there is more
+    than fits the pipe and the process ends before it reads, it waits for ever.
+    """
+
+    path: str
+    length: int
+
+    @functools.cached_property
+    def batches(self) -> _Chosen:
+        with Path(self.path).open("rb") as file:
+            return pickle.load(file)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> StreamBatch:
+        return self.batches[index]
+
+
 def _follow_the_parent(worker: int, workers: int) -> None:
     """Ignore SIGINT; exit with the parent."""
     del worker, workers
@@ -378,31 +404,64 @@ def _follow_the_parent(worker: int, workers: int) -> None:
 
 
 def read_ahead(
-    batches: Batches, workers: int = 1, numbers: Sequence[int] | None = None
+    batches: Batches, workers: int = 0, numbers: Sequence[int] | None = None
 ) -> Iterator[StreamBatch]:
     """Prefetch batches in order.
 
     Args:
         batches: the batches to read.
-        workers: processes that decode and corrupt images; 0 = main process.
+        workers: processes that decode and corrupt images; 0 = a thread of this process. Each
+            process imports the script again, so a script with workers needs
+            `if __name__ == "__main__":`.
         numbers: indices of the batches to read, for example to resume; None for all.
 
     Returns:
-        An iterator over the batches, the same for any number of workers.
+        An iterator over the batches, the same for any number of workers. It raises a
+        ChildProcessError if a process ends early.
+
+    Raises:
+        RuntimeError: in a process that is importing the script that has started it.
     """
-    import grain
     from absl import flags
 
+    # Python itself refuses this too late: Grain's threads are waiting for the process by then.
+    if workers and getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise RuntimeError(
+            "read_ahead starts processes, which import the script again: put the script's work "
+            'under if __name__ == "__main__": or use workers=0'
+        )
     if not flags.FLAGS.is_parsed():  # Grain reads absl flags, which nothing has parsed here
         flags.FLAGS.mark_as_parsed()
     chosen = _Chosen(batches, tuple(range(len(batches)) if numbers is None else numbers))
+    return _read_in_processes(chosen, workers) if workers else iter(_dataset(chosen))
+
+
+def _dataset(batches: Any) -> Any:
+    import grain
+
     # One thread per process: the corruptions seed numpy's global state.
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
-    dataset = grain.MapDataset.source(chosen).to_iter_dataset(options)
-    if workers:
+    return grain.MapDataset.source(batches).to_iter_dataset(options)
+
+
+def _read_in_processes(batches: _Chosen, workers: int) -> Iterator[StreamBatch]:
+    import cloudpickle  # as Grain does: a source may be defined in a notebook
+    import grain
+
+    with tempfile.NamedTemporaryFile(suffix=".pickle") as file:
+        cloudpickle.dump(batches, file)
+        file.flush()
         options = grain.MultiprocessingOptions(workers, 2)
+        dataset = _dataset(_Stored(file.name, len(batches)))
         dataset = dataset.mp_prefetch(options, worker_init_fn=_follow_the_parent)
         # By pipe: Grain frees shared memory so late that Python reports a leak at exit.
         by_pipe = grain.experimental.DatasetOptions(min_shm_size=2**40)
-        dataset = grain.experimental.WithOptionsIterDataset(dataset, by_pipe)
-    return iter(dataset)
+        try:
+            yield from grain.experimental.WithOptionsIterDataset(dataset, by_pipe)
+        except RuntimeError as error:
+            if "terminated unexpectedly" not in str(error):
+                raise
+            raise ChildProcessError(
+                "a process that reads images has ended early: killed, perhaps for lack of memory, "
+                'or started by a script without if __name__ == "__main__": use fewer workers or 0'
+            ) from error

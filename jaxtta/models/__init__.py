@@ -1,5 +1,6 @@
-"""Models: CLIP with a ViT or a ResNet, a supervised ViT, and what an adapter asks of any."""
+"""Models: CLIP, SigLIP, a supervised ViT, and what an adapter asks of any."""
 
+from jaxtta.models.checkpoints.siglip import from_config as siglip_from_config
 from jaxtta.models.checkpoints.transformers import from_config, save
 from jaxtta.models.checkpoints.vit import from_config as classifier_from_config
 from jaxtta.models.classifier import (
@@ -51,6 +52,7 @@ __all__ = [
     "merge_statistics",
     "save",
     "save_statistics",
+    "siglip_from_config",
     "statistics_of",
     "task_from_token_ids",
     "with_batch_norm_statistics",

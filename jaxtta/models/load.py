@@ -1,4 +1,4 @@
-"""Loading checkpoints: CLIP of transformers or OpenCLIP, or a supervised ViT."""
+"""Loading checkpoints: CLIP and SigLIP of transformers or OpenCLIP, or a supervised ViT."""
 
 import logging
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jaxtta.models.checkpoints import open_clip, transformers, vit
+from jaxtta.models.checkpoints import open_clip, siglip, transformers, vit
 from jaxtta.models.checkpoints.files import (
     OPEN_CLIP_CONFIG,
     WEIGHTS,
@@ -53,7 +53,7 @@ def load(
     remat: bool = False,
     revision: str | None = None,
 ) -> tuple[CLIP | ImageClassifier, Params]:
-    """Load a checkpoint: CLIP of transformers or OpenCLIP, or a supervised ViT of transformers.
+    """Load a checkpoint: CLIP or SigLIP of transformers or OpenCLIP, or a supervised ViT.
 
     Args:
         path_or_hub_id: a folder with `config.json` and `model.safetensors` (single or sharded) or
@@ -69,25 +69,32 @@ def load(
 
     Returns:
         The model and its parameter tree (`vision_model`, `text_model`, `visual_projection`,
-        `text_projection`, `logit_scale`; of a supervised ViT `vision_model`, `classifier`).
+        `text_projection`, `logit_scale`; of SigLIP `logit_bias` and no `visual_projection`; of a
+        supervised ViT `vision_model`, `classifier`).
 
     Raises:
         FileNotFoundError: if there is no such folder or hub model, or a file is missing.
-        ValueError: if the configuration is neither CLIP's nor ViT's, only pickled weights or a
-            LoRA adapter are there, a file is a git-LFS pointer, a parameter is missing, has
+        ValueError: if the configuration is none of CLIP's, SigLIP's and ViT's, only pickled weights
+            or a LoRA adapter are there, a file is a git-LFS pointer, a parameter is missing, has
             another shape or is not finite (they are named), or the preprocessing cannot be read.
     """
     folder = find_folder(path_or_hub_id, revision)
     if compute_dtype is None and jnp.finfo(dtype).bits < 32:
         compute_dtype = dtype  # adapted parameters are float32 and must not decide it
     readable = any((folder / name).exists() for name in WEIGHTS)
-    reader = transformers
     if (folder / OPEN_CLIP_CONFIG).exists() and not (
         readable and is_transformers(folder / "config.json")
     ):
         reader = open_clip
-    elif model_type(folder / "config.json") == "vit":
-        reader = vit
+    else:
+        kind = model_type(folder / "config.json")
+        if kind == "siglip2":
+            raise ValueError(
+                f"{folder / 'config.json'}: model_type is 'siglip2', SigLIP 2 with images of any "
+                "shape (NaFlex), which is not supported; its checkpoints for one size are "
+                "('siglip')"
+            )
+        reader = {"vit": vit, "siglip": siglip}.get(kind or "clip", transformers)
     model, params = reader.load_folder(folder, dtype, compute_dtype, remat)
     log.info("%s", describe_preprocessing(model))
     return model, params

@@ -5,10 +5,13 @@ from typing import Any, Literal, NamedTuple, cast
 import numpy as np
 from PIL import Image
 
+from jaxtta.images import to_rgb
+
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 DEFAULTS = "CLIP's defaults"
 """Where a checkpoint without any file of preprocessing has its settings from."""
+HALF_MEAN = (0.5, 0.5, 0.5)  # SigLIP's and supervised ViTs' mean and std, unless they say otherwise
 
 
 class Preprocessing(NamedTuple):
@@ -55,11 +58,8 @@ class Preprocessing(NamedTuple):
 
     @staticmethod
     def rgb(image: Image.Image) -> Image.Image:
-        """Convert an image of any mode to 8-bit RGB (transparency is dropped, not blended)."""
-        if image.mode == "F" or image.mode.startswith("I"):  # 16 bits; PIL would clip at 255
-            values = np.asarray(image).astype(np.float32)
-            image = Image.fromarray((values / 257).round().clip(0, 255).astype(np.uint8))
-        return image if image.mode == "RGB" else image.convert("RGB")
+        """Convert an image of any mode to 8-bit RGB, as `jaxtta.images.to_rgb` does."""
+        return to_rgb(image)
 
     def __call__(self, image: Image.Image) -> np.ndarray:
         """Resize and crop one image.

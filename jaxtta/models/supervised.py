@@ -47,7 +47,7 @@ class ImageClassifier:
         return self.preprocessing.image_size
 
     @property
-    def feature_shape(self) -> tuple[int, int]:
+    def feature_shape(self) -> tuple[int, int] | None:
         """(Layers, width) of the layer features."""
         return self.vision.feature_shape
 

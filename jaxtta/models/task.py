@@ -2,7 +2,8 @@
 
 import html
 import logging
-from collections.abc import Sequence
+import string
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -10,6 +11,7 @@ import ftfy
 import numpy as np
 
 from jaxtta.models.checkpoints.files import (
+    SENTENCE_PIECES,
     TOKENIZER_FILES,
     is_transformers,
     read_json,
@@ -19,12 +21,48 @@ from jaxtta.models.checkpoints.files import (
 log = logging.getLogger(__name__)
 
 
+def mend_text(text: str) -> str:
+    """Mend a text as the tokenizers of CLIP and OpenCLIP do before they split it.
+
+    Curly quotes, ligatures, full-width letters and wrongly decoded bytes become what was meant,
+    HTML entities the characters they stand for. transformers' tokenizers leave this out.
+
+    Args:
+        text: a prompt or a class name.
+
+    Returns:
+        The text that CLIP was trained on.
+
+    References:
+        Radford et al., "Learning Transferable Visual Models From Natural Language Supervision",
+        2021 (`clip/simple_tokenizer.py`).
+    """
+    return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split())
+
+
+def canonicalize(text: str) -> str:
+    """Leave out ASCII punctuation and capitals, as SigLIP was trained; underscores are spaces."""
+    text = text.replace("_", " ").translate(str.maketrans("", "", string.punctuation))
+    return " ".join(text.lower().split())
+
+
+CLEANERS: dict[str | None, Callable[[str], str]] = {
+    None: mend_text,  # CLIP's
+    "lower": lambda text: mend_text(text).lower(),  # this and the next as OpenCLIP names them
+    "canonicalize": lambda text: canonicalize(mend_text(text)),
+    "siglip": str.lower,  # what transformers' tokenizers of SigLIP 2 leave out in some versions
+}
+"""What is done to prompts before they are tokenised."""
+
+
 class Tokenized(Protocol):
     """A model whose classes are given as text; `jaxtta.models.CLIP` is one.
 
     Attributes:
         source: folder of the tokenizer, or None.
         max_length: tokens a prompt may have.
+        padded_prompts: whether its prompts are all filled up to `max_length`, as SigLIP's are.
+        clean: a key of `CLEANERS`.
     """
 
     @property
@@ -32,6 +70,12 @@ class Tokenized(Protocol):
 
     @property
     def max_length(self) -> int: ...  # noqa: D102
+
+    @property
+    def padded_prompts(self) -> bool: ...  # noqa: D102
+
+    @property
+    def clean(self) -> str | None: ...  # noqa: D102
 
 
 class Task(NamedTuple):
@@ -119,8 +163,9 @@ def zero_shot_task(
         if template.count("{}") != 1:
             raise ValueError(f"template {template!r} needs one {{}} for the class name")
     # replace, not format: a template or a name may hold other braces
-    prompts = [mend_text(template.replace("{}", name)) for name in names for template in templates]
-    rows = _tokenizer(model)(prompts, verbose=False)["input_ids"]
+    prompts = [template.replace("{}", name) for name in names for template in templates]
+    tokenizer, texts = _tokenizer(model), [CLEANERS[model.clean](prompt) for prompt in prompts]
+    rows = tokenizer(texts, verbose=False)["input_ids"]
     lengths = [len(row) for row in rows]
     longest = max(lengths)
     if longest > model.max_length:
@@ -128,28 +173,11 @@ def zero_shot_task(
             f"a prompt has {longest} tokens, the model takes at most {model.max_length}: "
             f"{prompts[lengths.index(longest)]!r}"
         )
-    # Filled up with its own end of text, whatever pads a prompt's tokenizer.
-    ids = [row + row[-1:] * (longest - len(row)) for row in rows]
-    return task_from_token_ids(np.reshape(ids, (len(names), len(templates), longest)), names)
-
-
-def mend_text(text: str) -> str:
-    """Mend a text as the tokenizers of CLIP and OpenCLIP do before they split it.
-
-    Curly quotes, ligatures, full-width letters and wrongly decoded bytes become what was meant,
-    HTML entities the characters they stand for. transformers' tokenizers leave this out.
-
-    Args:
-        text: a prompt or a class name.
-
-    Returns:
-        The text that CLIP was trained on.
-
-    References:
-        Radford et al., "Learning Transferable Visual Models From Natural Language Supervision",
-        2021 (`clip/simple_tokenizer.py`).
-    """
-    return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split())
+    if model.padded_prompts:  # with what, and on which side, is a part of the prompt
+        ids = tokenizer(texts, padding="max_length", max_length=model.max_length)["input_ids"]
+    else:  # with its own end of text, whatever pads a prompt's tokenizer
+        ids = [row + row[-1:] * (longest - len(row)) for row in rows]
+    return task_from_token_ids(np.reshape(ids, (len(names), len(templates), -1)), names)
 
 
 def _report_equal(names: Sequence[str], mended: Sequence[str]) -> None:
@@ -170,10 +198,14 @@ def _tokenizer(model: Tokenized) -> Any:
     """The checkpoint's tokenizer."""
     folder = Path(model.source) if model.source else None
     whole, vocabulary, merges = ((folder or Path()) / name for name in TOKENIZER_FILES[1:4])
-    if folder is None or not (whole.exists() or (vocabulary.exists() and merges.exists())):
+    pieces = folder is not None and any((folder / name).exists() for name in SENTENCE_PIECES)
+    if folder is None or not (
+        whole.exists() or pieces or (vocabulary.exists() and merges.exists())
+    ):
         raise FileNotFoundError(
-            f"{folder or 'this model'}: has no tokenizer (tokenizer.json, or vocab.json and "
-            "merges.txt), which class names need; task_from_token_ids takes ready token ids"
+            f"{folder or 'this model'}: has no tokenizer (tokenizer.json, vocab.json and "
+            "merges.txt, or spiece.model), which class names need; task_from_token_ids takes ready "
+            "token ids"
         )
     for name in TOKENIZER_FILES:
         if (folder / name).exists():
@@ -181,6 +213,11 @@ def _tokenizer(model: Tokenized) -> Any:
     kind = _tokenizer_class(folder)
     try:
         return kind.from_pretrained(folder)
+    except ImportError as error:
+        raise ValueError(
+            f"{folder}: its tokenizer needs a package that is not installed (for spiece.model "
+            "sentencepiece and protobuf)"
+        ) from error
     except Exception as error:  # transformers and tokenizers raise errors of many kinds
         reason = " ".join(str(error).split())
         raise ValueError(f"{folder}: its tokenizer cannot be read ({reason})") from error
@@ -192,7 +229,8 @@ def _tokenizer_class(folder: Path) -> Any:
 
     settings, whole, vocabulary = (folder / name for name in TOKENIZER_FILES[:3])
     named = settings.exists() and "tokenizer_class" in read_json(settings)
-    if named or is_transformers(folder / "config.json"):
+    pieces = any((folder / name).exists() for name in SENTENCE_PIECES)
+    if named or pieces or is_transformers(folder / "config.json"):
         return AutoTokenizer
     if whole.exists():
         return PreTrainedTokenizerFast

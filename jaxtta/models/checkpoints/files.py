@@ -18,12 +18,14 @@ from safetensors import SafetensorError, safe_open
 
 from jaxtta.models.classifier import Params
 
+SENTENCE_PIECES = ("spiece.model", "tokenizer.model")
 TOKENIZER_FILES = (
     "tokenizer_config.json",
     "tokenizer.json",
     "vocab.json",
     "merges.txt",
     "special_tokens_map.json",
+    *SENTENCE_PIECES,
 )
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "flax_model.msgpack")
 OPEN_CLIP_CONFIG = "open_clip_config.json"
@@ -464,3 +466,27 @@ def map_kernel(
     if path[-1] != "kernel":
         return array
     return convolution(array) if array.ndim == 4 else array.T
+
+
+_JOINT = {"qkv": ("q_proj", "k_proj", "v_proj"), "kv": ("k_proj", "v_proj")}
+
+
+def split_joint(entries: NamedArrays) -> NamedArrays:
+    """Take layers called `qkv` and `kv`, several in one, apart."""
+    for path, array in entries:
+        *layers, leaf = path
+        names = _JOINT.get(layers[-1]) if layers and array.ndim else None
+        if names is None:
+            yield path, array
+            continue
+        # Sizes that their number does not divide come out uneven, and are reported as such.
+        for name, part in zip(names, np.array_split(array, len(names), axis=-1), strict=True):
+            yield (*layers[:-1], name, leaf), part
+
+
+def drop_leading_axes(entries: NamedArrays, shapes: Mapping[tuple[str, ...], Any]) -> NamedArrays:
+    """Take leading axes of length 1 away where the parameter that is wanted has none."""
+    for path, array in entries:
+        shape = shapes[path].shape if path in shapes else array.shape
+        same = array.size == np.prod(shape) and array.shape[array.ndim - len(shape) :] == shape
+        yield path, array.reshape(shape) if same else array

@@ -12,12 +12,11 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from jaxtta.models.checkpoints.files import PREPROCESSING_FILES, read_json
-from jaxtta.models.preprocess import CLIP_MEAN, CLIP_STD, DEFAULTS, Preprocessing
+from jaxtta.models.preprocess import CLIP_MEAN, CLIP_STD, DEFAULTS, HALF_MEAN, Preprocessing
 
 log = logging.getLogger(__name__)
 
 BILINEAR, BICUBIC = int(Image.Resampling.BILINEAR), int(Image.Resampling.BICUBIC)
-HALF = (0.5, 0.5, 0.5)
 
 
 class _Processor(NamedTuple):
@@ -36,8 +35,8 @@ class _Processor(NamedTuple):
     size: Mapping[str, int]
     crop_size: int | None
     resample: int
-    image_mean: tuple[float, ...] = HALF
-    image_std: tuple[float, ...] = HALF
+    image_mean: tuple[float, ...] = HALF_MEAN
+    image_std: tuple[float, ...] = HALF_MEAN
 
     def default(self, key: str) -> Any:
         """The value of a setting that the file leaves out."""

@@ -88,7 +88,7 @@ def from_config(config: "CLIPConfig", *, compute_dtype: Any = None, remat: bool 
     return CLIP(
         vision_tower(vision, "vision_config", *options),
         TextTransformer(
-            _architecture(text, "text_config", *options),
+            architecture(text, "text_config", *options),
             text.vocab_size,
             text.max_position_embeddings,
         ),
@@ -119,7 +119,7 @@ def vision_tower(
     size, patch = square_side(config, "image_size"), square_side(config, "patch_size")
     if size < patch:
         raise ValueError(f"an image size of {size} is smaller than a patch of {patch}")
-    arch = _architecture(config, name, compute_dtype, remat)
+    arch = architecture(config, name, compute_dtype, remat)
     return VisionTransformer(arch, size, patch, pre_norm)
 
 
@@ -152,7 +152,8 @@ def _end_of_text(text: Any) -> int:
     return value
 
 
-def _architecture(tower: Any, name: str, compute_dtype: Any, remat: bool) -> Architecture:
+def architecture(tower: Any, name: str, compute_dtype: Any, remat: bool = False) -> Architecture:
+    """Read what a tower's blocks look like; arguments and errors are `vision_tower`'s."""
     if tower.hidden_act not in ACTIVATIONS:
         raise ValueError(
             f"{name}.hidden_act is {tower.hidden_act!r}, known are {', '.join(ACTIVATIONS)}"
@@ -183,8 +184,8 @@ def save(folder: str | Path, model: CLIP, params: Params) -> None:
         params: the parameter tree.
 
     Raises:
-        ValueError: if the image tower is a ResNet, which transformers' CLIP has not, or its
-            image processor cannot do the model's preprocessing.
+        ValueError: if the model is SigLIP or its image tower a ResNet, which transformers' CLIP has
+            not, or its image processor cannot do the model's preprocessing.
     """
     from transformers import CLIPConfig
 
@@ -192,6 +193,13 @@ def save(folder: str | Path, model: CLIP, params: Params) -> None:
         raise ValueError(
             f"{folder}: a {type(model.vision).__name__} image tower cannot be saved as a "
             "transformers checkpoint"
+        )
+    text = model.text
+    plain = text.causal and text.has_projection and not text.projection_bias
+    if not plain or model.logit_bias or not model.vision.class_token:
+        raise ValueError(
+            f"{folder}: SigLIP, and CLIP with a bias on its logits or another text projection, "
+            "cannot be saved as a transformers checkpoint"
         )
     try:
         settings = processor_settings(model.preprocessing)
@@ -203,7 +211,7 @@ def save(folder: str | Path, model: CLIP, params: Params) -> None:
         )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    vision, text = model.vision, model.text
+    vision = model.vision
     config = CLIPConfig(
         projection_dim=model.projection,
         vision_config={

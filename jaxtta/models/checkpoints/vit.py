@@ -17,10 +17,10 @@ from jaxtta.models.checkpoints.files import (
     read_config,
     read_weights,
 )
-from jaxtta.models.checkpoints.preprocessing import HALF, read_preprocessing
+from jaxtta.models.checkpoints.preprocessing import read_preprocessing
 from jaxtta.models.checkpoints.transformers import square_side, vision_tower
 from jaxtta.models.classifier import Params
-from jaxtta.models.preprocess import Preprocessing
+from jaxtta.models.preprocess import HALF_MEAN, Preprocessing
 from jaxtta.models.supervised import ImageClassifier
 
 if TYPE_CHECKING:
@@ -89,7 +89,9 @@ def from_config(
     return ImageClassifier(
         vision_tower(config, "the configuration", compute_dtype, remat, pre_norm=False),
         tuple(names[number] for number in sorted(names)),
-        Preprocessing(side, (side, side), None, int(Image.Resampling.BILINEAR), HALF, HALF),
+        Preprocessing(
+            side, (side, side), None, int(Image.Resampling.BILINEAR), HALF_MEAN, HALF_MEAN
+        ),
     )
 
 
