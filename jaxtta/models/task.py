@@ -230,7 +230,7 @@ def _tokenizer(model: Tokenized) -> Any:
 
 def _tokenizer_class(folder: Path) -> Any:
     """What reads a folder's tokenizer: transformers' choice, or where nothing names one CLIP's."""
-    from transformers import AutoTokenizer, CLIPTokenizerFast, PreTrainedTokenizerFast
+    from transformers import AutoTokenizer, CLIPTokenizer, PreTrainedTokenizerFast
 
     settings, whole, vocabulary = (folder / name for name in TOKENIZER_FILES[:3])
     named = settings.exists() and "tokenizer_class" in read_json(settings)
@@ -244,4 +244,4 @@ def _tokenizer_class(folder: Path) -> Any:
             f"{vocabulary}: is not CLIP's (it has no <|startoftext|>), and no "
             "tokenizer_config.json says whose it is"
         )
-    return CLIPTokenizerFast
+    return CLIPTokenizer

@@ -82,7 +82,16 @@ def tnt_image(
     if size is None:
         first, size = original, jnp.array(original.shape[:2])
     else:
-        first = views_of.plain(original, size, side, preprocessing.resize, kernel)
+        first = views_of.plain(
+            original,
+            size,
+            side,
+            preprocessing.resize,
+            kernel,
+            rounding=preprocessing.rounding,
+            resize_longer=preprocessing.resize_longer,
+            fill=preprocessing.fill,
+        )
     others = views_of.random_resized_crops(
         view_key, original, size, config.views - 1, side, config.scale, config.ratio
     )
