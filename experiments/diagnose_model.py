@@ -28,7 +28,6 @@ Features are image embeddings of unit norm, the head is the classes' text embedd
 features of the base set stay in memory; shifted sets are processed one at a time.
 """
 
-import csv
 import dataclasses
 import functools
 import itertools
@@ -48,7 +47,9 @@ import jaxtta
 from jaxtta import assets, cli, data, diagnose, evaluate, io, losses, report
 from jaxtta.adapters import TNTConfig
 from jaxtta.data.folders import SUFFIXES, list_folders
+from jaxtta.data.recognise import is_system
 from jaxtta.data.sources import read_labels
+from jaxtta.data.text import nfc, read_rows
 from jaxtta.evaluate.figures import (
     Features,
     Found,
@@ -421,7 +422,7 @@ def open_field(options: Options) -> data.ImageFolder:
     root = options.field
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: no such folder")
-    entries = [path for path in sorted(root.iterdir()) if not path.name.startswith(".")]
+    entries = [path for path in sorted(root.iterdir()) if not is_system(path.name)]
     labelled = any(path.is_dir() for path in entries)
     lone = [path.name for path in entries if path.suffix.lower() in SUFFIXES and path.is_file()]
     if labelled and lone:
@@ -454,25 +455,19 @@ def open_field(options: Options) -> data.ImageFolder:
 
 def read_labels_of(path: Path, listed: data.ImageFolder, classes: Sequence[str]) -> np.ndarray:
     """Labels (images,) from a .csv, -1 for images not in it."""
-    places = {str(file.relative_to(listed.root)): n for n, file in enumerate(listed.files)}
+    places = {nfc(str(file.relative_to(listed.root))): n for n, file in enumerate(listed.files)}
     labels = np.full(len(places), -1, np.int32)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    with path.open(newline="", encoding="utf-8-sig") as lines:  # a BOM is allowed
-        rows = csv.DictReader(lines)
-        if not {"image", "class"} <= set(rows.fieldnames or ()):
-            raise ValueError(f"{path}: has no columns image and class")
-        for row in rows:
-            image, name, line = row["image"], row["class"], f"{path}: line {rows.line_num}"
-            if image not in places:
-                raise ValueError(f"{line} names {image!r}, which is not an image in {listed.root}")
-            if name not in classes:
-                raise ValueError(
-                    f"{line} has class {name!r}, which is not one of --class-names, {some(classes)}"
-                )
-            if labels[places[image]] >= 0:
-                raise ValueError(f"{line} names {image!r} again")
-            labels[places[image]] = classes.index(name)
+    for line, row in read_rows(path, ("image", "class")):
+        image, name = nfc(row["image"]), nfc(row["class"])
+        if image not in places:
+            raise ValueError(f"{line} names {image!r}, which is not an image in {listed.root}")
+        if name not in classes:
+            raise ValueError(
+                f"{line} has class {name!r}, which is not one of --class-names, {some(classes)}"
+            )
+        if labels[places[image]] >= 0:
+            raise ValueError(f"{line} names {image!r} again")
+        labels[places[image]] = classes.index(name)
     if (labels < 0).all():
         raise ValueError(f"{path}: lists no image")
     return labels

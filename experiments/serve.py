@@ -179,11 +179,10 @@ def list_images(paths: Sequence[Path]) -> list[Path]:
     """List the image files; those of a folder are sorted by name."""
     files: list[Path] = []
     for path in paths:
-        found = sorted(path.rglob("*")) if path.is_dir() else [path]
-        chosen = [file for file in found if file.suffix.lower() in SUFFIXES]
         if not path.exists():
             raise FileNotFoundError(f"{path}: no such file or folder")
-        if not chosen:
+        chosen = data.list_images(path) if path.is_dir() else [path]
+        if not all(file.name.lower().endswith(SUFFIXES) for file in chosen) or not chosen:
             raise ValueError(f"{path}: not an image ({', '.join(SUFFIXES)})")
         files += chosen
     return files
