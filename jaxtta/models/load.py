@@ -13,7 +13,7 @@ from jaxtta.models.checkpoints.files import (
     is_transformers,
     model_type,
 )
-from jaxtta.models.classifier import Params
+from jaxtta.models.classifier import Params, require_dtype
 from jaxtta.models.clip import CLIP
 from jaxtta.models.supervised import ImageClassifier
 
@@ -68,9 +68,13 @@ def load(
 
     Raises:
         FileNotFoundError: if there is no such folder or hub model, or a file is missing.
+        TypeError: if a dtype is none, or not floating.
         ValueError: if the configuration is neither CLIP's nor ViT's, only pickled weights
             are there, or a parameter is missing or has another shape (they are named).
     """
+    require_dtype("dtype", dtype)
+    if compute_dtype is not None:
+        require_dtype("compute_dtype", compute_dtype)
     folder = find_folder(path_or_hub_id, revision)
     if compute_dtype is None and jnp.finfo(dtype).bits < 32:
         compute_dtype = dtype  # adapted parameters are float32 and must not decide it
