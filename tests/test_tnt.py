@@ -284,7 +284,7 @@ def test_terms_where_views_agree():
         ({"temperature": 0.0}, "temperature is 0.0, expected a positive number"),
         (
             {"temperature": "paper"},
-            "temperature is paper, expected a positive number, code or model",
+            "temperature is paper, .* number, code or model",
         ),
     ],
 )
@@ -305,7 +305,7 @@ def test_bad_maps_are_refused(tiny, tmp_path):
         with pytest.raises(ValueError, match="a noise map with values that are NaN or beyond 1"):
             save_noise(tmp_path / "never", noise, TNTConfig())
         save_file({"noise": noise}, tmp_path / "odd", {"about": '{"views": 1}'})
-        with pytest.raises(ValueError, match="odd: .*NaN or beyond 1"):
+        with pytest.raises(ValueError, match=r"odd: .*NaN or beyond 1"):
             load_noise(tmp_path / "odd")
     (tmp_path / "odd").unlink()
     adapter = tnt(model, task)

@@ -73,8 +73,11 @@ def null_space_projection(projectors: Mapping[str, Projector]) -> optax.Gradient
 
     def init(params: Any) -> optax.EmptyState:
         shapes = _shapes(params)
-        if not projectors:
-            raise ValueError("there are no projectors: leave the projection out")
+        if not shapes.keys() & projectors.keys():
+            raise ValueError(
+                f"no parameter has a projector: there are {', '.join(list(shapes)[:5])}, … and "
+                f"projectors for {', '.join(list(projectors)[:5]) or 'none'}"
+            )
         for name, projector in projectors.items():
             if name not in shapes:
                 raise ValueError(
