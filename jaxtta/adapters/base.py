@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import optax
+from jax.core import Tracer
 
 from jaxtta.models import Batch
 from jaxtta.models.classifier import out_of_range
@@ -100,7 +101,7 @@ def image_check() -> Callable[[Any], None]:
 
     def check(images: Any) -> None:
         nonlocal done
-        if not done and not isinstance(images, jax.core.Tracer):
+        if not done and not isinstance(images, Tracer):
             done = True
             if problem := out_of_range(images):
                 log.warning(problem)

@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 
 from jaxtta import tree
 from jaxtta.metrics import require_labels
@@ -344,6 +345,6 @@ def wise_ft(first: Any, second: Any, share: float = 0.5) -> Any:
     References:
         https://arxiv.org/abs/2109.01903
     """
-    if not isinstance(share, jax.core.Tracer) and not 0 <= share <= 1:
+    if not isinstance(share, Tracer) and not 0 <= share <= 1:
         raise ValueError(f"share is {share}, expected a number in [0, 1]")
     return jax.tree.map(lambda a, b: (1 - share) * a + share * b, first, second)

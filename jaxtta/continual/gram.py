@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
 
-from jaxtta.models import CLIP, Batch, Params, as_batch, require_images
+from jaxtta.models import CLIP, Params
+from jaxtta.models.classifier import images_and_mask
 from jaxtta.optim import Projector
 from jaxtta.tree import path_of, require_trainable
 
@@ -110,9 +111,7 @@ def task_grams(
         raise TypeError("batches is one array, expected several: [images]")
     sums: Grams = {}
     for batch in batches:
-        images = jnp.asarray(getattr(batch, "images", batch))
-        mask = jnp.asarray(getattr(batch, "mask", np.ones(len(images), bool)))
-        require_images(as_batch(Batch(images, mask, None)).images)  # the padding may hold anything
+        images, mask = images_and_mask(batch)
         if mask.any():
             grams = _batch_grams(model, chosen, params, images, mask)
             sums = jax.tree.map(jnp.add, sums, grams) if sums else grams

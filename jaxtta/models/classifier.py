@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from PIL import Image
 
 Array = jax.Array
@@ -98,7 +99,7 @@ def require_images(images: Any) -> None:
 
 def out_of_range(images: Any) -> str | None:
     """A sentence about float images far outside [0, 1]; None for others and for traced ones."""
-    if isinstance(images, jax.core.Tracer) or not jnp.issubdtype(images.dtype, jnp.floating):
+    if isinstance(images, Tracer) or not jnp.issubdtype(images.dtype, jnp.floating):
         return None
     least, greatest = RANGE
     outside = (images < least) | (images > greatest)  # a NaN is neither
@@ -109,6 +110,25 @@ def out_of_range(images: Any) -> str | None:
         f"float images run from {np.nanmin(values):.4g} to {np.nanmax(values):.4g}, expected 0 to "
         "1: the model normalises them itself"
     )
+
+
+def images_and_mask(batch: Any) -> tuple[Array, Array]:
+    """The images of a bare array, or of anything with `images` and `mask`, and the mask.
+
+    Args:
+        batch: images (batch, height, width, 3), or an object that has them.
+
+    Returns:
+        The images, of which those that count are as `require_images` says, and the mask (batch,).
+
+    Raises:
+        ValueError: as `require_images`.
+    """
+    images = jnp.asarray(getattr(batch, "images", batch))
+    mask = jnp.asarray(getattr(batch, "mask", np.ones(len(images), bool)))
+    require_layout(images)
+    require_images(jnp.where(mask[:, None, None, None], images, 0))  # padding may be anything
+    return images, mask
 
 
 def require_pil(images: Any) -> None:

@@ -13,9 +13,10 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jaxtta.io import load_arrays, save_arrays
-from jaxtta.models.classifier import Batch, Classifier, as_batch, require_images
+from jaxtta.models.classifier import Batch, Classifier, as_batch, images_and_mask
 
 Array = jax.Array
 
@@ -121,9 +122,7 @@ def feature_statistics(
         raise TypeError("batches is one array, expected several: [images]")
     found = FeatureStatistics(jnp.zeros(()), jnp.zeros(shape), jnp.zeros(shape))
     for batch in batches:
-        images = jnp.asarray(getattr(batch, "images", batch))
-        mask = jnp.asarray(getattr(batch, "mask", np.ones(len(images), bool)))
-        require_images(as_batch(Batch(images, mask, None)).images)  # the padding may hold anything
+        images, mask = images_and_mask(batch)
         found = add(params, context, found, images, mask)
     require_statistics(found)
     return found
@@ -144,7 +143,7 @@ def require_statistics(statistics: Any) -> None:
             f"statistics is a {type(statistics).__name__}, expected FeatureStatistics: "
             "feature_statistics makes them, load_statistics gives them first"
         )
-    if any(isinstance(x, jax.core.Tracer) for x in statistics):
+    if any(isinstance(x, Tracer) for x in statistics):
         return
     count, mean, squares = map(np.asarray, statistics)
     if count.shape or mean.ndim != 2 or mean.shape != squares.shape:

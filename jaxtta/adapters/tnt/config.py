@@ -5,8 +5,8 @@ import math
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
 import numpy as np
+from jax.core import Tracer
 
 from jaxtta.io import load_arrays, save_arrays
 
@@ -104,7 +104,7 @@ def require_noise(noise: Any, shape: tuple[int, ...] | None = None) -> None:
     if given != shape if shape else len(given) != 3 or given[2] != 3:
         expected = f"{shape} for this model" if shape else "(height, width, 3)"
         raise ValueError(f"a noise map of shape {given}, expected {expected}")
-    if not isinstance(noise, jax.core.Tracer) and not (np.abs(np.asarray(noise)) <= 1).all():
+    if not isinstance(noise, Tracer) and not (np.abs(np.asarray(noise)) <= 1).all():
         raise ValueError("a noise map with values that are NaN or beyond 1, on pixels in [0, 1]")
 
 
