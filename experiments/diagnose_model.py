@@ -24,6 +24,12 @@ tries adapters on those:
     python experiments/diagnose_model.py --field FOLDER --class-names cat dog \
         --field-labels FEW.csv --output runs/few
 
+Each model's answers to the images are in `images.csv`: file (from the folder), class, confidence,
+entropy in nats, and distance from the reference images (of the features, from the tenth nearest
+ones); `report.html` shows the images that it is least sure of. Images that cannot be read are left
+out, named in the report and counted; the exit code is 0 then too, and 1 if fewer than two can be
+read.
+
 Features are image embeddings of unit norm, the head is the classes' text embeddings. Each model's
 features of the base set stay in memory; shifted sets are processed one at a time.
 """
@@ -33,6 +39,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import sys
 import time
 import zlib
 from collections.abc import Iterator, Sequence
@@ -50,11 +57,13 @@ from jaxtta.adapters import TNTConfig
 from jaxtta.data.folders import SUFFIXES, list_folders
 from jaxtta.data.sources import read_labels
 from jaxtta.evaluate.figures import (
+    Answers,
     Features,
     Found,
     base_figures,
     confused,
     error_context,
+    image_answers,
     interval_of,
     label_figures,
     logits_of,
@@ -293,20 +302,31 @@ def encode(model: jaxtta.models.CLIP, params: jaxtta.models.Params, images: jax.
     return jaxtta.models.l2_normalize(model.encode_image(params, model.normalize(images)))
 
 
+@functools.cache
+def say_once(text: str) -> None:
+    """Say on stderr what takes its time, beside the progress bar."""
+    tqdm.write(text, file=sys.stderr)
+
+
 def read(options: Options, model: Model, sets: Sets) -> Iterator[Features]:
     """Yield a source's features, one stream after another."""
     source, streams = sets
     batches = data.Batches(source, tuple(streams), options.batch_size)
     reader = data.read_ahead(batches, options.workers)
-    bar = iter(tqdm(reader, total=len(batches), desc=model.name, unit="batch", leave=False))
+    bar = tqdm(total=len(batches), desc=model.name, unit="batch", leave=False)
     for number, stream in enumerate(streams):
-        rows, labels, lost = [], [], []
-        for batch in itertools.islice(bar, len(batches.of(number))):
+        rows, labels, numbers, lost = [], [], [], []
+        for batch in itertools.islice(reader, len(batches.of(number))):
+            say_once(f"compiling the image tower of {model.name} …")
             rows.append(np.asarray(encode(model.clip, model.params, batch.images))[batch.mask])
             labels.append(batch.labels[batch.mask])
+            numbers.append(batch.source_index[batch.mask])
             missing = batch.source_index[~batch.mask & (batch.source_index >= 0)]
             lost += [source.name(stream.segments[0], int(image)) for image in missing]
-        found = Features(np.concatenate(rows), np.concatenate(labels), lost)
+            if bar.n == 0:
+                bar.unpause()  # the time to compile says nothing of the time left
+            bar.update()
+        found = Features(*map(np.concatenate, (rows, labels)), lost, np.concatenate(numbers))
         with error_context(f"{model.name} on {stream.name}"):
             if len(found.rows) < 2:
                 names = f" ({some(lost)} could not)" if lost else ""
@@ -315,7 +335,8 @@ def read(options: Options, model: Model, sets: Sets) -> Iterator[Features]:
             if not np.ptp(found.rows, axis=0).any():
                 raise ValueError("the features are identical for all images")
         yield found
-    next(bar, None)  # ends the reader processes
+    bar.close()
+    next(reader, None)  # ends the reader processes
 
 
 # --- diagnosis ---
@@ -409,11 +430,13 @@ def time_synthetic(options: Options) -> None:
 def check_field(options: Options) -> tuple[Found, Report]:
     """Run the field check with every model."""
     listed = open_field(options)
-    results, entropies, answers = {}, {}, {}
+    results, answers, entropies, tried = {}, {}, {}, {}
     for model in models_of(options):
-        results[model.name], entropies[model.name], cells = check_one(options, model, listed)
-        answers[model.name] = report.answer(cells) if cells else ""
-    return {"models": results}, field_report(results, entropies, answers, options.trial)
+        name = model.name
+        results[name], answers[name], entropies[name], cells = check_one(options, model, listed)
+        tried[name] = report.answer(cells) if cells else ""
+    found = field_report(results, listed, answers, entropies, tried, options.trial)
+    return {"models": results}, found
 
 
 def open_field(options: Options) -> data.ImageFolder:
@@ -480,8 +503,8 @@ def read_labels_of(path: Path, listed: data.ImageFolder, classes: Sequence[str])
 
 def check_one(
     options: Options, model: Model, listed: data.ImageFolder
-) -> tuple[Found, dict[str, np.ndarray], list[evaluate.Cell]]:
-    """A model's metrics, per-image entropies in nats on both sets, and the trial's cells."""
+) -> tuple[Found, Answers, np.ndarray, list[evaluate.Cell]]:
+    """A model's metrics, its answers, entropies in nats on the reference, and the trial's cells."""
     prepare, names = model.clip.preprocessing, ()
     if options.layout == "arrays":  # the reference's labels are not used
         names = tuple(map(str, range(read_labels(options.data).max() + 1)))
@@ -498,16 +521,16 @@ def check_one(
     with error_context(options.field):
         task = task_of(options, model, listed.class_names, "folder")
     head, scale = head_of(model, task), jnp.exp(model.params["logit_scale"])
-    found, features, entropies = {"classes": [*listed.class_names]}, {}, {}
+    found, features, logits = {"classes": [*listed.class_names]}, {}, {}
     for key, each in sets.items():
         (features[key],) = read(options, model, each)
-        logits = scale * logits_of(features[key].rows, head)
-        entropies[key] = np.asarray(losses.entropy(logits))
+        logits[key] = scale * logits_of(features[key].rows, head)
         with error_context(f"{model.name} on the {key}"):
-            found[key] = space_figures(features[key], logits, options.outlier_threshold)
-        if key == "field":
-            found["confused"] = confused(logits, listed.class_names)
-            found |= label_figures(features[key], logits)
+            found[key] = space_figures(features[key], logits[key], options.outlier_threshold)
+    found["confused"] = confused(logits["field"], listed.class_names)
+    found |= label_figures(features["field"], logits["field"])
+    answers = image_answers(features["field"], logits["field"], features["reference"].rows)
+    entropies = np.asarray(losses.entropy(logits["reference"]))
     found["reference"]["name"] = REFERENCE if options.data == Options.data else options.data
     with error_context(f"{model.name} on {options.field}"):
         rows = (features[key].rows for key in sets)
@@ -520,7 +543,7 @@ def check_one(
         }
         found[key] |= values
     if "labels" not in found:
-        return found, entropies, []
+        return found, answers, entropies, []
     count = len(labelled.labels)
     size = options.trial_batch or int(np.clip(count // 10, 4, 100))
     cells = try_adapters(options, model, task, labelled, size)
@@ -531,7 +554,7 @@ def check_one(
         tried = {name: cell[name] for name in ("adapter", "skipped_steps")}
         tried |= {name: figures[name] for name in ("top1", "gain", "ece")}
         found["trial"].append(tried | {"interval": interval_of(right[seen])})
-    return found, entropies, cells
+    return found, answers, entropies, cells
 
 
 def labelled_part(
