@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -38,8 +37,8 @@ class Report(NamedTuple):
     said: list[str]
     tables: list[Table]
     figures: dict[str, tuple[str, str, Figure]]
-    strips: Sequence[tuple[str, list[tuple[str, np.ndarray]], str]] = ()
-    answers: Mapping[str, list[dict[str, str]]] = MappingProxyType({})
+    strips: list[tuple[str, list[tuple[str, np.ndarray]], str]]
+    answers: dict[str, list[dict[str, str]]]
 
 
 def diagnosis_report(found: Found, fractions: Sequence[float]) -> Report:
@@ -58,6 +57,8 @@ def diagnosis_report(found: Found, fractions: Sequence[float]) -> Report:
         summary(results, robustness),
         diagnosis_tables(results, found["pairs"], robustness),
         diagnosis_figures(results, robustness, fractions),
+        [],
+        {},
     )
 
 
@@ -97,7 +98,8 @@ def field_report(
         rows = answer_rows(images, answers[name])
         report.answers[f"images{of_model}"] = rows
         shown = least_sure(images, answers[name], rows)
-        report.strips.append((f"Images that {name} is least sure of", shown, LEAST_SURE))
+        note = LEAST_SURE.format(file=f"images{of_model}.csv".replace("/", "-"))
+        report.strips.append((f"Images that {name} is least sure of", shown, note))
     had_trial = any("trial" in found for found in results.values())
     report.said.append(unmeasured(trial if had_trial else ()))
     return report
@@ -126,7 +128,7 @@ def least_sure(
     for place in answers.least_sure(UNSURE):
         small, row = images.open(int(answers.numbers[place])).convert("RGB"), rows[place]
         small.thumbnail((THUMBNAIL, THUMBNAIL))
-        said = f"{row['class']} {per_cent(answers.confidences[place], '.0f')} %"
+        said = f"{row['class']} {per_cent(float(answers.confidences[place]), '.0f')} %"
         shown.append((f"{row['file']}: {said}", np.asarray(small)))
     return shown
 
@@ -136,11 +138,10 @@ def least_sure(
 UNSURE, THUMBNAIL = 12, 160  # images in the strip of a model, and pixels of their longer side
 LEAST_SURE = (
     "The highest entropies first, each with the class that the model predicts and its probability. "
-    "All answers are in images.csv: confidence is that probability, entropy in nats, and distance "
-    f"the Euclidean distance of the features, of unit norm, from those of the {NEIGHBOUR}th "
-    "nearest image of the reference."
+    "{file} has the answers to all images: confidence is that probability, entropy in nats, and "
+    "distance the Euclidean distance of the features, of unit norm, from those of the "
+    f"{NEIGHBOUR}th nearest image of the reference."
 )
-
 CHANCE = 0.05  # significance level
 CAUTION = (
     "Predictions are made before the update. The best adapter was selected on the images that its "
