@@ -9,7 +9,11 @@ Rerunning the command computes only missing results. Other images and models:
     # your own images in folders by class, corrupted on the fly
     python experiments/corruption_sweep.py --data FOLDER --model openai/clip-vit-base-patch16 \
         --preset imagenet-c --output runs/own
-    # ImageNet-C, one stream through all corruptions, three seeds
+    # ImageNet-C's 5,000 images of published tables (docs/published.md has their protocols)
+    python experiments/corruption_sweep.py --layout imagenet-c --data IMAGENET-C \
+        --ids imagenet-c-5000 --model openai/clip-vit-base-patch16 --preset imagenet-c \
+        --batch-size 64 --output runs/imagenet-c-5000
+    # all of its images, one stream through all corruptions, three seeds
     python experiments/corruption_sweep.py --layout imagenet-c --data IMAGENET-C \
         --model openai/clip-vit-base-patch16 --preset imagenet-c --batch-size 64 \
         --setting continual --seeds 1 2 3 --checkpoint-every 50 --output runs/imagenet-c
@@ -21,7 +25,7 @@ Rerunning the command computes only missing results. Other images and models:
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -33,11 +37,12 @@ from jaxtta.data import COMMON
 
 LEFT_OUT = (
     *("output", "worker", "workers", "checkpoint_every", "save_predictions", "debug"),
+    "trust_data",
     *("adapters", "seeds"),  # select the cells, do not change their content
     *("learning_rate", "choose_learning_rate", "choose_for", "validation"),  # per adapter
     *("tnt", "mgtta", "canvas"),
     "save_examples",
-    *("data", "model", "class_names"),  # paths; fingerprints of the content are compared
+    *("data", "model", "class_names", "ids"),  # fingerprints of the content are compared
 )
 """Options that may differ between runs in the same folder."""
 CORRUPTED = ("folder", "imagenet", "tfds", "imagenet-c", "cifar-c", "arrays")
@@ -82,6 +87,9 @@ class Options:
     """Concentration of the Dirichlet order; smaller values are closer to sorted by class."""
     seeds: tuple[int, ...] = (1,)
     """Seeds of the order, of corruptions made on the fly and of TNT's views; one run per seed."""
+    ids: str | None = None
+    """Use these images only, of a text file with one CLASS_FOLDER/FILE a line; "imagenet-c-5000" =
+    RobustBench's 5,000 images a corruption, which many published ImageNet-C tables read."""
     limit: int | None = None
     """Use at most this many images, sampled with the seed."""
     templates: tuple[str, ...] = ()
@@ -120,6 +128,9 @@ class Options:
     """Batches between two checkpoints within a stream; interrupted runs resume there."""
     save_predictions: bool = False
     """Save an .npz with per-image predictions for every stream."""
+    trust_data: bool = False
+    """Take earlier results in the folder without checking that the stored images have not changed
+    (by their bytes; from 512 MB on by sizes and times, which a copy may change)."""
     debug: bool = False
     """Show tracebacks."""
 
@@ -142,11 +153,15 @@ def main(options: Options) -> None:
     task = evaluate.task_for(model, source.class_names, templates)
 
     setup = setup_of(options)
-    running = {"workers": options.workers, "checkpoint_every": options.checkpoint_every}
-    found = evaluate.fingerprints(source, params)
+    running = {
+        "workers": options.workers,
+        "checkpoint_every": options.checkpoint_every,
+        "trust_data": options.trust_data,
+    }
+    found = evaluate.fingerprints(source, params, model, task)
     evaluate.check_mgtta_files(options.adapters, options.mgtta, found["weights"])
     settings = describe(options, severities, templates) | found
-    about = evaluate.about(data=options.data, model=options.model)
+    about = evaluate.about(model, data=options.data, model=options.model)
     rates = {
         name: options.learning_rate if evaluate.has_rate(name) else None
         for name in options.adapters
@@ -254,7 +269,8 @@ def open_source(options: Options, root: str, model: jaxtta.Classifier) -> data.S
     if len(names) == 1 and options.layout == "folder":  # a file of them, maybe by folder
         folders = data.image_folder(root).class_names
     names = data.given_class_names(names, folders)
-    return data.open_source(options.layout, root, model.preprocessing, names)
+    source = data.open_source(options.layout, root, model.preprocessing, names)
+    return data.listed_part(source, options.ids) if options.ids else source
 
 
 def choose_severities(options: Options) -> tuple[int, ...]:
@@ -295,7 +311,7 @@ def choose(
     params: jaxtta.models.Params,
     task: jaxtta.models.Task | None,
     settings: dict,
-    **running: int | None,
+    **running: Any,
 ) -> evaluate.Choice:
     """Select an adapter's learning rate on the validation corruptions and print it."""
     source = open_source(options, options.validation or options.data, model)
@@ -311,8 +327,10 @@ def choose(
         data.Batches(source, tuple(streams), options.batch_size),
         evaluate.Results(
             options.output / "validation",
-            settings | evaluate.fingerprints(source, params) | {"setting": "reset_each_shift"},
-            evaluate.about(data=options.data, model=options.model),
+            settings
+            | evaluate.fingerprints(source, params, model, task)
+            | {"setting": "reset_each_shift"},
+            evaluate.about(model, data=options.data, model=options.model),
         ),
         **running,
     )

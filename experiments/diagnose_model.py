@@ -587,7 +587,7 @@ def try_adapters(
     results = evaluate.Results(
         options.output / "trial" / model.name.replace("/", "-"),
         settings | {"templates": options.templates} | evaluate.fingerprints(source, model.params),
-        evaluate.about(data=str(options.field), model=model.name),
+        evaluate.about(model.clip, data=str(options.field), model=model.name),
         {name: evaluate.own_settings(name, setup, None, canvas) for name in options.trial},
     )
     adapters = {

@@ -92,6 +92,9 @@ class Options:
     """Batches between two checkpoints within a dataset; interrupted runs resume there."""
     save_predictions: bool = False
     """Save an .npz with per-image predictions for every dataset."""
+    trust_data: bool = False
+    """Take earlier results in the folder without checking that the stored images have not changed
+    (by their bytes; from 512 MB on by sizes and times, which a copy may change)."""
     debug: bool = False
     """Show tracebacks."""
 
@@ -193,12 +196,12 @@ def run_dataset(
         adapter: options.learning_rate if evaluate.has_rate(adapter) else None
         for adapter in options.adapters
     }
-    found = evaluate.fingerprints(source, params)
+    found = evaluate.fingerprints(source, params, model, task)
     evaluate.check_mgtta_files(options.adapters, options.mgtta, found["weights"])
     results = evaluate.Results(
         options.output / name,
         settings | {"templates": templates} | found,
-        evaluate.about(data=root, model=options.model),
+        evaluate.about(model, data=root, model=options.model),
         {a: evaluate.own_settings(a, setup, rates[a], canvas) for a in options.adapters},
     )
     cells = evaluate.run(
@@ -211,6 +214,7 @@ def run_dataset(
         workers=options.workers,
         checkpoint_every=options.checkpoint_every,
         save_predictions=options.save_predictions,
+        trust_data=options.trust_data,
     )
     examples = []
     if wanted:

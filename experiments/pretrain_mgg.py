@@ -29,7 +29,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import jaxtta
-from jaxtta import assets, cli, data, evaluate, io, optim, tree
+from jaxtta import assets, cli, data, evaluate, io, metrics, optim, tree
 from jaxtta.adapters import MGTTAContext
 from jaxtta.data import VALIDATION
 from jaxtta.models import Batch
@@ -123,7 +123,7 @@ def main(options: Options) -> None:
     classes = jaxtta.models.context_of(model, task, trainable)(params)
     context = MGTTAContext(classes, statistics.mean, statistics.std)
     run = Run(options, model, params, context)
-    settings = describe(options, source, clean, params)
+    settings = describe(options, source, clean, evaluate.fingerprints(source, params, model, task))
     evaluate.agree(options.output / "settings.json", settings)
     weights = {"weights": settings["found"]["weights"]}
     with io.atomic_write(options.output / "statistics.safetensors") as temporary:
@@ -154,7 +154,7 @@ def main(options: Options) -> None:
     best = best_epoch(options, history)
     record = {
         "settings": settings,
-        "about": evaluate.about(data=options.data, model=options.model),
+        "about": evaluate.about(model, data=options.data, model=options.model),
         "before": before,
         "chosen_epoch": best + 1,
         "chosen_by": options.choose,
@@ -343,8 +343,8 @@ class Run:
                         f"{name}: a loss or an update on held-out images is not finite"
                     )
                 losses.append(float(prediction.metrics["loss"]))
-                answers = np.asarray(prediction.logits.argmax(-1))
-                right.append((answers == read.labels)[read.mask])
+                answers = metrics.top_k(prediction.logits, read.labels)
+                right.append(np.asarray(answers)[read.mask])
                 counts.append(len(right[-1]))
         return float(np.average(losses, weights=counts)), float(np.concatenate(right).mean())
 
@@ -366,15 +366,18 @@ def best_epoch(options: Options, history: History) -> int:
 # --- files ---
 
 
-def describe(
-    options: Options, source: data.Source, clean: data.Source, params: jaxtta.models.Params
-) -> dict:
+def describe(options: Options, source: data.Source, clean: data.Source, found: dict) -> dict:
     """The settings that affect the result."""
     settings = dataclasses.asdict(options)
     for name in ("output", "data", "model", "source", "debug", "epochs"):
         del settings[name]  # paths, and the number of epochs
-    settings["found"] = evaluate.fingerprints(source, params)
+    settings["found"] = found
     settings["found_source"] = {"images": evaluate.fingerprints(clean, {})["images"]}
+    severity = evaluate.default_severity(options.layout, options.data, options.severity)
+    domains = [data.Domain(name, severity) for name in options.corruptions]
+    stored = [*data.contents_of(source, domains).values()]
+    stored += data.contents_of(clean, [data.Domain(data.CLEAN)]).values()
+    settings["stored"] = evaluate.digest_of(stored)
     return json.loads(json.dumps(settings))
 
 

@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import jaxtta
-from jaxtta import assets, cli, continual, data, evaluate, io, report, tree
+from jaxtta import assets, cli, continual, data, evaluate, io, metrics, report, tree
 from jaxtta.adapters import BATCLIP_PRESETS
 from jaxtta.models import Batch
 from jaxtta.optim import project_out
@@ -117,8 +117,12 @@ def main(options: Options) -> None:
     templates = data.templates_for(options.layout)
     task = jaxtta.zero_shot_task(model, source.class_names, templates)
     settings = {name: value for name, value in vars(options).items() if name not in LEFT_OUT}
-    settings |= evaluate.fingerprints(source, params) | {"severity": severity_of(options)}
+    settings |= evaluate.fingerprints(source, params, model, task)
+    settings["severity"] = severity_of(options)
     evaluate.agree(options.output / "settings.json", json.loads(json.dumps(settings)))
+    domains = [data.Domain(data.CLEAN), *(domain_of(options, c) for c in options.corruptions)]
+    for domain, content in data.contents_of(source, domains).items():
+        evaluate.agree(options.output / f"images-{domain}.json", {"content": content})
     saved = options.output / "rows.json"
     rows = [Row(*row) for row in json.loads(saved.read_text())] if saved.exists() else []
     for seed in options.seeds:
@@ -203,7 +207,7 @@ def severity_of(options: Options) -> int:
 
 def answered(logits: Array, batch: data.StreamBatch) -> np.ndarray:
     """Whether each readable image is classified correctly."""
-    return (np.asarray(logits.argmax(-1)) == batch.labels)[batch.mask]
+    return np.asarray(metrics.top_k(logits, batch.labels))[batch.mask]
 
 
 def share(right: Iterable[np.ndarray]) -> float:

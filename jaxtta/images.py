@@ -1,6 +1,128 @@
-"""Image files."""
+"""Image files: which of them are read, and how they become 8-bit RGB.
 
+Pillow decodes them; colour profiles are not applied, as the saving libraries of CLIP do not.
+"""
+
+import contextlib
+import logging
 import unicodedata
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image, ImageOps
+
+log = logging.getLogger(__name__)
+
+# Photographs and drawings in pixels. Pillow opens more: vector graphics (EPS, WMF) through other
+# programs, films, icons in several sizes, layers (PSD), astronomical and weather data.
+_FORMATS = (
+    *("AVIF", "BMP", "DDS", "DIB", "GIF", "HEIF", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM"),
+    *("QOI", "SGI", "SUN", "TGA", "TIFF", "WEBP"),
+)
+SUFFIXES = tuple(
+    sorted(suffix for suffix, form in Image.registered_extensions().items() if form in _FORMATS)
+)
+"""Lower-case suffixes of image files: of the formats that the installed Pillow opens (HEIF if its
+plugin is registered before jaxtta is imported)."""
+_DARK = 16  # of a range that is not written in the file, at least 1/16 must be used
+_BITS, _SAMPLES, _PHOTOMETRIC = 258, 339, 262  # TIFF's tags
+_SIGNED, _WHITE_IS_ZERO = 2, 0  # and values of the last two
+_said: set[str] = set()
+
+
+class UnreadableImageError(Exception):
+    """An image that cannot be read; streams skip it."""
+
+
+def open_image(file: str | Path | BinaryIO, name: str = "", raw: bool = False) -> Image.Image:
+    """Open an image as a viewer shows it, or as it is stored.
+
+    The first frame of an animated or multi-page file is read; this is logged once.
+
+    Args:
+        file: its path, or an open file.
+        name: its name in messages; its path by default.
+        raw: whether to ignore the EXIF orientation and to drop transparency, as the published
+            results on benchmarks do. (Pillow itself applies the orientation of TIFF files.)
+
+    Returns:
+        The image in 8-bit RGB; see `to_rgb`.
+
+    Raises:
+        UnreadableImageError: if it cannot be decoded or has no known range of values.
+    """
+    name = printable(name or file)
+    try:
+        with Image.open(file) as image:
+            animated = image.format != "MPO" and getattr(image, "is_animated", False)
+            image.load()
+            if not raw:
+                with contextlib.suppress(SyntaxError):  # EXIF data that are not in EXIF's format
+                    ImageOps.exif_transpose(image, in_place=True)
+            converted = to_rgb(image, raw)
+    except Exception as error:  # Pillow may raise any exception on damaged files
+        raise UnreadableImageError(f"{name}: cannot be decoded ({printable(error)})") from error
+    if animated and "frames" not in _said:
+        _said.add("frames")
+        log.warning("%s has several frames, of which the first is read, as of all such files", name)
+    return converted
+
+
+def to_rgb(image: Image.Image, raw: bool = False) -> Image.Image:
+    """Convert an image of any mode to 8-bit RGB.
+
+    Greys of more than 8 bits are scaled from the range that their file states: 0 to 2^bits - 1.
+    32-bit integers and floats rarely use that range. They are scaled from the smallest range that
+    holds the image's values: 8, 16 or 32 bits for integers, 1 or 255 for floats. Negative values,
+    NaN, and values that fill less than 1/16 of a larger range are refused.
+
+    Args:
+        image: the image; a TIFF's tags are read from it.
+        raw: whether transparency is dropped, as `image.convert("RGB")` does. Otherwise, images that
+            are not opaque are laid over white.
+
+    Returns:
+        The image; equal to `image.convert("RGB")` for opaque images of 8 bits.
+
+    Raises:
+        ValueError: if the range of the values is not known.
+    """
+    if image.mode == "F" or image.mode.startswith("I"):
+        return Image.fromarray(_eight_bits(image)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        if not raw and image.getchannel("A").getextrema() != (255, 255):
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _eight_bits(image: Image.Image) -> np.ndarray:
+    """A deep grey image as (height, width) uint8."""
+    values, tags = np.asarray(image), getattr(image, "tag_v2", {})
+    bits, samples = (tags.get(tag, (0,))[0] for tag in (_BITS, _SAMPLES))
+    if image.mode == "I" and bits == 32 and samples != _SIGNED:
+        values = values.view(np.uint32)  # Pillow has no mode for them
+    if not np.isfinite(values).all():
+        raise ValueError("has values that are not finite")
+    low, high = float(values.min()), float(values.max())
+    if image.mode == "F":
+        ranges = (1, 255)
+    elif image.mode == "I" and bits == 16:
+        ranges = (2**15 - 1,)  # signed
+    elif image.mode == "I" and image.format != "PPM":  # Pillow scales these to 16 bits
+        ranges = (2**8 - 1, 2**16 - 1, np.iinfo(values.dtype).max)
+    else:
+        ranges = (2 ** (bits or 16) - 1,)
+    slack = 1e-3 if image.mode == "F" else 0  # rounding of floats
+    peak = next((peak for peak in ranges if high <= peak * (1 + slack)), None)
+    if peak is None or low < -slack * peak or (peak != ranges[0] and high < peak / _DARK):
+        raise ValueError(
+            f"values run from {low:g} to {high:g}, expected 0 to {' or '.join(map(str, ranges))}"
+        )
+    grey = (np.clip(values / peak, 0, 1) * 255).round().astype(np.uint8)
+    return 255 - grey if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO else grey
 
 
 def printable(text: object) -> str:

@@ -9,33 +9,112 @@ import jax.numpy as jnp
 import numpy as np
 
 Array = jax.Array
+ArrayLike = jax.typing.ArrayLike
+ROUNDING = 1e-5
+"""By how much a probability may exceed 1."""
 
 
-def top_k(logits: Array, labels: Array, k: int = 1) -> Array:
-    """Whether the label is among the k highest logits.
+def require_labels(labels: ArrayLike, images: int, classes: int) -> Array:
+    """Check the labels of a batch.
+
+    Args:
+        labels: (batch,) integers, 0 to classes − 1.
+        images: size of the batch.
+        classes: number of classes.
+
+    Returns:
+        The labels as an array.
+
+    Raises:
+        TypeError: if they are not integers.
+        ValueError: if there are more or fewer than images, or one is outside 0 to classes − 1;
+            values are looked at outside `jit` only.
+    """
+    labels = jnp.asarray(labels)
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise TypeError(f"labels are {labels.dtype}, expected integers: labels.astype(int)")
+    if labels.shape != (images,):
+        raise ValueError(f"labels have shape {labels.shape}, expected ({images},), one per image")
+    if not isinstance(labels, jax.core.Tracer) and labels.size:
+        values = np.asarray(labels)
+        least, greatest = values.min(), values.max()
+        if least < 0 or greatest >= classes:
+            raise ValueError(
+                f"labels run from {least} to {greatest}, expected 0 to {classes - 1}: leave out "
+                "images without a label"
+            )
+    return labels
+
+
+def _own(values: Array, labels: Array) -> Array:
+    """Each row's value at its label, (batch,); NaN for a label that is no class."""
+    classes = values.shape[-1]
+    labels = jnp.where((labels >= 0) & (labels < classes), labels, classes)  # -1 is not the last
+    return jnp.take_along_axis(values, labels[:, None], -1, mode="fill")[:, 0]
+
+
+def top_k(logits: ArrayLike, labels: ArrayLike, k: int = 1) -> Array:
+    """Whether the label is among the k highest logits; of equal ones the lowest index is first.
 
     Args:
         logits: (batch, classes).
         labels: (batch,) integers.
-        k: how many.
+        k: how many, at least 1.
 
     Returns:
-        (batch,) bool. A tie or a NaN counts against the label.
+        (batch,) bool; for k = 1 the same as `logits.argmax(-1) == labels`, except that a row that
+        holds a NaN is never right. Neither is a label that is no class, under `jit`.
+
+    Raises:
+        TypeError: if the labels are not integers.
+        ValueError: if they do not match the logits, or k is below 1.
     """
-    own = jnp.take_along_axis(logits, labels[:, None], -1)
-    # how many others are not clearly below
-    return (~(logits < own)).sum(-1) - 1 < k
+    if k < 1:
+        raise ValueError(f"k is {k}, expected at least 1")
+    logits = jnp.asarray(logits)
+    labels = require_labels(labels, *logits.shape)
+    own = _own(logits, labels)[:, None]
+    earlier = jnp.arange(logits.shape[-1]) < labels[:, None]
+    before = (logits > own) | (logits == own) & earlier
+    return (before.sum(-1) < k) & ~jnp.isnan(own[:, 0]) & ~jnp.isnan(logits).any(-1)
 
 
-def nll(logits: Array, labels: Array) -> Array:
-    """Negative log-likelihood of the labels in nats, (batch,)."""
-    return -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], -1)[:, 0]
+def nll(logits: ArrayLike, labels: ArrayLike) -> Array:
+    """Negative log-likelihood of the labels.
+
+    Args:
+        logits: (batch, classes).
+        labels: (batch,) integers.
+
+    Returns:
+        (batch,), in nats; NaN for a label that is no class, under `jit`.
+
+    Raises:
+        TypeError: if the labels are not integers.
+        ValueError: if they do not match the logits.
+    """
+    logits = jnp.asarray(logits)
+    return -_own(jax.nn.log_softmax(logits), require_labels(labels, *logits.shape))
 
 
-def brier(logits: Array, labels: Array) -> Array:
-    """Brier score, the squared distance of the probabilities from the label, (batch,)."""
-    target = jax.nn.one_hot(labels, logits.shape[-1])
-    return ((jax.nn.softmax(logits) - target) ** 2).sum(-1)
+def brier(logits: ArrayLike, labels: ArrayLike) -> Array:
+    """Brier score, the squared distance of the probabilities from the label.
+
+    Args:
+        logits: (batch, classes).
+        labels: (batch,) integers.
+
+    Returns:
+        (batch,), in [0, 2]; NaN for a label that is no class, under `jit`.
+
+    Raises:
+        TypeError: if the labels are not integers.
+        ValueError: if they do not match the logits.
+    """
+    probabilities = jax.nn.softmax(jnp.asarray(logits))
+    labels = require_labels(labels, *probabilities.shape)
+    score = ((probabilities - jax.nn.one_hot(labels, probabilities.shape[-1])) ** 2).sum(-1)
+    return jnp.where(jnp.isnan(_own(probabilities, labels)), jnp.nan, score)
 
 
 class Reliability(NamedTuple):
@@ -52,7 +131,7 @@ class Reliability(NamedTuple):
     accuracy: Array
 
 
-def reliability(confidence: Array, correct: Array, bins: int = 15) -> Reliability:
+def reliability(confidence: ArrayLike, correct: ArrayLike, bins: int = 15) -> Reliability:
     """Sort predictions by confidence into bins.
 
     Args:
@@ -61,11 +140,25 @@ def reliability(confidence: Array, correct: Array, bins: int = 15) -> Reliabilit
         bins: number of bins, each open on the left.
 
     Returns:
-        The reliability diagram's numbers.
+        The reliability diagram's numbers; NaN where a confidence is not in [0, 1], under `jit`.
+
+    Raises:
+        ValueError: if the two differ in length, a value is not in [0, 1] (looked at outside `jit`
+            only), or there is no bin.
 
     References:
         Guo et al. 2017, https://arxiv.org/abs/1706.04599
     """
+    confidence, correct = jnp.asarray(confidence), jnp.asarray(correct)
+    if bins < 1:
+        raise ValueError(f"bins is {bins}, expected at least 1")
+    if confidence.ndim != 1 or confidence.shape != correct.shape:
+        raise ValueError(
+            f"confidence has shape {confidence.shape} and correct {correct.shape}, expected "
+            "(images,) for both"
+        )
+    confidence = _shares(confidence, "confidence")
+    correct = _shares(correct, "correct") if correct.dtype != bool else correct
     which = jnp.clip(jnp.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
 
     def total(values: Array | float) -> Array:
@@ -77,7 +170,16 @@ def reliability(confidence: Array, correct: Array, bins: int = 15) -> Reliabilit
     )
 
 
-def expected_calibration_error(confidence: Array, correct: Array, bins: int = 15) -> Array:
+def _shares(values: Array, name: str) -> Array:
+    """Numbers in [0, 1], to rounding; others are refused, and NaN where they are traced."""
+    inside = (values >= 0) & (values <= 1 + ROUNDING)
+    if not isinstance(values, jax.core.Tracer) and not inside.all():
+        odd = values[~inside][0]
+        raise ValueError(f"{name} holds {odd}, expected numbers in [0, 1]")
+    return jnp.where(inside, values, jnp.nan)
+
+
+def expected_calibration_error(confidence: ArrayLike, correct: ArrayLike, bins: int = 15) -> Array:
     """Mean gap between confidence and accuracy over equal bins of confidence.
 
     Args:
@@ -87,6 +189,9 @@ def expected_calibration_error(confidence: Array, correct: Array, bins: int = 15
 
     Returns:
         A scalar in [0, 1]; 0 for no images.
+
+    Raises:
+        ValueError: as `reliability`.
 
     References:
         Guo et al. 2017, https://arxiv.org/abs/1706.04599
@@ -133,7 +238,7 @@ def mean_corruption_error(
         The mean of the ratios; the field quotes it in per cent.
 
     Raises:
-        ValueError: if the corruptions are not the baseline's.
+        ValueError: if the corruptions are not the baseline's, or an error is not in [0, 1].
 
     References:
         Hendrycks and Dietterich 2019, https://arxiv.org/abs/1903.12261
@@ -141,6 +246,9 @@ def mean_corruption_error(
     if set(errors) != set(baseline):
         odd = sorted(set(errors) ^ set(baseline))
         raise ValueError(f"the mean corruption error needs the baseline's corruptions, not {odd}")
+    for name, error in errors.items():
+        if not 0 <= error <= 1:
+            raise ValueError(f"the error on {name} is {error}, expected a share in [0, 1]")
     return sum(errors[name] / baseline[name] for name in baseline) / len(baseline)
 
 
@@ -153,8 +261,13 @@ def transfer(matrix: np.ndarray) -> float:
     Returns:
         The mean over tasks from the second on, of the mean over the steps before each; NaN for one
         task.
+
+    Raises:
+        ValueError: if the matrix is not square.
     """
     matrix = np.asarray(matrix)
+    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
+        raise ValueError(f"accuracies have shape {matrix.shape}, expected (tasks, tasks)")
     return float(np.mean([matrix[:j, j].mean() for j in range(1, len(matrix))] or [np.nan]))
 
 
@@ -168,7 +281,7 @@ def average(matrix: np.ndarray) -> float:
     return float(np.asarray(matrix).mean())
 
 
-def modality_gap(images: jax.Array, texts: jax.Array) -> jax.Array:
+def modality_gap(images: Array, texts: Array) -> Array:
     """Distance between the mean image and the mean text.
 
     Args:
@@ -184,7 +297,7 @@ def modality_gap(images: jax.Array, texts: jax.Array) -> jax.Array:
     return jnp.linalg.norm(images.mean(0) - texts.mean(0))
 
 
-def retrieval_recall(similarities: jax.Array, matches: jax.Array, k: int = 1) -> jax.Array:
+def retrieval_recall(similarities: ArrayLike, matches: ArrayLike, k: int = 1) -> Array:
     """Share of rows with a match among their k most similar columns.
 
     Args:
@@ -193,7 +306,20 @@ def retrieval_recall(similarities: jax.Array, matches: jax.Array, k: int = 1) ->
         k: how many candidates are looked at.
 
     Returns:
-        A scalar; give transposed arrays for the other direction.
+        A scalar; give transposed arrays for the other direction. Of equal similarities the lowest
+        index is first, and a NaN matches nothing.
+
+    Raises:
+        ValueError: if the two differ in shape, or k is not 1 to the number of candidates.
     """
-    _, found = jax.lax.top_k(similarities, k)
+    similarities, matches = jnp.asarray(similarities), jnp.asarray(matches)
+    if similarities.ndim != 2 or similarities.shape != matches.shape:
+        raise ValueError(
+            f"similarities have shape {similarities.shape} and matches {matches.shape}, expected "
+            "(queries, candidates) for both"
+        )
+    if not 1 <= k <= similarities.shape[1]:
+        raise ValueError(f"k is {k}, expected 1 to the {similarities.shape[1]} candidates")
+    matches = matches.astype(bool) & ~jnp.isnan(similarities)
+    _, found = jax.lax.top_k(jnp.nan_to_num(similarities, nan=-jnp.inf, posinf=jnp.inf), k)
     return jnp.take_along_axis(matches, found, 1).any(1).mean()

@@ -68,6 +68,12 @@ def tiny():
 
 
 @pytest.fixture(scope="session")
+def siglip():
+    """The golden SigLIP with its parameters."""
+    return jaxtta.load(GOLDEN / "tiny-siglip")
+
+
+@pytest.fixture(scope="session")
 def embedded():
     """The embedded model with its parameters."""
     return jaxtta.load(jaxtta.assets.MODEL)
@@ -118,7 +124,7 @@ class NNXClassifier:
 
 
 @pytest.fixture(scope="session")
-def towers(tiny):
+def towers(tiny, siglip):
     """One model of each kind, small: (model, params, task) by name."""
     from transformers import ViTConfig
 
@@ -141,6 +147,7 @@ def towers(tiny):
     return {
         "vit": (clip, params, task),
         "resnet": (resnet, resnet.init(jax.random.key(1)), task),
+        "siglip": (*siglip, models.task_from_token_ids(golden("siglip")["token_ids"])),
         "supervised": (vit, vit.init(jax.random.key(2)), None),
         "nnx": (nnx_model, nnx_model.params, None),
     }
@@ -185,7 +192,9 @@ def relative(ours, reference):
 
 def images_of(model, pixels):
     """Images in [0, 1] (or beyond) whose normalisation gives these pixels."""
-    mean, std = (np.asarray(x, np.float32) for x in model.preprocessing[-2:])
+    mean, std = (
+        np.asarray(x, np.float32) for x in (model.preprocessing.mean, model.preprocessing.std)
+    )
     return np.asarray(pixels) * std + mean
 
 

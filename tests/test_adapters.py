@@ -30,9 +30,9 @@ def images(tiny):
 METHODS = ("zero_shot", "tent", "batclip", "mgtta")
 CASES = [
     (tower, method)
-    for tower in ("vit", "resnet", "supervised", "nnx")
+    for tower in ("vit", "resnet", "siglip", "supervised", "nnx")
     for method in METHODS
-    if (tower, method) != ("resnet", "mgtta")  # has no layer features
+    if method != "mgtta" or tower not in ("resnet", "siglip")  # have no layer features
 ]
 
 
@@ -434,10 +434,12 @@ def test_a_method_says_what_a_model_lacks(towers):
         adapters.tnt(supervised, None)
     with pytest.raises(ValueError, match="no text tower"):
         jaxtta.zero_shot_task(supervised, ["cat", "dog"])
-    resnet, _, task = towers["resnet"]
+    resnet, _, _ = towers["resnet"]
     statistics = models.FeatureStatistics(jnp.array(9.0), jnp.zeros((3, 32)), jnp.ones((3, 32)))
-    with pytest.raises(ValueError, match="layer features"):
-        adapters.mgtta(resnet, task, optimizer=optax.sgd(1.0), statistics=statistics)
+    for name in ("resnet", "siglip"):
+        model, _, task = towers[name]
+        with pytest.raises(ValueError, match="layer features"):
+            adapters.mgtta(model, task, optimizer=optax.sgd(1.0), statistics=statistics)
     with pytest.raises(ValueError, match="batch_norm"):
         adapters.tnt(resnet.with_batch_norm_statistics("batch"), task)
 

@@ -139,7 +139,7 @@ def edit_config(**changes):
         (lambda f: (f / "config.json").unlink(), FileNotFoundError, "has no config.json"),
         (lambda f: (f / "config.json").write_text("{"), ValueError, "is not JSON"),
         (edit_config(model_type="bert"), ValueError, "expected 'clip'"),
-        (lambda f: (f / "config.json").write_text("[]"), ValueError, "model_type is None"),
+        (lambda f: (f / "config.json").write_text("[]"), ValueError, "holds no JSON object"),
         (edit_config(vision_config__hidden_act="selu"), ValueError, "hidden_act is 'selu'"),
         (
             edit_config(vision_config__num_attention_heads=5),
@@ -200,7 +200,8 @@ def test_a_cached_hub_model_loads_without_network(monkeypatch, tiny, folder, tmp
     with pytest.raises(FileNotFoundError, match="is neither a local folder"):
         models.load("somebody/tiny-clip")  # nobody knows whether it has a tokenizer
     (cache / ".no_exist" / "abc").mkdir(parents=True)
-    for name in ("preprocessor_config.json", *models.checkpoints.files.TOKENIZER_FILES):
+    files = models.checkpoints.files
+    for name in (*files.PREPROCESSING_FILES, *files.TOKENIZER_FILES):
         (cache / ".no_exist" / "abc" / name).touch()
     equal(models.load("somebody/tiny-clip")[1], tiny[1])
 

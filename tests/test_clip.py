@@ -1,3 +1,7 @@
+import dataclasses
+import shutil
+from pathlib import Path
+
 import hypothesis
 import hypothesis.strategies as st
 import jax
@@ -166,6 +170,103 @@ def test_zero_shot_task_of_the_embedded_model(embedded):
 def test_bad_tasks_are_refused(embedded, names, templates, message):
     with pytest.raises(ValueError, match=message):
         zero_shot_task(embedded[0], names, templates)
+
+
+def test_names_that_are_no_strings_are_refused(embedded):
+    with pytest.raises(TypeError, match=r"class names and templates are strings, 3 is none"):
+        zero_shot_task(embedded[0], [3, 4])
+
+
+MENDED = {  # as open_clip's `_clean_lower` makes it of them, but for the case
+    "Levi\u2019s jeans": "Levi's jeans",
+    "\u201cred\u201d car": '"red" car',
+    "\ufb01sh": "fish",
+    "\uff24\uff2f\uff27": "DOG",
+    "fish &amp; chips": "fish & chips",
+    "fish &amp;amp; chips": "fish & chips",
+    "cafe\u0301": "caf\u00e9",
+    "cafÃ©": "café",
+    "a\u00a0  big\tdog\n": "a big dog",
+    "crane_(bird)": "crane (bird)",
+}
+
+
+@pytest.mark.parametrize("given", MENDED)
+def test_names_and_templates_are_mended_as_clips_tokenizer_mends_text(embedded, given):
+    model, _ = embedded
+    task = zero_shot_task(model, [given, "cat"])
+    expected = zero_shot_task(model, [MENDED[given], "cat"])
+    np.testing.assert_array_equal(task.token_ids, expected.token_ids)
+    text = given.replace("_", " ")
+    np.testing.assert_array_equal(
+        zero_shot_task(model, ["cat", "dog"], [f"{text} of a {{}}."]).token_ids,
+        zero_shot_task(model, ["cat", "dog"], [f"{MENDED[given]} of a {{}}."]).token_ids,
+    )
+
+
+def test_names_that_are_the_same_after_mending_are_said(embedded, caplog):
+    task = zero_shot_task(embedded[0], ["maillot", "Levi’s", "maillot", "levi's", "cat"])
+    assert task.classes == 5
+    assert "'maillot' (0) and 'maillot' (2); 'Levi’s' (1) and \"levi's\" (3)" in caplog.text
+    caplog.clear()
+    zero_shot_task(embedded[0], ["cat", "dog"])
+    assert not caplog.text
+
+
+WHOLE = "tokenizer.json", "tokenizer_config.json"
+BARE = "vocab.json", "merges.txt"
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        WHOLE,
+        WHOLE[:1],
+        BARE,
+        (*BARE, "special_tokens_map.json"),
+        (*BARE, "config.json"),
+        (*BARE, "tokenizer_config.json"),
+        (*BARE, "timm"),
+        (*BARE, "no class"),
+    ],
+    ids="-".join,
+)
+def test_any_of_a_tokenizers_files_make_one(embedded, tmp_path, files):
+    from transformers import AutoTokenizer
+
+    model, _ = embedded
+    source, saved, folder = Path(model.source), tmp_path / "saved", tmp_path / "model"
+    AutoTokenizer.from_pretrained(source).save_pretrained(saved)
+    folder.mkdir()
+    for name in files:
+        if name == "timm":  # beside OpenCLIP's files
+            (folder / "config.json").write_text('{"architecture": "vit_base_patch16_clip_224"}')
+        elif name == "no class":
+            (folder / "tokenizer_config.json").write_text('{"model_max_length": 32}')
+        else:
+            shutil.copy(source / name if (source / name).exists() else saved / name, folder)
+    ours = zero_shot_task(dataclasses.replace(model, source=str(folder)), ["Cat's", "dog"])
+    expected = zero_shot_task(model, ["Cat's", "dog"])
+    np.testing.assert_array_equal(ours.token_ids, expected.token_ids)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("vocab.json", '{"a": 0}', "vocab.json: is not CLIP's"),
+        ("vocab.json", "version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+        ("merges.txt", "version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+        ("tokenizer.json", "{", "its tokenizer cannot be read"),
+    ],
+)
+def test_bad_tokenizers_are_refused(embedded, tmp_path, name, content, message):
+    for file in BARE:
+        shutil.copy(Path(embedded[0].source) / file, tmp_path)
+    (tmp_path / name).write_text(content)
+    model = dataclasses.replace(embedded[0], source=str(tmp_path))
+    with pytest.raises(ValueError, match=message) as caught:
+        zero_shot_task(model, ["cat", "dog"])
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -176,7 +176,10 @@ def test_kept_shares(script):
             "--reference-images of seed 2 are of one",
         ),
         (["--seeds", "-1"], "--seeds is -1, expected at least 0"),
-        (["--model", str(GOLDEN / "openclip-resnet")], "a vision transformer, not a ResNet"),
+        (
+            ["--model", str(GOLDEN / "openclip-resnet")],
+            "CLIP with a vision transformer, not a ResNet",
+        ),
         (
             ["--reference", "folder=A", "--kept", "folder=A"],
             "--kept is the same as --reference (folder=A)",

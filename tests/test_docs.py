@@ -1,14 +1,17 @@
 """What the documents show runs as it is written."""
 
 import re
+import shlex
 from pathlib import Path
 
 import chex
 import jax
 import numpy as np
 import pytest
+import tyro
 
 import jaxtta
+import jaxtta.cli
 
 ROOT = Path(__file__).parents[1]
 
@@ -112,3 +115,24 @@ def test_the_contributing_guides_method_runs(small_model):
     _, padded = adapter.step(params, adapter.init(params), jaxtta.Batch.padded(few, 8))
     np.testing.assert_allclose(padded.logits[:5], alone.logits, atol=1e-4)
     assert state.adapted.keys() == {"vision_model"}
+
+
+def commands():
+    """Every command line of a script in the documents."""
+    for document in ("README.md", "docs/published.md", "docs/recipes.md", "CONTRIBUTING.md"):
+        for block in re.findall(r"^```sh\n(.*?)^```", (ROOT / document).read_text(), re.M | re.S):
+            for line in block.replace("\\\n", " ").splitlines():
+                if "experiments/" in line and "serve.py" not in line:
+                    yield document, line.partition("#")[0].strip()
+
+
+@pytest.mark.parametrize("document, line", [*commands()])
+def test_a_command_in_a_document_parses(document, line, run_script, monkeypatch):
+    python, script, *arguments = shlex.split(line)
+    assert python == "python"
+    parsed = []
+    monkeypatch.setattr(
+        jaxtta.cli, "run_script", lambda options, main, doc: parsed.append(tyro.cli(options))
+    )
+    code, _, err = run_script(script.removeprefix("experiments/"), *arguments)
+    assert (code, len(parsed)) == (0, 1), err

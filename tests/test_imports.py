@@ -15,8 +15,8 @@ METHODS = MODELS | {"adapters", "continual", "diagnose", "data"}
 MAY_IMPORT = {
     **{name: set() for name in FUNCTIONS},
     "assets": set(),
-    "models": {"io"},
-    "data": {"io"},
+    "models": {"io", "images"},
+    "data": {"io", "images"},
     "optim": {"tree", "io"},
     "adapters": MODELS,
     "continual": MODELS,

@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import pickle
 import shutil
 import sys
@@ -234,6 +235,147 @@ def test_imagenet_c_with_clean_images_and_other_classes(tmp_path):
         data.corrupted_folders(tmp_path / "nowhere", PREPROCESS)
 
 
+def heard(caplog):
+    return [record.getMessage() for record in caplog.records]
+
+
+def test_a_domain_that_lacks_a_class_does_not_shrink_the_others(tmp_path, caplog):
+    """The first domain lacks a class and an image of another; the last has an empty class."""
+    for corruption in ("brightness", "fog", "snow"):
+        write_folders(tmp_path / corruption / "5", WNIDS)
+    shutil.rmtree(tmp_path / "brightness" / "5" / WNIDS[2])
+    (tmp_path / "brightness" / "5" / WNIDS[0] / "1.JPEG").unlink()
+    shutil.rmtree(tmp_path / "snow" / "5" / WNIDS[0])
+    (tmp_path / "snow" / "5" / WNIDS[0]).mkdir()
+    (tmp_path / "snow" / "5" / WNIDS[1] / "more.JPEG").touch()
+    (tmp_path / "snow" / "5" / "._n01440764").mkdir()
+    caplog.set_level(logging.WARNING)
+    source = data.open_source("imagenet-c", tmp_path, PREPROCESS)
+    assert source.class_names == CLASSES
+    assert list(source.labels) == [0, 0, 1, 1, 2, 2]
+    lacks = f"{tmp_path / 'brightness' / '5'}: lacks 3 of 6 images, unreadable there, such as "
+    assert heard(caplog) == [f"{lacks}{WNIDS[0]}/1.JPEG"]
+    for _ in range(2):
+        for corruption in ("brightness", "fog", "snow"):
+            source.check(data.Domain(corruption, 5))
+    snow = f"{tmp_path / 'snow' / '5'}: "
+    assert heard(caplog)[1:] == [
+        f"{snow}lacks 2 of 6 images, unreadable there, such as {WNIDS[0]}/0.JPEG",
+        f"{snow}has 1 images besides the 6 listed, left out, such as {WNIDS[1]}/more.JPEG",
+    ]
+    streams = data.make_streams("continual", ["brightness", "fog"], (5,), source.labels)
+    batches = data.Batches(source, tuple(streams), 6)
+    assert [batch.mask.sum() for batch in batches] == [3, 6]
+    np.testing.assert_array_equal(every_image(source, data.Domain("fog", 5)), EXPECTED)
+
+
+def test_imagenet_c_names_what_is_no_wnid_and_what_no_domain_has(tmp_path):
+    for corruption in ("fog", "snow"):
+        write_folders(tmp_path / corruption / "5", WNIDS)
+    (tmp_path / "snow" / "5" / "extra").mkdir()
+    with pytest.raises(ValueError, match="folder extra is not one of ImageNet's 1,000 wnids"):
+        data.open_source("imagenet-c", tmp_path, PREPROCESS)
+    with pytest.raises(ValueError, match="extra: class folder without images"):
+        data.open_source("imagenet-c", tmp_path, PREPROCESS, [*CLASSES, "other"])
+
+
+@pytest.mark.parametrize("group", ["", "noise"])
+def test_imagenet_c_is_no_folder_of_classes(tmp_path, group):
+    for corruption in ("fog", "near_focus"):
+        for severity in ("1", "5"):
+            write_folders(tmp_path / group / corruption / severity, WNIDS)
+    for layout in ("folder", "imagenet"):
+        with pytest.raises(ValueError, match="not images of a class: use --layout imagenet-c"):
+            data.open_source(layout, tmp_path, PREPROCESS)
+        one = rf"severities of one corruption.* --layout imagenet-c with {tmp_path / group}, or"
+        with pytest.raises(ValueError, match=one):
+            data.open_source(layout, tmp_path / group / "fog", PREPROCESS)
+    assert data.open_source("imagenet-c", tmp_path, PREPROCESS).class_names == CLASSES
+
+
+def test_a_class_with_numbered_sub_folders_is_no_corruption(tmp_path):
+    for name in ("cat", "dog", "emu"):
+        for session in "123":
+            save(tmp_path / name / session / "left" / "0.png", PIXELS[0, 0])
+    assert data.open_source("folder", tmp_path, PREPROCESS).class_names == ("cat", "dog", "emu")
+
+
+@pytest.mark.parametrize(
+    "splits",
+    [("train", "val", "test"), ("Training", "Validation"), ("train2017", "val2017"), ("test",)],
+)
+def test_splits_are_no_classes(tmp_path, splits):
+    for split in splits:
+        write_folders(tmp_path / split, WNIDS)
+    if len(splits) == 3:
+        (tmp_path / "annotations").mkdir()
+    named = f"holds .*{splits[0]}.*, which are splits, not classes: give one, such as {tmp_path}/"
+    for layout in ("folder", "imagenet"):
+        with pytest.raises(ValueError, match=named):
+            data.open_source(layout, tmp_path, PREPROCESS)
+        assert data.open_source(layout, tmp_path / splits[0], PREPROCESS, CLASSES)
+
+
+def test_a_class_may_be_called_train(tmp_path):
+    write_folders(tmp_path, ("bus", "plane", "train"))
+    assert data.open_source("folder", tmp_path, PREPROCESS).class_names == ("bus", "plane", "train")
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (["fog.npy", "labels.npy"], r"its \.npy files are read with --layout cifar-c .* or arrays"),
+        (["0000.tar", "0001.tar"], r"unpack its \.tar files into class folders"),
+        (["data/train-00000-of-00001.parquet"], r"write the images of its \.parquet files"),
+        (["cifar10-test.tfrecord-00000-of-00001"], "opened by name, with --layout tfds"),
+        (["1.0.0/dataset_info.json"], "opened by name, with --layout tfds"),
+        (["a.jpg", "b.png"], "2 images lie in no class folder"),
+        (["notes.txt"], " two$"),
+    ],
+)
+def test_what_a_folder_without_classes_holds_is_said(tmp_path, files, message):
+    for file in files:
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).touch()
+    with pytest.raises(ValueError, match=rf"has [01] class folders, expected at least.*{message}"):
+        data.open_source("folder", tmp_path, PREPROCESS)
+
+
+@pytest.mark.parametrize("names", ["{}", "{:03}", "c{}", "{} kind"])
+@pytest.mark.parametrize("first", [0, 1])
+def test_numbers_in_folder_names_are_sorted_as_numbers(tmp_path, caplog, names, first):
+    folders = [names.format(number) for number in range(first, first + 12)]
+    write_folders(tmp_path, folders, pixels=PIXELS[np.arange(12) % 3])
+    called = [f"kind {number}" for number in range(12)]
+    caplog.set_level(logging.WARNING)
+    source = data.open_source("folder", tmp_path, PREPROCESS, called)
+    meant = dict(zip(folders, called, strict=True))
+    for file, label in zip(source.images.files, source.labels, strict=True):
+        assert source.class_names[label] == meant[file.parent.name]
+    (tmp_path / "names.txt").write_text("\n".join(called))
+    listed = data.image_folder(tmp_path).class_names
+    assert data.given_class_names([str(tmp_path / "names.txt")], listed) == tuple(called)
+    assert not heard(caplog)
+
+
+def test_numbers_with_gaps_and_a_list_are_said(tmp_path, caplog):
+    write_folders(tmp_path, ("3", "20", "100"))
+    data.open_source("folder", tmp_path, PREPROCESS, ["cat", "dog", "emu"])
+    assert heard(caplog) == [
+        "class folders are sorted by number, with gaps: 3 is 'cat', 20 is 'dog', 100 is 'emu'"
+    ]
+
+
+@pytest.mark.parametrize("layout", ["folder", "imagenet-c"])
+def test_numbers_are_no_class_names(tmp_path, layout):
+    root = tmp_path / "fog" / "5" if layout == "imagenet-c" else tmp_path
+    write_folders(root, ("cat", "dog", "3"))
+    with pytest.raises(ValueError, match="class folder 3 is a number: set the class names"):
+        data.open_source(layout, tmp_path, PREPROCESS)
+    source = data.open_source(layout, tmp_path, PREPROCESS, ["three", "cat", "dog"])
+    assert source.class_names == ("three", "cat", "dog")
+
+
 @pytest.fixture
 def stacked(tmp_path):
     """Five severities of six images, labels five times."""
@@ -283,6 +425,34 @@ def test_arrays_of_one_strength(stacked):
         source.check(data.Domain("snow", 5))
     with pytest.raises(ValueError, match=r"unknown corruption 'labels', .* has clean, fog, snow"):
         source.check(data.Domain("labels"))
+
+
+def test_arrays_and_cifar_c_are_told_apart(stacked, caplog):
+    data.open_source("arrays", stacked, PREPROCESS, CLASSES)
+    assert [message.partition(": ")[2] for message in heard(caplog)] == [
+        "has the same labels five times; if the images are of five severities, as in CIFAR-10-C, "
+        "use --layout cifar-c"
+    ]
+    np.save(stacked / "labels.npy", np.repeat([0, 1, 2], 2))
+    source = data.open_source("arrays", stacked, PREPROCESS, CLASSES)
+    with pytest.raises(ValueError, match=r"30 images, expected 6 for 6 labels; use --layout cifar"):
+        source.check(data.Domain("fog"))
+    np.save(stacked / "fog.npy", PIXELS.reshape(6, 40, 44, 3))
+    with pytest.raises(ValueError, match="use --layout arrays for images of one severity"):
+        data.open_source("cifar-c", stacked, PREPROCESS, CLASSES)
+
+
+def test_hidden_arrays_and_domains_are_passed_over(stacked):
+    for name in ("fog", "clean", "labels", "snow"):
+        (stacked / f"._{name}.npy").write_bytes(b"AppleDouble")
+    source = data.open_source("cifar-c", stacked, PREPROCESS, CLASSES)
+    np.testing.assert_array_equal(every_image(source), EXPECTED)
+    with pytest.raises(ValueError, match=r"unknown corruption 'rain', .* has clean, fog$"):
+        source.check(data.Domain("rain", 5))
+    for place in ("fog/5", ".fog/5", "__MACOSX/fog/5", "fog/5/@eaDir", "fog/5/.git"):
+        write_folders(stacked / "folders" / place, ("a", "b", "c"))
+    source = data.open_source("imagenet-c", stacked / "folders", PREPROCESS)
+    assert (source.class_names, [*source.domains]) == (("a", "b", "c"), [data.Domain("fog", 5)])
 
 
 def test_cifar100_is_known_by_its_labels(stacked):

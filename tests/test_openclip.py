@@ -386,7 +386,7 @@ def test_preprocessing(tmp_path):
     other = with_preprocessing(
         tmp_path, interpolation="bilinear", resize_mode="squash", mean=[0.5] * 3, std=[0.25] * 3
     )
-    assert other[1:] == ((32, 32), None, 2, (0.5,) * 3, (0.25,) * 3)
+    assert other[1:6] == ((32, 32), None, 2, (0.5,) * 3, (0.25,) * 3)
     assert other(Image.new("L", (50, 70))).shape == (32, 32, 3)
 
 
@@ -429,19 +429,42 @@ RESNET = {"image_size": 64, "layers": [1, 1, 1, 1], "width": 16}
     ("spoil", "error", "message"),
     [
         (lambda f: (f / CONFIG).write_text("{"), ValueError, f"{CONFIG}: is not JSON"),
-        (lambda f: (f / CONFIG).write_text("[]"), ValueError, "model_cfg is None, expected an obj"),
+        (lambda f: (f / CONFIG).write_text("[]"), ValueError, "holds no JSON object"),
         (lambda f: (f / CONFIG).unlink(), FileNotFoundError, "has no config.json"),
         (lambda f: (f / WEIGHTS).unlink(), FileNotFoundError, f"has none of {WEIGHTS}"),
         (
             lambda f: (f / WEIGHTS).rename(f / "open_clip_pytorch_model.bin"),
             ValueError,
-            "pickled weights can run code .* open_clip's",
+            "pickled weights can run code .*jaxtta convert",
         ),
         (lambda f: (f / WEIGHTS).write_bytes(b"nonsense"), ValueError, "is damaged or no safetens"),
         (edit("model_cfg", embed_dim="big"), ValueError, "model_cfg.embed_dim is 'big', expected"),
-        (edit("model_cfg", custom_text=True), ValueError, "custom_text is True, which is not supp"),
+        (
+            edit("model_cfg", cast_in=True),
+            ValueError,
+            "model_cfg.cast_in is True, which is not sup",
+        ),
+        (
+            edit("model_cfg", multimodal_cfg={"width": 8}),
+            ValueError,
+            "describes a CoCa model .* not",
+        ),
         (edit("model_cfg", vision_cfg=None), ValueError, "vision_cfg is None, expected an object"),
-        (edit(VISION, timm_model_name="x"), ValueError, "timm_model_name is 'x', which is not"),
+        (
+            edit(VISION, timm_model_name="x"),
+            ValueError,
+            r"another timm image tower \(x\), which is",
+        ),
+        (
+            edit(VISION, timm_model_name="eva02_base"),
+            ValueError,
+            "an EVA image tower .eva02_base., ",
+        ),
+        (
+            edit(VISION, timm_model_name="convnext_tiny"),
+            ValueError,
+            "a ConvNeXt .* own ViT and Res",
+        ),
         (edit(VISION, attentional_pool=True), ValueError, "attentional_pool is True, which is"),
         (edit(VISION, pool_type="avg"), ValueError, "pool_type is 'avg', expected 'tok'"),
         (edit(VISION, image_size=4), ValueError, "patch_size is 8, expected at most the image_si"),
@@ -453,16 +476,49 @@ RESNET = {"image_size": 64, "layers": [1, 1, 1, 1], "width": 16}
         (edit(VISION, **RESNET | {"image_size": 50}), ValueError, "is 50, expected a multiple of"),
         (edit(VISION, **RESNET | {"width": 5}), ValueError, "width is 5, expected an even number"),
         (edit(VISION, **RESNET | {"head_width": 100}), ValueError, "is 100, expected a divisor"),
-        (edit(VISION, **RESNET), ValueError, "vision_model/.* is missing"),
+        (edit(VISION, **RESNET), ValueError, "parameters are missing, vision_model/"),
         (edit(TEXT, heads=5), ValueError, "heads is 5, expected a divisor of the width of 24"),
-        (edit(TEXT, hf_model_name="x"), ValueError, "text_cfg.hf_model_name is 'x', which is not"),
+        (edit(TEXT, hf_model_name="x"), ValueError, r"a Hugging Face text tower \(x\), which is n"),
+        (
+            edit(TEXT, no_causal_mask=True),
+            ValueError,
+            "text_cfg.pool_type is None, expected 'last'",
+        ),
+        (
+            edit(TEXT, pool_type="last"),
+            ValueError,
+            "text_cfg.pool_type is 'last', expected 'argmax'",
+        ),
+        (edit(TEXT, proj_type="mlp"), ValueError, "proj_type is 'mlp', expected linear or none"),
+        (
+            edit(TEXT, proj_type="none"),
+            ValueError,
+            "embed_dim is 16, expected a tower's width of 24",
+        ),
+        (edit(TEXT, norm_kwargs={"eps": 0}), ValueError, "norm_kwargs.eps is 0, expected a number"),
+        (
+            edit(TEXT, norm_kwargs={"bias": 1}),
+            ValueError,
+            "norm_kwargs.bias is 1, which is not sup",
+        ),
+        (edit(TEXT, act_kwargs={"a": 1}), ValueError, "act_kwargs is .'a': 1., expected .*tanh"),
+        (
+            edit(TEXT, tokenizer_kwargs={"clean": "x"}),
+            ValueError,
+            "clean is 'x', expected one of c",
+        ),
+        (
+            edit(TEXT, tokenizer_kwargs={"s": 1}),
+            ValueError,
+            "tokenizer_kwargs.s is 1, which is not",
+        ),
         (edit(TEXT, layers=0), ValueError, "text_cfg.layers is 0, expected a positive whole num"),
         (edit(TEXT, width=20), ValueError, r"has shape .*, expected \(20,\)"),
         (edit("preprocess_cfg", mean=[0.5]), ValueError, r"mean is \[0.5\], expected three numb"),
         (edit("preprocess_cfg", std=[0, 1, 1]), ValueError, "preprocess_cfg.std is .* above 0"),
-        (edit("preprocess_cfg", size=30), ValueError, "size is 30, expected the model's 32"),
-        (edit("preprocess_cfg", interpolation="random"), ValueError, "expected one of bicubic"),
-        (edit("preprocess_cfg", resize_mode="longest"), ValueError, "expected one of shortest"),
+        (edit("preprocess_cfg", interpolation="area"), ValueError, "expected one of bicubic"),
+        (edit("preprocess_cfg", resize_mode="widest"), ValueError, "expected one of shortest"),
+        (edit("preprocess_cfg", fill_color=300), ValueError, "a grey level from 0 to 255"),
         (edit_weights(visual__proj=None), ValueError, "visual_projection/kernel is missing"),
         (
             edit_weights(visual__proj=np.zeros((16, 64), np.float32)),

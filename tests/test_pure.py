@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxtta import losses, metrics, tree
+from jaxtta import evaluate, losses, metrics, tree
 from jaxtta.adapters.batclip import image_text_alignment, prototype_separation, prototypes
 
 logits_and_labels = st.tuples(st.integers(1, 12), st.integers(2, 7), st.integers(0, 2**32 - 1)).map(
@@ -43,9 +43,93 @@ def test_scores_equal_numpys(case):
         np.testing.assert_array_equal(metrics.top_k(logits, labels, k), expected)
 
 
-def test_ties_and_nan_count_against_the_label():
-    logits = jnp.asarray([[1.0, 1.0, 0.0], [np.nan, 0.0, 1.0], [np.nan] * 3])
-    assert not metrics.top_k(logits, jnp.asarray([0, 2, 1])).any()
+@hypothesis.given(st.integers(1, 8), st.integers(2, 6), st.integers(0, 2**32 - 1))
+def test_a_tie_counts_for_the_lowest_index(batch, classes, seed):
+    """As argmax and a stable sort, with and without jit: published code counts so."""
+    rng = np.random.default_rng(seed)
+    logits = rng.integers(0, 3, (batch, classes)).astype(np.float32)  # most of them equal
+    logits[rng.random(logits.shape) < 0.1] = -np.inf
+    labels = rng.integers(0, classes, batch)
+    order = np.argsort(-logits, axis=-1, kind="stable")
+    for k in (1, 2, 5):
+        expected = (order[:, :k] == labels[:, None]).any(-1)
+        np.testing.assert_array_equal(metrics.top_k(logits, labels, k), expected)
+        jitted = jax.jit(metrics.top_k, static_argnums=2)
+        np.testing.assert_array_equal(jitted(logits, labels, k), expected)
+    scores = evaluate.score(logits, labels)
+    np.testing.assert_array_equal(scores.top1, logits.argmax(-1) == labels)
+    np.testing.assert_array_equal(scores.prediction, logits.argmax(-1))
+
+
+def test_logits_that_are_nan_are_never_right():
+    logits = jnp.asarray([[np.nan, 0.0, 1.0], [np.nan, 0.0, 1.0], [np.nan] * 3])
+    for k in (1, 5):
+        assert not metrics.top_k(logits, jnp.asarray([0, 2, 1]), k).any()
+    assert metrics.retrieval_recall(logits[:1], jnp.array([[True, False, False]]), 3) == 0
+
+
+SCORES = (metrics.top_k, metrics.nll, metrics.brier, evaluate.score)
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize(
+    ("labels", "error", "message"),
+    [
+        ([0, -1], ValueError, "labels run from -1 to 0, expected 0 to 2"),
+        ([3, 0], ValueError, "labels run from 0 to 3, expected 0 to 2"),
+        ([0.0, 1.0], TypeError, "labels are float32, expected integers"),
+        ([True, False], TypeError, "labels are bool, expected integers"),
+        ([0, 1, 2], ValueError, r"labels have shape \(3,\), expected \(2,\)"),
+        ([[0], [1]], ValueError, r"labels have shape \(2, 1\), expected \(2,\)"),
+    ],
+)
+def test_labels_that_are_no_classes_are_refused(score, labels, error, message):
+    logits = np.zeros((2, 3), np.float32)
+    for given in (labels, np.asarray(labels, None), jnp.asarray(labels)):
+        with pytest.raises(error, match=message.replace("float32", "float(32|64)")):
+            score(logits, given)
+
+
+def test_traced_labels_that_are_no_classes_give_nan_and_are_never_right():
+    logits, labels = jnp.zeros((3, 2)), jnp.array([-1, 2, 0])
+    assert jax.jit(metrics.top_k)(logits, labels).tolist() == [False, False, True]
+    for score in (metrics.nll, metrics.brier):
+        assert np.isnan(jax.jit(score)(logits, labels)).tolist() == [True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("confidence", "correct", "message"),
+    [
+        ([0.2, 1.6], [True, False], "confidence holds 1.6"),
+        ([0.2, -0.1], [True, False], "confidence holds -0.1"),
+        ([0.2, np.nan], [True, False], "confidence holds nan"),
+        ([80.0, 20.0], [True, False], "confidence holds 80.0"),
+        ([0.2, 0.3], [1, 3], "correct holds 3"),
+        ([0.2], [True, False], r"confidence has shape \(1,\) and correct \(2,\)"),
+        ([[0.2, 0.8]], [[True, False]], r"expected \(images,\) for both"),
+    ],
+)
+def test_confidences_that_are_no_probabilities_are_refused(confidence, correct, message):
+    for error in (metrics.expected_calibration_error, metrics.reliability):
+        with pytest.raises(ValueError, match=message):
+            error(np.asarray(confidence), np.asarray(correct))
+    if np.shape(confidence) == np.shape(correct) == (2,):  # traced: no figure that looks right
+        traced = jax.jit(metrics.expected_calibration_error)
+        assert np.isnan(traced(jnp.asarray(confidence), jnp.asarray(correct)))
+
+
+def test_figures_in_per_cent_or_of_other_shapes_are_refused():
+    errors = dict.fromkeys(metrics.ALEXNET_ERRORS, 0.5)
+    with pytest.raises(ValueError, match=r"the error on fog is 50.0, expected a share in \[0, 1\]"):
+        metrics.mean_corruption_error(errors | {"fog": 50.0})
+    with pytest.raises(ValueError, match=r"accuracies have shape \(2, 3\)"):
+        metrics.transfer(np.zeros((2, 3)))
+    with pytest.raises(ValueError, match=r"k is 4, expected 1 to the 3 candidates"):
+        metrics.retrieval_recall(np.zeros((2, 3)), np.zeros((2, 3), bool), 4)
+    with pytest.raises(ValueError, match=r"\(2, 3\) and matches \(3, 2\)"):
+        metrics.retrieval_recall(np.zeros((2, 3)), np.zeros((3, 2), bool))
+    with pytest.raises(ValueError, match="k is 0"):
+        metrics.top_k(np.zeros((2, 3)), np.zeros(2, int), 0)
 
 
 @hypothesis.given(

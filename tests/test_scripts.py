@@ -286,7 +286,7 @@ def test_natural_shifts_end_to_end(run_script, short, tmp_path, monkeypatch):
     assert (code, again) == (0, out)
     code, _, err = run_script("natural_shifts.py", *options, "--tnt.epsilon", "0.01")
     assert code == 1
-    assert "'epsilon': 0.01" in err
+    assert "tnt.epsilon 0.00392156862745098 (this run: 0.01)" in err
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """What an adapter is: a pair of pure functions, like an optax transformation."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -74,9 +75,9 @@ class Preset(NamedTuple):
     """Published settings for one benchmark.
 
     Attributes:
-        optimizer: makes the optimiser.
+        optimizer: makes the optimiser; a `functools.partial`, so that a report can say which.
         batch_size: images per batch.
     """
 
-    optimizer: Callable[[], optax.GradientTransformation]
+    optimizer: partial[optax.GradientTransformation]
     batch_size: int

@@ -18,6 +18,7 @@ References:
     Maharana et al., ICCV 2025, https://arxiv.org/abs/2412.02837
 """
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -108,9 +109,9 @@ def adam_with_l2(learning_rate: float, weight_decay: float = 1e-2) -> optax.Grad
 
 
 BATCLIP_PRESETS = {
-    "cifar10-c": Preset(lambda: optax.adamw(1e-3, weight_decay=1e-2), 200),
-    "cifar100-c": Preset(lambda: adam_with_l2(5e-4), 200),
-    "imagenet-c": Preset(lambda: optax.adamw(5e-4, weight_decay=1e-2), 64),
+    "cifar10-c": Preset(partial(optax.adamw, 1e-3, weight_decay=1e-2), 200),
+    "cifar100-c": Preset(partial(adam_with_l2, 5e-4, weight_decay=1e-2), 200),
+    "imagenet-c": Preset(partial(optax.adamw, 5e-4, weight_decay=1e-2), 64),
 }
 """The published settings for ViT-B/16 and ViT-B/32, severity 5."""
 

@@ -74,7 +74,9 @@ def feature_discrepancy(
 def check_statistics(mean: Any, shape: tuple[int, ...] | None) -> None:
     """Raise a ValueError for source statistics (layers, width) of a model with other features."""
     if shape is None:
-        raise ValueError("MGTTA needs layer features, which this model lacks (a ResNet has none)")
+        raise ValueError(
+            "MGTTA needs layer features, which this model lacks (ResNets and SigLIP have none)"
+        )
     if mean.shape != shape:
         raise ValueError(f"source statistics have shape {mean.shape}, this model needs {shape}")
 

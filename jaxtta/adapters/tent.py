@@ -16,6 +16,7 @@ References:
     Wang et al., ICLR 2021, https://arxiv.org/abs/2006.10726
 """
 
+from functools import partial
 from typing import Any
 
 import optax
@@ -27,9 +28,9 @@ from jaxtta.models import Batch, Classifier, Task, context_of, with_batch_norm_s
 from jaxtta.tree import Trainable, normalisation_parameters
 
 TENT_PRESETS = {
-    "cifar10-c": Preset(lambda: optax.sgd(1e-3, momentum=0.9), 200),
-    "cifar100-c": Preset(lambda: optax.sgd(1e-3, momentum=0.9), 200),
-    "imagenet-c": Preset(lambda: optax.sgd(2.5e-4, momentum=0.9, nesterov=True), 64),
+    "cifar10-c": Preset(partial(optax.sgd, 1e-3, momentum=0.9), 200),
+    "cifar100-c": Preset(partial(optax.sgd, 1e-3, momentum=0.9), 200),
+    "imagenet-c": Preset(partial(optax.sgd, 2.5e-4, momentum=0.9, nesterov=True), 64),
 }
 """ImageNet-C as in BATCLIP's reference implementation; the others as in the bundled model's."""
 

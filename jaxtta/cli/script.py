@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import logging
 import os
 import select
 import signal
@@ -46,7 +47,7 @@ def run_script(options: type[Options], main: Callable[[Options], Any], doc: str 
             stream.reconfigure(errors="backslashreplace")
     parsed = tyro.cli(options, description=doc)
     try:
-        with _insistent_interrupts():
+        with _insistent_interrupts(), _notes_on_stderr():
             code = main(parsed)
         if sys.stdout is not None:
             sys.stdout.flush()  # here, so that an error is handled
@@ -63,6 +64,20 @@ def run_script(options: type[Options], main: Callable[[Options], Any], doc: str 
         sys.exit(_say(" ".join(sentence.split()), 1))
     if code:
         sys.exit(code)
+
+
+@contextlib.contextmanager
+def _notes_on_stderr() -> Iterator[None]:
+    """Print what the package logs: the preprocessing that was read, images passed over."""
+    log, handler = logging.getLogger("jaxtta"), logging.StreamHandler()
+    level = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
 
 
 def _output_is_closed() -> bool:

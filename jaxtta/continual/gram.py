@@ -17,6 +17,7 @@ import numpy as np
 import scipy.linalg
 
 from jaxtta.models import CLIP, Params
+from jaxtta.models.vit import VisionTransformer
 from jaxtta.optim import Projector
 from jaxtta.tree import path_of
 
@@ -26,9 +27,10 @@ PROJECTION = "visual_projection/kernel"
 
 
 def check_tower(model: CLIP) -> None:
-    """Raise a ValueError if the image tower is not a transformer."""
+    """Raise a ValueError if the image tower has no class token that is projected."""
     if model.feature_shape is None:
-        raise ValueError("GNSP needs a vision transformer, not a ResNet")
+        kind = "SigLIP" if isinstance(model.vision, VisionTransformer) else "a ResNet"
+        raise ValueError(f"GNSP needs CLIP with a vision transformer, not {kind}")
 
 
 def kernel_inputs(model: CLIP, params: Params, images: Array) -> dict[str, Array]:

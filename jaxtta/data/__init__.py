@@ -12,12 +12,8 @@ from jaxtta.data.class_names import (
 from jaxtta.data.corruptions import CLEAN, COMMON, VALIDATION, corrupt
 from jaxtta.data.folders import (
     ImageFolder,
-    UnreadableImageError,
     captioned_folder,
-    given_class_names,
     image_folder,
-    open_image,
-    read_class_names,
 )
 from jaxtta.data.layouts import (
     LAYOUTS,
@@ -28,6 +24,7 @@ from jaxtta.data.layouts import (
     objectnet,
     open_source,
 )
+from jaxtta.data.memory import listed_part
 from jaxtta.data.sources import (
     CorruptedArrays,
     CorruptedFolders,
@@ -36,6 +33,7 @@ from jaxtta.data.sources import (
     Images,
     Named,
     Source,
+    contents_of,
     corrupted_arrays,
     corrupted_folders,
 )
@@ -52,7 +50,9 @@ from jaxtta.data.streams import (
     read_ahead,
     stream_of,
 )
+from jaxtta.data.text import given_class_names, read_class_names
 from jaxtta.data.tfds import TfdsImages, tfds_images
+from jaxtta.images import UnreadableImageError, open_image
 
 __all__ = [
     "CIFAR10_CLASSES",
@@ -80,6 +80,7 @@ __all__ = [
     "canvas_for",
     "captioned_folder",
     "cifar100_classes",
+    "contents_of",
     "corrupt",
     "corrupted_arrays",
     "corrupted_folders",
@@ -90,6 +91,7 @@ __all__ = [
     "imagenet_classes",
     "imagenet_templates",
     "imagenet_v2",
+    "listed_part",
     "listed_split",
     "make_streams",
     "objectnet",

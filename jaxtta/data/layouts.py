@@ -9,9 +9,14 @@
 The other functions list clean images, of the test set if there is a public train and test set.
 Class names are the usual ones for CLIP; if only some of ImageNet's class folders are present, as in
 ImageNet-A and -R, only those classes are used.
+
+The layouts of benchmarks are read as their published results read them: images as they are stored,
+whatever their EXIF orientation or transparency. Own images (the layout "folder") are turned upright
+and laid over white.
 """
 
 import json
+import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -29,7 +34,11 @@ from jaxtta.data.sources import (
     corrupted_folders,
     read_labels,
 )
+from jaxtta.data.text import read_text
 from jaxtta.data.tfds import tfds_images
+from jaxtta.images import printable
+
+log = logging.getLogger(__name__)
 
 # Layout: the dataset's folder, its list of images, the folder that paths in it are relative to.
 _SPLITS = {
@@ -59,13 +68,19 @@ def imagenet(root: str | Path) -> ImageFolder:
         FileNotFoundError: if there is no such folder.
         ValueError: if a class folder is not one of ImageNet's 1,000 wnids, or has no image.
     """
-    folders, names = class_folders(root), imagenet_classes()
-    unknown = [folder.name for folder in folders if folder.name not in names]
+    folders = class_folders(root)
+    names = _names_of_wnids(root, [folder.name for folder in folders])
+    return list_folders(root, folders, names, raw=True)
+
+
+def _names_of_wnids(root: str | Path, wnids: Sequence[str]) -> list[str]:
+    names = imagenet_classes()
+    unknown = [wnid for wnid in wnids if wnid not in names]
     if unknown:
         raise ValueError(
             f"{root}: folder {unknown[0]} is not one of ImageNet's 1,000 wnids (such as n01440764)"
         )
-    return list_folders(root, folders, [names[folder.name] for folder in folders])
+    return [names[wnid] for wnid in wnids]
 
 
 def imagenet_v2(root: str | Path) -> ImageFolder:
@@ -85,8 +100,7 @@ def imagenet_v2(root: str | Path) -> ImageFolder:
     for folder in folders:
         if not re.fullmatch("0|[1-9][0-9]{0,2}", folder.name):
             raise ValueError(f"{root}: folder {folder.name} is not a class number from 0 to 999")
-    folders.sort(key=lambda folder: int(folder.name))
-    return list_folders(root, folders, [names[int(folder.name)] for folder in folders])
+    return list_folders(root, folders, [names[int(folder.name)] for folder in folders], raw=True)
 
 
 def objectnet(root: str | Path) -> ImageFolder:
@@ -114,7 +128,8 @@ def objectnet(root: str | Path) -> ImageFolder:
     folders = [folder for folder in folders if labels[folder.name] in overlap]
     if not folders:
         raise ValueError(f"{images}: has no folder of a class that is in ImageNet")
-    listed = list_folders(root, folders, [labels[folder.name] for folder in folders])
+    names = [labels[folder.name] for folder in folders]
+    listed = list_folders(root, folders, names, raw=True)
     return listed._replace(border=_OBJECTNET_BORDER)
 
 
@@ -157,6 +172,7 @@ def listed_split(path: str | Path, images: str | Path, split: str = "test") -> I
         tuple(Path(images) / file for file in files),
         np.asarray(labels, np.int32),
         tuple(names[label].replace("_", " ") for label in range(len(names))),
+        raw=True,
     )
 
 
@@ -175,11 +191,12 @@ def fgvc_aircraft(root: str | Path, split: str = "test") -> ImageFolder:
         ValueError: if an image's variant is not listed.
     """
     root = Path(root)
-    variants = _text(root / "variants.txt").splitlines()
+    variants = read_text(root / "variants.txt").split("\n")
     listed = root / f"images_variant_{split}.txt"
-    numbers = {variant.strip(): number for number, variant in enumerate(variants)}
+    names = filter(None, map(str.strip, variants))
+    numbers = {variant: number for number, variant in enumerate(names)}
     files, labels = [], []
-    for line in _text(listed).splitlines():
+    for line in filter(str.strip, read_text(listed).split("\n")):
         file, _, variant = line.partition(" ")
         if variant.strip() not in numbers:
             raise ValueError(f"{listed}: line {line!r} has none of the {len(numbers)} variants")
@@ -187,7 +204,8 @@ def fgvc_aircraft(root: str | Path, split: str = "test") -> ImageFolder:
         labels.append(numbers[variant.strip()])
     if not files:
         raise ValueError(f"{listed}: lists no images")
-    return ImageFolder(root, tuple(files), np.asarray(labels, np.int32), tuple(numbers))
+    labels = np.asarray(labels, np.int32)
+    return ImageFolder(root, tuple(files), labels, tuple(numbers), raw=True)
 
 
 def _zhou(layout: str) -> Callable[[Path, str], ImageFolder]:
@@ -224,7 +242,9 @@ def open_source(
 ) -> Source:
     """Open a dataset by the name of its layout.
 
-    Layouts with clean images only are corrupted on the fly.
+    Layouts with clean images only are corrupted on the fly. The images of "folder" are turned
+    upright by their EXIF orientation and laid over white where they are transparent; those of the
+    other layouts are read as they are stored, as in published results.
 
     Args:
         layout: one of `LAYOUTS`: "folder" for `<class>/…`; "imagenet" for wnid folders (ImageNet,
@@ -246,8 +266,9 @@ def open_source(
     Raises:
         FileNotFoundError: if a folder or file of the layout is missing.
         ImportError: for "tfds" if tensorflow-datasets is not installed.
-        ValueError: for an unknown layout, data in a different format, or a number of class names
-            that is not the number of classes.
+        ValueError: for an unknown layout, data in a different format, class folders whose names
+            mean nothing to a model (wnids, numbers) if no class names are given, or a number of
+            class names that is not the number of classes.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"unknown layout {layout!r}, expected one of {', '.join(LAYOUTS)}")
@@ -256,13 +277,13 @@ def open_source(
             root, preprocess, class_names or _array_classes(layout, root), layout == "cifar-c"
         )
     if layout == "imagenet-c":
-        wnids = imagenet_classes()
 
-        def listing(folder: Path) -> ImageFolder:
-            known = all(path.name in wnids for path in class_folders(folder))
-            return _named((imagenet if known else image_folder)(folder), class_names)
+        def names_of(folders: Sequence[str]) -> Sequence[str]:
+            if class_names or not any(folder in imagenet_classes() for folder in folders):
+                return _class_names(folders, class_names, folders)
+            return _names_of_wnids(root, folders)
 
-        return corrupted_folders(root, preprocess, listing)
+        return corrupted_folders(root, preprocess, names_of)
     if layout == "tfds":
         name, own = _name_and_split(str(root))
         images = tfds_images(name, own or split, data_dir)
@@ -270,7 +291,9 @@ def open_source(
         images = _WITH_SPLITS[layout](Path(root), split)
     else:
         images = _LISTINGS[layout](Path(root))
-    return CorruptedOnTheFly(_named(images, class_names), preprocess)
+    folders = images.class_names if layout == "folder" else ()
+    names = _class_names(images.class_names, class_names, folders)
+    return CorruptedOnTheFly(images._replace(class_names=names), preprocess)
 
 
 def _name_and_split(text: str) -> tuple[str, str]:
@@ -281,22 +304,39 @@ def _name_and_split(text: str) -> tuple[str, str]:
     return match[1], match[2] or ""
 
 
-def _named(images: Any, class_names: Sequence[str]) -> Any:
-    """The images with other class names."""
-    if not class_names:
-        wnids = [name for name in images.class_names if re.fullmatch(r"n\d{8}", name)]
-        if wnids:  # "a photo of a n01440764." means nothing to a model
-            raise ValueError(
-                f"class folder {wnids[0]} is a wnid: use layout imagenet if all are "
-                "ImageNet's, or set the class names"
-            )
-        return images
-    if len(class_names) != len(images.class_names):
-        raise ValueError(
-            f"{len(class_names)} class names for {len(images.class_names)} classes "
-            f"({_few(images.class_names)})"
-        )
-    return images._replace(class_names=tuple(class_names))
+def _class_names(
+    own: Sequence[str], given: Sequence[str], folders: Sequence[str] = ()
+) -> tuple[str, ...]:
+    """The given class names, or the layout's own if they can be; `folders` are as on disk."""
+    if not given:
+        for name in own:  # "a photo of a n01440764." or of "a 3." means nothing to a model
+            if re.fullmatch(r"n\d{8}", name):
+                raise ValueError(
+                    f"class folder {name} is a wnid: use layout imagenet if all are "
+                    "ImageNet's, or set the class names"
+                )
+        for folder in folders:
+            if re.fullmatch("[0-9]+", folder):
+                raise ValueError(f"class folder {folder} is a number: set the class names")
+            if folder != printable(folder):
+                raise ValueError(
+                    f"class folder {printable(folder)} has a name that is no text: set the class "
+                    "names"
+                )
+        return tuple(own)
+    if len(given) != len(own):
+        raise ValueError(f"{len(given)} class names for {len(own)} classes ({_few(own)})")
+    if sorted(folders) != [*folders] and not _consecutive(folders):
+        pairs = [f"{folder} is {name!r}" for folder, name in zip(folders, given, strict=True)]
+        log.warning("class folders are sorted by number, with gaps: %s", _few(pairs))
+    return tuple(given)
+
+
+def _consecutive(folders: Sequence[str]) -> bool:
+    """Whether the first numbers in the names are consecutive from 0 or 1."""
+    found = [re.search("[0-9]+", folder) for folder in folders]
+    numbers = [int(match[0]) if match else -1 for match in found]
+    return numbers[0] in (0, 1) and numbers == [*range(numbers[0], numbers[0] + len(numbers))]
 
 
 def _array_classes(layout: str, root: str | Path) -> tuple[str, ...]:
@@ -316,14 +356,8 @@ def _few(items: Any) -> str:
     return ", ".join(items[:5]) + (", …" if len(items) > 5 else "") or "none"
 
 
-def _text(path: str | Path) -> str:
-    if not Path(path).exists():
-        raise FileNotFoundError(f"{path}: no such file")
-    return Path(path).read_text(encoding="utf-8")
-
-
 def _json(path: str | Path, kind: type) -> Any:
-    text = _text(path)
+    text = read_text(path)
     try:
         value = json.loads(text)
     except ValueError as error:

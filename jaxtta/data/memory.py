@@ -1,15 +1,21 @@
 """Subsets of a source, and images kept in memory."""
 
 import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
+from jaxtta.data.content import digest_array
 from jaxtta.data.corruptions import CLEAN
-from jaxtta.data.folders import UnreadableImageError
-from jaxtta.data.sources import Domain, Source, Wrapped
+from jaxtta.data.sources import Domain, Source, Wrapped, contents_of
 from jaxtta.data.streams import StreamBatch
+from jaxtta.images import UnreadableImageError
+
+IMAGENET_C_5000 = "imagenet-c-5000"
+_TABLES = Path(__file__).parent / "tables"
 
 
 class Arrays(NamedTuple):
@@ -35,6 +41,10 @@ class Arrays(NamedTuple):
         """An image's name for messages."""
         return f"{self.what} {number}"
 
+    def content(self) -> str:
+        """A digest of the images."""
+        return digest_array(self.images)
+
 
 @dataclasses.dataclass(frozen=True)
 class Part(Wrapped):
@@ -53,6 +63,38 @@ class Part(Wrapped):
 
     def _number(self, number: int) -> int:
         return int(self.numbers[number])
+
+
+def listed_part(source: Source, listed: str | Path) -> Part:
+    """The images of a source that a file lists, in the file's order.
+
+    Args:
+        source: one of images in folders.
+        listed: a text file with a path a line, of which `<class folder>/<file>` counts; or
+            "imagenet-c-5000", RobustBench's 5,000 images of ImageNet-C, which many published tables
+            read.
+
+    Returns:
+        The subset, with all of the source's classes.
+
+    Raises:
+        ValueError: if the source has no files, or lacks one of the list.
+    """
+    files = getattr(source, "files", None) or getattr(getattr(source, "images", None), "files", ())
+    numbers = {Path(file).parts[-2:]: number for number, file in enumerate(files)}
+    path = _TABLES / f"{listed}.txt" if str(listed) == IMAGENET_C_5000 else Path(listed)
+    try:
+        wanted = [Path(line).parts[-2:] for line in path.read_text("utf-8-sig").split("\n") if line]
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read as a list of images ({error})") from error
+    missing = [name for name in wanted if name not in numbers]
+    if missing or not wanted:
+        first = f", such as {'/'.join(missing[0])}" if missing else ""
+        raise ValueError(
+            f"{path}: lists {len(wanted)} images, of which the {len(files)} files here lack "
+            f"{len(missing)}{first}"
+        )
+    return Part(source, np.asarray([numbers[name] for name in wanted]))
 
 
 class InMemory:
@@ -110,6 +152,10 @@ class InMemory:
     def name(self, domain: Domain, number: int) -> str:
         """The source's name for an image."""
         return self.source.name(domain, number)
+
+    def contents(self, domains: Sequence[Domain]) -> dict[Domain, str | None]:
+        """The source's digests of the images."""
+        return contents_of(self.source, domains)
 
 
 def shape_of(source: Source) -> tuple[int, int, int, int]:

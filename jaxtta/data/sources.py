@@ -6,6 +6,7 @@ a clean image corrupted on the fly, or a stored image from folders or arrays of 
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -13,15 +14,14 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from PIL import Image
 
+from jaxtta.data.content import digest_files
 from jaxtta.data.corruptions import CLEAN, SMALLEST, check_corruption, corrupt, image_seed
-from jaxtta.data.folders import (
-    ImageFolder,
-    UnreadableImageError,
-    image_folder,
-    open_image,
-)
+from jaxtta.data.folders import images_in, in_class_order, list_folders
+from jaxtta.data.recognise import SEVERITIES, entries_of, hints, is_folder, is_system
+from jaxtta.data.text import nfc
+from jaxtta.images import UnreadableImageError, open_image, printable
 
-SEVERITIES = 5
+log = logging.getLogger(__name__)
 
 
 class Domain(NamedTuple):
@@ -58,7 +58,10 @@ class Preprocess(Protocol):
 
 
 class Images(Protocol):
-    """Clean labelled images; `ImageFolder` is one."""
+    """Clean labelled images; `ImageFolder` is one.
+
+    It may also have `content()`, a digest of all images, by which a run notices that they changed.
+    """
 
     @property
     def labels(self) -> np.ndarray:
@@ -80,7 +83,11 @@ class Images(Protocol):
 
 
 class Source(Protocol):
-    """Labelled images under several corruptions."""
+    """Labelled images under several corruptions.
+
+    It may also have `contents(domains)`, a digest of what is stored of each domain's images, by
+    which a run notices that they changed.
+    """
 
     @property
     def labels(self) -> np.ndarray:
@@ -117,6 +124,21 @@ class Source(Protocol):
         ...
 
 
+def contents_of(source: Source, domains: Sequence[Domain]) -> dict[Domain, str | None]:
+    """A source's digests of its domains' images.
+
+    Args:
+        source: the source.
+        domains: some of its domains.
+
+    Returns:
+        A short text for each, another one if its stored images changed; None where the source
+        cannot tell.
+    """
+    contents = getattr(source, "contents", None)
+    return dict.fromkeys(domains) if contents is None else contents(domains)
+
+
 @dataclasses.dataclass(frozen=True)
 class CorruptedOnTheFly:
     """Clean images, corrupted as they are read.
@@ -147,6 +169,11 @@ class CorruptedOnTheFly:
         """The image's path."""
         del domain
         return self.images.name(number)
+
+    def contents(self, domains: Sequence[Domain]) -> dict[Domain, str | None]:
+        """A digest of the clean images, the same for all domains."""
+        content = getattr(self.images, "content", None)
+        return dict.fromkeys(domains, None if content is None else content())
 
     def check(self, domain: Domain) -> None:
         """Raise a ValueError if there is no such corruption or severity."""
@@ -193,6 +220,9 @@ def _rgb(preprocess: Preprocess, image: Image.Image, name: str) -> Image.Image:
 class CorruptedFolders:
     """Corrupted images in ImageNet-C's layout: `<corruption>/<severity>/<class>/…`.
 
+    Images are read as they are stored (see `open_image`). An image that a domain lacks is
+    unreadable there.
+
     Attributes:
         root: the folder.
         preprocess: the model's preprocessing.
@@ -208,15 +238,45 @@ class CorruptedFolders:
     labels: np.ndarray
     files: tuple[str, ...]
     domains: Mapping[Domain, Path]
+    _compared: set[Domain] = dataclasses.field(default_factory=set, init=False, compare=False)
 
     def name(self, domain: Domain, number: int) -> str:
-        """The image's path."""
-        return str(self.domains[_of_data(domain)] / self.files[number])
+        """The image's path, for messages."""
+        return printable(self._path(domain, number))
+
+    def contents(self, domains: Sequence[Domain]) -> dict[Domain, str | None]:
+        """A digest of each domain's files."""
+        folders = {domain: self.domains[_of_data(domain)] for domain in domains}
+        return {
+            domain: digest_files([folder / file for file in self.files])
+            for domain, folder in folders.items()
+        }
 
     def check(self, domain: Domain) -> None:
-        """Raise a ValueError if there is no such folder."""
-        if _of_data(domain) in self.domains:
-            return
+        """Raise a ValueError if there is no such folder; log which images it lacks."""
+        domain = self._known(domain)
+        if domain not in self._compared:
+            self._compared.add(domain)
+            self._compare(domain)
+
+    def read(self, domain: Domain, number: int, seed: int) -> np.ndarray:
+        """Read and preprocess one image."""
+        return self.read_both(domain, number, seed)[0]
+
+    def read_both(self, domain: Domain, number: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """Read one image, preprocessed and as stored."""
+        del seed
+        image = open_image(self._path(domain, number), raw=True)
+        return self.preprocess(image), np.asarray(image)
+
+    def _path(self, domain: Domain, number: int) -> Path:
+        return self.domains[self._known(domain)] / self.files[number]
+
+    def _known(self, domain: Domain) -> Domain:
+        """The domain as it is listed, or an error."""
+        domain = _of_data(domain)
+        if domain in self.domains:
+            return domain
         severities = [d.severity for d in self.domains if d.corruption == domain.corruption]
         if severities:
             raise ValueError(
@@ -228,17 +288,18 @@ class CorruptedFolders:
             f"unknown corruption {domain.corruption!r}, {self.root} has {_listed(known)}"
         )
 
-    def read(self, domain: Domain, number: int, seed: int) -> np.ndarray:
-        """Read and preprocess one image."""
-        return self.read_both(domain, number, seed)[0]
-
-    def read_both(self, domain: Domain, number: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        """Read one image, preprocessed and as stored."""
-        del seed
-        self.check(domain)
-        name = self.name(domain, number)
-        image = _rgb(self.preprocess, open_image(Path(name)), name)
-        return self.preprocess(image), np.asarray(image)
+    def _compare(self, domain: Domain) -> None:
+        """Log which of the images a domain lacks, and which others it has."""
+        place = self.domains[domain]
+        own = {str(path.relative_to(place)) for path in images_in(place)}
+        listed = set(self.files)
+        for what, odd in (
+            ("lacks %d of %d images, unreadable there", [f for f in self.files if f not in own]),
+            ("has %d images besides the %d listed, left out", sorted(own - listed)),
+        ):
+            if odd:
+                message = f"%s: {what}, such as %s"
+                log.warning(message, place, len(odd), len(listed), printable(odd[0]))
 
 
 def _of_data(domain: Domain) -> Domain:
@@ -253,43 +314,72 @@ def _listed(items: Iterable[Any]) -> str:
 def corrupted_folders(
     root: str | Path,
     preprocess: Preprocess,
-    listing: Callable[[Path], ImageFolder] = image_folder,
+    names_of: Callable[[Sequence[str]], Sequence[str]] = tuple,
 ) -> CorruptedFolders:
     """Open a folder in ImageNet-C's layout.
 
-    The images are listed from one domain; the others have the same file names.
+    The classes are those of all domains. The images of a class are listed from the domain with the
+    most classes that has any; the others have the same file names. What a domain lacks is logged,
+    and unreadable there: for a domain that lacks a class now, for the others by `check`.
 
     Args:
         root: contains `<corruption>/<severity>/<class>/…`, or folders that do (`noise/`, `blur/`,
             as in the public archives), and optionally `clean/<class>/…` with the same names.
         preprocess: the model's preprocessing.
-        listing: lists one domain's folder; `imagenet` if class folders are wnids.
+        names_of: class names from the names of the class folders, which it gets in label order.
 
     Returns:
         The source.
 
     Raises:
         FileNotFoundError: if there is no such folder.
-        ValueError: if the layout is different, or the listed domain is invalid.
+        ValueError: if the layout is different, there are fewer than two classes, or a class has no
+            image in any domain.
     """
     root = Path(root)
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: no such folder")
     domains = _domains(root)
-    for folder in sorted(root.iterdir()):
-        if folder.is_dir() and not any(folder in path.parents for path in domains.values()):
+    for folder in _folders(root):
+        if not any(folder in path.parents for path in domains.values()):
             domains |= _domains(folder)
     if not domains:
-        raise ValueError(f"{root}: has no <corruption>/<severity 1 to {SEVERITIES}> folders")
-    first = next(iter(domains.values()))
-    listed = listing(first)
-    files = tuple(str(path.relative_to(first)) for path in listed.files)
-    return CorruptedFolders(root, preprocess, listed.class_names, listed.labels, files, domains)
+        raise ValueError(
+            f"{root}: has no <corruption>/<severity 1 to {SEVERITIES}> folders"
+            f"{hints(root, _folders(root))}"
+        )
+    classes = {place: {path.name for path in _folders(place)} for place in domains.values()}
+    places = sorted(classes, key=lambda place: -len(classes[place]))  # stable: the first of equals
+    known = set().union(*classes.values())
+    if len(known) < 2:
+        raise ValueError(f"{places[0]}: has {len(known)} class folders, expected at least two")
+    folders = in_class_order(_first_with_images(places, name) for name in known)
+    names = names_of([nfc(folder.name) for folder in folders])
+    listed = list_folders(root, folders, names)
+    files = tuple(
+        str(path.relative_to(folders[label].parent))
+        for path, label in zip(listed.files, listed.labels, strict=True)
+    )
+    source = CorruptedFolders(root, preprocess, tuple(names), listed.labels, files, domains)
+    for domain, place in domains.items():
+        if classes[place] != known:
+            source.check(domain)
+    return source
+
+
+def _first_with_images(places: Sequence[Path], name: str) -> Path:
+    """A class's folder in the first domain that has images of it."""
+    folders = [place / name for place in places]
+    return next((folder for folder in folders if any(images_in(folder))), folders[0])
+
+
+def _folders(root: Path) -> list[Path]:
+    return sorted(root / entry.name for entry in entries_of(root) if is_folder(entry))
 
 
 def _domains(root: Path) -> dict[Domain, Path]:
     domains = {}
-    for folder in sorted(path for path in root.iterdir() if path.is_dir()):
+    for folder in _folders(root):
         if folder.name == CLEAN:
             domains[Domain(CLEAN)] = folder
             continue
@@ -322,6 +412,12 @@ class CorruptedArrays:
         """The image's file and row."""
         return f"{self.root / domain.corruption}.npy row {self._row(domain, number)}"
 
+    def contents(self, domains: Sequence[Domain]) -> dict[Domain, str | None]:
+        """A digest of each domain's file."""
+        return {
+            domain: digest_files([self.root / f"{domain.corruption}.npy"]) for domain in domains
+        }
+
     def check(self, domain: Domain) -> None:
         """Raise a ValueError if the file is missing, or labels or severities do not match."""
         self._open(domain)
@@ -353,19 +449,28 @@ class CorruptedArrays:
         expected = len(self.labels) * (SEVERITIES if stacked else 1)
         if len(array) != expected:
             severities = f" at {SEVERITIES} severities" if stacked else ""
+            other = "cifar-c" if len(array) == SEVERITIES * expected else "arrays"
+            fits = len(array) in (SEVERITIES * expected, len(self.labels))
+            hint = f"; use --layout {other}" if fits else ""
             raise ValueError(
                 f"{self.root / corruption}.npy: has {len(array)} images, expected {expected} for "
-                f"{len(self.labels)} labels{severities}"
+                f"{len(self.labels)} labels{severities}{hint}"
             )
         return array
 
 
-@functools.lru_cache(maxsize=32)  # open files, not images
 def _open_array(root: Path, corruption: str) -> np.ndarray:
     path = root / f"{corruption}.npy"
     if not path.exists() or corruption == "labels":
-        known = sorted(p.stem for p in root.glob("*.npy") if p.stem != "labels")
+        known = sorted(_arrays_in(root) - {"labels"})
         raise ValueError(f"unknown corruption {corruption!r}, {root} has {_listed(known)}")
+    status = path.stat()
+    return _mapped(path, status.st_mtime_ns, status.st_size)
+
+
+@functools.lru_cache(maxsize=32)  # open files, not images
+def _mapped(path: Path, changed: int, size: int) -> np.ndarray:
+    del changed, size  # another file under the same name is opened anew
     array = _load(path, mmap_mode="r")
     if array.ndim != 4 or array.shape[-1] != 3 or array.dtype != np.uint8:
         raise ValueError(
@@ -373,6 +478,10 @@ def _open_array(root: Path, corruption: str) -> np.ndarray:
             "height, width, 3)"
         )
     return array
+
+
+def _arrays_in(root: Path) -> set[str]:
+    return {path.stem for path in root.glob("*.npy") if not is_system(path.name)}
 
 
 def _load(path: Path, **options: Any) -> np.ndarray:
@@ -410,6 +519,12 @@ def corrupted_arrays(
         )
     if stacked:
         labels = _of_one_severity(root, labels)
+    elif _repeats(labels):
+        log.warning(
+            "%s: has the same labels five times; if the images are of five severities, as in "
+            "CIFAR-10-C, use --layout cifar-c",
+            root / "labels.npy",
+        )
     return CorruptedArrays(root, preprocess, tuple(class_names), labels, stacked)
 
 
@@ -443,16 +558,22 @@ def read_labels(root: str | Path) -> np.ndarray:
 
 def _of_one_severity(root: Path, labels: np.ndarray) -> np.ndarray:
     """The labels of one severity, whether `labels.npy` has them once or repeated."""
-    corruptions = sorted({p.stem for p in root.glob("*.npy")} - {"labels", CLEAN})
-    if corruptions and len(_open_array(root, corruptions[0])) == SEVERITIES * len(labels):
+    corruptions = sorted(_arrays_in(root) - {"labels", CLEAN})
+    images = len(_open_array(root, corruptions[0])) if corruptions else 0
+    if images == SEVERITIES * len(labels):
         return labels
-    once = labels[: len(labels) // SEVERITIES]
-    if not np.array_equal(np.tile(once, SEVERITIES), labels):
+    if not _repeats(labels):
+        hint = "; use --layout arrays for images of one severity" if images == len(labels) else ""
         raise ValueError(
             f"{root / 'labels.npy'}: has {len(labels)} labels, expected one for each image of "
-            f"{SEVERITIES} severities in the same order, or for each image of one severity"
+            f"{SEVERITIES} severities in the same order, or for each image of one severity{hint}"
         )
-    return once
+    return labels[: len(labels) // SEVERITIES]
+
+
+def _repeats(labels: np.ndarray) -> bool:
+    """Whether there are the same labels five times."""
+    return np.array_equal(np.tile(labels[: len(labels) // SEVERITIES], SEVERITIES), labels)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -483,6 +604,11 @@ class Wrapped:
     def name(self, domain: Domain, number: int) -> str:
         """The source's name for the image."""
         return self.source.name(self._domain(domain), self._number(number))
+
+    def contents(self, domains: Sequence[Domain]) -> dict[Domain, str | None]:
+        """The source's digests of the images."""
+        found = contents_of(self.source, [self._domain(domain) for domain in domains])
+        return {domain: found[self._domain(domain)] for domain in domains}
 
     def check(self, domain: Domain) -> None:
         """Raise an error if there is no such domain."""

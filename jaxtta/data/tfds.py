@@ -19,7 +19,8 @@ import numpy as np
 from PIL import Image
 
 from jaxtta.data.class_names import imagenet_classes
-from jaxtta.data.folders import UnreadableImageError, open_image
+from jaxtta.data.content import digest_files
+from jaxtta.images import UnreadableImageError, open_image
 
 
 class TfdsImages(NamedTuple):
@@ -42,18 +43,23 @@ class TfdsImages(NamedTuple):
     class_names: tuple[str, ...]
 
     def open(self, number: int) -> Image.Image:
-        """Open one image, or raise an UnreadableImageError."""
+        """Open one image as it is stored, or raise an UnreadableImageError."""
         # Open records do not survive a fork, so each process opens its own.
         records = _records(os.getpid(), self.dataset, self.split, self.data_dir, self.image_key)
         try:
             content = records[number][self.image_key]
         except RuntimeError as error:  # a damaged block of records
             raise UnreadableImageError(f"{self.name(number)}: cannot be read ({error})") from error
-        return open_image(io.BytesIO(content), self.name(number))
+        return open_image(io.BytesIO(content), self.name(number), raw=True)
 
     def name(self, number: int) -> str:
         """The image's index in the split."""
         return f"{self.dataset} {self.split} image {number}"
+
+    def content(self) -> str:
+        """A digest of the dataset's files."""
+        folder = _tfds().builder(self.dataset, data_dir=self.data_dir).data_path
+        return digest_files(sorted(path for path in Path(folder).iterdir() if path.is_file()))
 
 
 def tfds_images(name: str, split: str = "test", data_dir: str | Path | None = None) -> TfdsImages:

@@ -22,9 +22,9 @@ from jaxtta.evaluate.factory import (
     task_for,
     tnt_config_of,
 )
-from jaxtta.evaluate.provenance import about, fingerprints
+from jaxtta.evaluate.provenance import about, fingerprints, model_settings
 from jaxtta.evaluate.record import Record, Scores, gain, outcomes, paired, score
-from jaxtta.evaluate.results import Cell, Results, agree
+from jaxtta.evaluate.results import Cell, Results, agree, digest_of
 from jaxtta.evaluate.run import peak_memory_gb, run
 
 __all__ = [
@@ -46,11 +46,13 @@ __all__ = [
     "check_mgtta_files",
     "choose_learning_rate",
     "default_severity",
+    "digest_of",
     "fingerprints",
     "gain",
     "has_rate",
     "is_tnt",
     "make_adapter",
+    "model_settings",
     "outcomes",
     "own_settings",
     "paired",

@@ -25,7 +25,7 @@ from jaxtta.data.memory import InMemory
 from jaxtta.data.tasks import TaskData
 from jaxtta.evaluate.checkpoint import restore_step, save_step
 from jaxtta.evaluate.checks import require_at_least, require_positive
-from jaxtta.evaluate.provenance import about, fingerprints
+from jaxtta.evaluate.provenance import about, fingerprints, model_settings
 from jaxtta.evaluate.results import agree, digest_of
 from jaxtta.io import write_json
 
@@ -261,8 +261,10 @@ class Bench:
         self.tasks, self.kept, self.reference = tasks, kept, reference
         self.output, self.notes = output, notes
         self.weights = fingerprints(reference.test, params)["weights"]
+        self.model_settings = model_settings(model)
         # For the initial text tower and the most recent one.
         self.embeddings = [(params["text_model"], {}), (None, {})]
+        self.known: dict[str, str] = {}  # fingerprints of tasks
 
     def draw(self, seed: int) -> np.ndarray:
         """Indices of a seed's reference images; a ValueError if they are of one class."""
@@ -276,10 +278,26 @@ class Bench:
             )
         return numbers
 
+    def task_of(self, task: TaskData) -> models.Task:
+        """The task of its class names."""
+        return models.zero_shot_task(self.model, task.test.class_names, [task.template])
+
     def prompts(self, task: TaskData) -> models.Prompts:
         """A task's packed prompts."""
-        names = task.test.class_names
-        return self.model.prompts(models.zero_shot_task(self.model, names, [task.template]))
+        return self.model.prompts(self.task_of(task))
+
+    def fingerprint(self, task: TaskData) -> str:
+        """What identifies a task's images and prompts, independent of file locations."""
+        if task.name not in self.known:
+            parts = [task.name, task.template]
+            for source in (task.train, task.test):
+                if source is not None:
+                    found = fingerprints(source, {}, task=self.task_of(task))
+                    stored = data.contents_of(source, [data.Domain(data.CLEAN)])
+                    kept = [*found.values(), *stored.values()]
+                    parts.append(f"{found['images']}, digest {digest_of(kept)[:16]}")
+            self.known[task.name] = "; ".join(parts)
+        return self.known[task.name]
 
     def classes(self, params: Params, task: TaskData) -> jax.Array:
         """Embeddings of a task's classes, cached while the text tower is the same."""
@@ -316,7 +334,7 @@ class Bench:
                 images.append(found[batch.mask])
                 labels.append(batch.labels[batch.mask])
             images, labels = np.concatenate(images), np.concatenate(labels)
-            row[task.name] = float(((images @ classes.T).argmax(-1) == labels).mean())
+            row[task.name] = float(metrics.top_k(images @ classes.T, labels).mean())
             if task.train is None:
                 shown.append((images, classes[labels], labels))
         if not shown:
@@ -427,11 +445,12 @@ class Trainer:
         if self.name == TRAINED_AS[WISE]:
             used.append("wise_share")  # wise-ft is measured in the same run
         found = {"method": self.name, "seed": self.seed, "weights": bench.weights}
+        found["model_settings"] = bench.model_settings
         if self.method.uses_pairs or (self.projects and course.task_zero) or not bench.kept:
             used.append("reference_images")
-            found["reference"] = fingerprint(bench.reference)
-        found["tasks"] = [fingerprint(task) for task in bench.tasks]
-        found["kept"] = [fingerprint(task) for task in bench.kept]
+            found["reference"] = bench.fingerprint(bench.reference)
+        found["tasks"] = [bench.fingerprint(task) for task in bench.tasks]
+        found["kept"] = [bench.fingerprint(task) for task in bench.kept]
         found |= {name: getattr(course, name) for name in used}
         return found | {"warmup": course.schedule.warmup}
 
@@ -555,16 +574,6 @@ class Trainer:
         named = {name: jnp.asarray(grams[str(n)]) for n, name in enumerate(note["grams"])}
         changed = jax.tree.map(jnp.asarray, arrays["changed"])
         return tree.merge(self.bench.first, changed), named, note["rows"]
-
-
-def fingerprint(task: TaskData) -> str:
-    """Fingerprint of a task's images and class names, independent of file locations."""
-    parts = [task.name, task.template]
-    for source in (task.train, task.test):
-        if source is not None:
-            names = digest_of(list(source.class_names))[:8]
-            parts.append(f"{fingerprints(source, {})['images']}, names {names}")
-    return "; ".join(parts)
 
 
 def shuffled(rng: np.random.Generator, count: int, wanted: int) -> np.ndarray:

@@ -6,6 +6,7 @@ import logging
 import math
 import re
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -178,13 +179,11 @@ def make_adapter(
         return adapters.tnt(model, task, config=tnt_config_of(name, setup.tnt))
     if name.startswith("mgtta"):
         settings = setup.mgtta
-        optimizer = {
-            "mgtta": lambda: meta_gradient_generator(
-                load_mgg(settings.phi)[0], rate or PAPER_LEARNING_RATE
-            ),
-            "mgtta-sgd": lambda: optax.sgd(rate or PAPER_LEARNING_RATE, momentum=0.9),
-            "mgtta-adam": lambda: optax.adam(rate or PAPER_LEARNING_RATE),
-        }[name]()
+        if name == "mgtta":
+            phi, _ = load_mgg(settings.phi)
+            optimizer = meta_gradient_generator(phi, rate or PAPER_LEARNING_RATE)
+        else:
+            optimizer = optimizer_of(name, setup, rate)()
         statistics, _ = load_statistics(settings.statistics)
         if model.feature_shape is not None:
             try:
@@ -199,12 +198,22 @@ def make_adapter(
             statistics=statistics,
             weight=settings.weight,
         )
-    if name == "tent":
-        sgd = optax.sgd(rate, momentum=0.9) if rate else TENT_PRESETS[setup.preset].optimizer()
-        return adapters.tent(model, task, optimizer=sgd)
-    preset = BATCLIP_PRESETS[setup.preset]
-    adamw = optax.adamw(rate, weight_decay=1e-2) if rate else preset.optimizer()
-    return adapters.batclip(model, task, optimizer=adamw)
+    method = {"tent": adapters.tent, "batclip": adapters.batclip}[name]
+    return method(model, task, optimizer=optimizer_of(name, setup, rate)())
+
+
+def optimizer_of(name: str, setup: AdapterConfig, rate: float | None) -> partial:
+    """The optimiser of an adapter that takes one of optax's."""
+    if rate is None and name in ("tent", "batclip"):
+        presets = TENT_PRESETS if name == "tent" else BATCLIP_PRESETS
+        return presets[setup.preset].optimizer
+    rate = PAPER_LEARNING_RATE if rate is None else rate
+    return {
+        "tent": partial(optax.sgd, rate, momentum=0.9),
+        "batclip": partial(optax.adamw, rate, weight_decay=1e-2),
+        "mgtta-sgd": partial(optax.sgd, rate, momentum=0.9),
+        "mgtta-adam": partial(optax.adam, rate),
+    }[name]
 
 
 def check_mgtta_files(names: tuple[str, ...], mgtta: MGTTAConfig, weights: str) -> None:
@@ -242,12 +251,22 @@ def own_settings(
                 k: v for k, v in settings.items() if k not in ("views_per_chunk", "images_per_map")
             }
         }
-    rate = rate_in(name) or rate
-    own: dict[str, Any] = {} if rate is None else {"learning_rate": rate}
-    if name.startswith("mgtta"):
+    base, rate = name.partition("@")[0], rate_in(name) or rate
+    if base == "zero_shot":
+        return {}
+    if base == "mgtta":
+        rate = rate or PAPER_LEARNING_RATE
+        used = f"meta_gradient_generator({rate})"
+    else:
+        made = optimizer_of(base, setup, rate)
+        (rate,) = made.args
+        given = [str(rate), *(f"{key}={value}" for key, value in made.keywords.items())]
+        used = f"{made.func.__name__}({', '.join(given)})"
+    own: dict[str, Any] = {"optimizer": used, "learning_rate": rate}
+    if base.startswith("mgtta"):
         settings = setup.mgtta
         files = {"statistics": settings.statistics}
-        if name.partition("@")[0] == "mgtta":
+        if base == "mgtta":
             files["phi"] = settings.phi
         digests = {key: _digest(path) for key, path in files.items()}
         own["mgtta"] = {"weight": settings.weight, "tower": settings.tower, **digests}

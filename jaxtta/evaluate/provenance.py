@@ -1,25 +1,40 @@
-"""Fingerprints of data and model, and versions, for the result files."""
+"""What identifies the inputs of a run, and how to repeat it, for the result files."""
 
+import dataclasses
+import datetime
 import hashlib
 import platform
+import shlex
+import subprocess
+import sys
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxtta.data import Source
-from jaxtta.models import Params
+from jaxtta.data.memory import Part
+from jaxtta.models import Params, Task, describe_preprocessing
 
 PACKAGES = ("jaxtta", "jax", "jaxlib", "flax", "optax", "transformers", "numpy", "pillow")
+_NO_MATTER = ("source", "remat", "class_names", "preprocessing_origin")
+"""Fields of a model that change no result: its folder, memory for time, and names, which the
+labels' names stand for."""
 
 
-def fingerprints(source: Source, params: Params) -> dict[str, Any]:
-    """Fingerprints of the images (number and labels), the class names and the weights.
+def fingerprints(
+    source: Source, params: Params, model: Any = None, task: Task | None = None
+) -> dict[str, Any]:
+    """What a run's results depend on beside its options and the stored images.
 
     Args:
         source: the images.
         params: the weights.
+        model: the model, for its architecture and preprocessing; None to leave them out.
+        task: the classes' prompts; None for a model with classes of its own.
 
     Returns:
         Settings that must match in another run, independent of file locations.
@@ -27,26 +42,84 @@ def fingerprints(source: Source, params: Params) -> dict[str, Any]:
     weights = hashlib.blake2b(digest_size=8)
     for leaf in jax.tree.leaves(params):
         weights.update(np.asarray(leaf).tobytes())
-    labels = hashlib.blake2b(source.labels.tobytes(), digest_size=8).hexdigest()
-    return {
-        "images": f"{len(source.labels)}, labels {labels}",
+    labels = f"{len(source.labels)}, labels {_digest(source.labels)}"
+    if isinstance(source, Part):
+        labels += f", numbers {_digest(np.asarray(source.numbers, np.int64))}"
+    found: dict[str, Any] = {
+        "images": labels,
         "class_names": source.class_names,
         "weights": weights.hexdigest(),
     }
+    if model is not None:
+        found["model_settings"] = model_settings(model)
+    if task is not None:
+        found["tokens"] = _digest(task.token_ids)
+    return found
 
 
-def about(**places: str) -> dict[str, Any]:
-    """Versions and device.
+def _digest(array: np.ndarray) -> str:
+    return hashlib.blake2b(array.tobytes(), digest_size=8).hexdigest()
+
+
+def model_settings(model: Any) -> Any:
+    """A model's architecture and preprocessing as JSON values.
 
     Args:
+        model: any classifier; dataclasses and named tuples are listed by field.
+
+    Returns:
+        Nested dicts; of another object its class.
+    """
+    if dataclasses.is_dataclass(model) and not isinstance(model, type):
+        fields = {field.name: getattr(model, field.name) for field in dataclasses.fields(model)}
+    elif names := getattr(model, "_fields", None):  # a named tuple
+        fields = {name: getattr(model, name) for name in names}
+    elif isinstance(model, list | tuple):
+        return [model_settings(value) for value in model]
+    elif model is None or isinstance(model, str | int | float):
+        return model
+    else:
+        try:
+            return jnp.dtype(model).name
+        except TypeError:
+            return f"{type(model).__module__}.{type(model).__qualname__}"
+    # Flax adds parent and name to the fields of its modules.
+    left_out = {*_NO_MATTER, *(("parent", "name") if hasattr(model, "parent") else ())}
+    return {name: model_settings(x) for name, x in fields.items() if name not in left_out}
+
+
+def about(loaded: Any = None, **places: str) -> dict[str, Any]:
+    """How to repeat a run: command line, date, commit, preprocessing, versions and device.
+
+    Args:
+        loaded: the model, if it came from `jaxtta.load`.
         places: paths of data and model.
 
     Returns:
         Information for the cells that does not affect results.
     """
     versions = {"python": platform.python_version()}
+    commit = _commit()
+    if loaded is not None:
+        places["preprocessing"] = describe_preprocessing(loaded).removeprefix("preprocessing: ")
     return {
         **places,
+        "command": shlex.join(["python", *sys.argv]),
+        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        **({"commit": commit} if commit else {}),
         "versions": versions | {name: version(name) for name in PACKAGES},
         "device": jax.devices()[0].device_kind,
     }
+
+
+def _commit() -> str | None:
+    """The commit of a checkout of jaxtta, "-dirty" if files differ; None without one."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):  # no git here, or a checkout that it refuses
+        return None
+    return told.stdout.strip() or None

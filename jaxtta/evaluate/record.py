@@ -21,7 +21,7 @@ class Scores(NamedTuple):
     """Scores of each image's prediction, all (images,).
 
     Attributes:
-        top1: whether the label has the highest logit.
+        top1: whether the label has the highest logit; the lowest index of equal ones, as argmax.
         top5: whether it is among the five highest.
         confidence: the highest probability.
         nll: negative log-likelihood of the label, in nats.
@@ -37,8 +37,7 @@ class Scores(NamedTuple):
     prediction: Any
 
 
-@jax.jit
-def score(logits: jax.Array, labels: jax.Array) -> Scores:
+def score(logits: jax.typing.ArrayLike, labels: jax.typing.ArrayLike) -> Scores:
     """Score predictions.
 
     Args:
@@ -46,8 +45,18 @@ def score(logits: jax.Array, labels: jax.Array) -> Scores:
         labels: (batch,) integers.
 
     Returns:
-        One entry per image.
+        One entry per image. Of equal logits the lowest index counts, as in published code; logits
+        with a NaN are never right.
+
+    Raises:
+        TypeError: if the labels are not integers.
+        ValueError: if a label is no class, or there is not one an image.
     """
+    return _score(logits, metrics.require_labels(labels, *np.shape(logits)))
+
+
+@jax.jit
+def _score(logits: jax.Array, labels: jax.Array) -> Scores:
     return Scores(
         metrics.top_k(logits, labels),
         metrics.top_k(logits, labels, 5),

@@ -91,11 +91,22 @@ class Results:
         """Path of a cell's file."""
         return self.root / "cells" / f"{adapter}--{stream}--seed{seed}.json"
 
-    def read(self, adapter: str, stream: str, seed: int) -> Cell | None:
+    def read(self, adapter: str, stream: str, seed: int, content: str | None = None) -> Cell | None:
         """A finished cell, or None if it has to be computed.
 
+        Args:
+            adapter: the adapter's name.
+            stream: the stream's.
+            seed: its seed.
+            content: digest of the stream's stored images; None where they are trusted to be those
+                that the cell was made from.
+
+        Returns:
+            The cell.
+
         Raises:
-            ValueError: if the file was changed after it was written.
+            ValueError: if the file was changed after it was written, or made from other images or
+                with other settings.
         """
         path = self.path(adapter, stream, seed)
         if not path.exists():
@@ -117,6 +128,14 @@ class Results:
             raise ValueError(
                 f"{path}: was made with {differences(cell['settings'], settings)}; choose another "
                 "folder"
+            )
+        if content is not None and content != cell.get("content"):
+            reason = "was made from other images: the files have changed, or are a newer copy"
+            if cell.get("content") is None:
+                reason = "does not say which images it was made from"
+            raise ValueError(
+                f"{path}: {reason}; choose another folder, or --trust-data if the images are the "
+                "same"
             )
         return cell
 
@@ -172,13 +191,16 @@ def agree(path: Path, settings: Mapping[str, Any]) -> None:
         )
 
 
-def differences(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """List the settings that differ."""
-    return ", ".join(
-        f"{name} {earlier.get(name)!r} (this run: {now.get(name)!r})"
-        for name in dict.fromkeys([*earlier, *now])
-        if earlier.get(name) != now.get(name)
-    )
+def differences(earlier: Mapping[str, Any], now: Mapping[str, Any], within: str = "") -> str:
+    """List the settings that differ; a setting within another is named "outer.inner"."""
+    listed = []
+    for name in dict.fromkeys([*earlier, *now]):
+        a, b = earlier.get(name), now.get(name)
+        if isinstance(a, dict) and isinstance(b, dict) and a != b:
+            listed.append(differences(a, b, f"{within}{name}."))
+        elif a != b:
+            listed.append(f"{within}{name} {a!r} (this run: {b!r})")
+    return ", ".join(listed)
 
 
 def digest_of(content: Any) -> str:

@@ -6,14 +6,14 @@ import resource
 import sys
 import time
 import zlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 from tqdm import tqdm
 
 from jaxtta.adapters import Adapter
-from jaxtta.data import Batches, Stream, StreamBatch, read_ahead
+from jaxtta.data import Batches, Stream, StreamBatch, contents_of, read_ahead
 from jaxtta.evaluate.checkpoint import Checkpoints
 from jaxtta.evaluate.record import Record, gain
 from jaxtta.evaluate.results import Cell, Results, digest_of
@@ -32,6 +32,7 @@ class _Job:
     states: dict[str, Any]
     records: dict[str, Record]
     checkpoints: Checkpoints
+    content: str | None
     done: int = 0
 
 
@@ -47,6 +48,7 @@ def run(
     worker: tuple[int, int] = (0, 1),
     checkpoint_every: int | None = None,
     save_predictions: bool = False,
+    trust_data: bool = False,
     progress: bool = True,
 ) -> list[Cell]:
     """Run every adapter over every stream and save each cell when its stream is finished.
@@ -64,14 +66,16 @@ def run(
         worker: index of this machine and number of machines that share the streams.
         checkpoint_every: batches between two checkpoints within a stream.
         save_predictions: save an `.npz` with per-image predictions of each cell.
+        trust_data: take earlier results without a look at whether the stored images are still the
+            same.
         progress: show a progress bar.
 
     Returns:
         The cells of this worker's streams, by stream, in the order of the adapters.
 
     Raises:
-        ValueError: if the folder has another sweep, no image of a stream can be read, or the canvas
-            is missing.
+        ValueError: if the folder has another sweep or results of other images, no image of a stream
+            can be read, or the canvas is missing.
         OSError: if the folder cannot be written; finished results are saved.
     """
     if from_originals and batches.canvas is None:
@@ -79,9 +83,10 @@ def run(
     cells: dict[tuple[str, int, str], Cell] = {}
     share = range(worker[0], len(batches.streams), worker[1])
     with results.claim(worker):
+        contents = dict.fromkeys(share) if trust_data else _contents(batches, share, progress)
         for number, name in itertools.product(share, adapters):
             stream = batches.streams[number]
-            cell = results.read(name, stream.name, stream.seed)
+            cell = results.read(name, stream.name, stream.seed, contents[number])
             if cell is not None:
                 cells[stream.name, stream.seed, name] = cell
         missing = {
@@ -89,7 +94,10 @@ def run(
             for number in share
         }
         jobs = [
-            _prepare(number, names, adapters, params, batches, results, checkpoint_every)
+            _prepare(
+                *(number, names, adapters, params, batches, results, checkpoint_every),
+                contents[number],
+            )
             for number, names in missing.items()
             if names
         ]
@@ -109,6 +117,7 @@ def run(
                 baseline = cells.get((*_key(job.stream), BASELINE))
                 for name, cell in _cells(job, batches, baseline, setting).items():
                     arrays = job.records[name].arrays() if save_predictions else None
+                    cell["content"] = job.content
                     cells[(*_key(job.stream), name)] = results.write(cell, arrays)
                 job.checkpoints.remove()
                 job.states.clear()
@@ -122,6 +131,21 @@ def _key(stream: Stream) -> tuple[str, int]:
     return stream.name, stream.seed
 
 
+def _contents(batches: Batches, share: Sequence[int], progress: bool) -> dict[int, str | None]:
+    """One digest of the stored images of each stream."""
+    domains = dict.fromkeys(d for number in share for d in batches.streams[number].segments)
+    with tqdm(
+        total=1, desc="checking the images", delay=2, leave=False, disable=not progress
+    ) as bar:
+        known = contents_of(batches.source, list(domains))
+        bar.update()
+    found: dict[int, str | None] = {}
+    for number in share:
+        parts = [known[domain] for domain in batches.streams[number].segments]
+        found[number] = None if None in parts else digest_of(parts)
+    return found
+
+
 def _prepare(
     number: int,
     names: list[str],
@@ -130,13 +154,16 @@ def _prepare(
     batches: Batches,
     results: Results,
     checkpoint_every: int | None,
+    content: str | None,
 ) -> _Job:
     """Prepare a stream, from its beginning or from a checkpoint."""
     stream, numbers = batches.streams[number], batches.of(number)
     folder = results.root / "checkpoints" / f"{stream.name}--seed{stream.seed}"
     settings = {name: results.settings_of(name) for name in adapters}
-    identity = digest_of([settings, stream.segments, zlib.crc32(stream.items.tobytes())])
-    job = _Job(stream, numbers, names, {}, {}, Checkpoints(folder, checkpoint_every, identity))
+    items = zlib.crc32(stream.items.tobytes())
+    identity = digest_of([settings, stream.segments, items, content])
+    checkpoints = Checkpoints(folder, checkpoint_every, identity)
+    job = _Job(stream, numbers, names, {}, {}, checkpoints, content)
     if folder.is_dir() and checkpoint_every is not None:
         _start(job, adapters, params)
         job.done = job.checkpoints.restore(job.states, job.records)
@@ -169,8 +196,11 @@ def _run_stream(
         for name in job.adapters:
             inputs = uncut if name in from_originals else plain
             if name not in steps:  # compiled once per sweep, not timed
+                bar.set_description(f"compiling {name}")
                 jitted = jax.jit(adapters[name].step, donate_argnums=1)
                 steps[name] = jitted.lower(params, job.states[name], inputs).compile()
+                bar.unpause()  # leaves the compilation out of the time per batch
+                bar.set_description(f"{job.stream.name} seed {job.stream.seed}")
             start = time.perf_counter()
             job.states[name], prediction = steps[name](params, job.states[name], inputs)
             jax.block_until_ready(prediction)

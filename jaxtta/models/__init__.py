@@ -1,5 +1,6 @@
-"""Models: CLIP with a ViT or a ResNet, a supervised ViT, and what an adapter asks of any."""
+"""Models: CLIP, SigLIP, a supervised ViT, and what an adapter asks of any."""
 
+from jaxtta.models.checkpoints.siglip import from_config as siglip_from_config
 from jaxtta.models.checkpoints.transformers import from_config, save
 from jaxtta.models.checkpoints.vit import from_config as classifier_from_config
 from jaxtta.models.classifier import (
@@ -21,6 +22,7 @@ from jaxtta.models.feature_statistics import (
     statistics_of,
 )
 from jaxtta.models.load import load, load_clip
+from jaxtta.models.preprocess import Preprocessing, describe_preprocessing
 from jaxtta.models.prompts import Prompts
 from jaxtta.models.supervised import ImageClassifier
 from jaxtta.models.task import Task, task_from_token_ids, zero_shot_task
@@ -34,11 +36,13 @@ __all__ = [
     "ImageFeatures",
     "Outputs",
     "Params",
+    "Preprocessing",
     "Prompts",
     "Task",
     "as_batch",
     "classifier_from_config",
     "context_of",
+    "describe_preprocessing",
     "feature_statistics",
     "from_config",
     "l2_normalize",
@@ -48,6 +52,7 @@ __all__ = [
     "merge_statistics",
     "save",
     "save_statistics",
+    "siglip_from_config",
     "statistics_of",
     "task_from_token_ids",
     "with_batch_norm_statistics",

@@ -1,4 +1,10 @@
-"""The CLIP model as an immutable object of pure methods; its parameters live outside it."""
+"""CLIP and SigLIP as an immutable object of pure methods; its parameters live outside it.
+
+SigLIP differs from CLIP in its towers (`vit.py`, `text.py`) and in a bias on its logits. Its own
+probabilities are sigmoids of the logits, one for each pair of image and text. Classification asks
+which of the classes it is, so that everything here takes a softmax over them, as of CLIP's logits;
+the bias, the same for all classes, changes neither that nor its gradient.
+"""
 
 import dataclasses
 import functools
@@ -12,7 +18,7 @@ from PIL import Image
 from jaxtta.models import prompts as packing
 from jaxtta.models.attention import attention
 from jaxtta.models.classifier import Batch, Outputs, Params, as_batch
-from jaxtta.models.preprocess import Preprocessing
+from jaxtta.models.preprocess import DEFAULTS, Preprocessing
 from jaxtta.models.prompts import Prompts
 from jaxtta.models.resnet import ResNet
 from jaxtta.models.task import Task
@@ -28,13 +34,13 @@ class ImageFeatures(NamedTuple):
 
     Attributes:
         embeddings: (batch, projection), unnormalised.
-        pooled: (batch, width), the class token before the projection; of a ResNet, what its
-            attention pooling gives.
+        pooled: (batch, width), the class token before the projection; of a ResNet and of SigLIP,
+            what attention pooling gives.
         hidden_states: a list of (batch, tokens, width): the embeddings, then every block's output
             (the last block's for the class token alone, unless all tokens were asked for); of a
             ResNet, all positions after the stem and every stage.
         layer_features: (batch, layers, width), the class token after every block through the next
-            block's first LayerNorm (the last through the final one); None for a ResNet.
+            block's first LayerNorm (the last through the final one); None without a class token.
     """
 
     embeddings: Array
@@ -45,23 +51,30 @@ class ImageFeatures(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class CLIP:
-    """A CLIP model without its parameters; hashable, so that jitted functions may close over it.
+    """CLIP or SigLIP without parameters; hashable, so that jitted functions may close over it.
 
     Attributes:
         vision: the image tower, a ViT or a ResNet.
         text: the text tower.
         projection: size of the shared embedding.
-        eos_token_id: as in transformers' config (2 stands for "the highest id in the prompt").
+        eos_token_id: as in transformers' config (2 stands for "the highest id in the prompt"); None
+            where prompts are read at their last token.
         preprocessing: the checkpoint's image preprocessing.
         source: folder that holds the checkpoint's tokenizer; None for a model made from a config.
+        logit_bias: whether a bias is added to the scaled cosines.
+        clean: how prompts are cleaned before they are tokenised, a key of `task.CLEANERS`.
+        preprocessing_origin: the file that `preprocessing` was read from.
     """
 
     vision: VisionTransformer | ResNet
     text: TextTransformer
     projection: int
-    eos_token_id: int
+    eos_token_id: int | None
     preprocessing: Preprocessing
     source: str | None = None
+    logit_bias: bool = False
+    clean: str | None = None
+    preprocessing_origin: str = dataclasses.field(default=DEFAULTS, compare=False)
 
     def init(self, key: Array) -> Params:
         """Draw random parameters.
@@ -77,16 +90,18 @@ class CLIP:
         ids = jnp.zeros((1, 1), jnp.int32)
         vision = self.vision.init(vision_key, jnp.zeros((1, size, size, 3)))
         text = self.text.init(text_key, ids[0], ids[0], lambda q, k, v: v, ids[0])
-        projection = _projection(keys[0], self.vision.arch.width, self.projection)
-        if self.vision.projection_bias:
-            projection["bias"] = jnp.zeros(self.projection)
-        return {
+        params = {
             "vision_model": vision["params"],
             "text_model": text["params"],
-            "visual_projection": projection,
-            "text_projection": _projection(keys[1], self.text.arch.width, self.projection),
             "logit_scale": jnp.float32(2.6592),
         }
+        if self.vision.has_projection:
+            params["visual_projection"] = _projection(keys[0], self.vision, self.projection)
+        if self.text.has_projection:
+            params["text_projection"] = _projection(keys[1], self.text, self.projection)
+        if self.logit_bias:
+            params["logit_bias"] = jnp.float32(-10)
+        return params
 
     @property
     def image_size(self) -> int:
@@ -105,8 +120,13 @@ class CLIP:
 
     @property
     def feature_shape(self) -> tuple[int, int] | None:
-        """(Layers, width) of the layer features; None for a ResNet."""
+        """(Layers, width) of the layer features; None without a class token."""
         return self.vision.feature_shape
+
+    @property
+    def padded_prompts(self) -> bool:
+        """Whether prompts are filled up to `max_length`, because their padding is read too."""
+        return self.eos_token_id is None
 
     def with_batch_norm_statistics(self, which: Literal["batch", "running"]) -> "CLIP":
         """Let the batch norms use each batch's own mean and variance, or the checkpoint's.
@@ -179,7 +199,7 @@ class CLIP:
         variables = {"params": params["vision_model"]}
         out = self.vision.apply(variables, pixels, mask, all_tokens=all_tokens)
         out = cast(VisionOutput, out)
-        embeddings = _project(out.pooled, params["visual_projection"])
+        embeddings = _project(out.pooled, params.get("visual_projection"))
         return ImageFeatures(embeddings, *out)
 
     def encode_image(self, params: Params, pixels: Array) -> Array:
@@ -191,7 +211,7 @@ class CLIP:
 
         Args:
             params: the parameter tree.
-            token_ids: (prompts, length).
+            token_ids: (prompts, length); of SigLIP, filled up to the model's length.
 
         Returns:
             Unnormalised embeddings (prompts, projection).
@@ -204,7 +224,7 @@ class CLIP:
             raise ValueError(
                 f"prompts of {length} tokens are longer than the model's {self.text.max_length}"
             )
-        mask = np.tril(np.ones((length, length), bool))
+        mask = np.tril(np.ones((length, length), bool)) if self.text.causal else None
 
         def attend(query: Array, key: Array, value: Array) -> Array:
             grid = (count, length, *query.shape[1:])
@@ -212,8 +232,11 @@ class CLIP:
             return attention(query, key, value, mask=mask).reshape(-1, *grid[2:])
 
         positions = np.tile(np.arange(length, dtype=np.int32), count)
-        ends = packing.ends_of_text(token_ids, self.eos_token_id)
-        ends = ends + length * np.arange(count)
+        ends = length * np.arange(count)
+        if self.eos_token_id is None:
+            ends += length - 1
+        else:
+            ends = ends + packing.ends_of_text(token_ids, self.eos_token_id)
         return self._encode_rows(params, token_ids.reshape(-1), positions, attend, ends)
 
     def prompts(self, task: Task) -> Prompts:
@@ -226,8 +249,8 @@ class CLIP:
             Its prompts, packed.
 
         Raises:
-            ValueError: if a prompt is longer than the model takes, has no end of text, or holds a
-                token that the model does not know.
+            ValueError: if a prompt is longer than the model takes (or shorter, of SigLIP), has no
+                end of text, or holds a token that the model does not know.
         """
         if task is None:
             raise ValueError("CLIP needs a task (jaxtta.zero_shot_task gives one), task is None")
@@ -236,6 +259,13 @@ class CLIP:
                 f"token ids run from {task.token_ids.min()} to {task.token_ids.max()}, the model "
                 f"knows 0 to {self.text.vocabulary - 1}"
             )
+        if self.eos_token_id is None:
+            if task.token_ids.shape[-1] != self.max_length:
+                raise ValueError(
+                    f"prompts have {task.token_ids.shape[-1]} tokens, this model reads their "
+                    f"padding too and needs them filled up to {self.max_length}"
+                )
+            return packing.whole(task)
         prompts = packing.pack(task, self.eos_token_id)
         if prompts.positions.max() >= self.text.max_length:
             raise ValueError(
@@ -258,7 +288,7 @@ class CLIP:
             (classes, projection), of unit norm.
         """
         token_ids, positions = packing.rows(prompts)
-        attend = packing.packed_attention(prompts)
+        attend = packing.packed_attention(prompts, self.text.causal)
         flat = self._encode_rows(params, token_ids, positions, attend, prompts.ends.reshape(-1))
         embeddings = l2_normalize(flat).reshape(*prompts.ends.shape, -1)
         return embeddings[:, 0] if embeddings.shape[1] == 1 else l2_normalize(embeddings.mean(1))
@@ -292,7 +322,7 @@ class CLIP:
             batch: the batch, or (batch, height, width, 3) images, uint8 or float in [0, 1].
 
         Returns:
-            Logits, embeddings and layer features.
+            Logits, scaled cosines, of SigLIP with their bias; embeddings and layer features.
         """
         batch = as_batch(batch)
         pixels = self.normalize(jnp.asarray(batch.images))
@@ -302,7 +332,10 @@ class CLIP:
             classes = self.class_embeddings(params, classes)
         scale = jnp.exp(params["logit_scale"].astype(classes.dtype))
         cosines = jnp.matmul(l2_normalize(features.embeddings), classes.T, precision="highest")
-        return Outputs(scale * cosines, features.embeddings, classes, features.layer_features)
+        logits = scale * cosines
+        if self.logit_bias:
+            logits += params["logit_bias"].astype(logits.dtype)
+        return Outputs(logits, features.embeddings, classes, features.layer_features)
 
     def _encode_rows(
         self,
@@ -314,7 +347,7 @@ class CLIP:
     ) -> Array:
         variables = {"params": params["text_model"]}
         pooled = self.text.apply(variables, token_ids, positions, attend, ends)
-        return _project(cast(Array, pooled), params["text_projection"])
+        return _project(cast(Array, pooled), params.get("text_projection"))
 
 
 def normalize(preprocessing: Preprocessing, images: Array) -> Array:
@@ -327,7 +360,7 @@ def normalize(preprocessing: Preprocessing, images: Array) -> Array:
     elif not jnp.issubdtype(images.dtype, jnp.floating):
         raise ValueError(f"images must be uint8 or float in [0, 1], not {images.dtype}")
     images = images.astype(jnp.promote_types(images.dtype, jnp.float32))
-    mean, std = (np.asarray(x, np.float32) for x in preprocessing[-2:])
+    mean, std = (np.asarray(x, np.float32) for x in (preprocessing.mean, preprocessing.std))
     return (images - mean) / std
 
 
@@ -341,13 +374,19 @@ def _class_embeddings(model: CLIP, params: Params, prompts: Prompts) -> Array:
     return model.class_embeddings(params, prompts)
 
 
-def _project(pooled: Array, projection: Params) -> Array:
+def _project(pooled: Array, projection: Params | None) -> Array:
     # Embeddings, and all that follows from them, stay in at least float32, on every backend.
     dtype = jnp.promote_types(pooled.dtype, jnp.float32)
+    if projection is None:
+        return pooled.astype(dtype)
     kernel = projection["kernel"].astype(dtype)
     embeddings = jnp.matmul(pooled.astype(dtype), kernel, precision="highest")
     return embeddings + projection["bias"] if "bias" in projection else embeddings
 
 
-def _projection(key: Array, width: int, size: int) -> Params:
-    return {"kernel": jax.random.normal(key, (width, size)) * width**-0.5}
+def _projection(
+    key: Array, tower: VisionTransformer | ResNet | TextTransformer, size: int
+) -> Params:
+    width = tower.arch.width
+    projection = {"kernel": jax.random.normal(key, (width, size)) * width**-0.5}
+    return projection | ({"bias": jnp.zeros(size)} if tower.projection_bias else {})

@@ -115,7 +115,10 @@ def feature_statistics(
 
     shape = model.feature_shape
     if shape is None:
-        raise ValueError("this model has no layer features (feature_shape is None), a ResNet say")
+        raise ValueError(
+            "this model has no layer features (feature_shape is None): a ResNet, or SigLIP, has no "
+            "class token"
+        )
     found = FeatureStatistics(jnp.zeros(()), jnp.zeros(shape), jnp.zeros(shape))
     for batch in batches:
         images = jnp.asarray(getattr(batch, "images", batch))

@@ -1,11 +1,12 @@
-"""Loading checkpoints: CLIP of transformers or OpenCLIP, or a supervised ViT."""
+"""Loading checkpoints: CLIP and SigLIP of transformers or OpenCLIP, or a supervised ViT."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 
-from jaxtta.models.checkpoints import open_clip, transformers, vit
+from jaxtta.models.checkpoints import open_clip, siglip, transformers, vit
 from jaxtta.models.checkpoints.files import (
     OPEN_CLIP_CONFIG,
     WEIGHTS,
@@ -15,7 +16,10 @@ from jaxtta.models.checkpoints.files import (
 )
 from jaxtta.models.classifier import Params
 from jaxtta.models.clip import CLIP
+from jaxtta.models.preprocess import describe_preprocessing
 from jaxtta.models.supervised import ImageClassifier
+
+log = logging.getLogger(__name__)
 
 
 def load_clip(
@@ -49,13 +53,14 @@ def load(
     remat: bool = False,
     revision: str | None = None,
 ) -> tuple[CLIP | ImageClassifier, Params]:
-    """Load a checkpoint: CLIP of transformers or OpenCLIP, or a supervised ViT of transformers.
+    """Load a checkpoint: CLIP or SigLIP of transformers or OpenCLIP, or a supervised ViT.
 
     Args:
         path_or_hub_id: a folder with `config.json` and `model.safetensors` (single or sharded) or
             `flax_model.msgpack`, or with `open_clip_config.json` and
             `open_clip_model.safetensors`; or the id of such a model on the hub. Where both are
-            there with weights, transformers' is read.
+            there with weights, transformers' is read. `jaxtta convert` makes such a folder of
+            pickled weights (`.pt`, `.bin`).
         dtype: of the parameters.
         compute_dtype: of the matrix products, `jnp.bfloat16` say; None for that of the parameters.
             LayerNorm, softmax, losses and adapted parameters stay in float32.
@@ -64,12 +69,14 @@ def load(
 
     Returns:
         The model and its parameter tree (`vision_model`, `text_model`, `visual_projection`,
-        `text_projection`, `logit_scale`; of a supervised ViT `vision_model`, `classifier`).
+        `text_projection`, `logit_scale`; of SigLIP `logit_bias` and no `visual_projection`; of a
+        supervised ViT `vision_model`, `classifier`).
 
     Raises:
         FileNotFoundError: if there is no such folder or hub model, or a file is missing.
-        ValueError: if the configuration is neither CLIP's nor ViT's, only pickled weights
-            are there, or a parameter is missing or has another shape (they are named).
+        ValueError: if the configuration is none of CLIP's, SigLIP's and ViT's, only pickled weights
+            or a LoRA adapter are there, a file is a git-LFS pointer, a parameter is missing, has
+            another shape or is not finite (they are named), or the preprocessing cannot be read.
     """
     folder = find_folder(path_or_hub_id, revision)
     if compute_dtype is None and jnp.finfo(dtype).bits < 32:
@@ -78,7 +85,16 @@ def load(
     if (folder / OPEN_CLIP_CONFIG).exists() and not (
         readable and is_transformers(folder / "config.json")
     ):
-        return open_clip.load_folder(folder, dtype, compute_dtype, remat)
-    if model_type(folder / "config.json") == "vit":
-        return vit.load_folder(folder, dtype, compute_dtype, remat)
-    return transformers.load_folder(folder, dtype, compute_dtype, remat)
+        reader = open_clip
+    else:
+        kind = model_type(folder / "config.json")
+        if kind == "siglip2":
+            raise ValueError(
+                f"{folder / 'config.json'}: model_type is 'siglip2', SigLIP 2 with images of any "
+                "shape (NaFlex), which is not supported; its checkpoints for one size are "
+                "('siglip')"
+            )
+        reader = {"vit": vit, "siglip": siglip}.get(kind or "clip", transformers)
+    model, params = reader.load_folder(folder, dtype, compute_dtype, remat)
+    log.info("%s", describe_preprocessing(model))
+    return model, params

@@ -4,6 +4,9 @@ CLIP's text attention is causal and the embedding is read at the end-of-text tok
 after it change nothing, and (2) the first tokens that all prompts share have the same keys and
 values in all of them. The 1,000 ImageNet prompts "a photo of a {}." are 77,000 tokens unpacked,
 18,000 cut to the longest, and 4,170 packed; all three give the same embeddings.
+
+In SigLIP every token attends to every other one of its prompt, padding too, and the embedding is
+read at the last: its prompts are encoded as they are, filled up to the model's length.
 """
 
 from typing import NamedTuple
@@ -94,12 +97,35 @@ def pack(task: Task, eos_token_id: int) -> Prompts:
     )
 
 
-def packed_attention(prompts: Prompts) -> Attend:
-    """Causal attention over the rows of packed prompts."""
+def whole(task: Task) -> Prompts:
+    """Lay a task's prompts out token by token, for a text tower that is not causal.
+
+    Args:
+        task: the task, its prompts filled up to the model's length.
+
+    Returns:
+        The prompts, as numpy arrays, which share nothing and are read at their last token.
+    """
+    classes, templates, length = task.token_ids.shape
+    cells = np.arange(task.token_ids.size, dtype=np.int32)
+    return Prompts(
+        prefix=np.zeros(0, np.int32),
+        tokens=task.token_ids.reshape(-1),
+        positions=cells % length,
+        grid=cells.reshape(-1, length),
+        cells=cells,
+        ends=cells[length - 1 :: length].reshape(classes, templates),
+    )
+
+
+def packed_attention(prompts: Prompts, causal: bool = True) -> Attend:
+    """Attention over the rows of packed prompts, causal or not."""
     shared = prompts.prefix.shape[0]
     count, longest = prompts.grid.shape
-    own = np.tril(np.ones((longest, longest), bool))
-    mask = np.concatenate([np.ones((longest, shared), bool), own], 1)
+    mask = None
+    if causal:
+        own = np.tril(np.ones((longest, longest), bool))
+        mask = np.concatenate([np.ones((longest, shared), bool), own], 1)
 
     def attend(query: Array, key: Array, value: Array) -> Array:
         prefix = tuple(x[None, :shared] for x in (query, key, value))

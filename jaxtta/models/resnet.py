@@ -194,6 +194,7 @@ class ResNet(nn.Module):
     image_size: int
     batch_statistics: bool = False
 
+    has_projection = True
     projection_bias = True
     feature_shape = None  # the stages have features of different sizes
 

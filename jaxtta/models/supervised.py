@@ -31,11 +31,13 @@ class ImageClassifier:
         vision: the tower.
         class_names: names of the classes.
         preprocessing: the checkpoint's image preprocessing.
+        preprocessing_origin: the file that `preprocessing` was read from.
     """
 
     vision: VisionTransformer
     class_names: tuple[str, ...]
     preprocessing: Preprocessing
+    preprocessing_origin: str = dataclasses.field(default="ViT's defaults", compare=False)
 
     mixes_batch = False
 
@@ -45,7 +47,7 @@ class ImageClassifier:
         return self.preprocessing.image_size
 
     @property
-    def feature_shape(self) -> tuple[int, int]:
+    def feature_shape(self) -> tuple[int, int] | None:
         """(Layers, width) of the layer features."""
         return self.vision.feature_shape
 

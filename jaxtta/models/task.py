@@ -1,18 +1,58 @@
 """Zero-shot tasks: class names and prompt templates to token ids."""
 
-from collections.abc import Sequence
+import html
+import logging
+import string
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
+import ftfy
 import numpy as np
 
-TOKENIZER_FILES = (
-    "tokenizer_config.json",
-    "tokenizer.json",
-    "vocab.json",
-    "merges.txt",
-    "special_tokens_map.json",
+from jaxtta.models.checkpoints.files import (
+    SENTENCE_PIECES,
+    TOKENIZER_FILES,
+    is_transformers,
+    read_json,
+    refuse_pointer,
 )
+
+log = logging.getLogger(__name__)
+
+
+def mend_text(text: str) -> str:
+    """Mend a text as the tokenizers of CLIP and OpenCLIP do before they split it.
+
+    Curly quotes, ligatures, full-width letters and wrongly decoded bytes become what was meant,
+    HTML entities the characters they stand for. transformers' tokenizers leave this out.
+
+    Args:
+        text: a prompt or a class name.
+
+    Returns:
+        The text that CLIP was trained on.
+
+    References:
+        Radford et al., "Learning Transferable Visual Models From Natural Language Supervision",
+        2021 (`clip/simple_tokenizer.py`).
+    """
+    return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split())
+
+
+def canonicalize(text: str) -> str:
+    """Leave out ASCII punctuation and capitals, as SigLIP was trained; underscores are spaces."""
+    text = text.replace("_", " ").translate(str.maketrans("", "", string.punctuation))
+    return " ".join(text.lower().split())
+
+
+CLEANERS: dict[str | None, Callable[[str], str]] = {
+    None: mend_text,  # CLIP's
+    "lower": lambda text: mend_text(text).lower(),  # this and the next as OpenCLIP names them
+    "canonicalize": lambda text: canonicalize(mend_text(text)),
+    "siglip": str.lower,  # what transformers' tokenizers of SigLIP 2 leave out in some versions
+}
+"""What is done to prompts before they are tokenised."""
 
 
 class Tokenized(Protocol):
@@ -21,6 +61,8 @@ class Tokenized(Protocol):
     Attributes:
         source: folder of the tokenizer, or None.
         max_length: tokens a prompt may have.
+        padded_prompts: whether its prompts are all filled up to `max_length`, as SigLIP's are.
+        clean: a key of `CLEANERS`.
     """
 
     @property
@@ -28,6 +70,12 @@ class Tokenized(Protocol):
 
     @property
     def max_length(self) -> int: ...  # noqa: D102
+
+    @property
+    def padded_prompts(self) -> bool: ...  # noqa: D102
+
+    @property
+    def clean(self) -> str | None: ...  # noqa: D102
 
 
 class Task(NamedTuple):
@@ -82,7 +130,8 @@ def zero_shot_task(
 
     Args:
         model: a loaded model.
-        class_names: at least two; underscores become spaces.
+        class_names: at least two; underscores become spaces. Prompts are mended (`mend_text`), and
+            names that then are the same are logged.
         templates: one or more, each with `{}` where the class name goes; several are averaged.
 
     Returns:
@@ -90,18 +139,24 @@ def zero_shot_task(
 
     Raises:
         FileNotFoundError: if the checkpoint has no tokenizer.
-        ValueError: if there are fewer than two classes, an empty name, a template without `{}` or
-            a prompt too long for the model.
+        TypeError: if a name or template is no string.
+        ValueError: if there are fewer than two classes, an empty name, a template without `{}`, a
+            prompt too long for the model, or the tokenizer cannot be read.
     """
     if not hasattr(model, "max_length"):
         raise ValueError("this model has no text tower: its classes are its own, task is None")
     if isinstance(class_names, str) or isinstance(templates, str):
         raise ValueError("class names and templates are lists of strings, not one string")
+    for text in (*class_names, *templates):
+        if not isinstance(text, str):
+            raise TypeError(f"class names and templates are strings, {text!r} is none")
     if len(class_names) < 2:
         raise ValueError(f"a task needs at least two classes, not {len(class_names)}")
     names = [name.replace("_", " ").strip() for name in class_names]
-    if not all(names):
-        raise ValueError(f"class name {names.index('')} is empty")
+    mended = [mend_text(name) for name in names]
+    if not all(mended):
+        raise ValueError(f"class name {mended.index('')} is empty")
+    _report_equal(names, mended)
     if not templates:
         raise ValueError("a task needs at least one prompt template")
     for template in templates:
@@ -109,7 +164,8 @@ def zero_shot_task(
             raise ValueError(f"template {template!r} needs one {{}} for the class name")
     # replace, not format: a template or a name may hold other braces
     prompts = [template.replace("{}", name) for name in names for template in templates]
-    rows = _tokenizer(model)(prompts, verbose=False)["input_ids"]
+    tokenizer, texts = _tokenizer(model), [CLEANERS[model.clean](prompt) for prompt in prompts]
+    rows = tokenizer(texts, verbose=False)["input_ids"]
     lengths = [len(row) for row in rows]
     longest = max(lengths)
     if longest > model.max_length:
@@ -117,23 +173,70 @@ def zero_shot_task(
             f"a prompt has {longest} tokens, the model takes at most {model.max_length}: "
             f"{prompts[lengths.index(longest)]!r}"
         )
-    # Filled up with its own end of text, whatever pads a prompt's tokenizer.
-    ids = [row + row[-1:] * (longest - len(row)) for row in rows]
-    return task_from_token_ids(np.reshape(ids, (len(names), len(templates), longest)), names)
+    if model.padded_prompts:  # with what, and on which side, is a part of the prompt
+        ids = tokenizer(texts, padding="max_length", max_length=model.max_length)["input_ids"]
+    else:  # with its own end of text, whatever pads a prompt's tokenizer
+        ids = [row + row[-1:] * (longest - len(row)) for row in rows]
+    return task_from_token_ids(np.reshape(ids, (len(names), len(templates), -1)), names)
 
 
-def _tokenizer(model: Tokenized):  # noqa: ANN202 (a transformers class that differs by version)
+def _report_equal(names: Sequence[str], mended: Sequence[str]) -> None:
+    """Log the names that the model cannot tell apart."""
+    by_text: dict[str, list[int]] = {}
+    for number, text in enumerate(mended):
+        by_text.setdefault(text.lower(), []).append(number)
+    same = [
+        " and ".join(f"{names[number]!r} ({number})" for number in numbers)
+        for numbers in by_text.values()
+        if len(numbers) > 1
+    ]
+    if same:
+        log.warning("class names that are the same for the model: %s", "; ".join(same))
+
+
+def _tokenizer(model: Tokenized) -> Any:
     """The checkpoint's tokenizer."""
-    from transformers import AutoTokenizer
-
     folder = Path(model.source) if model.source else None
-    if folder is None or not any((folder / name).exists() for name in TOKENIZER_FILES[1:3]):
+    whole, vocabulary, merges = ((folder or Path()) / name for name in TOKENIZER_FILES[1:4])
+    pieces = folder is not None and any((folder / name).exists() for name in SENTENCE_PIECES)
+    if folder is None or not (
+        whole.exists() or pieces or (vocabulary.exists() and merges.exists())
+    ):
         raise FileNotFoundError(
-            f"{folder or 'this model'}: has no tokenizer (tokenizer.json, or vocab.json and "
-            "merges.txt), which class names need; task_from_token_ids takes ready token ids"
+            f"{folder or 'this model'}: has no tokenizer (tokenizer.json, vocab.json and "
+            "merges.txt, or spiece.model), which class names need; task_from_token_ids takes ready "
+            "token ids"
         )
+    for name in TOKENIZER_FILES:
+        if (folder / name).exists():
+            refuse_pointer(folder / name)
+    kind = _tokenizer_class(folder)
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return kind.from_pretrained(folder)
+    except ImportError as error:
+        raise ValueError(
+            f"{folder}: its tokenizer needs a package that is not installed (for spiece.model "
+            "sentencepiece and protobuf)"
+        ) from error
     except Exception as error:  # transformers and tokenizers raise errors of many kinds
         reason = " ".join(str(error).split())
         raise ValueError(f"{folder}: its tokenizer cannot be read ({reason})") from error
+
+
+def _tokenizer_class(folder: Path) -> Any:
+    """What reads a folder's tokenizer: transformers' choice, or where nothing names one CLIP's."""
+    from transformers import AutoTokenizer, CLIPTokenizerFast, PreTrainedTokenizerFast
+
+    settings, whole, vocabulary = (folder / name for name in TOKENIZER_FILES[:3])
+    named = settings.exists() and "tokenizer_class" in read_json(settings)
+    pieces = any((folder / name).exists() for name in SENTENCE_PIECES)
+    if named or pieces or is_transformers(folder / "config.json"):
+        return AutoTokenizer
+    if whole.exists():
+        return PreTrainedTokenizerFast
+    if "<|startoftext|>" not in read_json(vocabulary):
+        raise ValueError(
+            f"{vocabulary}: is not CLIP's (it has no <|startoftext|>), and no "
+            "tokenizer_config.json says whose it is"
+        )
+    return CLIPTokenizerFast

@@ -1,4 +1,4 @@
-"""CLIP's text tower in linen, on rows of tokens in any arrangement."""
+"""The text towers of CLIP and SigLIP in linen, on rows of tokens in any arrangement."""
 
 import flax.linen as nn
 import jax
@@ -32,21 +32,34 @@ class TextEmbeddings(nn.Module):
 
 
 class TextTransformer(nn.Module):
-    """CLIP's text tower, without its projection, on rows of tokens in any arrangement."""
+    """A text tower without its projection, on rows of tokens in any arrangement.
+
+    Attributes:
+        arch: its blocks.
+        vocabulary: number of tokens that it knows.
+        max_length: tokens that a prompt may have.
+        causal: whether a token attends to those before it alone, as in CLIP; otherwise to all of
+            its prompt's, padding too, and the prompt is read at its last token, as in SigLIP.
+        has_projection: whether embeddings are a projection of what is read.
+        projection_bias: whether that has a bias.
+    """
 
     arch: Architecture
     vocabulary: int
     max_length: int
+    causal: bool = True
+    has_projection: bool = True
+    projection_bias: bool = False
 
     @nn.compact
     def __call__(self, token_ids: Array, positions: Array, attend: Attend, ends: Array) -> Array:
-        """Encode rows of tokens and read them at the ends of text.
+        """Encode rows of tokens and read them at the ends of the prompts.
 
         Args:
             token_ids: (rows,).
             positions: (rows,), each token's place in its prompt.
-            attend: causal attention over the rows as they are arranged.
-            ends: (prompts,), the rows of the end-of-text tokens.
+            attend: attention over the rows as they are arranged.
+            ends: (prompts,), the rows at which prompts are read.
 
         Returns:
             (prompts, width), after the final LayerNorm.

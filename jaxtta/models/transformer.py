@@ -201,17 +201,6 @@ class Encoder(nn.Module):
         return Layers(self.arch, name="layers")(x, attend, last)
 
 
-class Kernel(nn.Module):
-    """A kernel under its own name."""
-
-    shape: tuple[int, ...]
-
-    @nn.compact
-    def __call__(self) -> Array:
-        """Return the array."""
-        return self.param("kernel", nn.initializers.normal(0.02), self.shape)
-
-
 class Table(nn.Module):
     """An embedding table under its own name."""
 

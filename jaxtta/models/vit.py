@@ -1,4 +1,4 @@
-"""CLIP's ViT image tower in linen."""
+"""The ViT image towers of CLIP and SigLIP in linen."""
 
 from typing import NamedTuple
 
@@ -8,10 +8,11 @@ import jax.numpy as jnp
 
 from jaxtta.models.attention import attention
 from jaxtta.models.transformer import (
+    MLP,
     Architecture,
+    Attention,
     AttentionPlan,
     Encoder,
-    Kernel,
     LayerNorm,
     Table,
     identity,
@@ -20,41 +21,82 @@ from jaxtta.models.transformer import (
 Array = jax.Array
 
 
-class VisionEmbeddings(nn.Module):
-    """Patches to tokens, with the class token in front."""
+class PatchEmbedding(nn.Module):
+    """A convolution whose stride is its size, as one matrix product over patches."""
 
     arch: Architecture
-    image_size: int
     patch_size: int
+    use_bias: bool
 
     @nn.compact
     def __call__(self, pixels: Array) -> Array:
-        """Map pixels (batch, height, width, 3) to tokens (batch, 1 + patches, width)."""
-        width, patch, side = self.arch.width, self.patch_size, self.image_size // self.patch_size
+        """Map pixels (batch, height, width, 3) to (batch, patches, width)."""
+        width, patch = self.arch.width, self.patch_size
         init = nn.initializers.normal(0.02)
-        class_token = self.param("class_embedding", init, (width,))
-        kernel = Kernel((patch, patch, 3, width), name="patch_embedding")()
-        positions = Table(side * side + 1, width, name="position_embedding")()
-        # A convolution whose stride is its size is one matrix product over patches.
-        batch = pixels.shape[0]
+        kernel = self.param("kernel", init, (patch, patch, 3, width))
+        batch, side = pixels.shape[0], pixels.shape[1] // patch
         patches = pixels[:, : side * patch, : side * patch]
         patches = patches.reshape(batch, side, patch, side, patch, 3).swapaxes(2, 3)
         dtype = self.arch.compute_dtype or kernel.dtype
         patches = patches.reshape(batch, side * side, patch * patch * 3).astype(dtype)
         tokens = patches @ kernel.reshape(-1, width).astype(dtype)
-        class_token = jnp.broadcast_to(class_token.astype(dtype), (batch, 1, width))
-        return jnp.concatenate([class_token, tokens], 1) + positions.astype(dtype)
+        if self.use_bias:
+            tokens += self.param("bias", nn.initializers.zeros, (width,)).astype(dtype)
+        return tokens
+
+
+class VisionEmbeddings(nn.Module):
+    """Patches to tokens, with the class token in front where there is one."""
+
+    arch: Architecture
+    image_size: int
+    patch_size: int
+    class_token: bool = True
+
+    @nn.compact
+    def __call__(self, pixels: Array) -> Array:
+        """Map pixels (batch, height, width, 3) to tokens (batch, [1 +] patches, width)."""
+        width, side = self.arch.width, self.image_size // self.patch_size
+        patches = PatchEmbedding(
+            self.arch, self.patch_size, use_bias=not self.class_token, name="patch_embedding"
+        )
+        tokens = patches(pixels)
+        if self.class_token:
+            first = self.param("class_embedding", nn.initializers.normal(0.02), (width,))
+            first = jnp.broadcast_to(first.astype(tokens.dtype), (len(tokens), 1, width))
+            tokens = jnp.concatenate([first, tokens], 1)
+        positions = Table(side * side + self.class_token, width, name="position_embedding")()
+        return tokens + positions.astype(tokens.dtype)
+
+
+class AttentionPool(nn.Module):
+    """SigLIP's pooling: a learned query attends to all tokens, and an MLP follows."""
+
+    arch: Architecture
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Map tokens (batch, tokens, width) to (batch, width)."""
+        width = self.arch.width
+        probe = self.param("probe", nn.initializers.normal(0.02), (width,))
+        probe = jnp.broadcast_to(probe.astype(x.dtype), (len(x), 1, width))
+        plan = AttentionPlan(attention, select_queries=lambda _: probe)
+        x = Attention(self.arch, name="attention")(x, plan)
+        x += MLP(self.arch, name="mlp")(LayerNorm(self.arch.epsilon, name="layernorm")(x))
+        return x[:, 0]
 
 
 class VisionOutput(NamedTuple):
     """What one pass of the image tower gives; what nobody reads is never computed.
 
     Attributes:
-        pooled: (batch, width), the class token after the final LayerNorm.
+        pooled: (batch, width), the class token after the final LayerNorm; without a class token,
+            what attention pooling makes of all tokens.
         hidden_states: (batch, tokens, width) each: the embeddings, then every block's output (the
             last block's for the class token alone, unless all tokens were asked for).
         layer_features: (batch, layers, width), the class token after every block, passed through
-            the next block's first LayerNorm (the last through the final LayerNorm).
+            the next block's first LayerNorm (the last through the final LayerNorm); None without a
+            class token.
     """
 
     pooled: Array
@@ -63,20 +105,35 @@ class VisionOutput(NamedTuple):
 
 
 class VisionTransformer(nn.Module):
-    """CLIP's ViT without its projection; without `pre_norm`, that of a supervised model."""
+    """CLIP's ViT without its projection, a supervised model's or SigLIP's.
+
+    Attributes:
+        arch: its blocks.
+        image_size: side of the images in pixels.
+        patch_size: side of a patch in pixels.
+        pre_norm: whether the tokens pass a LayerNorm before the blocks, as CLIP's do.
+        class_token: whether the image is read at a class token; otherwise attention pools it, as in
+            SigLIP, and no projection follows.
+    """
 
     arch: Architecture
     image_size: int
     patch_size: int
     pre_norm: bool = True
+    class_token: bool = True
 
     mixes_batch = False
     projection_bias = False
 
     @property
-    def feature_shape(self) -> tuple[int, int]:
-        """(Layers, width) of the layer features."""
-        return self.arch.layers, self.arch.width
+    def has_projection(self) -> bool:
+        """Whether embeddings are a projection of what is pooled."""
+        return self.class_token
+
+    @property
+    def feature_shape(self) -> tuple[int, int] | None:
+        """(Layers, width) of the layer features; None without a class token."""
+        return (self.arch.layers, self.arch.width) if self.class_token else None
 
     @nn.compact
     def __call__(
@@ -93,13 +150,18 @@ class VisionTransformer(nn.Module):
             Class token, hidden states and layer features.
         """
         del mask
-        x = VisionEmbeddings(self.arch, self.image_size, self.patch_size, name="embeddings")(pixels)
+        sizes = self.image_size, self.patch_size
+        x = VisionEmbeddings(self.arch, *sizes, self.class_token, name="embeddings")(pixels)
         if self.pre_norm:
             x = LayerNorm(self.arch.epsilon, name="pre_layrnorm")(x)
-        read = identity if all_tokens else _class_token
+        read = _class_token if self.class_token and not all_tokens else identity
         last = AttentionPlan(attention, read, read)
         outputs, normed = Encoder(self.arch, name="encoder")(x, attention, last)
-        pooled = LayerNorm(self.arch.epsilon, name="post_layernorm")(outputs[-1][:, 0])
+        norm = LayerNorm(self.arch.epsilon, name="post_layernorm")
+        if not self.class_token:
+            pooled = AttentionPool(self.arch, name="head")(norm(outputs[-1]))
+            return VisionOutput(pooled, [x, *outputs], None)
+        pooled = norm(outputs[-1][:, 0])
         features = [y[:, 0] for y in normed[1:]] + [pooled]
         return VisionOutput(pooled, [x, *outputs], jnp.stack(features, 1))
 

@@ -84,6 +84,8 @@ figure { margin: .6rem 0; }
 .samples figure { margin: 0; }
 .samples img { width: 100%; display: block; border-radius: .3rem; }
 .samples .small { image-rendering: pixelated; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; padding: .5rem .8rem; margin: .4rem 0;
+  background: var(--card); border-radius: .3rem; font-size: .9rem; }
 figcaption { font-size: .9rem; color: var(--soft); overflow-wrap: anywhere; }
 summary { cursor: pointer; font-size: 1.2rem; font-weight: bold; margin: 2.2rem 0 .5rem; }
 details td { white-space: pre-wrap; overflow-wrap: anywhere; }
@@ -148,6 +150,7 @@ def render(
         shown.get("reliability", ""),
         "<h2>Speed and memory</h2>",
         _speed(cells, summary, colours),
+        how_to_repeat(cells),
         settings_list(cells),
     ]
     return document(title, body)
@@ -359,6 +362,33 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:NAMED]) + more
 
 
+def how_to_repeat(cells: Sequence[Cell]) -> str:
+    """The command lines that made the results, with date and commit.
+
+    Args:
+        cells: have `about`.
+
+    Returns:
+        HTML; empty if none says its command.
+    """
+    made: dict[tuple[str, str, str], list[str]] = {}
+    for about in (cell.get("about") or {} for cell in cells):
+        if "command" in about:
+            key = about["command"], about.get("commit", ""), about.get("preprocessing", "")
+            made.setdefault(key, []).append(about.get("date", ""))
+    if not made:
+        return ""
+    lines = []
+    for (command, commit, preprocessing), dates in made.items():
+        first, last = min(dates)[:16], max(dates)[:16]
+        when = first if first == last else f"{first} to {last}"
+        at = f", commit {commit}" if commit else ""
+        after = f". Preprocessing: {preprocessing}" if preprocessing else ""
+        note = _note(when.replace("T", " ") + at + after)
+        lines.append(f"<pre>{escape(command)}</pre>{note}")
+    return f"<h2>How to repeat this</h2>{''.join(lines)}"
+
+
 def settings_list(cells: Sequence[Cell]) -> str:
     """Settings and versions of cells in a collapsed section.
 
@@ -372,6 +402,8 @@ def settings_list(cells: Sequence[Cell]) -> str:
     for cell in cells:
         for part in ("settings", "about"):
             for name, value in _flat(cell.get(part) or {}):
+                if part == "about" and name in ("command", "date", "commit", "preprocessing"):
+                    continue  # in `how_to_repeat`
                 found.setdefault(name, {})[_json(value)] = None
     if not found:
         return ""

@@ -204,12 +204,14 @@ def corruption_error(cells: Sequence[Cell], adapter: str) -> float | None:
         adapter: the adapter's name.
 
     Returns:
-        The mean corruption error; None unless the images are ImageNet-C's and every one of its
-        corruptions was run at severities 1 to 5.
+        The mean corruption error; None unless the images are ImageNet-C's 50,000, as AlexNet's
+        are, and every one of its corruptions was run at severities 1 to 5.
     """
     cells = [cell for cell in cells if cell["adapter"] == adapter]
-    if any(cell.get("settings", {}).get("layout") != "imagenet-c" for cell in cells):
-        return None
+    for settings in (cell.get("settings", {}) for cell in cells):
+        whole = settings.get("images", "").startswith("50000,") and settings.get("limit") is None
+        if settings.get("layout") != "imagenet-c" or not whole:
+            return None
     found: dict[tuple[str, int], list[float | None]] = {}
     for segment in (s for cell in cells for s in cell["segments"]):
         found.setdefault((segment["corruption"], segment["severity"]), []).append(segment["top1"])

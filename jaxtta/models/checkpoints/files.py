@@ -1,6 +1,8 @@
 """The files of a checkpoint: folders and hub models, configurations, weights by name."""
 
+import contextlib
 import json
+import logging
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,26 +17,88 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
 
 from jaxtta.models.classifier import Params
-from jaxtta.models.task import TOKENIZER_FILES
 
+SENTENCE_PIECES = ("spiece.model", "tokenizer.model")
+TOKENIZER_FILES = (
+    "tokenizer_config.json",
+    "tokenizer.json",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    *SENTENCE_PIECES,
+)
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "flax_model.msgpack")
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors",)
-_TRANSFORMERS = "transformers' from_pretrained(…).save_pretrained(…)"
-PICKLES = {  # with what makes safetensors of them
-    "pytorch_model.bin": _TRANSFORMERS,
-    "pytorch_model.bin.index.json": _TRANSFORMERS,
-    "open_clip_pytorch_model.bin": "open_clip's push_to_hf_hub.save_for_hf(…)",
-}
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".bin.index.json")
+PREPROCESSING_FILES = ("processor_config.json", "preprocessor_config.json")
+"""Where the image processor is looked for, as transformers 5 does; 4 writes the second."""
+ADAPTER = "adapter_config.json"
+PREFIXES = ("module.", "model.", "clip_model.", "clip.")
+"""What wrappers put before the name of every parameter."""
+_COMPILED = "_orig_mod."  # torch.compile's, before any part of a model
+_LFS = b"version https://git-lfs"
+_OPEN_CLIP_NAME = re.compile(
+    r"(ViT|RN\d+|coca|EVA\d*|convnext|MobileCLIP\d*|nllb|roberta|xlm|swin|mt5)[-_x@].*", re.I
+)
+
+log = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Put a file's name before the message of a ValueError."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def refuse_pointer(path: Path) -> None:
+    """Refuse what git-LFS leaves in a file's place until the file is fetched.
+
+    Args:
+        path: of the file.
+
+    Raises:
+        ValueError: if it is a pointer.
+    """
+    with path.open("rb") as file:
+        if file.read(len(_LFS)) == _LFS:
+            raise ValueError(
+                f"{path}: is a git-LFS pointer, not the file itself; `git lfs pull` in its "
+                "repository fetches it"
+            )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Args:
+        path: of the file.
+
+    Returns:
+        The object.
+
+    Raises:
+        ValueError: if the file holds something else.
+    """
+    refuse_pointer(path)
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: is not JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: holds no JSON object")
+    return content
 
 
 def model_type(config: Path) -> str | None:
     """The model type that a `config.json` names; None where it cannot be read."""
     try:
-        content = json.loads(config.read_text())
+        return read_json(config).get("model_type")
     except (OSError, ValueError):
         return None
-    return content.get("model_type") if isinstance(content, dict) else None
 
 
 def is_transformers(config: Path | None) -> bool:
@@ -42,10 +106,9 @@ def is_transformers(config: Path | None) -> bool:
     if config is None or not config.exists():
         return False
     try:
-        content = json.loads(config.read_text())
+        return "model_type" in read_json(config)
     except ValueError:
-        return True
-    return not isinstance(content, dict) or "model_type" in content
+        return True  # for its reader to refuse
 
 
 def find_folder(path_or_hub_id: str | Path, revision: str | None = None) -> Path:
@@ -60,13 +123,21 @@ def find_folder(path_or_hub_id: str | Path, revision: str | None = None) -> Path
 
     Raises:
         FileNotFoundError: if there is neither.
+        ValueError: if it is a file, or a LoRA adapter.
     """
-    if Path(path_or_hub_id).is_dir():
-        return Path(path_or_hub_id)
+    path = Path(path_or_hub_id)
+    if path.is_dir():
+        _refuse_adapter(path)
+        return path
+    if path.is_file():
+        raise ValueError(_said_of_file(path))
     hub_id = str(path_or_hub_id)
-    missing = f"{hub_id}: is neither a local folder nor a model on the Hugging Face Hub"
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", hub_id):
-        raise FileNotFoundError(missing)
+    hint = _said_of_name(hub_id)
+    if hint or not re.fullmatch(r"[\w.-]+/[\w.-]+", hub_id):
+        raise FileNotFoundError(
+            f"{hub_id}: is neither a local folder nor a model's id (OWNER/NAME) on the Hugging "
+            f"Face Hub{hint}"
+        )
     import huggingface_hub
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
@@ -82,23 +153,76 @@ def find_folder(path_or_hub_id: str | Path, revision: str | None = None) -> Path
         except EntryNotFoundError:  # the hub says that there is no such file
             return None
 
+    missing = f"{hub_id}: is neither a local folder nor a model on the Hugging Face Hub"
     try:
         config, weights = fetch("config.json"), None
         if is_transformers(config):
             weights = next(filter(None, map(fetch, WEIGHTS)), None)
-        others = ("preprocessor_config.json", *TOKENIZER_FILES)
+        others = (*PREPROCESSING_FILES, *TOKENIZER_FILES)
         if weights is None and (other := fetch(OPEN_CLIP_CONFIG)):
-            config, others = other, (*OPEN_CLIP_WEIGHTS, *others)
+            config, others = other, (*OPEN_CLIP_WEIGHTS, *TOKENIZER_FILES)
+        if config is None:
+            config, others = fetch(ADAPTER), ()
         for name in others:
             fetch(name)
         if weights and weights.name.endswith("index.json"):
             for name in _shards(weights):
                 fetch(name)
     except Exception as error:  # the hub's client raises its HTTP library's errors too
+        if isinstance(error, LocalEntryNotFoundError):
+            missing = f"{hub_id}: is neither a local folder nor complete in the hub's cache, and "
+            if huggingface_hub.constants.HF_HUB_OFFLINE:
+                missing += "HF_HUB_OFFLINE is set, so that the hub is not asked; unset it, or give"
+            else:
+                missing += "the Hugging Face Hub cannot be reached; give"
+            raise FileNotFoundError(f"{missing} a folder") from error
         raise FileNotFoundError(f"{missing} ({type(error).__name__})") from error
     if config is None:
         raise FileNotFoundError(f"{missing} (it has no config.json)")
+    _refuse_adapter(config.parent)
     return config.parent
+
+
+def _refuse_adapter(folder: Path) -> None:
+    if (folder / ADAPTER).exists():
+        raise ValueError(
+            f"{folder}: holds a LoRA adapter ({ADAPTER}); merge it into its base model with peft's "
+            "merge_and_unload() and save that with save_pretrained(…)"
+        )
+
+
+def _said_of_file(path: Path) -> str:
+    """What to do where a file was given for a folder."""
+    if path.name.endswith(PICKLE_SUFFIXES):
+        return f"{path}: {_said_of_pickle(path)}"
+    if path.name in (*WEIGHTS, *OPEN_CLIP_WEIGHTS, OPEN_CLIP_CONFIG, "config.json"):
+        return f"{path}: is a file, expected the checkpoint's folder; give {path.parent}"
+    return (
+        f"{path}: is a file, expected a checkpoint's folder; `jaxtta convert {path} OUT` makes one "
+        "of a file of weights"
+    )
+
+
+def _said_of_pickle(path: Path) -> str:
+    return (
+        "pickled weights can run code and are not read; convert them once, where PyTorch is "
+        f"installed, with `jaxtta convert {path} OUT`"
+    )
+
+
+def _said_of_name(name: str) -> str:
+    """What to give in place of another library's name of a model."""
+    if name.startswith(("hf-hub:", "hf_hub:", "https://huggingface.co/")):
+        rest = name.removeprefix("https://huggingface.co/").split(":")[-1]
+        return f"; give {rest}"
+    if _OPEN_CLIP_NAME.fullmatch(name):
+        return (
+            ": it is a name of OpenCLIP's or timm's, which do not name files; give the id of the "
+            "weights on the hub, as laion/CLIP-ViT-B-32-laion2B-s34B-b79K or "
+            "openai/clip-vit-base-patch32, or a folder with open_clip_config.json and "
+            "open_clip_model.safetensors"
+        )
+    return ""
 
 
 def read_config(folder: Path, wanted: type) -> Any:
@@ -118,11 +242,8 @@ def read_config(folder: Path, wanted: type) -> Any:
     path, model = folder / "config.json", wanted.__name__.removesuffix("Config")
     if not path.exists():
         raise FileNotFoundError(f"{folder}: has no config.json, so it is no {model} checkpoint")
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path}: is not JSON ({error})") from error
-    kind = config.get("model_type") if isinstance(config, dict) else None
+    config = read_json(path)
+    kind = config.get("model_type")
     if kind != wanted.model_type:
         raise ValueError(f"{path}: model_type is {kind!r}, expected {wanted.model_type!r}")
     try:
@@ -155,13 +276,15 @@ def read_weights(
     """
     weights = next((folder / name for name in names if (folder / name).exists()), None)
     if weights is None:
-        pickled = next((name for name in PICKLES if (folder / name).exists()), None)
+        files = sorted(folder.iterdir())
+        pickled = [file for file in files if file.name.endswith(PICKLE_SUFFIXES)]
         if pickled:
-            raise ValueError(
-                f"{folder / pickled}: pickled weights can run code and are not read; convert them "
-                f"with {PICKLES[pickled]}"
-            )
-        raise FileNotFoundError(f"{folder}: has none of {', '.join(names)}")
+            # The index of a sharded one, else the largest: beside weights lie optimizers' states.
+            chosen = max(pickled, key=lambda file: (file.suffix == ".json", file.stat().st_size))
+            raise ValueError(f"{chosen}: {_said_of_pickle(chosen)}")
+        other = next((file.name for file in files if ".safetensors" in file.name), None)
+        found = f"; {other} would be read under the name {names[0]}" if other else ""
+        raise FileNotFoundError(f"{folder}: has none of {', '.join(names)}{found}")
     reader = _read_msgpack if weights.suffix == ".msgpack" else _read_safetensors
     return weights, reader(weights, to_param_path)
 
@@ -189,42 +312,115 @@ def match_parameters(
         ValueError: if a parameter is missing or has another shape.
     """
     found: dict[tuple[str, ...], jax.Array] = {}
-    wrong, unused = [], []
+    wrong, unused, misshapen = [], [], set()
     for path, array in entries:
         if path not in shapes:
             unused.append("/".join(path))
         elif array.shape != shapes[path].shape:
+            misshapen.add(path)
             wrong.append(f"{'/'.join(path)} has shape {array.shape}, expected {shapes[path].shape}")
+        elif not _is_finite(array):
+            raise ValueError(f"{weights}: {'/'.join(path)} holds NaN or infinite values")
         else:
             found[path] = jnp.asarray(array, dtype)
-    wrong += [
-        f"{'/'.join(path)} is missing"
-        for path in shapes
-        if path not in found and not any(w.startswith("/".join(path) + " ") for w in wrong)
-    ]
-    if wrong:
-        raise ValueError(f"{weights}: does not fit its {config}: {'; '.join(wrong)}")
+    missing = ["/".join(path) for path in shapes if path not in found and path not in misshapen]
+    if wrong or missing:
+        raise ValueError(
+            f"{weights}: does not fit its {config}: "
+            + "; ".join(_summary(wrong) + _missing(missing, len(shapes), unused))
+        )
     if unused:
         warnings.warn(f"{weights}: not used: {', '.join(unused)}", stacklevel=3)
     return unflatten_dict(found)
 
 
+def _is_finite(array: np.ndarray) -> bool:
+    """Whether all values are; a sum says so at the cost of reading them once."""
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        return True
+    with np.errstate(all="ignore"):
+        total = np.sum(array, dtype=np.float32)
+    return bool(np.isfinite(total)) or bool(np.isfinite(array.astype(np.float32)).all())
+
+
+_NAMED = 3  # parameters that a message names
+
+
+def _summary(sentences: list[str]) -> list[str]:
+    rest = len(sentences) - _NAMED
+    return [*sentences[:_NAMED], *([f"{rest} more have other shapes"] if rest > 0 else [])]
+
+
+def _missing(missing: list[str], count: int, unused: list[str]) -> list[str]:
+    if len(missing) <= _NAMED:
+        return [f"{name} is missing" for name in missing]
+    said = f"{len(missing)} of {count} parameters are missing, {missing[0]} for one"
+    return [said, f"{len(unused)} others are there, {unused[0]} for one"] if unused else [said]
+
+
 def _read_safetensors(weights: Path, to_param_path: ToParamPath) -> NamedArrays:
     files = [weights]
+    refuse_pointer(weights)
     if weights.suffix == ".json":
         files = [weights.parent / name for name in _shards(weights)]
     for file in files:
         if not file.exists():
             raise FileNotFoundError(f"{file}: named in {weights.name}, but missing")
-        try:
-            with safe_open(file, framework="flax") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                    if name.endswith("position_ids"):  # a buffer of old checkpoints
-                        continue
-                    path = to_param_path(name)
-                    yield path, from_torch(path, np.asarray(tensors.get_tensor(name)))
-        except SafetensorError as error:
-            raise ValueError(f"{file}: is damaged or no safetensors file ({error})") from error
+        refuse_pointer(file)
+    prefix = common_prefix([name for file in files for name in _names(file)])
+    for file in files:
+        with _open(file) as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (not a dict)
+                if name.endswith("position_ids"):  # a buffer of old checkpoints
+                    continue
+                path = to_param_path(without_prefix(name, prefix))
+                yield path, from_torch(path, np.asarray(tensors.get_tensor(name)))
+
+
+def common_prefix(names: Iterable[str]) -> str:
+    """What wrappers put before every name, `_orig_mod.` aside, which may stand anywhere.
+
+    Args:
+        names: of all parameters.
+
+    Returns:
+        The prefix, as `module.model.`; empty where the names share none.
+    """
+    names, prefix = [name.replace(_COMPILED, "") for name in names], ""
+    while names and (
+        step := next(
+            (p for p in PREFIXES if all(name.startswith(prefix + p) for name in names)), None
+        )
+    ):
+        prefix += step
+    return prefix
+
+
+def without_prefix(name: str, prefix: str) -> str:
+    """A parameter's own name.
+
+    Args:
+        name: as the file has it.
+        prefix: from `common_prefix`.
+
+    Returns:
+        The name.
+    """
+    return name.replace(_COMPILED, "").removeprefix(prefix)
+
+
+@contextlib.contextmanager
+def _open(file: Path) -> Iterator[Any]:
+    try:
+        with safe_open(file, framework="flax") as tensors:
+            yield tensors
+    except SafetensorError as error:
+        raise ValueError(f"{file}: is damaged or no safetensors file ({error})") from error
+
+
+def _names(file: Path) -> list[str]:
+    with _open(file) as tensors:
+        return list(tensors.keys())
 
 
 def _shards(index: Path) -> list[str]:
@@ -237,6 +433,7 @@ def _shards(index: Path) -> list[str]:
 
 def _read_msgpack(weights: Path, to_param_path: ToParamPath) -> NamedArrays:
     del to_param_path  # the paths are ours already
+    refuse_pointer(weights)
     try:
         tree = flatten_dict(flax.serialization.msgpack_restore(weights.read_bytes()))
     except Exception as error:  # msgpack raises errors of many kinds
@@ -256,3 +453,27 @@ def map_kernel(
     if path[-1] != "kernel":
         return array
     return convolution(array) if array.ndim == 4 else array.T
+
+
+_JOINT = {"qkv": ("q_proj", "k_proj", "v_proj"), "kv": ("k_proj", "v_proj")}
+
+
+def split_joint(entries: NamedArrays) -> NamedArrays:
+    """Take layers called `qkv` and `kv`, several in one, apart."""
+    for path, array in entries:
+        *layers, leaf = path
+        names = _JOINT.get(layers[-1]) if layers and array.ndim else None
+        if names is None:
+            yield path, array
+            continue
+        # Sizes that their number does not divide come out uneven, and are reported as such.
+        for name, part in zip(names, np.array_split(array, len(names), axis=-1), strict=True):
+            yield (*layers[:-1], name, leaf), part
+
+
+def drop_leading_axes(entries: NamedArrays, shapes: Mapping[tuple[str, ...], Any]) -> NamedArrays:
+    """Take leading axes of length 1 away where the parameter that is wanted has none."""
+    for path, array in entries:
+        shape = shapes[path].shape if path in shapes else array.shape
+        same = array.size == np.prod(shape) and array.shape[array.ndim - len(shape) :] == shape
+        yield path, array.reshape(shape) if same else array

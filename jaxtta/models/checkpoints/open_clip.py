@@ -1,28 +1,33 @@
-"""Reading CLIP checkpoints in OpenCLIP's format.
+"""Reading CLIP and SigLIP checkpoints in OpenCLIP's format.
 
-A folder with `open_clip_config.json` and `open_clip_model.safetensors`, ViT or ResNet. A ViT's
-parameter tree is the one that transformers' checkpoints give, so that everything else takes both.
+A folder with `open_clip_config.json` and `open_clip_model.safetensors`: a ViT or ResNet of
+OpenCLIP's own, or a SigLIP tower of timm's. A ViT's parameter tree is the one that transformers'
+checkpoints give, so that everything else takes both.
 
-The configuration may name many variants (attentional pooling, other text towers, timm's image
-towers); those that would compute something else than CLIP are refused by name, not ignored.
+The configuration may name many variants (captioning, other text towers, timm's other image
+towers); those that would compute something else than CLIP or SigLIP are refused by name, not
+ignored.
 """
 
-import json
+import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
 import jax
-import numpy as np
 from flax.traverse_util import flatten_dict
 from PIL import Image
 
 from jaxtta.models.checkpoints.files import (
     OPEN_CLIP_CONFIG,
     OPEN_CLIP_WEIGHTS,
+    NamedArrays,
+    drop_leading_axes,
     match_parameters,
+    read_json,
     read_weights,
+    split_joint,
 )
 from jaxtta.models.classifier import Params
 from jaxtta.models.clip import CLIP
@@ -32,9 +37,12 @@ from jaxtta.models.text import TextTransformer
 from jaxtta.models.transformer import Architecture
 from jaxtta.models.vit import VisionTransformer
 
+log = logging.getLogger(__name__)
+
 EOS_IS_HIGHEST_ID = 2
 """In place of an end of text: the prompt's highest id (see `prompts.ends_of_text`)."""
 FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+FILTERS["random"] = FILTERS["bicubic"]  # in training alone
 IGNORED_KEYS = {  # on what the model computes from ready token ids
     "cast_dtype",
     "init_logit_scale",
@@ -43,10 +51,43 @@ IGNORED_KEYS = {  # on what the model computes from ready token ids
     "output_tokens",
     "attn_pooler_queries",  # of a pooling that is refused itself
     "attn_pooler_heads",
+    "custom_text",  # what the text tower's parameters are called
+    "nonscalar_logit_scale",
     "hf_tokenizer_name",
     "tokenizer_mode",
-    "tokenizer_kwargs",
+    "timm_model_pretrained",  # these, where towers are of timm's and in training alone
+    "timm_drop",
+    "timm_drop_path",
 }
+SUPPORTED = "supported are OpenCLIP's own ViT and ResNet towers, and SigLIP"
+TIMM_KINDS = {  # by the beginning of timm's name
+    "eva": "an EVA",
+    "vit_base_mci": "a MobileCLIP",
+    "fastvit": "a MobileCLIP",
+    "vit_pe": "a Perception Encoder",
+    "vitamin": "a ViTamin",
+    "convnext": "a ConvNeXt",
+    "swin": "a Swin",
+}
+
+
+class TimmSize(NamedTuple):
+    """Sizes of one of timm's SigLIP towers."""
+
+    width: int
+    layers: int
+    heads: int
+    mlp_ratio: float = 4.0
+
+
+TIMM_SIZES = {
+    "base": TimmSize(768, 12, 12),
+    "large": TimmSize(1024, 24, 16),
+    "so400m": TimmSize(1152, 27, 16, 3.7362),
+    "giantopt": TimmSize(1536, 40, 16),
+}
+TANH_TOWERS = r"base_patch32|large_patch16_siglip_512|so400m_patch16|giantopt"
+"""Those of timm's SigLIP towers whose GELU is the approximate one."""
 
 
 class ConfigSection(NamedTuple):
@@ -99,6 +140,7 @@ class ConfigSection(NamedTuple):
     def numbers(self, key: str, default: tuple[float, ...]) -> tuple[float, ...]:
         """A number for each colour."""
         value = self.values.get(key) or default
+        value = [value] * 3 if _is_number(value) else value
         numbers = isinstance(value, list | tuple) and all(map(_is_number, value))
         if not numbers or len(value) != 3:
             raise self.error(key, "three numbers")
@@ -138,7 +180,8 @@ def load_folder(folder: Path, dtype: Any, compute_dtype: Any, remat: bool) -> tu
     shapes = flatten_dict(jax.eval_shape(model.init, jax.random.key(0)))
     table = _RESNET_NAMES if isinstance(model.vision, ResNet) else _VIT_NAMES
     weights, entries = read_weights(folder, lambda name: _path(name, table), OPEN_CLIP_WEIGHTS)
-    return model, match_parameters(_split_qkv(entries), shapes, weights, dtype, OPEN_CLIP_CONFIG)
+    entries = drop_leading_axes(_without_buffers(split_joint(entries)), shapes)
+    return model, match_parameters(entries, shapes, weights, dtype, OPEN_CLIP_CONFIG)
 
 
 def from_config(path: Path, *, compute_dtype: Any = None, remat: bool = False) -> CLIP:
@@ -154,38 +197,101 @@ def from_config(path: Path, *, compute_dtype: Any = None, remat: bool = False) -
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it cannot be read, or describes something else than CLIP.
+        ValueError: if it cannot be read, or describes something else than CLIP or SigLIP.
     """
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file")
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path}: is not JSON ({error})") from error
-    whole = ConfigSection(path, "", content if isinstance(content, dict) else {})
+    whole = ConfigSection(path, "", read_json(path))
     config = whole.section("model_cfg")
+    vision_section, text_section = config.section("vision_cfg"), config.section("text_cfg")
     # First what names another kind of model: its other settings would make less sense of it.
-    config.check("embed_dim", "quick_gelu", "vision_cfg", "text_cfg")
+    _refuse_other_kinds(config, vision_section, text_section)
+    known = "embed_dim", "quick_gelu", "vision_cfg", "text_cfg", "init_logit_bias"
+    config.check(*known)
     activation = "quick_gelu" if config.values.get("quick_gelu") else "gelu"
     options = activation, compute_dtype, remat
-    vision = _vision_tower(config.section("vision_cfg"), *options)
+    vision, text = _vision_tower(vision_section, *options), _text_tower(text_section, *options)
+    projection = config.integer("embed_dim")
+    for tower in (vision, text):
+        if not tower.has_projection and projection != tower.arch.width:
+            raise config.error("embed_dim", f"a tower's width of {tower.arch.width}")
     return CLIP(
         vision,
-        _text_tower(config.section("text_cfg"), *options),
-        config.integer("embed_dim"),
-        EOS_IS_HIGHEST_ID,
+        text,
+        projection,
+        EOS_IS_HIGHEST_ID if text.causal else None,
         _preprocessing(whole.section("preprocess_cfg", required=False), vision.image_size),
         str(path.parent),
+        logit_bias=config.values.get("init_logit_bias") is not None,
+        clean=_cleaner(text_section.section("tokenizer_kwargs", required=False)),
+        preprocessing_origin=str(path),
     )
+
+
+def _refuse_other_kinds(config: ConfigSection, vision: ConfigSection, text: ConfigSection) -> None:
+    """Raise a ValueError where the configuration is of another kind of model, and say which."""
+    kind, name = None, vision.values.get("timm_model_name")
+    if config.values.get("multimodal_cfg"):
+        kind = "a CoCa model (model_cfg.multimodal_cfg)"
+    elif text.values.get("hf_model_name"):
+        kind = f"a Hugging Face text tower ({text.values['hf_model_name']})"
+    elif name and not _timm_siglip(name):
+        kinds = (kind for start, kind in TIMM_KINDS.items() if str(name).startswith(start))
+        kind = f"{next(kinds, 'another timm')} image tower ({name})"
+    if kind:
+        raise ValueError(f"{config.file}: describes {kind}, which is not supported; {SUPPORTED}")
+
+
+def _cleaner(section: ConfigSection) -> str | None:
+    """How OpenCLIP cleans prompts for this tokenizer, beside mending their characters."""
+    section.check("clean")
+    name = section.values.get("clean") or "whitespace"
+    names = {"canonicalize": "canonicalize", "lower": "lower", "whitespace": None}
+    if name not in names:
+        raise section.error("clean", f"one of {', '.join(names)}")
+    return names[name]
+
+
+def _timm_siglip(name: Any) -> re.Match | None:
+    """The size, patch and image size in the name of one of timm's SigLIP towers."""
+    return re.fullmatch(rf"vit_({'|'.join(TIMM_SIZES)})_patch(\d+)_siglip_(\d+)", str(name))
+
+
+def _timm_tower(section: ConfigSection, compute_dtype: Any, remat: bool) -> VisionTransformer:
+    name = section.values["timm_model_name"]
+    found = _timm_siglip(name)
+    assert found is not None  # other names were refused
+    section.check("timm_model_name", "image_size", timm_pool="map", timm_proj="none")
+    for key, wanted in (("timm_pool", "map"), ("timm_proj", "none")):
+        if section.values.get(key) != wanted:
+            raise section.error(key, repr(wanted))
+    size, patch, image_size = TIMM_SIZES[found[1]], int(found[2]), int(found[3])
+    if section.side("image_size", 224) != image_size:
+        raise section.error("image_size", f"the {image_size} of {name}")
+    arch = Architecture(
+        size.width,
+        int(size.width * size.mlp_ratio),
+        size.heads,
+        size.layers,
+        "gelu_pytorch_tanh" if re.search(TANH_TOWERS, name) else "gelu",
+        1e-6,
+        compute_dtype,
+        remat,
+    )
+    return VisionTransformer(arch, image_size, patch, pre_norm=False, class_token=False)
 
 
 def _vision_tower(
     section: ConfigSection, activation: str, compute_dtype: Any, remat: bool
 ) -> VisionTransformer | ResNet:
+    if section.values.get("timm_model_name"):
+        return _timm_tower(section, compute_dtype, remat)
     known = "image_size", "layers", "width", "head_width", "patch_size", "mlp_ratio"
-    section.check(*known, pool_type="tok", pos_embed_type="learnable")
+    standard = {"pool_type": "tok", "pos_embed_type": "learnable"}
     if isinstance(section.values.get("layers"), list):
+        section.check(*known, **standard)
         return _resnet(section, compute_dtype, remat)
+    section.check(*known, "act_kwargs", "norm_kwargs", **standard)
     size, patch = section.side("image_size", 224), section.side("patch_size", 16)
     if size < patch:
         raise section.error("patch_size", f"at most the image_size of {size}")
@@ -211,7 +317,15 @@ def _text_tower(
     section: ConfigSection, activation: str, compute_dtype: Any, remat: bool
 ) -> TextTransformer:
     known = "context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio"
-    section.check(*known, pool_type="argmax", proj_type="linear")
+    known = *known, "act_kwargs", "norm_kwargs", "no_causal_mask", "proj_bias", "tokenizer_kwargs"
+    causal = not section.values.get("no_causal_mask")
+    pool = "argmax" if causal else "last"
+    projection = section.values.get("proj_type") or "linear"
+    if projection not in ("linear", "none"):
+        raise section.error("proj_type", "linear or none")
+    section.check(*known, "proj_type", pool_type=pool)
+    if not causal and section.values.get("pool_type") != pool:
+        raise section.error("pool_type", repr(pool))
     width, heads = section.integer("width", 512), section.integer("heads", 8)
     if width % heads:
         raise section.error("heads", f"a divisor of the width of {width}")
@@ -219,6 +333,9 @@ def _text_tower(
         _architecture(section, width, heads, activation, compute_dtype, remat),
         section.integer("vocab_size", 49408),
         section.integer("context_length", 77),
+        causal,
+        projection == "linear",
+        bool(section.values.get("proj_bias")),
     )
 
 
@@ -228,14 +345,24 @@ def _architecture(
     ratio = section.values.get("mlp_ratio", 4.0)
     if not _is_number(ratio) or int(width * ratio) < 1:
         raise section.error("mlp_ratio", "a number above 0")
+    norm = section.section("norm_kwargs", required=False)
+    norm.check("eps")
+    epsilon = norm.values.get("eps", 1e-5)
+    if not _is_number(epsilon) or epsilon <= 0:
+        raise norm.error("eps", "a number above 0")
+    if section.values.get("act_kwargs"):
+        if activation != "gelu" or section.values["act_kwargs"] != {"approximate": "tanh"}:
+            raise section.error("act_kwargs", '{"approximate": "tanh"}, without quick_gelu')
+        activation = "gelu_pytorch_tanh"
     return Architecture(
         width,
         int(width * ratio),
         heads,
         section.integer("layers", 12),
         activation,
-        compute_dtype=compute_dtype,
-        remat=remat,
+        epsilon,
+        compute_dtype,
+        remat,
     )
 
 
@@ -249,14 +376,18 @@ def _heads(section: ConfigSection, width: int) -> int:
 
 def _preprocessing(section: ConfigSection, image_size: int) -> Preprocessing:
     section.check("size", "interpolation", "resize_mode", "mean", "std", "fill_color", mode="RGB")
-    if section.side("size", image_size) != image_size:
-        raise section.error("size", f"the model's {image_size}")
+    if not section.values:
+        log.warning("%s: has no preprocess_cfg: OpenCLIP's defaults are taken", section.file)
+    # OpenCLIP too resizes to the model's own size, whatever the setting is.
+    if (size := section.side("size", image_size)) != image_size:
+        log.warning("%s: size is %s, the model's %s is taken", section.file, size, image_size)
     name = section.values.get("interpolation") or "bicubic"
     if name not in FILTERS:
         raise section.error("interpolation", f"one of {', '.join(FILTERS)}")
     square = (image_size, image_size)
     windows: dict[str, tuple[int | tuple[int, int], tuple[int, int] | None]] = {
         "shortest": (image_size, square),
+        "longest": (image_size, square),
         "squash": (square, None),
     }
     mode = section.values.get("resize_mode") or "shortest"
@@ -265,7 +396,19 @@ def _preprocessing(section: ConfigSection, image_size: int) -> Preprocessing:
     mean, std = section.numbers("mean", CLIP_MEAN), section.numbers("std", CLIP_STD)
     if min(std) <= 0:
         raise section.error("std", "numbers above 0")
-    return Preprocessing(image_size, *windows[mode], int(FILTERS[name]), mean, std)
+    fill = section.values.get("fill_color") or 0
+    if not isinstance(fill, int) or not 0 <= fill <= 255:
+        raise section.error("fill_color", "a grey level from 0 to 255")
+    return Preprocessing(
+        image_size,
+        *windows[mode],
+        int(FILTERS[name]),
+        mean,
+        std,
+        rounding="transformers" if windows[mode][1] is None else "torchvision",
+        resize_longer=mode == "longest",
+        fill=fill if mode == "longest" else 0,
+    )
 
 
 def _is_positive_integer(value: Any) -> TypeGuard[int]:
@@ -277,9 +420,10 @@ def _is_number(value: Any) -> bool:
 
 
 Names = tuple[tuple[str, str], ...]
-# `matrix` is a kernel that OpenCLIP has as we have it, not transposed as a layer's is; `joint` are
-# three layers in one. `_split_qkv` knows both.
+# `matrix` is a kernel that OpenCLIP has as we have it, not transposed as a layer's is
+# (`_without_buffers` knows it); `qkv` and `kv` are layers in one (`split_joint`).
 _TEXT_NAMES: Names = (
+    (r"^text\.", ""),  # where the text tower is called custom, whatever it is
     (r"^token_embedding\.weight$", "text_model.embeddings.token_embedding.embedding"),
     (r"^positional_embedding$", "text_model.embeddings.position_embedding.embedding"),
     (r"^transformer\.resblocks\.", "text_model.encoder.layers."),
@@ -288,7 +432,7 @@ _TEXT_NAMES: Names = (
 )
 _BLOCK_NAMES: Names = (
     (r"\.ln_([12])\.", r".layer_norm\1."),
-    (r"\.attn\.in_proj_(weight|bias)$", r".self_attn.joint.\1"),
+    (r"\.attn\.in_proj_(weight|bias)$", r".self_attn.qkv.\1"),
     (r"\.attn\.out_proj\.", ".self_attn.out_proj."),
     (r"\.mlp\.c_fc\.", ".mlp.fc1."),
     (r"\.mlp\.c_proj\.", ".mlp.fc2."),
@@ -303,6 +447,19 @@ _VIT_NAMES: Names = (
     (r"^visual\.ln_post\.", "vision_model.post_layernorm."),
     (r"^visual\.proj$", "visual_projection.matrix"),
     *_BLOCK_NAMES,
+    # timm's
+    (r"^visual\.trunk\.pos_embed$", "vision_model.embeddings.position_embedding.embedding"),
+    (r"^visual\.trunk\.patch_embed\.proj\.", "vision_model.embeddings.patch_embedding."),
+    (r"^visual\.trunk\.norm\.", "vision_model.post_layernorm."),
+    (r"^visual\.trunk\.attn_pool\.latent$", "vision_model.head.probe"),
+    (r"^visual\.trunk\.attn_pool\.(norm|mlp)\b", r"vision_model.head.\1"),
+    (r"^visual\.trunk\.attn_pool\.", "vision_model.head.attention."),
+    (r"\.head\.norm\.", ".head.layernorm."),
+    (r"^visual\.trunk\.blocks\.(\d+)\.norm", r"vision_model.encoder.layers.\1.layer_norm"),
+    (r"^visual\.trunk\.blocks\.(\d+)\.attn\.", r"vision_model.encoder.layers.\1.self_attn."),
+    (r"^visual\.trunk\.blocks\.", "vision_model.encoder.layers."),
+    (r"\.(self_attn|attention)\.proj\.", r".\1.out_proj."),
+    (r"\.attention\.q\.", ".attention.q_proj."),
 )
 _RESNET_NAMES: Names = (
     *_TEXT_NAMES,
@@ -330,19 +487,8 @@ def _path(name: str, table: Names) -> tuple[str, ...]:
     return (*layers, _LEAVES.get(leaf, leaf))
 
 
-def _split_qkv(
-    entries: Iterable[tuple[tuple[str, ...], np.ndarray]],
-) -> Iterator[tuple[tuple[str, ...], np.ndarray]]:
-    """Take queries, keys and values apart, and leave buffers out."""
+def _without_buffers(entries: NamedArrays) -> NamedArrays:
+    """Leave buffers out, and call the kernels kernels that were not to be transposed."""
     for path, array in entries:
-        if path[-1] in _BUFFERS:
-            continue
-        if path[-1] == "matrix":
-            yield (*path[:-1], "kernel"), array
-        elif "joint" in path and array.ndim:
-            # Sizes that three do not divide come out uneven, and are reported as such.
-            parts = np.array_split(array, 3, axis=-1)
-            for name, part in zip(("q_proj", "k_proj", "v_proj"), parts, strict=True):
-                yield (*path[:-2], name, path[-1]), part
-        else:
-            yield path, array
+        if path[-1] not in _BUFFERS:
+            yield (*path[:-1], "kernel") if path[-1] == "matrix" else path, array

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -15,18 +16,22 @@ from jaxtta.models.checkpoints.files import (
     TOKENIZER_FILES,
     map_kernel,
     match_parameters,
+    naming,
     read_config,
     read_weights,
 )
+from jaxtta.models.checkpoints.preprocessing import processor_settings, read_preprocessing
 from jaxtta.models.classifier import Params
 from jaxtta.models.clip import CLIP
-from jaxtta.models.preprocess import Preprocessing, read_preprocessing
+from jaxtta.models.preprocess import Preprocessing
 from jaxtta.models.text import TextTransformer
 from jaxtta.models.transformer import ACTIVATIONS, Architecture
 from jaxtta.models.vit import VisionTransformer
 
 if TYPE_CHECKING:  # transformers is imported where it is used: it brings PyTorch along
     from transformers import CLIPConfig
+
+log = logging.getLogger(__name__)
 
 
 def load_folder(folder: Path, dtype: Any, compute_dtype: Any, remat: bool) -> tuple[CLIP, Params]:
@@ -50,12 +55,12 @@ def load_folder(folder: Path, dtype: Any, compute_dtype: Any, remat: bool) -> tu
     from transformers import CLIPConfig
 
     config = read_config(folder, CLIPConfig)
-    model = from_config(config, compute_dtype=compute_dtype, remat=remat)
-    settings = folder / "preprocessor_config.json"
-    preprocessing = read_preprocessing(
-        settings if settings.exists() else None, model.preprocessing.image_size
+    with naming(folder / "config.json"):
+        model = from_config(config, compute_dtype=compute_dtype, remat=remat)
+    preprocessing, origin = read_preprocessing(folder, model.preprocessing)
+    model = dataclasses.replace(
+        model, preprocessing=preprocessing, preprocessing_origin=origin, source=str(folder)
     )
-    model = dataclasses.replace(model, preprocessing=preprocessing, source=str(folder))
     shapes = flatten_dict(jax.eval_shape(model.init, jax.random.key(0)))
     names = {_torch_name(path): path for path in shapes}
     weights, entries = read_weights(folder, lambda name: names.get(name, tuple(name.split("."))))
@@ -78,17 +83,17 @@ def from_config(config: "CLIPConfig", *, compute_dtype: Any = None, remat: bool 
     """
     values = cast(Any, config)  # its annotations allow None and lists where CLIP has numbers
     vision, text = values.vision_config, values.text_config
-    size = vision.image_size
+    size = square_side(vision, "image_size")
     options = compute_dtype, remat
     return CLIP(
         vision_tower(vision, "vision_config", *options),
         TextTransformer(
-            _architecture(text, "text_config", *options),
+            architecture(text, "text_config", *options),
             text.vocab_size,
             text.max_position_embeddings,
         ),
         values.projection_dim,
-        text.eos_token_id,
+        _end_of_text(text),
         Preprocessing(size, size, (size, size)),
     )
 
@@ -111,15 +116,44 @@ def vision_tower(
     Raises:
         ValueError: if the activation is unknown or the sizes do not fit each other.
     """
-    if config.image_size < config.patch_size:
-        raise ValueError(
-            f"an image size of {config.image_size} is smaller than a patch of {config.patch_size}"
-        )
-    arch = _architecture(config, name, compute_dtype, remat)
-    return VisionTransformer(arch, config.image_size, config.patch_size, pre_norm)
+    size, patch = square_side(config, "image_size"), square_side(config, "patch_size")
+    if size < patch:
+        raise ValueError(f"an image size of {size} is smaller than a patch of {patch}")
+    arch = architecture(config, name, compute_dtype, remat)
+    return VisionTransformer(arch, size, patch, pre_norm)
 
 
-def _architecture(tower: Any, name: str, compute_dtype: Any, remat: bool) -> Architecture:
+def square_side(config: Any, key: str) -> int:
+    """A side in pixels, which a configuration may write as (height, width).
+
+    Args:
+        config: of a tower.
+        key: the setting.
+
+    Returns:
+        The side.
+
+    Raises:
+        ValueError: if it is no square's.
+    """
+    value = getattr(config, key)
+    sides = {*value} if isinstance(value, list | tuple) else {value}
+    if len(sides) != 1 or not isinstance(side := sides.pop(), int) or side < 1:
+        raise ValueError(f"{key} is {value!r}, expected the side of a square in pixels")
+    return side
+
+
+def _end_of_text(text: Any) -> int:
+    value = text.eos_token_id
+    if isinstance(value, list | tuple) and len(value) == 1:
+        value = value[0]
+    if not isinstance(value, int):
+        raise ValueError(f"text_config.eos_token_id is {value!r}, expected one token id")
+    return value
+
+
+def architecture(tower: Any, name: str, compute_dtype: Any, remat: bool = False) -> Architecture:
+    """Read what a tower's blocks look like; arguments and errors are `vision_tower`'s."""
     if tower.hidden_act not in ACTIVATIONS:
         raise ValueError(
             f"{name}.hidden_act is {tower.hidden_act!r}, known are {', '.join(ACTIVATIONS)}"
@@ -150,7 +184,8 @@ def save(folder: str | Path, model: CLIP, params: Params) -> None:
         params: the parameter tree.
 
     Raises:
-        ValueError: if the image tower is a ResNet, which transformers' CLIP has not.
+        ValueError: if the model is SigLIP or its image tower a ResNet, which transformers' CLIP has
+            not, or its image processor cannot do the model's preprocessing.
     """
     from transformers import CLIPConfig
 
@@ -159,9 +194,24 @@ def save(folder: str | Path, model: CLIP, params: Params) -> None:
             f"{folder}: a {type(model.vision).__name__} image tower cannot be saved as a "
             "transformers checkpoint"
         )
+    text = model.text
+    plain = text.causal and text.has_projection and not text.projection_bias
+    if not plain or model.logit_bias or not model.vision.class_token:
+        raise ValueError(
+            f"{folder}: SigLIP, and CLIP with a bias on its logits or another text projection, "
+            "cannot be saved as a transformers checkpoint"
+        )
+    try:
+        settings = processor_settings(model.preprocessing)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+    if model.preprocessing.rounding != "transformers" and model.preprocessing.crop is not None:
+        log.warning(
+            "%s: transformers crops images of some sizes one pixel beside OpenCLIP's centre", folder
+        )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    vision, text = model.vision, model.text
+    vision = model.vision
     config = CLIPConfig(
         projection_dim=model.projection,
         vision_config={
@@ -182,24 +232,9 @@ def save(folder: str | Path, model: CLIP, params: Params) -> None:
         architectures=["CLIPModel"],
     )
     config.save_pretrained(folder)
-    side = model.preprocessing.resize
-    settings = {
-        "image_processor_type": "CLIPImageProcessor",
-        "do_convert_rgb": True,
-        "do_resize": side is not None,
-        "size": {"shortest_edge": side}
-        if isinstance(side, int)
-        else dict(zip(("height", "width"), side or (), strict=False)),
-        "resample": model.preprocessing.resample,
-        "do_center_crop": model.preprocessing.crop is not None,
-        "crop_size": dict(zip(("height", "width"), model.preprocessing.crop or (), strict=False)),
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": model.preprocessing.mean,
-        "image_std": model.preprocessing.std,
-    }
     (folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=2))
+    # transformers 5 would take another one's settings from there.
+    (folder / "processor_config.json").unlink(missing_ok=True)
     source = Path(model.source).resolve() if model.source else folder.resolve()
     for name in TOKENIZER_FILES:
         if source != folder.resolve() and (source / name).exists():

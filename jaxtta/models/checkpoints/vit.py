@@ -10,16 +10,21 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from PIL import Image
 
-from jaxtta.models.checkpoints.files import WEIGHTS, match_parameters, read_config, read_weights
-from jaxtta.models.checkpoints.transformers import vision_tower
+from jaxtta.models.checkpoints.files import (
+    WEIGHTS,
+    match_parameters,
+    naming,
+    read_config,
+    read_weights,
+)
+from jaxtta.models.checkpoints.preprocessing import read_preprocessing
+from jaxtta.models.checkpoints.transformers import square_side, vision_tower
 from jaxtta.models.classifier import Params
-from jaxtta.models.preprocess import Preprocessing, read_preprocessing
+from jaxtta.models.preprocess import HALF_MEAN, Preprocessing
 from jaxtta.models.supervised import ImageClassifier
 
 if TYPE_CHECKING:
     from transformers import ViTConfig
-
-HALF_MEAN = (0.5, 0.5, 0.5)  # these checkpoints' mean and std, unless they say otherwise
 
 
 def load_folder(
@@ -44,11 +49,10 @@ def load_folder(
     from transformers import ViTConfig
 
     config = read_config(folder, ViTConfig)
-    model = from_config(config, compute_dtype=compute_dtype, remat=remat)
-    settings = folder / "preprocessor_config.json"
-    if settings.exists():
-        preprocessing = read_preprocessing(settings, config.image_size, crop=False)
-        model = dataclasses.replace(model, preprocessing=preprocessing)
+    with naming(folder / "config.json"):
+        model = from_config(config, compute_dtype=compute_dtype, remat=remat)
+    preprocessing, origin = read_preprocessing(folder, model.preprocessing, "ViTImageProcessor")
+    model = dataclasses.replace(model, preprocessing=preprocessing, preprocessing_origin=origin)
     weights, entries = read_weights(folder, _path, WEIGHTS[:2])
     found = dict(entries)
     bias = found.pop((*_EMBEDDINGS, "patch_embedding", "bias"), None)
@@ -79,11 +83,11 @@ def from_config(
         ValueError: if the activation is unknown or the sizes do not fit each other.
     """
     if not config.qkv_bias:
-        raise ValueError("config.json: qkv_bias is false, expected true")
+        raise ValueError("qkv_bias is false, expected true")
     values = cast(Any, config)  # its annotations allow None and lists where ViT has neither
-    side, names = values.image_size, values.id2label
+    side, names = square_side(values, "image_size"), values.id2label
     return ImageClassifier(
-        vision_tower(config, "config.json", compute_dtype, remat, pre_norm=False),
+        vision_tower(config, "the configuration", compute_dtype, remat, pre_norm=False),
         tuple(names[number] for number in sorted(names)),
         Preprocessing(
             side, (side, side), None, int(Image.Resampling.BILINEAR), HALF_MEAN, HALF_MEAN

@@ -1,0 +1,116 @@
+"""Reading SigLIP checkpoints of transformers, and those of SigLIP 2 with images of a fixed size."""
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import jax
+from flax.traverse_util import flatten_dict
+
+from jaxtta.models.checkpoints.files import (
+    WEIGHTS,
+    drop_leading_axes,
+    match_parameters,
+    read_config,
+    read_weights,
+    split_joint,
+)
+from jaxtta.models.checkpoints.preprocessing import read_preprocessing
+from jaxtta.models.checkpoints.transformers import architecture, vision_tower
+from jaxtta.models.classifier import Params
+from jaxtta.models.clip import CLIP
+from jaxtta.models.preprocess import HALF_MEAN, Preprocessing
+from jaxtta.models.text import TextTransformer
+
+if TYPE_CHECKING:
+    from transformers import SiglipConfig
+
+
+def load_folder(folder: Path, dtype: Any, compute_dtype: Any, remat: bool) -> tuple[CLIP, Params]:
+    """Load a SigLIP checkpoint of transformers; `jaxtta.load` calls this.
+
+    Args:
+        folder: with `config.json` and `model.safetensors` (single or sharded).
+        dtype: of the parameters.
+        compute_dtype: of the matrix products; None for that of the parameters.
+        remat: recompute each block's activations in the backward pass.
+
+    Returns:
+        The model and its parameter tree.
+
+    Raises:
+        FileNotFoundError: if a file is missing.
+        ValueError: if the configuration is not SigLIP's, or a parameter is missing or has another
+            shape.
+    """
+    from transformers import SiglipConfig
+
+    config = read_config(folder, SiglipConfig)
+    model = from_config(config, compute_dtype=compute_dtype, remat=remat)
+    found, origin = read_preprocessing(folder, model.preprocessing, "SiglipImageProcessor")
+    model = dataclasses.replace(
+        model, preprocessing=found, preprocessing_origin=origin, source=str(folder)
+    )
+    weights, entries = read_weights(folder, _path, WEIGHTS[:2])
+    shapes = flatten_dict(jax.eval_shape(model.init, jax.random.key(0)))
+    entries = drop_leading_axes(split_joint(entries), shapes)
+    return model, match_parameters(entries, shapes, weights, dtype)
+
+
+def from_config(config: "SiglipConfig", *, compute_dtype: Any = None, remat: bool = False) -> CLIP:
+    """Make a model of a transformers configuration; `model.init(key)` draws its parameters.
+
+    Args:
+        config: the configuration.
+        compute_dtype: of the matrix products; None for that of the parameters.
+        remat: recompute each block's activations in the backward pass.
+
+    Returns:
+        The model, without tokenizer.
+
+    Raises:
+        ValueError: if the activation is unknown, the sizes do not fit each other or the image tower
+            has no attention pooling.
+    """
+    values = cast(Any, config)  # its annotations allow None and lists where SigLIP has numbers
+    vision, text = values.vision_config, values.text_config
+    if not getattr(vision, "vision_use_head", True):  # transformers 4 sets it only if it is given
+        raise ValueError("vision_config.vision_use_head is false, expected true")
+    if text.projection_size != vision.hidden_size:
+        raise ValueError(
+            f"text_config.projection_size is {text.projection_size}, expected the image tower's "
+            f"hidden_size of {vision.hidden_size}"
+        )
+    options, size = (compute_dtype, remat), vision.image_size
+    return CLIP(
+        vision_tower(vision, "vision_config", *options, pre_norm=False).clone(class_token=False),
+        TextTransformer(
+            architecture(text, "text_config", *options),
+            text.vocab_size,
+            text.max_position_embeddings,
+            causal=False,
+            projection_bias=True,
+        ),
+        text.projection_size,
+        None,
+        Preprocessing(size, (size, size), mean=HALF_MEAN, std=HALF_MEAN),
+        logit_bias=True,
+        clean="siglip",
+    )
+
+
+_NAMES = (
+    (r"^text_model\.head\.", "text_projection."),
+    (r"\.head\.attention\.in_proj_", ".head.attention.qkv."),
+    (r"(token|position)_embedding\.weight$", r"\1_embedding.embedding"),
+    (r"norm(\d?)\.weight$", r"norm\1.scale"),
+    (r"\.weight$", ".kernel"),
+)
+
+
+def _path(name: str) -> tuple[str, ...]:
+    """Our path for a parameter of theirs."""
+    for pattern, ours in _NAMES:
+        name = re.sub(pattern, ours, name)
+    return tuple(name.split("."))

@@ -1,0 +1,364 @@
+"""Files and folders as other systems, tools and people leave them among images."""
+
+import logging
+import os
+import shutil
+import unicodedata
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from jaxtta import data, images
+from jaxtta.models.preprocess import Preprocessing
+
+PREPROCESS = Preprocessing(32, 32, (32, 32))
+CLEAN = data.Domain("clean")
+PIXELS = np.random.default_rng(0).integers(0, 256, (40, 44, 3), np.uint8)
+COLOUR = Image.fromarray(PIXELS)
+NFC, NFD = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two classes with two images each."""
+    for name in ("cat", "dog"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(2):
+            COLOUR.save(tmp_path / "images" / name / f"{i}.png")
+    return tmp_path / "images"
+
+
+@pytest.fixture
+def said(caplog):
+    """What is logged, from WARNING."""
+    caplog.set_level(logging.WARNING)
+    return lambda: [record.getMessage() for record in caplog.records]
+
+
+def listed(folder):
+    found = data.image_folder(folder)
+    return [
+        f"{found.class_names[c]}/{p.name}" for c, p in zip(found.labels, found.files, strict=True)
+    ]
+
+
+PLAIN = ["cat/0.png", "cat/1.png", "dog/0.png", "dog/1.png"]
+SYSTEM = (
+    *(".ipynb_checkpoints", "@eaDir", "__MACOSX", ".git", "#recycle", "lost+found"),
+    *("System Volume Information", "$RECYCLE.BIN"),
+)
+
+
+@pytest.mark.parametrize("name", SYSTEM)
+def test_folders_of_the_system_are_passed_over_in_silence(folder, name, said):
+    for place in (folder, folder / "cat", folder / "dog" / name):
+        shutil.copytree(folder / "cat", place / name)
+    assert listed(folder) == PLAIN
+    assert not said()
+
+
+def test_files_of_the_system_are_passed_over_in_silence(folder, said):
+    for name in (".DS_Store", "._0.png", "Thumbs.db", "desktop.ini", "Icon\r", ".hidden.jpg"):
+        for place in (folder, folder / "cat"):
+            (place / name).write_bytes(b"no image")
+    assert listed(folder) == PLAIN
+    assert not said()
+
+
+def test_other_files_are_counted_and_named_by_suffix(folder, said):
+    (folder / "README.txt").write_text("about the images")
+    COLOUR.save(folder / "alone.png")
+    for name in ("cat/a.HEIC", "dog/b.heic", "cat/c.txt", "cat/d.mp4", "cat/e"):
+        (folder / name).write_bytes(b"")
+    assert listed(folder) == PLAIN
+    assert said() == [
+        f"{folder}: 1 images outside the class folders passed over",
+        f"{folder}: 5 files passed over: 2 .heic, 1 .txt, 1 .mp4, 1 without a suffix",
+    ]
+    (folder / "eel").mkdir()
+    (folder / "eel" / "1.dng").write_bytes(b"")
+    with pytest.raises(
+        ValueError, match=r"eel: class folder without images, it has 1 \.dng, which"
+    ):
+        data.image_folder(folder)
+
+
+def test_every_suffix_counts_in_any_case(folder, said):
+    for suffix in images.SUFFIXES:
+        shutil.copy(folder / "cat" / "0.png", folder / "dog" / f"x{suffix}")
+        shutil.copy(folder / "cat" / "0.png", folder / "dog" / f"y{suffix.upper()}")
+    assert len(listed(folder)) == 4 + 2 * len(images.SUFFIXES)
+    assert not said()
+
+
+def test_a_folder_named_like_an_image_is_a_folder(folder):
+    (folder / "cat" / "2.png").mkdir()
+    shutil.copy(folder / "dog" / "0.png", folder / "cat" / "2.png" / "inside.png")
+    assert listed(folder) == ["cat/0.png", "cat/1.png", "cat/inside.png", "dog/0.png", "dog/1.png"]
+
+
+def test_images_in_sub_folders_are_said(folder, said):
+    shutil.copytree(folder / "cat", folder / "cat" / "morning")
+    assert len(listed(folder)) == 6
+    assert said() == [
+        f"{folder}: 2 of 6 images lie in sub-folders of the class folders, such as "
+        f"{folder / 'cat' / 'morning'}, and are of the class folder's class; if they are "
+        "the classes, give the folder that holds them"
+    ]
+
+
+def test_links_are_followed_once(folder, tmp_path, said):
+    shutil.move(folder / "dog", tmp_path / "elsewhere")
+    (folder / "dog").symlink_to(tmp_path / "elsewhere")
+    (folder / "cat" / "all").symlink_to(folder)
+    (folder / "cat" / "self").symlink_to(folder / "cat")
+    (folder / "dog" / "0b.png").symlink_to(folder / "dog" / "0.png")
+    assert listed(folder) == [*PLAIN[:3], "dog/0b.png", "dog/1.png"]
+    assert not said()
+
+
+def test_broken_links_are_unreadable_images(folder):
+    (folder / "cat" / "2.png").symlink_to(folder / "gone.png")
+    (folder / "cat" / "3.png").symlink_to("3.png")  # to itself
+    (folder / "eel").symlink_to(folder / "gone")
+    source = data.open_source("folder", folder, PREPROCESS)
+    assert source.class_names == ("cat", "dog")
+    assert list(source.labels) == [0, 0, 0, 0, 1, 1]
+    for number in (2, 3):
+        with pytest.raises(data.UnreadableImageError, match=rf"cat/{number}\.png: cannot be dec"):
+            source.read(CLEAN, number, 0)
+
+
+def test_a_pipe_is_no_image(folder):
+    os.mkfifo(folder / "cat" / "2.png")
+    assert listed(folder) == PLAIN
+
+
+def test_names_in_either_unicode_form_are_the_same(folder, tmp_path, said):
+    (folder / "cat").rename(folder / NFD)
+    assert data.image_folder(folder).class_names == (NFC, "dog")
+    (tmp_path / "names.json").write_text(f'{{"{NFC}": "a café", "dog": "{NFD} dog"}}')
+    for folders in ((NFC, "dog"), (NFD, "dog")):
+        names = data.read_class_names(tmp_path / "names.json", folders)
+        assert names == ("a café", f"{NFC} dog")
+    (folder / "captions.csv").write_text(f"file,caption\n{NFC}/0.png,{NFD}\ndog/0.png,dog\n")
+    assert data.captioned_folder(folder).class_names == (NFC, "dog")
+    (folder / NFC).mkdir()
+    with pytest.raises(ValueError, match="two class folders have this name, in two Unicode forms"):
+        data.image_folder(folder)
+
+
+ODD_NAMES = (
+    "with space.png",
+    "a 'quoted\" one.png",
+    "line\nbreak.png",
+    "caf\udce9.png",
+    "%s {}.png",
+)
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_file_names_may_hold_anything(folder, name):
+    COLOUR.save(folder / "cat" / "2.png")
+    (folder / "cat" / "2.png").rename(folder / "cat" / name)
+    source = data.open_source("folder", folder, PREPROCESS)
+    number = next(n for n, file in enumerate(source.images.files) if file.name == name)
+    np.testing.assert_array_equal(source.read(CLEAN, number, 0), PREPROCESS(COLOUR))
+    (folder / "cat" / name).write_bytes(b"broken")
+    with pytest.raises(data.UnreadableImageError) as raised:
+        source.read(CLEAN, number, 0)
+    for text in (str(raised.value), source.name(CLEAN, number)):
+        assert "\n" not in text
+        text.encode()  # as it is printed
+
+
+def test_a_class_folder_whose_name_is_no_text_needs_class_names(folder):
+    (folder / "cat").rename(folder / "caf\udce9")
+    with pytest.raises(ValueError, match=r"class folder caf\\xe9 has a name that is no text: set"):
+        data.open_source("folder", folder, PREPROCESS)
+    source = data.open_source("folder", folder, PREPROCESS, ["a cat", "a dog"])
+    assert source.class_names == ("a cat", "a dog")
+
+
+TEXTS = {
+    "plain": lambda text: text.encode(),
+    "byte-order mark": lambda text: text.encode("utf-8-sig"),
+    "CRLF": lambda text: text.replace("\n", "\r\n").encode(),
+    "old Mac": lambda text: text.replace("\n", "\r").encode(),
+    "blank lines at the end": lambda text: f"{text}\n \n\n".encode(),
+}
+NAMES = {
+    "names.txt": "cat’s\ncafé\n",
+    "list.json": '["cat’s",\n"café"]\n',
+    "object.json": '{"dog": "café",\n"cat": "cat’s"}\n',
+    "upper.TXT": "cat’s\ncafé\n",
+}
+
+
+@pytest.mark.parametrize("how", TEXTS)
+@pytest.mark.parametrize("name", NAMES)
+def test_class_names_in_every_kind_of_utf8(tmp_path, how, name):
+    (tmp_path / name).write_bytes(TEXTS[how](NAMES[name]))
+    names = data.given_class_names([str(tmp_path / name)], ["cat", "dog"])
+    assert names == ("cat’s", "café")
+
+
+@pytest.mark.parametrize("how", TEXTS)
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_captions_in_every_kind_of_utf8(folder, how, separator):
+    text = "file,caption\ncat/0.png,cat’s\ndog/0.png,café\n,\n".replace(",", separator)
+    (folder / "captions.csv").write_bytes(TEXTS[how](text))
+    assert data.captioned_folder(folder).class_names == ("café", "cat’s")
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "utf-16"])
+def test_other_encodings_are_refused_with_the_files_name(folder, tmp_path, encoding):
+    path = folder / "captions.csv"
+    path.write_bytes("file,caption\ncat/0.png,café\n".encode(encoding))
+    with pytest.raises(ValueError, match=r"captions\.csv: is not UTF-8 text .*, save it as UTF-8"):
+        data.captioned_folder(folder)
+    (tmp_path / "names.txt").write_bytes("café\n".encode(encoding))
+    with pytest.raises(ValueError, match=r"names\.txt: is not UTF-8 text .*, save it as UTF-8"):
+        data.read_class_names(tmp_path / "names.txt", ["cat"])
+    (tmp_path / "variants.txt").write_bytes("café\n".encode(encoding))
+    with pytest.raises(ValueError, match=r"variants\.txt: is not UTF-8 text"):
+        data.fgvc_aircraft(tmp_path)
+    (tmp_path / "split.json").write_bytes('{"test": [["a.jpg", 0, "café"]]}'.encode(encoding))
+    with pytest.raises(ValueError, match=r"split\.json: is not UTF-8 text"):
+        data.listed_split(tmp_path / "split.json", tmp_path)
+
+
+def test_lists_of_benchmarks_with_a_byte_order_mark_and_crlf(tmp_path):
+    (tmp_path / "variants.txt").write_bytes(b"\xef\xbb\xbf707-320\r\nF/A-18\r\n\r\n")
+    (tmp_path / "images_variant_test.txt").write_bytes(b"\xef\xbb\xbf1 F/A-18\r\n2 707-320\r\n\r\n")
+    found = data.fgvc_aircraft(tmp_path)
+    assert (found.class_names, [*found.labels]) == (("707-320", "F/A-18"), [1, 0])
+    (tmp_path / "split.json").write_bytes(b'\xef\xbb\xbf{"test": [["a.jpg", 0, "cat"]]}\r\n')
+    assert data.listed_split(tmp_path / "split.json", tmp_path).class_names == ("cat",)
+
+
+def test_an_empty_name_within_a_list_is_refused(tmp_path):
+    (tmp_path / "names.txt").write_text("cat\n\ndog\n")
+    with pytest.raises(ValueError, match=r"names\.txt: name 2 of 3 is empty"):
+        data.read_class_names(tmp_path / "names.txt", [])
+
+
+def test_names_that_a_tokenizer_cannot_tell_apart_are_said(tmp_path, said):
+    (tmp_path / "names.txt").write_text("crane\nmaillot\nCrane \ndog\n")
+    expected = "classes 0 and 2 have the same name (crane, Crane); a tie counts for the first"
+    assert len(data.read_class_names(tmp_path / "names.txt", [])) == 4
+    assert said() == [f"{tmp_path / 'names.txt'}: {expected}"]
+    data.given_class_names(["crane", "maillot", "Crane"])
+    assert said()[1:] == [f"the class names: {expected}"]
+
+
+def turned(path):
+    """Save an image as a phone does: turned, with a tag that says so."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path.parent.mkdir(parents=True, exist_ok=True)
+    COLOUR.transpose(Image.Transpose.ROTATE_90).save(path, "PNG", exif=exif)
+
+
+def test_own_images_are_upright_and_those_of_benchmarks_as_they_are_stored(tmp_path):
+    stored = np.asarray(COLOUR.transpose(Image.Transpose.ROTATE_90))
+    for place in ("own/a", "own/b", "net/n01440764", "net/n01443537", "v2/0", "v2/1"):
+        turned(tmp_path / place / "0.png")
+    for corruption in ("fog", "snow"):
+        shutil.copytree(tmp_path / "net", tmp_path / "net-c" / corruption / "5")
+    (tmp_path / "own" / "captions.csv").write_text("file,caption\na/0.png,cat\nb/0.png,dog\n")
+    (tmp_path / "own" / "split.json").write_text('{"test": [["a/0.png", 0, "cat"]]}')
+    captioned = data.CorruptedOnTheFly(data.captioned_folder(tmp_path / "own"), PREPROCESS)
+    split = data.listed_split(tmp_path / "own" / "split.json", tmp_path / "own")
+    for source, expected in (
+        (data.open_source("folder", tmp_path / "own", PREPROCESS), PIXELS),
+        (captioned, PIXELS),
+        (data.open_source("imagenet", tmp_path / "net", PREPROCESS), stored),
+        (data.open_source("imagenet-v2", tmp_path / "v2", PREPROCESS), stored),
+        (data.open_source("imagenet-c", tmp_path / "net-c", PREPROCESS), stored),
+        (data.CorruptedOnTheFly(split, PREPROCESS), stored),
+    ):
+        domain = data.Domain("fog", 5) if isinstance(source, data.CorruptedFolders) else CLEAN
+        read = source.read_both(domain, 0, 0)
+        np.testing.assert_array_equal(read[1], expected)
+        np.testing.assert_array_equal(read[0], PREPROCESS(Image.fromarray(expected)))
+
+
+def write_everything(root):
+    """Two classes with every odd file that can be read, beside those that cannot be."""
+    for name in ("a cat", NFD):
+        (root / name).mkdir(parents=True)
+    cat, cafe = root / "a cat", root / NFD
+    grey = COLOUR.convert("L")
+    layer = COLOUR.copy()
+    layer.putalpha(grey)
+    deep = np.asarray(grey).astype(np.uint16) * 257
+    for number, (image, suffix, options) in enumerate(
+        (
+            *(
+                (COLOUR, suffix, {})
+                for suffix in (".JPG", ".jfif", ".webp", ".jp2", ".bmp", ".tga")
+            ),
+            *((COLOUR.convert("CMYK"), suffix, {}) for suffix in (".jpg", ".tif")),
+            *((Image.fromarray(deep), suffix, {}) for suffix in (".png", ".tif")),
+            (Image.fromarray(deep.astype(np.int32)), ".tif", {}),
+            (Image.fromarray((deep / 65535).astype(np.float32)), ".tif", {}),
+            (layer, ".png", {}),
+            (layer.convert("LA"), ".png", {}),
+            (COLOUR.quantize(8), ".png", {"transparency": 0}),
+            (grey.convert("1"), ".png", {}),
+            (COLOUR, ".gif", {"save_all": True, "append_images": [grey]}),
+            (COLOUR, ".png", {"save_all": True, "append_images": [grey.convert("RGB")]}),
+            (COLOUR, ".tif", {"save_all": True, "append_images": [grey]}),
+        )
+    ):
+        image.save(cat / f"{number}{suffix}", **options)
+    readable = number + 1
+    turned(cat / "phone.png")
+    (cat / "link.png").symlink_to(cat / "phone.png")
+    for name in ODD_NAMES:
+        shutil.copy(cat / "phone.png", cafe / name)
+    shutil.copytree(cat, root / "__MACOSX" / "a cat")
+    shutil.copytree(cat, cat / "@eaDir" / "0.JPG")
+    shutil.copytree(cat, cafe / ".ipynb_checkpoints")
+    (cafe / "more.png").mkdir()
+    shutil.copy(cat / "phone.png", cafe / "more.png" / "1.PNG")
+    (cafe / "round").symlink_to(root)
+    for name in (
+        ".DS_Store",
+        "Thumbs.db",
+        "desktop.ini",
+        "._phone.png",
+        "a.heic",
+        "b.cr2",
+        "c.txt",
+    ):
+        (cat / name).write_bytes(b"no image")
+    (cafe / "gone.png").symlink_to(root / "nowhere.png")
+    (cafe / "empty.png").write_bytes(b"")
+    (cafe / "short\udcff.jpg").write_bytes((cat / "0.JPG").read_bytes()[:-99])
+    Image.fromarray(np.full((40, 40), np.nan, np.float32)).save(cafe / "nan.tif")
+    Image.fromarray(np.full((40, 40), -5, np.int32)).save(cafe / "negative.tif")
+    return {"a cat": readable + 2, NFC: len(ODD_NAMES) + 1}
+
+
+def test_a_folder_with_one_of_everything(tmp_path, said):
+    expected = write_everything(tmp_path / "images")
+    source = data.open_source("folder", tmp_path / "images", PREPROCESS)
+    assert source.class_names == ("a cat", NFC)
+    assert said() == [
+        f"{tmp_path / 'images'}: 3 files passed over: 1 .heic, 1 .cr2, 1 .txt",
+        f"{tmp_path / 'images'}: 1 of {len(source.labels)} images lie in sub-folders of the class "
+        f"folders, such as {tmp_path / 'images' / NFD / 'more.png'}, and are of the class folder's "
+        "class; if they are the classes, give the folder that holds them",
+    ]
+    streams = data.make_streams("continual", ("clean",), (0,), source.labels, order="stored")
+    (batch,) = data.Batches(source, tuple(streams), len(source.labels))
+    read = batch.mask
+    counts = np.bincount(source.labels[batch.source_index[read]])
+    assert dict(zip(source.class_names, counts, strict=True)) == expected
+    assert [source.name(CLEAN, number).split("/")[-1] for number in np.flatnonzero(~read)] == [
+        *("empty.png", "gone.png", "nan.tif", "negative.tif", r"short\xff.jpg")
+    ]
+    assert (batch.images[read].std((1, 2, 3)) > 5).all()  # none is black or white
