@@ -39,6 +39,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import os
 import sys
 import time
 import zlib
@@ -54,8 +55,10 @@ from tqdm import tqdm
 import jaxtta
 from jaxtta import assets, cli, data, diagnose, evaluate, io, losses, report
 from jaxtta.adapters import TNTConfig
-from jaxtta.data.folders import SUFFIXES, list_folders
+from jaxtta.data.folders import list_folders
+from jaxtta.data.recognise import entries_of, is_folder
 from jaxtta.data.sources import read_labels
+from jaxtta.data.text import nfc, read_text
 from jaxtta.evaluate.figures import (
     Answers,
     Features,
@@ -75,6 +78,7 @@ from jaxtta.evaluate.figures import (
     space_figures,
 )
 from jaxtta.evaluate.run import peak_memory_gb
+from jaxtta.images import SUFFIXES, printable
 from jaxtta.report.diagnosis import Report, diagnosis_report, field_report, some, write_diagnosis
 
 PUBLISHED = "published"
@@ -183,7 +187,11 @@ def main(options: Options) -> None:
         return
     found, report = (check_field if options.field else compare_models)(options)
     settings = json.loads(json.dumps(dataclasses.asdict(options), default=str))
-    found |= {"settings": settings, "about": evaluate.about(data=options.data)}
+    preprocessing = "; ".join(
+        f"{name}: {figures['preprocessing']}" for name, figures in found["models"].items()
+    )
+    about = evaluate.about(data=options.data, preprocessing=preprocessing)
+    found |= {"settings": settings, "about": about}
     io.write_json(options.output / "result.json", found)
     title = f"Field check of {options.field.resolve().name}" if options.field else "Diagnosis"
     write_diagnosis(options.output, f"{title}: {', '.join(found['models'])}", report, found)
@@ -232,6 +240,11 @@ def models_of(options: Options) -> Iterator[Model]:
             nothing = np.zeros((1, model.clip.projection))
             diagnose.outlier_stats(nothing, threshold=options.outlier_threshold)
         yield model
+
+
+def preprocessing_of(model: Model) -> str:
+    """What the model's images go through, and where that was read."""
+    return jaxtta.models.describe_preprocessing(model.clip).removeprefix("preprocessing: ")
 
 
 def names_for(options: Options, layout: str, root: str) -> tuple[str, ...]:
@@ -372,7 +385,7 @@ def points_of(options: Options) -> Sequence[tuple[float, float]]:
 
 def diagnose_one(options: Options, model: Model) -> tuple[Found, np.ndarray]:
     """All metrics of one model, and its features of the base set."""
-    found: Found = {"sets": {}}
+    found: Found = {"preprocessing": preprocessing_of(model), "sets": {}}
     chosen = {"threshold": options.outlier_threshold}
     chosen |= {"detectors": options.detectors, "precision": options.precision}
     for layout, (source, streams) in sets_of(options, model):
@@ -444,11 +457,17 @@ def open_field(options: Options) -> data.ImageFolder:
     root = options.field
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: no such folder")
-    entries = [path for path in sorted(root.iterdir()) if not path.name.startswith(".")]
-    labelled = any(path.is_dir() for path in entries)
-    lone = [path.name for path in entries if path.suffix.lower() in SUFFIXES and path.is_file()]
+    entries = [*entries_of(root)]
+    labelled = any(map(is_folder, entries))
+    lone = sorted(
+        entry.name
+        for entry in entries
+        if entry.name.lower().endswith(SUFFIXES) and not is_folder(entry)
+    )
     if labelled and lone:
-        raise ValueError(f"{root}: has images outside the class folders, such as {lone[0]}")
+        raise ValueError(
+            f"{root}: has images outside the class folders, such as {printable(lone[0])}"
+        )
     if not labelled and not lone:
         raise ValueError(f"{root}: folder without images")
     listed = data.image_folder(root) if labelled else list_folders(root, [root], [root.name])
@@ -477,25 +496,24 @@ def open_field(options: Options) -> data.ImageFolder:
 
 def read_labels_of(path: Path, listed: data.ImageFolder, classes: Sequence[str]) -> np.ndarray:
     """Labels (images,) from a .csv, -1 for images not in it."""
-    places = {str(file.relative_to(listed.root)): n for n, file in enumerate(listed.files)}
-    labels = np.full(len(places), -1, np.int32)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    with path.open(newline="", encoding="utf-8-sig") as lines:  # a BOM is allowed
-        rows = csv.DictReader(lines)
-        if not {"image", "class"} <= set(rows.fieldnames or ()):
-            raise ValueError(f"{path}: has no columns image and class")
-        for row in rows:
-            image, name, line = row["image"], row["class"], f"{path}: line {rows.line_num}"
-            if image not in places:
-                raise ValueError(f"{line} names {image!r}, which is not an image in {listed.root}")
-            if name not in classes:
-                raise ValueError(
-                    f"{line} has class {name!r}, which is not one of --class-names, {some(classes)}"
-                )
-            if labels[places[image]] >= 0:
-                raise ValueError(f"{line} names {image!r} again")
-            labels[places[image]] = classes.index(name)
+    places = {nfc(str(file.relative_to(listed.root))): n for n, file in enumerate(listed.files)}
+    labels = np.full(len(listed.files), -1, np.int32)
+    lines = read_text(path).splitlines()
+    rows = csv.DictReader(lines, delimiter=max(",;\t", key="".join(lines[:1]).count))
+    if not {"image", "class"} <= set(rows.fieldnames or ()):
+        raise ValueError(f"{path}: has no columns image and class")
+    for row in rows:
+        image, name = (nfc(row[column] or "").strip() for column in ("image", "class"))
+        line = f"{path}: line {rows.line_num}"
+        if image not in places:
+            raise ValueError(f"{line} names {image!r}, which is not an image in {listed.root}")
+        if name not in classes:
+            raise ValueError(
+                f"{line} has class {name!r}, which is not one of --class-names, {some(classes)}"
+            )
+        if labels[places[image]] >= 0:
+            raise ValueError(f"{line} names {image!r} again")
+        labels[places[image]] = classes.index(name)
     if (labels < 0).all():
         raise ValueError(f"{path}: lists no image")
     return labels
@@ -521,7 +539,8 @@ def check_one(
     with error_context(options.field):
         task = task_of(options, model, listed.class_names, "folder")
     head, scale = head_of(model, task), jnp.exp(model.params["logit_scale"])
-    found, features, logits = {"classes": [*listed.class_names]}, {}, {}
+    found, features, logits = {"preprocessing": preprocessing_of(model)}, {}, {}
+    found["classes"] = [*listed.class_names]
     for key, each in sets.items():
         (features[key],) = read(options, model, each)
         logits[key] = scale * logits_of(features[key].rows, head)
@@ -582,11 +601,11 @@ def try_adapters(
     canvas = data.canvas_for(source, streams[0].segments[0]) if cutting else None
     batches = data.Batches(source, tuple(streams), size, canvas)
     settings = {"batch_size": size, "limit": options.limit, "preset": options.preset}
-    files = "".join(str(file.relative_to(listed.root)) for file in listed.files)
-    settings["files"] = zlib.crc32(files.encode())
+    files = "\0".join(str(file.relative_to(listed.root)) for file in listed.files)
+    settings["files"] = zlib.crc32(os.fsencode(files))
     results = evaluate.Results(
         options.output / "trial" / model.name.replace("/", "-"),
-        settings | {"templates": options.templates} | evaluate.fingerprints(source, model.params),
+        settings | evaluate.fingerprints(source, model.params, model.clip, task),
         evaluate.about(model.clip, data=str(options.field), model=model.name),
         {name: evaluate.own_settings(name, setup, None, canvas) for name in options.trial},
     )
