@@ -245,7 +245,7 @@ def edit_config(**changes):
         (spoil_index, FileNotFoundError, "gone.safetensors: named in"),
         (lambda f: (f / "config.json").unlink(), FileNotFoundError, "has no config.json"),
         (lambda f: (f / "config.json").write_text("{"), ValueError, "is not JSON"),
-        (edit_config(model_type="bert"), ValueError, "expected 'clip'"),
+        (edit_config(model_type="bert"), ValueError, "supported are clip, siglip, vit"),
         (lambda f: (f / "config.json").write_text("[]"), ValueError, "holds no JSON object"),
         (edit_config(vision_config__hidden_act="selu"), ValueError, "hidden_act is 'selu'"),
         (
