@@ -176,6 +176,18 @@ def spoil_pickle(folder):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
 
 
+def only_a_pickle(folder):
+    for file in folder.iterdir():
+        file.unlink()
+    for name in ("epoch_32.pt", "optimizer.pt", "training_args.bin"):
+        (folder / name).write_bytes(b"weights")
+
+
+def spoil_map(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": 3}}')
+
+
 def spoil_lora(folder):
     (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
@@ -220,6 +232,8 @@ def edit_config(**changes):
     ("spoil", "error", "message"),
     [
         (spoil_pickle, ValueError, r"pickled weights can run code .*`jaxtta convert .*bin OUT`"),
+        (only_a_pickle, ValueError, r"epoch_32.pt: pickled .*`jaxtta convert .*epoch_32.pt OUT`"),
+        (spoil_map, ValueError, "is no index of sharded weights"),
         (spoil_lora, ValueError, r"LoRA adapter .*merge_and_unload\(\)"),
         (spoil_name, FileNotFoundError, "model.fp16.safetensors would be read under the name mod"),
         (edit_config(vision_config__image_size=[32, 48]), ValueError, "config.json: image_size is"),
@@ -267,7 +281,9 @@ def test_bad_checkpoints_are_refused_in_one_sentence(folder, spoil, error, messa
             "it is a name of OpenCLIP's or timm's.* laion/CLIP-ViT-B-32-laion2B-s34B-b79K",
         ),
         ("ViT-B-32/laion2b_s34b_b79k", "it is a name of OpenCLIP's or timm's"),
-        ("ViT-B/32", "it is a name of OpenCLIP's or timm's"),
+        ("ViT-B/16", "it is a name of OpenCLIP's or timm's.* as openai/clip-vit-base-patch16 or"),
+        ("ViT-L/14@336px", "as openai/clip-vit-large-patch14-336 or"),
+        ("ViT-B-16/openai", "as openai/clip-vit-base-patch16 or"),
         ("RN50", "it is a name of OpenCLIP's or timm's"),
         ("RN50x4-quickgelu", "it is a name of OpenCLIP's or timm's"),
         ("vit_base_patch16_clip_224.openai", "it is a name of OpenCLIP's or timm's"),

@@ -115,6 +115,13 @@ def test_what_is_absent_or_null_is_the_processors_default(tmp_path, key):
     assert written(tmp_path, {k: v for k, v in full.items() if k != key})[0] == expected
 
 
+def test_whether_a_number_is_a_square_may_stand_in_the_file(tmp_path):
+    settings = {"size": 48, "crop_size": 48, "default_to_square": None}
+    assert written(tmp_path, settings)[0].resize == 48
+    assert written(tmp_path, settings | {"default_to_square": False})[0].resize == 48
+    assert written(tmp_path, settings | {"default_to_square": True})[0].resize == (48, 48)
+
+
 @pytest.mark.parametrize("given", [0, 1, 2, 3, 4, 5])
 def test_filters_by_number_and_name(tmp_path, given):
     name = Image.Resampling(given).name

@@ -131,8 +131,8 @@ def zero_shot_task(
 
     Args:
         model: a loaded model.
-        class_names: at least two; underscores become spaces. Prompts are mended (`mend_text`), and
-            names that then are the same are logged.
+        class_names: at least two; underscores become spaces. Prompts are cleaned as the model's own
+            tokenizer does (`CLEANERS`), and names that then are the same are logged.
         templates: one or more, each with `{}` where the class name goes; several are averaged.
 
     Returns:
@@ -156,10 +156,10 @@ def zero_shot_task(
     if len(class_names) < 2:
         raise ValueError(f"a task needs at least two classes, not {len(class_names)}")
     names = [name.replace("_", " ").strip() for name in class_names]
-    mended = [mend_text(name) for name in names]
-    if not all(mended):
-        raise ValueError(f"class name {mended.index('')} is empty")
-    _report_equal(names, mended)
+    cleaned = [CLEANERS[model.clean](name) for name in names]
+    if not all(cleaned):
+        raise ValueError(f"class name {cleaned.index('')} is empty")
+    _report_equal(names, cleaned)
     if not templates:
         raise ValueError("a task needs at least one prompt template")
     for template in templates:
@@ -189,10 +189,10 @@ def zero_shot_task(
     return task_from_token_ids(np.reshape(ids, (len(names), len(templates), -1)), names)
 
 
-def _report_equal(names: Sequence[str], mended: Sequence[str]) -> None:
+def _report_equal(names: Sequence[str], cleaned: Sequence[str]) -> None:
     """Log the names that the model cannot tell apart."""
     by_text: dict[str, list[int]] = {}
-    for number, text in enumerate(mended):
+    for number, text in enumerate(cleaned):
         by_text.setdefault(text.lower(), []).append(number)
     same = [
         " and ".join(f"{names[number]!r} ({number})" for number in numbers)

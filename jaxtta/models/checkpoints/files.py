@@ -31,6 +31,7 @@ WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "flax_model.msgp
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors",)
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".bin.index.json")
+_NO_WEIGHTS = ("optimizer", "scheduler", "scaler", "rng_state", "training_args")
 PREPROCESSING_FILES = ("processor_config.json", "preprocessor_config.json")
 """Where the image processor is looked for, as transformers 5 does; 4 writes the second."""
 ADAPTER = "adapter_config.json"
@@ -44,6 +45,13 @@ _OPEN_CLIP_NAME = re.compile(
     r"(?i:ViT|RN\d+|coca|EVA\d*|convnext|MobileCLIP|nllb|roberta|xlm|swin|mt5)([-_x@][^/]*)?"
     r"|(ViT-[A-Za-z]+|RN\d+)([-x@][^/]*)?/.*"
 )
+
+_OPENAI = {
+    "ViT-B-32": "openai/clip-vit-base-patch32",
+    "ViT-B-16": "openai/clip-vit-base-patch16",
+    "ViT-L-14": "openai/clip-vit-large-patch14",
+    "ViT-L-14-336": "openai/clip-vit-large-patch14-336",
+}
 
 log = logging.getLogger(__name__)
 
@@ -128,13 +136,15 @@ def find_folder(path_or_hub_id: str | Path, revision: str | None = None) -> Path
         FileNotFoundError: if there is neither.
         ValueError: if it is a file, or a LoRA adapter.
     """
-    path = Path(path_or_hub_id)
+    path = Path(path_or_hub_id).expanduser()
     if path.is_dir():
         _refuse_adapter(path)
+        if not any((path / name).exists() for name in ("config.json", OPEN_CLIP_CONFIG)):
+            _refuse_pickles(path)
         return path
     if path.is_file():
         raise ValueError(_said_of_file(path))
-    hub_id = str(path_or_hub_id)
+    hub_id = str(path_or_hub_id).rstrip("/")
     hint = _said_of_name(hub_id)
     if hint or not re.fullmatch(r"[\w.-]+/[\w.-]+", hub_id):
         raise FileNotFoundError(
@@ -194,6 +204,18 @@ def _refuse_adapter(folder: Path) -> None:
         )
 
 
+def _refuse_pickles(folder: Path) -> None:
+    """Say how to convert a folder's pickled weights, if it has any."""
+    pickled = [
+        file
+        for file in sorted(folder.iterdir())
+        if file.name.endswith(PICKLE_SUFFIXES) and not file.name.startswith(_NO_WEIGHTS)
+    ]
+    if pickled:  # the index of shards, else the last epoch
+        chosen = max(pickled, key=lambda file: (file.suffix == ".json", file.stat().st_mtime))
+        raise ValueError(f"{chosen}: {_said_of_pickle(chosen)}")
+
+
 def _said_of_file(path: Path) -> str:
     """What to do where a file was given for a folder."""
     if path.name.endswith(PICKLE_SUFFIXES):
@@ -219,11 +241,12 @@ def _said_of_name(name: str) -> str:
         rest = name.removeprefix("https://huggingface.co/").split(":")[-1]
         return f"; give {rest}"
     if _OPEN_CLIP_NAME.fullmatch(name):
+        plain = name.replace("/", "-").replace("@", "-").removesuffix("px").removesuffix("-openai")
+        example = _OPENAI.get(plain, _OPENAI["ViT-B-32"])
         return (
             ": it is a name of OpenCLIP's or timm's, which do not name files; give the id of the "
-            "weights on the hub, as laion/CLIP-ViT-B-32-laion2B-s34B-b79K or "
-            "openai/clip-vit-base-patch32, or a folder with open_clip_config.json and "
-            "open_clip_model.safetensors"
+            f"weights on the hub, as {example} or laion/CLIP-ViT-B-32-laion2B-s34B-b79K, or a "
+            "folder with open_clip_config.json and open_clip_model.safetensors"
         )
     return ""
 
@@ -279,13 +302,9 @@ def read_weights(
     """
     weights = next((folder / name for name in names if (folder / name).exists()), None)
     if weights is None:
-        files = sorted(folder.iterdir())
-        pickled = [file for file in files if file.name.endswith(PICKLE_SUFFIXES)]
-        if pickled:
-            # The index of a sharded one, else the largest: beside weights lie optimizers' states.
-            chosen = max(pickled, key=lambda file: (file.suffix == ".json", file.stat().st_size))
-            raise ValueError(f"{chosen}: {_said_of_pickle(chosen)}")
-        other = next((file.name for file in files if ".safetensors" in file.name), None)
+        _refuse_pickles(folder)
+        names_there = sorted(file.name for file in folder.iterdir())
+        other = next((name for name in names_there if ".safetensors" in name), None)
         found = f"; {other} would be read under the name {names[0]}" if other else ""
         raise FileNotFoundError(f"{folder}: has none of {', '.join(names)}{found}")
     reader = _read_msgpack if weights.suffix == ".msgpack" else _read_safetensors
@@ -439,8 +458,8 @@ def shards_of(index: Path) -> list[str]:
         ValueError: if it is no such index.
     """
     names = read_json(index).get("weight_map")
-    if not isinstance(names, dict):
-        raise ValueError(f"{index}: is no index of sharded weights (it has no weight_map)")
+    if not isinstance(names, dict) or not all(isinstance(x, str) for x in names.values()):
+        raise ValueError(f"{index}: is no index of sharded weights (it has no weight_map of names)")
     return sorted(set(names.values()))
 
 

@@ -126,7 +126,8 @@ def _parse(path: Path, config: dict[str, Any], image_size: int, kind: str) -> Pr
 
     resize, crop, resample = None, None, BICUBIC
     if get("do_resize"):
-        resize = _size(get("size"), "size", processor.square)
+        square = config.get("default_to_square")
+        resize = _size(get("size"), "size", processor.square if square is None else bool(square))
         resample = _resample(get("resample"))
     if get("do_center_crop"):
         crop = _pair(_size(get("crop_size"), "crop_size", True))
