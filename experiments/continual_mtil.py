@@ -36,7 +36,7 @@ import tyro
 from matplotlib.figure import Figure
 
 import jaxtta
-from jaxtta import assets, cli, data, evaluate, report
+from jaxtta import assets, cli, data, evaluate, io, report
 from jaxtta.data.memory import Part, every
 from jaxtta.data.tasks import ORDERS, TaskData, in_memory, open_task
 from jaxtta.evaluate.continual import FIGURES
@@ -188,7 +188,7 @@ def write_results(
 ) -> None:
     """Print the table and draw the accuracy on every task."""
     text = table(tasks, kept, results)
-    (options.output / "table.txt").write_text(text + "\n")
+    io.write_text(options.output / "table.txt", text + "\n")
     where = " on validation images" if options.validate else ""
     seeds = len({run["seed"] for run in results})
     print(f"accuracy in %{where} after the last task, mean over {seeds} seeds\n\n{text}\n")

@@ -4,7 +4,9 @@ r"""How much does adaptation gain on corrupted images?
 
 runs zero-shot CLIP, TENT and BATCLIP on 15 corruptions of the bundled images with the bundled demo
 model, prints the table and writes `report.html`, `summary.csv`, plots and one JSON file per stream.
-Rerunning the command computes only missing results. Other images and models:
+Rerunning the command computes only missing results. Images that cannot be read are left out, named
+and counted; the exit code is 0 then too, and 1 if a stream has none that can be read. Other images
+and models:
 
     # your own images in folders by class, corrupted on the fly
     python experiments/corruption_sweep.py --data FOLDER --model openai/clip-vit-base-patch16 \

@@ -24,15 +24,22 @@ tries adapters on those:
     python experiments/diagnose_model.py --field FOLDER --class-names cat dog \
         --field-labels FEW.csv --output runs/few
 
+Each model's answers to the images are in `images.csv`: file (from the folder), class, confidence,
+entropy in nats, and distance from the reference images (of the features, from the tenth nearest
+ones); `report.html` shows the images that it is least sure of. Images that cannot be read are left
+out, named in the report and counted; the exit code is 0 then too, and 1 if fewer than two can be
+read.
+
 Features are image embeddings of unit norm, the head is the classes' text embeddings. Each model's
 features of the base set stay in memory; shifted sets are processed one at a time.
 """
 
-import csv
 import dataclasses
 import functools
 import itertools
 import json
+import os
+import sys
 import time
 import zlib
 from collections.abc import Iterator, Sequence
@@ -47,14 +54,18 @@ from tqdm import tqdm
 import jaxtta
 from jaxtta import assets, cli, data, diagnose, evaluate, io, losses, report
 from jaxtta.adapters import TNTConfig
-from jaxtta.data.folders import SUFFIXES, list_folders
+from jaxtta.data.folders import list_folders
+from jaxtta.data.recognise import entries_of, is_folder
 from jaxtta.data.sources import read_labels
+from jaxtta.data.text import nfc, read_rows
 from jaxtta.evaluate.figures import (
+    Answers,
     Features,
     Found,
     base_figures,
     confused,
     error_context,
+    image_answers,
     interval_of,
     label_figures,
     logits_of,
@@ -66,6 +77,7 @@ from jaxtta.evaluate.figures import (
     space_figures,
 )
 from jaxtta.evaluate.run import peak_memory_gb
+from jaxtta.images import SUFFIXES, printable
 from jaxtta.report.diagnosis import Report, diagnosis_report, field_report, some, write_diagnosis
 
 PUBLISHED = "published"
@@ -143,6 +155,9 @@ class Options:
     """Images encoded at a time."""
     workers: int = 1
     """Processes that decode and corrupt images; 0 = main process."""
+    trust_data: bool = False
+    """Take the results of an earlier trial in the folder without checking that the stored images
+    have not changed."""
     debug: bool = False
     """Show tracebacks."""
 
@@ -174,7 +189,11 @@ def main(options: Options) -> None:
         return
     found, report = (check_field if options.field else compare_models)(options)
     settings = json.loads(json.dumps(dataclasses.asdict(options), default=str))
-    found |= {"settings": settings, "about": evaluate.about(data=options.data)}
+    preprocessing = "; ".join(
+        f"{name}: {figures['preprocessing']}" for name, figures in found["models"].items()
+    )
+    about = evaluate.about(data=options.data, preprocessing=preprocessing)
+    found |= {"settings": settings, "about": about}
     io.write_json(options.output / "result.json", found)
     title = f"Field check of {options.field.resolve().name}" if options.field else "Diagnosis"
     write_diagnosis(options.output, f"{title}: {', '.join(found['models'])}", report, found)
@@ -223,6 +242,11 @@ def models_of(options: Options) -> Iterator[Model]:
             nothing = np.zeros((1, model.clip.projection))
             diagnose.outlier_stats(nothing, threshold=options.outlier_threshold)
         yield model
+
+
+def preprocessing_of(model: Model) -> str:
+    """What the model's images go through, and where that was read."""
+    return jaxtta.models.describe_preprocessing(model.clip).removeprefix("preprocessing: ")
 
 
 def names_for(options: Options, layout: str, root: str) -> tuple[str, ...]:
@@ -293,20 +317,31 @@ def encode(model: jaxtta.models.CLIP, params: jaxtta.models.Params, images: jax.
     return jaxtta.models.l2_normalize(model.encode_image(params, model.normalize(images)))
 
 
+@functools.cache
+def say_once(text: str) -> None:
+    """Say on stderr what takes its time, beside the progress bar."""
+    tqdm.write(text, file=sys.stderr)
+
+
 def read(options: Options, model: Model, sets: Sets) -> Iterator[Features]:
     """Yield a source's features, one stream after another."""
     source, streams = sets
     batches = data.Batches(source, tuple(streams), options.batch_size)
     reader = data.read_ahead(batches, options.workers)
-    bar = iter(tqdm(reader, total=len(batches), desc=model.name, unit="batch", leave=False))
+    bar = tqdm(total=len(batches), desc=model.name, unit="batch", leave=False)
     for number, stream in enumerate(streams):
-        rows, labels, lost = [], [], []
-        for batch in itertools.islice(bar, len(batches.of(number))):
+        rows, labels, numbers, lost = [], [], [], []
+        for batch in itertools.islice(reader, len(batches.of(number))):
+            say_once(f"compiling the image tower of {model.name} …")
             rows.append(np.asarray(encode(model.clip, model.params, batch.images))[batch.mask])
             labels.append(batch.labels[batch.mask])
+            numbers.append(batch.source_index[batch.mask])
             missing = batch.source_index[~batch.mask & (batch.source_index >= 0)]
             lost += [source.name(stream.segments[0], int(image)) for image in missing]
-        found = Features(np.concatenate(rows), np.concatenate(labels), lost)
+            if bar.n == 0:
+                bar.unpause()  # the time to compile says nothing of the time left
+            bar.update()
+        found = Features(*map(np.concatenate, (rows, labels)), lost, np.concatenate(numbers))
         with error_context(f"{model.name} on {stream.name}"):
             if len(found.rows) < 2:
                 names = f" ({some(lost)} could not)" if lost else ""
@@ -315,7 +350,8 @@ def read(options: Options, model: Model, sets: Sets) -> Iterator[Features]:
             if not np.ptp(found.rows, axis=0).any():
                 raise ValueError("the features are identical for all images")
         yield found
-    next(bar, None)  # ends the reader processes
+    bar.close()
+    next(reader, None)  # ends the reader processes
 
 
 # --- diagnosis ---
@@ -351,7 +387,7 @@ def points_of(options: Options) -> Sequence[tuple[float, float]]:
 
 def diagnose_one(options: Options, model: Model) -> tuple[Found, np.ndarray]:
     """All metrics of one model, and its features of the base set."""
-    found: Found = {"sets": {}}
+    found: Found = {"preprocessing": preprocessing_of(model), "sets": {}}
     chosen = {"threshold": options.outlier_threshold}
     chosen |= {"detectors": options.detectors, "precision": options.precision}
     for layout, (source, streams) in sets_of(options, model):
@@ -409,11 +445,13 @@ def time_synthetic(options: Options) -> None:
 def check_field(options: Options) -> tuple[Found, Report]:
     """Run the field check with every model."""
     listed = open_field(options)
-    results, entropies, answers = {}, {}, {}
+    results, answers, entropies, tried = {}, {}, {}, {}
     for model in models_of(options):
-        results[model.name], entropies[model.name], cells = check_one(options, model, listed)
-        answers[model.name] = report.answer(cells) if cells else ""
-    return {"models": results}, field_report(results, entropies, answers, options.trial)
+        name = model.name
+        results[name], answers[name], entropies[name], cells = check_one(options, model, listed)
+        tried[name] = report.answer(cells) if cells else ""
+    found = field_report(results, listed, answers, entropies, tried, options.trial)
+    return {"models": results}, found
 
 
 def open_field(options: Options) -> data.ImageFolder:
@@ -421,11 +459,17 @@ def open_field(options: Options) -> data.ImageFolder:
     root = options.field
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: no such folder")
-    entries = [path for path in sorted(root.iterdir()) if not path.name.startswith(".")]
-    labelled = any(path.is_dir() for path in entries)
-    lone = [path.name for path in entries if path.suffix.lower() in SUFFIXES and path.is_file()]
+    entries = [*entries_of(root)]
+    labelled = any(map(is_folder, entries))
+    lone = sorted(
+        entry.name
+        for entry in entries
+        if entry.name.lower().endswith(SUFFIXES) and not is_folder(entry)
+    )
     if labelled and lone:
-        raise ValueError(f"{root}: has images outside the class folders, such as {lone[0]}")
+        raise ValueError(
+            f"{root}: has images outside the class folders, such as {printable(lone[0])}"
+        )
     if not labelled and not lone:
         raise ValueError(f"{root}: folder without images")
     listed = data.image_folder(root) if labelled else list_folders(root, [root], [root.name])
@@ -454,25 +498,19 @@ def open_field(options: Options) -> data.ImageFolder:
 
 def read_labels_of(path: Path, listed: data.ImageFolder, classes: Sequence[str]) -> np.ndarray:
     """Labels (images,) from a .csv, -1 for images not in it."""
-    places = {str(file.relative_to(listed.root)): n for n, file in enumerate(listed.files)}
-    labels = np.full(len(places), -1, np.int32)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    with path.open(newline="", encoding="utf-8-sig") as lines:  # a BOM is allowed
-        rows = csv.DictReader(lines)
-        if not {"image", "class"} <= set(rows.fieldnames or ()):
-            raise ValueError(f"{path}: has no columns image and class")
-        for row in rows:
-            image, name, line = row["image"], row["class"], f"{path}: line {rows.line_num}"
-            if image not in places:
-                raise ValueError(f"{line} names {image!r}, which is not an image in {listed.root}")
-            if name not in classes:
-                raise ValueError(
-                    f"{line} has class {name!r}, which is not one of --class-names, {some(classes)}"
-                )
-            if labels[places[image]] >= 0:
-                raise ValueError(f"{line} names {image!r} again")
-            labels[places[image]] = classes.index(name)
+    places = {nfc(str(file.relative_to(listed.root))): n for n, file in enumerate(listed.files)}
+    labels = np.full(len(listed.files), -1, np.int32)
+    for line, row in read_rows(path, ("image", "class")):
+        image, name = nfc(row["image"]).strip(), nfc(row["class"]).strip()
+        if image not in places:
+            raise ValueError(f"{line} names {image!r}, which is not an image in {listed.root}")
+        if name not in classes:
+            raise ValueError(
+                f"{line} has class {name!r}, which is not one of --class-names, {some(classes)}"
+            )
+        if labels[places[image]] >= 0:
+            raise ValueError(f"{line} names {image!r} again")
+        labels[places[image]] = classes.index(name)
     if (labels < 0).all():
         raise ValueError(f"{path}: lists no image")
     return labels
@@ -480,8 +518,8 @@ def read_labels_of(path: Path, listed: data.ImageFolder, classes: Sequence[str])
 
 def check_one(
     options: Options, model: Model, listed: data.ImageFolder
-) -> tuple[Found, dict[str, np.ndarray], list[evaluate.Cell]]:
-    """A model's metrics, per-image entropies in nats on both sets, and the trial's cells."""
+) -> tuple[Found, Answers, np.ndarray, list[evaluate.Cell]]:
+    """A model's metrics, its answers, entropies in nats on the reference, and the trial's cells."""
     prepare, names = model.clip.preprocessing, ()
     if options.layout == "arrays":  # the reference's labels are not used
         names = tuple(map(str, range(read_labels(options.data).max() + 1)))
@@ -498,16 +536,17 @@ def check_one(
     with error_context(options.field):
         task = task_of(options, model, listed.class_names, "folder")
     head, scale = head_of(model, task), jnp.exp(model.params["logit_scale"])
-    found, features, entropies = {"classes": [*listed.class_names]}, {}, {}
+    found, features, logits = {"preprocessing": preprocessing_of(model)}, {}, {}
+    found["classes"] = [*listed.class_names]
     for key, each in sets.items():
         (features[key],) = read(options, model, each)
-        logits = scale * logits_of(features[key].rows, head)
-        entropies[key] = np.asarray(losses.entropy(logits))
+        logits[key] = scale * logits_of(features[key].rows, head)
         with error_context(f"{model.name} on the {key}"):
-            found[key] = space_figures(features[key], logits, options.outlier_threshold)
-        if key == "field":
-            found["confused"] = confused(logits, listed.class_names)
-            found |= label_figures(features[key], logits)
+            found[key] = space_figures(features[key], logits[key], options.outlier_threshold)
+    found["confused"] = confused(logits["field"], listed.class_names)
+    found |= label_figures(features["field"], logits["field"])
+    answers = image_answers(features["field"], logits["field"], features["reference"].rows)
+    entropies = np.asarray(losses.entropy(logits["reference"]))
     found["reference"]["name"] = REFERENCE if options.data == Options.data else options.data
     with error_context(f"{model.name} on {options.field}"):
         rows = (features[key].rows for key in sets)
@@ -520,7 +559,7 @@ def check_one(
         }
         found[key] |= values
     if "labels" not in found:
-        return found, entropies, []
+        return found, answers, entropies, []
     count = len(labelled.labels)
     size = options.trial_batch or int(np.clip(count // 10, 4, 100))
     cells = try_adapters(options, model, task, labelled, size)
@@ -531,7 +570,7 @@ def check_one(
         tried = {name: cell[name] for name in ("adapter", "skipped_steps")}
         tried |= {name: figures[name] for name in ("top1", "gain", "ece")}
         found["trial"].append(tried | {"interval": interval_of(right[seen])})
-    return found, entropies, cells
+    return found, answers, entropies, cells
 
 
 def labelled_part(
@@ -559,20 +598,23 @@ def try_adapters(
     canvas = data.canvas_for(source, streams[0].segments[0]) if cutting else None
     batches = data.Batches(source, tuple(streams), size, canvas)
     settings = {"batch_size": size, "limit": options.limit, "preset": options.preset}
-    files = "".join(str(file.relative_to(listed.root)) for file in listed.files)
-    settings["files"] = zlib.crc32(files.encode())
+    files = "\0".join(str(file.relative_to(listed.root)) for file in listed.files)
+    settings["files"] = zlib.crc32(os.fsencode(files))
     results = evaluate.Results(
         options.output / "trial" / model.name.replace("/", "-"),
-        settings | {"templates": options.templates} | evaluate.fingerprints(source, model.params),
+        settings | evaluate.fingerprints(source, model.params, model.clip, task),
         evaluate.about(model.clip, data=str(options.field), model=model.name),
         {name: evaluate.own_settings(name, setup, None, canvas) for name in options.trial},
     )
     adapters = {
         name: evaluate.make_adapter(name, model.clip, task, setup) for name in options.trial
     }
-    running = {"from_originals": cutting, "workers": options.workers}
+    running = {"workers": options.workers, "trust_data": options.trust_data}
     return evaluate.run(
-        adapters, model.params, batches, results, setting=report.DATASETS, **running
+        *(adapters, model.params, batches, results),
+        setting=report.DATASETS,
+        from_originals=cutting,
+        **running,
     )
 
 

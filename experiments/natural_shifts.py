@@ -19,7 +19,8 @@ settings of TNT's paper:
 
 Every dataset has its own folder in the output and is computed once: several machines can each run
 some datasets, and the same command with all folders present writes the report. TNT adapts to single
-images; the other adapters take one step per batch.
+images; the other adapters take one step per batch. Images that cannot be read are left out, named
+and counted; the exit code is 0 then too, and 1 if a dataset has none that can be read.
 """
 
 import dataclasses

@@ -240,7 +240,7 @@ def write_results(options: Options, rows: list[Row]) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8)
     text = "\n".join(report.aligned(lines))
-    (options.output / "table.txt").write_text(text + "\n")
+    io.write_text(options.output / "table.txt", text + "\n")
     figure.savefig(options.output / "clean.png", dpi=150)
     print(f"accuracy in %, mean over {len(options.seeds)} seeds\n\n{text}\n")
     print(f"results: {options.output}")

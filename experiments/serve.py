@@ -44,8 +44,7 @@ from PIL import Image
 import jaxtta
 from jaxtta import assets, data, evaluate
 from jaxtta.adapters import TNTConfig, load_noise, save_noise
-from jaxtta.data.folders import SUFFIXES
-from jaxtta.images import printable
+from jaxtta.images import SUFFIXES, printable
 
 CANVAS = 512
 """Size in pixels to which TNT's full-size images are padded; larger images are shrunk first."""
@@ -100,10 +99,10 @@ class Answer(NamedTuple):
 def main(options: Options) -> int:
     """Print one line per image."""
     check(options)
-    files = list_images(options.images)
+    files, given = list_images(options.images), data.given_class_names(options.class_names)
     model, params = jaxtta.load(options.model)
-    names = data.given_class_names(options.class_names) or getattr(model, "class_names", ())
-    names = names or data.image_folder(assets.IMAGES).class_names
+    own = getattr(model, "class_names", ())
+    names = given or own or data.image_folder(assets.IMAGES).class_names
     task = evaluate.task_for(model, names, data.templates_for("folder"))
     adapter = {
         "zero_shot": lambda: jaxtta.adapters.zero_shot(model, task),
@@ -176,16 +175,17 @@ def tnt_config(options: Options) -> TNTConfig:
 
 
 def list_images(paths: Sequence[Path]) -> list[Path]:
-    """List the image files; those of a folder are sorted by name."""
+    """List the image files; those of a folder are sorted."""
     files: list[Path] = []
     for path in paths:
-        found = sorted(path.rglob("*")) if path.is_dir() else [path]
-        chosen = [file for file in found if file.suffix.lower() in SUFFIXES]
         if not path.exists():
             raise FileNotFoundError(f"{path}: no such file or folder")
-        if not chosen:
+        found = data.list_images(path) if path.is_dir() else [path]
+        if not found:
+            raise ValueError(f"{path}: folder without images")
+        if not path.is_dir() and not path.name.lower().endswith(SUFFIXES):
             raise ValueError(f"{path}: not an image ({', '.join(SUFFIXES)})")
-        files += chosen
+        files += found
     return files
 
 

@@ -174,7 +174,7 @@ def test_bad_tasks_are_refused(embedded, names, templates, message):
 
 
 def test_names_that_are_no_strings_are_refused(embedded):
-    with pytest.raises(TypeError, match=r"class names and templates are strings, 3 is none"):
+    with pytest.raises(TypeError, match=r"class_names holds 3, expected strings"):
         zero_shot_task(embedded[0], [3, 4])
 
 

@@ -1,6 +1,8 @@
 """diagnose_model.py, run as a user runs it, and the functions of its field check."""
 
+import csv
 import json
+import os
 import re
 import runpy
 import shutil
@@ -15,7 +17,7 @@ from conftest import EXPERIMENTS, GOLDEN
 from safetensors.numpy import load_file, save_file
 
 import jaxtta
-from jaxtta import assets, data, diagnose, metrics
+from jaxtta import assets, data, diagnose, metrics, models
 from jaxtta.evaluate import figures
 from jaxtta.report import diagnosis
 
@@ -182,6 +184,64 @@ def test_field_without_labels(run_script, tmp_path, field, embedded):
     assert f"1 image could not be read: {field / 'flat' / 'torn.jpg'}." in out
     assert "accuracy, and whether an adapter helps (both need labels)" in out
     assert "Not measured" in (tmp_path / "a" / "report.html").read_text()
+
+
+def test_answers_to_every_image_and_those_least_sure(run_script, tmp_path, field, embedded):
+    names = tmp_path / "names.txt"
+    names.write_text("cat\ndog\nship\n")
+    code, _, err = run_script(
+        *(SCRIPT, *QUICK, "--field", field / "flat", "--class-names", names),
+        *("--output", tmp_path / "a"),
+    )
+    assert code == 0
+    assert "compiling the image tower of tiny-clip-cifar10 …" in err
+    with (tmp_path / "a" / "images.csv").open(newline="") as lines:
+        rows = list(csv.DictReader(lines))
+    assert [*rows[0]] == ["file", "class", "confidence", "entropy", "distance"]
+    files = sorted((field / "flat").iterdir())[:20]  # the last is torn
+    assert [row["file"] for row in rows] == [file.name for file in files]
+    model, params = embedded
+    images = model.normalize(model.preprocess([data.open_image(file) for file in files]))
+    features = models.l2_normalize(jax.jit(model.encode_image)(params, images))
+    head = head_of(model, params, ["cat", "dog", "ship"])
+    logits = np.exp(params["logit_scale"]) * np.asarray(features @ head.T)
+    probabilities = np.asarray(jax.nn.softmax(logits))
+    columns = {name: np.array([row[name] for row in rows]) for name in rows[0]}
+    assert [*columns["class"]] == [("cat", "dog", "ship")[c] for c in logits.argmax(1)]
+    np.testing.assert_allclose(columns["confidence"].astype(float), probabilities.max(1), atol=1e-3)
+    entropy = np.asarray(jaxtta.losses.entropy(logits))
+    np.testing.assert_allclose(columns["entropy"].astype(float), entropy, atol=1e-3)
+    distances = columns["distance"].astype(float)
+    assert ((distances > 0) & (distances < 2)).all()
+    page = (tmp_path / "a" / "report.html").read_text()
+    shown = re.findall(r"<figcaption>(\d+\.jpg): (\w+) (\d+) %", page)
+    assert [file for file, *_ in shown] == [files[n].name for n in np.argsort(-entropy)[:12]]
+    assert shown[0][1:] == (
+        columns["class"][entropy.argmax()],
+        f"{100 * probabilities[entropy.argmax()].max():.0f}",
+    )
+
+
+def test_file_names_of_any_bytes_stop_no_report(run_script, short, tmp_path, field):
+    root = tmp_path / "odd"
+    root.mkdir()
+    names = (b"caf\xe9 <b>.jpg", b"two\nlines.jpg", b"plain_name.jpg")
+    for name, file in zip(names, sorted((field / "flat").iterdir()), strict=False):
+        shutil.copyfile(file, os.fsencode(root) + b"/" + name)
+    (root / os.fsdecode(b"torn\xe9.jpg")).write_bytes(b"no image")
+    code, out, _ = run_script(
+        *(SCRIPT, *QUICK, "--field", root, "--class-names", "cat", "dog", "--models", short),
+        *("--output", tmp_path / "a"),
+    )
+    assert code == 0
+    assert "1 image could not be read: " in out
+    with (tmp_path / "a" / "images.csv").open(newline="") as lines:
+        rows = [row["file"] for row in csv.DictReader(lines)]
+    assert rows == [r"caf\xe9 <b>.jpg", "plain_name.jpg", r"two\nlines.jpg"]
+    page = (tmp_path / "a" / "report.html").read_text()
+    for name in (r"caf\xe9 &lt;b&gt;.jpg", "plain_name.jpg", r"two\nlines.jpg"):
+        assert f"<figcaption>{name}: " in page
+    assert "1 image could not be read: " in page
 
 
 def test_field_with_labels(run_script, short, tmp_path, field):
@@ -721,6 +781,38 @@ def test_confused_classes_are_counted(seed):
         assert margin == pytest.approx(np.mean(margins))
 
 
+@hypothesis.given(SEEDS)
+def test_the_distance_of_an_image_is_that_of_a_near_one(seed):
+    distance = pytest.importorskip("scipy.spatial.distance")
+    target, reference = normal(seed, 9, 4), normal(seed + 1, 6, 4)
+    every = np.sort(distance.cdist(target, reference), 1)
+    for k in (1, 3, 6):
+        found = diagnose.neighbour_distances(target, reference, neighbour=k)
+        np.testing.assert_allclose(found, every[:, k - 1], rtol=1e-4, atol=1e-3)
+    many = np.tile(target, (300, 1))  # in parts
+    again = diagnose.neighbour_distances(many, reference, neighbour=6)
+    np.testing.assert_allclose(again, np.tile(every[:, -1], 300), rtol=1e-4, atol=1e-3)
+
+
+def test_the_answers_have_the_order_of_the_source():
+    rows, reference = normal(0, 5, 4), normal(1, 20, 4)
+    logits = normal(2, 5, 3)
+    numbers = np.array([7, 2, 9, 0, 4])
+    features = figures.Features(rows, np.zeros(5, int), [], numbers)
+    found = figures.image_answers(features, logits, reference)
+    order = [3, 1, 4, 0, 2]
+    assert found.numbers.tolist() == [0, 2, 4, 7, 9]
+    np.testing.assert_array_equal(found.labels, logits.argmax(1)[order])
+    entropies = np.asarray(jaxtta.losses.entropy(logits))[order]
+    np.testing.assert_allclose(found.entropies, entropies)
+    distances = diagnose.neighbour_distances(rows, reference, neighbour=10)
+    np.testing.assert_allclose(found.distances, distances[order])
+    assert found.least_sure(2).tolist() == np.argsort(-entropies)[:2].tolist()
+    few = figures.image_answers(features, logits, reference[:3])  # of which the third is taken
+    nearest = diagnose.neighbour_distances(rows, reference[:3], neighbour=3)
+    np.testing.assert_allclose(few.distances, nearest[order])
+
+
 GOOD = normal(0, 6, 4)
 
 
@@ -738,6 +830,9 @@ GOOD = normal(0, 6, 4)
         (lambda: diagnose.mmd(GOOD, GOOD, bandwidth=0), "bandwidth is 0, expected a"),
         (lambda: diagnose.mmd(GOOD, GOOD, permutations=0), "permutations is 0, exp"),
         (lambda: diagnose.mmd_to_reference(GOOD, GOOD[:3]), r"\(1, 4\) and \(1, 4\), expected"),
+        (lambda: diagnose.neighbour_distances(GOOD, GOOD[:, 1:]), r"\(6, 4\) and \(6, 3\), exp"),
+        (lambda: diagnose.neighbour_distances(GOOD, GOOD), "neighbour is 10, expected 1 to 6"),
+        (lambda: diagnose.neighbour_distances(np.nan * GOOD, GOOD, neighbour=1), "not finite"),
         (lambda: diagnose.confused_classes(GOOD[:, :1]), r"shape \(6, 1\), expected \(images, c"),
         (lambda: diagnose.confused_classes(GOOD[:0]), r"shape \(0, 4\), expected \(images, cl"),
         (lambda: diagnose.confused_classes(np.nan * GOOD), "probabilities are not all finite"),

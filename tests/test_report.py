@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxtta import io
 from jaxtta.adapters import Prediction
 from jaxtta.data.streams import Batches, make_streams
 from jaxtta.evaluate.record import Record, gain
@@ -382,3 +383,22 @@ def test_a_worker_without_a_share_reports_nothing(tmp_path):
     assert plots.save_all([], tmp_path) == []
     report.summary_csv([], tmp_path / "summary.csv")
     Outline(page.render([], {}, "nothing"))
+
+
+def test_names_of_any_bytes_stop_no_report(tmp_path, capsys):
+    """A folder's name becomes a corruption's, an image's is listed where it cannot be read."""
+    cells = cells_of(corruptions=("fog", "caf\udce9"), unreadable=(3,))
+    for cell in cells:
+        for segment in cell["segments"]:
+            segment["unreadable"] = ["torn\udce9.jpg"]
+    samples = {"caf\udce9": np.zeros((4, 4, 3), np.uint8)}
+    title = "in \udce9"
+    assert report.answer(cells)
+    report.summary_csv(cells, tmp_path / "summary.csv")
+    page.write_report(cells, tmp_path / "report.html", samples, title)
+    plots.save_all(cells, tmp_path, title)
+    io.write_text(tmp_path / "table.txt", report.table(cells))
+    for name in ("summary.csv", "report.html", "table.txt"):
+        assert r"caf\udce9" in (tmp_path / name).read_text(encoding="utf-8")
+    assert r"torn\udce9.jpg" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert plots.label("caf\udce9_$") == r"caf\xe9 \$"

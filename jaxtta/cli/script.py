@@ -1,6 +1,7 @@
 """Running a script: command-line options, one-line errors and exit codes."""
 
 import contextlib
+import io
 import logging
 import os
 import select
@@ -42,7 +43,7 @@ def run_script(options: type[Options], main: Callable[[Options], Any], doc: str 
         doc: the script's docstring, shown above the options.
     """
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # it may be closed or replaced
+        if isinstance(stream, io.TextIOWrapper):  # it may be closed or replaced
             stream.reconfigure(errors="backslashreplace")
     parsed = tyro.cli(options, description=doc)
     try:

@@ -37,6 +37,7 @@ from jaxtta.diagnose.target import (
     confused_classes,
     mmd,
     mmd_to_reference,
+    neighbour_distances,
 )
 from jaxtta.metrics import modality_gap
 
@@ -62,6 +63,7 @@ __all__ = [
     "mmd",
     "mmd_to_reference",
     "modality_gap",
+    "neighbour_distances",
     "outlier_axes",
     "outlier_features",
     "outlier_stats",

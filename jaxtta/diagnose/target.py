@@ -3,6 +3,7 @@
 target, half = mmd_to_reference(target_features, reference_features)
 target.squared, half.squared                # discrepancy, and that of two halves of the reference
 target.p_value                              # permutation test
+neighbour_distances(target_features, reference_features)     # of each image
 confused_classes(probabilities).classes[0]  # the most often confused pair of classes
 """
 
@@ -136,6 +137,45 @@ def mmd_to_reference(
     half, other_half = sample[:count], sample[count:]
     shift = mmd(target[rng.permutation(len(target))[:count]], half, seed=seed)
     return shift, mmd(other_half, half, bandwidth=shift.bandwidth, seed=seed)
+
+
+def neighbour_distances(
+    target: ArrayLike, reference: ArrayLike, *, neighbour: int = 10
+) -> np.ndarray:
+    """Distance of each target image from the reference set: from its k-th nearest image.
+
+    Large distances mark single images that are unlike all of the reference.
+
+    Args:
+        target: (images, d), features.
+        reference: (other images, d), features.
+        neighbour: k; at most as many as the reference has.
+
+    Returns:
+        (images,), Euclidean; from 0 to 2 for features of unit norm.
+
+    Raises:
+        ValueError: if the sets are not two-dimensional or differ in d, the reference has fewer than
+            k images, or entries are not finite.
+
+    References:
+        Sun et al. 2022, https://arxiv.org/abs/2204.06507
+    """
+    target, reference = np.asarray(target, np.float32), np.asarray(reference, np.float32)
+    if target.ndim != 2 or reference.ndim != 2 or target.shape[1] != reference.shape[1]:
+        raise ValueError(
+            f"features have shapes {target.shape} and {reference.shape}, expected two (images, d)"
+        )
+    if not 1 <= neighbour <= len(reference):
+        raise ValueError(f"neighbour is {neighbour}, expected 1 to {len(reference)}")
+    if not (np.isfinite(target).all() and np.isfinite(reference).all()):
+        raise ValueError("features have entries that are not finite")
+    squares = (reference**2).sum(1)
+    found = []
+    for rows in np.array_split(target, max(1, len(target) // 1000)):  # bounds the memory
+        distances = (rows**2).sum(1)[:, None] + squares - 2 * rows @ reference.T
+        found.append(np.partition(distances, neighbour - 1, axis=1)[:, neighbour - 1])
+    return np.sqrt(np.maximum(np.concatenate(found), 0))
 
 
 class ConfusablePairs(NamedTuple):

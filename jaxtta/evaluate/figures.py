@@ -1,7 +1,6 @@
 """Metrics of a model diagnosis and of a check of target images."""
 
 import contextlib
-import csv
 import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,11 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtta import diagnose, losses, metrics
+from jaxtta.data.text import read_rows, read_text
 from jaxtta.evaluate.bootstrap import LEVEL, bootstrap, interval
 
 SHOWN = 20  # number of classes, or pairs of classes, to list
 EQUAL = 0.01  # accuracy that a sufficient pruned head may lose
 LARGEST = 5  # number of axes of the top direction to list
+NEIGHBOUR = 10  # the nearest image of the reference, this many-th, that distances are from
 
 Found = dict[str, Any]
 """Metrics by name, in JSON types."""
@@ -30,11 +31,35 @@ class Features(NamedTuple):
         rows: (images, d) float32, of unit norm.
         labels: (images,) integers; -1 for images without a label.
         lost: names of images that could not be read.
+        numbers: (images,) integers, each image's index in its source; empty if not known.
     """
 
     rows: np.ndarray
     labels: np.ndarray
     lost: list[str]
+    numbers: np.ndarray = np.zeros(0, int)
+
+
+class Answers(NamedTuple):
+    """What a model says of every image of a set, in the order of the source.
+
+    Attributes:
+        numbers: (images,) integers, each image's index in the source.
+        labels: (images,) integers, the predicted classes.
+        confidences: (images,), their probabilities.
+        entropies: (images,), of the predictions, in nats.
+        distances: (images,), from the reference; see `diagnose.neighbour_distances`.
+    """
+
+    numbers: np.ndarray
+    labels: np.ndarray
+    confidences: np.ndarray
+    entropies: np.ndarray
+    distances: np.ndarray
+
+    def least_sure(self, count: int) -> np.ndarray:
+        """Places of the images with the highest entropies, the highest first."""
+        return np.argsort(-self.entropies, kind="stable")[:count]
 
 
 @contextlib.contextmanager
@@ -131,7 +156,7 @@ def set_figures(
     Returns:
         The metrics.
     """
-    rows, labels, lost = features
+    rows, labels, lost, _ = features
     kurtosis = diagnose.activation_kurtosis(rows)
     right = np.asarray(metrics.top_k(logits_of(rows, head), jnp.asarray(labels)))
     return {
@@ -231,8 +256,10 @@ def read_points(path: Path) -> list[tuple[float, float]]:
         ValueError: if the file has another content, or no baseline can be fitted.
     """
     try:
-        text = path.read_text()
-        rows = json.loads(text) if path.suffix == ".json" else csv.DictReader(text.splitlines())
+        if path.suffix == ".json":
+            rows = json.loads(read_text(path))
+        else:
+            rows = [row for _, row in read_rows(path, ("base", "shifted"))]
         points = [(float(row["base"]), float(row["shifted"])) for row in rows]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: expected base and shifted of each model ({error!r})") from error
@@ -266,6 +293,29 @@ def space_figures(features: Features, logits: jax.Array, threshold: float = 6.0)
         "confidence": float(probabilities.max(-1).mean()),
         "predicted": shares(probabilities.argmax(-1), probabilities.shape[1]),
     }
+
+
+def image_answers(features: Features, logits: jax.Array, reference: np.ndarray) -> Answers:
+    """What a model says of every image.
+
+    Args:
+        features: of the images.
+        logits: (images, classes).
+        reference: (other images, d), features.
+
+    Returns:
+        The answers.
+    """
+    order = np.argsort(features.numbers)
+    probabilities = np.asarray(jax.nn.softmax(logits))[order]
+    nearest = min(NEIGHBOUR, len(reference))
+    return Answers(
+        features.numbers[order],
+        probabilities.argmax(1),
+        probabilities.max(1),
+        np.asarray(losses.entropy(logits))[order],
+        diagnose.neighbour_distances(features.rows, reference, neighbour=nearest)[order],
+    )
 
 
 def label_figures(features: Features, logits: jax.Array) -> Found:

@@ -11,6 +11,7 @@ from jaxtta.models.classifier import (
     Params,
     as_batch,
     context_of,
+    require_images,
     with_batch_norm_statistics,
 )
 from jaxtta.models.clip import CLIP, ImageFeatures, l2_normalize
@@ -51,6 +52,7 @@ __all__ = [
     "load_clip",
     "load_statistics",
     "merge_statistics",
+    "require_images",
     "save",
     "save_statistics",
     "siglip_from_config",

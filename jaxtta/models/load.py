@@ -15,7 +15,7 @@ from jaxtta.models.checkpoints.files import (
     is_transformers,
     model_type,
 )
-from jaxtta.models.classifier import Params
+from jaxtta.models.classifier import Params, require_dtype
 from jaxtta.models.clip import CLIP
 from jaxtta.models.preprocess import describe_preprocessing
 from jaxtta.models.supervised import ImageClassifier
@@ -78,10 +78,14 @@ def load(
 
     Raises:
         FileNotFoundError: if there is no such folder or hub model, or a file is missing.
+        TypeError: if a dtype is none, or not floating.
         ValueError: if the configuration is none of CLIP's, SigLIP's and ViT's, only pickled weights
             or a LoRA adapter are there, a file is a git-LFS pointer, a parameter is missing, has
             another shape or is not finite (they are named), or the preprocessing cannot be read.
     """
+    require_dtype("dtype", dtype)
+    if compute_dtype is not None:
+        require_dtype("compute_dtype", compute_dtype)
     folder = find_folder(path_or_hub_id, revision)
     if compute_dtype is None and jnp.finfo(dtype).bits < 32:
         compute_dtype = dtype  # adapted parameters are float32 and must not decide it

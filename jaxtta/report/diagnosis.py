@@ -1,6 +1,6 @@
 """Reports of a diagnosis or a field check: sentences, tables, plots and an HTML page."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,9 +9,11 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter
 
-from jaxtta import diagnose
+from jaxtta import data, diagnose
 from jaxtta.evaluate.factory import ADAPTERS
-from jaxtta.evaluate.figures import EQUAL, SHOWN, Found
+from jaxtta.evaluate.figures import EQUAL, NEIGHBOUR, SHOWN, Answers, Found
+from jaxtta.images import printable
+from jaxtta.io import atomic_write, write_csv, write_text
 from jaxtta.report import html as page
 from jaxtta.report import plots
 from jaxtta.report.plots import COLOURS, GREY
@@ -28,11 +30,15 @@ class Report(NamedTuple):
         said: sentences.
         tables: tables in order.
         figures: heading, caption and plot, by file name.
+        strips: heading, images with captions, and note.
+        answers: rows of per-image answers, by file name.
     """
 
     said: list[str]
     tables: list[Table]
     figures: dict[str, tuple[str, str, Figure]]
+    strips: list[tuple[str, list[tuple[str, np.ndarray]], str]]
+    answers: dict[str, list[dict[str, str]]]
 
 
 def diagnosis_report(found: Found, fractions: Sequence[float]) -> Report:
@@ -51,40 +57,91 @@ def diagnosis_report(found: Found, fractions: Sequence[float]) -> Report:
         summary(results, robustness),
         diagnosis_tables(results, found["pairs"], robustness),
         diagnosis_figures(results, robustness, fractions),
+        [],
+        {},
     )
 
 
-def field_report(results: Found, entropies: Found, answers: Found, trial: Sequence[str]) -> Report:
+def field_report(
+    results: Found,
+    images: data.ImageFolder,
+    answers: Mapping[str, Answers],
+    entropies: Mapping[str, np.ndarray],
+    tried: Mapping[str, str],
+    trial: Sequence[str],
+) -> Report:
     """Make the report of a field check.
 
     Args:
         results: metrics by model, from diagnose_model.py.
-        entropies: by model, and by field or reference: (images,) entropies of predictions in
-            nats.
-        answers: by model, the summary sentence of the trial of adapters.
+        images: the images that were checked.
+        answers: by model, what it says of every image.
+        entropies: by model, (reference images,) entropies of its predictions there in nats.
+        tried: by model, the summary sentence of the trial of adapters.
         trial: the adapters in the trial.
 
     Returns:
         The report.
     """
-    report = Report([], [], {})
+    report = Report([], [], {}, [], {})
     for name, found in results.items():
         report.said.extend(expectations(name, found))
         if "trial" in found:
             steps = page.counted(found["steps"], "step")
             steps += f" of {page.counted(found['trial_batch'], 'image')}"
-            report.said.append(f"Trial of adapters, {steps}: {answers[name]} {CAUTION}")
+            report.said.append(f"Trial of adapters, {steps}: {tried[name]} {CAUTION}")
         report.tables.extend(field_tables(name, found))
-        key = f"predictions-{name}" if len(results) > 1 else "predictions"
-        figure = draw_predictions(found, entropies[name])
-        report.figures[key] = (f"Predictions of {name}", PREDICTIONS, figure)
-    tried = any("trial" in found for found in results.values())
-    report.said.append(unmeasured(trial if tried else ()))
+        of_model = f"-{name}" if len(results) > 1 else ""
+        both = {"field": answers[name].entropies, "reference": entropies[name]}
+        figure = draw_predictions(found, both)
+        report.figures[f"predictions{of_model}"] = (f"Predictions of {name}", PREDICTIONS, figure)
+        rows = answer_rows(images, answers[name])
+        report.answers[f"images{of_model}"] = rows
+        shown = least_sure(images, answers[name], rows)
+        note = LEAST_SURE.format(file=f"images{of_model}.csv".replace("/", "-"))
+        report.strips.append((f"Images that {name} is least sure of", shown, note))
+    had_trial = any("trial" in found for found in results.values())
+    report.said.append(unmeasured(trial if had_trial else ()))
     return report
+
+
+def answer_rows(images: data.ImageFolder, answers: Answers) -> list[dict[str, str]]:
+    """Per-image answers as text: file (from the folder), class, confidence, entropy, distance."""
+    names = images.class_names
+    return [
+        {
+            "file": printable(images.files[number].relative_to(images.root)),
+            "class": printable(names[label]),
+            "confidence": f"{confidence:.4f}",
+            "entropy": f"{entropy:.4f}",
+            "distance": f"{distance:.4f}",
+        }
+        for number, label, confidence, entropy, distance in zip(*answers, strict=True)
+    ]
+
+
+def least_sure(
+    images: data.ImageFolder, answers: Answers, rows: Sequence[dict[str, str]]
+) -> list[tuple[str, np.ndarray]]:
+    """Small copies of the images with the highest entropies, with captions."""
+    shown = []
+    for place in answers.least_sure(UNSURE):
+        small, row = images.open(int(answers.numbers[place])).convert("RGB"), rows[place]
+        small.thumbnail((THUMBNAIL, THUMBNAIL))
+        said = f"{row['class']} {per_cent(float(answers.confidences[place]), '.0f')} %"
+        shown.append((f"{row['file']}: {said}", np.asarray(small)))
+    return shown
 
 
 # --- words ---
 
+UNSURE, THUMBNAIL = 12, 160  # images in the strip of a model, and pixels of their longer side
+LEAST_SURE = (
+    "The highest entropies first, each with the class that the model predicts and its probability. "
+    "{file} has the answers to all images: confidence is that probability, entropy in nats, and "
+    "distance the Euclidean distance of the features, of unit norm, from those of the "
+    f"{NEIGHBOUR}th nearest image of the reference."
+)
 CHANCE = 0.05  # significance level
 CAUTION = (
     "Predictions are made before the update. The best adapter was selected on the images that its "
@@ -418,15 +475,20 @@ def write_diagnosis(folder: Path, title: str, report: Report, found: Found) -> N
         found: has the settings, versions and device.
     """
     text = "\n\n".join(as_text(*table) for table in report.tables)
-    (folder / "table.txt").write_text(text + "\n", encoding="utf-8")
+    write_text(folder / "table.txt", text + "\n")
     print("\n\n".join([title, text, *report.said]))
     body = ['<div class="answer">', *(f"<p>{escape(text)}</p>" for text in report.said), "</div>"]
     body += [page.plain_table(*table) for table in report.tables]
     for name, (heading, caption, figure) in report.figures.items():
-        figure.savefig(folder / f"{name.replace('/', '-')}.png", dpi=150)
+        with atomic_write(folder / f"{name.replace('/', '-')}.png") as temporary:
+            figure.savefig(temporary, format="png", dpi=150)
         body.append(page.plot(heading, caption, figure))
-    text = page.document(title, [*body, page.settings_list([found])])
-    (folder / "report.html").write_text(text, encoding="utf-8")
+    body += [page.strip(*strip) for strip in report.strips]
+    for name, rows in report.answers.items():
+        write_csv(folder / f"{name.replace('/', '-')}.csv", rows)
+    end = [page.how_to_repeat([found]), page.settings_list([found])]
+    text = page.document(title, [*body, *end])
+    write_text(folder / "report.html", text)
     print(f"\nresults: {folder / 'report.html'}")
 
 

@@ -16,6 +16,7 @@ from jaxtta.evaluate.record import outcomes
 from jaxtta.evaluate.results import Cell
 from jaxtta.evaluate.run import BASELINE
 from jaxtta.models import CLIP, Params, Task
+from jaxtta.report import plots
 from jaxtta.report.plots import COLOURS, GREY
 
 SHOWN = 5  # number of classes with bars
@@ -198,7 +199,7 @@ def _bars(axes: Axes, example: Example) -> None:
         (0.2, example.after, COLOURS[0], "after"),
     ):
         axes.barh(places + shift, probabilities[likeliest], 0.38, color=colour, label=label)
-    axes.set_yticks(places, [example.class_names[c] for c in likeliest], fontsize=8)
+    axes.set_yticks(places, [plots.label(example.class_names[c]) for c in likeliest], fontsize=8)
     for tick, number in zip(axes.get_yticklabels(), likeliest, strict=True):
         tick.set_fontweight("bold" if number == example.label else "normal")
     axes.invert_yaxis()

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from jaxtta.evaluate.results import Cell
-from jaxtta.io import atomic_write
+from jaxtta.io import write_text
 from jaxtta.report import plots
 from jaxtta.report import summary as report
 from jaxtta.report.summary import BASELINE, NONE, Entry, Summary
@@ -116,10 +116,7 @@ def write_report(
         baseline: the adapter that gains are relative to, if it was run.
         examples: examples of TNT on single images, from `draw_examples`.
     """
-    path = Path(path)
-    text = render(cells, samples, title, baseline, examples)
-    with atomic_write(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_text(path, render(cells, samples, title, baseline, examples))
 
 
 def render(
@@ -146,7 +143,7 @@ def render(
         "<h2>Accuracy</h2>",
         _accuracy(cells, summary, colours),
         *(shown[key] for key in ("accuracy", "running", "severity") if key in shown),
-        _samples(samples),
+        strip("Sample images", [(_plain(name), image) for name, image in samples.items()]),
         shown.get("examples", ""),
         "<h2>Calibration</h2>",
         _calibration(cells, summary, colours),
@@ -305,20 +302,31 @@ def plot(heading: str, caption: str, figure: Figure, *, headed: bool = True) -> 
     )
 
 
-def _samples(samples: Mapping[str, np.ndarray]) -> str:
-    if not samples:
+def strip(heading: str, images: Sequence[tuple[str, np.ndarray]], note: str = "") -> str:
+    """Images with captions beside each other.
+
+    Args:
+        heading: the heading.
+        images: caption and (height, width, 3) uint8 of each.
+        note: a text below the heading.
+
+    Returns:
+        HTML; empty without images.
+    """
+    if not images:
         return ""
     shown = []
-    for name, image in samples.items():
+    for caption, image in images:
         file = io.BytesIO()
         Image.fromarray(np.asarray(image, np.uint8)).save(file, "PNG", optimize=True)
         kind = ' class="small"' if max(image.shape[:2]) < SMALL else ""
-        label = escape(_plain(name))
+        caption = escape(caption)
         shown.append(
-            f'<figure><img{kind} src="{_data_uri(file.getvalue())}" alt="{label}">'
-            f"<figcaption>{label}</figcaption></figure>"
+            f'<figure><img{kind} src="{_data_uri(file.getvalue())}" alt="{caption}">'
+            f"<figcaption>{caption}</figcaption></figure>"
         )
-    return f'<h2>Sample images</h2>\n<div class="samples">{"".join(shown)}</div>'
+    body = f'<div class="samples">{"".join(shown)}</div>'
+    return f"<h2>{escape(heading)}</h2>\n{_note(note) if note else ''}{body}"
 
 
 def _warnings(cells: Sequence[Cell]) -> str:

@@ -7,7 +7,7 @@ import numpy as np
 
 from jaxtta.data import Batches, UnreadableImageError
 from jaxtta.evaluate.results import Cell
-from jaxtta.io import atomic_write
+from jaxtta.io import atomic_write, write_text
 from jaxtta.report.examples import Example, draw_examples
 from jaxtta.report.html import write_report
 from jaxtta.report.plots import save_all
@@ -33,7 +33,7 @@ def conclude(
         examples: examples of TNT on single images.
     """
     text, figure = table(cells), draw_examples(examples)
-    (folder / "table.txt").write_text(text + "\n")
+    write_text(folder / "table.txt", text + "\n")
     summary_csv(cells, folder / "summary.csv")
     save_all(cells, folder, title)
     if figure is not None:

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 
 from jaxtta.data.corruptions import CLEAN
 from jaxtta.evaluate.results import Cell
+from jaxtta.images import printable
 from jaxtta.io import atomic_write
 from jaxtta.report.summary import BASELINE, average, averaged_corruptions, severities, summarise
 
@@ -335,8 +336,8 @@ def save_all(
 
 
 def label(name: str) -> str:
-    """Format a name for matplotlib; escapes `$`."""
-    return name.replace("_", " ").replace("$", r"\$")
+    """Format a name for matplotlib; escapes `$` and what cannot be printed."""
+    return printable(name).replace("_", " ").replace("$", r"\$")
 
 
 def finish(axes: Axes, x: str, y: str, *, grid: Grid = "y") -> None:
@@ -357,7 +358,7 @@ def _finish(figure: Figure, panels: Sequence[Axes], title: str, legend: bool = T
     for axes in panels:
         _tidy(axes)
     if title:
-        figure.suptitle(title.replace("$", r"\$"), fontsize=11)
+        figure.suptitle(printable(title).replace("$", r"\$"), fontsize=11)
     if legend:
         handles, labels = panels[0].get_legend_handles_labels()
         if handles:

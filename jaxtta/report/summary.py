@@ -8,7 +8,6 @@ A corruption's accuracy is the mean over its severities and seeds. The mean row 
 corruptions; it excludes clean images, which have a separate row, as is usual in the literature.
 """
 
-import csv
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from jaxtta.data.corruptions import CLEAN
 from jaxtta.evaluate.record import Figures, gain
 from jaxtta.evaluate.results import Cell
 from jaxtta.evaluate.run import BASELINE
-from jaxtta.io import atomic_write
+from jaxtta.io import write_csv
 from jaxtta.metrics import ALEXNET_ERRORS, mean_corruption_error
 
 NONE = "–"
@@ -376,10 +375,7 @@ def summary_csv(cells: Sequence[Cell], path: str | Path, baseline: str = BASELIN
             if found is None and others:
                 found = gain([segment], [others[number]])
             lines.append(_line(cell, number, segment, found))
-    with atomic_write(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(lines[0]) if lines else [])
-        writer.writeheader()
-        writer.writerows(lines)
+    write_csv(path, lines)
 
 
 def _line(cell: Cell, number: int, segment: Figures, found: Figures | None) -> dict[str, Any]:
