@@ -360,7 +360,7 @@ def test_files_and_pairs_in_place_of_what_they_hold_are_refused(tiny, task, stat
     with pytest.raises(TypeError, match="adapted is a State, expected a nested dict"):
         tree.merge({"a": jnp.ones(2)}, adapters.State({}, (), (), 0))
     for gather in (models.feature_statistics, continual.task_grams):
-        with pytest.raises(TypeError, match=r"batches is one array, expected several: \[images\]"):
+        with pytest.raises(ValueError, match=r"images have shape \(32, 32, 3\), expected \(batch"):
             gather(model, tiny[1], IMAGES)
 
 
