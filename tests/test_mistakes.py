@@ -335,6 +335,7 @@ def test_a_dtype_that_is_none_is_refused(dtype):
         (range(3), "class_names holds 0, expected strings"),
         ({"cat": 1, "dog": 2}, "class_names is a dict, expected a list of strings"),
         ({"cat", "dog"}, "class_names is a set, expected a list of strings"),
+        (iter(["cat", "dog"]), "class_names is a list_iterator, expected a list of strings"),
     ],
 )
 def test_class_names_are_strings(embedded, names, message):
