@@ -4,7 +4,7 @@ import html
 import logging
 import re
 import string
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -149,7 +149,7 @@ def zero_shot_task(
     if isinstance(class_names, str) or isinstance(templates, str):
         raise ValueError("class names and templates are lists of strings, not one string")
     for name, given in (("class_names", class_names), ("templates", templates)):
-        if not isinstance(given, Sequence | np.ndarray):
+        if isinstance(given, Mapping | Set) or not hasattr(given, "__len__"):
             raise TypeError(f"{name} is a {type(given).__name__}, expected a list of strings")
         if odd := [value for value in given if not isinstance(value, str)]:
             raise TypeError(f"{name} holds {odd[0]!r}, expected strings")
