@@ -34,7 +34,6 @@ Features are image embeddings of unit norm, the head is the classes' text embedd
 features of the base set stay in memory; shifted sets are processed one at a time.
 """
 
-import csv
 import dataclasses
 import functools
 import itertools
@@ -59,7 +58,7 @@ from jaxtta.data.folders import list_folders
 from jaxtta.data.layouts import require_meaning
 from jaxtta.data.recognise import entries_of, is_folder
 from jaxtta.data.sources import read_labels
-from jaxtta.data.text import nfc, read_text
+from jaxtta.data.text import nfc, read_rows
 from jaxtta.evaluate.figures import (
     Answers,
     Features,
@@ -157,6 +156,9 @@ class Options:
     """Images encoded at a time."""
     workers: int = 1
     """Processes that decode and corrupt images; 0 = main process."""
+    trust_data: bool = False
+    """Take the results of an earlier trial in the folder without checking that the stored images have
+    not changed."""
     debug: bool = False
     """Show tracebacks."""
 
@@ -501,13 +503,8 @@ def read_labels_of(path: Path, listed: data.ImageFolder, classes: Sequence[str])
     """Labels (images,) from a .csv, -1 for images not in it."""
     places = {nfc(str(file.relative_to(listed.root))): n for n, file in enumerate(listed.files)}
     labels = np.full(len(listed.files), -1, np.int32)
-    lines = read_text(path).splitlines()
-    rows = csv.DictReader(lines, delimiter=max(",;\t", key="".join(lines[:1]).count))
-    if not {"image", "class"} <= set(rows.fieldnames or ()):
-        raise ValueError(f"{path}: has no columns image and class")
-    for row in rows:
-        image, name = (nfc(row[column] or "").strip() for column in ("image", "class"))
-        line = f"{path}: line {rows.line_num}"
+    for line, row in read_rows(path, ("image", "class")):
+        image, name = nfc(row["image"]).strip(), nfc(row["class"]).strip()
         if image not in places:
             raise ValueError(f"{line} names {image!r}, which is not an image in {listed.root}")
         if name not in classes:
@@ -615,9 +612,12 @@ def try_adapters(
     adapters = {
         name: evaluate.make_adapter(name, model.clip, task, setup) for name in options.trial
     }
-    running = {"from_originals": cutting, "workers": options.workers}
+    running = {"workers": options.workers, "trust_data": options.trust_data}
     return evaluate.run(
-        adapters, model.params, batches, results, setting=report.DATASETS, **running
+        *(adapters, model.params, batches, results),
+        setting=report.DATASETS,
+        from_originals=cutting,
+        **running,
     )
 
 

@@ -44,7 +44,6 @@ from PIL import Image
 import jaxtta
 from jaxtta import assets, data, evaluate
 from jaxtta.adapters import TNTConfig, load_noise, save_noise
-from jaxtta.data.folders import images_in
 from jaxtta.images import SUFFIXES, printable
 
 CANVAS = 512
@@ -181,7 +180,7 @@ def list_images(paths: Sequence[Path]) -> list[Path]:
     for path in paths:
         if not path.exists():
             raise FileNotFoundError(f"{path}: no such file or folder")
-        found = [*images_in(path)] if path.is_dir() else [path]
+        found = data.list_images(path) if path.is_dir() else [path]
         if not found:
             raise ValueError(f"{path}: folder without images")
         if not path.is_dir() and not path.name.lower().endswith(SUFFIXES):

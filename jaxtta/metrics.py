@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 Array = jax.Array
 ArrayLike = jax.typing.ArrayLike
@@ -35,7 +36,7 @@ def require_labels(labels: ArrayLike, images: int, classes: int) -> Array:
         raise TypeError(f"labels are {labels.dtype}, expected integers: labels.astype(int)")
     if labels.shape != (images,):
         raise ValueError(f"labels have shape {labels.shape}, expected ({images},), one per image")
-    if not isinstance(labels, jax.core.Tracer) and labels.size:
+    if not isinstance(labels, Tracer) and labels.size:
         values = np.asarray(labels)
         least, greatest = values.min(), values.max()
         if least < 0 or greatest >= classes:
@@ -173,7 +174,7 @@ def reliability(confidence: ArrayLike, correct: ArrayLike, bins: int = 15) -> Re
 def _shares(values: Array, name: str) -> Array:
     """Numbers in [0, 1], to rounding; others are refused, and NaN where they are traced."""
     inside = (values >= 0) & (values <= 1 + ROUNDING)
-    if not isinstance(values, jax.core.Tracer) and not inside.all():
+    if not isinstance(values, Tracer) and not inside.all():
         odd = values[~inside][0]
         raise ValueError(f"{name} holds {odd}, expected numbers in [0, 1]")
     return jnp.where(inside, values, jnp.nan)

@@ -1,6 +1,7 @@
 """Taking a parameter tree apart by the paths of its leaves, and putting it together again."""
 
-from collections.abc import Callable, Mapping
+import difflib
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -17,6 +18,35 @@ def path_of(keys: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(keys, simple=True, separator="/")
 
 
+def require_trainable(trainable: Any, name: str = "trainable") -> None:
+    """Raise a TypeError for anything but a predicate on paths: a list of them, a tower's name."""
+    if not callable(trainable):
+        raise TypeError(
+            f"{name} is a {type(trainable).__name__}, expected a function of a parameter's path "
+            "such as normalisation_parameters('image'); for a list: lambda path: path in names"
+        )
+
+
+def require_params(params: Any) -> None:
+    """Raise a TypeError for parameters with a leaf that is no array: a model, a file's name."""
+    for leaf in jax.tree.leaves(params):
+        if not (hasattr(leaf, "dtype") or isinstance(leaf, bool | int | float | complex)):
+            raise TypeError(
+                f"params holds a {type(leaf).__name__}, expected a tree of arrays: "
+                "model, params = jaxtta.load(…)"
+            )
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """The name that is most alike, for a message about one that is not there."""
+    return difflib.get_close_matches(name, list(names), 1, 0)[0]
+
+
+def paths_of(params: Any) -> set[str]:
+    """The paths of all leaves of a tree."""
+    return {path_of(keys) for keys, _ in jax.tree.leaves_with_path(params)}
+
+
 def partition(params: Any, trainable: Trainable) -> tuple[Tree, Tree]:
     """Split a tree in two by the paths of its leaves.
 
@@ -31,12 +61,17 @@ def partition(params: Any, trainable: Trainable) -> tuple[Tree, Tree]:
         dicts. Nothing is copied.
 
     Raises:
+        TypeError: if the predicate is no function, or gives one (it was to be called first).
         ValueError: if no leaf is chosen.
     """
+    require_trainable(trainable)
     chosen, others = {}, {}
     for keys, leaf in jax.tree.leaves_with_path(params):
         parts = tuple(path_of((key,)) for key in keys) or ("",)  # a key may hold a slash
-        (chosen if trainable("/".join(parts)) else others)[parts] = leaf
+        answer = trainable("/".join(parts))
+        if callable(answer):
+            raise TypeError("trainable gives a function, not a bool: call it first")
+        (chosen if answer else others)[parts] = leaf
     if not chosen:
         names = ["/".join(parts) for parts in others]
         raise ValueError(f"no parameter is chosen; there are {_some(names)}")
@@ -54,9 +89,12 @@ def merge(params: Any, adapted: Mapping[str, Any]) -> Any:
         A new tree of the same type; its leaves are those given, uncopied.
 
     Raises:
+        TypeError: if `adapted` is no dict.
         ValueError: if a path is a leaf in one tree and a branch in the other, or is not in
             `params` and `params` is not a dict, or a leaf has another shape.
     """
+    if not isinstance(adapted, Mapping):
+        raise TypeError(f"adapted is a {type(adapted).__name__}, expected a nested dict of leaves")
     if not isinstance(params, dict):
         return _replace(params, flatten_dict(adapted, sep="/"))
     merged, keys = dict(params), {str(key): key for key in params}  # an NNX list has integer keys
@@ -75,9 +113,9 @@ def merge(params: Any, adapted: Mapping[str, Any]) -> Any:
 
 
 def _replace(params: Any, leaves: dict[str, Any]) -> Any:
-    paths = [path_of(keys) for keys, _ in jax.tree.leaves_with_path(params)]
-    if unknown := sorted(leaves.keys() - set(paths)):
-        raise ValueError(f"{unknown[0]} is no leaf of the tree; there are {_some(paths)}")
+    paths = paths_of(params)
+    if unknown := sorted(leaves.keys() - paths):
+        raise ValueError(f"{unknown[0]} is no leaf of the tree; there are {_some(sorted(paths))}")
 
     def replace(keys: tuple[Any, ...], old: Any) -> Any:
         path = path_of(keys)

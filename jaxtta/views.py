@@ -112,6 +112,10 @@ def plain(
     out: int,
     resize: int | tuple[int, int] | None = None,
     kernel: str = "bicubic",
+    *,
+    rounding: str = "transformers",
+    resize_longer: bool = False,
+    fill: int = 0,
 ) -> Array:
     """The plain preprocessing: resize, then the centre.
 
@@ -121,6 +125,9 @@ def plain(
         out: side of the result.
         resize: length of the shorter side, or (height, width), before the crop; None for no resize.
         kernel: a key of `KERNELS`.
+        rounding: of odd margins, "transformers" or "torchvision".
+        resize_longer: whether an integer `resize` is for the longer side.
+        fill: grey level around a smaller image.
 
     Returns:
         (out, out, 3) in [0, 1].
@@ -130,20 +137,28 @@ def plain(
         resized = size
     elif isinstance(resize, tuple):
         resized = jnp.array(resize, jnp.float32)
+    elif resize_longer:
+        resized = jnp.round(resize * size / size.max())
     else:  # as PIL-based preprocessing rounds: the longer side down
         resized = jnp.floor(resize * size / size.min() + 1e-4)
 
-    def axis(number: int) -> Array:
+    def axis(number: int) -> tuple[Array, Array]:
         step = size[number] / resized[number]
-        corner = jnp.floor((resized[number] - out) / 2)
+        half = (resized[number] - out) / 2
+        corner = jnp.floor(half)
+        if rounding == "torchvision":
+            corner = jnp.where(half < 0, jnp.ceil(half), jnp.round(half))
         pixels = corner + jnp.arange(out)
-        inside = (pixels >= 0) & (pixels < resized[number])  # a smaller image is padded with black
+        inside = (pixels >= 0) & (pixels < resized[number])  # around it is `fill`
         matrix = resampling(
             image.shape[number], out, 0.0, size[number], corner * step, step, kernel
         )
-        return jnp.where(inside[:, None], matrix, 0)
+        return jnp.where(inside[:, None], matrix, 0), inside
 
-    return jnp.einsum("oh,hwc,pw->opc", axis(0), image, axis(1)).clip(0, 1)
+    (rows, inside_rows), (columns, inside_columns) = axis(0), axis(1)
+    pixels = jnp.einsum("oh,hwc,pw->opc", rows, image, columns).clip(0, 1)
+    inside = inside_rows[:, None] & inside_columns
+    return jnp.where(inside[..., None], pixels, fill / 255)
 
 
 def random_boxes(

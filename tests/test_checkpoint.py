@@ -1,14 +1,18 @@
+import dataclasses
 import json
 import shutil
 
 import flax.serialization
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 from conftest import GOLDEN
 from safetensors.numpy import load_file, save_file
+from test_preprocess import image, theirs
 
 from jaxtta import models
+from jaxtta.models import Preprocessing
 
 TINY = GOLDEN / "tiny-clip"
 
@@ -93,8 +97,92 @@ def test_unused_parameters_are_named(folder):
         models.load(folder)
 
 
+def test_names_that_do_not_fit_are_counted(folder):
+    tensors = load_file(folder / "model.safetensors")
+    spoilt = {f"student.{name}": array for name, array in tensors.items()}
+    spoilt |= {"head.weight": np.zeros(3, np.float32)}
+    save_file(spoilt, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"does not fit") as error:
+        models.load(folder)
+    count = len(tensors)
+    assert f"{count} of {count} parameters are missing, " in str(error.value)
+    assert f"; {count + 1} others are there, head/weight for one" in str(error.value)
+    assert len(str(error.value)) < 400 + len(str(folder))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_weights_that_are_not_finite_are_refused(folder, value, dtype):
+    tensors = load_file(folder / "model.safetensors")
+    tensors = {
+        name: array.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+        for name, array in tensors.items()
+    }
+    models.load(write_weights(folder, tensors))
+    array = tensors["vision_model.post_layernorm.weight"]
+    array[3] = value
+    with pytest.raises(ValueError, match=r"post_layernorm/scale holds NaN or infinite values"):
+        models.load(write_weights(folder, tensors))
+
+
+def test_large_weights_are_finite(folder):
+    """Their sum is not."""
+    tensors = load_file(folder / "model.safetensors")
+    tensors["text_model.final_layer_norm.bias"][:] = 3e38
+    models.load(write_weights(folder, tensors))
+
+
+def write_weights(folder, tensors):
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def test_half_precision_shards(folder, tiny):
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    kinds = ml_dtypes.bfloat16, np.float16
+    weight_map = {name: f"{number % 2}.safetensors" for number, name in enumerate(names)}
+    for number, kind in enumerate(kinds):
+        part = {n: tensors[n].astype(kind) for n in names[number::2]}
+        save_file(part, folder / f"{number}.safetensors")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    _, params = models.load(folder)
+    for a, b in zip(*map(jax.tree.leaves, (params, tiny[1])), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2**-8, atol=1e-6)
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 600000000\n"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "preprocessor_config.json"])
+def test_git_lfs_pointers_are_recognised(folder, name):
+    (folder / name).write_text(POINTER)
+    with pytest.raises(ValueError, match=rf"{name}: is a git-LFS pointer.*`git lfs pull`"):
+        models.load(folder)
+
+
+def test_git_lfs_pointers_among_shards_are_recognised(folder):
+    (folder / "model.safetensors").rename(folder / "b.safetensors")
+    index = {"weight_map": {"a": "a.safetensors", "b": "b.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "a.safetensors").write_text(POINTER)
+    with pytest.raises(ValueError, match=r"a.safetensors: is a git-LFS pointer"):
+        models.load(folder)
+
+
 def spoil_pickle(folder):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def spoil_lora(folder):
+    (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+
+
+def spoil_name(folder):
+    (folder / "model.safetensors").rename(folder / "model.fp16.safetensors")
 
 
 def spoil_weights(folder):
@@ -131,14 +219,19 @@ def edit_config(**changes):
 @pytest.mark.parametrize(
     ("spoil", "error", "message"),
     [
-        (spoil_pickle, ValueError, "pickled weights can run code"),
+        (spoil_pickle, ValueError, r"pickled weights can run code .*`jaxtta convert .*bin OUT`"),
+        (spoil_lora, ValueError, r"LoRA adapter .*merge_and_unload\(\)"),
+        (spoil_name, FileNotFoundError, "model.fp16.safetensors would be read under the name mod"),
+        (edit_config(vision_config__image_size=[32, 48]), ValueError, "config.json: image_size is"),
+        (edit_config(text_config__eos_token_id=None), ValueError, "config.json: text_config.eos_"),
+        (edit_config(text_config__eos_token_id=[1, 2]), ValueError, "expected one token id"),
         (spoil_weights, FileNotFoundError, "has none of model.safetensors"),
         (truncate, ValueError, "is damaged or no safetensors file"),
         (spoil_msgpack, ValueError, "is damaged or no msgpack file"),
         (spoil_index, FileNotFoundError, "gone.safetensors: named in"),
         (lambda f: (f / "config.json").unlink(), FileNotFoundError, "has no config.json"),
         (lambda f: (f / "config.json").write_text("{"), ValueError, "is not JSON"),
-        (edit_config(model_type="bert"), ValueError, "expected 'clip'"),
+        (edit_config(model_type="bert"), ValueError, "supported are clip, siglip, vit"),
         (lambda f: (f / "config.json").write_text("[]"), ValueError, "holds no JSON object"),
         (edit_config(vision_config__hidden_act="selu"), ValueError, "hidden_act is 'selu'"),
         (
@@ -161,10 +254,105 @@ def test_bad_checkpoints_are_refused_in_one_sentence(folder, spoil, error, messa
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("path", ["no/such/folder", "nobody/nothing"])
-def test_missing_paths_are_refused(path):
-    with pytest.raises(FileNotFoundError, match=r"is neither a local folder"):
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("no/such/folder", "nor a model's id .OWNER/NAME. on the Hugging Face Hub$"),
+        ("nobody/nothing", "HF_HUB_OFFLINE is set, so that the hub is not asked; unset it, or"),
+        ("hf-hub:laion/CLIP-ViT-B-32", "; give laion/CLIP-ViT-B-32$"),
+        ("hf_hub:timm/ViT-B-16-SigLIP", "; give timm/ViT-B-16-SigLIP$"),
+        ("https://huggingface.co/openai/clip", "; give openai/clip$"),
+        (
+            "ViT-B-32",
+            "it is a name of OpenCLIP's or timm's.* laion/CLIP-ViT-B-32-laion2B-s34B-b79K",
+        ),
+        ("ViT-B-32/laion2b_s34b_b79k", "it is a name of OpenCLIP's or timm's"),
+        ("ViT-B/32", "it is a name of OpenCLIP's or timm's"),
+        ("RN50", "it is a name of OpenCLIP's or timm's"),
+        ("RN50x4-quickgelu", "it is a name of OpenCLIP's or timm's"),
+        ("vit_base_patch16_clip_224.openai", "it is a name of OpenCLIP's or timm's"),
+        ("convnext_base_w", "it is a name of OpenCLIP's or timm's"),
+    ],
+)
+def test_missing_paths_are_refused(path, message):
+    with pytest.raises(FileNotFoundError, match=rf"is neither a local folder.*{message}") as caught:
         models.load(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_hub_that_cannot_be_reached_is_said(monkeypatch):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+
+    def download(repo, name, revision=None):
+        raise huggingface_hub.errors.LocalEntryNotFoundError("no connection")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    with pytest.raises(FileNotFoundError, match=r"cannot be reached; give a folder$"):
+        models.load("nobody/nothing")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("model.safetensors", "is a file, expected the checkpoint's folder; give {folder}$"),
+        ("config.json", "is a file, expected the checkpoint's folder; give {folder}$"),
+        ("ViT-B-32.pt", "`jaxtta convert {folder}/ViT-B-32.pt OUT`$"),
+        ("pytorch_model.bin", "`jaxtta convert {folder}/pytorch_model.bin OUT`$"),
+        ("clip.safetensors", "`jaxtta convert {folder}/clip.safetensors OUT` makes one"),
+    ],
+)
+def test_a_file_in_place_of_a_folder(folder, name, message):
+    (folder / name).touch()
+    with pytest.raises(ValueError, match=message.format(folder=folder)):
+        models.load(folder / name)
+
+
+def test_configurations_in_other_forms_are_the_same(folder, tiny):
+    """As transformers accepts them."""
+    edit_config(vision_config__image_size=[32, 32], vision_config__patch_size=[8, 8])(folder)
+    config = json.loads((folder / "config.json").read_text())
+    end = config["text_config"]["eos_token_id"]
+    edit_config(text_config__eos_token_id=[end])(folder)
+    assert models.load(folder)[0] == dataclasses.replace(tiny[0], source=str(folder))
+    for tower in ("text_config", "vision_config"):
+        config[f"{tower}_dict"], config[tower] = config[tower], None
+    (folder / "config.json").write_text(json.dumps(config))
+    assert models.load(folder)[0] == dataclasses.replace(tiny[0], source=str(folder))
+
+
+@pytest.mark.parametrize(
+    "preprocessing",
+    [
+        Preprocessing(32, 32, (32, 32)),
+        Preprocessing(32, 36, (32, 32), 2, (0.5,) * 3, (0.25,) * 3),
+        Preprocessing(32, (32, 32), None),
+        Preprocessing(32, (40, 36), (32, 32)),
+        Preprocessing(32, None, (32, 32)),
+    ],
+)
+def test_what_is_saved_is_read_with_the_same_pixels(tiny, tmp_path, preprocessing):
+    """By transformers too, which refuses an empty size."""
+    model = dataclasses.replace(tiny[0], preprocessing=preprocessing)
+    (tmp_path / "processor_config.json").write_text("{}")  # of a model that was here before
+    models.save(tmp_path, model, tiny[1])
+    assert not (tmp_path / "processor_config.json").exists()
+    assert models.load(tmp_path)[0].preprocessing == preprocessing
+    settings = json.loads((tmp_path / "preprocessor_config.json").read_text())
+    for size in [(50, 41), (33, 64), (32, 32)]:
+        ours = preprocessing(image(*size)).astype(float)
+        assert np.abs(ours - theirs(settings, image(*size))).max() <= 1
+
+
+def test_preprocessing_that_transformers_has_not(tiny, tmp_path, caplog):
+    longer = Preprocessing(32, 32, (32, 32), resize_longer=True)
+    with pytest.raises(ValueError, match=r"resize of the longer side cannot be saved"):
+        models.save(tmp_path / "a", dataclasses.replace(tiny[0], preprocessing=longer), tiny[1])
+    assert not (tmp_path / "a").exists()
+    rounded = Preprocessing(32, 32, (32, 32), rounding="torchvision")
+    models.save(tmp_path / "b", dataclasses.replace(tiny[0], preprocessing=rounded), tiny[1])
+    assert "one pixel beside OpenCLIP's centre" in caplog.text
 
 
 def test_hub_models_are_fetched_file_by_file(monkeypatch, tiny, folder):

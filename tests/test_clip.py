@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import golden, relative
+from conftest import GOLDEN, golden, relative
 
 from jaxtta.models import l2_normalize, prompts, task_from_token_ids, zero_shot_task
 from jaxtta.models.attention import attention
@@ -173,8 +174,18 @@ def test_bad_tasks_are_refused(embedded, names, templates, message):
 
 
 def test_names_that_are_no_strings_are_refused(embedded):
-    with pytest.raises(TypeError, match=r"class names and templates are strings, 3 is none"):
+    with pytest.raises(TypeError, match=r"class_names holds 3, expected strings"):
         zero_shot_task(embedded[0], [3, 4])
+
+
+@pytest.mark.parametrize(
+    ("text", "ids"), json.loads((GOLDEN / "open_clip_tokens.json").read_text()).items()
+)
+def test_tokens_equal_open_clips(embedded, text, ids):
+    """Of its SimpleTokenizer with the embedded model's merges, without start and end."""
+    row = zero_shot_task(embedded[0], ["cat", "dog"], [f"{text} {{}}"]).token_ids[0, 0].tolist()
+    ends = zero_shot_task(embedded[0], ["cat", "dog"], ["{}"]).token_ids[0, 0].tolist()
+    assert row[: len(ids) + len(ends)] == [ends[0], *ids, *ends[1:]]
 
 
 MENDED = {  # as open_clip's `_clean_lower` makes it of them, but for the case

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from jaxtta import data, images
+from jaxtta.evaluate.figures import read_points
 from jaxtta.models.preprocess import Preprocessing
 
 PREPROCESS = Preprocessing(32, 32, (32, 32))
@@ -244,13 +245,11 @@ def test_an_empty_name_within_a_list_is_refused(tmp_path):
         data.read_class_names(tmp_path / "names.txt", [])
 
 
-def test_names_that_a_tokenizer_cannot_tell_apart_are_said(tmp_path, said):
+def test_equal_names_in_a_file_are_said_with_its_name(tmp_path, said):
     (tmp_path / "names.txt").write_text("crane\nmaillot\nCrane \ndog\n")
     expected = "classes 0 and 2 have the same name (crane, Crane); a tie counts for the first"
     assert len(data.read_class_names(tmp_path / "names.txt", [])) == 4
     assert said() == [f"{tmp_path / 'names.txt'}: {expected}"]
-    data.given_class_names(["crane", "maillot", "Crane"])
-    assert said()[1:] == [f"the class names: {expected}"]
 
 
 def turned(path):
@@ -362,3 +361,32 @@ def test_a_folder_with_one_of_everything(tmp_path, said):
         *("empty.png", "gone.png", "nan.tif", "negative.tif", r"short\xff.jpg")
     ]
     assert (batch.images[read].std((1, 2, 3)) > 5).all()  # none is black or white
+
+
+def test_serving_a_folder_with_one_of_everything(tmp_path, run_script, short):
+    expected = write_everything(tmp_path / "images")
+    command = ("--model", short, "--adapter", "zero_shot", "--batch-size", 8)
+    code, out, err = run_script("serve.py", tmp_path / "images", *command)
+    assert code == 3  # as documented: some images could not be read
+    assert len(out.splitlines()) == sum(expected.values())
+    for name in ("empty.png", "gone.png", "nan.tif", "negative.tif", r"short\xff.jpg"):
+        assert f"{name}: cannot be decoded" in err
+    assert f"5 of {sum(expected.values()) + 5} images could not be read" in err
+
+
+def test_labels_of_a_field_check_in_every_kind_of_utf8(tmp_path, run_script, folder):
+    (folder / "cat" / "0.png").rename(folder / "cat" / f"{NFD}.png")
+    table = tmp_path / "labels.csv"
+    command = ("--field", folder / "cat", "--class-names", "cat", NFC, "--output", tmp_path / "o")
+    for encoding, message in (("cp1252", "labels.csv: is not UTF-8 text"), ("utf-8-sig", "again")):
+        rows = f"image;class\r\n{NFC}.png;{NFC}\r\n{NFC}.png;cat\r\n;\r\n"
+        table.write_bytes(rows.encode(encoding))
+        code, _, err = run_script("diagnose_model.py", *command, "--field-labels", table)
+        assert code == 1
+        assert message in err
+
+
+def test_points_of_reference_models_with_a_byte_order_mark(tmp_path):
+    text = "base;shifted\r\n0.6;0.2\r\n0.9;0.5\r\n\r\n"
+    (tmp_path / "points.csv").write_bytes(text.encode("utf-8-sig"))
+    assert read_points(tmp_path / "points.csv") == [(0.6, 0.2), (0.9, 0.5)]

@@ -390,6 +390,35 @@ def test_preprocessing(tmp_path):
     assert other(Image.new("L", (50, 70))).shape == (32, 32, 3)
 
 
+PIXELS = golden("open_clip_pixels")
+
+
+@pytest.mark.parametrize("name", [name for name in PIXELS if not name.startswith("image")])
+def test_pixels_equal_open_clips(tmp_path, name):
+    """What open_clip 3.3's transform makes of images of several sizes."""
+    mode, interpolation, size = name.split("-")
+    preprocessing = with_preprocessing(
+        tmp_path, interpolation=interpolation, resize_mode=mode, fill_color=9
+    )
+    ours = preprocessing(Image.fromarray(PIXELS[f"image-{size}"])).astype(int)
+    assert np.abs(ours - PIXELS[name]).max() <= 1
+
+
+def test_settings_as_open_clip_reads_them(tmp_path, caplog):
+    standard = with_preprocessing(tmp_path, size=32)
+    assert "no preprocess_cfg" not in caplog.text
+    assert with_preprocessing(tmp_path, interpolation="random") == standard
+    assert with_preprocessing(tmp_path, mean=0.5, std=0.25).mean == (0.5,) * 3
+    assert with_preprocessing(tmp_path, size=30) == standard
+    assert "size is 30, the model's 32 is taken" in caplog.text
+    assert with_preprocessing(tmp_path) == standard
+    assert "has no preprocess_cfg: OpenCLIP's defaults are taken" in caplog.text
+    config = write_config(tmp_path, json.loads((golden_folder("vit") / CONFIG).read_text()))
+    said = models.describe_preprocessing(openclip.from_config(config))
+    assert said.endswith(f"from {tmp_path / CONFIG}")
+    assert "centre crop 32 (torchvision)" in said
+
+
 # Bad input.
 
 

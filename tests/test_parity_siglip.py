@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from conftest import GOLDEN, golden, relative
 from flax.traverse_util import flatten_dict
+from PIL import Image
 from safetensors.numpy import save_file
 from test_siglip import write_tokenizer
 
@@ -95,6 +96,21 @@ def test_the_golden_numbers_are_transformers():
     ours = outputs_of_transformers(theirs.eval(), expected["images"], expected["token_ids"])
     for name, value in zip(("image_embeds", "text_embeds", "logits"), ours, strict=True):
         assert relative(value, expected[name]) < 1e-5
+
+
+def test_what_is_saved_is_read_by_transformers(tmp_path):
+    import transformers
+
+    model, params = models.load(GOLDEN / "tiny-siglip")
+    models.save(tmp_path, model, params)
+    theirs, expected = transformers.AutoModel.from_pretrained(tmp_path).eval(), golden("siglip")
+    ours = outputs_of_transformers(theirs, expected["images"], expected["token_ids"])
+    assert relative(ours[-1], expected["logits"]) < 1e-5
+    image = Image.effect_mandelbrot((50, 70), (-3, -2.5, 2, 2.5), 100).convert("RGB")
+    kind = getattr(transformers, "SiglipImageProcessorPil", transformers.SiglipImageProcessor)
+    processed = kind.from_pretrained(tmp_path)(image, return_tensors="np")
+    pixels = model.normalize(model.preprocess([image])).transpose(0, 3, 1, 2)
+    np.testing.assert_allclose(processed["pixel_values"], pixels, atol=2 / 255 + 1e-6)
 
 
 TIMM = {"base": "vit_base_patch16_siglip_224", "giantopt": "vit_giantopt_patch16_siglip_256"}

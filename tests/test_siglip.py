@@ -206,7 +206,11 @@ def edit_config(section=None, **changes):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (edit_config(model_type="siglip2"), r"images of any shape \(NaFlex\), which is not supp"),
+        (
+            edit_config(model_type="siglip2"),
+            "SigLIP 2 for images of any shape; .* clip, siglip, vit",
+        ),
+        (edit_config(model_type="align"), "model_type is 'align', supported are clip, siglip, vit"),
         (edit_config("vision_config", vision_use_head=False), "vision_use_head is false, expected"),
         (edit_config("text_config", projection_size=16), "size is 16, expected the image tower's"),
         (edit_config("vision_config", hidden_act="mish"), "vision_config.hidden_act is 'mish'"),
@@ -221,9 +225,30 @@ def test_other_models_of_transformers_are_refused(tmp_path, spoil, message):
     assert "\n" not in str(caught.value)
 
 
-def test_siglip_is_no_clip_checkpoint(siglip, tmp_path):
-    with pytest.raises(ValueError, match=r"SigLIP, and CLIP with .*, cannot be saved"):
-        models.save(tmp_path / "new", *siglip)
+def test_a_saved_model_is_the_same(siglip, tmp_path):
+    model, params = siglip
+    models.save(tmp_path, model, params)
+    again, loaded = models.load(tmp_path)
+    assert again == dataclasses.replace(model, source=str(tmp_path))
+    assert jax.tree.all(jax.tree.map(np.array_equal, loaded, params))
+    ours, theirs = (load_file(x / "model.safetensors") for x in (tmp_path, FOLDER))
+    assert {name: x.shape for name, x in ours.items()} == {n: x.shape for n, x in theirs.items()}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"logit_bias": False}, "new: a model between CLIP and SigLIP .* cannot be saved"),
+        ({"text": {"has_projection": False}}, "new: a text tower without projection cannot be"),
+        ({"text": {"projection_bias": False}}, "new: a model between CLIP and SigLIP .* cannot"),
+    ],
+)
+def test_what_transformers_has_not_is_not_saved(siglip, tmp_path, changes, message):
+    model, params = siglip
+    if "text" in changes:
+        changes = {"text": model.text.clone(**changes["text"])}
+    with pytest.raises(ValueError, match=message):
+        models.save(tmp_path / "new", dataclasses.replace(model, **changes), params)
     assert not (tmp_path / "new").exists()
 
 
@@ -303,6 +328,15 @@ def test_prompts_that_are_too_long_are_refused(siglip, tmp_path):
     model = dataclasses.replace(siglip[0], source=str(tmp_path))
     with pytest.raises(ValueError, match="a prompt has 17 tokens, the model takes at most 16"):
         models.zero_shot_task(model, ["cat", "cat " * 16], ["{}"])
+
+
+def test_a_tokenizer_without_padding_is_refused(siglip, tmp_path):
+    write_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").unlink()
+    (tmp_path / "special_tokens_map.json").unlink(missing_ok=True)
+    model = dataclasses.replace(siglip[0], source=str(tmp_path))
+    with pytest.raises(ValueError, match="its tokenizer has no padding token"):
+        models.zero_shot_task(model, ["cat", "fire truck"])
 
 
 @pytest.mark.skipif(find_spec("sentencepiece") is not None, reason="sentencepiece is installed")

@@ -154,14 +154,51 @@ def test_a_map_is_carried_saved_frozen_and_refreshed(tiny, tmp_path):
     noise, settings = load_noise(tmp_path / "camera.safetensors")
     assert settings == tuning
     frozen = tnt(model, task, config=TNTConfig(views=1, steps=0), noise=noise)
-    kept, prediction = jax.jit(frozen.step)(params, frozen.init(params), images)
+    kept, _ = jax.jit(frozen.step)(params, frozen.init(params), images)
     np.testing.assert_array_equal(kept.noise, noise)
-    adapted = model.normalize(jnp.clip(images + noise, 0, 1))
-    cosines = jaxtta.models.l2_normalize(model.encode_image(params, adapted)) @ kept.context.T
-    expected = jax.nn.log_softmax(cosines / 7e-3)
-    np.testing.assert_allclose(prediction.logits, expected, atol=1e-3)
     refreshed, _ = jax.jit(carrying.step)(params, kept, images)
     assert np.abs(refreshed.noise - noise).max() > 0
+
+
+@pytest.mark.parametrize("temperature", [7e-3, 1.0, "code", "model"])
+def test_a_frozen_map_answers_with_the_models_own_confidence(tiny, temperature):
+    model, params = tiny
+    task = jaxtta.models.task_from_token_ids(golden("tnt")["token_ids"])
+    keys = jax.random.split(jax.random.key(1))
+    images = jax.random.uniform(keys[0], (3, 32, 32, 3))
+    noise = jax.random.uniform(keys[1], (32, 32, 3), minval=-1 / 255, maxval=1 / 255)
+    with_map = jnp.clip(images + noise, 0, 1)
+    context = model.init_context(params, task)
+    for scale in (jnp.log(14.4), jnp.log(100.0)):  # the bundled model's and CLIP's
+        own = params | {"logit_scale": jnp.float32(scale)}
+        config = TNTConfig(views=1, steps=0, temperature=temperature)
+        frozen = tnt(model, task, config=config, noise=noise)
+        _, prediction = jax.jit(frozen.step)(own, frozen.init(own), images)
+        logits = jax.jit(model)(own, context, with_map).logits
+        expected = jax.nn.log_softmax(logits)
+        np.testing.assert_allclose(prediction.logits, expected, atol=1e-4)
+        confidences = (np.exp(x).max(-1) for x in (prediction.logits, expected))
+        np.testing.assert_allclose(*confidences, rtol=1e-4)
+
+
+@pytest.mark.parametrize("online", [False, True])
+def test_the_vote_with_the_models_own_temperature(tiny, online):
+    """The scale is read from the parameters of each step, not from those of `init`."""
+    model, params = tiny
+    task = jaxtta.models.task_from_token_ids(golden("tnt")["token_ids"])
+    images = jax.random.uniform(jax.random.key(1), (2, 32, 32, 3))
+    settings = {"views": 4, "select_fraction": 0.5, "ensemble_fraction": 0.5, "online": online}
+
+    def log_probabilities(temperature, scale):
+        adapter = tnt(model, task, config=TNTConfig(**settings, temperature=temperature))
+        own = params | {"logit_scale": jnp.log(jnp.float32(scale))}
+        return np.asarray(jax.jit(adapter.step)(own, adapter.init(params), images)[1].logits)
+
+    for scale in (5.0, 20.0):
+        np.testing.assert_allclose(
+            log_probabilities("model", scale), log_probabilities(1 / scale, scale), atol=1e-4
+        )
+    assert np.abs(log_probabilities("model", 5.0) - log_probabilities("model", 20.0)).max() > 0.1
 
 
 def test_on_parameters_that_another_adapter_adapted(tiny):
@@ -245,7 +282,10 @@ def test_terms_where_views_agree():
         ({"augmix": 11.0}, "augmix is 11.0, expected 0 to 10"),
         ({"learning_rate": float("inf")}, "learning_rate is inf, expected a positive number"),
         ({"temperature": 0.0}, "temperature is 0.0, expected a positive number"),
-        ({"temperature": "paper"}, "temperature is paper, expected a positive number or code"),
+        (
+            {"temperature": "paper"},
+            "temperature is paper, .* number, code or model",
+        ),
     ],
 )
 def test_settings_that_make_no_sense(options, message):
@@ -258,6 +298,16 @@ def test_bad_maps_are_refused(tiny, tmp_path):
     task = jaxtta.models.task_from_token_ids(golden("tnt")["token_ids"])
     with pytest.raises(ValueError, match=r"shape \(16, 16, 3\), expected \(32, 32, 3\)"):
         tnt(model, task, config=TNT_PRESETS["code"], noise=np.zeros((16, 16, 3)))
+    for odd in (np.nan, 4.0):  # 4 of 255 grey levels is 0.016
+        noise = np.full((32, 32, 3), odd)
+        with pytest.raises(ValueError, match="a noise map with values that are NaN or beyond 1"):
+            tnt(model, task, noise=noise)
+        with pytest.raises(ValueError, match="a noise map with values that are NaN or beyond 1"):
+            save_noise(tmp_path / "never", noise, TNTConfig())
+        save_file({"noise": noise}, tmp_path / "odd", {"about": '{"views": 1}'})
+        with pytest.raises(ValueError, match=r"odd: .*NaN or beyond 1"):
+            load_noise(tmp_path / "odd")
+    (tmp_path / "odd").unlink()
     adapter = tnt(model, task)
     state = adapter.init(params)
     with pytest.raises(ValueError, match="an image of 40×40 pixels, expected 32×32, or"):

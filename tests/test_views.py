@@ -29,7 +29,8 @@ def on_canvas(image, side):
 
 
 crop = jax.jit(views.crop_and_resize, static_argnums=2)
-plain = jax.jit(views.plain, static_argnums=(2, 3))
+LONGEST = {"rounding": "torchvision", "resize_longer": True, "fill": 9}
+plain = jax.jit(views.plain, static_argnums=(2, 3), static_argnames=tuple(LONGEST))
 
 
 @hypothesis.given(
@@ -53,14 +54,15 @@ def test_crops_are_pils(height, width, data, out, flip):
     st.integers(20, 96),
     st.integers(20, 96),
     st.sampled_from([(32, 32), (32, 36), (32, 28), (32, (36, 40)), (32, None)]),
+    st.sampled_from([{}, {"rounding": "torchvision"}, LONGEST]),
 )
 @hypothesis.settings(max_examples=20)
-def test_the_plain_view_is_the_preprocessing(height, width, sizes):
+def test_the_plain_view_is_the_preprocessing(height, width, sizes, options):
     out, resize = sizes
     image = photograph(0, height, width)
-    expected = Preprocessing(out, resize, (out, out))(image)
+    expected = Preprocessing(out, resize, (out, out), **options)(image)
     canvas, size = on_canvas(image, 96)
-    ours = 255 * np.asarray(plain(canvas, size, out, resize))
+    ours = 255 * np.asarray(plain(canvas, size, out, resize, **options))
     assert np.abs(ours - expected).max() < 3
 
 

@@ -1,14 +1,18 @@
 """What an adapter is: a pair of pure functions, like an optax transformation."""
 
+import logging
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import optax
+from jax.core import Tracer
 
 from jaxtta.models import Batch
+from jaxtta.models.classifier import out_of_range
 
+log = logging.getLogger(__name__)
 Array = jax.Array
 Metrics = dict[str, Array]
 Objective = Callable[[Any, Any, Batch], tuple[Array, tuple[Array, Metrics]]]
@@ -69,6 +73,41 @@ class Adapter(NamedTuple):
 
     init: Init
     step: Callable[[Any, Any, Any], tuple[Any, Prediction]]
+
+
+def require_state(kind: type, params: Any, state: Any) -> None:
+    """Raise a TypeError for a state that is none of this kind, and for swapped arguments.
+
+    Args:
+        kind: what the adapter's `init` gives.
+        params: the first argument of its step.
+        state: the second.
+    """
+    if isinstance(params, kind):
+        raise TypeError("params and state are swapped, expected step(params, state, batch)")
+    if not isinstance(state, kind):
+        raise TypeError(
+            f"state is a {type(state).__name__}, expected this adapter's {kind.__name__}, from "
+            "init(params) or the first of what step gives"
+        )
+
+
+def image_check() -> Callable[[Any], None]:
+    """Make a check of the first images that it is given outside `jit`; there it does nothing.
+
+    Returns:
+        `check(images)`, which warns of float images far outside [0, 1].
+    """
+    done = False
+
+    def check(images: Any) -> None:
+        nonlocal done
+        if not done and not isinstance(images, Tracer):
+            done = True
+            if problem := out_of_range(images):
+                log.warning(problem)
+
+    return check
 
 
 class Preset(NamedTuple):

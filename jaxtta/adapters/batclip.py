@@ -139,14 +139,16 @@ def batclip(
         The adapter.
 
     Raises:
+        TypeError: if an argument is of another kind: a learning rate for the optimizer, a list for
+            `trainable`, class names for the task.
         ValueError: if the model needs a task and there is none; in `init`, if no parameter is
             chosen.
     """
     model = with_batch_norm_statistics(model, "batch")
-    trainable = trainable or normalisation_parameters("both")
+    if trainable is None:
+        trainable = normalisation_parameters("both")
+    if optimizer is None:
+        optimizer = BATCLIP_PRESETS["imagenet-c"].optimizer()
     return online(
-        batclip_objective(model),
-        context_of(model, task, trainable),
-        trainable,
-        optimizer or BATCLIP_PRESETS["imagenet-c"].optimizer(),
+        batclip_objective(model), context_of(model, task, trainable), trainable, optimizer
     )

@@ -25,6 +25,8 @@ from jaxtta.adapters.base import Adapter, Array, Metrics, Objective
 from jaxtta.adapters.online import online
 from jaxtta.losses import entropy, masked_mean
 from jaxtta.models import Batch, Classifier, FeatureStatistics, Task, context_of
+from jaxtta.models.classifier import require_model
+from jaxtta.models.feature_statistics import require_statistics
 from jaxtta.tree import Trainable, normalisation_parameters
 
 SCALE = 64  # also the paper's batch size
@@ -95,6 +97,11 @@ def mgtta_objective(model: Classifier, weight: float = 0.4) -> Objective:
     def objective(
         params: Any, context: MGTTAContext, batch: Batch
     ) -> tuple[Array, tuple[Array, Metrics]]:
+        if not isinstance(context, MGTTAContext):
+            given = type(context).__name__
+            raise TypeError(
+                f"the state's context is a {given}, not MGTTA's: it is another adapter's"
+            )
         logits, _, _, features = model(params, context.classes, batch)
         check_statistics(context.mean, None if features is None else features.shape[1:])
         assert features is not None  # checked above; for the type checker
@@ -133,13 +140,20 @@ def mgtta(
         The adapter.
 
     Raises:
-        ValueError: if the statistics are another model's, the model has no layer features, or it
-            needs a task and there is none.
+        TypeError: as `tent`, or if the statistics are no `FeatureStatistics`.
+        ValueError: if the statistics are another model's, of fewer than two images or not finite,
+            the weight is below 0, the model has no layer features, or it needs a task and there is
+            none.
     """
     if optimizer is None:
         raise ValueError("MGTTA needs an optimizer: a meta gradient generator for this model")
+    if not weight >= 0:
+        raise ValueError(f"weight is {weight}, expected at least 0")
+    require_model(model)
+    require_statistics(statistics)
     check_statistics(statistics.mean, model.feature_shape)
-    trainable = trainable or normalisation_parameters("image")
+    if trainable is None:
+        trainable = normalisation_parameters("image")
     classes = context_of(model, task, trainable)
 
     def context(params: Any) -> MGTTAContext:

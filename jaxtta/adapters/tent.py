@@ -75,14 +75,14 @@ def tent(
         The adapter.
 
     Raises:
+        TypeError: if an argument is of another kind: a learning rate for the optimizer, a list for
+            `trainable`, class names for the task.
         ValueError: if the model needs a task and there is none; in `init`, if no parameter is
             chosen.
     """
     model = with_batch_norm_statistics(model, "batch")
-    trainable = trainable or normalisation_parameters("image")
-    return online(
-        tent_objective(model),
-        context_of(model, task, trainable),
-        trainable,
-        optimizer or TENT_PRESETS["imagenet-c"].optimizer(),
-    )
+    if trainable is None:
+        trainable = normalisation_parameters("image")
+    if optimizer is None:
+        optimizer = TENT_PRESETS["imagenet-c"].optimizer()
+    return online(tent_objective(model), context_of(model, task, trainable), trainable, optimizer)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxtta import tree
-from jaxtta.adapters.base import Adapter, Array, Prediction, State
+from jaxtta.adapters.base import Adapter, Array, Prediction, State, image_check, require_state
 from jaxtta.models import Batch, Classifier, Task, as_batch, context_of
 
 
@@ -21,19 +21,29 @@ def zero_shot(model: Classifier, task: Task | None) -> Adapter:
         The adapter; the class embeddings are encoded once, in `init`.
 
     Raises:
+        TypeError: if the model is no model, or the task no task.
         ValueError: if the model needs a task and there is none.
     """
     context = context_of(model, task, lambda path: False)
+    check_values = image_check()
 
     def init(params: Any, key: Array | None = None) -> State:
         del key  # nothing random here
+        tree.require_params(params)
         seen = jnp.zeros((), jnp.int32)
         # A copy: a donated state must not take a leaf of the parameters with it.
         copied = jax.tree.map(jnp.copy, context(params))
         return State({}, (), copied, seen, tree.fingerprint(params))
 
     def step(params: Any, state: State, batch: Batch | Array) -> tuple[State, Prediction]:
+        require_state(State, params, state)
+        if adapted := sorted(tree.paths_of(state.adapted)):
+            raise ValueError(
+                f"the state adapts {adapted[0]}, which zero_shot would not use: it is another "
+                "adapter's"
+            )
         batch = as_batch(batch, state.seen)
+        check_values(batch.images)
         logits = model(params, state.context, batch).logits
         seen = state.seen + batch.mask.sum(dtype=jnp.int32)
         return state._replace(seen=seen), Prediction(logits, {"skipped": jnp.zeros((), bool)})

@@ -28,10 +28,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 
 from jaxtta import tree
+from jaxtta.metrics import require_labels
 from jaxtta.models import CLIP, Params, Prompts, l2_normalize
-from jaxtta.optim import Projector, null_space_projection
+from jaxtta.optim import Projector, null_space_projection, require_optimizer
 
 Array = jax.Array
 
@@ -163,7 +165,12 @@ def classification(logits: Array, labels: Array, smoothing: float = 0.2) -> Arra
 
     Returns:
         A scalar.
+
+    Raises:
+        TypeError: if the labels are not integers.
+        ValueError: if they do not match the logits.
     """
+    labels = require_labels(labels, *logits.shape)
     targets = jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
     return optax.softmax_cross_entropy(logits, optax.smooth_labels(targets, smoothing)).mean()
 
@@ -300,7 +307,11 @@ def train_step(
     Returns:
         `step(params, state, batch, pairs) -> (state, metrics)`; `params` are the frozen parameters,
         or all of them.
+
+    Raises:
+        TypeError: if the optimizer is no optax transformation.
     """
+    require_optimizer(optimizer)
     loss_of = continual_loss(model, config)
 
     def step(
@@ -328,7 +339,12 @@ def wise_ft(first: Any, second: Any, share: float = 0.5) -> Any:
     Returns:
         The interpolated tree.
 
+    Raises:
+        ValueError: if the share is not in [0, 1].
+
     References:
         https://arxiv.org/abs/2109.01903
     """
+    if not isinstance(share, Tracer) and not 0 <= share <= 1:
+        raise ValueError(f"share is {share}, expected a number in [0, 1]")
     return jax.tree.map(lambda a, b: (1 - share) * a + share * b, first, second)

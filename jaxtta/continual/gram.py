@@ -17,9 +17,10 @@ import numpy as np
 import scipy.linalg
 
 from jaxtta.models import CLIP, Params
+from jaxtta.models.classifier import images_and_mask
 from jaxtta.models.vit import VisionTransformer
 from jaxtta.optim import Projector
-from jaxtta.tree import path_of
+from jaxtta.tree import path_of, require_trainable
 
 Array = jax.Array
 Grams = dict[str, Array]
@@ -102,12 +103,17 @@ def task_grams(
         Matrices (inputs, inputs) of Frobenius norm 1, by the kernels' paths.
 
     Raises:
-        ValueError: if there are no images, or no kernel is chosen.
+        TypeError: if `batches` is one array, not several, or `chosen` no function.
+        ValueError: if there are no images, they are not as a model takes them, or no kernel is
+            chosen.
     """
+    if chosen is not None:
+        require_trainable(chosen, "chosen")
+    if hasattr(batches, "dtype"):
+        raise TypeError("batches is one array, expected several: [images]")
     sums: Grams = {}
     for batch in batches:
-        images = jnp.asarray(getattr(batch, "images", batch))
-        mask = jnp.asarray(getattr(batch, "mask", np.ones(len(images), bool)))
+        images, mask = images_and_mask(batch)
         if mask.any():
             grams = _batch_grams(model, chosen, params, images, mask)
             sums = jax.tree.map(jnp.add, sums, grams) if sums else grams

@@ -14,6 +14,7 @@ from jaxtta.data.folders import (
     ImageFolder,
     captioned_folder,
     image_folder,
+    list_images,
 )
 from jaxtta.data.layouts import (
     LAYOUTS,
@@ -91,6 +92,7 @@ __all__ = [
     "imagenet_classes",
     "imagenet_templates",
     "imagenet_v2",
+    "list_images",
     "listed_part",
     "listed_split",
     "make_streams",

@@ -1,6 +1,5 @@
 """Images in class folders or with captions."""
 
-import csv
 import itertools
 import logging
 import os
@@ -16,7 +15,7 @@ from PIL import Image
 
 from jaxtta.data.content import digest_files
 from jaxtta.data.recognise import entries_of, is_folder, refuse_other_layouts
-from jaxtta.data.text import nfc, read_text, warn_of_same_names
+from jaxtta.data.text import nfc, read_rows
 from jaxtta.images import SUFFIXES, UnreadableImageError, open_image, printable
 
 log = logging.getLogger(__name__)
@@ -141,10 +140,7 @@ def list_folders(
         labels += [label] * len(found)
         others += passed
         nested += [path for path in found if path.parent != folder]
-    if others:
-        log.warning(
-            "%s: %d files passed over: %s", printable(root), others.total(), _counted(others)
-        )
+    _say_passed_over(root, others)
     if nested and len(folders) > 1:
         log.warning(
             "%s: %d of %d images lie in sub-folders of the class folders, such as %s, and are of "
@@ -153,6 +149,26 @@ def list_folders(
         )
     labels = np.asarray(labels, np.int32)
     return ImageFolder(Path(root), tuple(files), labels, tuple(class_names), raw=raw)
+
+
+def list_images(folder: str | Path) -> list[Path]:
+    """List the images in a folder and below; files of other formats are logged by suffix.
+
+    Args:
+        folder: the folder; hidden and system entries are skipped, links are followed.
+
+    Returns:
+        Their paths, sorted; may be empty. No image is opened.
+    """
+    found, others = _listed(Path(folder), folder)
+    _say_passed_over(folder, others)
+    return found
+
+
+def _say_passed_over(root: str | Path, others: Counter[str]) -> None:
+    if others:
+        count, place = others.total(), printable(root)
+        log.warning("%s: %d files passed over: %s", place, count, _counted(others))
 
 
 def images_in(folder: str | Path) -> Iterator[Path]:
@@ -224,9 +240,7 @@ def image_folder(root: str | Path) -> ImageFolder:
     alone = sum(map(_is_image, filter(lambda entry: not is_folder(entry), entries_of(root))))
     if alone:
         log.warning("%s: %d images outside the class folders passed over", printable(root), alone)
-    names = [nfc(folder.name) for folder in folders]
-    warn_of_same_names(names, root)
-    return list_folders(root, folders, names)
+    return list_folders(root, folders, [nfc(folder.name) for folder in folders])
 
 
 def captioned_folder(root: str | Path) -> ImageFolder:
@@ -250,27 +264,15 @@ def captioned_folder(root: str | Path) -> ImageFolder:
     table = root / "captions.csv"
     if not table.is_file():
         raise ValueError(f"{root}: has no captions.csv, with columns file and caption")
-    lines = read_text(table).split("\n")
-    rows = csv.DictReader(
-        (f"{line}\n" for line in lines), delimiter=max(",;\t", key=lines[0].count)
-    )
     files, captions = [], []
-    try:
-        if not {"file", "caption"} <= set(rows.fieldnames or ()):
-            raise ValueError(f"{table}: has no columns file and caption")
-        for row in rows:
-            name, caption = row["file"] or "", nfc(row["caption"] or "").strip()
-            if not name.strip() and not caption:
-                continue  # spreadsheets leave such lines at the end
-            file = _existing(root, name)
-            if file is None:
-                raise ValueError(f"{table}: line {rows.line_num}: no such image: {name!r}")
-            if not caption:
-                raise ValueError(f"{table}: {name} has no caption")
-            files.append(file)
-            captions.append(caption)
-    except csv.Error as error:
-        raise ValueError(f"{table}: line {rows.line_num}: {error}") from error
+    for line, row in read_rows(table, ("file", "caption")):
+        file, caption = _existing(root, row["file"]), nfc(row["caption"]).strip()
+        if file is None:
+            raise ValueError(f"{line}: no such image: {row['file']!r}")
+        if not caption:
+            raise ValueError(f"{table}: {row['file']} has no caption")
+        files.append(file)
+        captions.append(caption)
     if not files:
         raise ValueError(f"{table}: lists no image")
     names, labels = np.unique(captions, return_inverse=True)

@@ -1,9 +1,10 @@
 """Text files beside images: class names, captions and lists."""
 
+import csv
 import json
 import logging
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from jaxtta.images import printable
@@ -38,8 +39,37 @@ def read_text(path: str | Path) -> str:
         raise ValueError(f"{path}: is not UTF-8 text ({error.reason}), save it as UTF-8") from error
 
 
+def read_rows(path: str | Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, str]]]:
+    """Read a table in CSV, in UTF-8, separated by commas, semicolons or tabs.
+
+    Args:
+        path: the file, whose first line names the columns.
+        columns: those that it must have.
+
+    Yields:
+        The file's name with the line's number, and the text in each of these columns, for each line
+        that is not blank.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is not UTF-8, cannot be read as CSV, or lacks a column.
+    """
+    lines = read_text(path).split("\n")
+    separator = max(",;\t", key=lines[0].count)
+    rows = csv.DictReader((f"{line}\n" for line in lines), delimiter=separator, restval="")
+    try:
+        if not set(columns) <= set(rows.fieldnames or ()):
+            raise ValueError(f"{path}: has no columns {' and '.join(columns)}")
+        for row in rows:
+            found = {column: row[column] for column in columns}
+            if any(map(str.strip, found.values())):  # spreadsheets leave blank lines at the end
+                yield f"{path}: line {rows.line_num}", found
+    except csv.Error as error:
+        raise ValueError(f"{path}: line {rows.line_num}: {error}") from error
+
+
 def read_class_names(path: str | Path, folders: Sequence[str]) -> tuple[str, ...]:
-    """Read class names for prompts. Names that the model cannot tell apart are logged.
+    """Read class names for prompts; equal ones are logged.
 
     Args:
         path: a JSON object from folder name to class name (for example ImageNet's wnids), a JSON
@@ -53,10 +83,13 @@ def read_class_names(path: str | Path, folders: Sequence[str]) -> tuple[str, ...
     Raises:
         ValueError: if the file cannot be read or has no name for a folder.
     """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: cannot be read as class names (no such file)")
+    text = read_text(path)
     try:
-        text = read_text(path)
-        names = json.loads(text) if Path(path).suffix.lower() == ".json" else text.split("\n")
-    except (OSError, ValueError) as error:
+        names = json.loads(text) if path.suffix.lower() == ".json" else text.rstrip().split("\n")
+    except ValueError as error:
         raise ValueError(f"{path}: cannot be read as class names ({error})") from error
     if isinstance(names, dict):
         if not folders:
@@ -69,11 +102,9 @@ def read_class_names(path: str | Path, folders: Sequence[str]) -> tuple[str, ...
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"{path}: expected a list of names")
     names = [nfc(name).strip() for name in names]
-    while names and not names[-1]:  # blank lines at the end
-        names.pop()
     if "" in names:
         raise ValueError(f"{path}: name {names.index('') + 1} of {len(names)} is empty")
-    warn_of_same_names(names, path)
+    _warn_of_equal(names, path)
     return tuple(names)
 
 
@@ -92,22 +123,16 @@ def given_class_names(names: Sequence[str], folders: Sequence[str] = ()) -> tupl
     """
     if len(names) == 1 and Path(names[0]).suffix.lower() in (".json", ".txt"):
         return read_class_names(names[0], folders)
-    warn_of_same_names(names, "the class names")
     return tuple(map(nfc, names))
 
 
-def warn_of_same_names(names: Iterable[str], where: object) -> None:
-    """Log classes whose names differ in nothing that a tokenizer keeps.
-
-    Args:
-        names: of the classes.
-        where: where they are from, for the message.
-    """
+def _warn_of_equal(names: Iterable[str], path: Path) -> None:
+    """Log classes whose names differ at most in case and spaces."""
     first: dict[str, tuple[int, str]] = {}
     for number, name in enumerate(names):
         before, other = first.setdefault(" ".join(name.casefold().split()), (number, name))
         if before != number:
             log.warning(
                 "%s: classes %d and %d have the same name (%s, %s); a tie counts for the first",
-                *(printable(where), before, number, printable(other), printable(name)),
+                *(printable(path), before, number, printable(other), printable(name)),
             )

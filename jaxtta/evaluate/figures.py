@@ -1,7 +1,6 @@
 """Metrics of a model diagnosis and of a check of target images."""
 
 import contextlib
-import csv
 import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtta import diagnose, losses, metrics
+from jaxtta.data.text import read_rows, read_text
 from jaxtta.evaluate.bootstrap import LEVEL, bootstrap, interval
 
 SHOWN = 20  # number of classes, or pairs of classes, to list
@@ -256,8 +256,10 @@ def read_points(path: Path) -> list[tuple[float, float]]:
         ValueError: if the file has another content, or no baseline can be fitted.
     """
     try:
-        text = path.read_text()
-        rows = json.loads(text) if path.suffix == ".json" else csv.DictReader(text.splitlines())
+        if path.suffix == ".json":
+            rows = json.loads(read_text(path))
+        else:
+            rows = [row for _, row in read_rows(path, ("base", "shifted"))]
         points = [(float(row["base"]), float(row["shifted"])) for row in rows]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: expected base and shifted of each model ({error!r})") from error

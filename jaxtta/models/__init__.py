@@ -1,7 +1,8 @@
 """Models: CLIP, SigLIP, a supervised ViT, and what an adapter asks of any."""
 
+from jaxtta.models.checkpoints.save import save
 from jaxtta.models.checkpoints.siglip import from_config as siglip_from_config
-from jaxtta.models.checkpoints.transformers import from_config, save
+from jaxtta.models.checkpoints.transformers import from_config
 from jaxtta.models.checkpoints.vit import from_config as classifier_from_config
 from jaxtta.models.classifier import (
     Batch,
@@ -10,6 +11,7 @@ from jaxtta.models.classifier import (
     Params,
     as_batch,
     context_of,
+    require_images,
     with_batch_norm_statistics,
 )
 from jaxtta.models.clip import CLIP, ImageFeatures, l2_normalize
@@ -50,6 +52,7 @@ __all__ = [
     "load_clip",
     "load_statistics",
     "merge_statistics",
+    "require_images",
     "save",
     "save_statistics",
     "siglip_from_config",

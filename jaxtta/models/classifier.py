@@ -13,12 +13,14 @@
 The mask is in the batch, so that no objective can forget it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
+from PIL import Image
 
 Array = jax.Array
 Params = dict[str, Any]
@@ -53,17 +55,113 @@ class Batch(NamedTuple):
             A batch of `size` images; the mask is false for the padding.
 
         Raises:
-            ValueError: if there are more images than `size`.
+            ValueError: if there are more images than `size`, or they are not as `require_images`
+                says.
         """
         xp = jnp if isinstance(images, jax.Array) else np
         images = xp.asarray(images)
+        require_images(images)
         count = len(images)
-        if images.ndim != 4 or count > size:
-            raise ValueError(
-                f"images have shape {images.shape}, expected (at most {size}, height, width, 3)"
-            )
+        if count > size:
+            raise ValueError(f"{count} images, expected at most {size}")
         images = xp.pad(images, ((0, size - count), (0, 0), (0, 0), (0, 0)))
         return cls(images, np.arange(size) < count, start + np.arange(size))
+
+
+RANGE = -0.25, 1.25
+"""Values that float images may have: a resize in floats overshoots at edges, by less than this."""
+
+
+def require_layout(images: Any) -> None:
+    """Raise a ValueError for another shape than (batch, height, width, 3) or another dtype."""
+    shape = np.shape(images)
+    if len(shape) != 4 or shape[-1] != 3:
+        raise ValueError(f"images have shape {shape}, expected (batch, height, width, 3)")
+    if images.dtype != np.uint8 and not jnp.issubdtype(images.dtype, jnp.floating):
+        raise ValueError(f"images must be uint8 or float in [0, 1], not {images.dtype}")
+
+
+def require_images(images: Any) -> None:
+    """Refuse what is no batch of images as models take them.
+
+    Args:
+        images: an array.
+
+    Raises:
+        ValueError: for another shape than (batch, height, width, 3), another dtype than uint8 or
+            float, or floats far outside [0, 1]: 0 to 255, or normalised already. Values are looked
+            at outside `jit` only, and NaN passes: a step skips it, and says so.
+    """
+    require_layout(images)
+    if problem := out_of_range(images):
+        raise ValueError(problem)
+
+
+def out_of_range(images: Any) -> str | None:
+    """A sentence about float images far outside [0, 1]; None for others and for traced ones."""
+    if isinstance(images, Tracer) or not jnp.issubdtype(images.dtype, jnp.floating):
+        return None
+    least, greatest = RANGE
+    outside = (images < least) | (images > greatest)  # a NaN is neither
+    if not outside.any():
+        return None
+    values = np.asarray(images, np.float32)
+    return (
+        f"float images run from {np.nanmin(values):.4g} to {np.nanmax(values):.4g}, expected 0 to "
+        "1: the model normalises them itself"
+    )
+
+
+def images_and_mask(batch: Any) -> tuple[Array, Array]:
+    """The images of a bare array, or of anything with `images` and `mask`, and the mask.
+
+    Args:
+        batch: images (batch, height, width, 3), or an object that has them.
+
+    Returns:
+        The images, of which those that count are as `require_images` says, and the mask (batch,).
+
+    Raises:
+        ValueError: as `require_images`.
+    """
+    images = jnp.asarray(getattr(batch, "images", batch))
+    mask = jnp.asarray(getattr(batch, "mask", np.ones(len(images), bool)))
+    require_layout(images)
+    require_images(jnp.where(mask[:, None, None, None], images, 0))  # padding may be anything
+    return images, mask
+
+
+def require_pil(images: Any) -> None:
+    """Raise a TypeError for anything but a list of PIL images, and a ValueError for none."""
+    if isinstance(images, Image.Image) or not isinstance(images, Sequence):
+        raise TypeError(f"images is a {type(images).__name__}, expected a list of PIL images")
+    if not images:
+        raise ValueError("no images to preprocess")
+    for number, image in enumerate(images):
+        if not isinstance(image, Image.Image):
+            raise TypeError(
+                f"images[{number}] is a {type(image).__name__}, expected a PIL image: "
+                "Image.fromarray(array), Image.open(path)"
+            )
+
+
+def require_dtype(name: str, dtype: Any) -> None:
+    """Raise a TypeError for what is no floating dtype: "bf16", an integer's, a number of bits."""
+    try:
+        floating = jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    except TypeError:
+        floating = False
+    if not floating:
+        raise TypeError(f"{name} is {dtype!r}, expected a floating dtype such as jnp.bfloat16")
+
+
+def require_model(model: Any) -> None:
+    """Raise a TypeError for what is no `Classifier`: a task, parameters, what `load` gives."""
+    if not callable(model) or not hasattr(model, "init_context"):
+        raise TypeError(
+            f"model is a {type(model).__name__}, expected a classifier: "
+            "model, params = jaxtta.load(…)"
+        )
 
 
 def as_batch(batch: Batch | Any, seen: Any = 0) -> Batch:
@@ -78,8 +176,15 @@ def as_batch(batch: Batch | Any, seen: Any = 0) -> Batch:
         masked loss or not.
 
     Raises:
+        TypeError: for anything but a batch or an array: a list of images, say.
         ValueError: if mask, index or sizes have another length than the images.
     """
+    array = batch.images if isinstance(batch, Batch) else batch
+    if not (hasattr(array, "shape") and hasattr(array, "dtype")):
+        raise TypeError(
+            f"batch holds a {type(array).__name__}, expected an array (batch, height, width, 3): "
+            "model.preprocess makes one of PIL images, np.stack of arrays"
+        )
     if not isinstance(batch, Batch):
         images = jnp.asarray(batch)
         return Batch(images, jnp.ones(len(images), bool), seen + jnp.arange(len(images)))
@@ -172,9 +277,16 @@ def context_of(model: Classifier, task: Any, trainable: Callable[[str], bool]) -
         text is encoded at every step.
 
     Raises:
+        TypeError: if the model is no classifier, or the task of one with prompts has no token ids.
         ValueError: if the model needs a task and there is none.
     """
+    require_model(model)
     pack = getattr(model, "prompts", None)
+    if pack is not None and task is not None and not hasattr(task, "token_ids"):
+        raise TypeError(
+            f"task is a {type(task).__name__}, expected a Task: "
+            "jaxtta.zero_shot_task(model, class_names)"
+        )
     prompts = None if pack is None else pack(task)
 
     def context(params: Any) -> Any:

@@ -17,7 +17,7 @@ from PIL import Image
 
 from jaxtta.models import prompts as packing
 from jaxtta.models.attention import attention
-from jaxtta.models.classifier import Batch, Outputs, Params, as_batch
+from jaxtta.models.classifier import Batch, Outputs, Params, as_batch, require_pil
 from jaxtta.models.preprocess import DEFAULTS, Preprocessing
 from jaxtta.models.prompts import Prompts
 from jaxtta.models.resnet import ResNet
@@ -173,7 +173,11 @@ class CLIP:
 
         Returns:
             (batch, height, width, 3) uint8.
+
+        Raises:
+            TypeError: for anything but a list of PIL images.
         """
+        require_pil(images)
         return np.stack([self.preprocessing(image) for image in images])
 
     def image_features(

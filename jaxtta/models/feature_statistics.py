@@ -13,9 +13,10 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jaxtta.io import load_arrays, save_arrays
-from jaxtta.models.classifier import Batch, Classifier, as_batch
+from jaxtta.models.classifier import Batch, Classifier, as_batch, images_and_mask
 
 Array = jax.Array
 
@@ -92,8 +93,9 @@ def feature_statistics(
         The moments, the same for any division into batches.
 
     Raises:
-        ValueError: if there are fewer than two images, the features of one are not finite, or the
-            model has no layer features (a ResNet).
+        TypeError: if `batches` is one array, not several.
+        ValueError: if there are fewer than two images, they are not as a model takes them, the
+            features of one are not finite, or the model has no layer features (a ResNet).
     """
     if context is None and not hasattr(model, "image_features"):
         context = model.init_context(params, None)
@@ -119,17 +121,33 @@ def feature_statistics(
             "this model has no layer features (feature_shape is None): a ResNet, or SigLIP, has no "
             "class token"
         )
+    if hasattr(batches, "dtype"):
+        raise TypeError("batches is one array, expected several: [images]")
     found = FeatureStatistics(jnp.zeros(()), jnp.zeros(shape), jnp.zeros(shape))
     for batch in batches:
-        images = jnp.asarray(getattr(batch, "images", batch))
-        mask = jnp.asarray(getattr(batch, "mask", np.ones(len(images), bool)))
+        images, mask = images_and_mask(batch)
         found = add(params, context, found, images, mask)
-    _check(found)
+    require_statistics(found)
     return found
 
 
-def _check(statistics: FeatureStatistics) -> None:
-    """Raise a ValueError for moments that have no standard deviation."""
+def require_statistics(statistics: Any) -> None:
+    """Refuse moments that have no standard deviation.
+
+    Args:
+        statistics: the moments; nothing is asked of traced ones.
+
+    Raises:
+        TypeError: if they are no `FeatureStatistics`.
+        ValueError: if they are of fewer than two images, not finite or below 0, or do not match.
+    """
+    if not isinstance(statistics, FeatureStatistics):
+        raise TypeError(
+            f"statistics is a {type(statistics).__name__}, expected FeatureStatistics: "
+            "feature_statistics makes them, load_statistics gives them first"
+        )
+    if any(isinstance(x, Tracer) for x in statistics):
+        return
     count, mean, squares = map(np.asarray, statistics)
     if count.shape or mean.ndim != 2 or mean.shape != squares.shape:
         raise ValueError(
@@ -140,6 +158,8 @@ def _check(statistics: FeatureStatistics) -> None:
         raise ValueError(f"source statistics of {count:g} images, expected at least two")
     if not (np.isfinite(mean).all() and np.isfinite(squares).all()):
         raise ValueError("source statistics that are not finite")
+    if (squares < 0).any():
+        raise ValueError("source statistics with sums of squares below 0")
 
 
 def save_statistics(
@@ -151,7 +171,12 @@ def save_statistics(
         path: of the `.safetensors` file.
         statistics: what to save.
         about: of which model and images, kept as JSON in the file's metadata.
+
+    Raises:
+        TypeError: if they are no `FeatureStatistics`.
+        ValueError: if they have no standard deviation.
     """
+    require_statistics(statistics)
     save_arrays(path, statistics._asdict(), about)
 
 
@@ -175,7 +200,7 @@ def load_statistics(path: str | Path) -> tuple[FeatureStatistics, dict[str, Any]
         )
     statistics = FeatureStatistics(**arrays)
     try:
-        _check(statistics)
+        require_statistics(statistics)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return statistics, about

@@ -2,6 +2,7 @@
 
 import logging
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import jax.numpy as jnp
@@ -14,10 +15,13 @@ from jaxtta.models.checkpoints.files import (
     is_transformers,
     model_type,
 )
-from jaxtta.models.classifier import Params
+from jaxtta.models.classifier import Params, require_dtype
 from jaxtta.models.clip import CLIP
 from jaxtta.models.preprocess import describe_preprocessing
 from jaxtta.models.supervised import ImageClassifier
+
+READERS = {"clip": transformers, "siglip": siglip, "vit": vit}
+"""What reads each of transformers' model types."""
 
 log = logging.getLogger(__name__)
 
@@ -74,10 +78,14 @@ def load(
 
     Raises:
         FileNotFoundError: if there is no such folder or hub model, or a file is missing.
+        TypeError: if a dtype is none, or not floating.
         ValueError: if the configuration is none of CLIP's, SigLIP's and ViT's, only pickled weights
             or a LoRA adapter are there, a file is a git-LFS pointer, a parameter is missing, has
             another shape or is not finite (they are named), or the preprocessing cannot be read.
     """
+    require_dtype("dtype", dtype)
+    if compute_dtype is not None:
+        require_dtype("compute_dtype", compute_dtype)
     folder = find_folder(path_or_hub_id, revision)
     if compute_dtype is None and jnp.finfo(dtype).bits < 32:
         compute_dtype = dtype  # adapted parameters are float32 and must not decide it
@@ -87,14 +95,21 @@ def load(
     ):
         reader = open_clip
     else:
-        kind = model_type(folder / "config.json")
-        if kind == "siglip2":
-            raise ValueError(
-                f"{folder / 'config.json'}: model_type is 'siglip2', SigLIP 2 with images of any "
-                "shape (NaFlex), which is not supported; its checkpoints for one size are "
-                "('siglip')"
-            )
-        reader = {"vit": vit, "siglip": siglip}.get(kind or "clip", transformers)
+        reader = _reader(folder / "config.json")
     model, params = reader.load_folder(folder, dtype, compute_dtype, remat)
     log.info("%s", describe_preprocessing(model))
     return model, params
+
+
+def _reader(config: Path) -> ModuleType:
+    """What reads a checkpoint of transformers with this configuration."""
+    kind = model_type(config)
+    if kind is None:
+        return transformers  # which says what is wrong with the file
+    if kind not in READERS:
+        naflex = " (SigLIP 2 for images of any shape; those for one size are 'siglip')"
+        said = naflex if kind == "siglip2" else ""
+        raise ValueError(
+            f"{config}: model_type is {kind!r}{said}, supported are {', '.join(READERS)}"
+        )
+    return READERS[kind]

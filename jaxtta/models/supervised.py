@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from jaxtta.models.classifier import Batch, Outputs, Params, as_batch
+from jaxtta.models.classifier import Batch, Outputs, Params, as_batch, require_pil
 from jaxtta.models.clip import normalize
 from jaxtta.models.preprocess import Preprocessing
 from jaxtta.models.vit import VisionOutput, VisionTransformer
@@ -69,6 +69,7 @@ class ImageClassifier:
 
     def preprocess(self, images: list[Image.Image]) -> np.ndarray:
         """Bring PIL images to the model's resolution, (batch, height, width, 3) uint8."""
+        require_pil(images)
         return np.stack([self.preprocessing(image) for image in images])
 
     def image_features(self, params: Params, pixels: Array) -> VisionOutput:

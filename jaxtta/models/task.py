@@ -139,7 +139,7 @@ def zero_shot_task(
 
     Raises:
         FileNotFoundError: if the checkpoint has no tokenizer.
-        TypeError: if a name or template is no string.
+        TypeError: if names or templates are no list of strings.
         ValueError: if there are fewer than two classes, an empty name, a template without `{}`, a
             prompt too long for the model, or the tokenizer cannot be read.
     """
@@ -147,9 +147,11 @@ def zero_shot_task(
         raise ValueError("this model has no text tower: its classes are its own, task is None")
     if isinstance(class_names, str) or isinstance(templates, str):
         raise ValueError("class names and templates are lists of strings, not one string")
-    for text in (*class_names, *templates):
-        if not isinstance(text, str):
-            raise TypeError(f"class names and templates are strings, {text!r} is none")
+    for name, given in (("class_names", class_names), ("templates", templates)):
+        if not isinstance(given, Sequence | np.ndarray):
+            raise TypeError(f"{name} is a {type(given).__name__}, expected a list of strings")
+        if odd := [value for value in given if not isinstance(value, str)]:
+            raise TypeError(f"{name} holds {odd[0]!r}, expected strings")
     if len(class_names) < 2:
         raise ValueError(f"a task needs at least two classes, not {len(class_names)}")
     names = [name.replace("_", " ").strip() for name in class_names]
@@ -174,6 +176,11 @@ def zero_shot_task(
             f"{prompts[lengths.index(longest)]!r}"
         )
     if model.padded_prompts:  # with what, and on which side, is a part of the prompt
+        if tokenizer.pad_token is None:
+            raise ValueError(
+                f"{model.source}: its tokenizer has no padding token, with which this model's "
+                "prompts are filled up"
+            )
         ids = tokenizer(texts, padding="max_length", max_length=model.max_length)["input_ids"]
     else:  # with its own end of text, whatever pads a prompt's tokenizer
         ids = [row + row[-1:] * (longest - len(row)) for row in rows]
@@ -225,7 +232,7 @@ def _tokenizer(model: Tokenized) -> Any:
 
 def _tokenizer_class(folder: Path) -> Any:
     """What reads a folder's tokenizer: transformers' choice, or where nothing names one CLIP's."""
-    from transformers import AutoTokenizer, CLIPTokenizerFast, PreTrainedTokenizerFast
+    from transformers import AutoTokenizer, CLIPTokenizer, PreTrainedTokenizerFast
 
     settings, whole, vocabulary = (folder / name for name in TOKENIZER_FILES[:3])
     named = settings.exists() and "tokenizer_class" in read_json(settings)
@@ -239,4 +246,4 @@ def _tokenizer_class(folder: Path) -> Any:
             f"{vocabulary}: is not CLIP's (it has no <|startoftext|>), and no "
             "tokenizer_config.json says whose it is"
         )
-    return CLIPTokenizerFast
+    return CLIPTokenizer

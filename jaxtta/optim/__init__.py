@@ -1,5 +1,6 @@
 """Optax transformations: a learned optimiser, and projections for continual learning."""
 
+from jaxtta.optim.checks import require_optimizer
 from jaxtta.optim.meta_gradient import (
     MetaGradientState,
     MGGParams,
@@ -26,5 +27,6 @@ __all__ = [
     "meta_step",
     "null_space_projection",
     "project_out",
+    "require_optimizer",
     "save_mgg",
 ]

@@ -7,6 +7,7 @@ Every scalar parameter has its own recurrent memory, a linear layer that takes o
 for each gradient. The generator's weights `phi` are shared by all parameters.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 from jaxtta.io import load_arrays, save_arrays
+from jaxtta.tree import all_finite
 
 Array = jax.Array
 MGGParams = dict[str, Array]
@@ -83,8 +85,11 @@ def check_mgg_params(phi: MGGParams) -> int:
         The hidden size.
 
     Raises:
+        TypeError: if they are no dict: a file's name, or what `load_mgg` gives with the metadata.
         ValueError: if an array is missing, unexpected or has the wrong shape for the hidden size.
     """
+    if not isinstance(phi, Mapping):
+        raise TypeError(f"phi is a {type(phi).__name__}, expected a dict: phi, _ = load_mgg(FILE)")
     shapes = {name: tuple(jnp.shape(array)) for name, array in phi.items()}
     query = shapes.get("query", ())
     hidden = query[1] if len(query) == 2 and query[1] else 8
@@ -246,6 +251,8 @@ def load_mgg(path: str | Path) -> tuple[MGGParams, dict[str, Any]]:
     phi = {name: jnp.asarray(array) for name, array in arrays.items()}
     try:
         check_mgg_params(phi)
+        if not all_finite(phi):
+            raise ValueError("phi: holds values that are not finite")
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return phi, metadata

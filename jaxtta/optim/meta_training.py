@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxtta.optim.checks import require_optimizer
 from jaxtta.optim.meta_gradient import MGGParams, meta_gradient_generator
 
 Array = jax.Array
@@ -56,7 +57,11 @@ def init_meta_training(
 
     Returns:
         The state.
+
+    Raises:
+        TypeError: if the optimizer is no optax transformation.
     """
+    require_optimizer(optimizer)
     phi = jax.tree.map(jnp.asarray, phi)
     adapted = jax.tree.map(jnp.asarray, adapted)
     zeros = jax.tree.map(jnp.zeros_like, adapted)
@@ -116,6 +121,7 @@ def meta_step(
     References:
         https://arxiv.org/abs/2412.16901
     """
+    require_optimizer(optimizer)
     # The backward pass stores the states between updates and recomputes the generator.
     apply_pending = jax.checkpoint(_apply_pending, static_argnums=2)
 

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxtta.tree import path_of
+from jaxtta.tree import nearest, path_of
 
 Array = jax.Array
 
@@ -58,12 +58,18 @@ def null_space_projection(projectors: Mapping[str, Projector]) -> optax.Gradient
         The transformation, to chain before an optimiser (paper) or after it (exact).
 
     Raises:
-        ValueError: in `init`, if no parameter has one of these paths, or one has another number of
+        TypeError: if the projectors are no dict of `Projector`.
+        ValueError: in `init`, if a path is no parameter's, or a parameter has another number of
             inputs.
 
     References:
         https://arxiv.org/abs/2507.19839
     """
+    if not isinstance(projectors, Mapping):
+        raise TypeError(f"projectors is a {type(projectors).__name__}, expected a dict by path")
+    for name, projector in projectors.items():
+        if not isinstance(projector, Projector):
+            raise TypeError(f"{name} has a {type(projector).__name__}, expected a Projector")
 
     def init(params: Any) -> optax.EmptyState:
         shapes = _shapes(params)
@@ -73,7 +79,12 @@ def null_space_projection(projectors: Mapping[str, Projector]) -> optax.Gradient
                 f"projectors for {', '.join(list(projectors)[:5]) or 'none'}"
             )
         for name, projector in projectors.items():
-            if name in shapes and shapes[name][:1] != projector.basis.shape[:1]:
+            if name not in shapes:
+                raise ValueError(
+                    f"there is a projector for {name}, which is no parameter; the nearest is "
+                    f"{nearest(name, shapes)}"
+                )
+            if shapes[name][:1] != projector.basis.shape[:1]:
                 raise ValueError(
                     f"{name} has shape {shapes[name]}, its projector is for "
                     f"{len(projector.basis)} inputs"

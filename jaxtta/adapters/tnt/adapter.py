@@ -4,8 +4,10 @@
     adapter = tnt(model, task, config=TNTConfig(online=True))       # one map along the stream
     adapter = tnt(model, task, config=TNTConfig(steps=0), noise=noise)      # that map, frozen
 
-The model is unchanged. All variants share one state type, so that a frozen map can be updated from
-time to time by the online adapter.
+The model is unchanged. A frozen map answers with the model's own scale of logits; the paper's
+temperature is for the vote of tuned views, and `TNTConfig(temperature="model")` keeps the model's
+scale there too. All variants share one state type, so that a frozen map can be updated from time to
+time by the online adapter.
 """
 
 from typing import Any, NamedTuple, cast
@@ -15,11 +17,12 @@ import jax.numpy as jnp
 
 from jaxtta import tree
 from jaxtta import views as views_of
-from jaxtta.adapters.base import Adapter, Array, Prediction
-from jaxtta.adapters.tnt.config import TNT_PRESETS, TNTConfig
+from jaxtta.adapters.base import Adapter, Array, Prediction, image_check, require_state
+from jaxtta.adapters.tnt.config import TNT_PRESETS, TNTConfig, require_noise
 from jaxtta.adapters.tnt.optimize import TNTOutput, optimize_noise
 from jaxtta.augmix import augmix
 from jaxtta.models import Batch, Classifier, Task, as_batch, context_of
+from jaxtta.models.classifier import require_layout, require_model
 
 PIL_KERNELS = {2: "bilinear", 3: "bicubic"}
 """PIL's numbers of the kernels that views can be resized with."""
@@ -82,7 +85,16 @@ def tnt_image(
     if size is None:
         first, size = original, jnp.array(original.shape[:2])
     else:
-        first = views_of.plain(original, size, side, preprocessing.resize, kernel)
+        first = views_of.plain(
+            original,
+            size,
+            side,
+            preprocessing.resize,
+            kernel,
+            rounding=preprocessing.rounding,
+            resize_longer=preprocessing.resize_longer,
+            fill=preprocessing.fill,
+        )
     others = views_of.random_resized_crops(
         view_key, original, size, config.views - 1, side, config.scale, config.ratio
     )
@@ -123,12 +135,17 @@ def tnt(
             noise within the bounds, drawn in `init`.
 
     Returns:
-        The adapter; its logits are log-probabilities.
+        The adapter; its logits are log-probabilities. With a frozen map (`steps=0`) and one view
+        they are those of the model's own logits for the image with the map on it.
 
     Raises:
+        TypeError: if the model, task, config or map is something else.
         ValueError: if the map has another size than the model's input, the model needs a task and
             there is none, or it lacks what TNT needs.
     """
+    require_model(model)
+    if not isinstance(config, TNTConfig):
+        raise TypeError(f"config is a {type(config).__name__}, expected a TNTConfig")
     for name, meaning in (("logit_scale", "cosine logits"), ("preprocessing", "preprocessing")):
         if not hasattr(model, name):
             raise ValueError(f"TNT needs a model with {meaning}; this one has no {name}")
@@ -141,14 +158,14 @@ def tnt(
             f"the checkpoint resizes with PIL's filter {preprocessing.resample}, expected 2 "
             "(bilinear) or 3 (bicubic)"
         )
-    if noise is not None and jnp.shape(noise) != (side, side, 3):
-        raise ValueError(
-            f"a noise map of shape {jnp.shape(noise)}, expected {(side, side, 3)} for this model"
-        )
+    if noise is not None:
+        require_noise(noise, (side, side, 3))
     own_map = not config.online and noise is None
     context = context_of(model, task, lambda path: False)
+    check_values = image_check()
 
     def init(params: Any, key: Array | None = None) -> TNTState:
+        tree.require_params(params)
         key = jax.random.key(0) if key is None else key
         if noise is None:
             # Not from one of the keys that images have.
@@ -167,7 +184,10 @@ def tnt(
         )
 
     def step(params: Any, state: TNTState, batch: Batch | Array) -> tuple[TNTState, Prediction]:
+        require_state(TNTState, params, state)
         batch = as_batch(batch, state.seen)
+        require_layout(batch.images)
+        check_values(batch.images)
         key = jax.random.wrap_key_data(state.key)
 
         def one(noise: Array, row: tuple[Any, ...]) -> tuple[Array, tuple[Array, ...]]:

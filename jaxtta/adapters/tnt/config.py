@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from jax.core import Tracer
 
 from jaxtta.io import load_arrays, save_arrays
 
@@ -16,15 +17,17 @@ class TNTConfig:
 
     Attributes:
         views: N, the views of an image; the first is the plain preprocessing.
-        steps: updates of the map; 0 to apply it as it is.
+        steps: updates of the map; 0 to apply it as it is, with the model's own confidence.
         learning_rate: size of an update.
         epsilon: the map's greatest magnitude, in [0, 1] pixel values.
         select_fraction: share of the views, those of lowest entropy, that the loss is taken over.
         ensemble_fraction: share of the views, those of lowest entropy, whose probabilities are
             averaged.
         entropy_weight: of the marginal entropy in the loss (0.1 in the reference implementation).
-        temperature: of the averaged probabilities: a number on the cosines, or "code" for what the
-            reference implementation does in half precision.
+        temperature: of the averaged probabilities: a number on the cosines (the paper's divides
+            them by 0.007, whatever the model's own scale), "model" for the model's own scale, or
+            "code" for what the reference implementation does in half precision. It belongs to
+            the vote of tuned views: without steps the model's own scale holds.
         scale: least and greatest share of a random crop's area.
         ratio: least and greatest width over height of a random crop.
         augmix: severity of AugMix on the random crops, up to 10; 0 for none, as in the paper.
@@ -41,7 +44,7 @@ class TNTConfig:
     select_fraction: float = 0.1
     ensemble_fraction: float = 0.1
     entropy_weight: float = 1.0
-    temperature: float | Literal["code"] = 7e-3
+    temperature: float | Literal["code", "model"] = 7e-3
     scale: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     augmix: float = 0.0
@@ -75,12 +78,34 @@ class TNTConfig:
         if not 0 <= self.augmix <= 10:
             raise ValueError(f"augmix is {self.augmix}, expected 0 to 10")
         value = self.temperature
-        if value != "code" if isinstance(value, str) else not 0 < value < math.inf:
-            raise ValueError(f"temperature is {value}, expected a positive number or code")
+        if value not in ("code", "model") if isinstance(value, str) else not 0 < value < math.inf:
+            raise ValueError(f"temperature is {value}, expected a positive number, code or model")
 
 
 TNT_PRESETS = {"paper": TNTConfig(), "code": TNTConfig(entropy_weight=0.1, temperature="code")}
 """The settings of the paper, and the defaults of its reference implementation."""
+
+
+def require_noise(noise: Any, shape: tuple[int, ...] | None = None) -> None:
+    """Check a noise map.
+
+    Args:
+        noise: the map.
+        shape: the model's, (size, size, 3); None for any (height, width, 3).
+
+    Raises:
+        TypeError: if it is no array, but a file's name say.
+        ValueError: if it has another shape, or a value that is NaN or beyond 1, the whole range of
+            pixels; values are looked at outside `jit` only.
+    """
+    if isinstance(noise, str | Path) or not np.ndim(noise):
+        raise TypeError(f"noise is a {type(noise).__name__}, expected an array: load_noise(FILE)")
+    given = np.shape(noise)
+    if given != shape if shape else len(given) != 3 or given[2] != 3:
+        expected = f"{shape} for this model" if shape else "(height, width, 3)"
+        raise ValueError(f"a noise map of shape {given}, expected {expected}")
+    if not isinstance(noise, Tracer) and not (np.abs(np.asarray(noise)) <= 1).all():
+        raise ValueError("a noise map with values that are NaN or beyond 1, on pixels in [0, 1]")
 
 
 def save_noise(path: str | Path, noise: Any, config: TNTConfig) -> None:
@@ -90,7 +115,11 @@ def save_noise(path: str | Path, noise: Any, config: TNTConfig) -> None:
         path: of the `.safetensors` file.
         noise: (height, width, 3).
         config: the settings, kept as JSON in the file's metadata.
+
+    Raises:
+        ValueError: if it is no noise map, or holds numbers beyond 1.
     """
+    require_noise(noise)
     save_arrays(path, {"noise": np.asarray(noise, np.float32)}, dataclasses.asdict(config))
 
 
@@ -114,6 +143,7 @@ def load_noise(path: str | Path) -> tuple[np.ndarray, TNTConfig]:
         values: dict[str, Any] = {
             k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()
         }
+        require_noise(arrays["noise"])
         return arrays["noise"], TNTConfig(**values)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: holds no noise map of TNT ({error!r})") from error

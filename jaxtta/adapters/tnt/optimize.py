@@ -6,7 +6,8 @@ once, before the first step. Each step moves ε against the sign of the gradient
     L = weight · H(mean_n p_n) + mean_{n<m} ‖e_n − e_m‖,
 
 with p_n and e_n the probabilities and unit embeddings of the selected views, and clips it
-to ±1/255. The prediction is the mean probability of the views that are then the most confident.
+to ±1/255. The prediction is the mean probability of the views that are then the most confident,
+softened by the paper's temperature or the model's own.
 
     output = optimize_noise(embed, params, classes, scale, views, noise, TNTConfig(steps=3))
 
@@ -87,7 +88,7 @@ def optimize_noise(
         return l2_normalize(embed(params, _clip(views + noise)))
 
     def logits_of(embedded: Array) -> Array:
-        # As CLIP's own cosines: the vote divides them by a small temperature.
+        # As CLIP's own cosines: the vote may divide them by a small temperature.
         return scale * jnp.matmul(embedded, classes.T, precision="highest")
 
     def logits_of_all(noise: Array) -> Array:
@@ -117,11 +118,12 @@ def optimize_noise(
         noise, (losses, noise_steps) = jax.lax.scan(update, noise, length=config.steps)
     logits = logits_of_all(noise)
     ensemble = _most_confident(logits, averaged)
-    temperature = config.temperature
+    votes, temperature = logits[ensemble], config.temperature
     if temperature == "code":  # half precision's epsilon, and the entropy added to it
         temperature = 2.0**-10 * (1 + marginal_entropy(logits))
-    probabilities = jax.nn.log_softmax(logits[ensemble] / scale / temperature)
-    log_probabilities = jax.nn.logsumexp(probabilities, 0) - jnp.log(averaged)
+    if config.steps and temperature != "model":
+        votes = votes / scale / temperature
+    log_probabilities = jax.nn.logsumexp(jax.nn.log_softmax(votes), 0) - jnp.log(averaged)
     return TNTOutput(noise, log_probabilities, noise_steps, losses, selected, ensemble, logits)
 
 

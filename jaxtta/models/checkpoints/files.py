@@ -39,7 +39,10 @@ PREFIXES = ("module.", "model.", "clip_model.", "clip.")
 _COMPILED = "_orig_mod."  # torch.compile's, before any part of a model
 _LFS = b"version https://git-lfs"
 _OPEN_CLIP_NAME = re.compile(
-    r"(ViT|RN\d+|coca|EVA\d*|convnext|MobileCLIP\d*|nllb|roberta|xlm|swin|mt5)[-_x@].*", re.I
+    # ViT-B-32, vit_base_patch16_clip_224.openai, …; with a slash only what is no owner on the hub:
+    # ViT-B/32, ViT-B-32/laion2b_s34b_b79k
+    r"(?i:ViT|RN\d+|coca|EVA\d*|convnext|MobileCLIP|nllb|roberta|xlm|swin|mt5)([-_x@][^/]*)?"
+    r"|(ViT-[A-Za-z]+|RN\d+)([-x@][^/]*)?/.*"
 )
 
 log = logging.getLogger(__name__)
@@ -166,7 +169,7 @@ def find_folder(path_or_hub_id: str | Path, revision: str | None = None) -> Path
         for name in others:
             fetch(name)
         if weights and weights.name.endswith("index.json"):
-            for name in _shards(weights):
+            for name in shards_of(weights):
                 fetch(name)
     except Exception as error:  # the hub's client raises its HTTP library's errors too
         if isinstance(error, LocalEntryNotFoundError):
@@ -362,7 +365,7 @@ def _read_safetensors(weights: Path, to_param_path: ToParamPath) -> NamedArrays:
     files = [weights]
     refuse_pointer(weights)
     if weights.suffix == ".json":
-        files = [weights.parent / name for name in _shards(weights)]
+        files = [weights.parent / name for name in shards_of(weights)]
     for file in files:
         if not file.exists():
             raise FileNotFoundError(f"{file}: named in {weights.name}, but missing")
@@ -423,12 +426,22 @@ def _names(file: Path) -> list[str]:
         return list(tensors.keys())
 
 
-def _shards(index: Path) -> list[str]:
-    try:
-        names = json.loads(index.read_text())["weight_map"].values()
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index}: is no index of sharded weights ({error!r})") from error
-    return sorted(set(names))
+def shards_of(index: Path) -> list[str]:
+    """The files that an index of sharded weights names.
+
+    Args:
+        index: a `….index.json`.
+
+    Returns:
+        Their names, each once.
+
+    Raises:
+        ValueError: if it is no such index.
+    """
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict):
+        raise ValueError(f"{index}: is no index of sharded weights (it has no weight_map)")
+    return sorted(set(names.values()))
 
 
 def _read_msgpack(weights: Path, to_param_path: ToParamPath) -> NamedArrays:

@@ -139,7 +139,7 @@ class ConfigSection(NamedTuple):
 
     def numbers(self, key: str, default: tuple[float, ...]) -> tuple[float, ...]:
         """A number for each colour."""
-        value = self.values.get(key) or default
+        value: Any = self.values.get(key) or default
         value = [value] * 3 if _is_number(value) else value
         numbers = isinstance(value, list | tuple) and all(map(_is_number, value))
         if not numbers or len(value) != 3:

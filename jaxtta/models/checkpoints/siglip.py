@@ -1,4 +1,4 @@
-"""Reading SigLIP checkpoints of transformers, and those of SigLIP 2 with images of a fixed size."""
+"""Reading and writing SigLIP checkpoints of transformers, SigLIP 2's for a fixed size too."""
 
 import dataclasses
 import re
@@ -6,22 +6,32 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import jax
+import numpy as np
 from flax.traverse_util import flatten_dict
 
+from jaxtta.models.checkpoints import transformers
 from jaxtta.models.checkpoints.files import (
     WEIGHTS,
     drop_leading_axes,
     match_parameters,
+    naming,
     read_config,
     read_weights,
     split_joint,
 )
 from jaxtta.models.checkpoints.preprocessing import read_preprocessing
-from jaxtta.models.checkpoints.transformers import architecture, vision_tower
+from jaxtta.models.checkpoints.transformers import (
+    architecture,
+    square_side,
+    text_values,
+    vision_tower,
+    vision_values,
+)
 from jaxtta.models.classifier import Params
 from jaxtta.models.clip import CLIP
 from jaxtta.models.preprocess import HALF_MEAN, Preprocessing
 from jaxtta.models.text import TextTransformer
+from jaxtta.models.vit import VisionTransformer
 
 if TYPE_CHECKING:
     from transformers import SiglipConfig
@@ -47,7 +57,8 @@ def load_folder(folder: Path, dtype: Any, compute_dtype: Any, remat: bool) -> tu
     from transformers import SiglipConfig
 
     config = read_config(folder, SiglipConfig)
-    model = from_config(config, compute_dtype=compute_dtype, remat=remat)
+    with naming(folder / "config.json"):
+        model = from_config(config, compute_dtype=compute_dtype, remat=remat)
     found, origin = read_preprocessing(folder, model.preprocessing, "SiglipImageProcessor")
     model = dataclasses.replace(
         model, preprocessing=found, preprocessing_origin=origin, source=str(folder)
@@ -82,7 +93,7 @@ def from_config(config: "SiglipConfig", *, compute_dtype: Any = None, remat: boo
             f"text_config.projection_size is {text.projection_size}, expected the image tower's "
             f"hidden_size of {vision.hidden_size}"
         )
-    options, size = (compute_dtype, remat), vision.image_size
+    options, size = (compute_dtype, remat), square_side(vision, "image_size")
     return CLIP(
         vision_tower(vision, "vision_config", *options, pre_norm=False).clone(class_token=False),
         TextTransformer(
@@ -98,6 +109,30 @@ def from_config(config: "SiglipConfig", *, compute_dtype: Any = None, remat: boo
         logit_bias=True,
         clean="siglip",
     )
+
+
+def config_of(model: CLIP) -> "SiglipConfig":
+    """Make transformers' configuration of a model with SigLIP's towers."""
+    from transformers import SiglipConfig
+
+    return SiglipConfig(
+        vision_config=vision_values(cast(VisionTransformer, model.vision)),
+        text_config=text_values(model.text) | {"projection_size": model.projection},
+        architectures=["SiglipModel"],
+    )
+
+
+def tensors_of(params: Params) -> dict[str, np.ndarray]:
+    """The parameters under PyTorch's names, laid out as PyTorch has them."""
+    tensors = transformers.tensors_of(params)
+    pool = "vision_model.head.attention"
+    for leaf in ("weight", "bias"):
+        parts = [tensors.pop(f"{pool}.{name}_proj.{leaf}") for name in "qkv"]
+        tensors[f"{pool}.in_proj_{leaf}"] = np.concatenate(parts)
+        tensors[f"text_model.head.{leaf}"] = tensors.pop(f"text_projection.{leaf}")
+    for name, axes in (("logit_scale", 1), ("logit_bias", 1), ("vision_model.head.probe", 3)):
+        tensors[name] = np.array(tensors[name], ndmin=axes)
+    return tensors
 
 
 _NAMES = (

@@ -1,26 +1,21 @@
-"""Reading and writing CLIP checkpoints in transformers' formats."""
+"""Reading CLIP checkpoints of transformers, and what it takes to write them."""
 
 import dataclasses
-import json
-import logging
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
-from safetensors.numpy import save as to_bytes
 
 from jaxtta.models.checkpoints.files import (
-    TOKENIZER_FILES,
     map_kernel,
     match_parameters,
     naming,
     read_config,
     read_weights,
 )
-from jaxtta.models.checkpoints.preprocessing import processor_settings, read_preprocessing
+from jaxtta.models.checkpoints.preprocessing import read_preprocessing
 from jaxtta.models.classifier import Params
 from jaxtta.models.clip import CLIP
 from jaxtta.models.preprocess import Preprocessing
@@ -30,8 +25,6 @@ from jaxtta.models.vit import VisionTransformer
 
 if TYPE_CHECKING:  # transformers is imported where it is used: it brings PyTorch along
     from transformers import CLIPConfig
-
-log = logging.getLogger(__name__)
 
 
 def load_folder(folder: Path, dtype: Any, compute_dtype: Any, remat: bool) -> tuple[CLIP, Params]:
@@ -175,75 +168,46 @@ def architecture(tower: Any, name: str, compute_dtype: Any, remat: bool = False)
     )
 
 
-def save(folder: str | Path, model: CLIP, params: Params) -> None:
-    """Write a transformers checkpoint: configuration, weights, preprocessing and tokenizer.
-
-    Args:
-        folder: made if it is missing; files in it are overwritten.
-        model: the model; its tokenizer is copied from its source, if it has one.
-        params: the parameter tree.
-
-    Raises:
-        ValueError: if the model is SigLIP or its image tower a ResNet, which transformers' CLIP has
-            not, or its image processor cannot do the model's preprocessing.
-    """
+def config_of(model: CLIP) -> "CLIPConfig":
+    """Make transformers' configuration of a model with CLIP's towers."""
     from transformers import CLIPConfig
 
-    if not isinstance(model.vision, VisionTransformer):
-        raise ValueError(
-            f"{folder}: a {type(model.vision).__name__} image tower cannot be saved as a "
-            "transformers checkpoint"
-        )
-    text = model.text
-    plain = text.causal and text.has_projection and not text.projection_bias
-    if not plain or model.logit_bias or not model.vision.class_token:
-        raise ValueError(
-            f"{folder}: SigLIP, and CLIP with a bias on its logits or another text projection, "
-            "cannot be saved as a transformers checkpoint"
-        )
-    try:
-        settings = processor_settings(model.preprocessing)
-    except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from error
-    if model.preprocessing.rounding != "transformers" and model.preprocessing.crop is not None:
-        log.warning(
-            "%s: transformers crops images of some sizes one pixel beside OpenCLIP's centre", folder
-        )
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    vision = model.vision
-    config = CLIPConfig(
+    vision, text = cast(VisionTransformer, model.vision), model.text
+    return CLIPConfig(
         projection_dim=model.projection,
-        vision_config={
-            **_config_of(vision.arch),
-            "image_size": vision.image_size,
-            "patch_size": vision.patch_size,
-            "projection_dim": model.projection,
-        },
+        vision_config=vision_values(vision) | {"projection_dim": model.projection},
         text_config={
-            **_config_of(text.arch),
-            "vocab_size": text.vocabulary,
-            "max_position_embeddings": text.max_length,
+            **text_values(text),
             "projection_dim": model.projection,
             "eos_token_id": model.eos_token_id,
-            "bos_token_id": None,  # the tokenizer's business
-            "pad_token_id": None,
         },
         architectures=["CLIPModel"],
     )
-    config.save_pretrained(folder)
-    (folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=2))
-    # transformers 5 would take another one's settings from there.
-    (folder / "processor_config.json").unlink(missing_ok=True)
-    source = Path(model.source).resolve() if model.source else folder.resolve()
-    for name in TOKENIZER_FILES:
-        if source != folder.resolve() and (source / name).exists():
-            shutil.copyfile(source / name, folder / name)
-    tensors = {
+
+
+def vision_values(vision: VisionTransformer) -> dict[str, Any]:
+    """The settings of an image tower that transformers' configurations share."""
+    sizes = {"image_size": vision.image_size, "patch_size": vision.patch_size}
+    return _config_of(vision.arch) | sizes
+
+
+def text_values(text: TextTransformer) -> dict[str, Any]:
+    """The settings of a text tower that transformers' configurations share."""
+    return _config_of(text.arch) | {
+        "vocab_size": text.vocabulary,
+        "max_position_embeddings": text.max_length,
+        "bos_token_id": None,  # the tokenizer's business
+        "eos_token_id": None,
+        "pad_token_id": None,
+    }
+
+
+def tensors_of(params: Params) -> dict[str, np.ndarray]:
+    """The parameters under PyTorch's names, laid out as PyTorch has them."""
+    return {
         _torch_name(path): np.array(_to_torch(path, np.asarray(leaf)), order="C")
         for path, leaf in flatten_dict(params).items()
     }
-    (folder / "model.safetensors").write_bytes(to_bytes(tensors, metadata={"format": "pt"}))
 
 
 def _config_of(arch: Architecture) -> dict[str, Any]:
