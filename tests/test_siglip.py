@@ -16,6 +16,7 @@ from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file, save_file
 
 from jaxtta import adapters, continual, models, tree
+from jaxtta.models import prompts as packing
 from jaxtta.models import task as tasks
 from jaxtta.models.checkpoints import open_clip as reader
 
@@ -278,6 +279,12 @@ def test_templates_are_averaged(siglip, reference):
     np.testing.assert_allclose(
         jax.jit(model.class_embeddings)(params, prompts), expected, atol=1e-5
     )
+
+
+def test_tokens_of_imagenets_prompts():
+    """The figure of the README."""
+    prompts = packing.whole(models.task_from_token_ids(np.zeros((1000, 64), int)))
+    assert len(prompts.prefix) + len(prompts.tokens) == 64_000
 
 
 def test_prompts_of_another_length_are_refused(siglip, task):

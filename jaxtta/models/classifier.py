@@ -217,7 +217,7 @@ class Outputs(NamedTuple):
 class Classifier(Protocol):
     """All that an adapter knows of a model.
 
-    CLIP with a ViT, CLIP with a ResNet, a supervised ViT and a user's own object are Classifiers.
+    CLIP with a ViT or a ResNet, SigLIP, a supervised ViT and a user's own object are Classifiers.
 
     Attributes:
         image_size: side of the images in pixels.
