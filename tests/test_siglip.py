@@ -236,6 +236,13 @@ def test_a_saved_model_is_the_same(siglip, tmp_path):
     assert {name: x.shape for name, x in ours.items()} == {n: x.shape for n, x in theirs.items()}
 
 
+def test_prompts_that_transformers_does_not_clean_are_said(siglip, tmp_path, caplog):
+    model, params = siglip
+    models.save(tmp_path, dataclasses.replace(model, clean="canonicalize"), params)
+    assert "prompts (canonicalize) before they are tokenised" in caplog.text
+    assert models.load(tmp_path)[0].clean == "siglip"
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

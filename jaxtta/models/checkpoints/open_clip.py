@@ -261,7 +261,7 @@ def _timm_tower(section: ConfigSection, compute_dtype: Any, remat: bool) -> Visi
     name = section.values["timm_model_name"]
     found = _timm_siglip(name)
     assert found is not None  # other names were refused
-    section.check("timm_model_name", "image_size", timm_pool="map", timm_proj="none")
+    section.check("timm_model_name", "image_size", "timm_pool", "timm_proj")
     for key, wanted in (("timm_pool", "map"), ("timm_proj", "none")):
         if section.values.get(key) != wanted:
             raise section.error(key, repr(wanted))

@@ -39,6 +39,13 @@ def save(folder: str | Path, model: CLIP, params: Params) -> None:
         log.warning(
             "%s: transformers crops images of some sizes one pixel beside OpenCLIP's centre", folder
         )
+    if model.clean in ("lower", "canonicalize"):
+        log.warning(
+            "%s: OpenCLIP cleans this model's prompts (%s) before they are tokenised, transformers "
+            "leaves that to the tokenizer",
+            folder,
+            model.clean,
+        )
     cropped = model.preprocessing.crop is not None or isinstance(model.preprocessing.resize, int)
     if writer is siglip and not cropped:  # SigLIP's own processor does not crop
         settings["image_processor_type"] = "SiglipImageProcessor"
