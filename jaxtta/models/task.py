@@ -6,6 +6,8 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from jaxtta.models.classifier import require_model
+
 TOKENIZER_FILES = (
     "tokenizer_config.json",
     "tokenizer.json",
@@ -90,11 +92,12 @@ def zero_shot_task(
 
     Raises:
         FileNotFoundError: if the checkpoint has no tokenizer.
-        TypeError: if names or templates are no list of strings.
+        TypeError: if the model is none, or names or templates are no list of strings.
         ValueError: if there are fewer than two classes, an empty name, a template without `{}` or
             a prompt too long for the model.
     """
     if not hasattr(model, "max_length"):
+        require_model(model)
         raise ValueError("this model has no text tower: its classes are its own, task is None")
     if isinstance(class_names, str) or isinstance(templates, str):
         raise ValueError("class names and templates are lists of strings, not one string")
