@@ -184,6 +184,12 @@ def run_script(monkeypatch, capsys):
     return run
 
 
+def errors_in(text):
+    """How many errors a script has printed; each is one line, the last."""
+    assert text.splitlines()[-1].startswith("error: ")
+    return text.count("error: ")
+
+
 def golden(name):
     """Open a golden file."""
     return np.load(GOLDEN / f"{name}.npz")

@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conftest import EXPERIMENTS, GOLDEN
+from conftest import EXPERIMENTS, GOLDEN, errors_in
 from PIL import Image
 
 import jaxtta
@@ -190,7 +190,7 @@ def test_bad_options_of_continual_learning(run_script, tmp_path, options, messag
     code, _, err = run_script("continual_mtil.py", "--output", tmp_path / "a", *options)
     assert code == 1
     assert message in err
-    assert err.count("\n") == 1
+    assert errors_in(err) == 1
 
 
 def folder_of(root, *names):
@@ -213,7 +213,7 @@ def test_tasks_that_cannot_be_learnt_are_named(run_script, tmp_path):
         code, _, err = run_script("continual_mtil.py", *options)
         assert code == 1
         assert message in err.replace(f"{tmp_path}/", "")
-        assert err.count("\n") == 1
+        assert errors_in(err) == 1
     folder_of(tmp_path / "two" / "test", "dog")
     shutil.rmtree(tmp_path / "two" / "test" / "wolf")
     twice = ["--tasks", "digits", f"digits={tmp_path}/two"]
@@ -396,4 +396,4 @@ def test_bad_options_of_protection(run_script, tmp_path, options, message):
     code, _, err = run_script("protect_batclip.py", "--output", tmp_path / "a", *options)
     assert code == 1
     assert message in err
-    assert err.count("\n") == 1
+    assert errors_in(err) == 1

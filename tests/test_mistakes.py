@@ -341,6 +341,10 @@ def test_a_dtype_that_is_none_is_refused(dtype):
 def test_class_names_are_strings(embedded, names, message):
     with pytest.raises(TypeError, match=message):
         jaxtta.zero_shot_task(embedded[0], names)
+    for other in (["cat", "dog"], "openai/clip-vit-base-patch16"):
+        message = f"model is a {type(other).__name__}, expected a classifier"
+        with pytest.raises(TypeError, match=message):
+            jaxtta.zero_shot_task(other, embedded[0])
     with pytest.raises(TypeError, match="templates holds 1, expected strings"):
         jaxtta.zero_shot_task(embedded[0], ["cat", "dog"], [1])
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import EXPERIMENTS, GOLDEN, save_vit
+from conftest import EXPERIMENTS, GOLDEN, errors_in, save_vit
 from PIL import Image
 
 import jaxtta
@@ -196,7 +196,7 @@ def test_bad_options_are_one_sentence(run_script, tmp_path, options, message):
     code, _, err = run_script("corruption_sweep.py", "--output", tmp_path / "a", *options)
     assert code == 1
     assert message in err
-    assert err.count("\n") == 1
+    assert errors_in(err) == 1
     assert "Traceback" not in err
     assert not (tmp_path / "a").exists()
 
@@ -305,7 +305,7 @@ def test_bad_options_of_natural_shifts(run_script, tmp_path, options, message):
     code, _, err = run_script("natural_shifts.py", "--output", tmp_path / "a", *options)
     assert code == 1
     assert message in err
-    assert err.count("\n") == 1
+    assert errors_in(err) == 1
     assert not (tmp_path / "a").exists()
 
 
@@ -481,7 +481,7 @@ def test_bad_options_of_meta_training(run_script, tmp_path, options, message):
     code, _, err = run_script("pretrain_mgg.py", "--output", tmp_path / "a", *options)
     assert code == 1
     assert message in err
-    assert err.count("\n") == 1
+    assert errors_in(err) == 1
     assert not (tmp_path / "a").exists()
 
 

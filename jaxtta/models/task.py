@@ -18,6 +18,7 @@ from jaxtta.models.checkpoints.files import (
     read_json,
     refuse_pointer,
 )
+from jaxtta.models.classifier import require_model
 
 log = logging.getLogger(__name__)
 
@@ -140,11 +141,12 @@ def zero_shot_task(
 
     Raises:
         FileNotFoundError: if the checkpoint has no tokenizer.
-        TypeError: if names or templates are no list of strings.
+        TypeError: if the model is none, or names or templates are no list of strings.
         ValueError: if there are fewer than two classes, an empty name, a template without `{}`, a
             prompt too long for the model, or the tokenizer cannot be read.
     """
     if not hasattr(model, "max_length"):
+        require_model(model)
         raise ValueError("this model has no text tower: its classes are its own, task is None")
     if isinstance(class_names, str) or isinstance(templates, str):
         raise ValueError("class names and templates are lists of strings, not one string")
