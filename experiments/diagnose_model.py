@@ -157,8 +157,8 @@ class Options:
     workers: int = 1
     """Processes that decode and corrupt images; 0 = main process."""
     trust_data: bool = False
-    """Take the results of an earlier trial in the folder without checking that the stored images have
-    not changed."""
+    """Take the results of an earlier trial in the folder without checking that the stored images
+    have not changed."""
     debug: bool = False
     """Show tracebacks."""
 
