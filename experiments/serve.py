@@ -22,8 +22,8 @@ optimisation:
     python experiments/serve.py FOLDER --adapter tnt --noise camera.safetensors
 
 Exit codes: 0 if every image has a label; 1 for an error, also if no image could be read; 2 for
-options that cannot be parsed; 3 if some images could not be read or have no finite answer, which
-are named on stderr.
+options that cannot be parsed; 3 if some images could not be read (they are named on stderr) or have
+no finite answer.
 """
 
 import dataclasses
