@@ -200,6 +200,7 @@ def test_open_clips_training_checkpoints(command, tmp_path, given, prefix):
     code, out, err = command("convert", file, tmp_path / "out", *arguments)
     assert code == 0, err
     assert "tokenizer: none; class names need one" in out
+    assert f"from {tmp_path / 'out' / 'open_clip_config.json'}\n" in out
     assert same_models(tmp_path / "out", OPEN_CLIP)
 
 

@@ -23,7 +23,7 @@ from typing import Annotated
 import jax
 import tyro
 
-from jaxtta.models import describe_preprocessing, load
+from jaxtta.models import describe_preprocessing
 from jaxtta.models.checkpoints.files import TOKENIZER_FILES
 from jaxtta.models.checkpoints.pytorch import Activation, convert
 
@@ -50,14 +50,13 @@ class Convert:
 
 def run(options: Convert) -> None:
     """Convert, and say what came of it."""
-    convert(
+    model, params = convert(
         options.file,
         options.out,
         config=options.config,
         tokenizer=options.tokenizer,
         activation=options.activation,
     )
-    model, params = load(options.out)
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     print(f"{options.out}: {type(model).__name__} with {count:,} parameters")
     print(describe_preprocessing(model))
