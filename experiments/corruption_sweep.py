@@ -62,7 +62,9 @@ class Options:
     layout: str = "folder"
     """Dataset layout: folder (clean images in class folders), imagenet (wnid folders), imagenet-c,
     cifar-c (five severities stacked), arrays (<corruption>.npy and labels.npy), tfds, or the name
-    of a natural or cross-dataset set; the error for an unknown name lists all."""
+    of a natural or cross-dataset set; the error for an unknown name lists all. Images of layout
+    folder are turned upright by their EXIF orientation and laid over white; those of the others are
+    read as they are stored, as in published results."""
     class_names: tuple[str, ...] = ()
     """Class names for the prompts, in label order, or one file with them: .json (a list, or an
     object from folder name to class name) or text with one name per line. Default: the layout's

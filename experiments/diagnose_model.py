@@ -55,6 +55,7 @@ import jaxtta
 from jaxtta import assets, cli, data, diagnose, evaluate, io, losses, report
 from jaxtta.adapters import TNTConfig
 from jaxtta.data.folders import list_folders
+from jaxtta.data.layouts import require_meaning
 from jaxtta.data.recognise import entries_of, is_folder
 from jaxtta.data.sources import read_labels
 from jaxtta.data.text import nfc, read_rows
@@ -476,7 +477,9 @@ def open_field(options: Options) -> data.ImageFolder:
     given = [text.partition("=") for text in data.given_class_names(options.class_names)]
     called = {name: own or name for name, _, own in given}
     if labelled:
-        called = called or {name: name for name in listed.class_names}
+        if not called:
+            require_meaning(listed.class_names, listed.class_names)
+            called = {name: name for name in listed.class_names}
         for name in listed.class_names:
             if name not in called:
                 raise ValueError(

@@ -27,6 +27,7 @@ import re
 import runpy
 import shutil
 import sys
+import types
 
 import hypothesis
 import jax
@@ -44,6 +45,11 @@ from jaxtta.models.resnet import ResNet, ResNetArchitecture
 GOLDEN = Path(__file__).parent / "golden"
 SHARED = Path(__file__).parents[2] / "shared"
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+
+# Where torchvision is installed beside the CPU build of torch, its compiled operators do not load.
+# Nothing here needs them, but this part of it, which OpenCLIP imports, looks for them.
+_OPERATORS = "torchvision._meta_registrations"
+sys.modules.setdefault(_OPERATORS, types.ModuleType(_OPERATORS))
 
 hypothesis.settings.register_profile("dev", deadline=None, max_examples=8, derandomize=True)
 hypothesis.settings.register_profile(

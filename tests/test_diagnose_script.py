@@ -290,6 +290,43 @@ def test_field_with_a_few_labels(run_script, short, tmp_path, field):
     assert "% on 6 labelled images" in out and "2 steps of 4 images" in out
 
 
+def test_a_labelled_folder_with_odd_names_and_system_folders(run_script, short, tmp_path, field):
+    """The trial hashes the names; a flat folder with a system's folder has no classes."""
+    root, flat = tmp_path / "odd", tmp_path / "flat"
+    for name in (b"felines\xe9", b"dogs", b"@eaDir", b"__MACOSX"):
+        shutil.copytree(field / "labelled" / "dogs", root / os.fsdecode(name))
+    shutil.copytree(field / "flat", flat)
+    shutil.copytree(root / "@eaDir", flat / "@eaDir")
+    (root / os.fsdecode(b"felines\xe9")).joinpath(os.fsdecode(b"\xe9.jpg")).write_bytes(b"no image")
+    every = (*QUICK[:-1], "41")
+    common = ("--models", short, "--trial", "zero_shot", "--output")
+    code, _, err = run_script(SCRIPT, *every, "--field", root, *common, tmp_path / "a")
+    assert code == 1
+    assert r"class folder felines\xe9 has a name that is no text: set the class names" in err
+    names = ("--class-names", os.fsdecode(b"felines\xe9=cat"), "dogs=dog")
+    code, out, _ = run_script(SCRIPT, *every, "--field", root, *names, *common, tmp_path / "a")
+    assert code == 0
+    assert "on 40 labelled images" in out
+    assert rf"1 image could not be read: {root}/felines\xe9/\xe9.jpg." in out
+    names = ("--class-names", "cat", "dog")
+    code, out, _ = run_script(SCRIPT, *QUICK, "--field", flat, *names, *common, tmp_path / "b")
+    assert (code, result_of(tmp_path / "b")["models"]["clip"]["field"]["images"]) == (0, 20)
+
+
+def test_a_spreadsheet_of_labels(run_script, short, tmp_path, field):
+    names = sorted(path.name for path in (field / "flat").iterdir() if path.stem != "torn")
+    labels = tmp_path / "few.csv"
+    labels.write_bytes(b"\xef\xbb\xbfimage;class\r\n%s;k\xc3\xa4fer\r\n" % names[0].encode())
+    options = (*QUICK, "--field", field / "flat", "--class-names", "käfer=cat", "hound=dog")
+    options += ("--field-labels", labels, "--trial", "zero_shot", "--models", short, "--output")
+    assert run_script(SCRIPT, *options, tmp_path / "a")[0] == 0
+    assert result_of(tmp_path / "a")["models"]["clip"]["labels"] == 1
+    labels.write_bytes(b"image,class\n%s,k\xe4fer\n" % names[0].encode())
+    code, _, err = run_script(SCRIPT, *options, tmp_path / "b")
+    assert (code, err.count("error: ")) == (1, 1)
+    assert f"{labels}: is not UTF-8 text" in err
+
+
 def test_a_trial_of_mgtta_needs_files_of_the_model(run_script, tmp_path, field, embedded):
     other = saved(tmp_path / "other", embedded, lambda name, x: 1.01 * x)
     code, _, err = run_script(

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxtta import assets, data
+from jaxtta import assets, data, models
 from jaxtta.data import tasks
 from jaxtta.models.preprocess import Preprocessing
 
@@ -374,6 +374,20 @@ def test_numbers_are_no_class_names(tmp_path, layout):
         data.open_source(layout, tmp_path, PREPROCESS)
     source = data.open_source(layout, tmp_path, PREPROCESS, ["three", "cat", "dog"])
     assert source.class_names == ("three", "cat", "dog")
+
+
+def test_numbers_in_prompts_are_said_wherever_they_come_from(embedded, caplog):
+    model = embedded[0]
+    for names, templates, said in (
+        (("3", "class_4", "n01440764", "cat"), ("a photo of a {}.",), 3),
+        (("3", "4"), (tasks.MNIST,), 0),
+        (("three", "boeing 707", "707-320"), ("a photo of a {}.",), 0),
+    ):
+        caplog.clear()
+        models.zero_shot_task(model, names, templates)
+        assert heard(caplog) == [
+            f"{said} class names are numbers: 'a photo of a 3.' means nothing to a model"
+        ] * bool(said)
 
 
 @pytest.fixture

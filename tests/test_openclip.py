@@ -571,6 +571,27 @@ def test_bad_checkpoints_are_refused_in_one_sentence(folder, spoil, error, messa
     assert "\n" not in str(caught.value)
 
 
+def test_a_bias_on_the_logits_and_a_custom_text_tower(folder):
+    """Settings that SigLIP brought, on CLIP's own towers."""
+    own, before = models.load(folder)
+    tensors = load_file(folder / WEIGHTS)
+    text = ("token_embedding", "positional_embedding", "transformer", "ln_final", "text_projection")
+    tensors = {f"text.{n}" if n.startswith(text) else n: x for n, x in tensors.items()}
+    tensors["logit_scale"] = tensors["logit_scale"].reshape(1)
+    save_file(tensors | {"logit_bias": np.full(1, -3, np.float32)}, folder / WEIGHTS)
+    changes = {"custom_text": True, "init_logit_bias": 0, "nonscalar_logit_scale": True}
+    edit("model_cfg", **changes)(folder)
+    model, params = models.load(folder)
+    expected = golden("openclip_vit")
+    text = jax.jit(model.encode_text)(params, expected["token_ids"])
+    assert relative(text, expected["text_embeds"]) <= 1e-5
+    images = images_of(model, expected["images"])
+    prompts = model.prompts(models.task_from_token_ids(expected["token_ids"]))
+    logits = jax.jit(model)(params, prompts, images).logits
+    plain = jax.jit(own)(before, prompts, images).logits
+    np.testing.assert_allclose(logits, plain - 3, rtol=1e-5, atol=1e-4)
+
+
 def test_unused_parameters_are_named(folder):
     edit_weights(head__weight=np.zeros(3, np.float32))(folder)
     with pytest.warns(UserWarning, match=r"not used: head/kernel$"):

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import json
 import warnings
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -25,6 +26,12 @@ pytestmark = pytest.mark.parity
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 LENGTH = 16
+
+
+@pytest.fixture
+def open_clip():
+    """OpenCLIP, where it is installed: `pip install open_clip_torch torchvision==0.28.0`."""
+    return pytest.importorskip("open_clip")
 
 
 def perturb(module):
@@ -137,8 +144,7 @@ TEXT = {
     ],
     ids=["SigLIP", "SigLIP 2", "no text projection"],
 )
-def test_embeddings_and_logits_equal_openclips(tmp_path, monkeypatch, size, text):
-    import open_clip
+def test_embeddings_and_logits_equal_openclips(open_clip, tmp_path, monkeypatch, size, text):
     import timm
     import torch
 
@@ -169,7 +175,7 @@ def test_embeddings_and_logits_equal_openclips(tmp_path, monkeypatch, size, text
     check(tmp_path, image.numpy(), words.numpy(), logits.numpy())
 
 
-def test_sizes_and_activations_are_timms(tmp_path):
+def test_sizes_and_activations_are_timms(open_clip, tmp_path):
     import timm
     import torch
 
@@ -199,6 +205,31 @@ def test_sizes_and_activations_are_timms(tmp_path):
         assert theirs.norm.eps == tower.arch.epsilon
 
 
+def test_all_configurations_load_or_say_what_they_are(open_clip, tmp_path):
+    """67 of the 144 of OpenCLIP 3.3, all of SigLIP among them."""
+    loaded, refused = [], {}
+    for path in sorted((Path(open_clip.__file__).parent / "model_configs").glob("*.json")):
+        config = tmp_path / "open_clip_config.json"
+        config.write_text(json.dumps({"model_cfg": json.loads(path.read_text())}))
+        try:
+            reader.from_config(config)
+            loaded.append(path.stem)
+        except ValueError as error:
+            refused[path.stem] = str(error)
+    assert len(loaded) >= 67
+    assert all(name in loaded for name in (*loaded, *refused) if "-SigLIP" in name)
+    for name, message in refused.items():
+        assert "not supported" in message or "expected" in message, name
+    for name, kind in {
+        "EVA02-L-14": "an EVA image tower",
+        "coca_ViT-L-14": "a CoCa model",
+        "convnext_base": "a ConvNeXt image tower",
+        "MobileCLIP-S2": "a MobileCLIP image tower",
+        "xlm-roberta-base-ViT-B-32": "a Hugging Face text tower",
+    }.items():
+        assert kind in refused[name]
+
+
 NAMES = ["Cat's", "fire_truck", "Samoyed", "cafe & bar", "ice-cream", "CAT  cat"]
 TEMPLATES = ["A photo of a {}.", "itap of my {}!"]
 
@@ -207,9 +238,7 @@ def prompts():
     return [template.replace("{}", name) for name in NAMES for template in TEMPLATES]
 
 
-def test_tokens_equal_openclips(tmp_path):
-    import open_clip
-
+def test_tokens_equal_openclips(open_clip, tmp_path):
     write_tokenizer(tmp_path)
     config = {"model_cfg": {"embed_dim": 32, "vision_cfg": {}, "text_cfg": dict(TEXT)}}
     config["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = "timm/ViT-B-16-SigLIP2"

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tyro
 from conftest import golden
 from safetensors.numpy import save_file
 
@@ -179,6 +180,11 @@ def test_a_frozen_map_answers_with_the_models_own_confidence(tiny, temperature):
         np.testing.assert_allclose(prediction.logits, expected, atol=1e-4)
         confidences = (np.exp(x).max(-1) for x in (prediction.logits, expected))
         np.testing.assert_allclose(*confidences, rtol=1e-4)
+
+
+@pytest.mark.parametrize("word, value", [("model", "model"), ("code", "code"), ("0.01", 0.01)])
+def test_temperatures_on_the_command_line(word, value):
+    assert tyro.cli(TNTConfig, args=["--temperature", word]).temperature == value
 
 
 @pytest.mark.parametrize("online", [False, True])

@@ -77,7 +77,7 @@ def online(
 
     def step(params: Any, state: State, batch: Batch | Array) -> tuple[State, Prediction]:
         require_state(State, params, state)
-        _require_own(params, state, trainable, optimizer)
+        _require_same_adapter(params, state, trainable, optimizer)
         batch = as_batch(batch, state.seen)
         check_values(batch.images)
 
@@ -113,7 +113,7 @@ def online(
     return Adapter(init, step)
 
 
-def _require_own(
+def _require_same_adapter(
     params: Any, state: State, trainable: tree.Trainable, optimizer: optax.GradientTransformation
 ) -> None:
     """Raise a ValueError for another adapter's state; only names are compared, never values."""

@@ -103,14 +103,12 @@ def task_grams(
         Matrices (inputs, inputs) of Frobenius norm 1, by the kernels' paths.
 
     Raises:
-        TypeError: if `batches` is one array, not several, or `chosen` no function.
+        TypeError: if `chosen` is no function.
         ValueError: if there are no images, they are not as a model takes them, or no kernel is
             chosen.
     """
     if chosen is not None:
         require_trainable(chosen, "chosen")
-    if hasattr(batches, "dtype"):
-        raise TypeError("batches is one array, expected several: [images]")
     sums: Grams = {}
     for batch in batches:
         images, mask = images_and_mask(batch)

@@ -309,20 +309,7 @@ def _class_names(
 ) -> tuple[str, ...]:
     """The given class names, or the layout's own if they can be; `folders` are as on disk."""
     if not given:
-        for name in own:  # "a photo of a n01440764." or of "a 3." means nothing to a model
-            if re.fullmatch(r"n\d{8}", name):
-                raise ValueError(
-                    f"class folder {name} is a wnid: use layout imagenet if all are "
-                    "ImageNet's, or set the class names"
-                )
-        for folder in folders:
-            if re.fullmatch("[0-9]+", folder):
-                raise ValueError(f"class folder {folder} is a number: set the class names")
-            if folder != printable(folder):
-                raise ValueError(
-                    f"class folder {printable(folder)} has a name that is no text: set the class "
-                    "names"
-                )
+        require_meaning(own, folders)
         return tuple(own)
     if len(given) != len(own):
         raise ValueError(f"{len(given)} class names for {len(own)} classes ({_few(own)})")
@@ -330,6 +317,31 @@ def _class_names(
         pairs = [f"{folder} is {name!r}" for folder, name in zip(folders, given, strict=True)]
         log.warning("class folders are sorted by number, with gaps: %s", _few(pairs))
     return tuple(given)
+
+
+def require_meaning(names: Sequence[str], folders: Sequence[str] = ()) -> None:
+    """Check that class names that were not given mean something to a model.
+
+    Args:
+        names: of the classes.
+        folders: their folders on disk; empty if the names are from elsewhere.
+
+    Raises:
+        ValueError: for wnids; for folders that are numbers or no text.
+    """
+    for name in names:  # "a photo of a n01440764." or of "a 3." means nothing to a model
+        if re.fullmatch(r"n\d{8}", name):
+            raise ValueError(
+                f"class folder {name} is a wnid: use layout imagenet if all are "
+                "ImageNet's, or set the class names"
+            )
+    for folder in folders:
+        if re.fullmatch("[0-9]+", folder):
+            raise ValueError(f"class folder {folder} is a number: set the class names")
+        if folder != printable(folder):
+            raise ValueError(
+                f"class folder {printable(folder)} has a name that is no text: set the class names"
+            )
 
 
 def _consecutive(folders: Sequence[str]) -> bool:

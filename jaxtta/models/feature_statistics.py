@@ -93,7 +93,6 @@ def feature_statistics(
         The moments, the same for any division into batches.
 
     Raises:
-        TypeError: if `batches` is one array, not several.
         ValueError: if there are fewer than two images, they are not as a model takes them, the
             features of one are not finite, or the model has no layer features (a ResNet).
     """
@@ -121,8 +120,6 @@ def feature_statistics(
             "this model has no layer features (feature_shape is None): a ResNet, or SigLIP, has no "
             "class token"
         )
-    if hasattr(batches, "dtype"):
-        raise TypeError("batches is one array, expected several: [images]")
     found = FeatureStatistics(jnp.zeros(()), jnp.zeros(shape), jnp.zeros(shape))
     for batch in batches:
         images, mask = images_and_mask(batch)

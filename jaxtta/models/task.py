@@ -2,8 +2,9 @@
 
 import html
 import logging
+import re
 import string
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -148,7 +149,7 @@ def zero_shot_task(
     if isinstance(class_names, str) or isinstance(templates, str):
         raise ValueError("class names and templates are lists of strings, not one string")
     for name, given in (("class_names", class_names), ("templates", templates)):
-        if not isinstance(given, Sequence | np.ndarray):
+        if isinstance(given, Mapping | Set) or not hasattr(given, "__len__"):
             raise TypeError(f"{name} is a {type(given).__name__}, expected a list of strings")
         if odd := [value for value in given if not isinstance(value, str)]:
             raise TypeError(f"{name} holds {odd[0]!r}, expected strings")
@@ -164,6 +165,7 @@ def zero_shot_task(
     for template in templates:
         if template.count("{}") != 1:
             raise ValueError(f"template {template!r} needs one {{}} for the class name")
+    _report_numbers(names, templates)
     # replace, not format: a template or a name may hold other braces
     prompts = [template.replace("{}", name) for name in names for template in templates]
     tokenizer, texts = _tokenizer(model), [CLEANERS[model.clean](prompt) for prompt in prompts]
@@ -247,3 +249,13 @@ def _tokenizer_class(folder: Path) -> Any:
             "tokenizer_config.json says whose it is"
         )
     return CLIPTokenizer
+
+
+def _report_numbers(names: Sequence[str], templates: Sequence[str]) -> None:
+    """Log names that say nothing about a class: 3, class 3, n01440764."""
+    if any("number" in template or "digit" in template for template in templates):
+        return
+    empty = [name for name in names if re.fullmatch(r"(class|label)?[ -]*\d+|n\d{8}", name.lower())]
+    if empty:
+        prompt = templates[0].replace("{}", empty[0])
+        log.warning("%d class names are numbers: %r means nothing to a model", len(empty), prompt)
