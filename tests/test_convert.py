@@ -248,6 +248,7 @@ def test_others_parameters_are_left_out(command, tmp_path, caplog):
         "convert", tmp_path / "a.pt", tmp_path / "out", "--config", TINY / "config.json"
     )
     assert code == 0, err
+    assert (tmp_path / "out" / "merges.txt").exists()
     assert "1 others are left out, head.weight for one" in caplog.text
     assert same_models(tmp_path / "out", TINY)
 

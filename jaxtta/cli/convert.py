@@ -13,7 +13,8 @@ Wrappers (`state_dict`, `module.`, `_orig_mod.`, …) are taken off.
 
 The new folder is loaded before it gets its name: what does not fit is said here.
 
-Class names need a tokenizer: its files are copied from --tokenizer, else from beside the file.
+Class names need a tokenizer: its files are copied from --tokenizer, else from beside the file or
+the configuration.
 """
 
 import dataclasses
@@ -40,7 +41,7 @@ class Convert:
     """config.json of transformers, or open_clip_config.json or model_configs/NAME.json of OpenCLIP
     (default: the one beside the file; else what the parameters' shapes say)."""
     tokenizer: Path | None = None
-    """Folder with tokenizer.json, or vocab.json and merges.txt (default: that of the file)."""
+    """Folder with tokenizer.json, or vocab.json and merges.txt (default: beside the file)."""
     activation: Activation | None = None
     """For state dicts without a configuration: quick_gelu for OpenAI's weights and what was trained
     from them, gelu for most of OpenCLIP's."""

@@ -13,7 +13,7 @@ import os
 import pickle
 import shutil
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -102,14 +102,9 @@ def convert(
         (folder / name).write_text(json.dumps(settings, indent=2))
         whole = {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
         safetensors.torch.save_file(whole, folder / weights, {"format": "pt"})
-        beside = (config or file).parent
-        for source, names in (
-            (tokenizer or beside, TOKENIZER_FILES),
-            (beside, PREPROCESSING_FILES),
-        ):
-            for name in names:
-                if (source / name).exists():
-                    shutil.copyfile(source / name, folder / name)
+        beside = [file.parent, *([config.parent] if config else [])]
+        _copy(TOKENIZER_FILES, [tokenizer] if tokenizer else beside, folder)
+        _copy(PREPROCESSING_FILES, beside, folder)
         from jaxtta.models.load import reader_of  # which imports this package's other modules
 
         # Says what does not fit.
@@ -287,10 +282,14 @@ def _of_shapes(tensors: Tensors, activation: Activation) -> dict[str, Any]:
     }
 
 
-def _copy(names: tuple[str, ...], source: Path, folder: Path) -> None:
-    for name in names:
-        if (source / name).exists():
+def _copy(names: Sequence[str], sources: Iterable[Path], folder: Path) -> None:
+    """Copy the files of the first source that has any."""
+    for source in sources:
+        found = [name for name in names if (source / name).exists()]
+        for name in found:
             shutil.copyfile(source / name, folder / name)
+        if found:
+            return
 
 
 @contextlib.contextmanager
