@@ -200,6 +200,7 @@ def test_open_clips_training_checkpoints(command, tmp_path, given, prefix):
     code, out, err = command("convert", file, tmp_path / "out", *arguments)
     assert code == 0, err
     assert "tokenizer: none; class names need one" in out
+    assert f"from {tmp_path / 'out' / 'open_clip_config.json'}\n" in out
     assert same_models(tmp_path / "out", OPEN_CLIP)
 
 
@@ -243,10 +244,14 @@ def test_others_parameters_are_left_out(command, tmp_path, caplog):
 
     tensors = tensors_of(TINY, "clip_model.") | {"head.weight": torch.zeros(3)}
     torch.save({"model": tensors}, tmp_path / "a.pt")
-    code, _, err = command(
+    for name in ("vocab.json", "merges.txt"):  # beside the file, the configuration is elsewhere
+        shutil.copy(assets.MODEL / name, tmp_path)
+    code, out, err = command(
         "convert", tmp_path / "a.pt", tmp_path / "out", "--config", TINY / "config.json"
     )
     assert code == 0, err
+    assert "tokenizer: none" not in out
+    assert (tmp_path / "out" / "merges.txt").exists()
     assert "1 others are left out, head.weight for one" in caplog.text
     assert same_models(tmp_path / "out", TINY)
 

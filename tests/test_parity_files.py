@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from conftest import relative
+from conftest import GOLDEN, golden, relative
 from test_preprocess import image, published
 
 from jaxtta import assets, models
@@ -119,3 +119,23 @@ def test_what_jaxtta_saves_is_read_by_transformers(embedded, tmp_path, preproces
     model, params = embedded
     models.save(tmp_path, dataclasses.replace(model, preprocessing=preprocessing), params)
     assert compare(tmp_path).preprocessing == preprocessing
+
+
+@pytest.mark.parametrize("name", ["openclip-vit", "openclip-vit-quickgelu"])
+def test_open_clips_models_are_saved_for_transformers(tmp_path, name):
+    """The end of text is the highest id there, heads are given by their width."""
+    import torch
+    from transformers import CLIPModel
+
+    model, params = models.load(GOLDEN / name)
+    models.save(tmp_path, model, params)
+    expected = golden(name.replace("-", "_"))
+    reference = CLIPModel.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    with torch.no_grad():
+        out = reference(
+            pixel_values=torch.tensor(expected["images"].transpose(0, 3, 1, 2)),  # normalised
+            input_ids=torch.tensor(expected["token_ids"]).long(),
+        )
+    for ours, key in ((out.image_embeds, "image_embeds"), (out.text_embeds, "text_embeds")):
+        unit = expected[key] / np.linalg.norm(expected[key], axis=-1, keepdims=True)
+        assert relative(ours.numpy(), unit) < 1e-5

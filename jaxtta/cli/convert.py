@@ -13,7 +13,8 @@ Wrappers (`state_dict`, `module.`, `_orig_mod.`, …) are taken off.
 
 The new folder is loaded before it gets its name: what does not fit is said here.
 
-Class names need a tokenizer: its files are copied from --tokenizer, else from beside the file.
+Class names need a tokenizer: its files are copied from --tokenizer, else from beside the file or
+the configuration.
 """
 
 import dataclasses
@@ -23,7 +24,7 @@ from typing import Annotated
 import jax
 import tyro
 
-from jaxtta.models import describe_preprocessing, load
+from jaxtta.models import describe_preprocessing
 from jaxtta.models.checkpoints.files import TOKENIZER_FILES
 from jaxtta.models.checkpoints.pytorch import Activation, convert
 
@@ -40,7 +41,7 @@ class Convert:
     """config.json of transformers, or open_clip_config.json or model_configs/NAME.json of OpenCLIP
     (default: the one beside the file; else what the parameters' shapes say)."""
     tokenizer: Path | None = None
-    """Folder with tokenizer.json, or vocab.json and merges.txt (default: that of the file)."""
+    """Folder with tokenizer.json, or vocab.json and merges.txt (default: beside the file)."""
     activation: Activation | None = None
     """For state dicts without a configuration: quick_gelu for OpenAI's weights and what was trained
     from them, gelu for most of OpenCLIP's."""
@@ -50,14 +51,13 @@ class Convert:
 
 def run(options: Convert) -> None:
     """Convert, and say what came of it."""
-    convert(
+    model, params = convert(
         options.file,
         options.out,
         config=options.config,
         tokenizer=options.tokenizer,
         activation=options.activation,
     )
-    model, params = load(options.out)
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     print(f"{options.out}: {type(model).__name__} with {count:,} parameters")
     print(describe_preprocessing(model))

@@ -89,20 +89,27 @@ def load(
     folder = find_folder(path_or_hub_id, revision)
     if compute_dtype is None and jnp.finfo(dtype).bits < 32:
         compute_dtype = dtype  # adapted parameters are float32 and must not decide it
-    readable = any((folder / name).exists() for name in WEIGHTS)
-    if (folder / OPEN_CLIP_CONFIG).exists() and not (
-        readable and is_transformers(folder / "config.json")
-    ):
-        reader = open_clip
-    else:
-        reader = _reader(folder / "config.json")
-    model, params = reader.load_folder(folder, dtype, compute_dtype, remat)
+    model, params = reader_of(folder).load_folder(folder, dtype, compute_dtype, remat)
     log.info("%s", describe_preprocessing(model))
     return model, params
 
 
-def _reader(config: Path) -> ModuleType:
-    """What reads a checkpoint of transformers with this configuration."""
+def reader_of(folder: Path) -> ModuleType:
+    """The module that reads a checkpoint's folder.
+
+    Args:
+        folder: the checkpoint's.
+
+    Returns:
+        A module with `load_folder(folder, dtype, compute_dtype, remat)`.
+
+    Raises:
+        ValueError: if its configuration is of an unknown kind of model.
+    """
+    config = folder / "config.json"
+    readable = any((folder / name).exists() for name in WEIGHTS)
+    if (folder / OPEN_CLIP_CONFIG).exists() and not (readable and is_transformers(config)):
+        return open_clip
     kind = model_type(config)
     if kind is None:
         return transformers  # which says what is wrong with the file

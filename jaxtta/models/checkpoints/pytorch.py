@@ -6,15 +6,18 @@ Needs PyTorch. Pickles are read with `weights_only=True`, so that nothing in the
 """
 
 import contextlib
+import dataclasses
 import json
 import logging
 import os
 import pickle
 import shutil
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
+
+import numpy as np
 
 from jaxtta.models.checkpoints.files import (
     OPEN_CLIP_CONFIG,
@@ -27,6 +30,7 @@ from jaxtta.models.checkpoints.files import (
     shards_of,
     without_prefix,
 )
+from jaxtta.models.classifier import Params
 from jaxtta.models.preprocess import CLIP_MEAN, CLIP_STD
 
 log = logging.getLogger(__name__)
@@ -51,7 +55,7 @@ def convert(
     config: Path | None = None,
     tokenizer: Path | None = None,
     activation: Activation | None = None,
-) -> None:
+) -> tuple[Any, Params]:
     """Write a folder that `jaxtta.load`, OpenCLIP or transformers reads.
 
     Args:
@@ -63,6 +67,9 @@ def convert(
             parameters' shapes say.
         tokenizer: folder with the tokenizer's files; None for that of the file.
         activation: of a model whose configuration is not given and whose file does not say.
+
+    Returns:
+        The model and its parameters, as `jaxtta.load` reads them of the folder.
 
     Raises:
         FileNotFoundError: if a file is missing.
@@ -95,17 +102,17 @@ def convert(
         (folder / name).write_text(json.dumps(settings, indent=2))
         whole = {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
         safetensors.torch.save_file(whole, folder / weights, {"format": "pt"})
-        beside = (config or file).parent
-        for source, names in (
-            (tokenizer or beside, TOKENIZER_FILES),
-            (beside, PREPROCESSING_FILES),
-        ):
-            for name in names:
-                if (source / name).exists():
-                    shutil.copyfile(source / name, folder / name)
-        from jaxtta.models.load import load  # which imports this package's other readers
+        beside = [file.parent, *([config.parent] if config else [])]
+        _copy(TOKENIZER_FILES, [tokenizer] if tokenizer else beside, folder)
+        _copy(PREPROCESSING_FILES, beside, folder)
+        from jaxtta.models.load import reader_of  # which imports this package's other modules
 
-        load(folder)  # says what does not fit
+        # Says what does not fit.
+        model, params = reader_of(folder).load_folder(folder, np.float32, None, False)
+    origin = Path(model.preprocessing_origin)
+    if origin.parent == folder:  # which has another name now
+        model = dataclasses.replace(model, preprocessing_origin=str(out / origin.name))
+    return model, params
 
 
 def read_tensors(file: Path) -> tuple[Tensors, bool]:
@@ -275,10 +282,14 @@ def _of_shapes(tensors: Tensors, activation: Activation) -> dict[str, Any]:
     }
 
 
-def _copy(names: tuple[str, ...], source: Path, folder: Path) -> None:
-    for name in names:
-        if (source / name).exists():
+def _copy(names: Sequence[str], sources: Iterable[Path], folder: Path) -> None:
+    """Copy the files of the first source that has any."""
+    for source in sources:
+        found = [name for name in names if (source / name).exists()]
+        for name in found:
             shutil.copyfile(source / name, folder / name)
+        if found:
+            return
 
 
 @contextlib.contextmanager

@@ -106,6 +106,7 @@ def from_config(config: "SiglipConfig", *, compute_dtype: Any = None, remat: boo
         text.projection_size,
         None,
         Preprocessing(size, (size, size), mean=HALF_MEAN, std=HALF_MEAN),
+        preprocessing_origin="SigLIP's defaults",
         logit_bias=True,
         clean="siglip",
     )
