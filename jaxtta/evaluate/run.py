@@ -196,7 +196,7 @@ def _run_stream(
         for name in job.adapters:
             inputs = uncut if name in from_originals else plain
             if name not in steps:  # compiled once per sweep, not timed
-                bar.set_description(f"compiling {name}")
+                bar.set_description(f"compiling {name} …")
                 jitted = jax.jit(adapters[name].step, donate_argnums=1)
                 steps[name] = jitted.lower(params, job.states[name], inputs).compile()
                 bar.unpause()  # leaves the compilation out of the time per batch
