@@ -369,8 +369,9 @@ def best_epoch(options: Options, history: History) -> int:
 def describe(options: Options, source: data.Source, clean: data.Source, found: dict) -> dict:
     """The settings that affect the result."""
     settings = dataclasses.asdict(options)
-    for name in ("output", "data", "model", "source", "debug", "epochs"):
-        del settings[name]  # paths, and the number of epochs
+    # Paths, whose content is compared, and what changes no result.
+    for name in ("output", "data", "model", "class_names", "source", "debug", "epochs", "workers"):
+        del settings[name]
     settings["found"] = found
     settings["found_source"] = {"images": evaluate.fingerprints(clean, {})["images"]}
     severity = evaluate.default_severity(options.layout, options.data, options.severity)

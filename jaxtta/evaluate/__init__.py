@@ -7,7 +7,7 @@ from jaxtta.evaluate.checks import (
     require_distinct,
     require_positive,
 )
-from jaxtta.evaluate.choose import Choice, choose_learning_rate
+from jaxtta.evaluate.choose import Choice, choose_learning_rate, rate_names
 from jaxtta.evaluate.continual import Bench, Course, check_course, check_methods, teach
 from jaxtta.evaluate.factory import (
     ADAPTERS,
@@ -57,6 +57,7 @@ __all__ = [
     "own_settings",
     "paired",
     "peak_memory_gb",
+    "rate_names",
     "require_at_least",
     "require_distinct",
     "require_positive",

@@ -194,8 +194,13 @@ def agree(path: Path, settings: Mapping[str, Any]) -> None:
 def differences(earlier: Mapping[str, Any], now: Mapping[str, Any], within: str = "") -> str:
     """List the settings that differ; a setting within another is named "outer.inner"."""
     listed = []
+    lacking = [name for name in now if name not in earlier]  # results of an earlier version
+    if lacking:
+        listed.append(f"no record of {', '.join(within + name for name in lacking)}")
     for name in dict.fromkeys([*earlier, *now]):
         a, b = earlier.get(name), now.get(name)
+        if name in lacking:
+            continue
         if isinstance(a, dict) and isinstance(b, dict) and a != b:
             listed.append(differences(a, b, f"{within}{name}."))
         elif a != b:
