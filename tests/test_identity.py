@@ -349,3 +349,31 @@ def test_a_command_can_be_pasted(tmp_path):
         ["bash", "-c", os.fsencode(pasted)], capture_output=True, check=True, env=environment
     )
     assert again.stdout == said
+
+
+TRAINED = {
+    "pretrain_mgg.py": [
+        *("--data", "IMAGES", "--images", "2", "--held-out", "2", "--batch", "1"),
+        *("--source-images", "4", "--epochs", "1", "--hidden", "2", "--corruptions", "saturate"),
+    ],
+    "protect_batclip.py": [
+        *("--data", "IMAGES", "--protecting", "4", "--ranks", "1", "--limit", "2"),
+        *("--corruptions", "fog"),
+    ],
+    "continual_mtil.py": [
+        *("--tasks", "digits", "--methods", "fine-tuning", "--iterations", "1", "--limit", "4"),
+        *("--reference", "folder=IMAGES", "--reference-images", "8"),
+    ],
+}
+
+
+@pytest.mark.parametrize("script", TRAINED)
+def test_trained_results_are_of_their_images(run_script, images, short, tmp_path, script):
+    options = [option.replace("IMAGES", str(images)) for option in TRAINED[script]]
+    options += ["--model", short, "--output", tmp_path / "out"]
+    assert run_script(script, *options, "--workers", "0")[0] == 0
+    change_pixels(images, None)
+    code, _, err = run_script(script, *options, "--workers", "0")
+    assert code == 1
+    assert "was made from other images" in err
+    assert run_script(script, *options, "--workers", "1", "--trust-data")[0] == 0

@@ -24,7 +24,7 @@ from jaxtta.evaluate.factory import (
 )
 from jaxtta.evaluate.provenance import about, fingerprints, model_settings
 from jaxtta.evaluate.record import Record, Scores, gain, outcomes, paired, score
-from jaxtta.evaluate.results import Cell, Results, agree, digest_of
+from jaxtta.evaluate.results import Cell, Results, agree, agree_on_images, digest_of
 from jaxtta.evaluate.run import peak_memory_gb, run
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "Scores",
     "about",
     "agree",
+    "agree_on_images",
     "check_adapters",
     "check_course",
     "check_methods",

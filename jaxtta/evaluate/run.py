@@ -142,9 +142,7 @@ def _key(stream: Stream) -> tuple[str, int]:
 def _contents(batches: Batches, share: Sequence[int], progress: bool) -> dict[int, str | None]:
     """One digest of the stored images of each stream."""
     domains = dict.fromkeys(d for number in share for d in batches.streams[number].segments)
-    with tqdm(
-        total=1, desc="checking the images", delay=2, leave=False, disable=not progress
-    ) as bar:
+    with tqdm(total=1, desc="checking the images", leave=False, disable=not progress) as bar:
         known = contents_of(batches.source, list(domains))
         bar.update()
     found: dict[int, str | None] = {}
