@@ -377,3 +377,15 @@ def test_trained_results_are_of_their_images(run_script, images, short, tmp_path
     assert code == 1
     assert "was made from other images" in err
     assert run_script(script, *options, "--workers", "1", "--trust-data")[0] == 0
+
+
+def test_images_that_are_read_otherwise_are_others(images):
+    upright = data.image_folder(images)
+    others = upright._replace(raw=True), upright._replace(border=1)
+    assert len({folder.content() for folder in (upright, *others)}) == 3
+
+
+def test_a_domain_that_is_not_there_is_one_sentence(tmp_path):
+    source = imagenet_c(tmp_path)
+    with pytest.raises(ValueError, match="unknown corruption 'rain'"):
+        source.contents([data.Domain("rain", 5)])

@@ -246,7 +246,7 @@ class CorruptedFolders:
 
     def contents(self, domains: Sequence[Domain]) -> dict[Domain, str | None]:
         """A digest of each domain's files."""
-        folders = {domain: self.domains[_of_data(domain)] for domain in domains}
+        folders = {domain: self.domains[self._known(domain)] for domain in domains}
         return {
             domain: digest_files([folder / file for file in self.files])
             for domain, folder in folders.items()
