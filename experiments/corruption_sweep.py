@@ -323,6 +323,10 @@ def choose(
     streams = lay_out(options, source, "reset_each_shift", data.VALIDATION, severities)
     for stream in streams:
         source.check(stream.segments[0])
+    own = {
+        tried: evaluate.own_settings(tried, setup_of(options))
+        for tried in evaluate.rate_names(name, options.choose_learning_rate)
+    }
     choice = evaluate.choose_learning_rate(
         name,
         lambda rate: evaluate.make_adapter(name, model, task, setup_of(options), rate),
@@ -335,6 +339,7 @@ def choose(
             | evaluate.fingerprints(source, params, model, task)
             | {"setting": "reset_each_shift"},
             evaluate.about(model, data=options.data, model=options.model),
+            own,
         ),
         **running,
     )

@@ -571,6 +571,8 @@ def check_one(
         (figures,) = cell["segments"]
         seen, right = evaluate.outcomes(figures)
         tried = {name: cell[name] for name in ("adapter", "skipped_steps")}
+        kept = {"optimizer", "learning_rate", "tnt", "mgtta"} & cell["settings"].keys()
+        tried["settings"] = {name: cell["settings"][name] for name in sorted(kept)}
         tried |= {name: figures[name] for name in ("top1", "gain", "ece")}
         found["trial"].append(tried | {"interval": interval_of(right[seen])})
     return found, answers, entropies, cells

@@ -92,6 +92,9 @@ class Options:
     """Random seed of images, order and initial weights."""
     workers: int = 1
     """Processes that prefetch batches; 0 = main process."""
+    trust_data: bool = False
+    """Take earlier results in the folder without checking that the stored images have not
+    changed."""
     debug: bool = False
     """Show tracebacks."""
 
@@ -125,6 +128,8 @@ def main(options: Options) -> None:
     run = Run(options, model, params, context)
     settings = describe(options, source, clean, evaluate.fingerprints(source, params, model, task))
     evaluate.agree(options.output / "settings.json", settings)
+    content = None if options.trust_data else content_of(options, source, clean)
+    evaluate.agree_on_images(options.output / "images.json", content)
     weights = {"weights": settings["found"]["weights"]}
     with io.atomic_write(options.output / "statistics.safetensors") as temporary:
         jaxtta.models.save_statistics(temporary, statistics, weights | settings["found_source"])
@@ -369,16 +374,23 @@ def best_epoch(options: Options, history: History) -> int:
 def describe(options: Options, source: data.Source, clean: data.Source, found: dict) -> dict:
     """The settings that affect the result."""
     settings = dataclasses.asdict(options)
-    for name in ("output", "data", "model", "source", "debug", "epochs"):
-        del settings[name]  # paths, and the number of epochs
+    # Paths, whose content is compared, and what changes no result.
+    for name in ("output", "data", "model", "class_names", "source", "epochs"):
+        del settings[name]
+    for name in ("workers", "trust_data", "debug"):
+        del settings[name]
     settings["found"] = found
     settings["found_source"] = {"images": evaluate.fingerprints(clean, {})["images"]}
+    return json.loads(json.dumps(settings))
+
+
+def content_of(options: Options, source: data.Source, clean: data.Source) -> str:
+    """A digest of the stored images."""
     severity = evaluate.default_severity(options.layout, options.data, options.severity)
     domains = [data.Domain(name, severity) for name in options.corruptions]
     stored = [*data.contents_of(source, domains).values()]
     stored += data.contents_of(clean, [data.Domain(data.CLEAN)]).values()
-    settings["stored"] = evaluate.digest_of(stored)
-    return json.loads(json.dumps(settings))
+    return evaluate.digest_of(stored)
 
 
 def save(folder: Path, state: optim.MetaState, history: History, epochs: int) -> None:

@@ -32,7 +32,7 @@ from jaxtta.optim import project_out
 
 Array = jax.Array
 LEFT_OUT = (
-    *("output", "corruptions", "seeds", "workers", "debug"),
+    *("output", "corruptions", "seeds", "workers", "trust_data", "debug"),
     *("data", "model", "class_names"),  # paths; fingerprints of the content are compared
 )
 """Options that do not change the results of a run, or select the runs."""
@@ -74,6 +74,9 @@ class Options:
     """Seeds of the order, of corruptions made on the fly and of the choice of protected images."""
     workers: int = 1
     """Processes that decode and corrupt images; 0 = main process."""
+    trust_data: bool = False
+    """Take earlier results in the folder without checking that the stored images have not
+    changed."""
     debug: bool = False
     """Show tracebacks."""
 
@@ -121,8 +124,9 @@ def main(options: Options) -> None:
     settings["severity"] = severity_of(options)
     evaluate.agree(options.output / "settings.json", json.loads(json.dumps(settings)))
     domains = [data.Domain(data.CLEAN), *(domain_of(options, c) for c in options.corruptions)]
-    for domain, content in data.contents_of(source, domains).items():
-        evaluate.agree(options.output / f"images-{domain}.json", {"content": content})
+    stored = dict.fromkeys(domains) if options.trust_data else data.contents_of(source, domains)
+    for domain, content in stored.items():
+        evaluate.agree_on_images(options.output / f"images-{domain}.json", content)
     saved = options.output / "rows.json"
     rows = [Row(*row) for row in json.loads(saved.read_text())] if saved.exists() else []
     for seed in options.seeds:

@@ -1,18 +1,24 @@
 """A run's folder answers for its own inputs only: anything that decides a figure is noticed."""
 
+import ast
+import contextlib
 import dataclasses
 import json
 import os
 import re
+import shlex
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from jaxtta import assets, data, evaluate
+from jaxtta.adapters import Adapter, Prediction
 from jaxtta.data.content import digest_files
-from jaxtta.data.memory import Arrays, Part
+from jaxtta.data.memory import Arrays, InMemory, Part
 from jaxtta.models import task_from_token_ids
 from jaxtta.models.preprocess import Preprocessing
 
@@ -213,3 +219,173 @@ def test_a_list_of_images_chooses_them_in_its_order(tmp_path):
         data.listed_part(source, listed)
     with pytest.raises(ValueError, match="lists 5000 images"):
         data.listed_part(source, "imagenet-c-5000")
+
+
+def test_a_name_that_is_there_twice_is_not_guessed(tmp_path):
+    for place in ("cat/2020", "dog/2020", "cat/2021"):
+        folder = tmp_path / "data" / place
+        folder.mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(folder / "1.png")
+    source = data.open_source("folder", tmp_path / "data", PREPROCESS)
+    listed = tmp_path / "list.txt"
+    listed.write_text("cat/2021/1.png \r\n\n")
+    assert data.listed_part(source, listed).labels.tolist() == [0]
+    listed.write_text("cat/2020/1.png\n")
+    with pytest.raises(ValueError, match=r"list.txt: 2020/1.png is 2 times in the folder"):
+        data.listed_part(source, listed)
+    listed.write_text("2021/1.png\n2021/1.png\n")
+    with pytest.raises(ValueError, match=r"list.txt: 2021/1.png is 2 times in the list"):
+        data.listed_part(source, listed)
+
+
+@pytest.mark.parametrize(
+    "view", [lambda part: data.Named(part, "shift"), InMemory], ids=["named", "in memory"]
+)
+def test_another_part_is_told_apart_in_other_views(view, tmp_path):
+    images = Arrays(np.zeros((4, 32, 32, 3), np.uint8), np.arange(4) % 2, NAMES, "image")
+    source = data.CorruptedOnTheFly(images, PREPROCESS)
+    first, last = (Part(source, np.array(numbers)) for numbers in ([0, 1], [2, 3]))
+    found = [evaluate.fingerprints(view(part), {})["images"] for part in (first, last)]
+    assert found[0] != found[1]
+    assert found == [evaluate.fingerprints(part, {})["images"] for part in (first, last)]
+
+
+def test_a_file_of_five_severities_is_read_once(tmp_path, monkeypatch):
+    np.save(tmp_path / "fog.npy", np.zeros((10, 32, 32, 3), np.uint8))
+    np.save(tmp_path / "labels.npy", np.arange(2))
+    source = data.corrupted_arrays(tmp_path, PREPROCESS, NAMES, stacked=True)
+    read = []
+    monkeypatch.setattr(
+        data.sources, "digest_files", lambda files: read.append(files) or digest_files(files)
+    )
+    domains = [data.Domain("fog", severity) for severity in range(1, 6)]
+    assert len(set(source.contents(domains).values())) == 1
+    assert len(read) == 1
+
+
+def test_rates_are_chosen_anew_for_other_settings_of_the_adapter(run_script, tmp_path):
+    options = ("--adapters", "mgtta", "--choose-learning-rate", "1e-3", "--corruptions", "fog")
+    options += ("--limit", "10", "--workers", "0", "--output", tmp_path)
+    assert run_script("corruption_sweep.py", *options)[0] == 0
+    code, _, err = run_script("corruption_sweep.py", *options, "--mgtta.weight", "0.1")
+    assert code == 1
+    assert re.search(r"validation/.*mgtta.weight 0.4 \(this run: 0.1\)", err)
+
+
+class Told:
+    """A source that tells whether its images changed; reading the `fatal`-th time ends the run."""
+
+    labels, class_names, preprocess = np.arange(8) % 2, NAMES, Preprocessing(4)
+
+    def __init__(self, content, fatal=None):
+        self.content, self.fatal, self.reads = content, fatal, 0
+
+    def name(self, domain, number):
+        return str(number)
+
+    def contents(self, domains):
+        return dict.fromkeys(domains, self.content)
+
+    def read(self, domain, number, seed):
+        self.reads += 1
+        if self.reads == self.fatal:
+            raise KeyboardInterrupt
+        return np.full((4, 4, 3), number, np.uint8)
+
+    def run(self, folder, **options):
+        adapter = Adapter(lambda *_: {}, lambda p, s, b: (s, Prediction(b.images[:, 0, 0, :2], {})))
+        streams = data.make_streams("reset_each_shift", ("fog",), (5,), self.labels)
+        batches, results = data.Batches(self, tuple(streams), 2), evaluate.Results(folder, {})
+        with pytest.raises(KeyboardInterrupt) if self.fatal else contextlib.nullcontext():
+            evaluate.run({"a": adapter}, {}, batches, results, checkpoint_every=1, **options)
+        return self.reads
+
+
+@pytest.mark.parametrize(
+    ("earlier", "now", "trusted", "goes_on"),
+    [
+        ("one", "one", False, True),
+        ("one", "two", False, False),
+        ("one", "two", True, True),
+        (None, "two", False, False),
+    ],
+)
+def test_a_stream_goes_on_with_its_own_images_only(tmp_path, earlier, now, trusted, goes_on):
+    Told(earlier, fatal=7).run(tmp_path)
+    reads = Told(now).run(tmp_path, trust_data=trusted)
+    assert (reads < 8) == goes_on
+
+
+def test_a_source_that_cannot_tell_says_so(tmp_path, caplog):
+    assert Told(None).run(tmp_path) == 8
+    assert not caplog.text
+    assert Told(None).run(tmp_path) == 0
+    assert "Told cannot tell whether its images have changed" in caplog.text
+
+
+def test_results_of_an_earlier_version_are_refused_in_few_words(tmp_path):
+    evaluate.agree(tmp_path / "settings.json", {"batch_size": 8})
+    now = {"batch_size": 9, "model_settings": {"vision": {"width": 1}}, "tokens": "0"}
+    said = r"no record of model_settings, tokens, batch_size 8 \(this run: 9\); choose"
+    with pytest.raises(ValueError, match=said):
+        evaluate.agree(tmp_path / "settings.json", now)
+
+
+def test_a_command_can_be_pasted(tmp_path):
+    odd = ["it's $HOME", "new\nline", "\udcffa", "Ünï", "", "back\\slash\t'"]
+    module = tmp_path / "odd.py"
+    module.write_text(
+        "import sys\nfrom jaxtta.evaluate import about\nprint(ascii(sys.argv[1:]))\n"
+        "print(ascii(about()['command']))"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    given = [sys.executable, "-m", "odd", *odd]
+    said = subprocess.run(given, capture_output=True, check=True, env=environment).stdout
+    arguments, command = map(ast.literal_eval, said.decode().splitlines())
+    assert arguments == odd
+    assert command.startswith("python -m odd ")
+    pasted = command.replace("python", shlex.quote(sys.executable), 1)
+    again = subprocess.run(
+        ["bash", "-c", os.fsencode(pasted)], capture_output=True, check=True, env=environment
+    )
+    assert again.stdout == said
+
+
+TRAINED = {
+    "pretrain_mgg.py": [
+        *("--data", "IMAGES", "--images", "2", "--held-out", "2", "--batch", "1"),
+        *("--source-images", "4", "--epochs", "1", "--hidden", "2", "--corruptions", "saturate"),
+    ],
+    "protect_batclip.py": [
+        *("--data", "IMAGES", "--protecting", "4", "--ranks", "1", "--limit", "2"),
+        *("--corruptions", "fog"),
+    ],
+    "continual_mtil.py": [
+        *("--tasks", "digits", "--methods", "fine-tuning", "--iterations", "1", "--limit", "4"),
+        *("--reference", "folder=IMAGES", "--reference-images", "8"),
+    ],
+}
+
+
+@pytest.mark.parametrize("script", TRAINED)
+def test_trained_results_are_of_their_images(run_script, images, short, tmp_path, script):
+    options = [option.replace("IMAGES", str(images)) for option in TRAINED[script]]
+    options += ["--model", short, "--output", tmp_path / "out"]
+    assert run_script(script, *options, "--workers", "0")[0] == 0
+    change_pixels(images, None)
+    code, _, err = run_script(script, *options, "--workers", "0")
+    assert code == 1
+    assert "was made from other images" in err
+    assert run_script(script, *options, "--workers", "1", "--trust-data")[0] == 0
+
+
+def test_images_that_are_read_otherwise_are_others(images):
+    upright = data.image_folder(images)
+    others = upright._replace(raw=True), upright._replace(border=1)
+    assert len({folder.content() for folder in (upright, *others)}) == 3
+
+
+def test_a_domain_that_is_not_there_is_one_sentence(tmp_path):
+    source = imagenet_c(tmp_path)
+    with pytest.raises(ValueError, match="unknown corruption 'rain'"):
+        source.contents([data.Domain("rain", 5)])

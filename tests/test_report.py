@@ -402,3 +402,23 @@ def test_names_of_any_bytes_stop_no_report(tmp_path, capsys):
         assert r"caf\udce9" in (tmp_path / name).read_text(encoding="utf-8")
     assert r"torn\udce9.jpg" in (tmp_path / "report.html").read_text(encoding="utf-8")
     assert plots.label("caf\udce9_$") == r"caf\xe9 \$"
+
+
+def test_a_page_says_how_to_repeat_it():
+    cells = cells_of(corruptions=("fog",), skills={"zero_shot": 0.5, "tent": 0.5, "tnt-2": 0.6})
+    own = {
+        "tent": {"optimizer": "sgd(0.001, momentum=0.9)"},
+        "tnt-2": {"tnt": {"steps": 2, "learning_rate": 0.01}},
+    }
+    for cell in cells:
+        cell["about"] |= {"command": "python a.py --b '<c>'", "date": "2026-01-02T03:04:05+00:00"}
+        cell["about"] |= {"commit": "abc-dirty", "preprocessing": "224 pixels, from p.json"}
+        cell["settings"] |= own.get(cell["adapter"], {})
+    text = page.how_to_repeat(cells)
+    assert "<pre>python a.py --b &#x27;&lt;c&gt;&#x27;</pre>" in text
+    for said in (
+        "2026-01-02 03:04, commit abc-dirty. Preprocessing: 224 pixels, from p.json",
+        "zero_shot: none; tent: sgd(0.001, momentum=0.9); "
+        "tnt-2: 2 steps on each image&#x27;s noise map at 0.01.",
+    ):
+        assert said in text

@@ -2,9 +2,12 @@
 
 import csv
 import json
+import logging
 import re
 import runpy
 import shutil
+import sys
+from io import StringIO
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +18,7 @@ from PIL import Image
 
 import jaxtta
 from jaxtta import assets, evaluate, io, report
+from jaxtta.cli import script
 
 QUICK = ("--workers", "0", "--limit", "20", "--batch-size", "10", "--corruptions", "fog", "clean")
 
@@ -552,3 +556,16 @@ def test_operations_are_counted_with_all_turns_of_a_loop():
 
     traced = program.trace(jnp.ones((3, 4)), jnp.ones((4, 4)))
     assert flops(traced.jaxpr.jaxpr) == 5 * 2 * 3 * 4 * 4 + 3 * 2 * 4 * 4 + 2 * 2 * 4 * 4 * 4
+
+
+def test_what_the_package_logs_is_printed_once(capsys, caplog):
+    log, others = logging.getLogger("jaxtta.test"), StringIO()
+    printing, writing = logging.StreamHandler(sys.stderr), logging.StreamHandler(others)
+    with script._notes_on_stderr():
+        for handler in (printing, writing):  # by a library that is imported late
+            logging.root.addHandler(handler)
+        log.info("a note")
+        for handler in (printing, writing):
+            logging.root.removeHandler(handler)
+    assert capsys.readouterr().err == others.getvalue() == "a note\n"
+    assert "a note" in caplog.text

@@ -69,15 +69,33 @@ def run_script(options: type[Options], main: Callable[[Options], Any], doc: str 
 @contextlib.contextmanager
 def _notes_on_stderr() -> Iterator[None]:
     """Print what the package logs: the preprocessing that was read, images passed over."""
-    log, handler = logging.getLogger("jaxtta"), logging.StreamHandler()
-    level = log.level
+    log, handler = logging.getLogger("jaxtta"), _Notes()
+    level, propagate = log.level, log.propagate
     log.addHandler(handler)
     log.setLevel(logging.INFO)
+    log.propagate = False
     try:
         yield
     finally:
         log.removeHandler(handler)
         log.setLevel(level)
+        log.propagate = propagate
+
+
+class _Notes(logging.StreamHandler):
+    """Prints on stderr, and passes on to handlers that do not print there themselves.
+
+    Other libraries give the root logger a handler that prints, some only while the script runs
+    (Orbax, absl).
+    """
+
+    def emit(self, record: logging.LogRecord) -> None:
+        super().emit(record)
+        for handler in logging.root.handlers:
+            inner = getattr(handler, "python_handler", handler)  # absl's
+            prints = getattr(inner, "stream", None) in (self.stream, sys.stderr, sys.__stderr__)
+            if not prints and record.levelno >= handler.level:
+                handler.handle(record)
 
 
 def _output_is_closed() -> bool:

@@ -33,7 +33,7 @@ def digest_files(files: Sequence[Path], read_up_to: int = READ_UP_TO) -> str:
     for file, stat in zip(files, found, strict=True):
         said = "missing" if stat is None else str(stat.st_size)
         if stat is not None and not whole:
-            said += f" {stat.st_mtime_ns}"
+            said += f" {stat.st_mtime_ns // 10**9}"  # copies keep whole seconds only
         digest.update(f"{file.name!r} {said}\n".encode())
         if stat is not None and whole and file.is_file():
             _add(digest, file)

@@ -59,8 +59,9 @@ class ImageFolder(NamedTuple):
         return printable(self.files[number])
 
     def content(self) -> str:
-        """A digest of the files."""
-        return digest_files(self.files)
+        """A digest of the files, with how they are read."""
+        read = "as stored" if self.raw else "upright"
+        return f"{digest_files(self.files)}, {read}, border {self.border}"
 
 
 def class_folders(root: str | Path) -> list[Path]:

@@ -1,6 +1,7 @@
 """Subsets of a source, and images kept in memory."""
 
 import dataclasses
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -12,6 +13,7 @@ from jaxtta.data.content import digest_array
 from jaxtta.data.corruptions import CLEAN
 from jaxtta.data.sources import Domain, Source, Wrapped, contents_of
 from jaxtta.data.streams import StreamBatch
+from jaxtta.data.text import nfc, read_text
 from jaxtta.images import UnreadableImageError
 
 IMAGENET_C_5000 = "imagenet-c-5000"
@@ -78,15 +80,15 @@ def listed_part(source: Source, listed: str | Path) -> Part:
         The subset, with all of the source's classes.
 
     Raises:
-        ValueError: if the source has no files, or lacks one of the list.
+        FileNotFoundError: if there is no such list.
+        ValueError: if the source has no files or lacks one of the list, or a name is there twice.
     """
     files = getattr(source, "files", None) or getattr(getattr(source, "images", None), "files", ())
-    numbers = {Path(file).parts[-2:]: number for number, file in enumerate(files)}
+    names = [_listed_name(str(file)) for file in files]
     path = _TABLES / f"{listed}.txt" if str(listed) == IMAGENET_C_5000 else Path(listed)
-    try:
-        wanted = [Path(line).parts[-2:] for line in path.read_text("utf-8-sig").split("\n") if line]
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: cannot be read as a list of images ({error})") from error
+    lines = (line.strip() for line in read_text(path).split("\n"))
+    wanted = [_listed_name(line) for line in lines if line]
+    numbers = {name: number for number, name in enumerate(names)}
     missing = [name for name in wanted if name not in numbers]
     if missing or not wanted:
         first = f", such as {'/'.join(missing[0])}" if missing else ""
@@ -94,7 +96,15 @@ def listed_part(source: Source, listed: str | Path) -> Part:
             f"{path}: lists {len(wanted)} images, of which the {len(files)} files here lack "
             f"{len(missing)}{first}"
         )
+    for place, found in (("the list", Counter(wanted)), ("the folder", Counter(names))):
+        if twice := next((name for name in wanted if found[name] > 1), None):
+            raise ValueError(f"{path}: {'/'.join(twice)} is {found[twice]} times in {place}")
     return Part(source, np.asarray([numbers[name] for name in wanted]))
+
+
+def _listed_name(path: str) -> tuple[str, ...]:
+    """The part of a path that lists of images have: class folder and file."""
+    return Path(nfc(path)).parts[-2:]
 
 
 class InMemory:

@@ -246,7 +246,7 @@ class CorruptedFolders:
 
     def contents(self, domains: Sequence[Domain]) -> dict[Domain, str | None]:
         """A digest of each domain's files."""
-        folders = {domain: self.domains[_of_data(domain)] for domain in domains}
+        folders = {domain: self.domains[self._known(domain)] for domain in domains}
         return {
             domain: digest_files([folder / file for file in self.files])
             for domain, folder in folders.items()
@@ -414,9 +414,11 @@ class CorruptedArrays:
 
     def contents(self, domains: Sequence[Domain]) -> dict[Domain, str | None]:
         """A digest of each domain's file."""
-        return {
-            domain: digest_files([self.root / f"{domain.corruption}.npy"]) for domain in domains
+        found = {
+            name: digest_files([self.root / f"{name}.npy"])
+            for name in dict.fromkeys(domain.corruption for domain in domains)
         }
+        return {domain: found[domain.corruption] for domain in domains}
 
     def check(self, domain: Domain) -> None:
         """Raise a ValueError if the file is missing, or labels or severities do not match."""

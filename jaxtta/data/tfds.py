@@ -57,9 +57,10 @@ class TfdsImages(NamedTuple):
         return f"{self.dataset} {self.split} image {number}"
 
     def content(self) -> str:
-        """A digest of the dataset's files."""
+        """A digest of the dataset's files, with the split of them."""
         folder = _tfds().builder(self.dataset, data_dir=self.data_dir).data_path
-        return digest_files(sorted(path for path in Path(folder).iterdir() if path.is_file()))
+        files = sorted(path for path in Path(folder).iterdir() if path.is_file())
+        return f"{self.split} {digest_files(files)}"
 
 
 def tfds_images(name: str, split: str = "test", data_dir: str | Path | None = None) -> TfdsImages:

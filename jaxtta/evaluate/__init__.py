@@ -7,7 +7,7 @@ from jaxtta.evaluate.checks import (
     require_distinct,
     require_positive,
 )
-from jaxtta.evaluate.choose import Choice, choose_learning_rate
+from jaxtta.evaluate.choose import Choice, choose_learning_rate, rate_names
 from jaxtta.evaluate.continual import Bench, Course, check_course, check_methods, teach
 from jaxtta.evaluate.factory import (
     ADAPTERS,
@@ -24,7 +24,7 @@ from jaxtta.evaluate.factory import (
 )
 from jaxtta.evaluate.provenance import about, fingerprints, model_settings
 from jaxtta.evaluate.record import Record, Scores, gain, outcomes, paired, score
-from jaxtta.evaluate.results import Cell, Results, agree, digest_of
+from jaxtta.evaluate.results import Cell, Results, agree, agree_on_images, digest_of
 from jaxtta.evaluate.run import peak_memory_gb, run
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "Scores",
     "about",
     "agree",
+    "agree_on_images",
     "check_adapters",
     "check_course",
     "check_methods",
@@ -57,6 +58,7 @@ __all__ = [
     "own_settings",
     "paired",
     "peak_memory_gb",
+    "rate_names",
     "require_at_least",
     "require_distinct",
     "require_positive",

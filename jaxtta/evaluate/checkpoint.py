@@ -17,17 +17,22 @@ log = logging.getLogger(__name__)
 class Checkpoints:
     """The checkpoints of one stream with one seed; the newest is kept."""
 
-    def __init__(self, folder: Path, every: int | None, identity: str) -> None:
+    def __init__(
+        self, folder: Path, every: int | None, identity: str, content: str | None = None
+    ) -> None:
         """Set the folder.
 
         Args:
             folder: for this stream and seed only; created when first needed.
             every: batches between two checkpoints; None for no checkpoints.
             identity: identifies stream and settings; checkpoints with another are ignored.
+            content: digest of the stored images, those of other images are ignored; None where they
+                are trusted to be the same.
         """
         self.folder = folder
         self.every = every
         self.identity = identity
+        self.content = content
 
     def due(self, batches: int) -> bool:
         """Whether to save after this many batches."""
@@ -42,7 +47,9 @@ class Checkpoints:
             f"adapter{number}": ocp.args.StandardSave(_arrays(states[name], records[name]))
             for number, name in enumerate(names)
         }
-        about = ocp.args.JsonSave({"identity": self.identity, "adapters": names})
+        about = ocp.args.JsonSave(
+            {"identity": self.identity, "content": self.content, "adapters": names}
+        )
         with _manager(self.folder) as manager:
             manager.save(batches, args=ocp.args.Composite(about=about, **arrays), force=True)
 
@@ -93,6 +100,8 @@ class Checkpoints:
             about = manager.restore(batches, args=arguments)["about"]
             if about["identity"] != self.identity:
                 raise ValueError("another stream or other settings")
+            if self.content is not None and about.get("content") != self.content:
+                raise ValueError("other images, or not known which")
             if lacking := sorted(set(states) - set(about["adapters"])):
                 raise ValueError(f"missing {', '.join(lacking)}")
             places = {name: f"adapter{about['adapters'].index(name)}" for name in states}

@@ -25,6 +25,11 @@ class Choice(NamedTuple):
     chosen_on: str
 
 
+def rate_names(name: str, rates: Sequence[float]) -> dict[str, float]:
+    """An adapter's names with each of the rates, in ascending order: tent@0.0001."""
+    return {f"{name}@{rate!r}": rate for rate in sorted(set(rates))}
+
+
 def choose_learning_rate(
     name: str,
     make: Callable[[float], Adapter],
@@ -57,7 +62,7 @@ def choose_learning_rate(
     shown = {domain.corruption for stream in batches.streams for domain in stream.segments}
     if odd := sorted(shown - set(VALIDATION)):
         raise ValueError(f"learning rates are selected on {', '.join(VALIDATION)}, not on {odd[0]}")
-    names = {f"{name}@{rate!r}": rate for rate in sorted(set(rates))}
+    names = rate_names(name, rates)
     adapters = {label: make(rate) for label, rate in names.items()}
     top1: dict[str, list[float]] = {label: [] for label in names}
     for cell in run(adapters, params, batches, results, **options):

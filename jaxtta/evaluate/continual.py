@@ -26,7 +26,7 @@ from jaxtta.data.tasks import TaskData
 from jaxtta.evaluate.checkpoint import restore_step, save_step
 from jaxtta.evaluate.checks import require_at_least, require_positive
 from jaxtta.evaluate.provenance import about, fingerprints, model_settings
-from jaxtta.evaluate.results import agree, digest_of
+from jaxtta.evaluate.results import agree, agree_on_images, digest_of
 from jaxtta.io import write_json
 
 Params = models.Params
@@ -72,6 +72,9 @@ class Course:
     """Use at most this many test images of each task."""
     workers: int = 0
     """Processes that decode images; 0 = main process."""
+    trust_data: bool = False
+    """Take earlier results in the folder without checking that the stored images have not
+    changed."""
 
     @property
     def schedule(self) -> "Schedule":
@@ -265,6 +268,7 @@ class Bench:
         # For the initial text tower and the most recent one.
         self.embeddings = [(params["text_model"], {}), (None, {})]
         self.known: dict[str, str] = {}  # fingerprints of tasks
+        self.stored: dict[str, list[str | None]] = {}  # and digests of their images
 
     def draw(self, seed: int) -> np.ndarray:
         """Indices of a seed's reference images; a ValueError if they are of one class."""
@@ -287,17 +291,25 @@ class Bench:
         return self.model.prompts(self.task_of(task))
 
     def fingerprint(self, task: TaskData) -> str:
-        """What identifies a task's images and prompts, independent of file locations."""
+        """What identifies a task's labels and prompts, independent of file locations."""
         if task.name not in self.known:
             parts = [task.name, task.template]
             for source in (task.train, task.test):
                 if source is not None:
                     found = fingerprints(source, {}, task=self.task_of(task))
-                    stored = data.contents_of(source, [data.Domain(data.CLEAN)])
-                    kept = [*found.values(), *stored.values()]
-                    parts.append(f"{found['images']}, digest {digest_of(kept)[:16]}")
+                    digest = digest_of([*found.values()])[:16]
+                    parts.append(f"{found['images']}, digest {digest}")
             self.known[task.name] = "; ".join(parts)
         return self.known[task.name]
+
+    def content(self, task: TaskData) -> list[str | None]:
+        """Digests of a task's stored images."""
+        if task.name not in self.stored:
+            domain = data.Domain(data.CLEAN)
+            sources = [source for source in (task.train, task.test) if source is not None]
+            found = [data.contents_of(source, [domain])[domain] for source in sources]
+            self.stored[task.name] = found
+        return self.stored[task.name]
 
     def classes(self, params: Params, task: TaskData) -> jax.Array:
         """Embeddings of a task's classes, cached while the text tower is the same."""
@@ -454,10 +466,19 @@ class Trainer:
         found |= {name: getattr(course, name) for name in used}
         return found | {"warmup": course.schedule.warmup}
 
+    def content(self, settings: Mapping[str, Any]) -> str | None:
+        """A digest of the images that the run uses; None if they are trusted."""
+        bench = self.bench
+        if self.course.trust_data:
+            return None
+        used = [*bench.tasks, *bench.kept, *([bench.reference] if "reference" in settings else [])]
+        return digest_of([bench.content(task) for task in used])
+
     def run(self) -> list[dict[str, Any]]:
         """Train on every task; return the metrics before the first and after each, by method."""
         settings, tasks = self.settings(), self.bench.tasks
         agree(self.folder / "settings.json", settings)
+        agree_on_images(self.folder / "images.json", self.content(settings))
         params, grams, rows = self.restore()
         if not rows:
             if self.projects and self.course.task_zero:

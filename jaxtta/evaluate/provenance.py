@@ -3,6 +3,7 @@
 import dataclasses
 import datetime
 import hashlib
+import os
 import platform
 import shlex
 import subprocess
@@ -43,8 +44,11 @@ def fingerprints(
     for leaf in jax.tree.leaves(params):
         weights.update(np.asarray(leaf).tobytes())
     labels = f"{len(source.labels)}, labels {_digest(source.labels)}"
-    if isinstance(source, Part):
-        labels += f", numbers {_digest(np.asarray(source.numbers, np.int64))}"
+    inner: Any = source
+    while inner is not None:  # a part may be within other views: named, or kept in memory
+        if isinstance(inner, Part):
+            labels += f", numbers {_digest(np.asarray(inner.numbers, np.int64))}"
+        inner = getattr(inner, "source", None)
     found: dict[str, Any] = {
         "images": labels,
         "class_names": source.class_names,
@@ -104,12 +108,36 @@ def about(loaded: Any = None, **places: str) -> dict[str, Any]:
         places["preprocessing"] = describe_preprocessing(loaded).removeprefix("preprocessing: ")
     return {
         **places,
-        "command": shlex.join(["python", *sys.argv]),
+        "command": _command(),
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         **({"commit": commit} if commit else {}),
         "versions": versions | {name: version(name) for name in PACKAGES},
         "device": jax.devices()[0].device_kind,
     }
+
+
+def _command() -> str:
+    """This process's command line, as one pastes it into a shell."""
+    arguments = sys.argv[1:]
+    given = sys.orig_argv[1:]  # with "-m package", which `sys.argv` lacks
+    if given[len(given) - len(arguments) :] != arguments:  # called by another program
+        given = sys.argv
+    return " ".join(map(_quoted, ["python", *given]))
+
+
+def _quoted(word: str) -> str:
+    """A word for the shell; bytes that are no UTF-8 and control characters as bash takes them."""
+    if word.isprintable():
+        return shlex.quote(word)
+    parts = []
+    for char in word:
+        if char in "'\\":
+            parts.append(f"\\{char}")
+        elif char.isprintable():
+            parts.append(char)
+        else:
+            parts += [f"\\x{byte:02x}" for byte in os.fsencode(char)]
+    return f"$'{''.join(parts)}'"
 
 
 def _commit() -> str | None:

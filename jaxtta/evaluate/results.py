@@ -129,14 +129,7 @@ class Results:
                 f"{path}: was made with {differences(cell['settings'], settings)}; choose another "
                 "folder"
             )
-        if content is not None and content != cell.get("content"):
-            reason = "was made from other images: the files have changed, or are a newer copy"
-            if cell.get("content") is None:
-                reason = "does not say which images it was made from"
-            raise ValueError(
-                f"{path}: {reason}; choose another folder, or --trust-data if the images are the "
-                "same"
-            )
+        _require_same_images(path, cell.get("content"), content)
         return cell
 
     def write(self, cell: Cell, arrays: Mapping[str, np.ndarray] | None = None) -> Cell:
@@ -163,6 +156,37 @@ class Results:
         cell = json.loads(json.dumps({**cell, "settings": settings, "about": self.about}))
         write_json(path, {**cell, "digest": digest_of(cell)})
         return cell
+
+
+def agree_on_images(path: Path, content: str | None) -> None:
+    """Write a digest of a folder's images, or check that it matches the existing one.
+
+    Args:
+        path: the file in the folder.
+        content: the digest; None where the images are trusted to be those of earlier results.
+
+    Raises:
+        ValueError: if the folder has results of other images, or the file is damaged.
+    """
+    if not path.exists():
+        write_json(path, {"content": content})
+        return
+    try:
+        earlier = json.loads(path.read_text())["content"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: cannot be read ({error}); remove the folder") from error
+    _require_same_images(path, earlier, content)
+
+
+def _require_same_images(path: Path, earlier: str | None, content: str | None) -> None:
+    if content is None or content == earlier:
+        return
+    reason = "was made from other images: the files have changed, or are a newer copy"
+    if earlier is None:
+        reason = "does not say which images it was made from"
+    raise ValueError(
+        f"{path}: {reason}; choose another folder, or --trust-data if the images are the same"
+    )
 
 
 def agree(path: Path, settings: Mapping[str, Any]) -> None:
@@ -194,8 +218,13 @@ def agree(path: Path, settings: Mapping[str, Any]) -> None:
 def differences(earlier: Mapping[str, Any], now: Mapping[str, Any], within: str = "") -> str:
     """List the settings that differ; a setting within another is named "outer.inner"."""
     listed = []
+    lacking = [name for name in now if name not in earlier]  # results of an earlier version
+    if lacking:
+        listed.append(f"no record of {', '.join(within + name for name in lacking)}")
     for name in dict.fromkeys([*earlier, *now]):
         a, b = earlier.get(name), now.get(name)
+        if name in lacking:
+            continue
         if isinstance(a, dict) and isinstance(b, dict) and a != b:
             listed.append(differences(a, b, f"{within}{name}."))
         elif a != b:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import logging
 import resource
 import sys
 import time
@@ -20,6 +21,7 @@ from jaxtta.evaluate.results import Cell, Results, digest_of
 from jaxtta.models import Batch
 
 BASELINE = "zero_shot"
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass
@@ -89,6 +91,12 @@ def run(
             cell = results.read(name, stream.name, stream.seed, contents[number])
             if cell is not None:
                 cells[stream.name, stream.seed, name] = cell
+        if cells and not trust_data and None in contents.values():
+            log.warning(
+                "%s: earlier results are taken as they are, since %s cannot tell whether its "
+                "images have changed: it has no contents(domains)",
+                *(results.root, type(batches.source).__name__),
+            )
         missing = {
             number: [n for n in adapters if (*_key(batches.streams[number]), n) not in cells]
             for number in share
@@ -134,9 +142,7 @@ def _key(stream: Stream) -> tuple[str, int]:
 def _contents(batches: Batches, share: Sequence[int], progress: bool) -> dict[int, str | None]:
     """One digest of the stored images of each stream."""
     domains = dict.fromkeys(d for number in share for d in batches.streams[number].segments)
-    with tqdm(
-        total=1, desc="checking the images", delay=2, leave=False, disable=not progress
-    ) as bar:
+    with tqdm(total=1, desc="checking the images", leave=False, disable=not progress) as bar:
         known = contents_of(batches.source, list(domains))
         bar.update()
     found: dict[int, str | None] = {}
@@ -161,8 +167,8 @@ def _prepare(
     folder = results.root / "checkpoints" / f"{stream.name}--seed{stream.seed}"
     settings = {name: results.settings_of(name) for name in adapters}
     items = zlib.crc32(stream.items.tobytes())
-    identity = digest_of([settings, stream.segments, items, content])
-    checkpoints = Checkpoints(folder, checkpoint_every, identity)
+    identity = digest_of([settings, stream.segments, items])
+    checkpoints = Checkpoints(folder, checkpoint_every, identity, content)
     job = _Job(stream, numbers, names, {}, {}, checkpoints, content)
     if folder.is_dir() and checkpoint_every is not None:
         _start(job, adapters, params)

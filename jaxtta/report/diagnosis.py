@@ -486,7 +486,8 @@ def write_diagnosis(folder: Path, title: str, report: Report, found: Found) -> N
     body += [page.strip(*strip) for strip in report.strips]
     for name, rows in report.answers.items():
         write_csv(folder / f"{name.replace('/', '-')}.csv", rows)
-    end = [page.how_to_repeat([found]), page.settings_list([found])]
+    tried = [cell for each in found["models"].values() for cell in each.get("trial", ())]
+    end = [page.how_to_repeat([found, *tried]), page.settings_list([found])]
     text = page.document(title, [*body, *end])
     write_text(folder / "report.html", text)
     print(f"\nresults: {folder / 'report.html'}")

@@ -363,10 +363,10 @@ def _some(names: Sequence[str]) -> str:
 
 
 def how_to_repeat(cells: Sequence[Cell]) -> str:
-    """The command lines that made the results, with date and commit.
+    """The command lines that made the results, with date, commit and the adapters' optimisers.
 
     Args:
-        cells: have `about`.
+        cells: have `about`, and `adapter` and its `settings`.
 
     Returns:
         HTML; empty if none says its command.
@@ -386,7 +386,22 @@ def how_to_repeat(cells: Sequence[Cell]) -> str:
         after = f". Preprocessing: {preprocessing}" if preprocessing else ""
         note = _note(when.replace("T", " ") + at + after)
         lines.append(f"<pre>{escape(command)}</pre>{note}")
+    used = {
+        cell["adapter"]: _optimiser(cell.get("settings") or {})
+        for cell in cells
+        if "adapter" in cell
+    }
+    if any(used.values()):
+        said = "; ".join(f"{name}: {text or 'none'}" for name, text in used.items())
+        lines.append(_note(f"Optimisers and learning rates: {said}."))
     return f"<h2>How to repeat this</h2>{''.join(lines)}"
+
+
+def _optimiser(settings: Mapping[str, Any]) -> str:
+    if tnt := settings.get("tnt"):
+        steps = f"{tnt['steps']} step{'s' * (tnt['steps'] != 1)}"
+        return f"{steps} on each image's noise map at {tnt['learning_rate']}"
+    return settings.get("optimizer", "")
 
 
 def settings_list(cells: Sequence[Cell]) -> str:
