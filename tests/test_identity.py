@@ -213,3 +213,13 @@ def test_a_list_of_images_chooses_them_in_its_order(tmp_path):
         data.listed_part(source, listed)
     with pytest.raises(ValueError, match="lists 5000 images"):
         data.listed_part(source, "imagenet-c-5000")
+
+
+def test_a_list_that_could_mean_several_images_is_refused(tmp_path):
+    for name in NAMES:
+        (tmp_path / name / "day").mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / name / "day" / "0.png")
+    source = data.open_source("folder", tmp_path, PREPROCESS)
+    (tmp_path / "list.txt").write_text(f"{NAMES[0]}/day/0.png\n")
+    with pytest.raises(ValueError, match=r"list\.txt: several files here end in day/0\.png"):
+        data.listed_part(source, tmp_path / "list.txt")

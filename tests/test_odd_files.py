@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxtta import data, images
+from jaxtta import cli, data, images
 from jaxtta.evaluate.figures import read_points
 from jaxtta.models.preprocess import Preprocessing
 
@@ -85,6 +85,14 @@ def test_other_files_are_counted_and_named_by_suffix(folder, said):
         data.image_folder(folder)
 
 
+def test_class_names_by_folder_need_no_list_of_images(folder, tmp_path, said):
+    (folder / "cat" / "a.txt").touch()
+    (tmp_path / "names.json").write_text('{"dog": "a hound", "cat": "a tom"}')
+    given = cli.class_names_of([str(tmp_path / "names.json")], "folder", str(folder))
+    assert given == ("a tom", "a hound")
+    assert not said()  # what is passed over is said when the images are listed
+
+
 def test_every_suffix_counts_in_any_case(folder, said):
     for suffix in images.SUFFIXES:
         shutil.copy(folder / "cat" / "0.png", folder / "dog" / f"x{suffix}")
@@ -134,6 +142,10 @@ def test_broken_links_are_unreadable_images(folder):
 def test_a_pipe_is_no_image(folder):
     os.mkfifo(folder / "cat" / "2.png")
     assert listed(folder) == PLAIN
+    (folder / "cat" / "3.png").symlink_to("2.png")
+    for name in ("2.png", "3.png"):  # waited for without end
+        with pytest.raises(data.UnreadableImageError, match=rf"{name}: cannot be dec.* \(no file"):
+            data.open_image(folder / "cat" / name)
 
 
 def test_names_in_either_unicode_form_are_the_same(folder, tmp_path, said):
@@ -237,6 +249,13 @@ def test_lists_of_benchmarks_with_a_byte_order_mark_and_crlf(tmp_path):
     assert (found.class_names, [*found.labels]) == (("707-320", "F/A-18"), [1, 0])
     (tmp_path / "split.json").write_bytes(b'\xef\xbb\xbf{"test": [["a.jpg", 0, "cat"]]}\r\n')
     assert data.listed_split(tmp_path / "split.json", tmp_path).class_names == ("cat",)
+
+
+@pytest.mark.parametrize("name", ["names", "names.csv"])
+def test_a_file_of_names_with_another_suffix_is_no_class(tmp_path, name):
+    (tmp_path / name).write_text("cat\ndog\n")
+    with pytest.raises(ValueError, match=rf"{name}: expected class names in a \.txt or \.json fi"):
+        data.given_class_names([str(tmp_path / name)])
 
 
 def test_an_empty_name_within_a_list_is_refused(tmp_path):

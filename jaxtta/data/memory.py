@@ -1,6 +1,7 @@
 """Subsets of a source, and images kept in memory."""
 
 import dataclasses
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -78,10 +79,11 @@ def listed_part(source: Source, listed: str | Path) -> Part:
         The subset, with all of the source's classes.
 
     Raises:
-        ValueError: if the source has no files, or lacks one of the list.
+        ValueError: if the source has no files, or lacks one of the list or has it several times.
     """
     files = getattr(source, "files", None) or getattr(getattr(source, "images", None), "files", ())
-    numbers = {Path(file).parts[-2:]: number for number, file in enumerate(files)}
+    names = [Path(file).parts[-2:] for file in files]
+    numbers = {name: number for number, name in enumerate(names)}
     path = _TABLES / f"{listed}.txt" if str(listed) == IMAGENET_C_5000 else Path(listed)
     try:
         wanted = [Path(line).parts[-2:] for line in path.read_text("utf-8-sig").split("\n") if line]
@@ -94,6 +96,10 @@ def listed_part(source: Source, listed: str | Path) -> Part:
             f"{path}: lists {len(wanted)} images, of which the {len(files)} files here lack "
             f"{len(missing)}{first}"
         )
+    counts = Counter(names)
+    several = [name for name in wanted if counts[name] > 1]
+    if several:
+        raise ValueError(f"{path}: several files here end in {'/'.join(several[0])}")
     return Part(source, np.asarray([numbers[name] for name in wanted]))
 
 

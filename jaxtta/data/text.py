@@ -119,10 +119,12 @@ def given_class_names(names: Sequence[str], folders: Sequence[str] = ()) -> tupl
         The names; empty if `names` is.
 
     Raises:
-        ValueError: as `read_class_names`.
+        ValueError: as `read_class_names`, and for a file of another suffix.
     """
     if len(names) == 1 and Path(names[0]).suffix.lower() in (".json", ".txt"):
         return read_class_names(names[0], folders)
+    if len(names) == 1 and Path(names[0]).is_file():
+        raise ValueError(f"{names[0]}: expected class names in a .txt or .json file")
     return tuple(map(nfc, names))
 
 
