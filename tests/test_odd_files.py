@@ -225,6 +225,17 @@ def test_captions_in_every_kind_of_utf8(folder, how, separator):
     assert data.captioned_folder(folder).class_names == ("café", "cat’s")
 
 
+def test_a_caption_with_a_comma_is_not_cut_off(folder):
+    table = folder / "captions.csv"
+    for caption in ("cat, sitting", '"cat, sitting",,'):
+        table.write_text(f"file,caption\ndog/0.png,dog\ncat/0.png,{caption}\n")
+        if '"' in caption:
+            assert data.captioned_folder(folder).class_names == ("cat, sitting", "dog")
+        else:
+            with pytest.raises(ValueError, match=r"csv: line 3 has more than 2 .* ',' needs quot"):
+                data.captioned_folder(folder)
+
+
 @pytest.mark.parametrize("encoding", ["cp1252", "utf-16"])
 def test_other_encodings_are_refused_with_the_files_name(folder, tmp_path, encoding):
     path = folder / "captions.csv"
@@ -262,6 +273,9 @@ def test_an_empty_name_within_a_list_is_refused(tmp_path):
     (tmp_path / "names.txt").write_text("cat\n\ndog\n")
     with pytest.raises(ValueError, match=r"names\.txt: name 2 of 3 is empty"):
         data.read_class_names(tmp_path / "names.txt", [])
+    (tmp_path / "names.json").write_text("[]")  # not the bundled model's classes
+    with pytest.raises(ValueError, match=r"names\.json: has no names"):
+        data.given_class_names([str(tmp_path / "names.json")])
 
 
 def test_equal_names_in_a_file_are_said_with_its_name(tmp_path, said):
