@@ -87,13 +87,13 @@ def to_rgb(image: Image.Image, raw: bool = False) -> Image.Image:
     Args:
         image: the image; a TIFF's tags are read from it.
         raw: whether transparency is dropped, as `image.convert("RGB")` does. Otherwise, images that
-            are not opaque are laid over white.
+            are not opaque are laid over white, and those that are transparent everywhere refused.
 
     Returns:
         The image; equal to `image.convert("RGB")` for opaque images of 8 bits.
 
     Raises:
-        ValueError: if the range of the values is not known.
+        ValueError: if the range of the values is not known, or nothing is to be seen.
     """
     if image.mode == "F" or image.mode.startswith("I"):
         grey, key = _eight_bits(image), image.info.get("transparency")
@@ -102,7 +102,10 @@ def to_rgb(image: Image.Image, raw: bool = False) -> Image.Image:
         return Image.fromarray(grey).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        if not raw and image.getchannel("A").getextrema() != (255, 255):
+        alpha = image.getchannel("A").getextrema()
+        if not raw and alpha == (0, 0):  # its channel is unused, or there is nothing to see
+            raise ValueError("is transparent everywhere")
+        if not raw and alpha != (255, 255):
             white = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(white, image)
     return image if image.mode == "RGB" else image.convert("RGB")

@@ -153,6 +153,14 @@ def test_transparent_images_are_laid_over_white(mode):
             np.testing.assert_array_equal(opened(saved(layer, "PNG")), layer.convert("RGB"))
 
 
+@pytest.mark.parametrize("form", ["PNG", "TGA"])
+def test_an_image_that_is_transparent_everywhere_is_not_a_white_one(form):
+    content = saved(Image.fromarray(np.dstack([PIXELS, 0 * OPAQUE])), form)
+    with pytest.raises(images.UnreadableImageError, match="is transparent everywhere"):
+        opened(content)
+    np.testing.assert_array_equal(opened(content, raw=True), PIXELS)
+
+
 @pytest.mark.parametrize("transparency", [0, bytes([0, 128]), bytes([255, 255])])
 def test_transparent_palettes_are_laid_over_white(transparency):
     content, image = with_palette(transparency)
