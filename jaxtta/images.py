@@ -53,7 +53,6 @@ def open_image(file: str | Path | BinaryIO, name: str = "", raw: bool = False) -
     Raises:
         UnreadableImageError: if it is no file, cannot be decoded or has no known range of values.
     """
-    name = printable(name or file)
     try:
         if isinstance(file, str | Path) and not stat.S_ISREG(Path(file).stat().st_mode):
             raise ValueError("no file")  # a pipe would be waited for
@@ -65,7 +64,8 @@ def open_image(file: str | Path | BinaryIO, name: str = "", raw: bool = False) -
                     ImageOps.exif_transpose(image, in_place=True)
             converted = to_rgb(image, raw)
     except Exception as error:  # Pillow may raise any exception on damaged files
-        raise UnreadableImageError(f"{name}: cannot be decoded ({printable(error)})") from error
+        said = f"{printable(name or file)}: cannot be decoded ({printable(error)})"
+        raise UnreadableImageError(said) from error
     if animated:
         _say_frames(image.format)
     return converted
