@@ -285,6 +285,13 @@ def test_images_that_the_first_domain_lacks_are_not_left_out(tmp_path, caplog):
     ]
 
 
+def test_a_corruption_in_two_groups_is_refused(tmp_path):
+    for group in ("weather", "more"):
+        write_folders(tmp_path / group / "fog" / "5", WNIDS)
+    with pytest.raises(ValueError, match=r": fog-5 is in .*/more/fog/5 and in .*/weather/fog/5$"):
+        data.open_source("imagenet-c", tmp_path, PREPROCESS)
+
+
 def test_imagenet_c_names_what_is_no_wnid_and_what_no_domain_has(tmp_path):
     for corruption in ("fog", "snow"):
         write_folders(tmp_path / corruption / "5", WNIDS)

@@ -345,8 +345,8 @@ def corrupted_folders(
 
     Raises:
         FileNotFoundError: if there is no such folder.
-        ValueError: if the layout is different, there are fewer than two classes, or a class has no
-            image in any domain.
+        ValueError: if the layout is different, a domain is there twice, there are fewer than two
+            classes, or a class has no image in any domain.
     """
     root = Path(root)
     if not root.is_dir():
@@ -354,7 +354,9 @@ def corrupted_folders(
     domains = _domains(root)
     for folder in _folders(root):
         if not any(folder in path.parents for path in domains.values()):
-            domains |= _domains(folder)
+            for domain, place in _domains(folder).items():
+                if domains.setdefault(domain, place) != place:
+                    raise ValueError(f"{root}: {domain} is in {domains[domain]} and in {place}")
     if not domains:
         raise ValueError(
             f"{root}: has no <corruption>/<severity 1 to {SEVERITIES}> folders"
