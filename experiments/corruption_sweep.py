@@ -269,10 +269,7 @@ def check(options: Options) -> tuple[int, int]:
 
 def open_source(options: Options, root: str, model: jaxtta.Classifier) -> data.Source:
     """Open the images of the options."""
-    names, folders = options.class_names, ()
-    if len(names) == 1 and options.layout == "folder":  # a file of them, maybe by folder
-        folders = data.image_folder(root).class_names
-    names = data.given_class_names(names, folders)
+    names = cli.class_names_of(options.class_names, options.layout, root)
     source = data.open_source(options.layout, root, model.preprocessing, names)
     return data.listed_part(source, options.ids) if options.ids else source
 

@@ -29,6 +29,7 @@ no finite answer.
 import dataclasses
 import itertools
 import math
+import os
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
@@ -134,6 +135,9 @@ def check(options: Options) -> None:
     """Raise an error for invalid options; warn if nothing will be adapted to."""
     if not options.images:
         raise ValueError(f"no images: {say_order(options.class_names)}")
+    for name in options.class_names[1:]:  # a class may be called like a folder, but not like a path
+        if (os.sep in name or name.lower().endswith(SUFFIXES)) and Path(name).exists():
+            raise ValueError(f"--class-names took {name} for a name; give all images before it")
     evaluate.require_at_least(batch_size=(options.batch_size, 1), min_adapt=(options.min_adapt, 1))
     if not 0 < options.learning_rate < math.inf:
         raise ValueError(f"--learning-rate is {options.learning_rate}, expected a positive number")

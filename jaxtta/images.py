@@ -4,7 +4,9 @@ Pillow decodes them; colour profiles are not applied, as the saving libraries of
 """
 
 import contextlib
+import functools
 import logging
+import stat
 import unicodedata
 from pathlib import Path
 from typing import BinaryIO
@@ -28,7 +30,6 @@ plugin is registered before jaxtta is imported)."""
 _DARK = 16  # of a range that is not written in the file, at least 1/16 must be used
 _BITS, _SAMPLES, _PHOTOMETRIC = 258, 339, 262  # TIFF's tags
 _SIGNED, _WHITE_IS_ZERO = 2, 0  # and values of the last two
-_said: set[str] = set()
 
 
 class UnreadableImageError(Exception):
@@ -38,7 +39,7 @@ class UnreadableImageError(Exception):
 def open_image(file: str | Path | BinaryIO, name: str = "", raw: bool = False) -> Image.Image:
     """Open an image as a viewer shows it, or as it is stored.
 
-    The first frame of an animated or multi-page file is read; this is logged once.
+    The first frame of an animated or multi-page file is read; this is logged once a format.
 
     Args:
         file: its path, or an open file.
@@ -50,10 +51,11 @@ def open_image(file: str | Path | BinaryIO, name: str = "", raw: bool = False) -
         The image in 8-bit RGB; see `to_rgb`.
 
     Raises:
-        UnreadableImageError: if it cannot be decoded or has no known range of values.
+        UnreadableImageError: if it is no file, cannot be decoded or has no known range of values.
     """
-    name = printable(name or file)
     try:
+        if isinstance(file, str | Path) and not stat.S_ISREG(Path(file).stat().st_mode):
+            raise ValueError("no file")  # a pipe would be waited for
         with Image.open(file) as image:
             animated = image.format != "MPO" and getattr(image, "is_animated", False)
             image.load()
@@ -62,11 +64,16 @@ def open_image(file: str | Path | BinaryIO, name: str = "", raw: bool = False) -
                     ImageOps.exif_transpose(image, in_place=True)
             converted = to_rgb(image, raw)
     except Exception as error:  # Pillow may raise any exception on damaged files
-        raise UnreadableImageError(f"{name}: cannot be decoded ({printable(error)})") from error
-    if animated and "frames" not in _said:
-        _said.add("frames")
-        log.warning("%s has several frames, of which the first is read, as of all such files", name)
+        said = f"{printable(name or file)}: cannot be decoded ({printable(error)})"
+        raise UnreadableImageError(said) from error
+    if animated:
+        _say_frames(image.format)
     return converted
+
+
+@functools.cache  # once, not for every file
+def _say_frames(form: str | None) -> None:
+    log.warning("of %s files with several frames, the first frame is read", form)
 
 
 def to_rgb(image: Image.Image, raw: bool = False) -> Image.Image:
@@ -80,19 +87,25 @@ def to_rgb(image: Image.Image, raw: bool = False) -> Image.Image:
     Args:
         image: the image; a TIFF's tags are read from it.
         raw: whether transparency is dropped, as `image.convert("RGB")` does. Otherwise, images that
-            are not opaque are laid over white.
+            are not opaque are laid over white, and those that are transparent everywhere refused.
 
     Returns:
         The image; equal to `image.convert("RGB")` for opaque images of 8 bits.
 
     Raises:
-        ValueError: if the range of the values is not known.
+        ValueError: if the range of the values is not known, or nothing is to be seen.
     """
     if image.mode == "F" or image.mode.startswith("I"):
-        return Image.fromarray(_eight_bits(image)).convert("RGB")
+        grey, key = _eight_bits(image), image.info.get("transparency")
+        if key is not None and not raw:
+            grey[np.asarray(image) == key] = 255
+        return Image.fromarray(grey).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        if not raw and image.getchannel("A").getextrema() != (255, 255):
+        alpha = image.getchannel("A").getextrema()
+        if not raw and alpha == (0, 0):  # its channel is unused, or there is nothing to see
+            raise ValueError("is transparent everywhere")
+        if not raw and alpha != (255, 255):
             white = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(white, image)
     return image if image.mode == "RGB" else image.convert("RGB")

@@ -153,6 +153,14 @@ def test_transparent_images_are_laid_over_white(mode):
             np.testing.assert_array_equal(opened(saved(layer, "PNG")), layer.convert("RGB"))
 
 
+@pytest.mark.parametrize("form", ["PNG", "TGA"])
+def test_an_image_that_is_transparent_everywhere_is_not_a_white_one(form):
+    content = saved(Image.fromarray(np.dstack([PIXELS, 0 * OPAQUE])), form)
+    with pytest.raises(images.UnreadableImageError, match="is transparent everywhere"):
+        opened(content)
+    np.testing.assert_array_equal(opened(content, raw=True), PIXELS)
+
+
 @pytest.mark.parametrize("transparency", [0, bytes([0, 128]), bytes([255, 255])])
 def test_transparent_palettes_are_laid_over_white(transparency):
     content, image = with_palette(transparency)
@@ -178,6 +186,15 @@ def test_a_transparent_colour_is_white(mode, key):
     np.testing.assert_array_equal(shown[~through], same[~through])
 
 
+def test_a_transparent_grey_of_16_bits_is_white():
+    key = int(SIXTEEN[3, 4])
+    header, chunk = saved(Image.fromarray(SIXTEEN), "PNG"), b"tRNS" + struct.pack(">H", key)
+    chunk = struct.pack(">I", 2) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    content, expected = header[:33] + chunk + header[33:], np.where(key == SIXTEEN, 255, GREY)
+    np.testing.assert_array_equal(np.asarray(opened(content))[..., 0], expected)
+    np.testing.assert_array_equal(np.asarray(opened(content, raw=True))[..., 0], GREY)
+
+
 def test_cmyk_and_lab():
     jpeg = saved(COLOUR.convert("CMYK"), "JPEG", quality=100, subsampling=0)
     assert np.abs(np.asarray(opened(jpeg), int) - PIXELS).max() <= 12
@@ -188,8 +205,8 @@ def test_cmyk_and_lab():
 
 
 @pytest.mark.parametrize("form", ["GIF", "PNG", "WEBP", "TIFF"])
-def test_the_first_of_several_frames_is_read_and_said_once(form, caplog, monkeypatch):
-    monkeypatch.setattr(images, "_said", set())
+def test_the_first_of_several_frames_is_read_and_said_once(form, caplog):
+    images._say_frames.cache_clear()
     first, second = (Image.new("RGB", (9, 7), colour) for colour in ("red", "blue"))
     options = {"lossless": True} if form == "WEBP" else {}
     content = saved(first, form, save_all=True, append_images=[second], **options)
@@ -197,7 +214,7 @@ def test_the_first_of_several_frames_is_read_and_said_once(form, caplog, monkeyp
         for _ in range(2):
             np.testing.assert_array_equal(opened(content), first)
     assert [record.getMessage() for record in caplog.records] == [
-        "x.file has several frames, of which the first is read, as of all such files"
+        f"of {form} files with several frames, the first frame is read"
     ]
 
 

@@ -247,7 +247,6 @@ def test_a_domain_that_lacks_a_class_does_not_shrink_the_others(tmp_path, caplog
     (tmp_path / "brightness" / "5" / WNIDS[0] / "1.JPEG").unlink()
     shutil.rmtree(tmp_path / "snow" / "5" / WNIDS[0])
     (tmp_path / "snow" / "5" / WNIDS[0]).mkdir()
-    (tmp_path / "snow" / "5" / WNIDS[1] / "more.JPEG").touch()
     (tmp_path / "snow" / "5" / "._n01440764").mkdir()
     caplog.set_level(logging.WARNING)
     source = data.open_source("imagenet-c", tmp_path, PREPROCESS)
@@ -260,13 +259,37 @@ def test_a_domain_that_lacks_a_class_does_not_shrink_the_others(tmp_path, caplog
             source.check(data.Domain(corruption, 5))
     snow = f"{tmp_path / 'snow' / '5'}: "
     assert heard(caplog)[1:] == [
-        f"{snow}lacks 2 of 6 images, unreadable there, such as {WNIDS[0]}/0.JPEG",
-        f"{snow}has 1 images besides the 6 listed, left out, such as {WNIDS[1]}/more.JPEG",
+        f"{snow}lacks 2 of 6 images, unreadable there, such as {WNIDS[0]}/0.JPEG"
     ]
     streams = data.make_streams("continual", ["brightness", "fog"], (5,), source.labels)
     batches = data.Batches(source, tuple(streams), 6)
     assert [batch.mask.sum() for batch in batches] == [3, 6]
     np.testing.assert_array_equal(every_image(source, data.Domain("fog", 5)), EXPECTED)
+
+
+def test_images_that_the_first_domain_lacks_are_not_left_out(tmp_path, caplog):
+    for domain in ("brightness/5", "snow/5", "clean"):
+        write_folders(tmp_path / domain, WNIDS)
+        save(tmp_path / domain / "overview.png", PIXELS[0, 0])
+    (tmp_path / "brightness" / "5" / WNIDS[1] / "1.JPEG").unlink()
+    source = data.open_source("imagenet-c", tmp_path, PREPROCESS)
+    source.check(data.Domain("brightness", 5))
+    snow, poor = (tmp_path / name / "5" for name in ("snow", "brightness"))
+    for _ in range(2):
+        with pytest.raises(ValueError, match=f"^{snow}: has 1 images that {poor} lacks, such as"):
+            source.check(data.Domain("snow", 5))
+    assert not heard(caplog)
+    source.check(CLEAN)  # of which a subset was corrupted
+    assert [said.split(": ")[1] for said in heard(caplog)] == [
+        f"has 1 images besides the 5 listed, left out, such as {WNIDS[1]}/1.JPEG"
+    ]
+
+
+def test_a_corruption_in_two_groups_is_refused(tmp_path):
+    for group in ("weather", "more"):
+        write_folders(tmp_path / group / "fog" / "5", WNIDS)
+    with pytest.raises(ValueError, match=r": fog-5 is in .*/more/fog/5 and in .*/weather/fog/5$"):
+        data.open_source("imagenet-c", tmp_path, PREPROCESS)
 
 
 def test_imagenet_c_names_what_is_no_wnid_and_what_no_domain_has(tmp_path):
@@ -302,7 +325,14 @@ def test_a_class_with_numbered_sub_folders_is_no_corruption(tmp_path):
 
 @pytest.mark.parametrize(
     "splits",
-    [("train", "val", "test"), ("Training", "Validation"), ("train2017", "val2017"), ("test",)],
+    [
+        ("train", "val", "test"),
+        ("Training", "Validation"),
+        ("train2017", "val2017"),
+        ("seg_train", "seg_test"),
+        ("train_images", "val_images"),
+        ("test",),
+    ],
 )
 def test_splits_are_no_classes(tmp_path, splits):
     for split in splits:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxtta import data, images
+from jaxtta import cli, data, images
 from jaxtta.evaluate.figures import read_points
 from jaxtta.models.preprocess import Preprocessing
 
@@ -85,6 +85,14 @@ def test_other_files_are_counted_and_named_by_suffix(folder, said):
         data.image_folder(folder)
 
 
+def test_class_names_by_folder_need_no_list_of_images(folder, tmp_path, said):
+    (folder / "cat" / "a.txt").touch()
+    (tmp_path / "names.json").write_text('{"dog": "a hound", "cat": "a tom"}')
+    given = cli.class_names_of([str(tmp_path / "names.json")], "folder", str(folder))
+    assert given == ("a tom", "a hound")
+    assert not said()  # what is passed over is said when the images are listed
+
+
 def test_every_suffix_counts_in_any_case(folder, said):
     for suffix in images.SUFFIXES:
         shutil.copy(folder / "cat" / "0.png", folder / "dog" / f"x{suffix}")
@@ -134,6 +142,10 @@ def test_broken_links_are_unreadable_images(folder):
 def test_a_pipe_is_no_image(folder):
     os.mkfifo(folder / "cat" / "2.png")
     assert listed(folder) == PLAIN
+    (folder / "cat" / "3.png").symlink_to("2.png")
+    for name in ("2.png", "3.png"):  # waited for without end
+        with pytest.raises(data.UnreadableImageError, match=rf"{name}: cannot be dec.* \(no file"):
+            data.open_image(folder / "cat" / name)
 
 
 def test_names_in_either_unicode_form_are_the_same(folder, tmp_path, said):
@@ -213,6 +225,17 @@ def test_captions_in_every_kind_of_utf8(folder, how, separator):
     assert data.captioned_folder(folder).class_names == ("café", "cat’s")
 
 
+def test_a_caption_with_a_comma_is_not_cut_off(folder):
+    table = folder / "captions.csv"
+    for caption in ("cat, sitting", '"cat, sitting",,'):
+        table.write_text(f"file,caption\ndog/0.png,dog\ncat/0.png,{caption}\n")
+        if '"' in caption:
+            assert data.captioned_folder(folder).class_names == ("cat, sitting", "dog")
+        else:
+            with pytest.raises(ValueError, match=r"csv: line 3 has more than 2 .* ',' needs quot"):
+                data.captioned_folder(folder)
+
+
 @pytest.mark.parametrize("encoding", ["cp1252", "utf-16"])
 def test_other_encodings_are_refused_with_the_files_name(folder, tmp_path, encoding):
     path = folder / "captions.csv"
@@ -239,10 +262,20 @@ def test_lists_of_benchmarks_with_a_byte_order_mark_and_crlf(tmp_path):
     assert data.listed_split(tmp_path / "split.json", tmp_path).class_names == ("cat",)
 
 
+@pytest.mark.parametrize("name", ["names", "names.csv"])
+def test_a_file_of_names_with_another_suffix_is_no_class(tmp_path, name):
+    (tmp_path / name).write_text("cat\ndog\n")
+    with pytest.raises(ValueError, match=rf"{name}: expected class names in a \.txt or \.json fi"):
+        data.given_class_names([str(tmp_path / name)])
+
+
 def test_an_empty_name_within_a_list_is_refused(tmp_path):
     (tmp_path / "names.txt").write_text("cat\n\ndog\n")
     with pytest.raises(ValueError, match=r"names\.txt: name 2 of 3 is empty"):
         data.read_class_names(tmp_path / "names.txt", [])
+    (tmp_path / "names.json").write_text("[]")  # not the bundled model's classes
+    with pytest.raises(ValueError, match=r"names\.json: has no names"):
+        data.given_class_names([str(tmp_path / "names.json")])
 
 
 def test_equal_names_in_a_file_are_said_with_its_name(tmp_path, said):

@@ -143,6 +143,10 @@ def test_other_scripts_read_class_names_from_the_same_files(run_script, short, f
             ("--class-names", "{names}", "{folder}", "{folder}/cat-0000.jpg"),
             "give the images first: serve.py {folder} {folder}/cat-0000.jpg --class-names {names}",
         ),
+        (
+            ("{folder}/cat-0000.jpg", "--class-names", "cat", "ship", "{folder}"),
+            "--class-names took {folder} for a name; give all images before it",
+        ),
         (("--class-names", "{names}"), "no images: give files or folders before the options"),
         (("{folder}", "--class-names", "gone.txt"), "gone.txt: cannot be read as class names"),
         (("{folder}/nothing",), "nothing: no such file or folder"),

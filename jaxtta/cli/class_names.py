@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from jaxtta import data
+from jaxtta.data.folders import class_folders
 
 
 def class_names_of(given: Sequence[str], layout: str, root: str) -> tuple[str, ...]:
@@ -19,5 +20,5 @@ def class_names_of(given: Sequence[str], layout: str, root: str) -> tuple[str, .
     Raises:
         ValueError: if the file cannot be read or has no name for a folder.
     """
-    folders = data.image_folder(root).class_names if given and layout == "folder" else ()
-    return data.given_class_names(given, folders)
+    folders = class_folders(root) if given and layout == "folder" else ()
+    return data.given_class_names(given, [folder.name for folder in folders])

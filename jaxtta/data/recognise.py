@@ -15,7 +15,9 @@ _SYSTEM = {  # made by operating systems, NAS servers and tools, in lower case
     *("#snapshot", "thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", "icon\r"),
 }
 _SPLIT = re.compile(
-    r"(train|training|val|valid|validation|test|testing|dev|eval)([-_ ]?(set|\d+))?", re.IGNORECASE
+    r"((seg|img|images?)[-_ ])?(train|training|trainval|val|valid|validation|test|testing|dev|eval)"
+    r"([-_ ]?(set|data|split|imgs?|images?|\d+))?",
+    re.IGNORECASE,
 )
 _WNID = re.compile(r"n\d{8}")
 _OTHERS = {

@@ -7,6 +7,7 @@ a clean image corrupted on the fly, or a stored image from folders or arrays of 
 import dataclasses
 import functools
 import logging
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -253,11 +254,11 @@ class CorruptedFolders:
         }
 
     def check(self, domain: Domain) -> None:
-        """Raise a ValueError if there is no such folder; log which images it lacks."""
+        """Raise a ValueError if it is missing or has images not listed; log what it lacks."""
         domain = self._known(domain)
         if domain not in self._compared:
-            self._compared.add(domain)
             self._compare(domain)
+            self._compared.add(domain)
 
     def read(self, domain: Domain, number: int, seed: int) -> np.ndarray:
         """Read and preprocess one image."""
@@ -289,13 +290,23 @@ class CorruptedFolders:
         )
 
     def _compare(self, domain: Domain) -> None:
-        """Log which of the images a domain lacks, and which others it has."""
+        """Log which of the images a domain lacks, and refuse others.
+
+        The domain that the images were listed from lacks those. Clean images may be more.
+        """
         place = self.domains[domain]
-        own = {str(path.relative_to(place)) for path in images_in(place)}
-        listed = set(self.files)
+        found = (path for path in images_in(place) if path.parent != place)
+        own, listed = {str(path.relative_to(place)) for path in found}, set(self.files)
+        lacks, others = [f for f in self.files if f not in own], sorted(own - listed)
+        if others and domain.corruption != CLEAN:
+            poor = (p for p in self.domains.values() if not os.path.lexists(p / others[0]))
+            raise ValueError(
+                f"{place}: has {len(others)} images that {next(poor, self.root)} lacks, such as "
+                f"{printable(others[0])}: complete that folder, or remove them from this one"
+            )
         for what, odd in (
-            ("lacks %d of %d images, unreadable there", [f for f in self.files if f not in own]),
-            ("has %d images besides the %d listed, left out", sorted(own - listed)),
+            ("lacks %d of %d images, unreadable there", lacks),
+            ("has %d images besides the %d listed, left out", others),
         ):
             if odd:
                 message = f"%s: {what}, such as %s"
@@ -320,7 +331,8 @@ def corrupted_folders(
 
     The classes are those of all domains. The images of a class are listed from the domain with the
     most classes that has any; the others have the same file names. What a domain lacks is logged,
-    and unreadable there: for a domain that lacks a class now, for the others by `check`.
+    and unreadable there: for a domain that lacks a class now, for the others by `check`, which
+    refuses a corruption with images that are not listed.
 
     Args:
         root: contains `<corruption>/<severity>/<class>/…`, or folders that do (`noise/`, `blur/`,
@@ -333,8 +345,8 @@ def corrupted_folders(
 
     Raises:
         FileNotFoundError: if there is no such folder.
-        ValueError: if the layout is different, there are fewer than two classes, or a class has no
-            image in any domain.
+        ValueError: if the layout is different, a domain is there twice, there are fewer than two
+            classes, or a class has no image in any domain.
     """
     root = Path(root)
     if not root.is_dir():
@@ -342,7 +354,9 @@ def corrupted_folders(
     domains = _domains(root)
     for folder in _folders(root):
         if not any(folder in path.parents for path in domains.values()):
-            domains |= _domains(folder)
+            for domain, place in _domains(folder).items():
+                if domains.setdefault(domain, place) != place:
+                    raise ValueError(f"{root}: {domain} is in {domains[domain]} and in {place}")
     if not domains:
         raise ValueError(
             f"{root}: has no <corruption>/<severity 1 to {SEVERITIES}> folders"

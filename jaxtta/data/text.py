@@ -52,7 +52,8 @@ def read_rows(path: str | Path, columns: Sequence[str]) -> Iterator[tuple[str, d
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is not UTF-8, cannot be read as CSV, or lacks a column.
+        ValueError: if it is not UTF-8, cannot be read as CSV, lacks a column, or a line has more
+            than the first.
     """
     lines = read_text(path).split("\n")
     separator = max(",;\t", key=lines[0].count)
@@ -61,6 +62,11 @@ def read_rows(path: str | Path, columns: Sequence[str]) -> Iterator[tuple[str, d
         if not set(columns) <= set(rows.fieldnames or ()):
             raise ValueError(f"{path}: has no columns {' and '.join(columns)}")
         for row in rows:
+            if any(row.pop(None, ())):  # the rest of a text that holds the separator
+                raise ValueError(
+                    f"{path}: line {rows.line_num} has more than {len(row)} columns; text with "
+                    f"{separator!r} needs quotes around it"
+                )
             found = {column: row[column] for column in columns}
             if any(map(str.strip, found.values())):  # spreadsheets leave blank lines at the end
                 yield f"{path}: line {rows.line_num}", found
@@ -102,6 +108,8 @@ def read_class_names(path: str | Path, folders: Sequence[str]) -> tuple[str, ...
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"{path}: expected a list of names")
     names = [nfc(name).strip() for name in names]
+    if not names:
+        raise ValueError(f"{path}: has no names")
     if "" in names:
         raise ValueError(f"{path}: name {names.index('') + 1} of {len(names)} is empty")
     _warn_of_equal(names, path)
@@ -119,10 +127,12 @@ def given_class_names(names: Sequence[str], folders: Sequence[str] = ()) -> tupl
         The names; empty if `names` is.
 
     Raises:
-        ValueError: as `read_class_names`.
+        ValueError: as `read_class_names`, and for a file of another suffix.
     """
     if len(names) == 1 and Path(names[0]).suffix.lower() in (".json", ".txt"):
         return read_class_names(names[0], folders)
+    if len(names) == 1 and Path(names[0]).is_file():
+        raise ValueError(f"{names[0]}: expected class names in a .txt or .json file")
     return tuple(map(nfc, names))
 
 
