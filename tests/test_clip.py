@@ -318,6 +318,14 @@ def test_images_of_another_shape_or_dtype_are_refused(tiny, images):
         tiny[0].normalize(images)
 
 
+def test_a_tree_that_is_not_the_models_is_refused(tiny):
+    model, params = tiny
+    task = task_from_token_ids(np.full((2, 4), 63))
+    for call in (model.init_context, lambda tree, _: model.encode_image(tree, np.zeros((1, 1)))):
+        with pytest.raises(ValueError, match=r"params has params and no (text|vision)_model"):
+            call({"params": params}, task)
+
+
 def test_bfloat16_stays_close(tiny, forward):
     from conftest import GOLDEN
 
