@@ -267,6 +267,8 @@ def test_any_of_a_tokenizers_files_make_one(embedded, tmp_path, files):
         ("vocab.json", '{"a": 0}', "vocab.json: is not CLIP's"),
         ("vocab.json", "version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
         ("merges.txt", "version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+        ("merges.txt", "", "merges.txt: has 0 merges, expected the 344 of vocab.json"),
+        ("merges.txt", "#version: 0.2\ni n\nt h\n", "merges.txt: has 2 merges, expected the 344"),
         ("tokenizer.json", "{", "its tokenizer cannot be read"),
     ],
 )
