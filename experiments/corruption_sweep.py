@@ -70,7 +70,7 @@ class Options:
     object from folder name to class name) or text with one name per line. Default: the layout's
     names; required with arrays."""
     model: str = str(assets.MODEL)
-    """Folder or hub id of a CLIP or supervised ViT checkpoint (default: the bundled demo model)."""
+    """Folder or hub id of a CLIP, SigLIP or supervised ViT checkpoint (default: the demo model)."""
     adapters: tuple[str, ...] = ("zero_shot", "tent", "batclip")
     """Adapters to run: zero_shot, tent, batclip, tnt (or tnt-3, with three steps), mgtta, and
     mgtta-sgd and mgtta-adam with other optimisers for the same objective. A learning rate can be

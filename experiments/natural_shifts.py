@@ -54,7 +54,7 @@ class Options:
     fgvc-aircraft, sun397, dtd, eurosat, ucf101); any other name means class folders. Default: the
     bundled CIFAR-10 images."""
     model: str = str(assets.MODEL)
-    """Folder or hub id of a CLIP or supervised ViT checkpoint (default: the bundled demo model)."""
+    """Folder or hub id of a CLIP, SigLIP or supervised ViT checkpoint (default: the demo model)."""
     adapters: tuple[str, ...] = ("zero_shot", "tnt")
     """Adapters to run: zero_shot, tent, batclip, tnt (or tnt-3, with three steps), mgtta, and
     mgtta-sgd and mgtta-adam with other optimisers for the same objective. A learning rate can be

@@ -64,7 +64,7 @@ class Options:
     """Class names for the prompts, or one file with them (.json, or text with one name per line).
     Default: the ten of the bundled demo model."""
     model: str = str(assets.MODEL)
-    """Folder or hub id of a CLIP or supervised ViT checkpoint."""
+    """Folder or hub id of a CLIP, SigLIP or supervised ViT checkpoint."""
     adapter: Literal["zero_shot", "tent", "batclip", "tnt"] = "batclip"
     """Adaptation method."""
     learn_noise: Path | None = None

@@ -11,7 +11,7 @@ from conftest import GOLDEN
 from safetensors.numpy import load_file, save_file
 from test_preprocess import image, theirs
 
-from jaxtta import models
+from jaxtta import assets, models
 from jaxtta.models import Preprocessing
 
 TINY = GOLDEN / "tiny-clip"
@@ -123,6 +123,17 @@ def test_weights_that_are_not_finite_are_refused(folder, value, dtype):
     array[3] = value
     with pytest.raises(ValueError, match=r"post_layernorm/scale holds NaN or infinite values"):
         models.load(write_weights(folder, tensors))
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int64", "float8_e4m3fn"])
+def test_quantised_weights_are_refused(folder, dtype):
+    """Their scales are elsewhere; as floats they would be another model."""
+    tensors = load_file(folder / "model.safetensors")
+    name = "visual_projection.weight"
+    tensors[name] = tensors[name].astype(getattr(ml_dtypes, dtype, dtype))
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"visual_projection[./]\w+ is (u?int|F8).*, expected "):
+        models.load(folder)
 
 
 def test_large_weights_are_finite(folder):
@@ -285,6 +296,7 @@ def test_bad_checkpoints_are_refused_in_one_sentence(folder, spoil, error, messa
         ("ViT-L/14@336px", "as openai/clip-vit-large-patch14-336 or"),
         ("ViT-B-16/openai", "as openai/clip-vit-base-patch16 or"),
         ("RN50", "it is a name of OpenCLIP's or timm's"),
+        ("ViT-B-32.pt", "nor a model's id .OWNER/NAME. on the Hugging Face Hub$"),
         ("RN50x4-quickgelu", "it is a name of OpenCLIP's or timm's"),
         ("vit_base_patch16_clip_224.openai", "it is a name of OpenCLIP's or timm's"),
         ("convnext_base_w", "it is a name of OpenCLIP's or timm's"),
@@ -408,6 +420,54 @@ def test_a_cached_hub_model_loads_without_network(monkeypatch, tiny, folder, tmp
     for name in (*files.PREPROCESSING_FILES, *files.TOKENIZER_FILES):
         (cache / ".no_exist" / "abc" / name).touch()
     equal(models.load("somebody/tiny-clip")[1], tiny[1])
+
+
+def test_a_complete_copy_of_a_hub_model_loads_without_network(monkeypatch, folder, tmp_path):
+    """As `hf download` leaves it: that optional files do not exist is not known."""
+    import huggingface_hub
+
+    cache = tmp_path / "cache" / "models--somebody--tiny-clip"
+    (cache / "refs").mkdir(parents=True)
+    (cache / "refs" / "main").write_text("abc")
+    (folder / "preprocessor_config.json").write_text(json.dumps({"size": 32, "crop_size": 32}))
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copyfile(assets.MODEL / name, folder / name)
+    shutil.copytree(folder, cache / "snapshots" / "abc")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache.parent))
+    model, _ = models.load("somebody/tiny-clip")
+    assert models.zero_shot_task(model, ["cat", "dog"]).classes == 2
+
+
+@pytest.mark.parametrize("pickled", ["pytorch_model.bin", "open_clip_pytorch_model.bin"])
+def test_a_hub_model_of_pickles_alone_says_how_to_convert(monkeypatch, folder, pickled):
+    import huggingface_hub
+    from huggingface_hub.errors import EntryNotFoundError
+
+    (folder / "model.safetensors").rename(folder / pickled)
+    if pickled.startswith("open_clip"):
+        (folder / "config.json").rename(folder / "open_clip_config.json")
+
+    def download(repo, name, revision=None):
+        if (folder / name).exists():
+            return str(folder / name)
+        raise EntryNotFoundError.__new__(EntryNotFoundError)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    with pytest.raises(FileNotFoundError, match=r"`hf download a/b`, then `jaxtta convert FILE"):
+        models.load("a/b")
+
+
+@pytest.mark.parametrize("name", ["preprocessor_config.json", "model.safetensors"])
+def test_links_that_lead_nowhere_are_named(folder, name):
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to("../../blobs/abc")
+    with pytest.raises(FileNotFoundError, match=rf"{name}: is a link to ../../blobs/abc, which"):
+        models.load(folder)
+
+
+def test_a_path_that_is_none(tiny):
+    with pytest.raises(TypeError, match=r"path_or_hub_id is \('ViT-B-32', 'openai'\), expected"):
+        models.load(("ViT-B-32", "openai"))
 
 
 def test_saving_over_the_models_own_folder(embedded, tmp_path):

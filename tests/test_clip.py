@@ -267,6 +267,8 @@ def test_any_of_a_tokenizers_files_make_one(embedded, tmp_path, files):
         ("vocab.json", '{"a": 0}', "vocab.json: is not CLIP's"),
         ("vocab.json", "version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
         ("merges.txt", "version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+        ("merges.txt", "", "merges.txt: has 0 merges, expected the 344 of vocab.json"),
+        ("merges.txt", "#version: 0.2\ni n\nt h\n", "merges.txt: has 2 merges, expected the 344"),
         ("tokenizer.json", "{", "its tokenizer cannot be read"),
     ],
 )
@@ -316,6 +318,14 @@ def test_normalize_takes_bytes_and_floats_alike(tiny):
 def test_images_of_another_shape_or_dtype_are_refused(tiny, images):
     with pytest.raises(ValueError, match=r"images must"):
         tiny[0].normalize(images)
+
+
+def test_a_tree_that_is_not_the_models_is_refused(tiny):
+    model, params = tiny
+    task = task_from_token_ids(np.full((2, 4), 63))
+    for call in (model.init_context, lambda tree, _: model.encode_image(tree, np.zeros((1, 1)))):
+        with pytest.raises(ValueError, match=r"params has params and no (text|vision)_model"):
+            call({"params": params}, task)
 
 
 def test_bfloat16_stays_close(tiny, forward):

@@ -55,6 +55,9 @@ def test_what_is_asked_for_is_looked_at_first(command, tmp_path):
     (tmp_path / "full" / "a").touch()
     code, _, err = command("convert", tmp_path / "no.pt", tmp_path / "full")
     assert (code, "full: exists; give the name of a new folder" in err) == (1, True)
+    options = "--tokenizer", tmp_path / "full"
+    code, _, err = command("convert", tmp_path / "full" / "a", tmp_path / "out", *options)
+    assert (code, "full: has none of tokenizer_config.json, tokenizer.json" in err) == (1, True)
 
 
 def test_without_pytorch_one_sentence(command, tmp_path, monkeypatch):
@@ -256,6 +259,23 @@ def test_others_parameters_are_left_out(command, tmp_path, caplog):
     assert same_models(tmp_path / "out", TINY)
 
 
+@pytest.mark.parity
+def test_which_tokenizer_is_missing(command, tmp_path):
+    """SigLIP's is another than CLIP's; spiece.model is one."""
+    import torch
+
+    siglip = TINY.parent / "tiny-siglip"
+    torch.save(tensors_of(siglip), tmp_path / "a.pt")
+    arguments = "convert", tmp_path / "a.pt", tmp_path / "out", "--config", siglip / "config.json"
+    code, out, err = command(*arguments)
+    assert code == 0, err
+    assert "Copy tokenizer.json into the folder (that of google/siglip" in out
+    shutil.rmtree(tmp_path / "out")
+    (tmp_path / "spiece.model").touch()
+    code, out, err = command(*arguments)
+    assert (code, "tokenizer: none" in out) == (0, False), err
+
+
 class Anything:
     """A class that weights_only refuses."""
 
@@ -304,6 +324,7 @@ def test_files_that_cannot_be_converted_leave_nothing(command, tmp_path, name, o
     code, _, err = command("convert", file, tmp_path / "out", *options)
     assert (code, err.count("\n")) == (1, 1)
     assert message in err
+    assert ".out." not in err  # the folder's name while it is made
     assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
 
 

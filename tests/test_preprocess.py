@@ -108,11 +108,34 @@ def test_other_processors_have_their_own_defaults(tmp_path, kind, settings, side
         "do_convert_rgb",
     ],
 )
-def test_what_is_absent_or_null_is_the_processors_default(tmp_path, key):
+def test_what_is_absent_is_the_processors_default(tmp_path, key):
     full = {**CLIPS[1], "resample": 3, "image_mean": list(CLIP_MEAN), "image_std": list(CLIP_STD)}
     expected, _ = written(tmp_path, full)
-    assert written(tmp_path, {**full, key: None})[0] == expected
     assert written(tmp_path, {k: v for k, v in full.items() if k != key})[0] == expected
+    if not key.startswith("do_") and key != "resample":
+        assert written(tmp_path, {**full, key: None})[0] == expected
+
+
+def test_a_flag_that_is_null_is_off_as_in_transformers(tmp_path):
+    square = {**CLIPS[1], "size": SQUARE}
+    for key in ("do_resize", "do_center_crop", "do_normalize", "do_convert_rgb"):
+        off, null = (written(tmp_path, {**square, key: value}) for value in (False, None))
+        assert null == off
+        published({**square, key: None})(image(60, 50))  # runs
+    with pytest.raises(ValueError, match="only images scaled by 1/255"):
+        written(tmp_path, {**square, "do_rescale": None})
+    with pytest.raises(ValueError, match="resample is None, expected one of"):
+        written(tmp_path, {**square, "resample": None})  # 4 takes another one, 5 refuses it
+
+
+def test_two_files_that_differ_are_said(tmp_path, caplog):
+    settings = {**CLIPS[0], "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 3}
+    written(tmp_path, settings)
+    written(tmp_path, {"image_processor": settings}, "processor_config.json")
+    assert not caplog.text
+    whole = {"image_processor": settings | {"image_mean": [0.25] * 3, "resample": 2}}
+    assert written(tmp_path, whole, "processor_config.json")[0].resample == 2
+    assert "preprocessor_config.json has another image_mean, resample" in caplog.text
 
 
 def test_whether_a_number_is_a_square_may_stand_in_the_file(tmp_path):

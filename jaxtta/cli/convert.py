@@ -24,8 +24,8 @@ from typing import Annotated
 import jax
 import tyro
 
-from jaxtta.models import describe_preprocessing
-from jaxtta.models.checkpoints.files import TOKENIZER_FILES
+from jaxtta.models import CLIP, describe_preprocessing
+from jaxtta.models.checkpoints.files import SENTENCE_PIECES, TOKENIZER_FILES
 from jaxtta.models.checkpoints.pytorch import Activation, convert
 
 
@@ -61,8 +61,10 @@ def run(options: Convert) -> None:
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     print(f"{options.out}: {type(model).__name__} with {count:,} parameters")
     print(describe_preprocessing(model))
-    if not any((options.out / name).exists() for name in TOKENIZER_FILES[1:3]):
-        print(
-            "tokenizer: none; class names need one. Copy vocab.json and merges.txt into the folder "
-            "(those of openai/clip-vit-base-patch32, if the model was trained with OpenAI's)"
-        )
+    names = (*TOKENIZER_FILES[1:3], *SENTENCE_PIECES)
+    has_tokenizer = any((options.out / name).exists() for name in names)
+    if isinstance(model, CLIP) and not has_tokenizer:
+        files = "vocab.json and merges.txt into the folder (those of openai/clip-vit-base-patch32"
+        if model.padded_prompts:
+            files = "tokenizer.json into the folder (that of google/siglip-base-patch16-224"
+        print(f"tokenizer: none; class names need one. Copy {files}, if the model was trained so)")

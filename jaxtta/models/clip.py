@@ -8,7 +8,7 @@ the bias, the same for all classes, changes neither that nor its gradient.
 
 import dataclasses
 import functools
-from typing import Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -200,7 +200,7 @@ class CLIP:
         Returns:
             The features; what is not used is not computed under `jit`.
         """
-        variables = {"params": params["vision_model"]}
+        variables = {"params": part(params, "vision_model")}
         out = self.vision.apply(variables, pixels, mask, all_tokens=all_tokens)
         out = cast(VisionOutput, out)
         embeddings = _project(out.pooled, params.get("visual_projection"))
@@ -349,9 +349,19 @@ class CLIP:
         attend: Attend,
         ends: Array | np.ndarray,
     ) -> Array:
-        variables = {"params": params["text_model"]}
+        variables = {"params": part(params, "text_model")}
         pooled = self.text.apply(variables, token_ids, positions, attend, ends)
         return _project(cast(Array, pooled), params.get("text_projection"))
+
+
+def part(params: Params, name: str) -> Any:
+    """One tower of a parameter tree; a ValueError for another model's tree, or a wrapped one."""
+    if name not in params:
+        raise ValueError(
+            f"params has {', '.join(map(str, params))} and no {name}, expected this model's tree "
+            "as jaxtta.load gives it"
+        )
+    return params[name]
 
 
 def normalize(preprocessing: Preprocessing, images: Array) -> Array:

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from jaxtta.models.classifier import Batch, Outputs, Params, as_batch, require_pil
-from jaxtta.models.clip import normalize
+from jaxtta.models.clip import normalize, part
 from jaxtta.models.preprocess import Preprocessing
 from jaxtta.models.vit import VisionOutput, VisionTransformer
 
@@ -74,7 +74,7 @@ class ImageClassifier:
 
     def image_features(self, params: Params, pixels: Array) -> VisionOutput:
         """Encode normalised pixels (batch, height, width, 3) and return the layers' features."""
-        out = self.vision.apply({"params": params["vision_model"]}, pixels)
+        out = self.vision.apply({"params": part(params, "vision_model")}, pixels)
         return cast(VisionOutput, out)
 
     def init_context(self, params: Params, task: None) -> tuple[()]:

@@ -221,6 +221,8 @@ def _tokenizer(model: Tokenized) -> Any:
     for name in TOKENIZER_FILES:
         if (folder / name).exists():
             refuse_pointer(folder / name)
+    if not whole.exists() and vocabulary.exists() and merges.exists():
+        _refuse_cut_merges(vocabulary, merges)
     kind = _tokenizer_class(folder)
     try:
         return kind.from_pretrained(folder)
@@ -232,6 +234,18 @@ def _tokenizer(model: Tokenized) -> Any:
     except Exception as error:  # transformers and tokenizers raise errors of many kinds
         reason = " ".join(str(error).split())
         raise ValueError(f"{folder}: its tokenizer cannot be read ({reason})") from error
+
+
+def _refuse_cut_merges(vocabulary: Path, merges: Path) -> None:
+    """CLIP's tokens are 512 of bytes, one for each merge, and the special ones."""
+    start = read_json(vocabulary).get("<|startoftext|>", 0)
+    lines = merges.read_text("utf-8").splitlines()
+    count = sum(bool(line) and not line.startswith("#version") for line in lines)
+    if isinstance(start, int) and start > 512 + count:
+        raise ValueError(
+            f"{merges}: has {count} merges, expected the {start - 512} of {vocabulary.name}; is "
+            "the file complete?"
+        )
 
 
 def _tokenizer_class(folder: Path) -> Any:

@@ -133,12 +133,18 @@ def find_folder(path_or_hub_id: str | Path, revision: str | None = None) -> Path
         The folder.
 
     Raises:
-        FileNotFoundError: if there is neither.
+        FileNotFoundError: if there is neither, or a link in the folder leads nowhere.
+        TypeError: if it is neither a path nor a string.
         ValueError: if it is a file, or a LoRA adapter.
     """
+    if not isinstance(path_or_hub_id, str | Path):
+        raise TypeError(
+            f"path_or_hub_id is {path_or_hub_id!r}, expected a folder or the id of a hub's model"
+        )
     path = Path(path_or_hub_id).expanduser()
     if path.is_dir():
         _refuse_adapter(path)
+        _refuse_broken_links(path)
         if not any((path / name).exists() for name in ("config.json", OPEN_CLIP_CONFIG)):
             _refuse_pickles(path)
         return path
@@ -154,30 +160,43 @@ def find_folder(path_or_hub_id: str | Path, revision: str | None = None) -> Path
     import huggingface_hub
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
+    unknown: dict[str, LocalEntryNotFoundError] = {}
+
     def fetch(name: str) -> Path | None:
         try:
             return Path(huggingface_hub.hf_hub_download(hub_id, name, revision=revision))
-        except LocalEntryNotFoundError:
+        except LocalEntryNotFoundError as error:
             # The hub could not be asked. That it has no such file may be known from last time.
-            known = huggingface_hub.try_to_load_from_cache(hub_id, name, revision=revision)
-            if known is None:
-                raise
+            if huggingface_hub.try_to_load_from_cache(hub_id, name, revision=revision) is None:
+                unknown[name] = error
             return None
         except EntryNotFoundError:  # the hub says that there is no such file
             return None
 
+    def require_known(found: Any, names: Iterable[str]) -> None:
+        """Where the hub cannot be asked, one file of a kind does: the others may not exist."""
+        for name in names:
+            if not found and name in unknown:
+                raise unknown[name]
+
     missing = f"{hub_id}: is neither a local folder nor a model on the Hugging Face Hub"
     try:
-        config, weights = fetch("config.json"), None
+        config, weights, names = fetch("config.json"), None, WEIGHTS
         if is_transformers(config):
             weights = next(filter(None, map(fetch, WEIGHTS)), None)
-        others = (*PREPROCESSING_FILES, *TOKENIZER_FILES)
+        others = [PREPROCESSING_FILES]
         if weights is None and (other := fetch(OPEN_CLIP_CONFIG)):
-            config, others = other, (*OPEN_CLIP_WEIGHTS, *TOKENIZER_FILES)
+            config, names, others = other, OPEN_CLIP_WEIGHTS, []
+            weights = fetch(*OPEN_CLIP_WEIGHTS)
         if config is None:
-            config, others = fetch(ADAPTER), ()
-        for name in others:
-            fetch(name)
+            config, others = fetch(ADAPTER), []
+            require_known(config, ("config.json", OPEN_CLIP_CONFIG))
+        else:
+            require_known(weights, names)
+            if model_type(config) != "vit":
+                others = [*others, TOKENIZER_FILES]
+        for group in others:
+            require_known([*filter(None, map(fetch, group))], group)
         if weights and weights.name.endswith("index.json"):
             for name in shards_of(weights):
                 fetch(name)
@@ -193,6 +212,12 @@ def find_folder(path_or_hub_id: str | Path, revision: str | None = None) -> Path
     if config is None:
         raise FileNotFoundError(f"{missing} (it has no config.json)")
     _refuse_adapter(config.parent)
+    if weights is None:
+        raise FileNotFoundError(
+            f"{hub_id}: has none of {', '.join(names)}; pickled weights (.bin, .pt) are converted "
+            f"once, where PyTorch is installed: `hf download {hub_id}`, then `jaxtta convert FILE "
+            "OUT`"
+        )
     return config.parent
 
 
@@ -202,6 +227,14 @@ def _refuse_adapter(folder: Path) -> None:
             f"{folder}: holds a LoRA adapter ({ADAPTER}); merge it into its base model with peft's "
             "merge_and_unload() and save that with save_pretrained(…)"
         )
+
+
+def _refuse_broken_links(folder: Path) -> None:
+    """The hub's cache is made of links; a copy of them has no files."""
+    for name in ("config.json", OPEN_CLIP_CONFIG, *PREPROCESSING_FILES, *TOKENIZER_FILES, *WEIGHTS):
+        if (folder / name).is_symlink() and not (folder / name).exists():
+            target = (folder / name).readlink()
+            raise FileNotFoundError(f"{folder / name}: is a link to {target}, which is not there")
 
 
 def _refuse_pickles(folder: Path) -> None:
@@ -240,7 +273,7 @@ def _said_of_name(name: str) -> str:
     if name.startswith(("hf-hub:", "hf_hub:", "https://huggingface.co/")):
         rest = name.removeprefix("https://huggingface.co/").split(":")[-1]
         return f"; give {rest}"
-    if _OPEN_CLIP_NAME.fullmatch(name):
+    if _OPEN_CLIP_NAME.fullmatch(name) and not name.endswith((*PICKLE_SUFFIXES, ".safetensors")):
         plain = name.replace("/", "-").replace("@", "-").removesuffix("px").removesuffix("-openai")
         example = _OPENAI.get(plain, _OPENAI["ViT-B-32"])
         return (
@@ -331,7 +364,7 @@ def match_parameters(
         The tree.
 
     Raises:
-        ValueError: if a parameter is missing or has another shape.
+        ValueError: if a parameter is missing, has another shape or is not finite floats.
     """
     found: dict[tuple[str, ...], jax.Array] = {}
     wrong, unused, misshapen = [], [], set()
@@ -341,6 +374,8 @@ def match_parameters(
         elif array.shape != shapes[path].shape:
             misshapen.add(path)
             wrong.append(f"{'/'.join(path)} has shape {array.shape}, expected {shapes[path].shape}")
+        elif not jnp.issubdtype(array.dtype, jnp.floating):
+            raise ValueError(f"{weights}: {'/'.join(path)} is {array.dtype}, expected floats")
         elif not _is_finite(array):
             raise ValueError(f"{weights}: {'/'.join(path)} holds NaN or infinite values")
         else:
@@ -358,8 +393,6 @@ def match_parameters(
 
 def _is_finite(array: np.ndarray) -> bool:
     """Whether all values are; a sum says so at the cost of reading them once."""
-    if not jnp.issubdtype(array.dtype, jnp.floating):
-        return True
     with np.errstate(all="ignore"):
         total = np.sum(array, dtype=np.float32)
     return bool(np.isfinite(total)) or bool(np.isfinite(array.astype(np.float32)).all())
@@ -396,7 +429,15 @@ def _read_safetensors(weights: Path, to_param_path: ToParamPath) -> NamedArrays:
                 if name.endswith("position_ids"):  # a buffer of old checkpoints
                     continue
                 path = to_param_path(without_prefix(name, prefix))
-                yield path, from_torch(path, np.asarray(tensors.get_tensor(name)))
+                yield path, from_torch(path, _tensor(file, tensors, name))
+
+
+def _tensor(file: Path, tensors: Any, name: str) -> np.ndarray:
+    try:
+        return np.asarray(tensors.get_tensor(name))
+    except (AttributeError, TypeError) as error:  # of types that numpy lacks
+        dtype = tensors.get_slice(name).get_dtype()
+        raise ValueError(f"{file}: {name} is {dtype}, expected F64, F32, F16 or BF16") from error
 
 
 def common_prefix(names: Iterable[str]) -> str:

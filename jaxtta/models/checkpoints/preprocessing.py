@@ -1,7 +1,7 @@
 """Reading and writing the image processors of transformers.
 
-Values are read as transformers 5 reads them: what is absent or null is the default of the file's
-own class of image processor. Operations that jaxtta has not are refused by name.
+Values are read as transformers 5 reads them: what is absent is the default of the file's own class
+of image processor. Operations that jaxtta has not are refused by name.
 """
 
 import logging
@@ -101,8 +101,17 @@ def _find(folder: Path) -> tuple[Path | None, dict[str, Any]]:
         if config is not None:
             if not isinstance(config, dict):
                 raise ValueError(f"{nested}: image_processor is {config!r}, expected an object")
+            _report_conflict(nested, config, plain)
             return nested, config
     return (plain, read_json(plain)) if plain.exists() else (None, {})
+
+
+def _report_conflict(nested: Path, config: dict[str, Any], plain: Path) -> None:
+    """Log where the file that transformers 4 reads says something else."""
+    other = read_json(plain) if plain.exists() else {}
+    keys = {*config} & {*other} - {"image_processor_type", "processor_class"}
+    if differ := sorted(key for key in keys if config[key] != other[key]):
+        log.warning("%s is read; %s has another %s", nested, plain, ", ".join(differ))
 
 
 def _parse(path: Path, config: dict[str, Any], image_size: int, kind: str) -> Preprocessing:
@@ -118,7 +127,9 @@ def _parse(path: Path, config: dict[str, Any], image_size: int, kind: str) -> Pr
     missing: list[str] = []
 
     def get(key: str) -> Any:
-        if config.get(key) is not None:
+        # In transformers a flag that is null is off; what a filter that is null means differs.
+        asked = key in config and (key.startswith("do_") or key == "resample")
+        if asked or config.get(key) is not None:
             return config[key]
         if not key.startswith("do_") and key != "rescale_factor":
             missing.append(key)

@@ -82,6 +82,8 @@ def convert(
     for path in filter(None, (file, config, tokenizer)):
         if not path.exists():
             raise FileNotFoundError(f"{path}: no such file or folder")
+    if tokenizer and not any((tokenizer / name).exists() for name in TOKENIZER_FILES):
+        raise FileNotFoundError(f"{tokenizer}: has none of {', '.join(TOKENIZER_FILES)}")
     try:
         import safetensors.torch
     except ImportError as error:
@@ -107,8 +109,10 @@ def convert(
         _copy(PREPROCESSING_FILES, beside, folder)
         from jaxtta.models.load import reader_of  # which imports this package's other modules
 
-        # Says what does not fit.
-        model, params = reader_of(folder).load_folder(folder, np.float32, None, False)
+        try:
+            model, params = reader_of(folder).load_folder(folder, np.float32, None, False)
+        except ValueError as error:  # it does not fit
+            raise ValueError(str(error).replace(str(folder), str(out))) from error
     origin = Path(model.preprocessing_origin)
     if origin.parent == folder:  # which has another name now
         model = dataclasses.replace(model, preprocessing_origin=str(out / origin.name))
@@ -148,7 +152,7 @@ def read_tensors(file: Path) -> tuple[Tensors, bool]:
             "made, torch.save(model.state_dict(), FILE) writes the tensors alone"
         ) from error
     except Exception as error:  # what PyTorch and safetensors raise on damaged files differs
-        reason = str(error).split("\n")[0]
+        reason = str(error).split("\n")[0] or type(error).__name__
         raise ValueError(f"{file}: is damaged or no PyTorch file ({reason})") from error
     while isinstance(content, Mapping) and (
         inner := next((k for k in WRAPPERS if isinstance(content.get(k), Mapping)), None)
