@@ -170,7 +170,7 @@ def classification(logits: Array, labels: Array, smoothing: float = 0.2) -> Arra
         TypeError: if the labels are not integers.
         ValueError: if they do not match the logits.
     """
-    labels = require_labels(labels, *logits.shape)
+    labels = require_labels(labels, logits)
     targets = jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
     return optax.softmax_cross_entropy(logits, optax.smooth_labels(targets, smoothing)).mean()
 

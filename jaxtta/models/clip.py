@@ -313,8 +313,9 @@ class CLIP:
         return _class_embeddings(self, params, self.prompts(task))
 
     def logit_scale(self, params: Params) -> Array:
-        """The factor on the cosines, a scalar."""
-        return jnp.exp(params["logit_scale"])
+        """The factor on the cosines, a scalar in at least float32."""
+        scale = jnp.asarray(params["logit_scale"])
+        return jnp.exp(scale.astype(jnp.promote_types(scale.dtype, jnp.float32)))
 
     def __call__(self, params: Params, context: Array | Prompts, batch: Batch | Array) -> Outputs:
         """Classify a batch.
@@ -334,9 +335,8 @@ class CLIP:
         classes = context
         if isinstance(classes, Prompts):
             classes = self.class_embeddings(params, classes)
-        scale = jnp.exp(params["logit_scale"].astype(classes.dtype))
         cosines = jnp.matmul(l2_normalize(features.embeddings), classes.T, precision="highest")
-        logits = scale * cosines
+        logits = self.logit_scale(params) * cosines
         if self.logit_bias:
             logits += params["logit_bias"].astype(logits.dtype)
         return Outputs(logits, features.embeddings, classes, features.layer_features)
