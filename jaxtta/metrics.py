@@ -27,8 +27,8 @@ def require_labels(labels: ArrayLike, logits: ArrayLike) -> Array:
 
     Raises:
         TypeError: if they are not integers.
-        ValueError: if the logits have another number of dimensions, there are more or fewer labels
-            than images, or one is outside 0 to classes − 1; values are looked at outside `jit` only.
+        ValueError: if the logits have another number of dimensions, there is not one label an
+            image, or one is outside 0 to classes − 1; values are looked at outside `jit` only.
     """
     shape = jnp.shape(logits)
     if len(shape) != 2:

@@ -20,9 +20,11 @@ def path_of(keys: tuple[Any, ...]) -> str:
 
 def require_trainable(trainable: Any, name: str = "trainable") -> None:
     """Raise a TypeError for anything but a predicate on paths: a list of them, a tower's name."""
-    if not callable(trainable):
+    uncalled = trainable is normalisation_parameters
+    if uncalled or not callable(trainable):
+        given = "normalisation_parameters" if uncalled else f"a {type(trainable).__name__}"
         raise TypeError(
-            f"{name} is a {type(trainable).__name__}, expected a function of a parameter's path "
+            f"{name} is {given}, expected a function of a parameter's path "
             "such as normalisation_parameters('image'); for a list: lambda path: path in names"
         )
 

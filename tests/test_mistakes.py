@@ -90,6 +90,8 @@ def test_trainable_is_a_predicate(tiny, task, statistics, trainable):
     for make in makers:
         with pytest.raises(TypeError, match=message):
             make()
+    with pytest.raises(TypeError, match=r"trainable is normalisation_parameters, .*\('image'\)"):
+        adapters.tent(model, task, trainable=tree.normalisation_parameters)
     with pytest.raises(TypeError, match="trainable gives a function, not a bool: call it"):
         tree.partition(params, lambda path: lambda path: True)
     with pytest.raises(TypeError, match="chosen is a list"):
@@ -193,6 +195,9 @@ def test_arguments_of_a_step_in_another_order_are_refused(tiny, task, step_of):
     state = adapters.tent(model, task).init(params)
     with pytest.raises(TypeError, match=r"params and state are swapped, expected step\(params, "):
         step_of("tent", params=state, state=params)
+    for name in ("tent", "zero_shot", "tnt"):
+        with pytest.raises(TypeError, match="params holds a CLIP, expected a tree of arrays"):
+            step_of(name, params=tiny)
     with pytest.raises(TypeError, match="state is a ndarray, expected this adapter's State"):
         step_of("tent", state=np.zeros((2, 32, 32, 3)), batch=state)
     with pytest.raises(ValueError, match=r"params/.* by this adapter alone"):
@@ -360,13 +365,17 @@ def test_files_and_pairs_in_place_of_what_they_hold_are_refused(tiny, task, stat
             optim.meta_gradient_generator(phi, 1e-3)
     with pytest.raises(TypeError, match="config is a str, expected a TNTConfig"):
         adapters.tnt(model, task, config="paper")
-    with pytest.raises(TypeError, match="noise is a str, expected an array: load_noise"):
-        adapters.tnt(model, task, noise="camera.safetensors")
+    for given in ("camera.safetensors", (np.zeros((32, 32, 3)), adapters.TNTConfig())):
+        message = f"noise is a {type(given).__name__}, expected an array: noise, _ = load_noise"
+        with pytest.raises(TypeError, match=message):
+            adapters.tnt(model, task, noise=given)
     with pytest.raises(TypeError, match="adapted is a State, expected a nested dict"):
         tree.merge({"a": jnp.ones(2)}, adapters.State({}, (), (), 0))
     for gather in (models.feature_statistics, continual.task_grams):
         with pytest.raises(ValueError, match=r"images have shape \(32, 32, 3\), expected \(batch"):
             gather(model, tiny[1], IMAGES)
+        with pytest.raises(TypeError, match="batch holds a str, expected an array"):
+            gather(model, tiny[1], "folder")
 
 
 @pytest.mark.parametrize(
@@ -421,5 +430,6 @@ def test_labels_and_shares_of_training_are_looked_at():
         classification(logits, jnp.array([-1, 1]))
     with pytest.raises(TypeError, match="labels are float32, expected integers"):
         jax.eval_shape(classification, logits, jnp.ones(2))
+    assert jnp.isnan(jax.jit(classification)(logits, jnp.array([-1, 1])))
     with pytest.raises(ValueError, match=r"share is 50, expected a number in \[0, 1\]"):
         continual.wise_ft(logits, logits, 50)

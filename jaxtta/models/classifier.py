@@ -119,16 +119,17 @@ def images_and_mask(batch: Any) -> tuple[Array, Array]:
         batch: images (batch, height, width, 3), or an object that has them.
 
     Returns:
-        The images, of which those that count are as `require_images` says, and the mask (batch,).
+        The images, their padding black, and the mask (batch,).
 
     Raises:
+        TypeError: for anything else.
         ValueError: as `require_images`.
     """
-    images = jnp.asarray(getattr(batch, "images", batch))
-    mask = jnp.asarray(getattr(batch, "mask", np.ones(len(images), bool)))
-    require_layout(images)
-    require_images(jnp.where(mask[:, None, None, None], images, 0))  # padding may be anything
-    return images, mask
+    if hasattr(batch, "images"):  # a stream's batch has labels too
+        batch = Batch(batch.images, batch.mask, None)
+    batch = as_batch(batch)  # its padding may have been anything
+    require_images(batch.images)
+    return batch.images, batch.mask
 
 
 def require_pil(images: Any) -> None:

@@ -94,12 +94,14 @@ def require_noise(noise: Any, shape: tuple[int, ...] | None = None) -> None:
         shape: the model's, (size, size, 3); None for any (height, width, 3).
 
     Raises:
-        TypeError: if it is no array, but a file's name say.
+        TypeError: if it is no array: a file's name, or what `load_noise` gives with the settings.
         ValueError: if it has another shape, or a value that is NaN or beyond 1, the whole range of
             pixels; values are looked at outside `jit` only.
     """
-    if isinstance(noise, str | Path) or not np.ndim(noise):
-        raise TypeError(f"noise is a {type(noise).__name__}, expected an array: load_noise(FILE)")
+    if isinstance(noise, str | Path | tuple) or not np.ndim(noise):
+        raise TypeError(
+            f"noise is a {type(noise).__name__}, expected an array: noise, _ = load_noise(FILE)"
+        )
     given = np.shape(noise)
     if given != shape if shape else len(given) != 3 or given[2] != 3:
         expected = f"{shape} for this model" if shape else "(height, width, 3)"
