@@ -51,7 +51,7 @@ def require_labels(labels: ArrayLike, logits: ArrayLike) -> Array:
 
 
 def _own(values: Array, labels: Array) -> Array:
-    """Each row's value at its label, (batch,); NaN for a label that is no class."""
+    """Each row's value at its label, (batch,); NaN for a label that is not a class."""
     classes = values.shape[-1]
     labels = jnp.where((labels >= 0) & (labels < classes), labels, classes)  # -1 is not the last
     return jnp.take_along_axis(values, labels[:, None], -1, mode="fill")[:, 0]
@@ -67,7 +67,7 @@ def top_k(logits: ArrayLike, labels: ArrayLike, k: int = 1) -> Array:
 
     Returns:
         (batch,) bool; for k = 1 the same as `logits.argmax(-1) == labels`, except that a row that
-        holds a NaN is never right. Neither is a label that is no class, under `jit`.
+        holds a NaN is never right. Neither is a label that is not a class, under `jit`.
 
     Raises:
         TypeError: if the labels are not integers.
@@ -91,7 +91,7 @@ def nll(logits: ArrayLike, labels: ArrayLike) -> Array:
         labels: (batch,) integers.
 
     Returns:
-        (batch,), in nats; NaN for a label that is no class, under `jit`.
+        (batch,), in nats; NaN for a label that is not a class, under `jit`.
 
     Raises:
         TypeError: if the labels are not integers.
@@ -109,7 +109,7 @@ def brier(logits: ArrayLike, labels: ArrayLike) -> Array:
         labels: (batch,) integers.
 
     Returns:
-        (batch,), in [0, 2]; NaN for a label that is no class, under `jit`.
+        (batch,), in [0, 2]; NaN for a label that is not a class, under `jit`.
 
     Raises:
         TypeError: if the labels are not integers.

@@ -302,7 +302,7 @@ def test_a_labelled_folder_with_odd_names_and_system_folders(run_script, short, 
     common = ("--models", short, "--trial", "zero_shot", "--output")
     code, _, err = run_script(SCRIPT, *every, "--field", root, *common, tmp_path / "a")
     assert code == 1
-    assert r"class folder felines\xe9 has a name that is no text: set the class names" in err
+    assert r"class folder felines\xe9 has a name that is not text: set the class names" in err
     names = ("--class-names", os.fsdecode(b"felines\xe9=cat"), "dogs=dog")
     code, out, _ = run_script(SCRIPT, *every, "--field", root, *names, *common, tmp_path / "a")
     assert code == 0

@@ -410,7 +410,9 @@ def test_a_projector_for_no_kernel_is_refused(tiny):
     own = optim.Projector(jnp.eye(len(kernel))[:, :2])
     optim.null_space_projection({"visual_projection/kernel": own}).init(params)
     both = {"visual_projection/kernel": own, "visual_projektion/kernel": own}
-    message = "visual_projektion/kernel, which is no parameter; the nearest is visual_projection/"
+    message = (
+        "visual_projektion/kernel, which is not a parameter; the nearest is visual_projection/"
+    )
     with pytest.raises(ValueError, match=message):
         optim.null_space_projection(both).init(params)
     chained = continual.task_optimizer(continual.GNSPConfig(), both, 1e-3, 200)

@@ -164,7 +164,7 @@ def classification(logits: Array, labels: Array, smoothing: float = 0.2) -> Arra
         smoothing: share of the target probability that is spread over all classes.
 
     Returns:
-        A scalar; NaN if a label is no class, under `jit`.
+        A scalar; NaN if a label is not a class, under `jit`.
 
     Raises:
         TypeError: if the labels are not integers.
@@ -308,7 +308,7 @@ def train_step(
         or all of them.
 
     Raises:
-        TypeError: if the optimizer is no optax transformation.
+        TypeError: if the optimizer is not an optax transformation.
     """
     require_optimizer(optimizer)
     loss_of = continual_loss(model, config)

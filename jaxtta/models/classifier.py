@@ -82,7 +82,7 @@ def require_layout(images: Any) -> None:
 
 
 def require_images(images: Any) -> None:
-    """Refuse what is no batch of images as models take them.
+    """Refuse anything but a batch of images as models take them.
 
     Args:
         images: an array.
@@ -147,7 +147,7 @@ def require_pil(images: Any) -> None:
 
 
 def require_dtype(name: str, dtype: Any) -> None:
-    """Raise a TypeError for what is no floating dtype: "bf16", an integer's, a number of bits."""
+    """Raise a TypeError for anything but a floating dtype: "bf16", an integer's, a bit count."""
     try:
         floating = jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
     except TypeError:
@@ -157,7 +157,7 @@ def require_dtype(name: str, dtype: Any) -> None:
 
 
 def require_model(model: Any) -> None:
-    """Raise a TypeError for what is no `Classifier`: a task, parameters, what `load` gives."""
+    """Raise a TypeError for anything but a `Classifier`: a task, parameters, what `load` gives."""
     if not callable(model) or not hasattr(model, "init_context"):
         raise TypeError(
             f"model is a {type(model).__name__}, expected a classifier: "
@@ -278,7 +278,8 @@ def context_of(model: Classifier, task: Any, trainable: Callable[[str], bool]) -
         text is encoded at every step.
 
     Raises:
-        TypeError: if the model is no classifier, or the task of one with prompts has no token ids.
+        TypeError: if the model is not a classifier, or the task of one with prompts lacks token
+            ids.
         ValueError: if the model needs a task and there is none.
     """
     require_model(model)

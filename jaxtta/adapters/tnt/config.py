@@ -94,7 +94,7 @@ def require_noise(noise: Any, shape: tuple[int, ...] | None = None) -> None:
         shape: the model's, (size, size, 3); None for any (height, width, 3).
 
     Raises:
-        TypeError: if it is no array: a file's name, or what `load_noise` gives with the settings.
+        TypeError: if it is not an array: a file's name, or all that `load_noise` gives.
         ValueError: if it has another shape, or a value that is NaN or beyond 1, the whole range of
             pixels; values are looked at outside `jit` only.
     """
@@ -119,7 +119,7 @@ def save_noise(path: str | Path, noise: Any, config: TNTConfig) -> None:
         config: the settings, kept as JSON in the file's metadata.
 
     Raises:
-        ValueError: if it is no noise map, or holds numbers beyond 1.
+        ValueError: if it is not a noise map, or holds numbers beyond 1.
     """
     require_noise(noise)
     save_arrays(path, {"noise": np.asarray(noise, np.float32)}, dataclasses.asdict(config))
