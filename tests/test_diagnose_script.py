@@ -872,7 +872,8 @@ GOOD = normal(0, 6, 4)
         (lambda: diagnose.neighbour_distances(np.nan * GOOD, GOOD, neighbour=1), "not finite"),
         (lambda: diagnose.confused_classes(GOOD[:, :1]), r"shape \(6, 1\), expected \(images, c"),
         (lambda: diagnose.confused_classes(GOOD[:0]), r"shape \(0, 4\), expected \(images, cl"),
-        (lambda: diagnose.confused_classes(np.nan * GOOD), "probabilities are not all finite"),
+        (lambda: diagnose.confused_classes(np.nan * GOOD), "probabilities are not all in"),
+        (lambda: diagnose.confused_classes(np.array([[3.0, 1.0]])), r"not all in \[0, 1\]: jax.nn"),
     ],
 )
 def test_bad_arrays_are_one_sentence(call, message):

@@ -115,10 +115,32 @@ def test_model_and_task_are_what_they_should_be(tiny, task, statistics, method):
     for names in (["cat", "dog"], "cat", np.array(["cat", "dog"])):
         with pytest.raises(TypeError, match=f"task is a {type(names).__name__}, expected a Task"):
             make(model, names)
+        with pytest.raises(TypeError, match=f"task is a {type(names).__name__}, expected a Task"):
+            model.init_context(params, names)
     with pytest.raises(TypeError, match="params holds a CLIP, expected a tree of arrays"):
         make(model, task).init(model)
     with pytest.raises(TypeError, match="params holds a CLIP, expected a tree of arrays"):
         make(model, task).init(tiny)
+
+
+def test_a_model_of_ones_own_says_what_its_task_is(tiny, task):
+    """Here class names; only CLIP needs token ids."""
+    model, params = tiny
+
+    class Named:
+        image_size, mixes_batch, feature_shape = 32, False, None
+
+        def prompts(self, names):
+            return model.prompts(models.Task(task.token_ids[: len(names)], tuple(names)))
+
+        def init_context(self, params, names):
+            return model.class_embeddings(params, self.prompts(names))
+
+        def __call__(self, params, context, batch):
+            return model(params, context, batch)
+
+    state = adapters.zero_shot(Named(), ["cat", "dog"]).init(params)
+    assert state.context.shape[0] == 2
 
 
 def test_functions_that_are_values_are_refused(tiny, task):

@@ -278,17 +278,11 @@ def context_of(model: Classifier, task: Any, trainable: Callable[[str], bool]) -
         text is encoded at every step.
 
     Raises:
-        TypeError: if the model is not a classifier, or the task of one with prompts lacks token
-            ids.
+        TypeError: if the model is not a classifier, or the task not one that it takes.
         ValueError: if the model needs a task and there is none.
     """
     require_model(model)
     pack = getattr(model, "prompts", None)
-    if pack is not None and task is not None and not hasattr(task, "token_ids"):
-        raise TypeError(
-            f"task is a {type(task).__name__}, expected a Task: "
-            "jaxtta.zero_shot_task(model, class_names)"
-        )
     prompts = None if pack is None else pack(task)
 
     def context(params: Any) -> Any:

@@ -17,7 +17,8 @@ class TNTConfig:
 
     Attributes:
         views: N, the views of an image; the first is the plain preprocessing.
-        steps: updates of the map; 0 to apply it as it is, with the model's own confidence.
+        steps: updates of the map; 0 to apply it as it is. With `views=1` the confidence is then the
+            model's own; of several views the most confident ones are averaged still.
         learning_rate: size of an update.
         epsilon: the map's greatest magnitude, in [0, 1] pixel values.
         select_fraction: share of the views, those of lowest entropy, that the loss is taken over.
