@@ -62,7 +62,7 @@ def write_text(path: str | Path, text: str) -> None:
 
     Args:
         path: of the file.
-        text: may hold parts of file names that are no UTF-8; they are escaped.
+        text: may hold parts of file names that are not UTF-8; they are escaped.
     """
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace", newline="")

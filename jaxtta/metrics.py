@@ -15,28 +15,31 @@ ROUNDING = 1e-5
 """By how much a probability may exceed 1."""
 
 
-def require_labels(labels: ArrayLike, images: int, classes: int) -> Array:
+def require_labels(labels: ArrayLike, logits: ArrayLike) -> Array:
     """Check the labels of a batch.
 
     Args:
         labels: (batch,) integers, 0 to classes − 1.
-        images: size of the batch.
-        classes: number of classes.
+        logits: (batch, classes), of which the shape is used.
 
     Returns:
-        The labels as an array.
+        The labels, int32.
 
     Raises:
         TypeError: if they are not integers.
-        ValueError: if there are more or fewer than images, or one is outside 0 to classes − 1;
-            values are looked at outside `jit` only.
+        ValueError: if the logits have another number of dimensions, there is not one label an
+            image, or one is outside 0 to classes − 1; values are looked at outside `jit` only.
     """
-    labels = jnp.asarray(labels)
+    shape = jnp.shape(logits)
+    if len(shape) != 2:
+        raise ValueError(f"logits have shape {shape}, expected (batch, classes)")
+    images, classes = shape
+    labels = labels if isinstance(labels, jax.Array) else np.asarray(labels)
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise TypeError(f"labels are {labels.dtype}, expected integers: labels.astype(int)")
     if labels.shape != (images,):
         raise ValueError(f"labels have shape {labels.shape}, expected ({images},), one per image")
-    if not isinstance(labels, Tracer) and labels.size:
+    if images and not isinstance(labels, Tracer):
         values = np.asarray(labels)
         least, greatest = values.min(), values.max()
         if least < 0 or greatest >= classes:
@@ -44,11 +47,11 @@ def require_labels(labels: ArrayLike, images: int, classes: int) -> Array:
                 f"labels run from {least} to {greatest}, expected 0 to {classes - 1}: leave out "
                 "images without a label"
             )
-    return labels
+    return jnp.asarray(labels, jnp.int32)  # uint8 cannot count 300 classes
 
 
 def _own(values: Array, labels: Array) -> Array:
-    """Each row's value at its label, (batch,); NaN for a label that is no class."""
+    """Each row's value at its label, (batch,); NaN for a label that is not a class."""
     classes = values.shape[-1]
     labels = jnp.where((labels >= 0) & (labels < classes), labels, classes)  # -1 is not the last
     return jnp.take_along_axis(values, labels[:, None], -1, mode="fill")[:, 0]
@@ -64,7 +67,7 @@ def top_k(logits: ArrayLike, labels: ArrayLike, k: int = 1) -> Array:
 
     Returns:
         (batch,) bool; for k = 1 the same as `logits.argmax(-1) == labels`, except that a row that
-        holds a NaN is never right. Neither is a label that is no class, under `jit`.
+        holds a NaN is never right. Neither is a label that is not a class, under `jit`.
 
     Raises:
         TypeError: if the labels are not integers.
@@ -73,7 +76,7 @@ def top_k(logits: ArrayLike, labels: ArrayLike, k: int = 1) -> Array:
     if k < 1:
         raise ValueError(f"k is {k}, expected at least 1")
     logits = jnp.asarray(logits)
-    labels = require_labels(labels, *logits.shape)
+    labels = require_labels(labels, logits)
     own = _own(logits, labels)[:, None]
     earlier = jnp.arange(logits.shape[-1]) < labels[:, None]
     before = (logits > own) | (logits == own) & earlier
@@ -88,14 +91,14 @@ def nll(logits: ArrayLike, labels: ArrayLike) -> Array:
         labels: (batch,) integers.
 
     Returns:
-        (batch,), in nats; NaN for a label that is no class, under `jit`.
+        (batch,), in nats; NaN for a label that is not a class, under `jit`.
 
     Raises:
         TypeError: if the labels are not integers.
         ValueError: if they do not match the logits.
     """
     logits = jnp.asarray(logits)
-    return -_own(jax.nn.log_softmax(logits), require_labels(labels, *logits.shape))
+    return -_own(jax.nn.log_softmax(logits), require_labels(labels, logits))
 
 
 def brier(logits: ArrayLike, labels: ArrayLike) -> Array:
@@ -106,14 +109,14 @@ def brier(logits: ArrayLike, labels: ArrayLike) -> Array:
         labels: (batch,) integers.
 
     Returns:
-        (batch,), in [0, 2]; NaN for a label that is no class, under `jit`.
+        (batch,), in [0, 2]; NaN for a label that is not a class, under `jit`.
 
     Raises:
         TypeError: if the labels are not integers.
         ValueError: if they do not match the logits.
     """
     probabilities = jax.nn.softmax(jnp.asarray(logits))
-    labels = require_labels(labels, *probabilities.shape)
+    labels = require_labels(labels, probabilities)
     score = ((probabilities - jax.nn.one_hot(labels, probabilities.shape[-1])) ** 2).sum(-1)
     return jnp.where(jnp.isnan(_own(probabilities, labels)), jnp.nan, score)
 

@@ -20,15 +20,17 @@ def path_of(keys: tuple[Any, ...]) -> str:
 
 def require_trainable(trainable: Any, name: str = "trainable") -> None:
     """Raise a TypeError for anything but a predicate on paths: a list of them, a tower's name."""
-    if not callable(trainable):
+    uncalled = trainable is normalisation_parameters
+    if uncalled or not callable(trainable):
+        given = "normalisation_parameters" if uncalled else f"a {type(trainable).__name__}"
         raise TypeError(
-            f"{name} is a {type(trainable).__name__}, expected a function of a parameter's path "
+            f"{name} is {given}, expected a function of a parameter's path "
             "such as normalisation_parameters('image'); for a list: lambda path: path in names"
         )
 
 
 def require_params(params: Any) -> None:
-    """Raise a TypeError for parameters with a leaf that is no array: a model, a file's name."""
+    """Raise a TypeError for parameters with a leaf that is not an array: a model, a file's name."""
     for leaf in jax.tree.leaves(params):
         if not (hasattr(leaf, "dtype") or isinstance(leaf, bool | int | float | complex)):
             raise TypeError(
@@ -61,7 +63,7 @@ def partition(params: Any, trainable: Trainable) -> tuple[Tree, Tree]:
         dicts. Nothing is copied.
 
     Raises:
-        TypeError: if the predicate is no function, or gives one (it was to be called first).
+        TypeError: if the predicate is not a function, or gives one (call it first).
         ValueError: if no leaf is chosen.
     """
     require_trainable(trainable)
@@ -89,7 +91,7 @@ def merge(params: Any, adapted: Mapping[str, Any]) -> Any:
         A new tree of the same type; its leaves are those given, uncopied.
 
     Raises:
-        TypeError: if `adapted` is no dict.
+        TypeError: if `adapted` is not a dict.
         ValueError: if a path is a leaf in one tree and a branch in the other, or is not in
             `params` and `params` is not a dict, or a leaf has another shape.
     """

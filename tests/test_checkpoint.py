@@ -244,7 +244,7 @@ def edit_config(**changes):
     [
         (spoil_pickle, ValueError, r"pickled weights can run code .*`jaxtta convert .*bin OUT`"),
         (only_a_pickle, ValueError, r"epoch_32.pt: pickled .*`jaxtta convert .*epoch_32.pt OUT`"),
-        (spoil_map, ValueError, "is no index of sharded weights"),
+        (spoil_map, ValueError, "is not an index of sharded"),
         (spoil_lora, ValueError, r"LoRA adapter .*merge_and_unload\(\)"),
         (spoil_name, FileNotFoundError, "model.fp16.safetensors would be read under the name mod"),
         (edit_config(vision_config__image_size=[32, 48]), ValueError, "config.json: image_size is"),

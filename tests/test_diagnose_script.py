@@ -302,7 +302,7 @@ def test_a_labelled_folder_with_odd_names_and_system_folders(run_script, short, 
     common = ("--models", short, "--trial", "zero_shot", "--output")
     code, _, err = run_script(SCRIPT, *every, "--field", root, *common, tmp_path / "a")
     assert code == 1
-    assert r"class folder felines\xe9 has a name that is no text: set the class names" in err
+    assert r"class folder felines\xe9 has a name that is not text: set the class names" in err
     names = ("--class-names", os.fsdecode(b"felines\xe9=cat"), "dogs=dog")
     code, out, _ = run_script(SCRIPT, *every, "--field", root, *names, *common, tmp_path / "a")
     assert code == 0
@@ -872,7 +872,8 @@ GOOD = normal(0, 6, 4)
         (lambda: diagnose.neighbour_distances(np.nan * GOOD, GOOD, neighbour=1), "not finite"),
         (lambda: diagnose.confused_classes(GOOD[:, :1]), r"shape \(6, 1\), expected \(images, c"),
         (lambda: diagnose.confused_classes(GOOD[:0]), r"shape \(0, 4\), expected \(images, cl"),
-        (lambda: diagnose.confused_classes(np.nan * GOOD), "probabilities are not all finite"),
+        (lambda: diagnose.confused_classes(np.nan * GOOD), "probabilities are not all in"),
+        (lambda: diagnose.confused_classes(np.array([[3.0, 1.0]])), r"not all in \[0, 1\]: jax.nn"),
     ],
 )
 def test_bad_arrays_are_one_sentence(call, message):

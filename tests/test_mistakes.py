@@ -90,6 +90,8 @@ def test_trainable_is_a_predicate(tiny, task, statistics, trainable):
     for make in makers:
         with pytest.raises(TypeError, match=message):
             make()
+    with pytest.raises(TypeError, match=r"trainable is normalisation_parameters, .*\('image'\)"):
+        adapters.tent(model, task, trainable=tree.normalisation_parameters)
     with pytest.raises(TypeError, match="trainable gives a function, not a bool: call it"):
         tree.partition(params, lambda path: lambda path: True)
     with pytest.raises(TypeError, match="chosen is a list"):
@@ -113,10 +115,32 @@ def test_model_and_task_are_what_they_should_be(tiny, task, statistics, method):
     for names in (["cat", "dog"], "cat", np.array(["cat", "dog"])):
         with pytest.raises(TypeError, match=f"task is a {type(names).__name__}, expected a Task"):
             make(model, names)
+        with pytest.raises(TypeError, match=f"task is a {type(names).__name__}, expected a Task"):
+            model.init_context(params, names)
     with pytest.raises(TypeError, match="params holds a CLIP, expected a tree of arrays"):
         make(model, task).init(model)
     with pytest.raises(TypeError, match="params holds a CLIP, expected a tree of arrays"):
         make(model, task).init(tiny)
+
+
+def test_a_model_of_ones_own_says_what_its_task_is(tiny, task):
+    """Here class names; only CLIP needs token ids."""
+    model, params = tiny
+
+    class Named:
+        image_size, mixes_batch, feature_shape = 32, False, None
+
+        def prompts(self, names):
+            return model.prompts(models.Task(task.token_ids[: len(names)], tuple(names)))
+
+        def init_context(self, params, names):
+            return model.class_embeddings(params, self.prompts(names))
+
+        def __call__(self, params, context, batch):
+            return model(params, context, batch)
+
+    state = adapters.zero_shot(Named(), ["cat", "dog"]).init(params)
+    assert state.context.shape[0] == 2
 
 
 def test_functions_that_are_values_are_refused(tiny, task):
@@ -193,6 +217,9 @@ def test_arguments_of_a_step_in_another_order_are_refused(tiny, task, step_of):
     state = adapters.tent(model, task).init(params)
     with pytest.raises(TypeError, match=r"params and state are swapped, expected step\(params, "):
         step_of("tent", params=state, state=params)
+    for name in ("tent", "zero_shot", "tnt"):
+        with pytest.raises(TypeError, match="params holds a CLIP, expected a tree of arrays"):
+            step_of(name, params=tiny)
     with pytest.raises(TypeError, match="state is a ndarray, expected this adapter's State"):
         step_of("tent", state=np.zeros((2, 32, 32, 3)), batch=state)
     with pytest.raises(ValueError, match=r"params/.* by this adapter alone"):
@@ -360,13 +387,17 @@ def test_files_and_pairs_in_place_of_what_they_hold_are_refused(tiny, task, stat
             optim.meta_gradient_generator(phi, 1e-3)
     with pytest.raises(TypeError, match="config is a str, expected a TNTConfig"):
         adapters.tnt(model, task, config="paper")
-    with pytest.raises(TypeError, match="noise is a str, expected an array: load_noise"):
-        adapters.tnt(model, task, noise="camera.safetensors")
+    for given in ("camera.safetensors", (np.zeros((32, 32, 3)), adapters.TNTConfig())):
+        message = f"noise is a {type(given).__name__}, expected an array: noise, _ = load_noise"
+        with pytest.raises(TypeError, match=message):
+            adapters.tnt(model, task, noise=given)
     with pytest.raises(TypeError, match="adapted is a State, expected a nested dict"):
         tree.merge({"a": jnp.ones(2)}, adapters.State({}, (), (), 0))
     for gather in (models.feature_statistics, continual.task_grams):
         with pytest.raises(ValueError, match=r"images have shape \(32, 32, 3\), expected \(batch"):
             gather(model, tiny[1], IMAGES)
+        with pytest.raises(TypeError, match="batch holds a str, expected an array"):
+            gather(model, tiny[1], "folder")
 
 
 @pytest.mark.parametrize(
@@ -401,7 +432,9 @@ def test_a_projector_for_no_kernel_is_refused(tiny):
     own = optim.Projector(jnp.eye(len(kernel))[:, :2])
     optim.null_space_projection({"visual_projection/kernel": own}).init(params)
     both = {"visual_projection/kernel": own, "visual_projektion/kernel": own}
-    message = "visual_projektion/kernel, which is no parameter; the nearest is visual_projection/"
+    message = (
+        "visual_projektion/kernel, which is not a parameter; the nearest is visual_projection/"
+    )
     with pytest.raises(ValueError, match=message):
         optim.null_space_projection(both).init(params)
     chained = continual.task_optimizer(continual.GNSPConfig(), both, 1e-3, 200)
@@ -421,5 +454,6 @@ def test_labels_and_shares_of_training_are_looked_at():
         classification(logits, jnp.array([-1, 1]))
     with pytest.raises(TypeError, match="labels are float32, expected integers"):
         jax.eval_shape(classification, logits, jnp.ones(2))
+    assert jnp.isnan(jax.jit(classification)(logits, jnp.array([-1, 1])))
     with pytest.raises(ValueError, match=r"share is 50, expected a number in \[0, 1\]"):
         continual.wise_ft(logits, logits, 50)

@@ -188,7 +188,7 @@ def test_file_names_may_hold_anything(folder, name):
 
 def test_a_class_folder_whose_name_is_no_text_needs_class_names(folder):
     (folder / "cat").rename(folder / "caf\udce9")
-    with pytest.raises(ValueError, match=r"class folder caf\\xe9 has a name that is no text: set"):
+    with pytest.raises(ValueError, match=r"class folder caf\\xe9 has a name that is not text: set"):
         data.open_source("folder", folder, PREPROCESS)
     source = data.open_source("folder", folder, PREPROCESS, ["a cat", "a dog"])
     assert source.class_names == ("a cat", "a dog")

@@ -90,6 +90,27 @@ def test_labels_that_are_no_classes_are_refused(score, labels, error, message):
             score(logits, given)
 
 
+@pytest.mark.parametrize("score", SCORES)
+def test_logits_are_of_a_batch(score):
+    for logits in (np.zeros(3), np.zeros((1, 2, 3))):
+        with pytest.raises(ValueError, match=r"logits have shape .*, expected \(batch, classes\)"):
+            score(logits, np.zeros(len(logits), int))
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_labels_of_any_integer_type(score):
+    """More classes than the type counts, and a label that int32 would wrap to a class."""
+    logits, labels = np.linspace(0, 1, 600, dtype=np.float32).reshape(2, 300), np.array([2, 255])
+    expected = score(logits, labels)
+    for kind in (np.uint8, np.int16, np.uint64):
+        for function in (score, jax.jit(score)):
+            jax.tree.map(
+                np.testing.assert_array_equal, function(logits, labels.astype(kind)), expected
+            )
+    with pytest.raises(ValueError, match="labels run from 1 to 4294967296"):
+        score(logits, np.array([2**32, 1]))
+
+
 def test_traced_labels_that_are_no_classes_give_nan_and_are_never_right():
     logits, labels = jnp.zeros((3, 2)), jnp.array([-1, 2, 0])
     assert jax.jit(metrics.top_k)(logits, labels).tolist() == [False, False, True]

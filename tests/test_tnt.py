@@ -170,8 +170,9 @@ def test_a_frozen_map_answers_with_the_models_own_confidence(tiny, temperature):
     noise = jax.random.uniform(keys[1], (32, 32, 3), minval=-1 / 255, maxval=1 / 255)
     with_map = jnp.clip(images + noise, 0, 1)
     context = model.init_context(params, task)
-    for scale in (jnp.log(14.4), jnp.log(100.0)):  # the bundled model's and CLIP's
-        own = params | {"logit_scale": jnp.float32(scale)}
+    # the bundled model's and CLIP's; bfloat16 holds no 4.605
+    for scale in (jnp.log(14.4), jnp.log(100.0), jnp.bfloat16(jnp.log(100.0))):
+        own = params | {"logit_scale": scale}
         config = TNTConfig(views=1, steps=0, temperature=temperature)
         frozen = tnt(model, task, config=config, noise=noise)
         _, prediction = jax.jit(frozen.step)(own, frozen.init(own), images)

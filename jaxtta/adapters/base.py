@@ -9,6 +9,7 @@ import jax
 import optax
 from jax.core import Tracer
 
+from jaxtta import tree
 from jaxtta.models import Batch
 from jaxtta.models.classifier import out_of_range
 
@@ -76,7 +77,7 @@ class Adapter(NamedTuple):
 
 
 def require_state(kind: type, params: Any, state: Any) -> None:
-    """Raise a TypeError for a state that is none of this kind, and for swapped arguments.
+    """Raise a TypeError for a state of another kind, swapped arguments and params that are none.
 
     Args:
         kind: what the adapter's `init` gives.
@@ -90,6 +91,7 @@ def require_state(kind: type, params: Any, state: Any) -> None:
             f"state is a {type(state).__name__}, expected this adapter's {kind.__name__}, from "
             "init(params) or the first of what step gives"
         )
+    tree.require_params(params)
 
 
 def image_check() -> Callable[[Any], None]:

@@ -140,7 +140,7 @@ def mgtta(
         The adapter.
 
     Raises:
-        TypeError: as `tent`, or if the statistics are no `FeatureStatistics`.
+        TypeError: as `tent`, or if the statistics are not `FeatureStatistics`.
         ValueError: if the statistics are another model's, of fewer than two images or not finite,
             the weight is below 0, the model has no layer features, or it needs a task and there is
             none.

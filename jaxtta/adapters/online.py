@@ -51,7 +51,7 @@ def online(
         first step outside `jit`, where values can be seen.
 
     Raises:
-        TypeError: if the objective or context is no function, `trainable` no predicate or
+        TypeError: if the objective or context is not a function, `trainable` not a predicate or
             `optimizer` no optax transformation.
     """
     for name, function in (("objective", objective), ("context", context)):

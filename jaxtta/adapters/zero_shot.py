@@ -21,7 +21,7 @@ def zero_shot(model: Classifier, task: Task | None) -> Adapter:
         The adapter; the class embeddings are encoded once, in `init`.
 
     Raises:
-        TypeError: if the model is no model, or the task no task.
+        TypeError: if the model is not a classifier, or the task not a `Task`.
         ValueError: if the model needs a task and there is none.
     """
     context = context_of(model, task, lambda path: False)

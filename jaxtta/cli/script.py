@@ -35,7 +35,7 @@ def run_script(options: type[Options], main: Callable[[Options], Any], doc: str 
     The codes are 0, 1 for an error, 2 for options that cannot be parsed, 130 for Ctrl-C and 141 if
     nobody reads the output any more (`| head`), or what `main` returns. Invalid input gives a
     one-line error; a traceback is shown only with `options.debug` or for unexpected errors. What
-    the output's encoding lacks, such as file names that are no UTF-8, is printed escaped.
+    the output's encoding lacks, such as file names that are not UTF-8, is printed escaped.
 
     Args:
         options: a dataclass with a `debug` field; its attribute docstrings are the help text.

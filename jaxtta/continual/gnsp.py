@@ -31,7 +31,7 @@ import optax
 from jax.core import Tracer
 
 from jaxtta import tree
-from jaxtta.metrics import require_labels
+from jaxtta.metrics import nll
 from jaxtta.models import CLIP, Params, Prompts, l2_normalize
 from jaxtta.optim import Projector, null_space_projection, require_optimizer
 
@@ -164,15 +164,14 @@ def classification(logits: Array, labels: Array, smoothing: float = 0.2) -> Arra
         smoothing: share of the target probability that is spread over all classes.
 
     Returns:
-        A scalar.
+        A scalar; NaN if a label is not a class, under `jit`.
 
     Raises:
         TypeError: if the labels are not integers.
         ValueError: if they do not match the logits.
     """
-    labels = require_labels(labels, *logits.shape)
-    targets = jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
-    return optax.softmax_cross_entropy(logits, optax.smooth_labels(targets, smoothing)).mean()
+    even = -jax.nn.log_softmax(logits).mean(-1)  # the loss of evenly spread targets
+    return ((1 - smoothing) * nll(logits, labels) + smoothing * even).mean()
 
 
 def contrastive_distillation(student: Array, teacher: Array, temperature: float = 2.0) -> Array:
@@ -309,7 +308,7 @@ def train_step(
         or all of them.
 
     Raises:
-        TypeError: if the optimizer is no optax transformation.
+        TypeError: if the optimizer is not an optax transformation.
     """
     require_optimizer(optimizer)
     loss_of = continual_loss(model, config)

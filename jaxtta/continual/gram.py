@@ -103,7 +103,7 @@ def task_grams(
         Matrices (inputs, inputs) of Frobenius norm 1, by the kernels' paths.
 
     Raises:
-        TypeError: if `chosen` is no function.
+        TypeError: if `chosen` is not a function.
         ValueError: if there are no images, they are not as a model takes them, or no kernel is
             chosen.
     """

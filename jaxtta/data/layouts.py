@@ -340,7 +340,7 @@ def require_meaning(names: Sequence[str], folders: Sequence[str] = ()) -> None:
             raise ValueError(f"class folder {folder} is a number: set the class names")
         if folder != printable(folder):
             raise ValueError(
-                f"class folder {printable(folder)} has a name that is no text: set the class names"
+                f"class folder {printable(folder)} has a name that is not text: set the class names"
             )
 
 

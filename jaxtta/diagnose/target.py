@@ -204,7 +204,7 @@ def confused_classes(probabilities: ArrayLike) -> ConfusablePairs:
         The pairs that are the two most likely classes of at least one image.
 
     Raises:
-        ValueError: if there are no images or fewer than two classes, or entries are not finite.
+        ValueError: if there are no images or fewer than two classes, or an entry is not in [0, 1].
     """
     probabilities = np.asarray(probabilities)
     if probabilities.ndim != 2 or not len(probabilities) or probabilities.shape[1] < 2:
@@ -212,8 +212,8 @@ def confused_classes(probabilities: ArrayLike) -> ConfusablePairs:
             f"probabilities have shape {probabilities.shape}, expected (images, classes) with at "
             "least one image and two classes"
         )
-    if not np.isfinite(probabilities).all():
-        raise ValueError("probabilities are not all finite")
+    if not ((probabilities >= 0) & (probabilities <= 1 + 1e-5)).all():
+        raise ValueError("probabilities are not all in [0, 1]: jax.nn.softmax(logits) gives them")
     likeliest = np.argpartition(probabilities, -2, axis=1)[:, -2:]
     highest = np.take_along_axis(probabilities, likeliest, 1).astype(np.float64)
     margins = np.abs(highest[:, 1] - highest[:, 0])

@@ -50,9 +50,9 @@ def score(logits: jax.typing.ArrayLike, labels: jax.typing.ArrayLike) -> Scores:
 
     Raises:
         TypeError: if the labels are not integers.
-        ValueError: if a label is no class, or there is not one an image.
+        ValueError: if a label is not a class, or there is not one an image.
     """
-    return _score(logits, metrics.require_labels(labels, *np.shape(logits)))
+    return _score(logits, metrics.require_labels(labels, logits))
 
 
 @jax.jit

@@ -82,7 +82,7 @@ def require_layout(images: Any) -> None:
 
 
 def require_images(images: Any) -> None:
-    """Refuse what is no batch of images as models take them.
+    """Refuse anything but a batch of images as models take them.
 
     Args:
         images: an array.
@@ -119,16 +119,17 @@ def images_and_mask(batch: Any) -> tuple[Array, Array]:
         batch: images (batch, height, width, 3), or an object that has them.
 
     Returns:
-        The images, of which those that count are as `require_images` says, and the mask (batch,).
+        The images, their padding black, and the mask (batch,).
 
     Raises:
+        TypeError: for anything else.
         ValueError: as `require_images`.
     """
-    images = jnp.asarray(getattr(batch, "images", batch))
-    mask = jnp.asarray(getattr(batch, "mask", np.ones(len(images), bool)))
-    require_layout(images)
-    require_images(jnp.where(mask[:, None, None, None], images, 0))  # padding may be anything
-    return images, mask
+    if hasattr(batch, "images"):  # a stream's batch has labels too
+        batch = Batch(batch.images, batch.mask, None)
+    batch = as_batch(batch)  # its padding may have been anything
+    require_images(batch.images)
+    return batch.images, batch.mask
 
 
 def require_pil(images: Any) -> None:
@@ -146,7 +147,7 @@ def require_pil(images: Any) -> None:
 
 
 def require_dtype(name: str, dtype: Any) -> None:
-    """Raise a TypeError for what is no floating dtype: "bf16", an integer's, a number of bits."""
+    """Raise a TypeError for anything but a floating dtype: "bf16", an integer's, a bit count."""
     try:
         floating = jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
     except TypeError:
@@ -156,7 +157,7 @@ def require_dtype(name: str, dtype: Any) -> None:
 
 
 def require_model(model: Any) -> None:
-    """Raise a TypeError for what is no `Classifier`: a task, parameters, what `load` gives."""
+    """Raise a TypeError for anything but a `Classifier`: a task, parameters, what `load` gives."""
     if not callable(model) or not hasattr(model, "init_context"):
         raise TypeError(
             f"model is a {type(model).__name__}, expected a classifier: "
@@ -277,16 +278,11 @@ def context_of(model: Classifier, task: Any, trainable: Callable[[str], bool]) -
         text is encoded at every step.
 
     Raises:
-        TypeError: if the model is no classifier, or the task of one with prompts has no token ids.
+        TypeError: if the model is not a classifier, or the task not one that it takes.
         ValueError: if the model needs a task and there is none.
     """
     require_model(model)
     pack = getattr(model, "prompts", None)
-    if pack is not None and task is not None and not hasattr(task, "token_ids"):
-        raise TypeError(
-            f"task is a {type(task).__name__}, expected a Task: "
-            "jaxtta.zero_shot_task(model, class_names)"
-        )
     prompts = None if pack is None else pack(task)
 
     def context(params: Any) -> Any:

@@ -253,11 +253,17 @@ class CLIP:
             Its prompts, packed.
 
         Raises:
+            TypeError: if the task is something else, such as class names.
             ValueError: if a prompt is longer than the model takes (or shorter, of SigLIP), has no
                 end of text, or holds a token that the model does not know.
         """
         if task is None:
             raise ValueError("CLIP needs a task (jaxtta.zero_shot_task gives one), task is None")
+        if not hasattr(task, "token_ids"):
+            raise TypeError(
+                f"task is a {type(task).__name__}, expected a Task: "
+                "jaxtta.zero_shot_task(model, class_names)"
+            )
         if not 0 <= task.token_ids.min() <= task.token_ids.max() < self.text.vocabulary:
             raise ValueError(
                 f"token ids run from {task.token_ids.min()} to {task.token_ids.max()}, the model "
@@ -308,13 +314,15 @@ class CLIP:
             A context for calls; `prompts(task)` is another, whose text is encoded at every call.
 
         Raises:
+            TypeError: as `prompts`.
             ValueError: as `prompts`.
         """
         return _class_embeddings(self, params, self.prompts(task))
 
     def logit_scale(self, params: Params) -> Array:
-        """The factor on the cosines, a scalar."""
-        return jnp.exp(params["logit_scale"])
+        """The factor on the cosines, a scalar in at least float32."""
+        scale = jnp.asarray(params["logit_scale"])
+        return jnp.exp(scale.astype(jnp.promote_types(scale.dtype, jnp.float32)))
 
     def __call__(self, params: Params, context: Array | Prompts, batch: Batch | Array) -> Outputs:
         """Classify a batch.
@@ -334,9 +342,8 @@ class CLIP:
         classes = context
         if isinstance(classes, Prompts):
             classes = self.class_embeddings(params, classes)
-        scale = jnp.exp(params["logit_scale"].astype(classes.dtype))
         cosines = jnp.matmul(l2_normalize(features.embeddings), classes.T, precision="highest")
-        logits = scale * cosines
+        logits = self.logit_scale(params) * cosines
         if self.logit_bias:
             logits += params["logit_bias"].astype(logits.dtype)
         return Outputs(logits, features.embeddings, classes, features.layer_features)

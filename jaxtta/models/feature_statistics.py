@@ -135,7 +135,7 @@ def require_statistics(statistics: Any) -> None:
         statistics: the moments; nothing is asked of traced ones.
 
     Raises:
-        TypeError: if they are no `FeatureStatistics`.
+        TypeError: if they are not `FeatureStatistics`.
         ValueError: if they are of fewer than two images, not finite or below 0, or do not match.
     """
     if not isinstance(statistics, FeatureStatistics):
@@ -170,7 +170,7 @@ def save_statistics(
         about: of which model and images, kept as JSON in the file's metadata.
 
     Raises:
-        TypeError: if they are no `FeatureStatistics`.
+        TypeError: if they are not `FeatureStatistics`.
         ValueError: if they have no standard deviation.
     """
     require_statistics(statistics)

@@ -78,7 +78,7 @@ def load(
 
     Raises:
         FileNotFoundError: if there is no such folder or hub model, or a file is missing.
-        TypeError: if a dtype is none, or not floating.
+        TypeError: if a dtype is not a floating one.
         ValueError: if the configuration is none of CLIP's, SigLIP's and ViT's, only pickled weights
             or a LoRA adapter are there, a file is a git-LFS pointer, a parameter is missing, has
             another shape or is not finite (they are named), or the preprocessing cannot be read.

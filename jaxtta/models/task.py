@@ -141,7 +141,7 @@ def zero_shot_task(
 
     Raises:
         FileNotFoundError: if the checkpoint has no tokenizer.
-        TypeError: if the model is none, or names or templates are no list of strings.
+        TypeError: if the model is not a classifier, or names or templates are not strings.
         ValueError: if there are fewer than two classes, an empty name, a template without `{}`, a
             prompt too long for the model, or the tokenizer cannot be read.
     """

@@ -85,7 +85,7 @@ def check_mgg_params(phi: MGGParams) -> int:
         The hidden size.
 
     Raises:
-        TypeError: if they are no dict: a file's name, or what `load_mgg` gives with the metadata.
+        TypeError: if they are not a dict: a file's name, or all that `load_mgg` gives.
         ValueError: if an array is missing, unexpected or has the wrong shape for the hidden size.
     """
     if not isinstance(phi, Mapping):

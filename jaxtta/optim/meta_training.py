@@ -59,7 +59,7 @@ def init_meta_training(
         The state.
 
     Raises:
-        TypeError: if the optimizer is no optax transformation.
+        TypeError: if the optimizer is not an optax transformation.
     """
     require_optimizer(optimizer)
     phi = jax.tree.map(jnp.asarray, phi)

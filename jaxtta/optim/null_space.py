@@ -58,8 +58,8 @@ def null_space_projection(projectors: Mapping[str, Projector]) -> optax.Gradient
         The transformation, to chain before an optimiser (paper) or after it (exact).
 
     Raises:
-        TypeError: if the projectors are no dict of `Projector`.
-        ValueError: in `init`, if a path is no parameter's, or a parameter has another number of
+        TypeError: if the projectors are not a dict of `Projector`.
+        ValueError: in `init`, if a path is not a parameter's, or a parameter has another number of
             inputs.
 
     References:
@@ -81,7 +81,7 @@ def null_space_projection(projectors: Mapping[str, Projector]) -> optax.Gradient
         for name, projector in projectors.items():
             if name not in shapes:
                 raise ValueError(
-                    f"there is a projector for {name}, which is no parameter; the nearest is "
+                    f"there is a projector for {name}, which is not a parameter; the nearest is "
                     f"{nearest(name, shapes)}"
                 )
             if shapes[name][:1] != projector.basis.shape[:1]:

@@ -2,7 +2,7 @@
 
     adapter = tnt(model, task)                                      # a map for every image
     adapter = tnt(model, task, config=TNTConfig(online=True))       # one map along the stream
-    adapter = tnt(model, task, config=TNTConfig(steps=0), noise=noise)      # that map, frozen
+    adapter = tnt(model, task, config=TNTConfig(views=1, steps=0), noise=noise)  # that map, frozen
 
 The model is unchanged. A frozen map answers with the model's own scale of logits; the paper's
 temperature is for the vote of tuned views, and `TNTConfig(temperature="model")` keeps the model's

@@ -17,7 +17,8 @@ class TNTConfig:
 
     Attributes:
         views: N, the views of an image; the first is the plain preprocessing.
-        steps: updates of the map; 0 to apply it as it is, with the model's own confidence.
+        steps: updates of the map; 0 to apply it as it is. With `views=1` the confidence is then the
+            model's own; of several views the most confident ones are averaged still.
         learning_rate: size of an update.
         epsilon: the map's greatest magnitude, in [0, 1] pixel values.
         select_fraction: share of the views, those of lowest entropy, that the loss is taken over.
@@ -94,12 +95,14 @@ def require_noise(noise: Any, shape: tuple[int, ...] | None = None) -> None:
         shape: the model's, (size, size, 3); None for any (height, width, 3).
 
     Raises:
-        TypeError: if it is no array, but a file's name say.
+        TypeError: if it is not an array: a file's name, or all that `load_noise` gives.
         ValueError: if it has another shape, or a value that is NaN or beyond 1, the whole range of
             pixels; values are looked at outside `jit` only.
     """
-    if isinstance(noise, str | Path) or not np.ndim(noise):
-        raise TypeError(f"noise is a {type(noise).__name__}, expected an array: load_noise(FILE)")
+    if isinstance(noise, str | Path | tuple) or not np.ndim(noise):
+        raise TypeError(
+            f"noise is a {type(noise).__name__}, expected an array: noise, _ = load_noise(FILE)"
+        )
     given = np.shape(noise)
     if given != shape if shape else len(given) != 3 or given[2] != 3:
         expected = f"{shape} for this model" if shape else "(height, width, 3)"
@@ -117,7 +120,7 @@ def save_noise(path: str | Path, noise: Any, config: TNTConfig) -> None:
         config: the settings, kept as JSON in the file's metadata.
 
     Raises:
-        ValueError: if it is no noise map, or holds numbers beyond 1.
+        ValueError: if it is not a noise map, or holds numbers beyond 1.
     """
     require_noise(noise)
     save_arrays(path, {"noise": np.asarray(noise, np.float32)}, dataclasses.asdict(config))

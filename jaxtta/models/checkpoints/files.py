@@ -496,11 +496,11 @@ def shards_of(index: Path) -> list[str]:
         Their names, each once.
 
     Raises:
-        ValueError: if it is no such index.
+        ValueError: if it is not such an index.
     """
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(x, str) for x in names.values()):
-        raise ValueError(f"{index}: is no index of sharded weights (it has no weight_map of names)")
+        raise ValueError(f"{index}: is not an index of sharded weights: no weight_map of names")
     return sorted(set(names.values()))
 
 

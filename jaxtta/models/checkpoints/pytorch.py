@@ -148,7 +148,7 @@ def read_tensors(file: Path) -> tuple[Tensors, bool]:
             content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{file}: holds Python objects besides tensors, or is no PyTorch file; where it was "
+            f"{file}: holds Python objects besides tensors, or is not a PyTorch file; where it was "
             "made, torch.save(model.state_dict(), FILE) writes the tensors alone"
         ) from error
     except Exception as error:  # what PyTorch and safetensors raise on damaged files differs
@@ -232,7 +232,7 @@ def _configuration(
         content = {"model_cfg": content}
     if ("model_type" if theirs else "model_cfg") not in content:
         library = "transformers" if theirs else "OpenCLIP"
-        raise ValueError(f"{config}: is no {wanted}, but {file} has {library}'s names")
+        raise ValueError(f"{config}: is not {wanted}, but {file} has {library}'s names")
     return content
 
 

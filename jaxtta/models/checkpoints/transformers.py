@@ -127,7 +127,7 @@ def square_side(config: Any, key: str) -> int:
         The side.
 
     Raises:
-        ValueError: if it is no square's.
+        ValueError: if it is not a square's.
     """
     value = getattr(config, key)
     sides = {*value} if isinstance(value, list | tuple) else {value}
