@@ -339,7 +339,7 @@ def test_splits_are_no_classes(tmp_path, splits):
         write_folders(tmp_path / split, WNIDS)
     if len(splits) == 3:
         (tmp_path / "annotations").mkdir()
-    named = f"holds .*{splits[0]}.*, which are splits, not classes: give one, such as {tmp_path}/"
+    named = rf"holds splits, not classes \(.*{splits[0]}.*\): give one, such as {tmp_path}/"
     for layout in ("folder", "imagenet"):
         with pytest.raises(ValueError, match=named):
             data.open_source(layout, tmp_path, PREPROCESS)
