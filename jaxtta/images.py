@@ -100,6 +100,8 @@ def to_rgb(image: Image.Image, raw: bool = False) -> Image.Image:
         if key is not None and not raw:
             grey[np.asarray(image) == key] = 255
         return Image.fromarray(grey).convert("RGB")
+    if image.mode == "L" and _tag(image, _SAMPLES) == _SIGNED:  # Pillow reads -1 as 255
+        raise ValueError("has signed values of 8 bits")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         alpha = image.getchannel("A").getextrema()
@@ -113,8 +115,7 @@ def to_rgb(image: Image.Image, raw: bool = False) -> Image.Image:
 
 def _eight_bits(image: Image.Image) -> np.ndarray:
     """A deep grey image as (height, width) uint8."""
-    values, tags = np.asarray(image), getattr(image, "tag_v2", {})
-    bits, samples = (tags.get(tag, (0,))[0] for tag in (_BITS, _SAMPLES))
+    values, bits, samples = np.asarray(image), _tag(image, _BITS), _tag(image, _SAMPLES)
     if image.mode == "I" and bits == 32 and samples != _SIGNED:
         values = values.view(np.uint32)  # Pillow has no mode for them
     if not np.isfinite(values).all():
@@ -135,7 +136,13 @@ def _eight_bits(image: Image.Image) -> np.ndarray:
             f"values run from {low:g} to {high:g}, expected 0 to {' or '.join(map(str, ranges))}"
         )
     grey = (np.clip(values / peak, 0, 1) * 255).round().astype(np.uint8)
-    return 255 - grey if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO else grey
+    return 255 - grey if _tag(image, _PHOTOMETRIC) == _WHITE_IS_ZERO else grey
+
+
+def _tag(image: Image.Image, tag: int) -> int | None:
+    """A TIFF's tag, of its first band; None if it has none."""
+    value = getattr(image, "tag_v2", {}).get(tag)
+    return value[0] if isinstance(value, tuple) else value
 
 
 def printable(text: object) -> str:

@@ -126,6 +126,13 @@ def test_values_without_a_known_range_are_refused(values, message):
         Preprocessing(14, 14, (14, 14)).rgb(Image.fromarray(values))
 
 
+def test_signed_values_of_8_bits_are_not_read_as_unsigned():
+    values = GREY // 2
+    with pytest.raises(images.UnreadableImageError, match="has signed values of 8 bits"):
+        opened(tiff(values.astype(np.int8), 8, 2))
+    np.testing.assert_array_equal(np.asarray(opened(tiff(values, 8, 1)))[..., 0], values)
+
+
 def test_rounding_of_floats_is_no_range_of_its_own():
     values = (GREY.astype(np.float32) / 255) * np.float32(1.0000002)
     np.testing.assert_array_equal(np.asarray(images.to_rgb(Image.fromarray(values)))[..., 0], GREY)

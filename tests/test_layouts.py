@@ -339,7 +339,7 @@ def test_splits_are_no_classes(tmp_path, splits):
         write_folders(tmp_path / split, WNIDS)
     if len(splits) == 3:
         (tmp_path / "annotations").mkdir()
-    named = f"holds .*{splits[0]}.*, which are splits, not classes: give one, such as {tmp_path}/"
+    named = rf"holds splits, not classes \(.*{splits[0]}.*\): give one, such as {tmp_path}/"
     for layout in ("folder", "imagenet"):
         with pytest.raises(ValueError, match=named):
             data.open_source(layout, tmp_path, PREPROCESS)
@@ -404,12 +404,16 @@ def test_numbers_are_no_class_names(tmp_path, layout):
         data.open_source(layout, tmp_path, PREPROCESS)
     source = data.open_source(layout, tmp_path, PREPROCESS, ["three", "cat", "dog"])
     assert source.class_names == ("three", "cat", "dog")
+    (root / "3").rename(root / "0.5")
+    with pytest.raises(ValueError, match=r"class folder 0\.5 is a number: set the class names"):
+        data.open_source(layout, tmp_path, PREPROCESS)
 
 
 def test_numbers_in_prompts_are_said_wherever_they_come_from(embedded, caplog):
     model = embedded[0]
     for names, templates, said in (
         (("3", "class_4", "n01440764", "cat"), ("a photo of a {}.",), 3),
+        (("3", "0.5", "-1"), ("a photo of a {}.",), 3),
         (("3", "4"), (tasks.MNIST,), 0),
         (("three", "boeing 707", "707-320"), ("a photo of a {}.",), 0),
     ):

@@ -336,7 +336,7 @@ def require_meaning(names: Sequence[str], folders: Sequence[str] = ()) -> None:
                 "ImageNet's, or set the class names"
             )
     for folder in folders:
-        if re.fullmatch("[0-9]+", folder):
+        if re.fullmatch(r"-?\d+([.,]\d+)?", folder):
             raise ValueError(f"class folder {folder} is a number: set the class names")
         if folder != printable(folder):
             raise ValueError(

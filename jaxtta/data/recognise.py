@@ -85,7 +85,7 @@ def refuse_other_layouts(root: Path, folders: Sequence[Path]) -> None:
     if splits and len(splits) >= min(2, len(folders)):
         names = " and ".join(folder.name for folder in splits)
         raise ValueError(
-            f"{root}: holds {names}, which are splits, not classes: give one, such as {splits[-1]}"
+            f"{root}: holds splits, not classes ({names}): give one, such as {splits[-1]}"
         )
     if _is_corruption(root):
         raise ValueError(

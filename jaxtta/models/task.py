@@ -271,7 +271,11 @@ def _report_numbers(names: Sequence[str], templates: Sequence[str]) -> None:
     """Log names that say nothing about a class: 3, class 3, n01440764."""
     if any("number" in template or "digit" in template for template in templates):
         return
-    empty = [name for name in names if re.fullmatch(r"(class|label)?[ -]*\d+|n\d{8}", name.lower())]
+    empty = [
+        name
+        for name in names
+        if re.fullmatch(r"(class|label)?[ -]*\d+([.,]\d+)?|n\d{8}", name.lower())
+    ]
     if empty:
         prompt = templates[0].replace("{}", empty[0])
         log.warning("%d class names are numbers: %r means nothing to a model", len(empty), prompt)
