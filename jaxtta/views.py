@@ -138,7 +138,7 @@ def plain(
     elif isinstance(resize, tuple):
         resized = jnp.array(resize, jnp.float32)
     elif resize_longer:
-        resized = jnp.round(resize * size / size.max())
+        resized = jnp.maximum(jnp.round(resize * size / size.max()), 1)
     else:  # as PIL-based preprocessing rounds: the longer side down
         resized = jnp.floor(resize * size / size.min() + 1e-4)
 

@@ -282,6 +282,7 @@ def test_bad_checkpoints_are_refused_in_one_sentence(folder, spoil, error, messa
 @pytest.mark.parametrize(
     ("path", "message"),
     [
+        ("~nobody/x/y", "nor a model's id .OWNER/NAME. on the Hugging Face Hub$"),
         ("no/such/folder", "nor a model's id .OWNER/NAME. on the Hugging Face Hub$"),
         ("nobody/nothing", "HF_HUB_OFFLINE is set, so that the hub is not asked; unset it, or"),
         ("hf-hub:laion/CLIP-ViT-B-32", "; give laion/CLIP-ViT-B-32$"),
@@ -468,6 +469,12 @@ def test_links_that_lead_nowhere_are_named(folder, name):
 def test_a_path_that_is_none(tiny):
     with pytest.raises(TypeError, match=r"path_or_hub_id is \('ViT-B-32', 'openai'\), expected"):
         models.load(("ViT-B-32", "openai"))
+
+
+def test_only_clip_is_saved(tmp_path, tiny):
+    classifier = models.ImageClassifier(tiny[0].vision, ("a", "b"), tiny[0].preprocessing)
+    with pytest.raises(TypeError, match="model is a ImageClassifier, only CLIP and SigLIP"):
+        models.save(tmp_path, classifier, tiny[1])
 
 
 def test_saving_over_the_models_own_folder(embedded, tmp_path):

@@ -249,6 +249,11 @@ def test_longer_side_with_a_fill():
     assert (np.delete(pixels, inside, 0) == 7).all()
 
 
+def test_a_thin_image_keeps_a_pixel():
+    longest = Preprocessing(48, 48, (48, 48), resize_longer=True)
+    assert longest(Image.new("RGB", (1, 500), "white")).max() == 255
+
+
 @pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "P", "CMYK", "1", "YCbCr"])
 def test_other_modes_become_rgb_as_in_transformers(mode):
     converted = image(60, 50).convert(mode)

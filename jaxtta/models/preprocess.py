@@ -93,7 +93,7 @@ class Preprocessing(NamedTuple):
         side = cast(int, self.resize)
         if self.resize_longer:  # rounded as OpenCLIP does, which alone has this
             ratio = max(size) / side
-            return round(width / ratio), round(height / ratio)
+            return max(1, round(width / ratio)), max(1, round(height / ratio))
         if width <= height:  # both libraries round the longer side down
             return side, int(side * height / width)
         return int(side * width / height), side

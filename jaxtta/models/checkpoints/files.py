@@ -141,7 +141,9 @@ def find_folder(path_or_hub_id: str | Path, revision: str | None = None) -> Path
         raise TypeError(
             f"path_or_hub_id is {path_or_hub_id!r}, expected a folder or the id of a hub's model"
         )
-    path = Path(path_or_hub_id).expanduser()
+    path = Path(path_or_hub_id)
+    with contextlib.suppress(RuntimeError):  # there is no such user
+        path = path.expanduser()
     if path.is_dir():
         _refuse_adapter(path)
         _refuse_broken_links(path)

@@ -27,9 +27,12 @@ def save(folder: str | Path, model: CLIP, params: Params) -> None:
         params: the parameter tree.
 
     Raises:
+        TypeError: if the model is a supervised classifier, or none.
         ValueError: if the model is neither transformers' CLIP nor its SigLIP, as with a ResNet, or
             the image processor cannot do the model's preprocessing.
     """
+    if not isinstance(model, CLIP):
+        raise TypeError(f"model is a {type(model).__name__}, only CLIP and SigLIP can be saved")
     try:
         writer = _writer(model)
         settings = processor_settings(model.preprocessing)
