@@ -126,7 +126,7 @@ def images_and_mask(batch: Any) -> tuple[Array, Array]:
         ValueError: as `require_images`.
     """
     if hasattr(batch, "images"):  # a stream's batch has labels too
-        batch = Batch(batch.images, batch.mask, None)
+        batch = Batch(batch.images, batch.mask, np.arange(len(batch.images)))
     batch = as_batch(batch)  # its padding may have been anything
     require_images(batch.images)
     return batch.images, batch.mask
