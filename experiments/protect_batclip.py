@@ -134,6 +134,8 @@ def main(options: Options) -> None:
             if not any(row[:2] == (corruption, seed) for row in rows):
                 rows += measure(options, model, params, task, source, corruption, seed)
                 io.write_json(saved, rows)
+    about = evaluate.about(model, data=options.data, model=options.model)
+    io.write_json(options.output / "about.json", about)
     write_results(options, [row for row in rows if row.seed in options.seeds])
 
 

@@ -377,6 +377,9 @@ def test_trained_results_are_of_their_images(run_script, images, short, tmp_path
     assert code == 1
     assert "was made from other images" in err
     assert run_script(script, *options, "--workers", "1", "--trust-data")[0] == 0
+    told = [json.loads(file.read_text()) for file in (tmp_path / "out").rglob("*.json")]
+    about, *_ = (each.get("about", each) for each in told if "'date'" in str(each))
+    assert {"command", "date", "preprocessing"} <= about.keys()
 
 
 def test_images_that_are_read_otherwise_are_others(images):
