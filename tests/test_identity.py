@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -392,3 +393,14 @@ def test_a_domain_that_is_not_there_is_one_sentence(tmp_path):
     source = imagenet_c(tmp_path)
     with pytest.raises(ValueError, match="unknown corruption 'rain'"):
         source.contents([data.Domain("rain", 5)])
+
+
+def test_any_field_of_a_model_is_told_apart():
+    @dataclasses.dataclass
+    class Model:
+        field: object
+
+    values = ({"a": 1}, {"a": 2}, np.zeros(2), np.ones(2), np.float32(1), np.sin, np.exp, np.int8)
+    values += (json.dumps, json.loads, jax.nn.gelu, jax.nn.relu, (1, 2), None)
+    told = [json.dumps(evaluate.model_settings(Model(value))) for value in values]
+    assert len(set(told)) == len(values)
