@@ -184,9 +184,14 @@ def measure(
             optimizer = optax.chain(optimizer, project_out(kept))
         adapter = jaxtta.adapters.batclip(model, task, optimizer=optimizer)
         state, step, right = adapter.init(params), jax.jit(adapter.step, donate_argnums=1), []
-        for batch in tqdm(stream, desc=f"{corruption}, {rank} directions", leave=False):
+        doing = f"{corruption}, {rank} directions"
+        bar = tqdm(stream, desc=f"{doing}: compiling batclip", leave=False)
+        for batch in bar:
             state, prediction = step(params, state, Batch(batch.images, batch.mask, batch.index))
             right.append(answered(prediction.logits, batch))
+            if len(right) == 1:
+                bar.unpause()  # the time to compile says nothing of the time left
+                bar.set_description(doing)
         rows.append(Row(corruption, seed, rank, share(right), accuracy(state.adapted, clean)))
     return rows
 
