@@ -294,7 +294,9 @@ class Told:
         return np.full((4, 4, 3), number, np.uint8)
 
     def run(self, folder, **options):
-        adapter = Adapter(lambda *_: {}, lambda p, s, b: (s, Prediction(b.images[:, 0, 0, :2], {})))
+        adapter = Adapter(
+            lambda *_: {}, lambda p, s, b: (s, Prediction(b.images[:, 0, 0, :2] / 255, {}))
+        )
         streams = data.make_streams("reset_each_shift", ("fog",), (5,), self.labels)
         batches, results = data.Batches(self, tuple(streams), 2), evaluate.Results(folder, {})
         with pytest.raises(KeyboardInterrupt) if self.fatal else contextlib.nullcontext():
