@@ -134,6 +134,8 @@ def main(options: Options) -> None:
             if not any(row[:2] == (corruption, seed) for row in rows):
                 rows += measure(options, model, params, task, source, corruption, seed)
                 io.write_json(saved, rows)
+    about = evaluate.about(model, data=options.data, model=options.model)
+    io.write_json(options.output / "about.json", about)
     write_results(options, [row for row in rows if row.seed in options.seeds])
 
 
@@ -182,9 +184,14 @@ def measure(
             optimizer = optax.chain(optimizer, project_out(kept))
         adapter = jaxtta.adapters.batclip(model, task, optimizer=optimizer)
         state, step, right = adapter.init(params), jax.jit(adapter.step, donate_argnums=1), []
-        for batch in tqdm(stream, desc=f"{corruption}, {rank} directions", leave=False):
+        doing = f"{corruption}, {rank} directions"
+        bar = tqdm(stream, desc=f"{doing}: compiling batclip", leave=False)
+        for batch in bar:
             state, prediction = step(params, state, Batch(batch.images, batch.mask, batch.index))
             right.append(answered(prediction.logits, batch))
+            if len(right) == 1:
+                bar.unpause()  # the time to compile says nothing of the time left
+                bar.set_description(doing)
         rows.append(Row(corruption, seed, rank, share(right), accuracy(state.adapted, clean)))
     return rows
 

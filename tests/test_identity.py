@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -293,7 +294,9 @@ class Told:
         return np.full((4, 4, 3), number, np.uint8)
 
     def run(self, folder, **options):
-        adapter = Adapter(lambda *_: {}, lambda p, s, b: (s, Prediction(b.images[:, 0, 0, :2], {})))
+        adapter = Adapter(
+            lambda *_: {}, lambda p, s, b: (s, Prediction(b.images[:, 0, 0, :2] / 255, {}))
+        )
         streams = data.make_streams("reset_each_shift", ("fog",), (5,), self.labels)
         batches, results = data.Batches(self, tuple(streams), 2), evaluate.Results(folder, {})
         with pytest.raises(KeyboardInterrupt) if self.fatal else contextlib.nullcontext():
@@ -377,6 +380,9 @@ def test_trained_results_are_of_their_images(run_script, images, short, tmp_path
     assert code == 1
     assert "was made from other images" in err
     assert run_script(script, *options, "--workers", "1", "--trust-data")[0] == 0
+    told = [json.loads(file.read_text()) for file in (tmp_path / "out").rglob("*.json")]
+    about, *_ = (each.get("about", each) for each in told if "'date'" in str(each))
+    assert {"command", "date", "preprocessing"} <= about.keys()
 
 
 def test_images_that_are_read_otherwise_are_others(images):
@@ -389,3 +395,14 @@ def test_a_domain_that_is_not_there_is_one_sentence(tmp_path):
     source = imagenet_c(tmp_path)
     with pytest.raises(ValueError, match="unknown corruption 'rain'"):
         source.contents([data.Domain("rain", 5)])
+
+
+def test_any_field_of_a_model_is_told_apart():
+    @dataclasses.dataclass
+    class Model:
+        field: object
+
+    values = ({"a": 1}, {"a": 2}, np.zeros(2), np.ones(2), np.float32(1), np.sin, np.exp, np.int8)
+    values += (json.dumps, json.loads, jax.nn.gelu, jax.nn.relu, (1, 2), None)
+    told = [json.dumps(evaluate.model_settings(Model(value))) for value in values]
+    assert len(set(told)) == len(values)

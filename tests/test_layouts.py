@@ -534,6 +534,10 @@ def test_a_prepared_tensorflow_dataset_is_read_without_tensorflow():
     assert source.name(CLEAN, 3) == "tiny_pictures:1.0.0 test image 3"
 
 
+def test_splits_of_a_dataset_are_told_apart():
+    assert prepared().content() == prepared().content() != prepared("test[:50%]").content()
+
+
 def test_tensorflow_datasets_own_mock_data():
     """Its features and random images, encoded here: by itself it needs TensorFlow for that."""
     tfds = pytest.importorskip("tensorflow_datasets")

@@ -506,7 +506,7 @@ class Trainer:
             "last": metrics.last(matrix),
             "average": metrics.average(matrix),
             "settings": settings,
-            "about": about(**self.bench.notes),
+            "about": about(self.bench.model, **self.bench.notes),
         }
         write_json(self.bench.output / method / f"seed{self.seed}" / "result.json", found)
         return found

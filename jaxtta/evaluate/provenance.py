@@ -8,6 +8,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtta.data import Source
+from jaxtta.data.content import digest_array
 from jaxtta.data.memory import Part
 from jaxtta.models import Params, Task, describe_preprocessing
 
@@ -72,21 +74,26 @@ def model_settings(model: Any) -> Any:
         model: any classifier; dataclasses and named tuples are listed by field.
 
     Returns:
-        Nested dicts; of another object its class.
+        Nested dicts; of an array its digest, of a function its name, of another object its class.
     """
     if dataclasses.is_dataclass(model) and not isinstance(model, type):
         fields = {field.name: getattr(model, field.name) for field in dataclasses.fields(model)}
     elif names := getattr(model, "_fields", None):  # a named tuple
         fields = {name: getattr(model, name) for name in names}
+    elif isinstance(model, Mapping):
+        return {str(name): model_settings(value) for name, value in model.items()}
     elif isinstance(model, list | tuple):
         return [model_settings(value) for value in model]
     elif model is None or isinstance(model, str | int | float):
         return model
+    elif isinstance(model, np.ndarray | np.generic | jax.Array):
+        return digest_array(np.asarray(model))
     else:
         try:
             return jnp.dtype(model).name
         except TypeError:
-            return f"{type(model).__module__}.{type(model).__qualname__}"
+            kind = model if hasattr(model, "__qualname__") else type(model)  # a function: its name
+            return f"{kind.__module__}.{kind.__qualname__}"
     # Flax adds parent and name to the fields of its modules.
     left_out = {*_NO_MATTER, *(("parent", "name") if hasattr(model, "parent") else ())}
     return {name: model_settings(x) for name, x in fields.items() if name not in left_out}
