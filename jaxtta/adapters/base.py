@@ -11,7 +11,7 @@ from jax.core import Tracer
 
 from jaxtta import tree
 from jaxtta.models import Batch
-from jaxtta.models.classifier import out_of_range
+from jaxtta.models.checks import out_of_range
 
 log = logging.getLogger(__name__)
 Array = jax.Array

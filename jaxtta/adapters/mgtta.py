@@ -25,7 +25,7 @@ from jaxtta.adapters.base import Adapter, Array, Metrics, Objective
 from jaxtta.adapters.online import online
 from jaxtta.losses import entropy, masked_mean
 from jaxtta.models import Batch, Classifier, FeatureStatistics, Task, context_of
-from jaxtta.models.classifier import require_model
+from jaxtta.models.checks import require_model
 from jaxtta.models.feature_statistics import require_statistics
 from jaxtta.tree import Trainable, normalisation_parameters
 

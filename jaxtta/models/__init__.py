@@ -4,6 +4,7 @@ from jaxtta.models.checkpoints.save import save
 from jaxtta.models.checkpoints.siglip import from_config as siglip_from_config
 from jaxtta.models.checkpoints.transformers import from_config
 from jaxtta.models.checkpoints.vit import from_config as classifier_from_config
+from jaxtta.models.checks import require_images
 from jaxtta.models.classifier import (
     Batch,
     Classifier,
@@ -11,7 +12,6 @@ from jaxtta.models.classifier import (
     Params,
     as_batch,
     context_of,
-    require_images,
     with_batch_norm_statistics,
 )
 from jaxtta.models.clip import CLIP, ImageFeatures, l2_normalize

@@ -17,7 +17,8 @@ from PIL import Image
 
 from jaxtta.models import prompts as packing
 from jaxtta.models.attention import attention
-from jaxtta.models.classifier import Batch, Outputs, Params, as_batch, require_pil
+from jaxtta.models.checks import require_pil
+from jaxtta.models.classifier import Batch, Outputs, Params, as_batch
 from jaxtta.models.preprocess import DEFAULTS, Preprocessing
 from jaxtta.models.prompts import Prompts
 from jaxtta.models.resnet import ResNet

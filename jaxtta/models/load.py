@@ -15,7 +15,8 @@ from jaxtta.models.checkpoints.files import (
     is_transformers,
     model_type,
 )
-from jaxtta.models.classifier import Params, require_dtype
+from jaxtta.models.checks import require_dtype
+from jaxtta.models.classifier import Params
 from jaxtta.models.clip import CLIP
 from jaxtta.models.preprocess import describe_preprocessing
 from jaxtta.models.supervised import ImageClassifier

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from jaxtta.models.classifier import Batch, Outputs, Params, as_batch, require_pil
+from jaxtta.models.checks import require_pil
+from jaxtta.models.classifier import Batch, Outputs, Params, as_batch
 from jaxtta.models.clip import normalize, part
 from jaxtta.models.preprocess import Preprocessing
 from jaxtta.models.vit import VisionOutput, VisionTransformer

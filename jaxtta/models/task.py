@@ -18,7 +18,7 @@ from jaxtta.models.checkpoints.files import (
     read_json,
     refuse_pointer,
 )
-from jaxtta.models.classifier import require_model
+from jaxtta.models.checks import require_model
 
 log = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ from jaxtta.adapters.tnt.config import TNT_PRESETS, TNTConfig, require_noise
 from jaxtta.adapters.tnt.optimize import TNTOutput, optimize_noise
 from jaxtta.augmix import augmix
 from jaxtta.models import Batch, Classifier, Task, as_batch, context_of
-from jaxtta.models.classifier import require_layout, require_model
+from jaxtta.models.checks import require_layout, require_model
 
 PIL_KERNELS = {2: "bilinear", 3: "bicubic"}
 """PIL's numbers of the kernels that views can be resized with."""
