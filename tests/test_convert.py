@@ -13,7 +13,7 @@ from test_openclip import all_shapes, random_weights, write_config
 
 from jaxtta import assets, models
 from jaxtta.cli.main import main
-from jaxtta.models.checkpoints.files import common_prefix
+from jaxtta.models.checkpoints.weights import common_prefix
 
 TINY = GOLDEN / "tiny-clip"
 OPEN_CLIP = GOLDEN / "openclip-vit-quickgelu"

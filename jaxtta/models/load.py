@@ -8,13 +8,8 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxtta.models.checkpoints import open_clip, siglip, transformers, vit
-from jaxtta.models.checkpoints.files import (
-    OPEN_CLIP_CONFIG,
-    WEIGHTS,
-    find_folder,
-    is_transformers,
-    model_type,
-)
+from jaxtta.models.checkpoints.files import OPEN_CLIP_CONFIG, WEIGHTS, is_transformers, model_type
+from jaxtta.models.checkpoints.find import find_folder
 from jaxtta.models.checks import require_dtype
 from jaxtta.models.classifier import Params
 from jaxtta.models.clip import CLIP

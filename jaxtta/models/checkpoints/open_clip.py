@@ -19,13 +19,11 @@ import jax
 from flax.traverse_util import flatten_dict
 from PIL import Image
 
-from jaxtta.models.checkpoints.files import (
-    OPEN_CLIP_CONFIG,
-    OPEN_CLIP_WEIGHTS,
+from jaxtta.models.checkpoints.files import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS, read_json
+from jaxtta.models.checkpoints.weights import (
     NamedArrays,
     drop_leading_axes,
     match_parameters,
-    read_json,
     read_weights,
     split_joint,
 )

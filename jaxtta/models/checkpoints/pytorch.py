@@ -28,8 +28,8 @@ from jaxtta.models.checkpoints.files import (
     read_json,
     refuse_pointer,
     shards_of,
-    without_prefix,
 )
+from jaxtta.models.checkpoints.weights import without_prefix
 from jaxtta.models.classifier import Params
 from jaxtta.models.preprocess import CLIP_MEAN, CLIP_STD
 

@@ -10,15 +10,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from jaxtta.models.checkpoints import transformers
-from jaxtta.models.checkpoints.files import (
-    WEIGHTS,
-    drop_leading_axes,
-    match_parameters,
-    naming,
-    read_config,
-    read_weights,
-    split_joint,
-)
+from jaxtta.models.checkpoints.files import WEIGHTS, naming, read_config
 from jaxtta.models.checkpoints.preprocessing import read_preprocessing
 from jaxtta.models.checkpoints.transformers import (
     architecture,
@@ -26,6 +18,12 @@ from jaxtta.models.checkpoints.transformers import (
     text_values,
     vision_tower,
     vision_values,
+)
+from jaxtta.models.checkpoints.weights import (
+    drop_leading_axes,
+    match_parameters,
+    read_weights,
+    split_joint,
 )
 from jaxtta.models.classifier import Params
 from jaxtta.models.clip import CLIP

@@ -8,14 +8,9 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from jaxtta.models.checkpoints.files import (
-    map_kernel,
-    match_parameters,
-    naming,
-    read_config,
-    read_weights,
-)
+from jaxtta.models.checkpoints.files import naming, read_config
 from jaxtta.models.checkpoints.preprocessing import read_preprocessing
+from jaxtta.models.checkpoints.weights import map_kernel, match_parameters, read_weights
 from jaxtta.models.classifier import Params
 from jaxtta.models.clip import CLIP
 from jaxtta.models.preprocess import Preprocessing

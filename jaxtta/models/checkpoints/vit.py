@@ -10,15 +10,10 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from PIL import Image
 
-from jaxtta.models.checkpoints.files import (
-    WEIGHTS,
-    match_parameters,
-    naming,
-    read_config,
-    read_weights,
-)
+from jaxtta.models.checkpoints.files import WEIGHTS, naming, read_config
 from jaxtta.models.checkpoints.preprocessing import read_preprocessing
 from jaxtta.models.checkpoints.transformers import square_side, vision_tower
+from jaxtta.models.checkpoints.weights import match_parameters, read_weights
 from jaxtta.models.classifier import Params
 from jaxtta.models.preprocess import HALF_MEAN, Preprocessing
 from jaxtta.models.supervised import ImageClassifier
