@@ -175,7 +175,14 @@ def _refuse_broken_links(folder: Path) -> None:
 
 
 def refuse_pickles(folder: Path) -> None:
-    """Say how to convert a folder's pickled weights, if it has any."""
+    """Say how to convert a folder's pickled weights, if it has any.
+
+    Args:
+        folder: the checkpoint's.
+
+    Raises:
+        ValueError: if there are some; it names the one to convert.
+    """
     pickled = [
         file
         for file in sorted(folder.iterdir())
