@@ -173,15 +173,20 @@ def run_script(monkeypatch, capsys):
 
     def run(name, *arguments):
         monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
-        try:
-            runpy.run_path(str(EXPERIMENTS / name), run_name="__main__")
-            code = 0
-        except SystemExit as leave:
-            code = leave.code or 0
-        out = capsys.readouterr()
-        return code, out.out, out.err
+        return outcome(lambda: runpy.run_path(str(EXPERIMENTS / name), run_name="__main__"), capsys)
 
     return run
+
+
+def outcome(main, capsys):
+    """Exit code, output and errors of a program in this process."""
+    code = 0
+    try:
+        main()
+    except SystemExit as leave:
+        code = leave.code or 0
+    out = capsys.readouterr()
+    return code, out.out, out.err
 
 
 def errors_in(text):

@@ -7,7 +7,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-from conftest import GOLDEN
+from conftest import GOLDEN, outcome
 from safetensors.numpy import load_file, save_file
 from test_openclip import all_shapes, random_weights, write_config
 
@@ -26,13 +26,7 @@ def command(monkeypatch, capsys):
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["jaxtta", *map(str, arguments)])
-        code = 0
-        try:
-            main()
-        except SystemExit as leave:
-            code = leave.code or 0
-        out = capsys.readouterr()
-        return code, out.out, out.err
+        return outcome(main, capsys)
 
     return run
 

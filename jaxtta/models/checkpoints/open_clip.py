@@ -158,22 +158,7 @@ class ConfigSection(NamedTuple):
 
 
 def load_folder(folder: Path, dtype: Any, compute_dtype: Any, remat: bool) -> tuple[CLIP, Params]:
-    """Load an OpenCLIP checkpoint; `jaxtta.load` calls this.
-
-    Args:
-        folder: with `open_clip_config.json` and `open_clip_model.safetensors`.
-        dtype: of the parameters.
-        compute_dtype: of the matrix products; None for that of the parameters.
-        remat: recompute each block's activations in the backward pass.
-
-    Returns:
-        The model and its parameter tree.
-
-    Raises:
-        FileNotFoundError: if there are no weights.
-        ValueError: if the configuration is not CLIP's, only pickled weights are there, or a
-            parameter is missing or has another shape.
-    """
+    """Load an OpenCLIP checkpoint; all as in `jaxtta.load`, which calls this."""
     model = from_config(folder / OPEN_CLIP_CONFIG, compute_dtype=compute_dtype, remat=remat)
     shapes = flatten_dict(jax.eval_shape(model.init, jax.random.key(0)))
     table = _RESNET_NAMES if isinstance(model.vision, ResNet) else _VIT_NAMES

@@ -4,16 +4,20 @@ Values are read as transformers 5 reads them: what is absent is the default of t
 of image processor. Operations that jaxtta has not are refused by name.
 """
 
+import dataclasses
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from PIL import Image
 
 from jaxtta.models.checkpoints.files import PREPROCESSING_FILES, read_json
+from jaxtta.models.clip import CLIP
 from jaxtta.models.preprocess import CLIP_MEAN, CLIP_STD, DEFAULTS, HALF_MEAN, Preprocessing
+from jaxtta.models.supervised import ImageClassifier
 
+M = TypeVar("M", CLIP, ImageClassifier)
 log = logging.getLogger(__name__)
 
 BILINEAR, BICUBIC = int(Image.Resampling.BILINEAR), int(Image.Resampling.BICUBIC)
@@ -88,6 +92,12 @@ def read_preprocessing(
         return _parse(path, config, default.image_size, kind), str(path)
     except (ValueError, TypeError, OverflowError) as error:
         raise ValueError(f"{path}: cannot be read as preprocessing settings ({error})") from error
+
+
+def with_preprocessing(model: M, folder: Path, kind: str = "CLIPImageProcessor") -> M:
+    """A model with the image processor of its folder; the rest is as in `read_preprocessing`."""
+    found, origin = read_preprocessing(folder, model.preprocessing, kind)
+    return dataclasses.replace(model, preprocessing=found, preprocessing_origin=origin)
 
 
 def _find(folder: Path) -> tuple[Path | None, dict[str, Any]]:

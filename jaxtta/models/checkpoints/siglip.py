@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict
 
 from jaxtta.models.checkpoints import transformers
 from jaxtta.models.checkpoints.files import WEIGHTS, naming, read_config
-from jaxtta.models.checkpoints.preprocessing import read_preprocessing
+from jaxtta.models.checkpoints.preprocessing import with_preprocessing
 from jaxtta.models.checkpoints.transformers import (
     architecture,
     square_side,
@@ -36,31 +36,14 @@ if TYPE_CHECKING:
 
 
 def load_folder(folder: Path, dtype: Any, compute_dtype: Any, remat: bool) -> tuple[CLIP, Params]:
-    """Load a SigLIP checkpoint of transformers; `jaxtta.load` calls this.
-
-    Args:
-        folder: with `config.json` and `model.safetensors` (single or sharded).
-        dtype: of the parameters.
-        compute_dtype: of the matrix products; None for that of the parameters.
-        remat: recompute each block's activations in the backward pass.
-
-    Returns:
-        The model and its parameter tree.
-
-    Raises:
-        FileNotFoundError: if a file is missing.
-        ValueError: if the configuration is not SigLIP's, or a parameter is missing or has another
-            shape.
-    """
+    """Load a SigLIP checkpoint of transformers; all as in `jaxtta.load`, which calls this."""
     from transformers import SiglipConfig
 
     config = read_config(folder, SiglipConfig)
     with naming(folder / "config.json"):
         model = from_config(config, compute_dtype=compute_dtype, remat=remat)
-    found, origin = read_preprocessing(folder, model.preprocessing, "SiglipImageProcessor")
-    model = dataclasses.replace(
-        model, preprocessing=found, preprocessing_origin=origin, source=str(folder)
-    )
+    model = with_preprocessing(model, folder, "SiglipImageProcessor")
+    model = dataclasses.replace(model, source=str(folder))
     weights, entries = read_weights(folder, _path, WEIGHTS[:2])
     shapes = flatten_dict(jax.eval_shape(model.init, jax.random.key(0)))
     entries = drop_leading_axes(split_joint(entries), shapes)

@@ -9,7 +9,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from jaxtta.models.checkpoints.files import naming, read_config
-from jaxtta.models.checkpoints.preprocessing import read_preprocessing
+from jaxtta.models.checkpoints.preprocessing import with_preprocessing
 from jaxtta.models.checkpoints.weights import map_kernel, match_parameters, read_weights
 from jaxtta.models.classifier import Params
 from jaxtta.models.clip import CLIP
@@ -23,32 +23,13 @@ if TYPE_CHECKING:  # transformers is imported where it is used: it brings PyTorc
 
 
 def load_folder(folder: Path, dtype: Any, compute_dtype: Any, remat: bool) -> tuple[CLIP, Params]:
-    """Load a CLIP checkpoint of transformers; `jaxtta.load` calls this.
-
-    Args:
-        folder: with `config.json`, and `model.safetensors` (single or sharded) or
-            `flax_model.msgpack`.
-        dtype: of the parameters.
-        compute_dtype: of the matrix products; None for that of the parameters.
-        remat: recompute each block's activations in the backward pass.
-
-    Returns:
-        The model and its parameter tree.
-
-    Raises:
-        FileNotFoundError: if a file is missing.
-        ValueError: if the configuration is not CLIP's, only pickled weights are there, or a
-            parameter is missing or has another shape.
-    """
+    """Load a CLIP checkpoint of transformers; all as in `jaxtta.load`, which calls this."""
     from transformers import CLIPConfig
 
     config = read_config(folder, CLIPConfig)
     with naming(folder / "config.json"):
         model = from_config(config, compute_dtype=compute_dtype, remat=remat)
-    preprocessing, origin = read_preprocessing(folder, model.preprocessing)
-    model = dataclasses.replace(
-        model, preprocessing=preprocessing, preprocessing_origin=origin, source=str(folder)
-    )
+    model = dataclasses.replace(with_preprocessing(model, folder), source=str(folder))
     shapes = flatten_dict(jax.eval_shape(model.init, jax.random.key(0)))
     names = {_torch_name(path): path for path in shapes}
     weights, entries = read_weights(folder, lambda name: names.get(name, tuple(name.split("."))))

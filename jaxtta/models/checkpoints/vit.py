@@ -1,6 +1,5 @@
 """Reading checkpoints of transformers' ViTForImageClassification."""
 
-import dataclasses
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -11,7 +10,7 @@ from flax.traverse_util import flatten_dict
 from PIL import Image
 
 from jaxtta.models.checkpoints.files import WEIGHTS, naming, read_config
-from jaxtta.models.checkpoints.preprocessing import read_preprocessing
+from jaxtta.models.checkpoints.preprocessing import with_preprocessing
 from jaxtta.models.checkpoints.transformers import square_side, vision_tower
 from jaxtta.models.checkpoints.weights import match_parameters, read_weights
 from jaxtta.models.classifier import Params
@@ -25,29 +24,13 @@ if TYPE_CHECKING:
 def load_folder(
     folder: Path, dtype: Any, compute_dtype: Any, remat: bool
 ) -> tuple[ImageClassifier, Params]:
-    """Load a ViTForImageClassification checkpoint; `jaxtta.load` calls this.
-
-    Args:
-        folder: with `config.json` and `model.safetensors` (single or sharded).
-        dtype: of the parameters.
-        compute_dtype: of the matrix products; None for that of the parameters.
-        remat: recompute each block's activations in the backward pass.
-
-    Returns:
-        The model and its parameter tree.
-
-    Raises:
-        FileNotFoundError: if a file is missing.
-        ValueError: if the configuration is not ViT's, or a parameter is missing or has another
-            shape.
-    """
+    """Load a ViTForImageClassification checkpoint; all as in `jaxtta.load`, which calls this."""
     from transformers import ViTConfig
 
     config = read_config(folder, ViTConfig)
     with naming(folder / "config.json"):
         model = from_config(config, compute_dtype=compute_dtype, remat=remat)
-    preprocessing, origin = read_preprocessing(folder, model.preprocessing, "ViTImageProcessor")
-    model = dataclasses.replace(model, preprocessing=preprocessing, preprocessing_origin=origin)
+    model = with_preprocessing(model, folder, "ViTImageProcessor")
     weights, entries = read_weights(folder, _path, WEIGHTS[:2])
     found = dict(entries)
     bias = found.pop((*_EMBEDDINGS, "patch_embedding", "bias"), None)
