@@ -40,6 +40,7 @@ from safetensors.numpy import load_file, save_file
 
 import jaxtta
 from jaxtta import models
+from jaxtta.cli import main as cli_main
 from jaxtta.models.resnet import ResNet, ResNetArchitecture
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -174,6 +175,17 @@ def run_script(monkeypatch, capsys):
     def run(name, *arguments):
         monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
         return outcome(lambda: runpy.run_path(str(EXPERIMENTS / name), run_name="__main__"), capsys)
+
+    return run
+
+
+@pytest.fixture
+def run_jaxtta(monkeypatch, capsys):
+    """Run a `jaxtta` command in this process; returns its exit code, output and errors."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["jaxtta", *map(str, arguments)])
+        return outcome(cli_main.main, capsys)
 
     return run
 
