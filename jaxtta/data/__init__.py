@@ -1,13 +1,13 @@
 """Datasets of images, benchmarks of corrupted ones, and streams of numpy batches."""
 
 from jaxtta.data.arrays import ArrayDataset as ArrayDataset
-from jaxtta.data.baselines import reference_points as reference_points
 from jaxtta.data.class_names import CIFAR10_CLASSES as CIFAR10_CLASSES
 from jaxtta.data.class_names import TEMPLATES as TEMPLATES
 from jaxtta.data.class_names import cifar100_classes as cifar100_classes
 from jaxtta.data.class_names import given_class_names as given_class_names
 from jaxtta.data.class_names import imagenet_classes as imagenet_classes
 from jaxtta.data.class_names import imagenet_templates as imagenet_templates
+from jaxtta.data.class_names import reference_points as reference_points
 from jaxtta.data.class_names import templates_for as templates_for
 from jaxtta.data.corruptions import CLEAN as CLEAN
 from jaxtta.data.corruptions import IMAGENET_C as IMAGENET_C

@@ -11,19 +11,13 @@ READ_UP_TO = 512 * 2**20
 
 
 def digest_files(files: Sequence[Path], read_up_to: int = READ_UP_TO) -> str:
-    """A digest of files that does not depend on their folder.
-
-    Args:
-        files: in a fixed order; missing ones count as such.
-        read_up_to: bytes; if the files have more together, their sizes and modification times stand
-            for their content.
-    """
+    """A digest of files in this order, wherever they lie; missing ones count as such."""
     stats = [file.stat() if file.exists() else None for file in files]
     whole = sum(stat.st_size for stat in stats if stat) <= read_up_to
     digest = hashlib.blake2b(digest_size=8)
     for file, stat in zip(files, stats, strict=True):
-        text = "missing" if stat is None else str(stat.st_size)
-        if stat is not None and not whole:
+        text = str(stat.st_size) if stat else "missing"
+        if stat and not whole:
             text += f" {stat.st_mtime_ns // 10**9}"  # copies keep whole seconds only
         digest.update(f"{file.name!r} {text}\n".encode())
         if whole and file.is_file():

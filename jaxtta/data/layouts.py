@@ -1,11 +1,8 @@
 """Loaders for the folder and file layouts of common datasets.
 
-Class names are the usual ones for CLIP; if only some of ImageNet's class folders are present, as in
-ImageNet-A and -R, only those classes are used.
-
-The layouts of benchmarks are read as their published results read them: images as they are stored,
-whatever their EXIF orientation or transparency. Own images (the layout "folder") are turned upright
-and laid over white.
+Class names are the usual ones for CLIP, of the classes that are present. Images of benchmarks are
+read as they are stored, as in published results, whatever their EXIF orientation or transparency;
+own images (the layout "folder") are turned upright and laid over white.
 """
 
 import dataclasses
@@ -27,8 +24,13 @@ from jaxtta.data.class_names import (
 )
 from jaxtta.data.corruptions import CLEAN
 from jaxtta.data.datasets import Benchmark, Dataset, Domain, Preprocess, corrupted
-from jaxtta.data.folders import ImageFolder, class_folders, image_folder, list_folders
-from jaxtta.data.imagenet_c import imagenet_c
+from jaxtta.data.folders import (
+    ImageFolder,
+    class_folders,
+    image_folder,
+    imagenet_c,
+    list_folders,
+)
 from jaxtta.data.tfds import open_tfds
 from jaxtta.images import printable
 from jaxtta.io import read_text

@@ -19,16 +19,13 @@ _SPLIT = re.compile(
     re.IGNORECASE,
 )
 _OTHERS = {
-    ".npy": "its .npy files are read with --layout cifar-c (five severities a file) or arrays",
-    ".npz": "an .npz file with images, labels and class_names is given by its own path",
-    ".tfrecord": "tensorflow-datasets are opened by name, with --layout tfds",
-    ".array_record": "tensorflow-datasets are opened by name, with --layout tfds",
-    ".parquet": "write the images of its .parquet files into class folders",
-    ".arrow": "write the images of its .arrow files into class folders",
-    ".tar": "unpack its .tar files into class folders",
-    ".zip": "unpack its .zip files",
-    ".tgz": "unpack its .tgz files",
-    ".gz": "unpack its .gz files",
+    (".npy",): "its .npy files are read with --layout cifar-c (five severities a file) or arrays",
+    (".npz",): "an .npz file with images, labels and class_names is given by its own path",
+    (".tfrecord", ".array_record", "dataset_info.json"): (
+        "tensorflow-datasets are opened by name, with --layout tfds"
+    ),
+    (".parquet", ".arrow"): "write the images of its {} files into class folders",
+    (".tar", ".zip", ".tgz", ".gz"): "unpack its {} files into class folders",
 }
 
 
@@ -83,12 +80,11 @@ def refuse_other_layouts(root: Path, folders: Sequence[Path]) -> None:
 def _is_corruption(folder: Path) -> bool:
     """Whether it is `<corruption>/<severity>/<class>/…`."""
     severities = _folders_alone(folder)
-    names = {path.name for path in severities}
-    if not names or names - {*map(str, range(1, SEVERITIES + 1))}:
+    if not {path.name for path in severities} <= {*map(str, range(1, SEVERITIES + 1))}:
         return False
-    classes = _folders_alone(severities[0])
+    classes = _folders_alone(severities[0]) if severities else []
     known = folder.name in (*IMAGENET_C, *IMAGENET_C_EXTRA)
-    return bool(classes) and (known or any(re.fullmatch(r"n\d{8}", c.name) for c in classes))
+    return any(known or re.fullmatch(r"n\d{8}", path.name) for path in classes)
 
 
 def _folders_alone(folder: Path) -> list[Path]:
@@ -105,11 +101,10 @@ def _folders_alone(folder: Path) -> list[Path]:
 def hints(root: Path, folders: Sequence[Path]) -> str:
     """What a folder without class folders may hold: the end of a message, from its semicolon."""
     names = [entry.name.lower() for place in (root, *folders) for entry in entries_of(place)]
-    if "dataset_info.json" in names:
-        names.append(".tfrecord")
     known = (
-        hint
-        for suffix, hint in _OTHERS.items()
+        hint.format(suffix)
+        for suffixes, hint in _OTHERS.items()
+        for suffix in suffixes
         if any(name.endswith(suffix) or f"{suffix}-" in name for name in names)  # also shards
     )
     found = [*known][:1]
