@@ -15,7 +15,17 @@ from PIL import Image
 import jaxtta
 from jaxtta import assets, evaluate, io
 
-QUICK = ("--workers", "0", "--limit", "20", "--batch-size", "10", "--corruptions", "fog", "clean")
+QUICK = (
+    "--workers",
+    "0",
+    "--max-images",
+    "20",
+    "--batch-size",
+    "10",
+    "--corruptions",
+    "fog",
+    "clean",
+)
 
 
 @pytest.mark.parametrize("script", sorted(p.name for p in EXPERIMENTS.glob("*.py")))
@@ -148,7 +158,9 @@ def test_the_papers_table_of_mgtta_on_a_supervised_vit(run_script, supervised, t
     assert code == 1
 
 
-def test_a_generator_for_both_towers_through_several_updates(run_script, short, tmp_path):
+def test_a_generator_for_both_towers_through_several_updates(
+    run_script, run_jaxtta, short, tmp_path
+):
     options = [
         *("--model", short, "--workers", "0"),
         *("--images", "12", "--held-out", "0", "--choose", "loss", "--source-images", "6"),
@@ -159,26 +171,22 @@ def test_a_generator_for_both_towers_through_several_updates(run_script, short, 
     assert code == 0
     assert "no held-out images" in out
     files = [f"--mgtta.{name} {tmp_path}/a/{name}.safetensors" for name in ("phi", "statistics")]
-    sweep_options = [
-        *QUICK[:-2],
-        "fog",
-        "--model",
-        short,
-        "--mgtta.tower",
-        "both",
-        *" ".join(files).split(),
-    ]
-    adapters = ("zero_shot", "mgtta", "mgtta@1e-2", "mgtta-sgd", "mgtta-adam@1e-2")
-    folder = tmp_path / "b"
-    code, out, _ = run_script(
-        "corruption_sweep.py", *sweep_options, "--adapters", *adapters, "--output", folder
+    options = [*QUICK[:-1], "--model", short, "--mgtta.tower", "both", *" ".join(files).split()]
+    adapters = (
+        "zero_shot",
+        "mgtta",
+        "mgtta:lr=1e-2",
+        "mgtta:optimizer=sgd",
+        "mgtta:optimizer=adam",
     )
+    folder = tmp_path / "b"
+    code, out, _ = run_jaxtta("sweep", *options, "--adapters", *adapters, "--output", folder)
     assert code == 0
-    losses = {name: cell_of(folder, name, "fog-1") for name in adapters}
-    assert losses["mgtta"]["settings"]["mgtta"]["tower"] == "both"
-    assert losses["mgtta@1e-2"]["settings"]["learning_rate"] == 1e-2
-    assert "phi" not in losses["mgtta-sgd"]["settings"]["mgtta"]
-    nll = [losses[name]["segments"][0]["nll"] for name in adapters]
+    found = {each.adapter: each for each in evaluate.load_predictions(folder)}
+    assert found["mgtta"].settings["adapter"]["tower"] == "both"
+    assert "0.01" in found["mgtta:lr=1e-2"].settings["adapter"]["optimizer"]
+    assert "phi" not in found["mgtta:optimizer=sgd"].settings["adapter"]
+    nll = [found[name].rows["nll"].mean() for name in adapters]
     assert len(set(nll)) == len(nll)  # every one did something else
 
 
