@@ -44,8 +44,10 @@ def run_script(
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # it may be closed or replaced
             stream.reconfigure(errors="backslashreplace")
-    parsed = tyro.cli(options, prog=prog, description=doc, args=arguments)
+    debug, once = False, (tyro.conf.FlagCreatePairsOff,)
     try:
+        parsed = tyro.cli(options, prog=prog, description=doc, args=arguments, config=once)
+        debug = getattr(parsed, "run", parsed).debug
         with _insistent_interrupts(), _notes_on_stderr():
             code = main(parsed)
         if sys.stdout is not None:
@@ -55,7 +57,7 @@ def run_script(
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         if isinstance(error, BrokenPipeError) and _output_is_closed():
             sys.exit(141)  # as the shell says for programs that this ends
-        if getattr(parsed, "run", parsed).debug:
+        if debug:
             raise
         sentence = str(error)
         if isinstance(error, OSError) and error.filename and error.strerror:
