@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import jax.numpy as jnp
 import tyro
 
-from jaxtta import assets, data, evaluate
+from jaxtta import assets, data, evaluate, report
 from jaxtta.adapters import TNTConfig
 from jaxtta.data.folders import class_folders
 from jaxtta.models import Classifier, Params, load
@@ -83,8 +83,8 @@ class DataOptions:
         layout: folder (clean images by class), imagenet, imagenet-c, cifar-c, arrays
             (<corruption>.npy and labels.npy), tfds or the name of another dataset; an unknown name
             lists all. Clean images are corrupted as they are read.
-        class_names: names for the prompts, in label order, or one .json or .txt file (default: those
-            of the layout; arrays have none).
+        class_names: names for the prompts in label order, or a .json or .txt file (default: those of
+            the layout; arrays have none).
         ids: use only the images of a list: a file with a CLASS_FOLDER/FILE a line, or
             imagenet-c-5000, RobustBench's.
         max_images: use at most so many images, sampled with the seed.
@@ -128,14 +128,6 @@ class StreamOptions:
     seeds: tuple[int, ...] = (1,)
     batch_size: int = 100
 
-    def check(self) -> None:
-        """Raise a ValueError for invalid options."""
-        evaluate.require_distinct(seeds=self.seeds)
-        for name in ("corruptions", "severities"):
-            if getattr(self, name):
-                evaluate.require_distinct(**{name: getattr(self, name)})
-        evaluate.require_at_least(seeds=(min(self.seeds), 0), batch_size=(self.batch_size, 1))
-
 
 @group
 class AdapterOptions:
@@ -156,6 +148,14 @@ class AdapterOptions:
     tnt: TNTConfig = TNTConfig()
     mgtta: evaluate.MGTTAConfig = evaluate.MGTTAConfig()
     canvas: int | None = None
+
+    def check(self, examples: int = 0) -> None:
+        """Raise a ValueError for invalid options, with so many `--save-examples`."""
+        evaluate.require_distinct(adapters=self.adapters)
+        evaluate.require_at_least(canvas=(self.canvas, 1), save_examples=(examples, 0))
+        specs = [evaluate.parse_adapter(text) for text in self.adapters]
+        if examples:
+            report.check_examples(specs, self.config)
 
     @property
     def config(self) -> evaluate.AdapterConfig:
@@ -204,15 +204,20 @@ class RunOptions:
     dry_run: bool = False
     debug: bool = False
 
-    def check(self) -> tuple[int, int]:
-        """Raise a ValueError for invalid options; return the shard's number and their count."""
-        evaluate.require_at_least(
-            workers=(self.workers, 0), checkpoint_every=(self.checkpoint_every, 1)
-        )
+    @property
+    def part(self) -> tuple[int, int]:
+        """The shard's number and their count."""
         number, slash, count = self.shard.partition("/")
         if not (slash and number.isdecimal() and count.isdecimal() and int(number) < int(count)):
             raise ValueError(f"--shard is {self.shard!r}, expected i/n with i below n")
         return int(number), int(count)
+
+    @property
+    def how(self) -> dict[str, Any]:
+        """Arguments of `evaluate.sweep`."""
+        every = self.checkpoint_every
+        evaluate.require_at_least(workers=(self.workers, 0), checkpoint_every=(every, 1))
+        return {"workers": self.workers, "checkpoint_every": every, "trust_data": self.trust_data}
 
 
 def class_names_of(given: Sequence[str], layout: str, root: str) -> tuple[str, ...]:
