@@ -33,11 +33,11 @@ from typing import Annotated, Any
 
 import numpy as np
 import tyro
+from jaxtta.data.memory import Part, every
 from matplotlib.figure import Figure
 
 import jaxtta
 from jaxtta import assets, cli, data, evaluate, io, report
-from jaxtta.data.memory import Part, every
 from jaxtta.data.tasks import ORDERS, TaskData, in_memory, open_task
 from jaxtta.evaluate.continual import FIGURES
 from jaxtta.models.preprocess import Preprocessing

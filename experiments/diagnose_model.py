@@ -49,6 +49,8 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtta.data.sources import read_labels
+from jaxtta.data.text import nfc, read_rows
 from tqdm import tqdm
 
 import jaxtta
@@ -57,8 +59,6 @@ from jaxtta.adapters import TNTConfig
 from jaxtta.data.folders import list_folders
 from jaxtta.data.layouts import require_meaning
 from jaxtta.data.recognise import entries_of, is_folder
-from jaxtta.data.sources import read_labels
-from jaxtta.data.text import nfc, read_rows
 from jaxtta.evaluate.figures import (
     Answers,
     Features,

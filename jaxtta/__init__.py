@@ -13,25 +13,31 @@ Use::
         state, prediction = step(params, state, images)
 """
 
-from jaxtta import (
-    adapters,
-    assets,
-    augmix,
-    continual,
-    data,
-    diagnose,
-    images,
-    io,
-    losses,
-    metrics,
-    models,
-    optim,
-    tree,
-    views,
-)
-from jaxtta.adapters import Adapter, Prediction, State
-from jaxtta.io import load_state, save_state
-from jaxtta.models import Batch, Classifier, Outputs, load, zero_shot_task
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jaxtta import (
+        adapters,
+        assets,
+        augmix,
+        continual,
+        data,
+        diagnose,
+        evaluate,
+        images,
+        io,
+        losses,
+        metrics,
+        models,
+        optim,
+        report,
+        tree,
+        views,
+    )
+    from jaxtta.adapters import Adapter, Prediction, State
+    from jaxtta.io import load_state, save_state
+    from jaxtta.models import Batch, Classifier, Outputs, load, zero_shot_task
 
 __all__ = [
     "Adapter",
@@ -46,6 +52,7 @@ __all__ = [
     "continual",
     "data",
     "diagnose",
+    "evaluate",
     "images",
     "io",
     "load",
@@ -54,9 +61,29 @@ __all__ = [
     "metrics",
     "models",
     "optim",
+    "report",
     "save_state",
     "tree",
     "views",
     "zero_shot_task",
 ]
 __version__ = "0.1.0"
+
+_FROM = {
+    **dict.fromkeys(("Adapter", "Prediction", "State"), "adapters"),
+    **dict.fromkeys(("load_state", "save_state"), "io"),
+    **dict.fromkeys(("Batch", "Classifier", "Outputs", "load", "zero_shot_task"), "models"),
+}
+"""Where each name that is no subpackage is from."""
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is used when it is used: the `jaxtta` command's list needs none of it."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(f"jaxtta.{_FROM.get(name, name)}")
+    return getattr(module, name) if name in _FROM else module
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -1,4 +1,4 @@
-"""Files: arrays with a JSON description in one safetensors file, states, and atomic writes.
+"""Files: arrays with a JSON description in one safetensors file, states, text, atomic writes.
 
     save_state("state.safetensors", state)
     state = load_state("state.safetensors", like=adapter.init(params))
@@ -11,6 +11,7 @@ import csv
 import io
 import json
 import os
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,68 @@ def write_csv(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
     writer.writeheader()
     writer.writerows(rows)
     write_text(path, file.getvalue())
+
+
+def nfc(text: str) -> str:
+    """Text in Unicode's composed form (NFC); macOS decomposes the names of files (NFD)."""
+    return unicodedata.normalize("NFC", text)
+
+
+def read_text(path: str | Path) -> str:
+    """Read a text file in UTF-8, with or without a byte-order mark.
+
+    Args:
+        path: the file.
+
+    Returns:
+        Its text; line ends are single line feeds, whatever the file has.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is in another encoding.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: is not UTF-8 text ({error.reason}), save it as UTF-8") from error
+
+
+def read_rows(path: str | Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, str]]]:
+    """Read a table in CSV, in UTF-8, separated by commas, semicolons or tabs.
+
+    Args:
+        path: the file, whose first line names the columns.
+        columns: those that it must have.
+
+    Yields:
+        The file's name with the line's number, and the text in each of these columns, for each line
+        that is not blank.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is not UTF-8, cannot be read as CSV, lacks a column, or a line has more
+            than the first.
+    """
+    lines = read_text(path).split("\n")
+    separator = max(",;\t", key=lines[0].count)
+    rows = csv.DictReader((f"{line}\n" for line in lines), delimiter=separator, restval="")
+    try:
+        if not set(columns) <= set(rows.fieldnames or ()):
+            raise ValueError(f"{path}: has no columns {' and '.join(columns)}")
+        for row in rows:
+            if any(row.pop(None, ())):  # the rest of a text that holds the separator
+                raise ValueError(
+                    f"{path}: line {rows.line_num} has more than {len(row)} columns; text with "
+                    f"{separator!r} needs quotes around it"
+                )
+            found = {column: row[column] for column in columns}
+            if any(map(str.strip, found.values())):  # spreadsheets leave blank lines at the end
+                yield f"{path}: line {rows.line_num}", found
+    except csv.Error as error:
+        raise ValueError(f"{path}: line {rows.line_num}: {error}") from error
 
 
 def save_arrays(

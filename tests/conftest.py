@@ -36,10 +36,12 @@ import numpy as np
 import pytest
 from flax import nnx
 from flax.traverse_util import flatten_dict
+from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 import jaxtta
 from jaxtta import models
+from jaxtta.cli import main as cli_main
 from jaxtta.models.resnet import ResNet, ResNetArchitecture
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -178,6 +180,17 @@ def run_script(monkeypatch, capsys):
     return run
 
 
+@pytest.fixture
+def run_jaxtta(monkeypatch, capsys):
+    """Run a `jaxtta` command in this process; returns its exit code, output and errors."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["jaxtta", *map(str, arguments)])
+        return outcome(cli_main.main, capsys)
+
+    return run
+
+
 def outcome(main, capsys):
     """Exit code, output and errors of a program in this process."""
     code = 0
@@ -193,6 +206,17 @@ def errors_in(text):
     """How many errors a script has printed; each is one line, the last."""
     assert text.splitlines()[-1].startswith("error: ")
     return text.count("error: ")
+
+
+def write_images(folder, per_class=4, names=None):
+    """Write some of the bundled images as files in class folders."""
+    bundled = jaxtta.data.open_dataset("folder", jaxtta.assets.IMAGES)
+    for name in names or bundled.class_names:
+        (folder / name).mkdir(parents=True)
+        numbers = np.flatnonzero(bundled.labels == bundled.class_names.index(name))
+        for place, number in enumerate(numbers[:per_class]):
+            Image.fromarray(bundled[number]).save(folder / name / f"{place:04}.png")
+    return folder
 
 
 def golden(name):

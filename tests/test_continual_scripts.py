@@ -9,11 +9,11 @@ import jax
 import numpy as np
 import pytest
 from conftest import EXPERIMENTS, GOLDEN, errors_in
+from jaxtta.data.memory import Arrays, InMemory, Part, every
 from PIL import Image
 
 import jaxtta
 from jaxtta import assets, data
-from jaxtta.data.memory import Arrays, InMemory, Part, every
 from jaxtta.data.tasks import in_memory
 from jaxtta.evaluate.continual import FIGURES, alignment, read
 from jaxtta.optim import project_out

@@ -14,12 +14,12 @@ import sys
 import jax
 import numpy as np
 import pytest
+from jaxtta.data.memory import Arrays, InMemory, Part
 from PIL import Image
 
 from jaxtta import assets, data, evaluate
 from jaxtta.adapters import Adapter, Prediction
 from jaxtta.data.content import digest_files
-from jaxtta.data.memory import Arrays, InMemory, Part
 from jaxtta.models import task_from_token_ids
 from jaxtta.models.preprocess import Preprocessing
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "jaxtta"
-FUNCTIONS = {"losses", "metrics", "tree", "views", "augmix", "io", "images"}
+FUNCTIONS = {"losses", "metrics", "bootstrap", "tree", "views", "augmix", "io", "images"}
 MODELS = FUNCTIONS | {"models", "optim", "assets"}
 METHODS = MODELS | {"adapters", "continual", "diagnose", "data"}
 MAY_IMPORT = {

@@ -1,6 +1,5 @@
-"""Helpers for command-line scripts."""
+"""The `jaxtta` command, and helpers for scripts."""
 
-from jaxtta.cli.class_names import class_names_of
 from jaxtta.cli.script import run_script
 
-__all__ = ["class_names_of", "run_script"]
+__all__ = ["run_script"]

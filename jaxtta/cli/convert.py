@@ -30,7 +30,7 @@ from jaxtta.models.checkpoints.pytorch import Activation, convert
 
 
 @dataclasses.dataclass(frozen=True)
-class Convert:
+class Options:
     """Make a folder that jaxtta.load reads of a PyTorch file of weights."""
 
     file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
@@ -49,7 +49,7 @@ class Convert:
     """Show tracebacks."""
 
 
-def run(options: Convert) -> None:
+def run(options: Options) -> None:
     """Convert, and say what came of it."""
     model, params = convert(
         options.file,

@@ -1,28 +1,45 @@
-"""Test-time adaptation of CLIP: `jaxtta COMMAND --help` explains a command."""
+"""Test-time adaptation of CLIP."""
 
+import importlib
 import sys
-from typing import Annotated, Any, Union
+from collections.abc import Sequence
 
-import tyro
-
-from jaxtta.cli import convert
 from jaxtta.cli.script import run_script
 
-COMMANDS = {"convert": (convert.Convert, convert.run, convert.__doc__)}
-"""By name: the options, what runs with them, and the help text."""
+COMMANDS = {
+    "classify": "Label images with zero-shot CLIP or any adapter.",
+    "sweep": "Measure adapters on corrupted images.",
+    "shifts": "Measure adapters on natural distribution shifts.",
+    "diagnose": "Diagnose models, or check a folder of your own images.",
+    "serve": "Label a stream of images with a model that adapts while it runs.",
+    "continual": "Train a model on one task after another.",
+    "pretrain-mgg": "Train MGTTA's generator of updates.",
+    "report": "Make a sweep's report again, or compare sweeps.",
+    "convert": "Convert a PyTorch file of weights to a folder that jaxtta loads.",
+}
+"""Each in the file of its name, with `Options`, `run` and the help text as docstring."""
 
 
-def main() -> None:
-    """Parse the command line, run the subcommand, and exit with a code (see `run_script`)."""
-    runs = {options: run for options, run, _ in COMMANDS.values()}
-    run_script(_options(), lambda options: runs[type(options)](options), __doc__)
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command, and exit with a code (see `run_script`).
+
+    Args:
+        arguments: the command and its options; None for those of this process.
+    """
+    name, *rest = (sys.argv[1:] if arguments is None else arguments) or ("--help",)
+    if name in ("-h", "--help"):
+        width = max(map(len, COMMANDS))
+        print(f"usage: jaxtta COMMAND …\n\n{__doc__}\n")
+        print("\n".join(f"  {command:<{width}}  {text}" for command, text in COMMANDS.items()))
+        print("\njaxtta COMMAND --help explains a command.")
+        return
+    if name not in COMMANDS:
+        print(f"unknown command {name!r}, expected one of {', '.join(COMMANDS)}", file=sys.stderr)
+        sys.exit(2)
+    # Commands are imported when they run: the list of them needs no JAX.
+    command = importlib.import_module(f"jaxtta.cli.{name.replace('-', '_')}")
+    run_script(command.Options, command.run, command.__doc__, rest, f"jaxtta {name}")
 
 
-def _options() -> Any:
-    chosen, kinds = sys.argv[1:2], []
-    for name, (options, _, doc) in COMMANDS.items():
-        # The list of commands shows one line of each.
-        text = doc if chosen == [name] else (doc or "").partition("\n")[0]
-        kinds.append(Annotated[options, tyro.conf.subcommand(name, description=text)])
-    # tyro makes subcommands of two kinds and more.
-    return Union[(*kinds, Annotated[None, tyro.conf.Suppress])]
+if __name__ == "__main__":
+    main()

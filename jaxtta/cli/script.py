@@ -8,45 +8,46 @@ import select
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
-import tyro
-
-
-class HasDebug(Protocol):
-    """Options with a `debug` field."""
-
-    @property
-    def debug(self) -> bool:
-        """Whether to show the traceback of an error."""
-        ...
-
-
-Options = TypeVar("Options", bound=HasDebug)
+Options = TypeVar("Options")
 
 _INSIST = 5.0  # seconds; longer than a stopped script needs to write its files
 
 
-def run_script(options: type[Options], main: Callable[[Options], Any], doc: str | None) -> None:
+def run_script(
+    options: type[Options],
+    main: Callable[[Options], Any],
+    doc: str | None,
+    arguments: Sequence[str] | None = None,
+    prog: str | None = None,
+) -> None:
     """Parse the command line, run, and exit with a code.
 
     The codes are 0, 1 for an error, 2 for options that cannot be parsed, 130 for Ctrl-C and 141 if
     nobody reads the output any more (`| head`), or what `main` returns. Invalid input gives a
-    one-line error; a traceback is shown only with `options.debug` or for unexpected errors. What
-    the output's encoding lacks, such as file names that are not UTF-8, is printed escaped.
+    one-line error; a traceback is shown only with `--debug` or for unexpected errors. What the
+    output's encoding lacks, such as file names that are not UTF-8, is printed escaped.
 
     Args:
-        options: a dataclass with a `debug` field; its attribute docstrings are the help text.
+        options: a dataclass with a field `debug`, or one of `RunOptions` named `run`; its attribute
+            docstrings are the help text.
         main: does the work; returns None or the exit code.
         doc: the script's docstring, shown above the options.
+        arguments: the command line; None for that of this process.
+        prog: the program's name in the help text.
     """
+    import tyro  # here, since the list of commands needs none
+
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # it may be closed or replaced
             stream.reconfigure(errors="backslashreplace")
-    parsed = tyro.cli(options, description=doc)
+    debug, once = False, (tyro.conf.FlagCreatePairsOff,)
     try:
+        parsed = tyro.cli(options, prog=prog, description=doc, args=arguments, config=once)
+        debug = getattr(parsed, "run", parsed).debug
         with _insistent_interrupts(), _notes_on_stderr():
             code = main(parsed)
         if sys.stdout is not None:
@@ -56,7 +57,7 @@ def run_script(options: type[Options], main: Callable[[Options], Any], doc: str 
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         if isinstance(error, BrokenPipeError) and _output_is_closed():
             sys.exit(141)  # as the shell says for programs that this ends
-        if parsed.debug:
+        if debug:
             raise
         sentence = str(error)
         if isinstance(error, OSError) and error.filename and error.strerror:

@@ -1,109 +1,49 @@
-"""Images in folders and arrays, corruptions, and streams of numpy batches."""
+"""Datasets of images, benchmarks of corrupted ones, and streams of numpy batches."""
 
-from jaxtta.data.baselines import reference_points
-from jaxtta.data.class_names import (
-    CIFAR10_CLASSES,
-    TEMPLATES,
-    cifar100_classes,
-    imagenet_classes,
-    imagenet_templates,
-    templates_for,
-)
-from jaxtta.data.corruptions import CLEAN, COMMON, VALIDATION, corrupt
-from jaxtta.data.folders import (
-    ImageFolder,
-    captioned_folder,
-    image_folder,
-    list_images,
-)
-from jaxtta.data.layouts import (
-    LAYOUTS,
-    fgvc_aircraft,
-    imagenet,
-    imagenet_v2,
-    listed_split,
-    objectnet,
-    open_source,
-)
-from jaxtta.data.memory import listed_part
-from jaxtta.data.sources import (
-    CorruptedArrays,
-    CorruptedFolders,
-    CorruptedOnTheFly,
-    Domain,
-    Images,
-    Named,
-    Source,
-    contents_of,
-    corrupted_arrays,
-    corrupted_folders,
-)
-from jaxtta.data.streams import (
-    ORDERS,
-    SETTINGS,
-    Batches,
-    Stream,
-    StreamBatch,
-    arrange,
-    canvas_for,
-    make_streams,
-    on_canvas,
-    read_ahead,
-    stream_of,
-)
-from jaxtta.data.text import given_class_names, read_class_names
-from jaxtta.data.tfds import TfdsImages, tfds_images
-from jaxtta.images import UnreadableImageError, open_image
-
-__all__ = [
-    "CIFAR10_CLASSES",
-    "CLEAN",
-    "COMMON",
-    "LAYOUTS",
-    "ORDERS",
-    "SETTINGS",
-    "TEMPLATES",
-    "VALIDATION",
-    "Batches",
-    "CorruptedArrays",
-    "CorruptedFolders",
-    "CorruptedOnTheFly",
-    "Domain",
-    "ImageFolder",
-    "Images",
-    "Named",
-    "Source",
-    "Stream",
-    "StreamBatch",
-    "TfdsImages",
-    "UnreadableImageError",
-    "arrange",
-    "canvas_for",
-    "captioned_folder",
-    "cifar100_classes",
-    "contents_of",
-    "corrupt",
-    "corrupted_arrays",
-    "corrupted_folders",
-    "fgvc_aircraft",
-    "given_class_names",
-    "image_folder",
-    "imagenet",
-    "imagenet_classes",
-    "imagenet_templates",
-    "imagenet_v2",
-    "list_images",
-    "listed_part",
-    "listed_split",
-    "make_streams",
-    "objectnet",
-    "on_canvas",
-    "open_image",
-    "open_source",
-    "read_ahead",
-    "read_class_names",
-    "reference_points",
-    "stream_of",
-    "templates_for",
-    "tfds_images",
-]
+from jaxtta.data.arrays import ArrayDataset as ArrayDataset
+from jaxtta.data.baselines import reference_points as reference_points
+from jaxtta.data.class_names import CIFAR10_CLASSES as CIFAR10_CLASSES
+from jaxtta.data.class_names import TEMPLATES as TEMPLATES
+from jaxtta.data.class_names import cifar100_classes as cifar100_classes
+from jaxtta.data.class_names import given_class_names as given_class_names
+from jaxtta.data.class_names import imagenet_classes as imagenet_classes
+from jaxtta.data.class_names import imagenet_templates as imagenet_templates
+from jaxtta.data.class_names import templates_for as templates_for
+from jaxtta.data.corruptions import CLEAN as CLEAN
+from jaxtta.data.corruptions import IMAGENET_C as IMAGENET_C
+from jaxtta.data.corruptions import IMAGENET_C_EXTRA as IMAGENET_C_EXTRA
+from jaxtta.data.corruptions import corrupt as corrupt
+from jaxtta.data.datasets import Benchmark as Benchmark
+from jaxtta.data.datasets import Corrupted as Corrupted
+from jaxtta.data.datasets import Dataset as Dataset
+from jaxtta.data.datasets import Domain as Domain
+from jaxtta.data.datasets import Subset as Subset
+from jaxtta.data.datasets import class_names_of as class_names_of
+from jaxtta.data.datasets import content_of as content_of
+from jaxtta.data.datasets import corrupted as corrupted
+from jaxtta.data.datasets import labels_of as labels_of
+from jaxtta.data.datasets import listed_subset as listed_subset
+from jaxtta.data.datasets import name_of as name_of
+from jaxtta.data.datasets import select as select
+from jaxtta.data.datasets import subset as subset
+from jaxtta.data.folders import ImageFolder as ImageFolder
+from jaxtta.data.folders import captioned_folder as captioned_folder
+from jaxtta.data.folders import image_folder as image_folder
+from jaxtta.data.folders import list_images as list_images
+from jaxtta.data.layouts import LAYOUTS as LAYOUTS
+from jaxtta.data.layouts import open_benchmark as open_benchmark
+from jaxtta.data.layouts import open_dataset as open_dataset
+from jaxtta.data.sequences import from_sequence as from_sequence
+from jaxtta.data.streams import ORDERS as ORDERS
+from jaxtta.data.streams import SETTINGS as SETTINGS
+from jaxtta.data.streams import Batches as Batches
+from jaxtta.data.streams import Stream as Stream
+from jaxtta.data.streams import StreamBatch as StreamBatch
+from jaxtta.data.streams import canvas_for as canvas_for
+from jaxtta.data.streams import make_streams as make_streams
+from jaxtta.data.streams import order_indices as order_indices
+from jaxtta.data.streams import pad_to_canvas as pad_to_canvas
+from jaxtta.data.streams import read_ahead as read_ahead
+from jaxtta.data.streams import stream_of as stream_of
+from jaxtta.images import UnreadableImageError as UnreadableImageError
+from jaxtta.images import open_image as open_image

@@ -1,27 +1,23 @@
-"""Class names and prompt templates of common datasets."""
+"""Class names and prompt templates: of common datasets, and from files."""
 
 import functools
 import json
+import logging
 import types
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-_TABLES = Path(__file__).parent / "tables"
+from jaxtta.images import printable
+from jaxtta.io import nfc, read_text
 
+log = logging.getLogger(__name__)
+
+TABLES = Path(__file__).parent / "tables"
 CIFAR10_CLASSES = (
-    "airplane",
-    "automobile",
-    "bird",
-    "cat",
-    "deer",
-    "dog",
-    "frog",
-    "horse",
-    "ship",
-    "truck",
+    *("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
 )
 """CIFAR-10's classes in label order."""
-
 TEMPLATES = types.MappingProxyType(
     {
         "caltech101": ("a photo of a {}.",),
@@ -40,14 +36,7 @@ TEMPLATES = types.MappingProxyType(
 
 
 def templates_for(layout: str) -> tuple[str, ...]:
-    """The usual prompt templates of a layout; `imagenet_templates` has ImageNet's ensemble.
-
-    Args:
-        layout: its name.
-
-    Returns:
-        Templates with `{}` for the class; "a photo of a {}." by default.
-    """
+    """The usual prompt templates of a layout; `imagenet_templates` has ImageNet's ensemble."""
     return TEMPLATES.get(layout, ("a photo of a {}.",))
 
 
@@ -70,12 +59,69 @@ def cifar100_classes() -> tuple[str, ...]:
 
 
 def read_table(name: str) -> Any:
-    """Read one of the package's tables.
+    """Read one of the package's tables, such as "imagenet-templates.json"."""
+    return json.loads((TABLES / name).read_text())
+
+
+def given_class_names(names: Sequence[str], folders: Sequence[str] = ()) -> tuple[str, ...]:
+    """Class names as an option gives them: names in label order, or one file with them.
 
     Args:
-        name: the file name, such as "imagenet-templates.json".
+        names: the option's values; may be empty. A file is plain text (.txt) with one name per
+            line, or a JSON list (.json), both in label order (folder order, in which numbers are
+            sorted as numbers), or a JSON object from folder name to class name.
+        folders: the class folders' names; may be empty if the file has a list.
 
     Returns:
-        Its lists and dictionaries.
+        One name per class; empty if `names` is. Equal names in a file are logged.
+
+    Raises:
+        ValueError: if the file cannot be read, has no name for a folder, or an empty name.
     """
-    return json.loads((_TABLES / name).read_text())
+    if len(names) != 1:
+        return tuple(map(nfc, names))
+    path = Path(names[0])
+    if path.suffix.lower() in (".json", ".txt"):
+        return _read_class_names(path, folders)
+    if path.is_file():
+        raise ValueError(f"{path}: expected class names in a .txt or .json file")
+    return (nfc(names[0]),)
+
+
+def _read_class_names(path: Path, folders: Sequence[str]) -> tuple[str, ...]:
+    if not path.is_file():
+        raise ValueError(f"{path}: cannot be read as class names (no such file)")
+    text = read_text(path)
+    try:
+        names = json.loads(text) if path.suffix.lower() == ".json" else text.rstrip().split("\n")
+    except ValueError as error:
+        raise ValueError(f"{path}: cannot be read as class names ({error})") from error
+    if isinstance(names, dict):
+        if not folders:
+            raise ValueError(f"{path}: is an object by folder name, expected a list of names")
+        by_folder = {nfc(folder): name for folder, name in names.items()}
+        missing = [folder for folder in folders if nfc(folder) not in by_folder]
+        if missing:
+            raise ValueError(f"{path}: has no name for {', '.join(missing[:5])}")
+        names = [by_folder[nfc(folder)] for folder in folders]
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{path}: expected a list of names")
+    names = [nfc(name).strip() for name in names]
+    if not names:
+        raise ValueError(f"{path}: has no names")
+    if "" in names:
+        raise ValueError(f"{path}: name {names.index('') + 1} of {len(names)} is empty")
+    _warn_of_equal(names, path)
+    return tuple(names)
+
+
+def _warn_of_equal(names: Iterable[str], path: Path) -> None:
+    """Log classes whose names differ at most in case and spaces."""
+    first: dict[str, tuple[int, str]] = {}
+    for number, name in enumerate(names):
+        before, other = first.setdefault(" ".join(name.casefold().split()), (number, name))
+        if before != number:
+            log.warning(
+                "%s: classes %d and %d have the same name (%s, %s); a tie counts for the first",
+                *(printable(path), before, number, printable(other), printable(name)),
+            )

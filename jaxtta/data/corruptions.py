@@ -4,45 +4,17 @@ import hashlib
 
 import numpy as np
 
-COMMON = (
-    "gaussian_noise",
-    "shot_noise",
-    "impulse_noise",
-    "defocus_blur",
-    "glass_blur",
-    "motion_blur",
-    "zoom_blur",
-    "snow",
-    "frost",
-    "fog",
-    "brightness",
-    "contrast",
-    "elastic_transform",
-    "pixelate",
-    "jpeg_compression",
+IMAGENET_C = (
+    *("gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "glass_blur"),
+    *("motion_blur", "zoom_blur", "snow", "frost", "fog", "brightness", "contrast"),
+    *("elastic_transform", "pixelate", "jpeg_compression"),
 )
-VALIDATION = ("speckle_noise", "gaussian_blur", "spatter", "saturate")
+IMAGENET_C_EXTRA = ("speckle_noise", "gaussian_blur", "spatter", "saturate")
 """Held out for hyperparameter selection; never part of a result."""
 CLEAN = "clean"
-OWN_SEED = ("impulse_noise", "glass_blur")  # take seed= and ignore numpy's global state
+SEVERITIES = 5
 SMALLEST = 32  # minimum side in pixels that the library accepts
-
-
-def check_corruption(name: str, severity: int) -> None:
-    """Validate a corruption's name and severity.
-
-    Args:
-        name: one of `COMMON`, `VALIDATION` or "clean".
-        severity: 1 to 5; 0 for clean images.
-
-    Raises:
-        ValueError: for an unknown name or severity; the valid names are listed.
-    """
-    known = (*COMMON, *VALIDATION, CLEAN)
-    if name not in known:
-        raise ValueError(f"unknown corruption {name!r}, expected one of {', '.join(known)}")
-    if name != CLEAN and severity not in range(1, 6):
-        raise ValueError(f"severity is {severity}, expected 1 to 5")
+_OWN_SEED = ("impulse_noise", "glass_blur")  # take seed= and ignore numpy's global state
 
 
 def image_seed(seed: int, name: str, severity: int, number: int) -> int:
@@ -59,7 +31,7 @@ def corrupt(image: np.ndarray, name: str, severity: int, seed: int) -> np.ndarra
 
     Args:
         image: (height, width, 3) uint8, at least 32 pixels a side.
-        name: a corruption, or "clean".
+        name: one of `IMAGENET_C` or `IMAGENET_C_EXTRA`, or "clean".
         severity: 1 to 5.
         seed: this image's seed, from `image_seed`.
 
@@ -67,17 +39,22 @@ def corrupt(image: np.ndarray, name: str, severity: int, seed: int) -> np.ndarra
         The corrupted image, of the same shape and dtype.
 
     Raises:
-        ValueError: if the image is too small.
+        ValueError: for an unknown name or severity, or if the image is too small.
     """
+    known = (*IMAGENET_C, *IMAGENET_C_EXTRA, CLEAN)
+    if name not in known:
+        raise ValueError(f"unknown corruption {name!r}, expected one of {', '.join(known)}")
     if name == CLEAN:
         return image
+    if severity not in range(1, SEVERITIES + 1):
+        raise ValueError(f"severity is {severity}, expected 1 to {SEVERITIES}")
     if min(image.shape[:2]) < SMALLEST:
         raise ValueError(f"an image of {image.shape[:2]} is smaller than {SMALLEST} pixels")
     import imagecorruptions
 
     state = np.random.get_state()  # noqa: NPY002 (the library takes no generator)
     np.random.seed(seed)  # noqa: NPY002
-    own = {"seed": seed} if name in OWN_SEED else {}
+    own = {"seed": seed} if name in _OWN_SEED else {}
     try:
         with np.errstate(invalid="raise"):
             return imagecorruptions.corrupt(image, severity, name, **own)

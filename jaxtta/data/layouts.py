@@ -1,12 +1,5 @@
 """Loaders for the folder and file layouts of common datasets.
 
-`open_source` opens any of them:
-
-    source = open_source("imagenet-c", "/data/imagenet-c", model.preprocessing)
-    source.check(Domain("fog", 5))
-    image = source.read(Domain("fog", 5), number=0, seed=0)
-
-The other functions list clean images, of the test set if there is a public train and test set.
 Class names are the usual ones for CLIP; if only some of ImageNet's class folders are present, as in
 ImageNet-A and -R, only those classes are used.
 
@@ -15,28 +8,30 @@ whatever their EXIF orientation or transparency. Own images (the layout "folder"
 and laid over white.
 """
 
+import dataclasses
 import json
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jaxtta.data.class_names import CIFAR10_CLASSES, cifar100_classes, imagenet_classes
-from jaxtta.data.folders import ImageFolder, class_folders, image_folder, list_folders
-from jaxtta.data.sources import (
-    CorruptedOnTheFly,
-    Preprocess,
-    Source,
-    corrupted_arrays,
-    corrupted_folders,
-    read_labels,
+from jaxtta.data.arrays import open_arrays, open_npz, read_labels
+from jaxtta.data.class_names import (
+    CIFAR10_CLASSES,
+    cifar100_classes,
+    given_class_names,
+    imagenet_classes,
 )
-from jaxtta.data.text import read_text
-from jaxtta.data.tfds import tfds_images
+from jaxtta.data.corruptions import CLEAN
+from jaxtta.data.datasets import Benchmark, Dataset, Domain, Preprocess, corrupted
+from jaxtta.data.folders import ImageFolder, class_folders, image_folder, list_folders
+from jaxtta.data.imagenet_c import imagenet_c
+from jaxtta.data.tfds import open_tfds
 from jaxtta.images import printable
+from jaxtta.io import read_text
 
 log = logging.getLogger(__name__)
 
@@ -55,19 +50,8 @@ _SPLITS = {
 _OBJECTNET_BORDER = 2  # ObjectNet images have a 2-px red border
 
 
-def imagenet(root: str | Path) -> ImageFolder:
-    """List `root/<wnid>/…`: ImageNet's train or val folder, ImageNet-A, -R or -Sketch.
-
-    Args:
-        root: the folder with the wnid folders.
-
-    Returns:
-        The images; the classes are the wnids present, in their order.
-
-    Raises:
-        FileNotFoundError: if there is no such folder.
-        ValueError: if a class folder is not one of ImageNet's 1,000 wnids, or has no image.
-    """
+def _imagenet(root: Path) -> ImageFolder:
+    """`root/<wnid>/…`: ImageNet's train or val folder, ImageNet-A, -R or -Sketch."""
     folders = class_folders(root)
     names = _names_of_wnids(root, [folder.name for folder in folders])
     return list_folders(root, folders, names, raw=True)
@@ -83,19 +67,8 @@ def _names_of_wnids(root: str | Path, wnids: Sequence[str]) -> list[str]:
     return [names[wnid] for wnid in wnids]
 
 
-def imagenet_v2(root: str | Path) -> ImageFolder:
-    """List `root/<0 to 999>/…`, folders named by the index of ImageNet's wnid.
-
-    Args:
-        root: the folder of one of ImageNet-V2's three sets.
-
-    Returns:
-        The images; the classes are those present, in numerical order.
-
-    Raises:
-        FileNotFoundError: if there is no such folder.
-        ValueError: if a class folder is not such a number, or has no image.
-    """
+def _imagenet_v2(root: Path) -> ImageFolder:
+    """`root/<0 to 999>/…`, folders named by the index of ImageNet's wnid."""
     folders, names = class_folders(root), tuple(imagenet_classes().values())
     for folder in folders:
         if not re.fullmatch("0|[1-9][0-9]{0,2}", folder.name):
@@ -103,22 +76,11 @@ def imagenet_v2(root: str | Path) -> ImageFolder:
     return list_folders(root, folders, [names[int(folder.name)] for folder in folders], raw=True)
 
 
-def objectnet(root: str | Path) -> ImageFolder:
-    """List ObjectNet's images of classes that are also in ImageNet, without their red border.
-
-    Args:
-        root: the folder with `images/` and `mappings/`.
-
-    Returns:
-        The images; the classes are those present, in folder order, with ObjectNet's names.
-
-    Raises:
-        FileNotFoundError: if the images folder is missing.
-        ValueError: if a mapping cannot be read or lacks a folder, or no class is in ImageNet.
-    """
-    images, mappings = Path(root) / "images", Path(root) / "mappings"
-    labels = _json(mappings / "folder_to_objectnet_label.json", dict)
-    overlap = _json(mappings / "objectnet_to_imagenet_1k.json", dict)
+def _objectnet(root: Path) -> ImageFolder:
+    """ObjectNet's images of classes that are also in ImageNet, without their red border."""
+    images, mappings = root / "images", root / "mappings"
+    labels = _json(mappings / "folder_to_objectnet_label.json")
+    overlap = _json(mappings / "objectnet_to_imagenet_1k.json")
     folders = class_folders(images)
     unknown = [folder.name for folder in folders if folder.name not in labels]
     if unknown:
@@ -129,8 +91,8 @@ def objectnet(root: str | Path) -> ImageFolder:
     if not folders:
         raise ValueError(f"{images}: has no folder of a class that is in ImageNet")
     names = [labels[folder.name] for folder in folders]
-    listed = list_folders(root, folders, names, raw=True)
-    return listed._replace(border=_OBJECTNET_BORDER)
+    listed = list_folders(images, folders, names, raw=True)
+    return dataclasses.replace(listed, border=_OBJECTNET_BORDER)
 
 
 def listed_split(path: str | Path, images: str | Path, split: str = "test") -> ImageFolder:
@@ -139,16 +101,13 @@ def listed_split(path: str | Path, images: str | Path, split: str = "test") -> I
     Args:
         path: the file: `{"train": [[path, label, class name], …], "val": …, "test": …}`.
         images: the folder that its paths are relative to.
-        split: the list to use.
-
-    Returns:
-        The images. The classes are those of all lists; underscores in names become spaces.
+        split: the list to use; the classes are those of all lists.
 
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if the format is different, or its labels are not consecutive from 0.
     """
-    lists = _json(path, dict)
+    lists = _json(path)
     if not all(isinstance(entries, list) for entries in lists.values()):
         raise ValueError(f"{path}: expected a list of images under each of {_few(lists)}")
     if not lists.get(split):
@@ -166,102 +125,75 @@ def listed_split(path: str | Path, images: str | Path, split: str = "test") -> I
             f"{path}: labels run from {min(names)} to {max(names)}, expected 0 to "
             f"{len(names) - 1} for {len(names)} classes"
         )
-    files, labels, _ = zip(*lists[split], strict=True)
-    return ImageFolder(
-        Path(images),
-        tuple(Path(images) / file for file in files),
-        np.asarray(labels, np.int32),
-        tuple(names[label].replace("_", " ") for label in range(len(names))),
-        raw=True,
-    )
+    paths, labels, _ = zip(*lists[split], strict=True)
+    classes = tuple(names[label].replace("_", " ") for label in range(len(names)))
+    return ImageFolder(Path(images), paths, np.asarray(labels, np.int32), classes, raw=True)
 
 
-def fgvc_aircraft(root: str | Path, split: str = "test") -> ImageFolder:
-    """List FGVC-Aircraft's images by variant.
-
-    Args:
-        root: the folder with `variants.txt`, `images_variant_<split>.txt` and `images/`.
-        split: the list to use.
-
-    Returns:
-        The images; the classes are the variants, in the order of their file.
-
-    Raises:
-        FileNotFoundError: if a list is missing.
-        ValueError: if an image's variant is not listed.
-    """
-    root = Path(root)
-    variants = read_text(root / "variants.txt").split("\n")
+def _fgvc_aircraft(root: Path, split: str) -> ImageFolder:
+    """FGVC-Aircraft's images by variant, in the order of `variants.txt`."""
     listed = root / f"images_variant_{split}.txt"
-    names = filter(None, map(str.strip, variants))
+    names = filter(None, map(str.strip, read_text(root / "variants.txt").split("\n")))
     numbers = {variant: number for number, variant in enumerate(names)}
-    files, labels = [], []
+    paths, labels = [], []
     for line in filter(str.strip, read_text(listed).split("\n")):
         file, _, variant = line.partition(" ")
         if variant.strip() not in numbers:
             raise ValueError(f"{listed}: line {line!r} has none of the {len(numbers)} variants")
-        files.append(root / "images" / f"{file}.jpg")
+        paths.append(f"{file}.jpg")
         labels.append(numbers[variant.strip()])
-    if not files:
+    if not paths:
         raise ValueError(f"{listed}: lists no images")
     labels = np.asarray(labels, np.int32)
-    return ImageFolder(root, tuple(files), labels, tuple(numbers), raw=True)
+    return ImageFolder(root / "images", tuple(paths), labels, tuple(numbers), raw=True)
 
 
-def _zhou(layout: str) -> Callable[[Path, str], ImageFolder]:
-    folder, name, images = _SPLITS[layout]
+def _cross_dataset(layout: str, root: Path, split: str) -> ImageFolder:
+    """A cross-dataset set, given its own folder or the parent folder."""
+    folder, name, images = _SPLITS.get(layout, ("fgvc_aircraft", "", ""))
+    root = root / folder if (root / folder).is_dir() else root
+    if layout == "fgvc-aircraft":
+        return _fgvc_aircraft(root, split)
+    return listed_split(root / name, root / images, split)
 
-    def listed(root: Path, split: str) -> ImageFolder:
-        root = _within(root, folder)
-        return listed_split(root / name, root / images, split)
 
-    return listed
+def _folder(root: Path) -> Dataset:
+    return open_npz(root) if root.suffix == ".npz" else image_folder(root)
 
 
-_LISTINGS: Mapping[str, Callable[[Path], ImageFolder]] = {
-    "folder": image_folder,
-    "imagenet": imagenet,
-    "imagenet-v2": imagenet_v2,
-    "objectnet": objectnet,
+_CLEAN: Mapping[str, Callable[[Path], Dataset]] = {
+    "folder": _folder,
+    "imagenet": _imagenet,
+    "imagenet-v2": _imagenet_v2,
+    "objectnet": _objectnet,
 }
-_WITH_SPLITS: Mapping[str, Callable[[Path, str], ImageFolder]] = {
-    **{layout: _zhou(layout) for layout in _SPLITS},
-    "fgvc-aircraft": lambda root, split: fgvc_aircraft(_within(root, "fgvc_aircraft"), split),
-}
-LAYOUTS = (*_LISTINGS, *_WITH_SPLITS, "imagenet-c", "cifar-c", "arrays", "tfds")
-"""The layouts that `open_source` can open."""
+_CROSS_DATASET = (*_SPLITS, "fgvc-aircraft")
+_STORED = ("imagenet-c", "cifar-c", "arrays")
+LAYOUTS = (*_CLEAN, *_CROSS_DATASET, *_STORED, "tfds")
+"""The layouts that `open_dataset` and `open_benchmark` can open."""
 
 
-def open_source(
+def open_dataset(
     layout: str,
     root: str | Path,
-    preprocess: Preprocess,
     class_names: Sequence[str] = (),
-    data_dir: str | Path | None = None,
     split: str = "test",
-) -> Source:
-    """Open a dataset by the name of its layout.
-
-    Layouts with clean images only are corrupted on the fly. The images of "folder" are turned
-    upright by their EXIF orientation and laid over white where they are transparent; those of the
-    other layouts are read as they are stored, as in published results.
+    data_dir: str | Path | None = None,
+) -> Dataset:
+    """Open clean images by the name of their layout.
 
     Args:
-        layout: one of `LAYOUTS`: "folder" for `<class>/…`; "imagenet" for wnid folders (ImageNet,
-            -A, -R, -Sketch), "imagenet-v2", "objectnet"; "imagenet-c" for
+        layout: one of `LAYOUTS`: "folder" for `<class>/…` or an `.npz` file; "imagenet" for wnid
+            folders (ImageNet, -A, -R, -Sketch), "imagenet-v2", "objectnet"; "imagenet-c" for
             `<corruption>/<severity>/<class>/…`; "cifar-c" for `.npy` files with five severities
             each, "arrays" for `.npy` files with one; the cross-dataset sets by name, in the folders
             that prompt-learning benchmarks use; "tfds" for tensorflow-datasets.
         root: the folder; for a cross-dataset set its own or the parent folder; for "tfds" a name,
             with a split after a colon if it is not the test split ("cifar10:train").
-        preprocess: the model's preprocessing.
-        class_names: class names to use instead of the layout's.
-        data_dir: folder of prepared datasets for "tfds"; None for the default.
+        class_names: class names to use instead of the layout's, or one file with them.
         split: the split of a cross-dataset set, or of a tfds name without one; the folders of the
             other layouts are one split each.
-
-    Returns:
-        The source.
+        data_dir: folder of prepared datasets for "tfds"; None for the default.
 
     Raises:
         FileNotFoundError: if a folder or file of the layout is missing.
@@ -272,28 +204,57 @@ def open_source(
     """
     if layout not in LAYOUTS:
         raise ValueError(f"unknown layout {layout!r}, expected one of {', '.join(LAYOUTS)}")
-    if layout in ("arrays", "cifar-c"):
-        return corrupted_arrays(
-            root, preprocess, class_names or _array_classes(layout, root), layout == "cifar-c"
-        )
+    if layout in _STORED:
+        benchmark = _open_stored(layout, Path(root), class_names)
+        if Domain(CLEAN) not in benchmark:
+            raise ValueError(f"{root}: has no clean images, only {_few(benchmark)}")
+        return benchmark[Domain(CLEAN)]
+    if layout == "tfds":
+        name, own = _name_and_split(str(root))
+        images = open_tfds(name, own or split, data_dir)
+    elif layout in _CROSS_DATASET:
+        images = _cross_dataset(layout, Path(root), split)
+    else:
+        images = _CLEAN[layout](Path(root))
+    folders = images.class_names if layout == "folder" else ()
+    names = _class_names(images.class_names, class_names, folders)
+    return dataclasses.replace(images, class_names=names)  # pyright: ignore[reportArgumentType]
+
+
+def open_benchmark(
+    layout: str,
+    root: str | Path,
+    preprocess: Preprocess,
+    class_names: Sequence[str] = (),
+    data_dir: str | Path | None = None,
+    split: str = "test",
+) -> Benchmark:
+    """Open a dataset under all its domains, by the name of its layout.
+
+    The domains are those that are stored; layouts with clean images only are corrupted on the fly.
+    Arguments and errors are those of `open_dataset`, with the model's preprocessing.
+    """
+    if layout in _STORED:
+        return _open_stored(layout, Path(root), class_names)
+    return corrupted(open_dataset(layout, root, class_names, split, data_dir), preprocess)
+
+
+def _open_stored(layout: str, root: Path, given: Sequence[str]) -> Benchmark:
     if layout == "imagenet-c":
 
         def names_of(folders: Sequence[str]) -> Sequence[str]:
-            if class_names or not any(folder in imagenet_classes() for folder in folders):
-                return _class_names(folders, class_names, folders)
+            if given or not any(folder in imagenet_classes() for folder in folders):
+                return _class_names(folders, given, folders)
             return _names_of_wnids(root, folders)
 
-        return corrupted_folders(root, preprocess, names_of)
-    if layout == "tfds":
-        name, own = _name_and_split(str(root))
-        images = tfds_images(name, own or split, data_dir)
-    elif layout in _WITH_SPLITS:
-        images = _WITH_SPLITS[layout](Path(root), split)
-    else:
-        images = _LISTINGS[layout](Path(root))
-    folders = images.class_names if layout == "folder" else ()
-    names = _class_names(images.class_names, class_names, folders)
-    return CorruptedOnTheFly(images._replace(class_names=names), preprocess)
+        return imagenet_c(root, names_of)
+    names = given_class_names(given)
+    if not names and layout == "arrays":
+        raise ValueError(f"{root}: arrays have no class names, set them")
+    if not names:
+        few = read_labels(root).max() < len(CIFAR10_CLASSES)
+        names = CIFAR10_CLASSES if few else cifar100_classes()
+    return open_arrays(root, names, layout == "cifar-c")
 
 
 def _name_and_split(text: str) -> tuple[str, str]:
@@ -308,15 +269,16 @@ def _class_names(
     own: Sequence[str], given: Sequence[str], folders: Sequence[str] = ()
 ) -> tuple[str, ...]:
     """The given class names, or the layout's own if they can be; `folders` are as on disk."""
-    if not given:
+    names = given_class_names(given, folders)
+    if not names:
         require_meaning(own, folders)
         return tuple(own)
-    if len(given) != len(own):
-        raise ValueError(f"{len(given)} class names for {len(own)} classes ({_few(own)})")
+    if len(names) != len(own):
+        raise ValueError(f"{len(names)} class names for {len(own)} classes ({_few(own)})")
     if sorted(folders) != [*folders] and not _consecutive(folders):
-        pairs = [f"{folder} is {name!r}" for folder, name in zip(folders, given, strict=True)]
+        pairs = [f"{folder} is {name!r}" for folder, name in zip(folders, names, strict=True)]
         log.warning("class folders are sorted by number, with gaps: %s", _few(pairs))
-    return tuple(given)
+    return names
 
 
 def require_meaning(names: Sequence[str], folders: Sequence[str] = ()) -> None:
@@ -351,29 +313,17 @@ def _consecutive(folders: Sequence[str]) -> bool:
     return numbers[0] in (0, 1) and numbers == [*range(numbers[0], numbers[0] + len(numbers))]
 
 
-def _array_classes(layout: str, root: str | Path) -> tuple[str, ...]:
-    if layout == "arrays":
-        raise ValueError(f"{root}: arrays have no class names, set them")
-    few = read_labels(root).max() < len(CIFAR10_CLASSES)
-    return CIFAR10_CLASSES if few else cifar100_classes()
-
-
-def _within(root: str | Path, folder: str) -> Path:
-    """The dataset's folder, given the folder or its parent."""
-    return Path(root) / folder if (Path(root) / folder).is_dir() else Path(root)
-
-
-def _few(items: Any) -> str:
+def _few(items: Iterable[Any]) -> str:
     items = list(map(str, items))
     return ", ".join(items[:5]) + (", …" if len(items) > 5 else "") or "none"
 
 
-def _json(path: str | Path, kind: type) -> Any:
+def _json(path: str | Path) -> dict[str, Any]:
     text = read_text(path)
     try:
         value = json.loads(text)
     except ValueError as error:
         raise ValueError(f"{path}: is not valid JSON ({error})") from error
-    if not isinstance(value, kind):
+    if not isinstance(value, dict):
         raise ValueError(f"{path}: has a {type(value).__name__}, expected an object")
     return value

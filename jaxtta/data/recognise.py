@@ -5,10 +5,9 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from jaxtta.data.corruptions import COMMON, VALIDATION
+from jaxtta.data.corruptions import IMAGENET_C, IMAGENET_C_EXTRA, SEVERITIES
 from jaxtta.images import SUFFIXES
 
-SEVERITIES = 5  # of ImageNet-C and CIFAR-10-C
 _SYSTEM = {  # made by operating systems, NAS servers and tools, in lower case
     *("__macosx", "__pycache__", "lost+found", "system volume information", "$recycle.bin"),
     *("recycler", "found.000", "@eadir", "@tmp", "@recycle", "@recently-snapshot", "#recycle"),
@@ -19,10 +18,9 @@ _SPLIT = re.compile(
     r"([-_ ]?(set|data|split|imgs?|images?|\d+))?",
     re.IGNORECASE,
 )
-_WNID = re.compile(r"n\d{8}")
 _OTHERS = {
     ".npy": "its .npy files are read with --layout cifar-c (five severities a file) or arrays",
-    ".npz": "its .npz files must be saved as .npy, for --layout arrays",
+    ".npz": "an .npz file with images, labels and class_names is given by its own path",
     ".tfrecord": "tensorflow-datasets are opened by name, with --layout tfds",
     ".array_record": "tensorflow-datasets are opened by name, with --layout tfds",
     ".parquet": "write the images of its .parquet files into class folders",
@@ -35,52 +33,30 @@ _OTHERS = {
 
 
 def is_system(name: str) -> bool:
-    """Whether a file or folder is hidden or made by the system.
-
-    Args:
-        name: its name, without its folder.
-
-    Returns:
-        True for .DS_Store, ._fog.npy, __MACOSX, @eaDir, Thumbs.db and the like.
-    """
+    """Whether a file or folder is hidden or made by the system, such as ._fog.npy or Thumbs.db."""
     return name.startswith(".") or name.lower() in _SYSTEM
 
 
 def is_folder(entry: os.DirEntry[str]) -> bool:
-    """Whether an entry is a folder or a link to one.
-
-    Args:
-        entry: of `os.scandir`.
-
-    Returns:
-        False also for links to nothing or to themselves.
-    """
+    """Whether an entry is a folder or a link to one; False for links to nothing or themselves."""
     return Path(entry).is_dir() if entry.is_symlink() else entry.is_dir(follow_symlinks=False)
 
 
 def entries_of(folder: str | Path) -> Iterator[os.DirEntry[str]]:
-    """The entries of a folder, without the system's, in any order.
-
-    Args:
-        folder: the folder.
-
-    Yields:
-        Its files and folders.
-    """
+    """The entries of a folder, without the system's, in any order."""
     with os.scandir(folder) as entries:
         yield from (entry for entry in entries if not is_system(entry.name))
 
 
+def folders_in(root: Path) -> list[Path]:
+    """The sub-folders of a folder, sorted, without the system's."""
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root}: no such folder")
+    return sorted(root / entry.name for entry in entries_of(root) if is_folder(entry))
+
+
 def refuse_other_layouts(root: Path, folders: Sequence[Path]) -> None:
-    """Raise an error for folders that would be mistaken for classes.
-
-    Args:
-        root: the folder.
-        folders: its sub-folders.
-
-    Raises:
-        ValueError: if they are splits or ImageNet-C's corruptions, or fewer than two.
-    """
+    """Raise a ValueError if sub-folders are splits or corruptions, not classes, or too few."""
     splits = [folder for folder in folders if _SPLIT.fullmatch(folder.name)]
     if splits and len(splits) >= min(2, len(folders)):
         names = " and ".join(folder.name for folder in splits)
@@ -107,13 +83,12 @@ def refuse_other_layouts(root: Path, folders: Sequence[Path]) -> None:
 def _is_corruption(folder: Path) -> bool:
     """Whether it is `<corruption>/<severity>/<class>/…`."""
     severities = _folders_alone(folder)
-    if not severities or any(
-        path.name not in map(str, range(1, SEVERITIES + 1)) for path in severities
-    ):
+    names = {path.name for path in severities}
+    if not names or names - {*map(str, range(1, SEVERITIES + 1))}:
         return False
     classes = _folders_alone(severities[0])
-    known = folder.name in (*COMMON, *VALIDATION)
-    return bool(classes) and (known or any(_WNID.fullmatch(path.name) for path in classes))
+    known = folder.name in (*IMAGENET_C, *IMAGENET_C_EXTRA)
+    return bool(classes) and (known or any(re.fullmatch(r"n\d{8}", c.name) for c in classes))
 
 
 def _folders_alone(folder: Path) -> list[Path]:
@@ -128,23 +103,16 @@ def _folders_alone(folder: Path) -> list[Path]:
 
 
 def hints(root: Path, folders: Sequence[Path]) -> str:
-    """What a folder without class folders may hold.
-
-    Args:
-        root: the folder.
-        folders: its sub-folders.
-
-    Returns:
-        The end of a message, from its semicolon; empty if nothing is recognised.
-    """
+    """What a folder without class folders may hold: the end of a message, from its semicolon."""
     names = [entry.name.lower() for place in (root, *folders) for entry in entries_of(place)]
     if "dataset_info.json" in names:
         names.append(".tfrecord")
-    found = [
+    known = (
         hint
         for suffix, hint in _OTHERS.items()
         if any(name.endswith(suffix) or f"{suffix}-" in name for name in names)  # also shards
-    ][:1]
+    )
+    found = [*known][:1]
     alone = sum(entry.name.lower().endswith(SUFFIXES) for entry in entries_of(root))
     if alone:
         found.append(f"{alone} images lie in no class folder")

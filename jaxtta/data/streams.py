@@ -1,7 +1,7 @@
 """Streams of images with distribution shifts, in padded batches.
 
     streams = make_streams("continual", ("fog", "snow"), (5,), labels, order="shuffled", seed=1)
-    for batch in read_ahead(Batches(source, streams, 64), workers=2):
+    for batch in read_ahead(Batches(benchmark, streams, 64, model.preprocessing), workers=2):
         ...
 
 The settings have their usual names in the literature. The order of the images in a stream is a
@@ -26,8 +26,16 @@ import numpy as np
 from PIL import Image
 
 from jaxtta.data.corruptions import CLEAN
-from jaxtta.data.folders import UnreadableImageError
-from jaxtta.data.sources import Domain, Source
+from jaxtta.data.datasets import (
+    Benchmark,
+    Dataset,
+    Domain,
+    Preprocess,
+    labels_of,
+    read,
+    require_domains,
+)
+from jaxtta.images import UnreadableImageError
 
 SETTINGS = ("reset_each_shift", "continual", "gradual", "mixed")
 ORDERS = ("shuffled", "stored", "correlated", "dirichlet")
@@ -92,7 +100,7 @@ def make_streams(
     """
     _check(setting, order, limit, concentration)
     first = "stored" if order == "stored" else "shuffled"
-    images = arrange(labels, first, np.random.default_rng(seed))[:limit]
+    images = order_indices(labels, first, np.random.default_rng(seed))[:limit]
 
     def part(segments: Sequence[int]) -> np.ndarray:
         # All segments of one image before the next, so that stored order interleaves them.
@@ -100,7 +108,7 @@ def make_streams(
         # Seeded again at each shift: a stream does not depend on the other streams.
         rng = np.random.default_rng([seed, 1])
         if order not in ("stored", "shuffled") or len(segments) > 1:
-            items = items[arrange(labels[items[:, 0]], order, rng, concentration)]
+            items = items[order_indices(labels[items[:, 0]], order, rng, concentration)]
         return items[:, ::-1].astype(np.int32)
 
     def stream(name: str, domains: Sequence[Domain], mixed: bool = False) -> Stream:
@@ -163,7 +171,7 @@ def _check(setting: str, order: str, limit: int | None, concentration: float) ->
         raise ValueError(f"concentration is {concentration}, expected a positive number")
 
 
-def arrange(
+def order_indices(
     labels: np.ndarray, order: str, rng: np.random.Generator, concentration: float = 0.1
 ) -> np.ndarray:
     """Order images.
@@ -234,17 +242,23 @@ class Batches:
     """All batches of a sweep as one random-access sequence, stream after stream.
 
     Attributes:
-        source: the source of the images.
+        benchmark: the images.
         streams: the streams.
         size: images per batch.
+        preprocess: the model's preprocessing.
         canvas: size to which originals are padded; larger originals are shrunk first. None for no
             originals.
     """
 
-    source: Source
+    benchmark: Benchmark
     streams: tuple[Stream, ...]
     size: int
+    preprocess: Preprocess
     canvas: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check that the benchmark has the streams' domains."""
+        require_domains(self.benchmark, [d for stream in self.streams for d in stream.segments])
 
     @functools.cached_property
     def places(self) -> list[Place]:
@@ -272,67 +286,54 @@ class Batches:
         place = self.places[int(number)]
         stream = self.streams[place.stream]
         items = stream.parts[place.part][place.offset : place.offset + self.size]
-        read = [self._read(stream, *item) for item in items.tolist()]
-        side = self.source.preprocess.image_size
         padding = self.size - len(items)
+        segments, numbers = np.pad(items, ((0, padding), (0, 0)), constant_values=-1).T
+        side, mask = self.preprocess.image_size, np.zeros(self.size, bool)
         images = np.zeros((self.size, side, side, 3), np.uint8)
-        padded = None
+        originals = sizes = None
         if self.canvas:
             originals = np.zeros((self.size, self.canvas, self.canvas, 3), np.uint8)
-            padded = originals, np.ones((self.size, 2), np.int32)
-        for row, both in enumerate(read):
-            if both is None:
-                continue
-            images[row], original = both
-            if padded and self.canvas and original is not None:
-                padded[0][row], padded[1][row] = on_canvas(original, self.canvas)
-        segments, numbers = np.pad(items, ((0, padding), (0, 0)), constant_values=-1).T
+            sizes = np.ones((self.size, 2), np.int32)
+        for row, (segment, image) in enumerate(items.tolist()):
+            dataset = self.benchmark[stream.segments[segment]]
+            try:
+                images[row], original = read(dataset, image, stream.seed, self.preprocess)
+            except UnreadableImageError:
+                continue  # masked; `source_index` tells which image it is
+            mask[row] = True
+            if self.canvas and originals is not None and sizes is not None:
+                originals[row], sizes[row] = pad_to_canvas(original, self.canvas)
         return StreamBatch(
             images,
-            np.asarray([both is not None for both in read] + [False] * padding),
+            mask,
             (place.index + np.arange(self.size)).astype(np.int32),
-            np.pad(self.source.labels[items[:, 1]], (0, padding)),
+            np.pad(labels_of(self.benchmark)[items[:, 1]], (0, padding)),
             numbers,
             segments,
-            *(padded or (None, None)),
+            originals,
+            sizes,
         )
 
-    def _read(
-        self, stream: Stream, segment: int, image: int
-    ) -> tuple[np.ndarray, np.ndarray | None] | None:
-        """An image and, if a canvas is used, the uncropped image."""
-        domain = stream.segments[segment]
-        try:
-            if self.canvas:
-                return self.source.read_both(domain, image, stream.seed)
-            return self.source.read(domain, image, stream.seed), None
-        except UnreadableImageError:
-            return None  # masked; `source_index` tells which image it is
 
-
-def canvas_for(source: Source, domain: Domain, greatest: int = 512, images: int = 50) -> int:
-    """Choose a canvas size for a source, independent of the streams.
+def canvas_for(dataset: Dataset, greatest: int = 512, images: int = 50) -> int:
+    """Choose a canvas size for a dataset, independent of the streams.
 
     Args:
-        source: the source.
-        domain: one of its domains, used if it has no clean images.
+        dataset: the dataset; of a benchmark, the clean images if there are any.
         greatest: the maximum size; larger images are shrunk.
         images: number of images sampled, evenly spaced.
 
     Returns:
         The longest side among them, at most `greatest`; `greatest` if none can be read.
     """
-    with contextlib.suppress(ValueError):  # it has no clean images
-        source.check(Domain(CLEAN))
-        domain = Domain(CLEAN)
     sides: list[int] = []
-    for number in np.unique(np.linspace(0, len(source.labels) - 1, images).round().astype(int)):
+    for number in np.unique(np.linspace(0, len(dataset) - 1, images).round().astype(int)):
         with contextlib.suppress(UnreadableImageError):
-            sides += source.read_both(domain, int(number), 0)[1].shape[:2]
+            sides += dataset[int(number)].shape[:2]
     return min(max(sides, default=greatest), greatest)
 
 
-def on_canvas(original: np.ndarray, canvas: int) -> tuple[np.ndarray, np.ndarray]:
+def pad_to_canvas(original: np.ndarray, canvas: int) -> tuple[np.ndarray, np.ndarray]:
     """Zero-pad an image to a square canvas.
 
     Args:

@@ -1,23 +1,23 @@
 """Tasks for continual learning: the MTIL sequences, small real datasets, and folders.
 
-task = open_task("dtd", DATA, model.preprocessing)
-task = open_task("digits", None, model.preprocessing)
-task = open_task("own=FOLDER", None, model.preprocessing)   # with train/<class> and test/<class>
+task = open_task("dtd", DATA)
+task = open_task("digits")
+task = open_task("own=FOLDER")   # with train/<class> and test/<class>
 """
 
-from collections.abc import Iterable, Sequence
+import dataclasses
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from jaxtta.data.arrays import ArrayDataset
 from jaxtta.data.class_names import templates_for
+from jaxtta.data.datasets import Dataset, Subset
 from jaxtta.data.folders import ImageFolder, image_folder
-from jaxtta.data.layouts import open_source
-from jaxtta.data.memory import Arrays, InMemory, Part, every, shape_of
-from jaxtta.data.sources import CorruptedOnTheFly, Images, Preprocess, Source
+from jaxtta.data.layouts import open_dataset
 
-ORDERS = {
+MTIL_ORDERS = {
     "order-1": (
         *("fgvc-aircraft", "caltech101", "cifar100", "dtd", "eurosat", "oxford-flowers"),
         *("food101", "mnist", "oxford-pets", "stanford-cars", "sun397"),
@@ -30,7 +30,12 @@ ORDERS = {
 """The two orders of the MTIL benchmark."""
 FROM_TFDS = ("cifar100", "mnist")
 MNIST = 'a photo of the number: "{}".'  # CLIP's own prompt
-SMALL = ("textile", "digits", "turned-digits")
+SMALL = {
+    "textile": "a photo of a textile with {}.",
+    "digits": "a photo of the digit {}.",
+    "turned-digits": "a photo of the digit {}.",
+}
+"""Prompt templates of the small tasks."""
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
@@ -46,21 +51,17 @@ class TaskData(NamedTuple):
 
     name: str
     template: str
-    train: Source | None
-    test: Source
+    train: Dataset | None
+    test: Dataset
 
 
-def open_task(name: str, root: str | None, preprocess: Preprocess) -> TaskData:
+def open_task(name: str, root: str | Path | None = None) -> TaskData:
     """Open a task's training and test images.
 
     Args:
         name: one of MTIL's, "textile", "digits", "turned-digits", or NAME=FOLDER with a folder that
             holds `train/<class>/…` and `test/<class>/…`.
         root: the folder that contains the MTIL sets; needed for these only.
-        preprocess: the model's preprocessing.
-
-    Returns:
-        The task.
 
     Raises:
         FileNotFoundError: if there is no such folder.
@@ -68,47 +69,40 @@ def open_task(name: str, root: str | None, preprocess: Preprocess) -> TaskData:
             test classes.
     """
     own, equals, folder = name.partition("=")
-    if name in ("digits", "turned-digits"):
-        template = "a photo of the digit {}."
-        both = split(digits(turned=name == "turned-digits"), preprocess)
-    elif name == "textile":
-        template, both = "a photo of a textile with {}.", split(textile(), preprocess)
-    elif name in ORDERS["order-1"]:
+    if name in SMALL:
+        template = SMALL[name]
+        images = textile() if name == "textile" else digits(turned=name == "turned-digits")
+        tested = every_nth(images.labels, 4)
+        train, test = (Subset(images, np.flatnonzero(mask)) for mask in (~tested, tested))
+        return TaskData(own, template, train, test)
+    if name in MTIL_ORDERS["order-1"]:
         template = MNIST if name == "mnist" else templates_for(name)[0]
-        if name in FROM_TFDS:
-            layout, place = "tfds", name
-        elif root is not None:
-            layout, place = name, root
-        else:
+        if name not in FROM_TFDS and root is None:
             raise ValueError(f"{name} needs --data, the folder that contains the MTIL sets")
-        both = (open_source(layout, place, preprocess, split=s) for s in ("train", "test"))
+        layout, place = ("tfds", name) if name in FROM_TFDS else (name, root or "")
+        places = {split: (layout, place) for split in ("train", "test")}
     elif equals:
         template = "a photo of a {}."
-        both = (open_source("folder", Path(folder) / s, preprocess) for s in ("train", "test"))
+        places = {split: ("folder", Path(folder) / split) for split in ("train", "test")}
     else:
-        known = ", ".join((*ORDERS, *ORDERS["order-1"], *SMALL))
+        known = ", ".join((*MTIL_ORDERS, *MTIL_ORDERS["order-1"], *SMALL))
         raise ValueError(f"unknown task {name!r}, expected NAME=FOLDER or one of {known}")
-    return TaskData(own, template, *_both(own, both))
-
-
-def _both(name: str, opened: Iterable[Source]) -> tuple[Source, Source]:
-    """A task's training and test images, checked to have the same classes."""
     try:
-        train, test = opened
+        train, test = (open_dataset(*places[split], split=split) for split in places)
     except ValueError as error:
-        raise ValueError(f"the task {name}: {error}") from error
+        raise ValueError(f"the task {own}: {error}") from error
     if len(train.class_names) < 2:
-        raise ValueError(f"the task {name} has one class, expected at least two")
-    if tuple(train.class_names) != tuple(test.class_names):
+        raise ValueError(f"the task {own} has one class, expected at least two")
+    if train.class_names != test.class_names:
         odd = sorted(set(train.class_names) ^ set(test.class_names))
         raise ValueError(
-            f"the task {name} has different training and test classes: "
+            f"the task {own} has different training and test classes: "
             f"{', '.join(odd[:5]) or 'the same names in another order'}"
         )
-    return train, test
+    return TaskData(own, template, train, test)
 
 
-def digits(turned: bool = False) -> Arrays:
+def digits(turned: bool = False) -> ArrayDataset:
     """scikit-learn's digits, or their negatives rotated by 90°."""
     from sklearn.datasets import load_digits
 
@@ -117,7 +111,7 @@ def digits(turned: bool = False) -> Arrays:
     if turned:
         grey = np.rot90(255 - grey, axes=(1, 2))
     images = np.repeat(grey[..., None], 3, axis=-1)
-    return Arrays(images, np.asarray(labels, np.int32), DIGITS, "digit")
+    return ArrayDataset(images, np.asarray(labels, np.int32), DIGITS, "digit")
 
 
 def textile() -> ImageFolder:
@@ -126,45 +120,20 @@ def textile() -> ImageFolder:
 
     listed = image_folder(conformal_clip_data.textile_simulated_root())
     names = {"global": "a large defect", "local": "a small defect", "nominal": "no defect"}
-    return listed._replace(class_names=tuple(names[name] for name in listed.class_names))
+    classes = tuple(names[name] for name in listed.class_names)
+    return dataclasses.replace(listed, class_names=classes)
 
 
-def split(images: Images, preprocess: Preprocess, nth: int = 4) -> tuple[Source, Source]:
-    """Split images into training and test images, stratified by class.
-
-    Args:
-        images: all images.
-        preprocess: the model's preprocessing.
-        nth: every nth image is a test image.
-
-    Returns:
-        The training and the test images.
-    """
-    tested, source = every(images.labels, nth), CorruptedOnTheFly(images, preprocess)
-    train, test = (Part(source, np.flatnonzero(mask)) for mask in (~tested, tested))
-    return train, test
-
-
-def in_memory(tasks: Sequence[TaskData], room: float = 2e9) -> list[TaskData]:
-    """Cache the tasks' images in memory, for each source that fits as a whole.
+def every_nth(labels: np.ndarray, nth: int) -> np.ndarray:
+    """Select every nth image, stratified by class.
 
     Args:
-        tasks: the tasks.
-        room: available memory in bytes.
+        labels: (images,) integers.
+        nth: the step; the first of every `nth` images is selected.
 
     Returns:
-        The same tasks, with cached sources where they fit.
+        (images,) bool.
     """
-    found = []
-    for task in tasks:
-        sources = {}
-        for which in ("train", "test"):
-            source = getattr(task, which)
-            if source is None:
-                continue
-            size = np.prod(shape_of(source), dtype=float)
-            if size <= room:
-                room -= size
-                sources[which] = InMemory(source)
-        found.append(task._replace(**sources))
-    return found
+    chosen = np.zeros(len(labels), bool)
+    chosen[np.argsort(labels, kind="stable")[::nth]] = True
+    return chosen

@@ -4,26 +4,27 @@ Preparing a dataset (downloading it and writing its records) needs TensorFlow; r
 does not. The first line can run once in another environment that has TensorFlow:
 
     tfds.builder("cifar10", file_format="array_record").download_and_prepare()
-    images = tfds_images("cifar10", "test")
+    dataset = open_dataset("tfds", "cifar10")
 """
 
+import dataclasses
 import functools
 import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from jaxtta.data.class_names import imagenet_classes
 from jaxtta.data.content import digest_files
 from jaxtta.images import UnreadableImageError, open_image
 
 
-class TfdsImages(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class TfdsImages:
     """One split of a prepared dataset; pickled by name, without open files.
 
     Attributes:
@@ -42,7 +43,11 @@ class TfdsImages(NamedTuple):
     labels: np.ndarray
     class_names: tuple[str, ...]
 
-    def open(self, number: int) -> Image.Image:
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.labels)
+
+    def __getitem__(self, number: int) -> np.ndarray:
         """Open one image as it is stored, or raise an UnreadableImageError."""
         # Open records do not survive a fork, so each process opens its own.
         records = _records(os.getpid(), self.dataset, self.split, self.data_dir, self.image_key)
@@ -50,7 +55,7 @@ class TfdsImages(NamedTuple):
             content = records[number][self.image_key]
         except RuntimeError as error:  # a damaged block of records
             raise UnreadableImageError(f"{self.name(number)}: cannot be read ({error})") from error
-        return open_image(io.BytesIO(content), self.name(number), raw=True)
+        return np.asarray(open_image(io.BytesIO(content), self.name(number), raw=True))
 
     def name(self, number: int) -> str:
         """The image's index in the split."""
@@ -63,7 +68,7 @@ class TfdsImages(NamedTuple):
         return f"{self.split} {digest_files(files)}"
 
 
-def tfds_images(name: str, split: str = "test", data_dir: str | Path | None = None) -> TfdsImages:
+def open_tfds(name: str, split: str = "test", data_dir: str | Path | None = None) -> TfdsImages:
     """Open one split of a dataset that tensorflow-datasets has prepared.
 
     Args:

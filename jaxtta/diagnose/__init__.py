@@ -4,6 +4,7 @@
 single row (1, d).
 """
 
+from jaxtta.diagnose.check import Answers, TargetCheck, Trial, TriedAdapter, check_target
 from jaxtta.diagnose.concepts import (
     ConceptDetectors,
     concept_detectors,
@@ -19,6 +20,17 @@ from jaxtta.diagnose.directions import (
     pruned_accuracy,
     pruning_stats,
     rank_directions,
+)
+from jaxtta.diagnose.features import FeatureSet, error_context, head_of, read_features, truncate
+from jaxtta.diagnose.model import (
+    Diagnosis,
+    LabelledSet,
+    ModelDiagnosis,
+    Robustness,
+    Settings,
+    compare_models,
+    diagnose_model,
+    measure_robustness,
 )
 from jaxtta.diagnose.outliers import (
     OutlierFeatures,
@@ -42,24 +54,40 @@ from jaxtta.diagnose.target import (
 from jaxtta.metrics import modality_gap
 
 __all__ = [
+    "Answers",
     "ConceptDetectors",
     "ConfusablePairs",
     "CrossMoments",
+    "Diagnosis",
     "Discrepancy",
+    "FeatureSet",
+    "LabelledSet",
     "LogitLinearBaseline",
+    "ModelDiagnosis",
     "OutlierFeatures",
     "PrivilegedDirections",
+    "Robustness",
     "RunningMean",
+    "Settings",
+    "TargetCheck",
+    "Trial",
+    "TriedAdapter",
     "activation_kurtosis",
+    "check_target",
+    "compare_models",
     "concept_detectors",
     "confused_classes",
     "cosine_stats",
     "cross_moments",
+    "diagnose_model",
     "effective_robustness",
+    "error_context",
     "fit_baseline",
     "head_directions",
+    "head_of",
     "kurtosis_stats",
     "linear_cka",
+    "measure_robustness",
     "mmd",
     "mmd_to_reference",
     "modality_gap",
@@ -72,6 +100,8 @@ __all__ = [
     "pruned_accuracy",
     "pruning_stats",
     "rank_directions",
+    "read_features",
     "shared_concepts",
+    "truncate",
     "unique_concepts",
 ]

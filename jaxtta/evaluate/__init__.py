@@ -1,5 +1,6 @@
 """Running adapters over streams, continual learning experiments, and result files."""
 
+from jaxtta.evaluate.adapters import AdapterSpec, parse_adapter
 from jaxtta.evaluate.checkpoint import restore_step, save_step
 from jaxtta.evaluate.checks import (
     default_severity,
@@ -22,6 +23,7 @@ from jaxtta.evaluate.factory import (
     task_for,
     tnt_config_of,
 )
+from jaxtta.evaluate.predictions import Predictions
 from jaxtta.evaluate.provenance import about, fingerprints, model_settings
 from jaxtta.evaluate.record import Record, Scores, gain, outcomes, paired, score
 from jaxtta.evaluate.results import Cell, Results, agree, agree_on_images, digest_of
@@ -30,11 +32,13 @@ from jaxtta.evaluate.run import peak_memory_gb, run
 __all__ = [
     "ADAPTERS",
     "AdapterConfig",
+    "AdapterSpec",
     "Bench",
     "Cell",
     "Choice",
     "Course",
     "MGTTAConfig",
+    "Predictions",
     "Record",
     "Results",
     "Scores",
@@ -57,6 +61,7 @@ __all__ = [
     "outcomes",
     "own_settings",
     "paired",
+    "parse_adapter",
     "peak_memory_gb",
     "rate_names",
     "require_at_least",

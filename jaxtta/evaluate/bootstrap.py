@@ -1,47 +1,5 @@
-"""Bootstrap confidence intervals, paired for adapters that saw the same images."""
+"""Bootstrap confidence intervals; they are in `jaxtta.bootstrap`."""
 
-import numpy as np
+from jaxtta.bootstrap import LEVEL, RESAMPLES, bootstrap, interval
 
-RESAMPLES = 1000
-LEVEL = 0.95
-
-
-def bootstrap(
-    totals: np.ndarray, counts: np.ndarray, resamples: int = RESAMPLES, seed: int = 0
-) -> np.ndarray:
-    """Bootstrap means over images.
-
-    All columns share the resamples, so differences of two columns are paired.
-
-    Args:
-        totals: (images, columns) sums of a quantity over all times that an image was seen.
-        counts: (images, columns) how often the image was seen.
-        resamples: number of resamples.
-        seed: random seed.
-
-    Returns:
-        (resamples, columns) means; NaN for resamples without a seen image.
-    """
-    rng = np.random.default_rng(seed)
-    images = len(totals)
-    both = np.concatenate([totals, counts], 1).astype(float)
-    # Images with equal values are interchangeable; accuracies take only a few values.
-    kinds, how_many = np.unique(both, axis=0, return_counts=True)
-    if len(kinds) < images / 4:
-        draws = rng.multinomial(images, how_many / images, resamples) @ kinds
-    else:
-        draws = np.empty((resamples, both.shape[1]))
-        for row in draws:
-            drawn = np.bincount(rng.integers(0, images, images), minlength=images)
-            row[:] = drawn @ both
-    total, count = np.split(draws, 2, axis=1)
-    return np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0)
-
-
-def interval(means: np.ndarray) -> tuple[float, float] | None:
-    """The 95 % interval of bootstrapped means (resamples,), or None if there is none."""
-    if np.isnan(means).all():
-        return None
-    tail = (1 - LEVEL) / 2
-    low, high = np.nanquantile(means, [tail, 1 - tail])
-    return float(low), float(high)
+__all__ = ["LEVEL", "RESAMPLES", "bootstrap", "interval"]

@@ -3,6 +3,7 @@
 import dataclasses
 import datetime
 import hashlib
+import json
 import os
 import platform
 import shlex
@@ -97,6 +98,12 @@ def model_settings(model: Any) -> Any:
     # Flax adds parent and name to the fields of its modules.
     left_out = {*_NO_MATTER, *(("parent", "name") if hasattr(model, "parent") else ())}
     return {name: model_settings(x) for name, x in fields.items() if name not in left_out}
+
+
+def digest_of(content: Any) -> str:
+    """A short hash of a JSON value, which may hold arrays."""
+    words = json.dumps(content, sort_keys=True, default=digest_array).encode()
+    return hashlib.blake2b(words, digest_size=16).hexdigest()
 
 
 def about(loaded: Any = None, **places: str) -> dict[str, Any]:

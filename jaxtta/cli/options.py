@@ -1,0 +1,226 @@
+"""Groups of options that several commands share.
+
+    @dataclasses.dataclass(frozen=True)
+    class Options:
+        run: RunOptions
+        model: ModelOptions = ModelOptions()
+
+A group's name is its title in the help text and no part of its options: `--model`, not
+`--model.model`.
+"""
+
+import dataclasses
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import jax.numpy as jnp
+import tyro
+
+from jaxtta import assets, data, evaluate, report
+from jaxtta.adapters import TNTConfig
+from jaxtta.data.folders import class_folders
+from jaxtta.models import Classifier, Params, load
+
+Group = TypeVar("Group")
+
+
+def _default(text: str) -> str:
+    """A default for the help text; empty ones and paths are left out."""
+    return "" if text in ("", "None", "False") or "/" in text else f"(default: {text})"
+
+
+@typing.dataclass_transform(frozen_default=True)
+def group(cls: type[Group]) -> type[Group]:
+    """Make a frozen dataclass, a group of options without a prefix."""
+    kinds = cls.__annotations__
+    for name, kind in kinds.items():
+        optional = type(None) in typing.get_args(kind)
+        metavar = typing.get_args(kind)[0].__name__.upper() if optional else None
+        shown = tyro.conf.arg(prefix_name=False, metavar=metavar, help_behavior_hint=_default)
+        if name not in getattr(cls, "__dict__", {}):  # required
+            shown = tyro.conf.arg(prefix_name=False)
+        kinds[name] = Annotated[kind, shown]
+    return dataclasses.dataclass(frozen=True)(cls)
+
+
+@group
+class ModelOptions:
+    """The model and its prompts.
+
+    Attributes:
+        model: folder or hub id of a CLIP, SigLIP or supervised ViT (default: the bundled demo
+            model).
+        templates: prompt templates, with {} for the class; several are averaged. "imagenet" are
+            CLIP's 80, "usual" those of the layout (default).
+        compute_dtype: dtype of the matrix products.
+    """
+
+    model: str = str(assets.MODEL)
+    templates: tuple[str, ...] = ()
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+
+    def load(self) -> tuple[Any, Params]:
+        """The model and its parameters."""
+        return load(self.model, compute_dtype=jnp.dtype(self.compute_dtype))
+
+    def templates_for(self, layout: str) -> tuple[str, ...]:
+        """The templates in full; `layout` has usual ones."""
+        usual = data.templates_for(layout)
+        named = {"usual": usual, "imagenet": data.imagenet_templates()}
+        found = [text for given in self.templates for text in named.get(given, (given,))]
+        return tuple(found) or tuple(usual)
+
+
+@group
+class DataOptions:
+    """The images.
+
+    Attributes:
+        data: folder of images, or NAME:SPLIT for tensorflow-datasets (default: 2,000 bundled
+            CIFAR-10 test images).
+        layout: folder (clean images by class), imagenet, imagenet-c, cifar-c, arrays
+            (<corruption>.npy and labels.npy), tfds or the name of another dataset; an unknown name
+            lists all. Clean images are corrupted as they are read.
+        class_names: names for the prompts in label order, or a .json or .txt file (default: those of
+            the layout; arrays have none).
+        ids: use only the images of a list: a file with a CLASS_FOLDER/FILE a line, or
+            imagenet-c-5000, RobustBench's.
+        max_images: use at most so many images, sampled with the seed.
+    """
+
+    data: str = str(assets.IMAGES)
+    layout: str = "folder"
+    class_names: tuple[str, ...] = ()
+    ids: str | None = None
+    max_images: int | None = None
+
+    def open(self, model: Classifier, root: str | None = None) -> "data.Benchmark":
+        """The images by domain; `root` is another folder of the same layout."""
+        root = root or self.data
+        names = class_names_of(self.class_names, self.layout, root)
+        found = data.open_benchmark(self.layout, root, model.preprocessing, names)
+        return data.listed_subset(found, self.ids) if self.ids else found
+
+
+@group
+class StreamOptions:
+    """The order in which an adapter sees the images.
+
+    Attributes:
+        corruptions: corruptions to run, clean among them (default: the 15 of ImageNet-C; clean for
+            layouts of natural shifts).
+        severities: 1 to 5 (default: 5; 1 on the bundled images, which are small).
+        setting: reset at each corruption; one stream through all of them; the same with a severity
+            that rises and falls; one stream of all mixed.
+        order: of the images; correlated is sorted by class, dirichlet has classes come in waves.
+        concentration: of the Dirichlet order; smaller is closer to sorted by class.
+        seeds: of the order, the corruptions and the views; each seed is a run.
+        batch_size: images per step.
+    """
+
+    corruptions: tuple[str, ...] = ()
+    severities: tuple[int, ...] = ()
+    setting: Literal["reset_each_shift", "continual", "gradual", "mixed"] = "reset_each_shift"
+    order: Literal["shuffled", "stored", "correlated", "dirichlet"] = "shuffled"
+    concentration: float = 0.1
+    seeds: tuple[int, ...] = (1,)
+    batch_size: int = 100
+
+
+@group
+class AdapterOptions:
+    """The methods.
+
+    Attributes:
+        adapters: zero_shot, tent, batclip, tnt or mgtta, with settings (tent:lr=1e-4,
+            tnt:steps=3, mgtta:optimizer=sgd), or a function of yours, package.module:function.
+        preset: optimiser settings of TENT's and BATCLIP's papers.
+        tnt: TNT's settings.
+        mgtta: MGTTA's settings; the default files are for the bundled demo model.
+        canvas: side in pixels to which TNT's full-size images are padded or shrunk (default: the
+            longest side in a sample, at most 512).
+    """
+
+    adapters: tuple[str, ...] = ("zero_shot", "tent", "batclip")
+    preset: Literal["cifar10-c", "cifar100-c", "imagenet-c"] = "cifar10-c"
+    tnt: TNTConfig = TNTConfig()
+    mgtta: evaluate.MGTTAConfig = evaluate.MGTTAConfig()
+    canvas: int | None = None
+
+    def check(self, examples: int = 0) -> None:
+        """Raise a ValueError for invalid options, with so many `--save-examples`."""
+        evaluate.require_distinct(adapters=self.adapters)
+        evaluate.require_at_least(canvas=(self.canvas, 1), save_examples=(examples, 0))
+        specs = [evaluate.parse_adapter(text) for text in self.adapters]
+        if examples:
+            report.check_examples(specs, self.config)
+
+    @property
+    def config(self) -> evaluate.AdapterConfig:
+        """The settings of the adapters."""
+        return evaluate.AdapterConfig(self.preset, self.tnt, self.mgtta)
+
+
+@group
+class TuneOptions:
+    """Learning rates, selected on four corruptions that are never tested.
+
+    Attributes:
+        tune_learning_rates: candidates; each adapter gets the one of the highest accuracy.
+        tune_adapters: select for these adapters only (default: all with a learning rate).
+        validation: other images of the same layout to select on (default: the test images, with
+            their labels).
+    """
+
+    tune_learning_rates: tuple[float, ...] = ()
+    tune_adapters: tuple[str, ...] = ()
+    validation: str | None = None
+
+
+@group
+class RunOptions:
+    """Where the results go, and how they are computed.
+
+    Attributes:
+        output: folder for the results; a run that was stopped goes on where it was.
+        workers: processes that read images; 0 to read in the main process.
+        shard: this machine's part of the streams, such as 0/4; put the folders together
+            afterwards, and run once more without it.
+        checkpoint_every: batches between two checkpoints within a stream.
+        trust_data: take earlier results without checking that the images are unchanged.
+        log: log every result there too.
+        dry_run: print streams, images and an estimate of time and memory, and stop.
+        debug: show tracebacks.
+    """
+
+    output: Path
+    workers: int = 1
+    shard: str = "0/1"
+    checkpoint_every: int | None = None
+    trust_data: bool = False
+    log: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    dry_run: bool = False
+    debug: bool = False
+
+    @property
+    def part(self) -> tuple[int, int]:
+        """The shard's number and their count."""
+        number, slash, count = self.shard.partition("/")
+        if not (slash and number.isdecimal() and count.isdecimal() and int(number) < int(count)):
+            raise ValueError(f"--shard is {self.shard!r}, expected i/n with i below n")
+        return int(number), int(count)
+
+    @property
+    def how(self) -> dict[str, Any]:
+        """Arguments of `evaluate.sweep`."""
+        every = self.checkpoint_every
+        evaluate.require_at_least(workers=(self.workers, 0), checkpoint_every=(every, 1))
+        return {"workers": self.workers, "checkpoint_every": every, "trust_data": self.trust_data}
+
+
+def class_names_of(given: Sequence[str], layout: str, root: str) -> tuple[str, ...]:
+    """The class names of an option, or of its file; empty for the layout's own."""
+    folders = class_folders(root) if given and layout == "folder" and Path(root).is_dir() else ()
+    return data.given_class_names(given, [folder.name for folder in folders])

@@ -1,0 +1,39 @@
+"""Make a sweep's report again, or put sweeps side by side.
+
+jaxtta report runs/demo                 # table, plots and report.html from stored predictions
+jaxtta report runs/demo runs/continual  # one table of both
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from jaxtta import evaluate, report
+from jaxtta.cli.options import group
+
+
+@group
+class Options:
+    """Report on results that are stored.
+
+    Attributes:
+        folders: folders of jaxtta sweep or shifts.
+        title: the report's title (default: the folder's name).
+        debug: show tracebacks.
+    """
+
+    folders: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    title: str | None = None
+    debug: bool = False
+
+
+def run(options: Options) -> None:
+    """Print tables and write reports."""
+    if not options.folders:
+        raise ValueError("give one folder of results or more")
+    if len(options.folders) > 1:
+        return report.compare(options.folders)
+    folder = options.folders[0]
+    results = evaluate.load_predictions(folder)
+    report.write_report(results, folder, options.title or folder.resolve().name)

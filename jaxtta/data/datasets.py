@@ -1,0 +1,323 @@
+"""Datasets are sequences of labelled images; a benchmark has one for each domain.
+
+dataset = open_dataset("folder", "images")          # dataset[0]: (height, width, 3) uint8
+benchmark = corrupted(dataset, model.preprocessing)
+benchmark[Domain("fog", 5)][0]
+"""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from PIL import Image
+
+from jaxtta.data.class_names import TABLES
+from jaxtta.data.corruptions import (
+    CLEAN,
+    IMAGENET_C,
+    IMAGENET_C_EXTRA,
+    SEVERITIES,
+    SMALLEST,
+    corrupt,
+    image_seed,
+)
+from jaxtta.images import UnreadableImageError
+from jaxtta.io import nfc, read_text
+
+IMAGENET_C_5000 = "imagenet-c-5000"
+
+
+class Domain(NamedTuple):
+    """A corruption at a severity.
+
+    Attributes:
+        corruption: its name; "clean" for none. A natural shift has a name of its own.
+        severity: 1 to 5; 0 for clean images and for data with a single fixed severity.
+    """
+
+    corruption: str
+    severity: int = 0
+
+    def __str__(self) -> str:
+        """The corruption, and its severity if it has one."""
+        return f"{self.corruption}-{self.severity}" if self.severity else self.corruption
+
+
+class Dataset(Protocol):
+    """Labelled images, read by index.
+
+    It may also have `name(number)`, an image's name for messages; `content()`, a digest by which a
+    run notices that the stored images changed; and `check()`, which raises a ValueError if the
+    images are not as expected, before a run.
+    """
+
+    @property
+    def labels(self) -> np.ndarray:
+        """(images,) int32, each image's index in `class_names`."""
+        ...
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes."""
+        ...
+
+    def __len__(self) -> int:
+        """Number of images."""
+        ...
+
+    def __getitem__(self, number: int, /) -> np.ndarray:
+        """One image, (height, width, 3) uint8 of any size, or an UnreadableImageError."""
+        ...
+
+
+Benchmark = Mapping[Domain, Dataset]
+"""The same images under several domains: equal labels, class names and numbers of images."""
+
+
+class Preprocess(Protocol):
+    """A model's preprocessing; `jaxtta.models.CLIP.preprocessing` is one."""
+
+    @property
+    def image_size(self) -> int:
+        """Side of the model's input in pixels."""
+        ...
+
+    def __call__(self, image: Image.Image, /) -> np.ndarray:
+        """Resize and crop to (image_size, image_size, 3) uint8."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Subset:
+    """Some images of a dataset, with all of its classes; `numbers` are their indices."""
+
+    dataset: Dataset
+    numbers: np.ndarray
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Labels (images,)."""
+        return self.dataset.labels[self.numbers]
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes."""
+        return self.dataset.class_names
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.numbers)
+
+    def __getitem__(self, number: int) -> np.ndarray:
+        """One image."""
+        return self.dataset[int(self.numbers[number])]
+
+    def name(self, number: int) -> str:
+        """An image's name for messages."""
+        return name_of(self.dataset, int(self.numbers[number]))
+
+    def content(self) -> str | None:
+        """A digest of the whole dataset."""
+        return content_of(self.dataset)
+
+    def check(self) -> None:
+        """Check the whole dataset."""
+        _check(self.dataset)
+
+
+@dataclasses.dataclass(frozen=True)
+class Corrupted:
+    """A dataset whose images are corrupted as they are read, each by a seed of its own.
+
+    An image is corrupted at the smaller of its own and the model's resolution: large images after
+    resize and crop, as in ImageNet-C, and images smaller than the model's input before they are
+    enlarged, as in CIFAR-10-C.
+    """
+
+    dataset: Dataset
+    corruption: str
+    severity: int
+    preprocess: Preprocess
+    seed: int = 0
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Labels (images,)."""
+        return self.dataset.labels
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes."""
+        return self.dataset.class_names
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.dataset)
+
+    def __getitem__(self, number: int) -> np.ndarray:
+        """One corrupted image: of its own size if it is small, otherwise of the model's."""
+        return self.corrupt(number, self.seed)
+
+    def corrupt(self, number: int, seed: int) -> np.ndarray:
+        """One image, corrupted with another seed than the dataset's."""
+        image = self.dataset[number]
+        if min(image.shape[:2]) < SMALLEST:
+            raise UnreadableImageError(f"{self.name(number)}: smaller than {SMALLEST} pixels")
+        if min(image.shape[:2]) >= self.preprocess.image_size:
+            image = self.preprocess(Image.fromarray(image))
+        seed = image_seed(seed, self.corruption, self.severity, number)
+        return corrupt(image, self.corruption, self.severity, seed)
+
+    def name(self, number: int) -> str:
+        """An image's name for messages."""
+        return name_of(self.dataset, number)
+
+    def content(self) -> str | None:
+        """A digest of the clean images."""
+        return content_of(self.dataset)
+
+    def check(self) -> None:
+        """Raise a ValueError if the model's input is too small for corruptions."""
+        if self.preprocess.image_size < SMALLEST:
+            raise ValueError(
+                f"the model's input size is {self.preprocess.image_size} pixels, corruptions "
+                f"need at least {SMALLEST}"
+            )
+        _check(self.dataset)
+
+
+def read(
+    dataset: Dataset, number: int, seed: int, preprocess: Preprocess
+) -> tuple[np.ndarray, np.ndarray]:
+    """One image at the model's resolution, and as the dataset gives it.
+
+    Args:
+        dataset: the dataset.
+        number: the image's index.
+        seed: of corruptions made on the fly.
+        preprocess: the model's preprocessing.
+    """
+    while isinstance(dataset, Subset):
+        dataset, number = dataset.dataset, int(dataset.numbers[number])
+    if not isinstance(dataset, Corrupted):
+        image = dataset[number]
+    else:
+        image = dataset.corrupt(number, seed)
+        if min(image.shape[:2]) >= preprocess.image_size:  # preprocessed before it was corrupted
+            return image, image
+    return preprocess(Image.fromarray(image)), image
+
+
+def name_of(dataset: Dataset, number: int) -> str:
+    """An image's name for messages; its index if the dataset has no names."""
+    name = getattr(dataset, "name", None)
+    return f"image {number}" if name is None else name(number)
+
+
+def content_of(dataset: Dataset) -> str | None:
+    """A digest of a dataset's stored images; None if it cannot tell whether they changed."""
+    content = getattr(dataset, "content", None)
+    return None if content is None else content()
+
+
+def _check(dataset: Dataset) -> None:
+    check = getattr(dataset, "check", None)
+    if check is not None:
+        check()
+
+
+def corrupted(dataset: Dataset, preprocess: Preprocess) -> dict[Domain, Dataset]:
+    """A benchmark of clean images: as they are, and under every corruption at every severity."""
+    return {Domain(CLEAN): dataset} | {
+        Domain(name, severity): Corrupted(dataset, name, severity, preprocess)
+        for name in (*IMAGENET_C, *IMAGENET_C_EXTRA)
+        for severity in range(1, SEVERITIES + 1)
+    }
+
+
+def select(benchmark: Benchmark, domains: Iterable[Domain]) -> None:
+    """Check that a benchmark has some domains, and their datasets.
+
+    Raises:
+        ValueError: for a missing domain, listing those there are; or from a dataset's `check`.
+    """
+    domains = tuple(dict.fromkeys(domains))
+    require_domains(benchmark, domains)
+    for domain in domains:
+        _check(benchmark[domain])
+
+
+def require_domains(benchmark: Benchmark, domains: Iterable[Domain]) -> None:
+    """Raise a ValueError for a missing domain, without looking at the datasets."""
+    for domain in domains:
+        if domain in benchmark:
+            continue
+        severities = [d.severity for d in benchmark if d.corruption == domain.corruption]
+        if severities:
+            raise ValueError(
+                f"severity of {domain.corruption} is {domain.severity}, expected "
+                f"{' or '.join(map(str, severities))}"
+            )
+        known = ", ".join(dict.fromkeys(d.corruption for d in benchmark)) or "none"
+        raise ValueError(f"unknown corruption {domain.corruption!r}, expected one of {known}")
+
+
+def labels_of(benchmark: Benchmark) -> np.ndarray:
+    """A benchmark's labels (images,) int32, the same in all domains."""
+    return next(iter(benchmark.values())).labels
+
+
+def class_names_of(benchmark: Benchmark) -> tuple[str, ...]:
+    """A benchmark's class names, the same in all domains."""
+    return next(iter(benchmark.values())).class_names
+
+
+def subset(benchmark: Benchmark, numbers: np.ndarray) -> dict[Domain, Dataset]:
+    """The same images of every domain.
+
+    Args:
+        benchmark: the benchmark.
+        numbers: (images,) integers, indices of the images.
+    """
+    numbers = np.asarray(numbers)
+    return {domain: Subset(dataset, numbers) for domain, dataset in benchmark.items()}
+
+
+def listed_subset(benchmark: Benchmark, ids: str | Path) -> dict[Domain, Dataset]:
+    """The images of a benchmark that a file lists, in the file's order.
+
+    Args:
+        benchmark: one of images in folders.
+        ids: a text file with a path a line, of which `<class folder>/<file>` counts; or
+            "imagenet-c-5000", RobustBench's 5,000 images of ImageNet-C, which many published tables
+            use.
+
+    Raises:
+        FileNotFoundError: if there is no such list.
+        ValueError: if the benchmark lacks one of the list, or a name is there twice.
+    """
+    files = next((d.files for d in benchmark.values() if hasattr(d, "files")), ())  # pyright: ignore
+    names = [_listed_name(str(file)) for file in files]
+    path = TABLES / f"{ids}.txt" if str(ids) == IMAGENET_C_5000 else Path(ids)
+    lines = (line.strip() for line in read_text(path).split("\n"))
+    wanted = [_listed_name(line) for line in lines if line]
+    numbers = {name: number for number, name in enumerate(names)}
+    missing = [name for name in wanted if name not in numbers]
+    if missing or not wanted:
+        first = f", such as {'/'.join(missing[0])}" if missing else ""
+        raise ValueError(
+            f"{path}: lists {len(wanted)} images, of which the {len(files)} files here lack "
+            f"{len(missing)}{first}"
+        )
+    for place, count in (("the list", Counter(wanted)), ("the folder", Counter(names))):
+        if twice := next((name for name in wanted if count[name] > 1), None):
+            raise ValueError(f"{path}: {'/'.join(twice)} is {count[twice]} times in {place}")
+    return subset(benchmark, np.asarray([numbers[name] for name in wanted]))
+
+
+def _listed_name(path: str) -> tuple[str, ...]:
+    """The part of a path that lists of images have: class folder and file."""
+    return Path(nfc(path)).parts[-2:]

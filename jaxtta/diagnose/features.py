@@ -1,0 +1,117 @@
+"""A model's features of sets of images, read batch by batch."""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxtta.models import CLIP, Params, Task, l2_normalize
+
+
+class FeatureSet(NamedTuple):
+    """A model's features of a set of images.
+
+    Attributes:
+        rows: (images, d) float32, of unit norm.
+        labels: (images,) integers; -1 for images without a label.
+        unreadable: names of images that could not be read.
+        numbers: (images,) integers, each image's index in its dataset; empty if not known.
+    """
+
+    rows: np.ndarray
+    labels: np.ndarray
+    unreadable: list[str]
+    numbers: np.ndarray = np.zeros(0, int)
+
+
+class ImageBatch(Protocol):
+    """A batch of images that know their labels and numbers, as `data.Batches` makes them."""
+
+    @property
+    def images(self) -> np.ndarray:
+        """(batch, height, width, 3)."""
+        ...
+
+    @property
+    def mask(self) -> np.ndarray:
+        """(batch,) bool, false for padding and unreadable images."""
+        ...
+
+    @property
+    def labels(self) -> np.ndarray:
+        """(batch,) integers."""
+        ...
+
+    @property
+    def source_index(self) -> np.ndarray:
+        """(batch,) integers, the image's number in its dataset; -1 for padding."""
+        ...
+
+
+def read_features(
+    model: CLIP, params: Params, batches: Iterable[ImageBatch], name_of: Callable[[int], str]
+) -> FeatureSet:
+    """Encode a set of images.
+
+    Args:
+        model: the model.
+        params: its parameters.
+        batches: of the images.
+        name_of: gives the name of an image by its number, for those that cannot be read.
+
+    Returns:
+        Their features.
+
+    Raises:
+        ValueError: if fewer than two images can be read, or all have the same features.
+    """
+    rows, labels, numbers, unreadable = [], [], [], []
+    for batch in batches:
+        rows.append(np.asarray(_encode(model, params, batch.images))[batch.mask])
+        labels.append(batch.labels[batch.mask])
+        numbers.append(batch.source_index[batch.mask])
+        missing = batch.source_index[~batch.mask & (batch.source_index >= 0)]
+        unreadable += [name_of(int(number)) for number in missing]
+    found = FeatureSet(*map(np.concatenate, (rows, labels)), unreadable, np.concatenate(numbers))
+    if len(found.rows) < 2:
+        names = f" ({truncate(unreadable)} could not)" if unreadable else ""
+        few = len(found.rows) or "none"
+        raise ValueError(f"{few} of the images could be read{names}, expected at least two")
+    if not np.ptp(found.rows, axis=0).any():
+        raise ValueError("the features are identical for all images")
+    return found
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _encode(model: CLIP, params: Params, images: jax.Array) -> jax.Array:
+    return l2_normalize(model.encode_image(params, model.normalize(images)))
+
+
+def head_of(model: CLIP, params: Params, task: Task) -> jax.Array:
+    """The classes' text embeddings, (classes, projection)."""
+    return jax.jit(model.class_embeddings)(params, model.prompts(task))
+
+
+def logits_of(rows: np.ndarray, head: jax.Array) -> jax.Array:
+    """Cosines (images, classes)."""
+    return jnp.matmul(rows, head.T, precision="highest")
+
+
+@contextlib.contextmanager
+def error_context(context: object) -> Iterator[None]:
+    """Prefix a ValueError's message with its context."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{context}: {error}") from error
+
+
+def truncate(items: Iterable[object], count: int = 5) -> str:
+    """List the first items, and the number of all if there are more."""
+    items = [*items]
+    more = f" … ({len(items)})" if len(items) > count else ""
+    return ", ".join(map(str, items[:count])) + more or "none"

@@ -1,0 +1,394 @@
+"""Adapters by name with settings: `tent:lr=1e-4`, `tnt:steps=3,views=32`, `mymodule:make`."""
+
+import ast
+import dataclasses
+import importlib
+import inspect
+import logging
+import math
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, cast
+
+import optax
+
+from jaxtta import adapters, assets
+from jaxtta.adapters import BATCLIP_PRESETS, TENT_PRESETS, Adapter, TNTConfig
+from jaxtta.adapters.mgtta import PAPER_LEARNING_RATE, check_statistics
+from jaxtta.data.content import digest_files
+from jaxtta.models import Classifier, Task, load_statistics, zero_shot_task
+from jaxtta.models.task import Tokenized
+from jaxtta.optim import load_mgg, meta_gradient_generator
+from jaxtta.tree import normalisation_parameters
+
+log = logging.getLogger(__name__)
+SPEED_ONLY = ("views_per_chunk", "images_per_map")
+SETTINGS = {
+    "zero_shot": (),
+    "tent": ("lr", "optimizer"),
+    "batclip": ("lr", "optimizer"),
+    "tnt": tuple(field.name for field in dataclasses.fields(TNTConfig)),
+    "mgtta": ("lr", "optimizer", "weight", "tower", "phi", "statistics"),
+}
+"""The adapters that have a name, and the settings that may follow it."""
+OPTIMIZERS = {
+    "sgd": partial(optax.sgd, momentum=0.9),
+    "adam": partial(optax.adam),
+    "adamw": partial(optax.adamw, weight_decay=1e-2),
+}
+USUAL_OPTIMIZER = {"tent": "sgd", "batclip": "adamw"}
+
+
+@dataclasses.dataclass(frozen=True)
+class MGTTAConfig:
+    """MGTTA's settings.
+
+    Attributes:
+        phi: file with the generator's weights, from `jaxtta pretrain-mgg`.
+        statistics: file with the statistics of clean images' features, from the same command.
+        weight: weight of the discrepancy.
+        tower: image, or both to adapt the text tower too.
+    """
+
+    phi: Path = assets.PHI
+    statistics: Path = assets.STATISTICS
+    weight: float = 0.4
+    tower: Literal["image", "both"] = "image"
+
+    def __post_init__(self) -> None:
+        """Validate the settings."""
+        if not self.weight >= 0:
+            raise ValueError(f"weight is {self.weight}, expected at least 0")
+        if self.tower not in ("image", "both"):
+            raise ValueError(f"tower is {self.tower!r}, expected image or both")
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterConfig:
+    """Settings of the named adapters, where their names do not say others.
+
+    Attributes:
+        preset: the papers' optimiser settings of TENT and BATCLIP for a benchmark.
+        tnt: TNT's settings.
+        mgtta: MGTTA's settings.
+    """
+
+    preset: str = "cifar10-c"
+    tnt: TNTConfig = dataclasses.field(default_factory=TNTConfig)
+    mgtta: MGTTAConfig = dataclasses.field(default_factory=MGTTAConfig)
+
+    def __post_init__(self) -> None:
+        """Validate the settings."""
+        if self.preset not in BATCLIP_PRESETS:
+            known = ", ".join(BATCLIP_PRESETS)
+            raise ValueError(f"preset is {self.preset!r}, expected one of {known}")
+
+
+class AdapterSpec(NamedTuple):
+    """An adapter to be made.
+
+    Attributes:
+        text: its name in tables, as it was given.
+        name: a key of `SETTINGS`, or the function's module and name.
+        settings: by name.
+        function: `function(model, task, **settings) -> Adapter`; None for a named adapter.
+    """
+
+    text: str
+    name: str
+    settings: Mapping[str, Any] = {}
+    function: Callable[..., Adapter] | None = None
+
+    @property
+    def needs_originals(self) -> bool:
+        """Whether it makes its own views, of full-size images."""
+        return self.name == "tnt" or bool(getattr(self.function, "needs_originals", False))
+
+
+def parse_adapter(text: str) -> AdapterSpec:
+    """Read an adapter's name and settings.
+
+    Args:
+        text: `tent`, `tent:lr=1e-4`, `package.module:function` or
+            `package.module:function:key=value,…`; modules in the current folder are found.
+
+    Returns:
+        The adapter to be made.
+
+    Raises:
+        ValueError: for an unknown name or setting, or a function that cannot be imported.
+    """
+    name, _, rest = text.partition(":")
+    function = None
+    if name not in SETTINGS:
+        attribute, _, rest = rest.partition(":")
+        if not re.fullmatch(r"\w+(\.\w+)*", name) or not attribute.isidentifier():
+            raise ValueError(
+                f"unknown adapter {text!r}, expected {', '.join(SETTINGS)}, with settings as in "
+                "tent:lr=1e-4, or MODULE:FUNCTION of your own"
+            )
+        function = _import_function(name, attribute)
+        name = f"{name}:{attribute}"
+    settings = _parse_settings(text, rest)
+    if function is not None:
+        _require_call(text, function, settings)
+    elif unknown := [key for key in settings if key not in SETTINGS[name]]:
+        known = ", ".join(SETTINGS[name]) or "none"
+        raise ValueError(f"{text}: unknown setting {unknown[0]!r}, {name} has {known}")
+    spec = AdapterSpec(text, name, settings, function)
+    if function is None:
+        identity_of(spec, AdapterConfig())  # validates the values
+    return spec
+
+
+def _parse_settings(text: str, given: str) -> dict[str, Any]:
+    settings: dict[str, Any] = {}
+    for part in filter(None, re.split(r",(?![^(]*\))", given)):  # not within (0.5,1)
+        key, equals, value = part.partition("=")
+        if not equals or not value or key in settings:
+            raise ValueError(f"{text}: {part!r} is no setting, expected KEY=VALUE, each key once")
+        try:
+            settings[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            settings[key] = {"true": True, "false": False}.get(value, value)
+    return settings
+
+
+def _import_function(module: str, name: str) -> Callable[..., Adapter]:
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.append(here)
+    try:
+        found = getattr(importlib.import_module(module), name, None)
+    except Exception as error:  # a module of the user's may raise anything
+        raise ValueError(f"{module}:{name}: the module cannot be imported ({error!r})") from error
+    if not callable(found):
+        raise ValueError(f"{module}:{name}: the module has no function of this name")
+    return found
+
+
+def _require_call(text: str, function: Callable, settings: Mapping[str, Any]) -> None:
+    """Raise a ValueError for settings that the function does not take."""
+    signature = inspect.signature(function)
+    try:
+        signature.bind(None, None, **settings)
+    except TypeError as error:
+        called = f"it is called (model, task, **settings) and takes {signature}"
+        raise ValueError(f"{text}: {error}; {called}") from error
+
+
+def specs_of(
+    given: Sequence[str | AdapterSpec] | Mapping[str, Callable[..., Adapter]],
+) -> list[AdapterSpec]:
+    """The adapters of a sweep: texts, specs, or functions of model and task by name.
+
+    Raises:
+        ValueError: if there are none, or two have the same name.
+    """
+    if isinstance(given, Mapping):
+        specs = [AdapterSpec(name, _qualified(make), {}, make) for name, make in given.items()]
+    else:
+        specs = [parse_adapter(each) if isinstance(each, str) else each for each in given]
+    names = [spec.text for spec in specs]
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"a sweep needs one or more adapters of distinct names, not {names}")
+    return specs
+
+
+def _qualified(function: Callable) -> str:
+    kind = function if hasattr(function, "__qualname__") else type(function)
+    return f"{kind.__module__}:{kind.__qualname__}"
+
+
+def make_adapter(
+    spec: AdapterSpec, model: Classifier, task: Task | None, config: AdapterConfig
+) -> Adapter:
+    """Make an adapter.
+
+    Raises:
+        FileNotFoundError: if one of MGTTA's files is missing.
+        TypeError: if a function gives something else.
+        ValueError: if a file is invalid, or for a model of another size.
+    """
+    if spec.function is not None:
+        made = spec.function(model, task, **spec.settings)
+        if not (hasattr(made, "init") and hasattr(made, "step")):
+            raise TypeError(f"{spec.text}: gives a {type(made).__name__}, expected an Adapter")
+        return made
+    if spec.name == "zero_shot":
+        return adapters.zero_shot(model, task)
+    if spec.name == "tnt":
+        return adapters.tnt(model, task, config=tnt_config_of(spec, config))
+    if spec.name != "mgtta":
+        method = {"tent": adapters.tent, "batclip": adapters.batclip}[spec.name]
+        return method(model, task, optimizer=_optimizer_of(spec, config)())
+    settings = _mgtta_config_of(spec, config)
+    statistics, _ = load_statistics(settings.statistics)
+    if model.feature_shape is not None:
+        try:
+            check_statistics(statistics.mean, model.feature_shape)
+        except ValueError as error:
+            raise ValueError(f"{settings.statistics}: {error}") from error
+    optimizer = _optimizer_of(spec, config)
+    if optimizer.func is meta_gradient_generator:
+        optimizer = partial(meta_gradient_generator, load_mgg(settings.phi)[0], *optimizer.args)
+    return adapters.mgtta(
+        model,
+        task,
+        optimizer=optimizer(),
+        trainable=normalisation_parameters(settings.tower),
+        statistics=statistics,
+        weight=settings.weight,
+    )
+
+
+def tnt_config_of(spec: AdapterSpec, config: AdapterConfig) -> TNTConfig:
+    """TNT's settings, with those of the adapter's name."""
+    return _replaced(spec, config.tnt, spec.settings)
+
+
+def _mgtta_config_of(spec: AdapterSpec, config: AdapterConfig) -> MGTTAConfig:
+    own = {key: value for key, value in spec.settings.items() if key not in ("lr", "optimizer")}
+    files = {key: Path(str(own[key])) for key in ("phi", "statistics") if key in own}
+    return _replaced(spec, config.mgtta, own | files)
+
+
+def _replaced(spec: AdapterSpec, config: Any, settings: Mapping[str, Any]) -> Any:
+    for key, value in settings.items():
+        kind = type(getattr(config, key))
+        if key != "temperature" and not isinstance(value, (int, float) if kind is float else kind):
+            raise ValueError(f"{spec.text}: {key} is {value!r}, expected type {kind.__name__}")
+    try:
+        return dataclasses.replace(config, **settings)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{spec.text}: {error}") from error
+
+
+def _optimizer_of(spec: AdapterSpec, config: AdapterConfig) -> partial:
+    """Makes the optimiser of an adapter that has one; its first argument is the learning rate."""
+    rate, kind = spec.settings.get("lr"), spec.settings.get("optimizer")
+    number = isinstance(rate, int | float) and 0 < rate < math.inf
+    if rate is not None and not number:
+        raise ValueError(f"{spec.text}: lr is {rate}, expected a positive number")
+    kinds = [*OPTIMIZERS, *(("mgg",) if spec.name == "mgtta" else ())]
+    if kind is not None and kind not in kinds:
+        raise ValueError(f"{spec.text}: optimizer is {kind}, expected {', '.join(kinds)}")
+    if spec.name == "mgtta":
+        make = OPTIMIZERS.get(kind or "mgg", partial(meta_gradient_generator))
+        return partial(make, rate or PAPER_LEARNING_RATE)
+    presets = TENT_PRESETS if spec.name == "tent" else BATCLIP_PRESETS
+    preset = presets[config.preset].optimizer
+    if rate is None and kind is None:
+        return preset
+    return partial(OPTIMIZERS[kind or USUAL_OPTIMIZER[spec.name]], rate or preset.args[0])
+
+
+def identity_of(
+    spec: AdapterSpec, config: AdapterConfig, canvas: int | None = None
+) -> dict[str, Any]:
+    """What decides an adapter's results, beside model, images and streams.
+
+    Args:
+        spec: the adapter.
+        config: settings that its name does not say.
+        canvas: size to which full-size images are padded, of an adapter that needs them.
+
+    Returns:
+        JSON values: the settings in effect, and digests of files and of a function's source.
+    """
+    own: dict[str, Any] = {"name": spec.name}
+    if spec.needs_originals:
+        own["canvas"] = canvas
+    if spec.function is not None:
+        module = sys.modules.get(getattr(spec.function, "__module__", ""))
+        source = _digest(getattr(module, "__file__", None))
+        return own | {"settings": dict(spec.settings), "source": source}
+    if spec.name == "tnt":
+        settings = dataclasses.asdict(tnt_config_of(spec, config))
+        return own | {"tnt": {k: v for k, v in settings.items() if k not in SPEED_ONLY}}
+    if spec.name == "zero_shot":
+        return own
+    made = _optimizer_of(spec, config)
+    given = [str(made.args[0]), *(f"{key}={value}" for key, value in made.keywords.items())]
+    own["optimizer"] = f"{made.func.__name__}({', '.join(given)})"
+    if spec.name == "mgtta":
+        settings = _mgtta_config_of(spec, config)
+        own |= {"weight": settings.weight, "tower": settings.tower}
+        own["statistics"] = _digest(settings.statistics)
+        if made.func is meta_gradient_generator:
+            own["phi"] = _digest(settings.phi)
+    return own
+
+
+def _digest(path: str | Path | None) -> str | None:
+    """A digest of a file's content; None for a function without a source file."""
+    return digest_files([Path(path)]).partition(" ")[2] if path else None
+
+
+def check_mgtta_files(specs: Sequence[AdapterSpec], config: AdapterConfig, weights: str) -> None:
+    """Check that MGTTA's files were made with this model; only warn about the generator.
+
+    Args:
+        specs: the adapters.
+        config: settings that their names do not say.
+        weights: fingerprint of the model's weights, from `fingerprints`.
+
+    Raises:
+        FileNotFoundError: if a file is missing.
+        ValueError: if a file is invalid, or the statistics are of other weights.
+    """
+    made_for = "made with another model; run jaxtta pretrain-mgg to make a file for"
+    for spec in specs:
+        if spec.name != "mgtta":
+            continue
+        settings = _mgtta_config_of(spec, config)
+        _, about = load_statistics(settings.statistics)
+        if about.get("weights", weights) != weights:
+            raise ValueError(f"{settings.statistics}: was {made_for} --mgtta.statistics")
+        if _optimizer_of(spec, config).func is meta_gradient_generator:
+            _, about = load_mgg(settings.phi)
+            if about.get("weights", weights) != weights:
+                log.warning("%s: was %s --mgtta.phi", settings.phi, made_for)
+
+
+def task_for(
+    model: Classifier, class_names: Sequence[str], templates: Sequence[str]
+) -> Task | None:
+    """The task of a dataset's classes; None for a model that has these classes of its own.
+
+    Raises:
+        ValueError: if the model's own classes are others.
+    """
+    own = getattr(model, "class_names", None)
+    if own is None:
+        # Refused there, if it has neither classes of its own nor a text tower.
+        return zero_shot_task(cast(Tokenized, model), class_names, templates)
+    if len(own) != len(class_names):
+        raise ValueError(
+            f"the model has {len(own)} classes of its own, the dataset has {len(class_names)}"
+        )
+    if any(re.fullmatch(r"LABEL_\d+", name) for name in own):
+        log.warning("the model does not name its classes: their order is taken to be the dataset's")
+        return None
+    places: dict[str, set[int]] = {}
+    for number, name in enumerate(own):
+        for synonym in _synonyms(name):
+            places.setdefault(synonym, set()).add(number)
+    found = [set().union(*(places.get(s, ()) for s in _synonyms(name))) for name in class_names]
+    moved = [number for number, hits in enumerate(found) if hits and number not in hits]
+    known = sum(number in hits for number, hits in enumerate(found))
+    # ImageNet's names hold a few doubles, and the prompts' names differ from the model's.
+    if len(moved) > len(own) // 50 or 2 * known < len(own):
+        odd = moved[0] if moved else next(n for n, hits in enumerate(found) if not hits)
+        raise ValueError(
+            f"the model's classes are not the dataset's, or in another order: class {odd} is "
+            f"{own[odd]!r} in the model and {class_names[odd]!r} in the dataset"
+        )
+    return None
+
+
+def _synonyms(name: str) -> set[str]:
+    """The names that one of ImageNet's class names lists."""
+    return {part.strip().lower() for part in name.replace("_", " ").split(",")}

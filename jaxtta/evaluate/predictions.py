@@ -1,0 +1,138 @@
+"""Per-image predictions of one adapter on one stream: the result that all metrics come from."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pandas as pd
+
+from jaxtta import metrics
+from jaxtta.data import Domain
+from jaxtta.evaluate.provenance import digest_of
+from jaxtta.io import load_arrays, save_arrays
+
+ROWS = ("segment", "image", "label", "prediction", "confidence", "nll", "brier", "top5", "seen")
+STEPS = ("seconds", "skipped")
+
+
+class Scores(NamedTuple):
+    """Scores of each image's prediction, all (images,).
+
+    Attributes:
+        prediction: the class of the highest logit, the lowest of equal ones; -1 if one is NaN.
+        confidence: the highest probability.
+        nll: negative log-likelihood of the label, in nats.
+        brier: Brier score.
+        top5: whether the label is among the five highest.
+    """
+
+    prediction: Any
+    confidence: Any
+    nll: Any
+    brier: Any
+    top5: Any
+
+
+def score(logits: jax.typing.ArrayLike, labels: jax.typing.ArrayLike) -> Scores:
+    """Score predictions: logits (batch, classes) against integer labels (batch,).
+
+    Raises:
+        TypeError: if the labels are not integers.
+        ValueError: if a label is not a class, or there is not one an image.
+    """
+    return _score(logits, metrics.require_labels(labels, logits))
+
+
+@jax.jit
+def _score(logits: jax.Array, labels: jax.Array) -> Scores:
+    return Scores(
+        jnp.where(jnp.isnan(logits).any(-1), -1, logits.argmax(-1)),
+        jax.nn.softmax(logits).max(-1),
+        metrics.nll(logits, labels),
+        metrics.brier(logits, labels),
+        metrics.top_k(logits, labels, 5),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Predictions:
+    """One adapter on one stream with one seed.
+
+    Attributes:
+        adapter: its name in tables.
+        stream: the stream's name.
+        seed: the stream's seed.
+        setting: the stream setting, or "datasets" where each domain is a dataset of its own.
+        domains: the stream's segments; a domain may occur twice.
+        class_names: of the labels.
+        rows: one per image in stream order, with the columns segment, image (index in the dataset),
+            label, the `Scores`, and seen. An image that could not be read is not seen; its scores
+            are 0. `nll` is not finite where the logits are not.
+        steps: one row per batch: seconds, and skipped (the state was left as it was).
+        unreadable: the names of the images that were not seen, in stream order.
+        settings: what identifies the result, grouped: model, data, streams, adapter.
+        about: command, versions, device and the like, which change no result.
+        peak_memory_gb: of the process or accelerator, up to the stream's end.
+        content: digest of the stored images; None if it was not taken.
+    """
+
+    adapter: str
+    stream: str
+    seed: int
+    setting: str
+    domains: tuple[Domain, ...]
+    class_names: tuple[str, ...]
+    rows: pd.DataFrame
+    steps: pd.DataFrame
+    unreadable: tuple[str, ...]
+    settings: dict[str, Any]
+    about: dict[str, Any]
+    peak_memory_gb: float
+    content: str | None = None
+
+    @property
+    def top1(self) -> np.ndarray:
+        """Whether each image was seen and rightly classified, (images,) bool."""
+        return (self.rows["seen"] & (self.rows["prediction"] == self.rows["label"])).to_numpy()
+
+    def segment(self, number: int) -> pd.DataFrame:
+        """One segment's rows with a column `top1`, sorted by image so that adapters pair up."""
+        rows = self.rows.assign(top1=self.top1)
+        return rows[rows["segment"] == number].sort_values("image", ignore_index=True)
+
+    def save(self, path: str | Path) -> None:
+        """Write the file, atomically."""
+        arrays = {f"rows/{name}": self.rows[name].to_numpy() for name in ROWS}
+        arrays |= {f"steps/{name}": self.steps[name].to_numpy() for name in STEPS}
+        header = {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if field.name not in ("rows", "steps")
+        }
+        header = json.loads(json.dumps(header))
+        save_arrays(path, arrays, {"predictions": header, "digest": digest_of([header, arrays])})
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Predictions":
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if it holds no predictions, or is damaged.
+        """
+        arrays, metadata = load_arrays(path)
+        header = metadata.get("predictions")
+        if not isinstance(header, dict):
+            raise ValueError(f"{path}: holds no predictions")
+        if metadata.get("digest") != digest_of([header, arrays]):
+            raise ValueError(f"{path}: was changed after it was written")
+        rows = pd.DataFrame({name: arrays[f"rows/{name}"] for name in ROWS})
+        steps = pd.DataFrame({name: arrays[f"steps/{name}"] for name in STEPS})
+        header["domains"] = tuple(Domain(*domain) for domain in header["domains"])
+        for name in ("class_names", "unreadable"):
+            header[name] = tuple(header[name])
+        return cls(**header, rows=rows, steps=steps)

@@ -1,0 +1,115 @@
+"""HTML pages from the Jinja2 templates in `templates/`: self-contained, without scripts."""
+
+import base64
+import functools
+import io
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import pandas as pd
+from markupsafe import Markup
+from matplotlib.figure import Figure
+from PIL import Image
+
+from jaxtta.images import printable
+
+NONE = "–"
+
+
+def render(template: str, **context: Any) -> str:
+    """Fill in a template.
+
+    Args:
+        template: its file name.
+        **context: its variables. All pages need `title`, `sentences`, and may have `warnings`,
+            `abouts` and `settings` (mappings, one per result) and `optimizers` (text by adapter).
+
+    Returns:
+        HTML; all text in it is escaped.
+    """
+    return _environment().get_template(template).render(context)
+
+
+@functools.cache
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).with_name("templates")),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+        finalize=lambda x: printable(x) if isinstance(x, str) and not hasattr(x, "__html__") else x,
+    )
+    for function in (number, percent, signed, data_uri, commands, flatten):
+        environment.filters[function.__name__] = function
+    environment.filters["plain"] = lambda name: name.replace("_", " ")
+    return environment
+
+
+def number(value: float | None, digits: int = 2, sign: str = "") -> str:
+    """Format a number; a dash if it is missing."""
+    if value is None or pd.isna(value):
+        return NONE
+    return f"{value:{sign},.{digits}f}".replace("-", "−")
+
+
+def percent(value: float | None, digits: int = 2) -> str:
+    """Format a fraction in per cent."""
+    return number(None if value is None else 100 * value, digits)
+
+
+def signed(value: float | None, digits: int = 2) -> str:
+    """Format a difference with its sign."""
+    return number(value, digits, "+")
+
+
+def data_uri(picture: Figure | np.ndarray) -> Markup:
+    """A figure, or an image (height, width, 3) uint8, as a PNG in a data URI."""
+    file = io.BytesIO()
+    if isinstance(picture, Figure):
+        picture.savefig(file, format="png", dpi=150)
+    else:
+        Image.fromarray(np.asarray(picture, np.uint8)).save(file, "PNG", optimize=True)
+    # It needs no escaping, which takes long for so much text.
+    return Markup("data:image/png;base64," + base64.b64encode(file.getvalue()).decode())
+
+
+def commands(abouts: Iterable[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """Each command that made results, with a note on date, commit and preprocessing."""
+    frame = pd.DataFrame(abouts, columns=["command", "commit", "preprocessing", "date"])
+    frame = frame.dropna(subset="command").fillna("")
+    listed = []
+    for key, dates in frame.groupby([*frame.columns[:3]], sort=False)["date"]:
+        command, commit, preprocessing = key
+        first, last = dates.min()[:16], dates.max()[:16]
+        note = (first if first == last else f"{first} to {last}").replace("T", " ")
+        note += f", commit {commit}" if commit else ""
+        listed.append((command, note + (f". Preprocessing: {preprocessing}" * bool(preprocessing))))
+    return listed
+
+
+def flatten(mappings: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """All values of each setting as text; one within another is named "outer: inner"."""
+    found: dict[str, dict[str, None]] = {}
+    for mapping in mappings:
+        for name, value in _items(mapping):
+            found.setdefault(name, {})[_text(value)] = None
+    return {name: " / ".join(texts) for name, texts in found.items()}
+
+
+def _items(mapping: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in mapping.items():
+        if isinstance(value, Mapping):
+            yield from _items(value, f"{before}{name}: ")
+        elif before or name not in ("command", "date", "commit", "preprocessing"):  # `commands`
+            yield before + name, value
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_text, value)) or NONE
+    return value if isinstance(value, str) else NONE if value is None else json.dumps(value)
