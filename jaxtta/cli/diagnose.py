@@ -1,31 +1,24 @@
-r"""Diagnose a CLIP model: its features, and its accuracy under distribution shift.
+r"""Diagnose CLIP models, or check a folder of your own images.
 
     jaxtta diagnose --output runs/diagnosis
 
-diagnoses the bundled demo model on the bundled images and on four corruptions of them, prints the
-table and writes report.html, result.json and plots. Other models, images and shifts:
+measures the bundled demo model's features, and its accuracy on the bundled images and on four
+corruptions of them; prints tables and writes report.html, result.json and plots. Two models side by
+side, on ImageNet and natural distribution shifts:
 
-    # two models side by side, on ImageNet and three natural distribution shifts
     jaxtta diagnose --models openai/clip-vit-base-patch16 FOLDER --output runs/two \
         --layout imagenet --data IMAGENET/val --corruptions --reference-points published \
-        --shifted imagenet-v2=imagenet-v2=IMAGENET-V2 imagenet-r=imagenet=IMAGENET-R \
-        imagenet-sketch=imagenet=SKETCH
-    # ready corrupted arrays, all 15 corruptions
-    jaxtta diagnose --layout arrays --data FOLDER --class-names NAMES.txt \
-        --corruptions imagenet-c --output runs/arrays
+        --shifted imagenet-v2=imagenet-v2=IMAGENET-V2 imagenet-r=imagenet=IMAGENET-R
 
-With --target, a folder of your own images is compared with --data instead and, if some have labels,
-adapters are tried on those:
+A folder of your own images is compared with --data. If some have labels, by class folders or in a
+file, adapters are tried on them:
 
-    jaxtta diagnose --target FOLDER --class-names cat dog --output runs/target
-    jaxtta diagnose --target TEXTILES --class-names "global=a large defect" "local=a small defect" \
-        "nominal=no defect" --output runs/textiles
-    # many images in one folder, with a file of labels for a few of them
+    jaxtta diagnose --target TEXTILES --class-names "global=a large defect" "nominal=no defect" \
+        --output runs/textiles
     jaxtta diagnose --target FOLDER --class-names cat dog --target-labels FEW.csv --output runs/few
 
-Each model's answers to the images are in images.csv: file (from the folder), class, confidence,
-entropy in nats, and distance of the features from the tenth nearest of the reference images.
-Images that cannot be read are left out, named and counted.
+images.csv has a model's answers to them: file, class, confidence, entropy in nats, and distance of
+the features from the tenth nearest reference image. Unreadable images are left out and named.
 """
 
 import dataclasses
@@ -35,28 +28,26 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
+import tyro
 from tqdm import tqdm
 
-from jaxtta import assets, data, diagnose, evaluate, models, report
-from jaxtta.adapters import TNTConfig
-from jaxtta.bootstrap import accuracy_interval
+from jaxtta import assets, data, diagnose, evaluate, models
 from jaxtta.cli import options as groups
 from jaxtta.data.arrays import read_labels
-from jaxtta.data.folders import image_folder, list_folders
-from jaxtta.data.layouts import require_meaning
-from jaxtta.data.recognise import entries_of, folders_in, is_folder
-from jaxtta.diagnose import error_context, truncate
-from jaxtta.images import SUFFIXES, printable
-from jaxtta.io import nfc, read_rows, read_text
-from jaxtta.report import diagnosis
+from jaxtta.data.baselines import read_reference_points
+from jaxtta.data.folders import class_folders
+from jaxtta.data.target import target_folder
+from jaxtta.diagnose import error_context
+from jaxtta.report.diagnosis import write_check, write_diagnosis
+from jaxtta.report.summary import Summary, summarise
 
+BUNDLED = "CIFAR-10's bundled test images"
 KINDS = ("gaussian_noise", "defocus_blur", "fog", "jpeg_compression")
 """A corruption of each kind: noise, blur, weather, digital."""
+Tried = Annotated[tuple[str, ...], tyro.conf.arg(name="try-adapters")]
 
 
 @groups.group
@@ -66,12 +57,12 @@ class ShiftOptions:
     Attributes:
         corruptions: corruptions of the base set, may be empty; "imagenet-c" are its 15.
         severity: 1 to 5 (default: 5; 1 on the bundled images; fixed for arrays).
-        shifted: other shifted sets as NAME=LAYOUT=FOLDER, with heads of their own class names;
-            --class-names are also those of sets of layout folder or arrays.
+        shifted: other sets as NAME=LAYOUT=FOLDER, with heads of their own class names; those of
+            layout folder or arrays have --class-names too.
         references: at least two of --models that are not robust; a line is fitted to them.
-        reference_points: instead, accuracies of such models on the same sets: a .json list of
-            objects or a .csv, with base and shifted, both in (0, 1); or "published", for ImageNet
-            and --shifted sets named imagenet-v2, -r, -sketch or -a.
+        reference_points: accuracies of such models instead, in (0, 1): a .json list of objects or a
+            .csv, with base and shifted; or "published", for ImageNet and --shifted sets named
+            imagenet-v2, -r, -sketch or -a.
     """
 
     corruptions: tuple[str, ...] = KINDS
@@ -86,20 +77,18 @@ class TargetOptions(groups.AdapterOptions):
     """A check of your own images, with --data as the reference.
 
     Attributes:
-        target: folder of images, with class folders or without labels; --class-names are of its
-            classes then: its class folders among them, or FOLDER=NAME to name one otherwise.
-        target_labels: labels for some of the images if there are no class folders: a .csv with
-            columns image (path from the folder) and class (one of --class-names).
-        adapters: adapters to try on the labelled images, as in jaxtta sweep; tnt is slow: half a
-            minute per image for ViT-B/16 on two CPU cores.
+        target: folder of images, in class folders or without labels; --class-names has its classes
+            then, or FOLDER=NAME where a class folder has another name.
+        target_labels: labels of some images without class folders: a .csv with columns image (path
+            in the folder) and class.
+        adapters: tried on the labelled images, as in jaxtta sweep; tnt is slow: half a minute per
+            image for ViT-B/16 on two CPU cores.
         try_batch: images per step (default: a tenth of the labelled images, from 4 to 100).
     """
 
     target: Path | None = None
     target_labels: Path | None = None
-    adapters: Annotated[tuple[str, ...], tyro.conf.arg(name="try-adapters")] = (
-        *("zero_shot", "tent", "batclip"),
-    )
+    adapters: Tried = ("zero_shot", "tent", "batclip")
     try_batch: int | None = None
 
 
@@ -131,6 +120,31 @@ class Options:
     measured: diagnose.Settings = diagnose.Settings()
     own: TargetOptions = TargetOptions()
 
+    def check(self) -> None:
+        """Raise a ValueError for invalid options."""
+        shifts, own = self.shifts, self.own
+        self.measured.check()
+        named = {"class_names": self.data.class_names, "templates": self.templates}
+        named |= {"corruptions": shifts.corruptions, "references": shifts.references}
+        named = {name: given for name, given in named.items() if given}
+        evaluate.require_distinct(models=self.models, try_adapters=own.adapters, **named)
+        evaluate.require_at_least(
+            max_images=(self.data.max_images, 2),
+            batch_size=(self.batch_size, 1),
+            try_batch=(own.try_batch, 1),
+            workers=(self.workers, 0),
+        )
+        if self.data.layout == "arrays" and shifts.severity:
+            raise ValueError("--layout arrays has a fixed severity, omit --severity")
+        if odd := sorted(set(shifts.references) - set(self.models)):
+            raise ValueError(f"--references has {odd[0]!r}, which is not one of --models")
+        if shifts.references and (len(shifts.references) < 2 or shifts.reference_points):
+            raise ValueError("--references needs at least two models, and no --reference-points")
+        if own.target_labels and not own.target:
+            raise ValueError("--target-labels needs --target")
+        if "zero_shot" not in [evaluate.parse_adapter(text).name for text in own.adapters]:
+            raise ValueError("--try-adapters needs zero_shot, the baseline for gains")
+
 
 class Model(NamedTuple):
     """A loaded model and its name in the report."""
@@ -139,50 +153,36 @@ class Model(NamedTuple):
     clip: models.CLIP
     params: models.Params
 
-    def head(self, options: Options, names: Sequence[str], layout: str) -> jax.Array:
-        """The head of these classes."""
+    def task(self, options: Options, names: Sequence[str], layout: str) -> models.Task:
+        """The prompts of these classes."""
         texts = groups.ModelOptions(templates=options.templates).templates_for(layout)
-        task = models.zero_shot_task(self.clip, names, texts)
-        return diagnose.head_of(self.clip, self.params, task)
+        return models.zero_shot_task(self.clip, names, texts)
 
 
 def run(options: Options) -> None:
     """Diagnose models, or check target images."""
-    check(options)
+    options.check()
     options.output.mkdir(parents=True, exist_ok=True)
-    run_one = check_images if options.own.target else compare_models
-    title, content, found = run_one(options)
     settings = json.loads(json.dumps(dataclasses.asdict(options), default=str))
-    ran = "; ".join(f"{name}: {each['preprocessing']}" for name, each in found["models"].items())
-    about = evaluate.about(data=options.data.data, preprocessing=ran)
-    title = f"{title}: {', '.join(found['models'])}"
-    diagnosis.write(options.output, title, content, found | {"settings": settings, "about": about})
-
-
-def check(options: Options) -> None:
-    """Raise a ValueError for invalid options."""
-    shifts, own = options.shifts, options.own
-    options.measured.check()
-    evaluate.require_distinct(models=options.models, try_adapters=own.adapters)
-    names = {"class_names": options.data.class_names, "templates": options.templates}
-    names |= {"corruptions": shifts.corruptions, "references": shifts.references}
-    evaluate.require_distinct(**{name: given for name, given in names.items() if given})
-    evaluate.require_at_least(
-        max_images=(options.data.max_images, 2),
-        batch_size=(options.batch_size, 1),
-        try_batch=(own.try_batch, 1),
-        workers=(options.workers, 0),
-    )
-    if options.data.layout == "arrays" and shifts.severity:
-        raise ValueError("--layout arrays has a fixed severity, omit --severity")
-    if odd := sorted(set(shifts.references) - set(options.models)):
-        raise ValueError(f"--references has {odd[0]!r}, which is not one of --models")
-    if shifts.references and (len(shifts.references) < 2 or shifts.reference_points):
-        raise ValueError("--references needs at least two models, and no --reference-points")
-    if own.target_labels and not own.target:
-        raise ValueError("--target-labels needs --target")
-    if "zero_shot" not in [evaluate.parse_adapter(text).name for text in own.adapters]:
-        raise ValueError("--try-adapters needs zero_shot, the baseline for gains")
+    about = {"settings": settings, "about": evaluate.about(data=options.data.data)}
+    if options.own.target:
+        root = options.own.target
+        images = target_folder(root, options.data.class_names, options.own.target_labels)
+        checks = {model.name: check_one(options, model, images) for model in models_of(options)}
+        title = f"Check of {root.resolve().name}: {', '.join(checks)}"
+        write_check(options.output, title, checks, images, images.paths, **about)
+        return
+    points, found, features = points_of(options), {}, {}
+    for model in models_of(options):
+        sets, ran = labelled_sets(options, model), models.describe_preprocessing(model.clip)
+        found[model.name], features[model.name] = diagnose.diagnose_model(
+            model.name, sets, options.measured, ran
+        )
+    names = dict(zip(options.models, found, strict=True))
+    references = [names[given] for given in options.shifts.references]
+    robustness = diagnose.measure_robustness(found, points, references)
+    whole = diagnose.Diagnosis(found, diagnose.compare_models(found, features), robustness)
+    write_diagnosis(options.output, whole, options.measured.fractions, **about)
 
 
 def models_of(options: Options) -> Iterator[Model]:
@@ -190,7 +190,7 @@ def models_of(options: Options) -> Iterator[Model]:
     names = [Path(given).name for given in options.models]
     for given, name in zip(options.models, names, strict=True):
         model = Model(given if names.count(name) > 1 else name, *models.load_clip(given))
-        with diagnose.error_context(f"{model.name}: --outlier-threshold"):
+        with error_context(f"{model.name}: --outlier-threshold"):
             nothing = np.zeros((1, model.clip.projection))
             diagnose.outlier_stats(nothing, threshold=options.measured.outlier_threshold)
         tqdm.write(f"compiling the image tower of {model.name} …", file=sys.stderr)
@@ -214,56 +214,37 @@ def read(
     """Yield the name and features of one stream after another."""
     reader = data.read_ahead(batches, options.workers)
     for number, stream in enumerate(batches.streams):
-        count, desc = len(batches.of(number)), f"{model.name} on {stream.name}"
-        own = tqdm(itertools.islice(reader, count), desc, count, leave=False, unit="batch")
+        count, place = len(batches.of(number)), f"{model.name} on {stream.name}"
+        own = tqdm(itertools.islice(reader, count), place, count, leave=False, unit="batch")
         name_of = functools.partial(data.name_of, batches.benchmark[stream.segments[0]])
-        with diagnose.error_context(desc):
+        with error_context(place):
             features = diagnose.read_features(model.clip, model.params, own, name_of)
         yield stream.name, features
     next(reader, None)  # ends the reader processes
 
 
-# --- diagnosis ---
-
-
-def compare_models(options: Options) -> tuple[str, diagnosis.Report, dict[str, Any]]:
-    """Diagnose every model; the title, the report and what result.json holds."""
-    points, fractions = points_of(options), options.measured.fractions
-    found, features = {}, {}
-    for model in models_of(options):
-        prepared = models.describe_preprocessing(model.clip)
-        found[model.name], features[model.name] = diagnose.diagnose_model(
-            model.name, labelled_sets(options, model), options.measured, prepared
-        )
-    names = dict(zip(options.models, found, strict=True))
-    references = [names[given] for given in options.shifts.references]
-    robustness = diagnose.measure_robustness(found, points, references)
-    whole = diagnose.Diagnosis(found, diagnose.compare_models(found, features), robustness)
-    return "Diagnosis", diagnosis.diagnosis_report(whole, fractions), dataclasses.asdict(whole)
-
-
 def labelled_sets(options: Options, model: Model) -> Iterator[diagnose.LabelledSet]:
     """The base set with its corruptions, then the other shifted sets."""
-    shifts, layout, root = options.shifts, options.data.layout, options.data.data
-    severity = evaluate.default_severity(layout, root, shifts.severity)
-    corruptions = shifts.corruptions
-    corruptions = data.IMAGENET_C if corruptions == ("imagenet-c",) else corruptions
-    domains = [*dict.fromkeys((data.CLEAN, *corruptions))]
+    layout, chosen = options.data.layout, options.shifts.corruptions
+    severity = evaluate.default_severity(layout, options.data.data, options.shifts.severity)
+    chosen = data.IMAGENET_C if chosen == ("imagenet-c",) else chosen
+    domains = [*dict.fromkeys((data.CLEAN, *chosen))]
     base = batches_of(options, model, options.data.open(model.clip), domains, severity)
     sets = [(layout, base)]
-    for text in shifts.shifted:
+    for text in options.shifts.shifted:
         name, _, place = text.partition("=")
         layout, _, root = place.partition("=")
         if not (name and root) or name in domains:
             raise ValueError(f"--shifted has {text!r}, expected NAME=LAYOUT=FOLDER, a new name")
         names = names_for(options, layout, root)
-        with diagnose.error_context(f"--shifted {name}"):
+        with error_context(f"--shifted {name}"):
             images = {data.Domain(name): data.open_dataset(layout, root, names)}
         sets.append((layout, batches_of(options, model, images, [name])))
     for layout, batches in sets:
         names = data.class_names_of(batches.benchmark)
-        with diagnose.error_context(f"{model.name} on {batches.streams[0].name}"):
-            head = model.head(options, names, layout)
+        with error_context(f"{model.name} on {batches.streams[0].name}"):
+            task = model.task(options, names, layout)
+        head = diagnose.head_of(model.clip, model.params, task)
         for name, features in read(options, model, batches):
             yield diagnose.LabelledSet(name, head, names, features)
 
@@ -286,84 +267,61 @@ def names_for(options: Options, layout: str, root: str) -> tuple[str, ...]:
 
 def points_of(options: Options) -> Sequence[tuple[float, float]]:
     """Base and shifted accuracies of the reference models, if given."""
-    shifts, path = options.shifts, Path(options.shifts.reference_points or "")
-    if shifts.reference_points == "published":
-        if options.data.layout != "imagenet" or shifts.corruptions:
-            raise ValueError(
-                "--reference-points published needs --layout imagenet and empty --corruptions"
-            )
-        with diagnose.error_context("--reference-points published"):
-            return data.reference_points([text.partition("=")[0] for text in shifts.shifted])
-    if shifts.reference_points is None:
+    given = options.shifts.reference_points
+    if given is None:
         return ()
-    try:
-        listed = path.suffix == ".json"
-        rows = json.loads(read_text(path)) if listed else [
-            row for _, row in read_rows(path, ("base", "shifted"))
-        ]
-        points = [(float(row["base"]), float(row["shifted"])) for row in rows]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: expected base and shifted of each model ({error!r})") from error
-    with diagnose.error_context(path):
+    published = given == "published"
+    if published and (options.data.layout != "imagenet" or options.shifts.corruptions):
+        raise ValueError(
+            "--reference-points published needs --layout imagenet and empty --corruptions"
+        )
+    with error_context(f"--reference-points {given}"):
+        names = [text.partition("=")[0] for text in options.shifts.shifted]
+        points = data.reference_points(names) if published else read_reference_points(Path(given))
         diagnose.fit_baseline(*np.reshape(points, (-1, 2)).T)
     return points
 
 
-# --- check of target images ---
-
-
-def check_images(options: Options) -> tuple[str, diagnosis.Report, dict[str, Any]]:
-    """Check the target images with every model; the title, the report and the results."""
-    own = options.own
-    images = target_folder(own.target, options.data.class_names, own.target_labels)
-    checks, answers = {}, {}
-    for model in models_of(options):
-        checks[model.name], answers[model.name] = check_one(options, model, images)
-    content = diagnosis.check_report(checks, answers, images, images.paths)
-    found = {name: dataclasses.asdict(check) for name, check in checks.items()}
-    return f"Check of {own.target.resolve().name}", content, {"models": found}
-
-
 def check_one(
     options: Options, model: Model, images: data.ImageFolder
-) -> tuple[diagnose.TargetCheck, diagnose.Answers]:
-    """A model's check, with a trial of adapters if images have labels, and its answers."""
-    names = ()
+) -> tuple[diagnose.TargetCheck, diagnose.Answers, Summary | None]:
+    """A model's check of images, its answers, and a trial of adapters if some have labels."""
+    own, root, names = options.own, options.data.data, ()
     if options.data.layout == "arrays":  # the reference's labels are not used
-        names = tuple(map(str, range(read_labels(options.data.data).max() + 1)))
-    reference = dataclasses.replace(options.data, class_names=names).open(model.clip)
+        names = tuple(map(str, range(read_labels(root).max() + 1)))
+    opened = dataclasses.replace(options.data, class_names=names).open(model.clip)
+    reference = batches_of(options, model, opened, [data.CLEAN])
     target = batches_of(options, model, {data.Domain("target"): images}, ["target"])
-    sets = target, batches_of(options, model, reference, [data.CLEAN])
-    with diagnose.error_context(options.own.target):
-        head = model.head(options, images.class_names, "folder")
-    features = [features for batches in sets for _, features in read(options, model, batches)]
-    with diagnose.error_context(model.name):
-        found, answers = diagnose.check_target(
-            *features, head, images.class_names,
-            scale=jnp.exp(model.params["logit_scale"]),
-            outlier_threshold=options.measured.outlier_threshold,
-            seed=options.seed,
+    drawn = np.sort(target.streams[0].items[:, 1])
+    labelled = data.Subset(images, drawn[images.labels[drawn] >= 0])
+    if not len(labelled) and (images.labels >= 0).any():
+        limit = options.data.max_images
+        raise ValueError(f"{own.target}: --max-images {limit} selects no labelled image")
+    with error_context(own.target):
+        task = model.task(options, images.class_names, "folder")
+    head = diagnose.head_of(model.clip, model.params, task)
+    sets = [found for each in (target, reference) for _, found in read(options, model, each)]
+    chosen = {"outlier_threshold": options.measured.outlier_threshold, "seed": options.seed}
+    with error_context(model.name):
+        scale = np.exp(model.params["logit_scale"])
+        check, answers = diagnose.check_target(
+            *sets, head, images.class_names, scale=scale, **chosen
         )
-    return dataclasses.replace(
-        found,
-        trial=try_adapters(options, model, images, target.streams[0]),
-        reference_name=REFERENCE if options.data.data == str(assets.IMAGES) else options.data.data,
+    check = dataclasses.replace(
+        check,
+        reference_name=BUNDLED if root == str(assets.IMAGES) else root,
         preprocessing=models.describe_preprocessing(model.clip),
-    ), answers
-
-
-def try_adapters(
-    options: Options, model: Model, images: data.ImageFolder, stream: data.Stream
-) -> diagnose.Trial | None:
-    """Run every adapter once over those images of a stream that have labels."""
-    drawn = np.sort(stream.items[:, 1])
-    drawn = drawn[images.labels[drawn] >= 0]
-    if (images.labels < 0).all():
-        return None
-    if not len(drawn):
-        raise ValueError(
-            f"{options.own.target}: --max-images {options.data.max_images} selects no labelled image"
-        )
-    size = options.own.try_batch or int(np.clip(len(drawn) // 10, 4, 100))
-    labelled = {data.Domain("target"): data.Subset(images, drawn)}
-    ...
+    )
+    if not len(labelled):
+        return check, answers, None
+    size = own.try_batch or int(np.clip(len(labelled) // 10, 4, 100))
+    trial = batches_of(options, model, {data.Domain("target"): labelled}, ["target"])
+    settings = {"max_images": options.data.max_images}
+    spec = evaluate.Spec(
+        trial.benchmark, trial.streams, task, size, own.canvas, "datasets", settings
+    )
+    folder = options.output / "trial" / model.name.replace("/", "-")
+    how = {"workers": options.workers, "trust_data": options.trust_data, "config": own.config}
+    about = evaluate.about(model.clip, data=str(own.target), model=model.name)
+    made = (model.clip, model.params, folder)
+    return check, answers, summarise(evaluate.sweep(spec, own.adapters, *made, **how, about=about))
