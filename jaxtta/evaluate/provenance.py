@@ -18,9 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtta.data import Source
+from jaxtta.data import Dataset, Subset
 from jaxtta.data.content import digest_array
-from jaxtta.data.memory import Part
 from jaxtta.models import Params, Task, describe_preprocessing
 
 PACKAGES = ("jaxtta", "jax", "jaxlib", "flax", "optax", "transformers", "numpy", "pillow")
@@ -30,12 +29,12 @@ labels' names stand for."""
 
 
 def fingerprints(
-    source: Source, params: Params, model: Any = None, task: Task | None = None
+    dataset: Dataset, params: Params, model: Any = None, task: Task | None = None
 ) -> dict[str, Any]:
     """What a run's results depend on beside its options and the stored images.
 
     Args:
-        source: the images.
+        dataset: the images.
         params: the weights.
         model: the model, for its architecture and preprocessing; None to leave them out.
         task: the classes' prompts; None for a model with classes of its own.
@@ -46,15 +45,15 @@ def fingerprints(
     weights = hashlib.blake2b(digest_size=8)
     for leaf in jax.tree.leaves(params):
         weights.update(np.asarray(leaf).tobytes())
-    labels = f"{len(source.labels)}, labels {_digest(source.labels)}"
-    inner: Any = source
-    while inner is not None:  # a part may be within other views: named, or kept in memory
-        if isinstance(inner, Part):
-            labels += f", numbers {_digest(np.asarray(inner.numbers, np.int64))}"
-        inner = getattr(inner, "source", None)
+    images = f"{len(dataset)}, labels {_digest(dataset.labels)}"
+    inner: Any = dataset
+    while inner is not None:  # a subset may be within a corruption
+        if isinstance(inner, Subset):
+            images += f", numbers {_digest(np.asarray(inner.numbers, np.int64))}"
+        inner = getattr(inner, "dataset", None)
     found: dict[str, Any] = {
-        "images": labels,
-        "class_names": source.class_names,
+        "images": images,
+        "class_names": dataset.class_names,
         "weights": weights.hexdigest(),
     }
     if model is not None:

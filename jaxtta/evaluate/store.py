@@ -25,6 +25,11 @@ VALIDATION = "validation"
 """Subfolder of runs that select a learning rate, which are no part of the result."""
 
 
+def safe_name(text: str) -> str:
+    """A text as a part of a file's name."""
+    return re.sub(r"[^\w.,=+-]", "_", text)
+
+
 class Store(NamedTuple):
     """A sweep's folder.
 
@@ -63,7 +68,7 @@ class Store(NamedTuple):
 
     def path(self, adapter: str, stream: str, seed: int) -> Path:
         """Path of a result."""
-        name = re.sub(r"[^\w.,=+-]", "_", f"{adapter}--{stream}--seed{seed}")
+        name = safe_name(f"{adapter}--{stream}--seed{seed}")
         return self.root / "predictions" / f"{name}.safetensors"
 
     def read(
