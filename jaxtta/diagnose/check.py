@@ -106,6 +106,11 @@ class TargetCheck:
     reference_name: str = ""
     preprocessing: str = ""
 
+    def never_predicted(self) -> list[str]:
+        """Names of the classes that are predicted for no image."""
+        pairs = zip(self.classes, self.target.predicted, strict=True)
+        return [name for name, share in pairs if not share]
+
     def commonest(self) -> list[int]:
         """Indices of the classes predicted most often, at most `SHOWN`."""
         return np.argsort(-np.asarray(self.target.predicted), kind="stable")[:SHOWN].tolist()

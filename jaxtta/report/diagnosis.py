@@ -13,60 +13,52 @@ from PIL import Image
 
 from jaxtta.bootstrap import accuracy_interval
 from jaxtta.diagnose import Answers, Diagnosis, TargetCheck, truncate
-from jaxtta.evaluate import ADAPTERS
+from jaxtta.evaluate.adapters import SETTINGS
 from jaxtta.images import printable
 from jaxtta.io import atomic_write, write_json, write_text
 from jaxtta.report.diagnosis_plots import diagnosis_plots, draw_predictions
-from jaxtta.report.render import NONE, number, percent, render, signed
-from jaxtta.report.summary import Summary, answer
+from jaxtta.report.render import NONE, percent, render, signed
+from jaxtta.report.summary import Summary
+from jaxtta.report.text import aligned, answer, counted
 
 UNSURE, THUMBNAIL = 12, 160  # images shown of a model, and pixels of their longer side
 Tables = dict[str, pd.DataFrame]
+Checked = tuple[TargetCheck, Answers, Summary | None]
 
 
 def write_diagnosis(
-    folder: Path, found: Diagnosis, fractions: Sequence[float], **about: dict[str, Any]
+    folder: Path, found: Diagnosis, fractions: Sequence[float], **made: Mapping[str, Any]
 ) -> None:
-    """Print a diagnosis with these fractions of the head's directions, and write its files.
-
-    Args:
-        folder: an existing folder.
-        found: the diagnosis.
-        fractions: of the head's directions that were kept.
-        **about: the `settings`, and `about` what made it, for `result.json` and the page.
-    """
+    """Print a diagnosis and write its files; `made` has `settings` and `about`."""
     said = sentences("diagnosis.txt.j2", models=found.models, robustness=found.robustness)
-    title = f"Diagnosis: {', '.join(found.models)}"
-    drawn = diagnosis_plots(found, fractions)
-    write_json(folder / "result.json", dataclasses.asdict(found) | about)
-    _write(folder, title, said, diagnosis_tables(found), drawn, {}, about)
+    title, drawn = f"Diagnosis: {', '.join(found.models)}", diagnosis_plots(found, fractions)
+    write_json(folder / "result.json", dataclasses.asdict(found) | made)
+    _write(folder, title, said, diagnosis_tables(found), drawn, {}, made)
 
 
 def write_check(
     folder: Path,
     title: str,
-    found: Mapping[str, tuple[TargetCheck, Answers, Summary | None]],
+    found: Mapping[str, Checked],
     images: Sequence[np.ndarray],
     names: Sequence[str],
-    **about: dict[str, Any],
+    **made: Mapping[str, Any],
 ) -> None:
-    """Print a check of target images, and write its files.
-
-    Args:
-        folder: an existing folder.
-        title: the title.
-        found: by model: the check, the answers and the trial of adapters.
-        images: the target images.
-        names: of the images.
-        **about: the `settings`, and `about` what made it, for `result.json` and the page.
-    """
+    """Print a check of images with these names, by each model, and write its files."""
     models, tables, drawn, strips = {}, {}, {}, {}
     for model, (check, answers, trial) in found.items():
         ending = f"-{model}" if len(found) > 1 else ""
         tables |= check_tables(model, check, trial)
         drawn[f"predictions{ending}"] = draw_predictions(check, answers)
-        table = answers_table(check, answers, names)
-        file = f"images{ending}.csv".replace("/", "-")
+        columns = {
+            "file": [names[number] for number in answers.numbers],
+            "class": [check.classes[label] for label in answers.labels],
+            "confidence": answers.confidences,
+            "entropy": answers.entropies,
+            "distance": answers.distances,
+        }
+        table, file = pd.DataFrame(columns), f"images{ending}.csv".replace("/", "-")
+        table = table.map(lambda x: printable(x) if isinstance(x, str) else x)
         write_text(folder / file, table.to_csv(index=False, float_format="%.4f"))
         strip = strips.setdefault(f"Images that {model} is least sure of, from {file}", [])
         for place in answers.least_sure(UNSURE):
@@ -74,14 +66,11 @@ def write_check(
             small.thumbnail((THUMBNAIL, THUMBNAIL))
             caption = f"{row['file']}: {row['class']} {percent(row['confidence'], 0)} %"
             strip.append((caption, np.asarray(small)))
-        rows = [] if trial is None else json.loads(trial.segments.to_json(orient="records"))
+        rows = json.loads(trial.segments.to_json(orient="records")) if trial else []
         models[model] = dataclasses.asdict(check) | {"trial": rows}
-    trials = [trial for _, _, trial in found.values() if trial is not None]
-    tried = {name.partition(":")[0] for trial in trials for name in trial.adapters}
-    untried = [name for name in ADAPTERS if name not in tried]
-    words = {"found": found, "tried": tried, "untried": untried, "answer": answer}
-    write_json(folder / "result.json", {"models": models} | about)
-    _write(folder, title, sentences("target.txt.j2", **words), tables, drawn, strips, about)
+    said = check_sentences(found)
+    write_json(folder / "result.json", {"models": models} | made)
+    _write(folder, title, said, tables, drawn, strips, made)
 
 
 def _write(
@@ -91,29 +80,44 @@ def _write(
     tables: Tables,
     drawn: dict[str, Figure],
     strips: dict[str, list[tuple[str, np.ndarray]]],
-    about: Mapping[str, Any],
+    made: Mapping[str, Any],
 ) -> None:
-    text = "\n\n".join(f"{name}\n{table.to_string()}" for name, table in tables.items())
+    lines = {name: [[name, *t.columns], *t.itertuples(name=None)] for name, t in tables.items()}
+    text = "\n\n".join("\n".join(aligned(rows)) for rows in lines.values())
     print("\n\n".join([title, text, *said]))
     write_text(folder / "table.txt", text + "\n")
     for name, figure in drawn.items():
         with atomic_write(folder / f"{name.replace('/', '-')}.png") as temporary:
             figure.savefig(temporary, format="png", dpi=150)
     shown = {"tables": tables, "plots": drawn, "strips": strips, "sentences": said}
-    made = {"settings": [about["settings"]], "abouts": [about["about"]]}
-    write_text(folder / "report.html", render("diagnosis.html.j2", title=title, **shown, **made))
+    how = {"settings": [made["settings"]], "abouts": [made["about"]]}
+    write_text(folder / "report.html", render("diagnosis.html.j2", title=title, **shown, **how))
     print(f"\nresults: {folder / 'report.html'}")
+
+
+def check_sentences(found: Mapping[str, Checked]) -> list[str]:
+    """What to expect of each model on the images, and what was not measured."""
+    trials = [trial for _, _, trial in found.values() if trial]
+    tried = {name.partition(":")[0] for trial in trials for name in trial.adapters}
+    untried = [name for name in SETTINGS if name not in tried]
+    return sentences("target.txt.j2", found=found, tried=tried, untried=untried)
 
 
 def sentences(template: str, **found: Any) -> list[str]:
     """Fill in a template of sentences; each paragraph is one item."""
-    paragraphs = render(template, listed=truncate, bounded=bounded, **found).split("\n\n")
+    words = {"listed": truncate, "counted": counted, "bounded": bounded, "answer": answer}
+    paragraphs = render(template, **words, **found).split("\n\n")
     return [" ".join(text.split()) for text in paragraphs if text.strip()]
 
 
-def bounded(share: float, bounds: Sequence[float], sign: str = "") -> str:
-    """Format a share and its interval in per cent."""
-    return "{} [{}, {}]".format(*(number(100 * value, sign=sign) for value in (share, *bounds)))
+def bounded(share: float, bounds: Sequence[float], write: Any = percent) -> str:
+    """Format a share and its interval in per cent, or a gain in points."""
+    return f"{write(share)} [{', '.join(map(write, bounds))}]"
+
+
+def gain(share: float | None) -> str:
+    """Format a gain in points."""
+    return signed(share if share is None else 100 * share)
 
 
 def fields(found: Any, *omitted: str) -> dict[str, str]:
@@ -128,7 +132,9 @@ def entry(value: Any) -> str:
         return f"{value:.4g}".replace("-", "−")
     if isinstance(value, tuple):
         return f"{entry(value[0])} ({entry(value[1])})"
-    return truncate(map(entry, value)) if isinstance(value, list) else str(value or NONE)
+    if isinstance(value, list):
+        return truncate([*map(entry, value)])
+    return NONE if value is None else str(value)
 
 
 def diagnosis_tables(found: Diagnosis) -> Tables:
@@ -140,9 +146,8 @@ def diagnosis_tables(found: Diagnosis) -> Tables:
             rows[f"accuracy on {key} (%)"] = bounded(each.accuracy, each.interval)
             rows[f"kurtosis on {key}"] = entry(each.kurtosis)
         if model.shifted:
-            gained = found.robustness.values.get(name)
             rows["mean accuracy on shifted sets (%)"] = percent(model.shifted.accuracy)
-            rows["effective robustness (points)"] = signed(gained and 100 * gained)
+            rows["effective robustness (points)"] = gain(found.robustness.values.get(name))
             rows["mean kurtosis on shifted sets"] = entry(model.shifted.kurtosis)
         rows["sufficient fraction of directions"] = entry(model.sufficient_fraction)
         models[name] = rows | fields(model.base)
@@ -154,6 +159,7 @@ def diagnosis_tables(found: Diagnosis) -> Tables:
 def check_tables(model: str, check: TargetCheck, trial: Summary | None) -> Tables:
     """Distribution shift, predictions and the trial of adapters, as text."""
     sets = {"target": check.target, "reference": check.reference}
+    spaces = {name: fields(each, "predicted") for name, each in sets.items()}
     shares = {"predicted (%)": check.target.predicted}
     if check.labelled:
         shares |= {"labelled (%)": check.labelled.shares, "recall (%)": check.labelled.recall}
@@ -162,22 +168,19 @@ def check_tables(model: str, check: TargetCheck, trial: Summary | None) -> Table
     confused = {" / ".join(pair.classes): (pair.share, pair.margin) for pair in check.confused}
     heads = ["top two for (%)", "mean difference (points)"]
     tables = {
-        f"Images in {model}'s embedding space": pd.DataFrame(
-            {name: fields(each, "predicted") for name, each in sets.items()}
-        ),
+        f"Images in {model}'s embedding space": pd.DataFrame(spaces),
         f"Classes by {model}": classes.map(percent),
         f"Classes that {model} confuses": pd.DataFrame(confused, heads).map(percent).T,
     }
     if trial:
-        seen = {each.adapter: each.top1[each.rows["seen"]] for each in trial.results}
-        rows = {
-            name: (
+        heads, rows = ["accuracy (%)", "gain (points)", "calibration error (%)"], {}
+        for result in trial.results:
+            right, mean = result.top1[result.rows["seen"]], trial.means.loc[result.adapter]
+            gained = bounded(mean["gain"], mean[["low", "high"]], gain)
+            rows[result.adapter] = (
                 bounded(right.mean(), accuracy_interval(right)),
-                _gain(trial.means.loc[name]),
-                percent(trial.means["ece"][name]),
+                gained if result.adapter in trial.compared else NONE,
+                percent(mean["ece"]),
             )
-            for name, right in seen.items()
-        }
-        heads = ["accuracy (%)", "gain (points)", "calibration error (%)"]
         tables[f"Trial of adapters with {model}"] = pd.DataFrame(rows, heads).T
     return tables
