@@ -1,6 +1,6 @@
 """Training on one task: its settings, the augmentation and the loop over batches.
 
-    params = train(model, params, batches, classes, TrainingConfig(), VARIANTS["gnsp"], grams=grams)
+params = train(model, params, batches, classes, TrainingConfig(), VARIANTS["gnsp"], grams=grams)
 """
 
 import dataclasses

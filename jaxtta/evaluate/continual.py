@@ -226,7 +226,9 @@ def train_task(
     try:
         return continual.train(
             *(model, params, batches, classes, config, VARIANTS[name]),
-            trainable=continual.everything_but_logit_scale if trains_text else continual.gnsp_kernels,
+            trainable=continual.everything_but_logit_scale
+            if trains_text
+            else continual.gnsp_kernels,
             grams=grams,
             pairs=pairs,
             rng=rng,
@@ -388,8 +390,11 @@ def describe(experiment: Experiment, name: str) -> dict[str, Any]:
     }
     training = {option: getattr(config, option) for option in used}
     return {
-        "method": name, "seed": experiment.seed, "tasks": [task.name for task in experiment.tasks],
+        "method": name,
+        "seed": experiment.seed,
+        "tasks": [task.name for task in experiment.tasks],
         "model": model_settings(experiment.model),
         "weights": fingerprints(experiment.reference.test, experiment.params)["weights"],
-        "data": ..., "training": training | {"warmup": config.schedule[2]},
+        "data": ...,
+        "training": training | {"warmup": config.schedule[2]},
     }
