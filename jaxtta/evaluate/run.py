@@ -56,7 +56,7 @@ class StreamRun:
         for name in self.settings:
             record = {key: np.zeros(images, kind) for key, kind in KINDS._asdict().items()}
             record |= {"seen": np.zeros(images, bool)}
-            record |= {"seconds": np.zeros(batches), "skipped": np.zeros(batches, bool)}
+            record |= {"seconds": np.zeros(batches, np.float32), "skipped": np.zeros(batches, bool)}
             state = made[name].init(params, jax.random.key(self.stream.seed))
             self.tree[name] = {"state": state, "record": record}
 
@@ -75,6 +75,8 @@ class StreamRun:
             if self.content is not None and note["content"] != self.content:
                 raise ValueError("other images, or not known which")
             self.tree, self.done = tree, step
+            for node in tree.values():  # arrays that can be written to
+                node["record"] = {key: np.array(x) for key, x in node["record"].items()}
         except ValueError as error:
             log.warning("%s: ignored, restarting the stream (%s)", self.folder, error)
             self.remove()

@@ -159,7 +159,7 @@ def sweep(
                     if name in run.settings:
                         order = {"place": [run.number, place]}
                         result = run.result(name, spec.setting, about | order)
-                        store.write(result)
+                        result.save(store.path(name, result.stream, result.seed))
                         results[run.number, name] = result
                         if log is not None:
                             log(result)
