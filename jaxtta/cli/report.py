@@ -19,12 +19,10 @@ class Options:
 
     Attributes:
         folders: folders of jaxtta sweep or shifts.
-        title: the report's title (default: the folder's name).
         debug: show tracebacks.
     """
 
     folders: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    title: str | None = None
     debug: bool = False
 
 
@@ -36,4 +34,4 @@ def run(options: Options) -> None:
         return report.compare(options.folders)
     folder = options.folders[0]
     results = evaluate.load_predictions(folder)
-    report.write_report(results, folder, options.title or folder.resolve().name)
+    report.write_report(results, folder, folder.resolve().name)

@@ -146,6 +146,11 @@ class ModelDiagnosis:
         """Accuracy on the base set."""
         return self.sets[self.base_name].accuracy
 
+    @property
+    def worst_shift(self) -> str:
+        """Name of the shifted set of the lowest accuracy."""
+        return min([*self.sets][1:], key=lambda name: self.sets[name].accuracy)
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelPair:
@@ -154,14 +159,16 @@ class ModelPair:
     Attributes:
         models: their names.
         cka: linear CKA of their features.
-        shared: names of the classes that both detect.
-        unique: those that only the first detects, and those that only the second does.
+        detected_by_both: names of the classes that a direction of either detects.
+        only_by_first: names of those that only the first model's directions detect.
+        only_by_second: names of those that only the second's do.
     """
 
     models: tuple[str, str]
     cka: float
-    shared: list[str]
-    unique: tuple[list[str], list[str]]
+    detected_by_both: list[str]
+    only_by_first: list[str]
+    only_by_second: list[str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -345,10 +352,12 @@ def compare_models(
         first, second = (np.isin(classes, models[name].base.detected) for name in (a, b))
         with error_context(f"{a} and {b}"):
             cka = linear_cka(features[a], features[b])
-        shared = classes[shared_concepts(first, second)].tolist()
-        only_a, only_b = unique_concepts(first, second), unique_concepts(second, first)
-        unique = classes[only_a].tolist(), classes[only_b].tolist()
-        pairs.append(ModelPair((a, b), cka, shared, unique))
+        found = (
+            shared_concepts(first, second),
+            unique_concepts(first, second),
+            unique_concepts(second, first),
+        )
+        pairs.append(ModelPair((a, b), cka, *(classes[chosen].tolist() for chosen in found)))
     return pairs
 
 

@@ -1,181 +1,105 @@
-"""Checkpoints for resuming an interrupted stream."""
+"""Checkpoints of whatever runs in steps: sweeps, meta-training, continual learning.
 
-import logging
-import shutil
-from collections.abc import Mapping
+save_checkpoint(folder, step, {"state": state, "done": array}, note={"rows": rows})
+step, tree, note = restore_checkpoint(folder, like={"state": initial, "done": array})
+"""
+
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import serialization
 
-from jaxtta.evaluate.record import Record
+from jaxtta.io import atomic_write
 
-log = logging.getLogger(__name__)
-
-
-class Checkpoints:
-    """The checkpoints of one stream with one seed; the newest is kept."""
-
-    def __init__(
-        self, folder: Path, every: int | None, identity: str, content: str | None = None
-    ) -> None:
-        """Set the folder.
-
-        Args:
-            folder: for this stream and seed only; created when first needed.
-            every: batches between two checkpoints; None for no checkpoints.
-            identity: identifies stream and settings; checkpoints with another are ignored.
-            content: digest of the stored images, those of other images are ignored; None where they
-                are trusted to be the same.
-        """
-        self.folder = folder
-        self.every = every
-        self.identity = identity
-        self.content = content
-
-    def due(self, batches: int) -> bool:
-        """Whether to save after this many batches."""
-        return self.every is not None and batches % self.every == 0
-
-    def save(self, batches: int, states: Mapping[str, Any], records: Mapping[str, Record]) -> None:
-        """Save all adapters after this many batches of the stream."""
-        import orbax.checkpoint as ocp
-
-        names = sorted(states)
-        arrays = {
-            f"adapter{number}": ocp.args.StandardSave(_arrays(states[name], records[name]))
-            for number, name in enumerate(names)
-        }
-        about = ocp.args.JsonSave(
-            {"identity": self.identity, "content": self.content, "adapters": names}
-        )
-        with _manager(self.folder) as manager:
-            manager.save(batches, args=ocp.args.Composite(about=about, **arrays), force=True)
-
-    def restore(self, states: dict[str, Any], records: dict[str, Record]) -> int:
-        """Restore states and records from the newest checkpoint.
-
-        A checkpoint with other settings, missing adapters or damaged files is removed.
-
-        Args:
-            states: initial states, replaced by the saved ones.
-            records: empty, filled.
-
-        Returns:
-            The number of finished batches; 0 without a checkpoint.
-        """
-        if self.every is None or not self.folder.is_dir():
-            return 0
-        try:
-            batches, saved = self._read(states, records)
-        except (ValueError, OSError, KeyError, TypeError) as error:
-            reason = str(error).partition("\n")[0][:200]
-            log.warning("%s: ignored, restarting the stream (%s)", self.folder, reason)
-            self.remove()
-            return 0
-        for name, state in states.items():
-            leaves = saved[name]["state"]
-            states[name] = jax.tree.unflatten(
-                jax.tree.structure(state), [leaves[str(i)] for i in range(len(leaves))]
-            )
-            for kept, values in zip(
-                jax.tree.leaves(_record(records[name])),
-                jax.tree.leaves(saved[name]["record"]),
-                strict=True,
-            ):
-                kept[:] = values
-        return batches
-
-    def _read(
-        self, states: Mapping[str, Any], records: Mapping[str, Record]
-    ) -> tuple[int, dict[str, Any]]:
-        import orbax.checkpoint as ocp
-
-        with _manager(self.folder) as manager:
-            batches = manager.latest_step()
-            if batches is None:
-                raise ValueError("nothing saved")
-            arguments = ocp.args.Composite(about=ocp.args.JsonRestore())
-            about = manager.restore(batches, args=arguments)["about"]
-            if about["identity"] != self.identity:
-                raise ValueError("another stream or other settings")
-            if self.content is not None and about.get("content") != self.content:
-                raise ValueError("other images, or not known which")
-            if lacking := sorted(set(states) - set(about["adapters"])):
-                raise ValueError(f"missing {', '.join(lacking)}")
-            places = {name: f"adapter{about['adapters'].index(name)}" for name in states}
-            targets = {
-                place: ocp.args.StandardRestore(_arrays(states[name], records[name]))
-                for name, place in places.items()
-            }
-            saved = manager.restore(batches, args=ocp.args.Composite(**targets))
-        return batches, {name: saved[place] for name, place in places.items()}
-
-    def remove(self) -> None:
-        """Delete the checkpoints of a finished stream."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+DIGEST = 16  # bytes before the content
 
 
-def _record(record: Record) -> dict[str, np.ndarray]:
-    scores = {f"score_{name}": values for name, values in record.scores._asdict().items()}
-    return scores | {"seen": record.seen, "skipped": record.skipped, "seconds": record.seconds}
-
-
-def _arrays(state: Any, record: Record) -> dict[str, Any]:
-    # Leaves by index: a state is any pytree, possibly with empty nodes.
-    leaves = {str(number): leaf for number, leaf in enumerate(jax.tree.leaves(state))}
-    return {"state": leaves, "record": _record(record)}
-
-
-def save_step(folder: Path, step: int, arrays: dict[str, Any], note: Any) -> None:
-    """Save a checkpoint of a run that counts its own steps; the newest is kept.
+def save_checkpoint(folder: Path, step: int, tree: Any, note: Any = None) -> None:
+    """Save a checkpoint, written whole; the newest is kept.
 
     Args:
         folder: for this run only; created if missing.
-        step: the step number.
-        arrays: nested dict of arrays.
+        step: the number of finished steps.
+        tree: a nested dict of arrays and of states, any pytrees.
         note: any JSON value.
     """
-    import orbax.checkpoint as ocp
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"step-{step}"
+    content = serialization.msgpack_serialize({"tree": _plain(tree), "note": json.dumps(note)})
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
+        file.write(hashlib.blake2b(content, digest_size=DIGEST).digest())
+        file.write(content)
+    for earlier in folder.glob("step-*"):
+        if earlier != path:
+            earlier.unlink()
 
-    arrays = jax.tree.map(np.asarray, arrays)  # host arrays, independent of the device
-    arguments = ocp.args.Composite(
-        arrays=ocp.args.StandardSave(arrays), note=ocp.args.JsonSave({"note": note})
-    )
-    with _manager(folder) as manager:
-        manager.save(step, args=arguments, force=True)
 
+def restore_checkpoint(folder: Path, like: Any = None) -> tuple[int, Any, Any] | None:
+    """Restore the newest checkpoint.
 
-def restore_step(folder: Path) -> tuple[int, dict[str, Any], Any] | None:
-    """Restore the last checkpoint of `save_step`: step, arrays and note; None without one.
+    Args:
+        folder: of the run.
+        like: a tree with the structure to restore; what the checkpoint has beside it is left out.
+            None for nested dicts of numpy arrays, in which a state's leaves are numbered.
+
+    Returns:
+        Step, tree and note; None without a checkpoint.
 
     Raises:
-        ValueError: if it cannot be read.
+        ValueError: if it is damaged, or of something else than `like`.
     """
-    import orbax.checkpoint as ocp
-
-    if not folder.is_dir():
+    path = max(folder.glob("step-*"), key=lambda path: int(path.name[5:]), default=None)
+    if path is None:
         return None
-    with _manager(folder) as manager:
-        step = manager.latest_step()
-        if step is None:
-            return None
-        arguments = ocp.args.Composite(
-            arrays=ocp.args.StandardRestore(), note=ocp.args.JsonRestore()
-        )
-        try:
-            saved = manager.restore(step, args=arguments)
-        except (ValueError, OSError, KeyError, TypeError) as error:
-            reason = str(error).partition("\n")[0][:200]
+    content = path.read_bytes()
+    digest, content = content[:DIGEST], memoryview(content)[DIGEST:]
+    if hashlib.blake2b(content, digest_size=DIGEST).digest() != digest:
+        raise ValueError(f"{path}: is damaged, remove it to start from the beginning")
+    saved = serialization.msgpack_restore(content)
+    tree = jax.tree.map(np.array, saved["tree"])  # copies that can be written to
+    try:
+        tree = tree if like is None else _filled(like, tree)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: is a checkpoint of something else ({error!r})") from error
+    return int(path.name[5:]), tree, json.loads(saved["note"])
+
+
+def _is_key(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _array(leaf: Any) -> np.ndarray:
+    return np.asarray(jax.random.key_data(leaf) if _is_key(leaf) else leaf)
+
+
+def _plain(node: Any) -> Any:
+    """Nested dicts with string keys; the leaves of other nodes are numbered."""
+    if isinstance(node, dict):
+        return {str(name): _plain(value) for name, value in node.items()}
+    if jax.tree.all_leaves([node]):
+        return _array(node)
+    return {str(number): _array(leaf) for number, leaf in enumerate(jax.tree.leaves(node))}
+
+
+def _filled(like: Any, saved: Any) -> Any:
+    if isinstance(like, dict):
+        return {name: _filled(value, saved[str(name)]) for name, value in like.items()}
+    leaves, structure = jax.tree.flatten(like)
+    alone = jax.tree.all_leaves([like])
+    kept = [saved] if alone else [saved[str(number)] for number in range(len(saved))]
+    for leaf, array in zip(leaves, kept, strict=True):
+        expected = _array(leaf)
+        if (array.shape, array.dtype) != (expected.shape, expected.dtype):
             raise ValueError(
-                f"{folder}: cannot be read, remove it to start from the beginning ({reason})"
-            ) from error
-    return step, saved["arrays"], saved["note"]["note"]
-
-
-def _manager(folder: Path) -> Any:
-    import orbax.checkpoint as ocp
-
-    options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
-    return ocp.CheckpointManager(folder.resolve(), options=options)
+                f"{array.dtype}{array.shape}, expected {expected.dtype}{expected.shape}"
+            )
+    kept = [
+        jax.random.wrap_key_data(array, impl=jax.random.key_impl(leaf)) if _is_key(leaf) else array
+        for leaf, array in zip(leaves, kept, strict=True)
+    ]
+    return jax.tree.unflatten(structure, kept)
