@@ -35,13 +35,14 @@ class StreamRun:
         params: Any,
         settings: Mapping[str, dict[str, Any]],
         content: str | None,
+        root: Path,
     ) -> None:
         """Take stream `number`, the adapters, and the settings of those that have not finished."""
         self.benchmark, self.number, self.content = batches.benchmark, number, content
         self.made, self.params, self.settings = made, params, settings
         self.stream, self.places = batches.streams[number], batches.of(number)
         self.labels = labels_of(batches.benchmark)[self.stream.items[:, 1]]
-        self.folder: Path | None = None
+        self.folder = root / f"{self.stream.name}--seed{self.stream.seed}"
         self.every = 0
         self.tree: dict[str, Any] = {}  # each adapter's state and record
         self.done = 0
@@ -55,9 +56,9 @@ class StreamRun:
             state = self.made[name].init(self.params, jax.random.key(self.stream.seed))
             self.tree[name] = {"state": state, "record": record}
 
-    def use_checkpoints(self, root: Path, every: int) -> None:
+    def use_checkpoints(self, every: int) -> None:
         """Go to the newest checkpoint of these settings, and save one every so many batches."""
-        self.folder, self.every = root / f"{self.stream.name}--seed{self.stream.seed}", every
+        self.every = every
         if not self.folder.is_dir():
             return
         self._begin()
@@ -113,7 +114,7 @@ class StreamRun:
                     record[key][seen] = np.asarray(values)[batch.mask]
             bar.set_postfix({name: self._accuracy(name) for name in self.tree})
             bar.update()
-            if self.folder and (number + 1) % self.every == 0 and number + 1 < len(self.places):
+            if self.every and (number + 1) % self.every == 0 and number + 1 < len(self.places):
                 note = {"settings": self.settings, "content": self.content}
                 save_checkpoint(self.folder, number + 1, self.tree, note)
 
@@ -154,8 +155,7 @@ class StreamRun:
     def remove(self) -> None:
         """Forget the states and the checkpoints."""
         self.tree = {}
-        if self.folder is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def peak_memory_gb() -> float:

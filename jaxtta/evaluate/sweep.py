@@ -64,7 +64,8 @@ class Spec:
         if any(spec.needs_originals for spec in adapters):
             first = self.benchmark[self.streams[0].segments[0]]
             canvas = self.canvas or data.canvas_for(self.benchmark.get(Domain(data.CLEAN), first))
-        preprocess = getattr(model, "preprocessing", Preprocessing(model.image_size))
+        side = model.image_size
+        preprocess = getattr(model, "preprocessing", Preprocessing(side, side, (side, side)))
         return Batches(self.benchmark, tuple(self.streams), self.batch_size, preprocess, canvas)
 
 
@@ -137,9 +138,10 @@ def sweep(
                 else:
                     results[number, name] = found
             if missing:
-                run = StreamRun(batches, number, made, params, missing, contents[number])
+                kept = store.root / "checkpoints"
+                run = StreamRun(batches, number, made, params, missing, contents[number], kept)
                 if checkpoint_every is not None:
-                    run.use_checkpoints(store.root / "checkpoints", checkpoint_every)
+                    run.use_checkpoints(checkpoint_every)
                 runs.append(run)
         if results and not trust_data and None in contents.values():
             _log.warning(
