@@ -47,6 +47,7 @@ from jaxtta.report.summary import Summary, summarise
 BUNDLED = "CIFAR-10's bundled test images"
 KINDS = ("gaussian_noise", "defocus_blur", "fog", "jpeg_compression")
 """A corruption of each kind: noise, blur, weather, digital."""
+Measured = Annotated[diagnose.Settings, tyro.conf.arg(name="")]
 Tried = Annotated[tuple[str, ...], tyro.conf.arg(name="try-adapters")]
 
 
@@ -117,7 +118,7 @@ class Options:
     debug: bool = False
     data: groups.DataOptions = groups.DataOptions()
     shifts: ShiftOptions = ShiftOptions()
-    measured: diagnose.Settings = diagnose.Settings()
+    measured: Measured = diagnose.Settings()
     own: TargetOptions = TargetOptions()
 
     def check(self) -> None:

@@ -95,7 +95,7 @@ class DataOptions:
     ids: str | None = None
     max_images: int | None = None
 
-    def open(self, model: Classifier, root: str | None = None) -> data.Benchmark:
+    def open(self, model: Classifier, root: str | None = None) -> "data.Benchmark":
         """The images by domain; `root` is another folder of the same layout."""
         root = root or self.data
         names = class_names_of(self.class_names, self.layout, root)
