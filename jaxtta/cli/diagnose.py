@@ -30,6 +30,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 import tyro
 from tqdm import tqdm
@@ -304,7 +305,7 @@ def check_one(
     sets = [found for each in (target, reference) for _, found in read(options, model, each)]
     chosen = {"outlier_threshold": options.measured.outlier_threshold, "seed": options.seed}
     with error_context(model.name):
-        scale = np.exp(model.params["logit_scale"])
+        scale = jnp.exp(model.params["logit_scale"])
         check, answers = diagnose.check_target(
             *sets, head, images.class_names, scale=scale, **chosen
         )
