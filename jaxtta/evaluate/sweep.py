@@ -130,8 +130,13 @@ def sweep(
     options = {"workers": workers, "shard": shard, "progress": progress, "about": about}
     if folder is None:
         with tempfile.TemporaryDirectory() as scratch:
-            return sweep(*(spec, adapters, model, params, scratch), config=config, log=log,
-                         trust_data=True, **options)
+            return sweep(
+                *(spec, adapters, model, params, scratch),
+                config=config,
+                log=log,
+                trust_data=True,
+                **options,
+            )
     specs = specs_of(adapters)
     made = {each.text: make_adapter(each, model, spec.task, config) for each in specs}
     batches = spec.batches(model, specs)
@@ -161,15 +166,20 @@ def sweep(
         if results and not trust_data and None in contents.values():
             _logger.warning(
                 "%s: earlier results are taken as they are, since the dataset cannot tell whether "
-                "its images have changed: it has no content()", folder,
+                "its images have changed: it has no content()",
+                folder,
             )
         for job in jobs:
             if checkpoint_every is not None:
                 job.restore(made, params)
         to_read = [place for job in jobs for place in job.places[job.done :]]
         total = sum(len(job.places) for job in jobs)
-        with tqdm(total=total, initial=total - len(to_read), unit="batch",
-                  disable=not progress or not jobs) as bar:
+        with tqdm(
+            total=total,
+            initial=total - len(to_read),
+            unit="batch",
+            disable=not progress or not jobs,
+        ) as bar:
             source = iter(read_ahead(batches, workers, to_read)) if jobs else iter(())
             steps: dict[str, Callable] = {}
             for job in jobs:
