@@ -171,7 +171,7 @@ def test_a_generator_for_both_towers_through_several_updates(
     assert code == 0
     assert "no held-out images" in out
     files = [f"--mgtta.{name} {tmp_path}/a/{name}.safetensors" for name in ("phi", "statistics")]
-    options = [*QUICK[:-1], "--model", short, "--mgtta.tower", "both", *" ".join(files).split()]
+    options = [*QUICK, "--model", short, "--mgtta.tower", "both", *" ".join(files).split()]
     adapters = (
         "zero_shot",
         "mgtta",

@@ -36,7 +36,7 @@ class Options:
         datasets: NAME=FOLDER of imagenet, imagenet-a, -r, -sketch, -v2, objectnet, the ten
             cross-dataset sets, or any other name for class folders (default: the bundled images).
         max_images: use at most so many images of each dataset, sampled with the seed.
-        save_examples: number of images to draw of each dataset whose prediction TNT fixed or broke.
+        save_examples: number of images to draw whose prediction TNT fixed or broke.
     """
 
     run: groups.RunOptions
@@ -56,7 +56,7 @@ def run(options: Options) -> None:
     layouts = {name: LAYOUTS.get(name, "folder") for name in [*places][number::count]}
     datasets = {name: data.open_dataset(kind, places[name]) for name, kind in layouts.items()}
     results, samples, examples = [], {}, []
-    for name, dataset in datasets.items():
+    for place, (name, dataset) in enumerate(datasets.items()):
         print(f"{name}: {len(dataset)} images, {len(dataset.class_names)} classes")
         limit, templates = options.max_images, options.model.templates_for(layouts[name])
         spec = evaluate.Spec(
@@ -70,8 +70,9 @@ def run(options: Options) -> None:
             templates,
         )
         about = evaluate.about(model, data=places[name], model=options.model.model)
-        adapters, folder = list(options.adapters.adapters), options.run.output / name
-        found = measure(options, spec, adapters, model, params, folder, about)
+        wanted = -(-(options.save_examples - len(examples)) // (len(datasets) - place))
+        inputs = (spec, list(options.adapters.adapters), model, params)
+        found = measure(options, *inputs, options.run.output / name, about, wanted=wanted)
         results, samples, examples = results + found[0], samples | found[1], examples + found[2]
     if results and count == 1:
         title = f"{Path(options.model.model).name} on {', '.join(places)}"

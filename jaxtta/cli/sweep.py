@@ -56,7 +56,8 @@ def run(options: Options) -> None:
     about = evaluate.about(model, data=options.data.data, model=options.model.model)
     adapters = tune(options, model, params, benchmark, about)
     folder, shard = options.run.output, options.run.part
-    results, *shown = measure(options, spec, adapters, model, params, folder, about, shard)
+    wanted = options.save_examples
+    results, *shown = measure(options, spec, adapters, model, params, folder, about, shard, wanted)
     if shard[1] > 1 and results:
         print(f"{len(results)} results in {folder}; when all shards are done, put their folders")
         print("together and run the same command without --shard for the report")
@@ -145,11 +146,12 @@ def measure(
     folder: Path,
     about: dict[str, Any],
     shard: tuple[int, int] = (0, 1),
+    wanted: int = 0,
 ) -> tuple[list[evaluate.Predictions], dict[str, np.ndarray], list[report.Example]]:
     """Run adapters, or estimate what that takes; also for natural shifts.
 
     Returns:
-        The results, an image of each domain, and examples of TNT.
+        The results, an image of each domain, and so many examples of TNT as are `wanted`.
     """
     specs, config = [evaluate.parse_adapter(text) for text in adapters], options.adapters.config
     if options.run.dry_run:
@@ -161,9 +163,9 @@ def measure(
     named = {"config": config, "shard": shard, "log": log, "about": about}
     results = evaluate.sweep(spec, adapters, model, params, folder, **named, **options.run.how)
     batches, examples = spec.batches(model, specs), []
-    if options.save_examples:
+    if wanted:
         tnt = next(each for each in specs if each.name == "tnt")
-        inputs = (batches, options.save_examples, model, params, spec.task)
+        inputs = (batches, wanted, model, params, spec.task)
         tnt_config = evaluate.tnt_config_of(tnt, config)
         examples = report.find_examples(results, tnt.text, *inputs, tnt_config)
     return results, report.samples_of(batches), examples

@@ -1,37 +1,19 @@
 """Adapters over streams: all step on each batch as it is read, and each image is read once."""
 
+import contextlib
 import dataclasses
-import itertools
+import json
 import logging
-import resource
-import shutil
-import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
-import pandas as pd
 from tqdm import tqdm
 
+from jaxtta import data
 from jaxtta.adapters import Adapter
-from jaxtta.data import (
-    CLEAN,
-    Batches,
-    Benchmark,
-    Domain,
-    Stream,
-    StreamBatch,
-    canvas_for,
-    class_names_of,
-    content_of,
-    name_of,
-    read_ahead,
-    select,
-)
+from jaxtta.data import Batches, Domain, Stream
 from jaxtta.evaluate import provenance
 from jaxtta.evaluate.adapters import (
     AdapterConfig,
@@ -41,13 +23,14 @@ from jaxtta.evaluate.adapters import (
     make_adapter,
     specs_of,
 )
-from jaxtta.evaluate.checkpoint import restore_checkpoint, save_checkpoint
-from jaxtta.evaluate.predictions import ROWS, Predictions, score
+from jaxtta.evaluate.predictions import Predictions
+from jaxtta.evaluate.run import StreamRun
 from jaxtta.evaluate.store import Store
-from jaxtta.models import Batch, Classifier, Params, Task
+from jaxtta.models import Classifier, Params, Task
 from jaxtta.models.preprocess import Preprocessing
 
-log = logging.getLogger(__name__)
+Logger = Callable[[Predictions], None]
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,14 +43,14 @@ class Spec:
         task: the classes' prompts; None for a model with classes of its own.
         batch_size: images per batch.
         canvas: size to which full-size images are padded for adapters that make their own views;
-            None for the largest side in a sample of the images, at most 512.
-        setting: name of the streams' setting, for the results.
-        settings: further settings that results depend on and that streams do not show, as JSON
-            values: the options that the streams were made with.
-        templates: of the prompts, for the results.
+            None for `canvas_for` of the clean images.
+        setting: the streams' setting, or "datasets".
+        settings: what else the streams were made with, as JSON values, by which a run with other
+            settings is told what differs.
+        templates: of the prompts.
     """
 
-    benchmark: Benchmark
+    benchmark: data.Benchmark
     streams: Sequence[Stream]
     task: Task | None
     batch_size: int
@@ -80,8 +63,8 @@ class Spec:
         """The streams in batches, with full-size images if one of the adapters needs them."""
         canvas = None
         if any(spec.needs_originals for spec in adapters):
-            first = next(iter(self.benchmark.values()))
-            canvas = self.canvas or canvas_for(self.benchmark.get(Domain(CLEAN), first))
+            first = self.benchmark[self.streams[0].segments[0]]
+            canvas = self.canvas or data.canvas_for(self.benchmark.get(Domain(data.CLEAN), first))
         preprocess = getattr(model, "preprocessing", Preprocessing(model.image_size))
         return Batches(self.benchmark, tuple(self.streams), self.batch_size, preprocess, canvas)
 
@@ -98,7 +81,7 @@ def sweep(
     shard: tuple[int, int] = (0, 1),
     checkpoint_every: int | None = None,
     trust_data: bool = False,
-    log: Callable[[Predictions], None] | None = None,
+    log: Logger | None = None,
     progress: bool = True,
     about: Mapping[str, Any] | None = None,
 ) -> list[Predictions]:
@@ -108,94 +91,109 @@ def sweep(
         spec: images, streams and classes.
         adapters: texts as for `parse_adapter`, or functions `(model, task) -> Adapter` by name.
         model: the model.
-        params: its parameters, frozen.
+        params: its frozen parameters.
         folder: for the results, locked during the run; None to keep nothing.
-        config: settings of adapters that their names do not say.
+        config: settings of adapters that their texts do not say.
         workers: processes that read images ahead; 0 for a thread.
         shard: this run's index and the number of runs that share the streams.
         checkpoint_every: batches between two checkpoints within a stream.
         trust_data: take earlier results without checking that the stored images are the same.
         log: called with each new result.
         progress: show a progress bar.
-        about: what to keep with the results beside their settings; None for `about(model)`.
+        about: what to keep with the results that changes none; None for `about(model)`.
 
     Returns:
         The results of this shard's streams, by stream, then adapter.
 
     Raises:
-        ValueError: if the folder is in use, or has other settings or images; if no image of a
-            stream can be read; for unknown domains or adapters.
+        ValueError: for unknown adapters or domains; if the folder is in use, or has other settings
+            or images; if no image of a stream can be read.
         OSError: if the folder cannot be written; finished results are kept.
     """
-    options = {"workers": workers, "shard": shard, "progress": progress, "about": about}
-    if folder is None:
-        with tempfile.TemporaryDirectory() as scratch:
-            return sweep(
-                *(spec, adapters, model, params, scratch),
-                config=config,
-                log=log,
-                trust_data=True,
-                **options,
-            )
-    specs = specs_of(adapters)
-    made = {each.text: make_adapter(each, model, spec.task, config) for each in specs}
-    batches = spec.batches(model, specs)
-    share = range(shard[0], len(batches.streams), shard[1])
-    select(spec.benchmark, list(dict.fromkeys(d for s in spec.streams for d in s.segments)))
-    shared = _shared_settings(spec, model, params)
-    check_mgtta_files(specs, config, shared["model"]["weights"])
-    own = {each.text: identity_of(each, config, batches.canvas) for each in specs}
-    originals = {each.text for each in specs if each.needs_originals}
-    about = dict(provenance.about(model) if about is None else about)
-    store = Store(Path(folder), shared)
-    results: dict[tuple[int, str], Predictions] = {}
-    with store.lock(shard):
+    with contextlib.ExitStack() as stack:
+        if folder is None:
+            folder, trust_data = stack.enter_context(tempfile.TemporaryDirectory()), True
+        specs = specs_of(adapters)
+        made = {each.text: make_adapter(each, model, spec.task, config) for each in specs}
+        batches = spec.batches(model, specs)
+        data.select(spec.benchmark, dict.fromkeys(d for s in spec.streams for d in s.segments))
+        settings = _settings_of(spec, model, params)
+        check_mgtta_files(specs, config, settings["model"]["weights"])
+        own = {each.text: identity_of(each, config, batches.canvas) for each in specs}
+        about = dict(provenance.about(model) if about is None else about)
+        store = Store(Path(folder), settings)
+        stack.enter_context(store.lock(shard))
+
+        share = range(shard[0], len(batches.streams), shard[1])
         contents = dict.fromkeys(share) if trust_data else _contents(batches, share, progress)
-        jobs = []
+        results: dict[tuple[int, str], Predictions] = {}
+        runs = []
         for number in share:
-            job = _Job(number, batches, contents[number], store)
-            for name in own:
-                settings = job.settings_of(own[name])
-                found = store.read(name, job.stream.name, job.stream.seed, settings, job.content)
-                if found is not None:
+            run = StreamRun(batches, number, contents[number], store.root, checkpoint_every)
+            for name, adapter in own.items():
+                told = run.settings_of(settings, adapter)
+                key = (name, run.stream.name, run.stream.seed)
+                if found := store.read(*key, told, run.content):
                     results[number, name] = found
                 else:
-                    job.settings[name] = settings
-            if job.settings:
-                jobs.append(job)
+                    run.settings[name] = told
+            if run.settings:
+                run.restore(made, params)
+                runs.append(run)
         if results and not trust_data and None in contents.values():
-            _logger.warning(
-                "%s: earlier results are taken as they are, since the dataset cannot tell whether "
-                "its images have changed: it has no content()",
-                folder,
+            _log.warning(
+                "%s: earlier results are taken as they are, since %s cannot tell whether its "
+                "images have changed: it has no content()",
+                *(folder, type(batches.benchmark[batches.streams[0].segments[0]]).__name__),
             )
-        for job in jobs:
-            if checkpoint_every is not None:
-                job.restore(made, params)
-        to_read = [place for job in jobs for place in job.places[job.done :]]
-        total = sum(len(job.places) for job in jobs)
-        with tqdm(
-            total=total,
-            initial=total - len(to_read),
-            unit="batch",
-            disable=not progress or not jobs,
-        ) as bar:
-            source = iter(read_ahead(batches, workers, to_read)) if jobs else iter(())
-            steps: dict[str, Callable] = {}
-            for job in jobs:
-                job.start(made, params)
-                for step in range(job.done, len(job.places)):
-                    job.step(step, next(source), made, params, steps, originals, bar)
-                    finished = step + 1
-                    if checkpoint_every and not finished % checkpoint_every < len(job.places):
-                        job.save(finished)
+        places = [place for run in runs for place in run.places[run.done :]]
+        total = sum(len(run.places) for run in runs)
+        source = iter(data.read_ahead(batches, workers, places)) if runs else iter(())
+        originals = {each.text for each in specs if each.needs_originals}
+        compiled: dict[str, Callable] = {}
+        hidden = not progress or not runs
+        with tqdm(total=total, initial=total - len(places), unit="batch", disable=hidden) as bar:
+            for run in runs:
+                run.finish(made, params, compiled, originals, source, bar)
                 for place, name in enumerate(own):
-                    if name in job.settings:
-                        result = job.result(name, spec, about | {"place": [job.number, place]})
-                        store.write(result)
-                        results[job.number, name] = result
+                    if name in run.settings:
+                        order = {"place": [run.number, place]}
+                        result = run.result(name, spec.setting, about | order)
+                        result.save(store.path(name, result.stream, result.seed))
+                        results[run.number, name] = result
                         if log is not None:
                             log(result)
-                job.remove()
+                run.remove()
             next(source, None)  # ends the reader processes
     return [results[number, name] for number in share for name in own]
+
+
+def _settings_of(spec: Spec, model: Classifier, params: Params) -> dict[str, Any]:
+    """The settings that all results of a folder share."""
+    dataset = spec.benchmark[spec.streams[0].segments[0]]
+    found = provenance.fingerprints(dataset, params, model, spec.task)
+    groups = {
+        "model": {name: found.get(name) for name in ("weights", "model_settings", "tokens")},
+        "data": {name: found[name] for name in ("images", "class_names")},
+        "streams": {"batch_size": spec.batch_size, "setting": spec.setting, **spec.settings},
+    }
+    if spec.task is not None:
+        groups["model"]["templates"] = spec.templates
+    return json.loads(json.dumps(groups))
+
+
+def _contents(batches: Batches, share: range, progress: bool) -> dict[int, str | None]:
+    """One digest of the stored images of each stream; None where a dataset cannot tell."""
+    known: dict[int, str | None] = {}
+    found: dict[int, str | None] = {}
+    for number in tqdm(share, desc="checking the images", leave=False, disable=not progress):
+        parts = []
+        for domain in batches.streams[number].segments:
+            dataset = batches.benchmark[domain]
+            while isinstance(dataset, data.Corrupted | data.Subset):  # of the same images
+                dataset = dataset.dataset
+            if id(dataset) not in known:
+                known[id(dataset)] = data.content_of(dataset)
+            parts.append(known[id(dataset)])
+        found[number] = None if None in parts else provenance.digest_of(parts)
+    return found

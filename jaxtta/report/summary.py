@@ -194,7 +194,11 @@ def _classes(counts: pd.DataFrame) -> pd.DataFrame:
     key = ["adapter", "dataset", "label", "class"]
     pooled = counts.groupby([*key, "prediction", "mistaken_for"], sort=False)["images"].sum()
     pooled = pooled.reset_index()
-    total = pooled.groupby(key, sort=False)["images"].sum().sort_index(level="label", sort_remaining=False)
+    total = (
+        pooled.groupby(key, sort=False)["images"]
+        .sum()
+        .sort_index(level="label", sort_remaining=False)
+    )
     hit = pooled["label"] == pooled["prediction"]
     right = pooled[hit].groupby(key)["images"].sum().reindex(total.index, fill_value=0)
     wrong = pooled[~hit & (pooled["prediction"] >= 0)].sort_values("images", kind="stable")

@@ -1,6 +1,7 @@
 """A summary in words: two sentences, a text table, notes and warnings."""
 
-from collections.abc import Iterable, Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 
 import pandas as pd
 
@@ -60,24 +61,48 @@ def _counts(summary: Summary, adapter: str) -> str:
     return text
 
 
-def text_table(summary: Summary) -> str:
-    """Format the table: accuracies in per cent, gains and their intervals in points."""
-    rows = [[summary.noun, *summary.adapters]]
-    entries = [(name, summary.table.loc[name]) for name in summary.corruptions]
-    for name, group in [*entries, ("mean", summary.means)]:
-        rows.append([name, *(_entry(group.loc[adapter]) for adapter in summary.adapters)])
-    rows += [[name, *texts] for name, texts in measures(summary)]
+def entries(summaries: Iterable[Summary]) -> list[tuple[str, list[pd.Series | None]]]:
+    """Rows of the table and of the means, by the adapters of all summaries; None where missing."""
+    summaries = [*summaries]
+    rows: list[tuple[str, list[pd.Series | None]]] = []
+    for name in dict.fromkeys(name for each in summaries for name in each.corruptions):
+        found = [
+            each.table.loc[(name, adapter)] if name in each.corruptions else None
+            for each in summaries
+            for adapter in each.adapters
+        ]
+        rows.append((name, found))
+    return [*rows, ("mean", [each.means.loc[a] for each in summaries for a in each.adapters])]
+
+
+def text_table(summaries: Summary | Mapping[str, Summary]) -> str:
+    """Format accuracies in per cent, gains and their intervals in points.
+
+    Args:
+        summaries: one, or several by heading to be put side by side.
+    """
+    several = {"": summaries} if isinstance(summaries, Summary) else summaries
+    heads = [[name, *[""] * (len(each.adapters) - 1)] for name, each in several.items()]
+    rows = [["", *itertools.chain(*heads)]] if len(several) > 1 else []
+    noun = next(iter(several.values())).noun
+    rows.append([noun, *(name for each in several.values() for name in each.adapters)])
+    rules = [len(rows)]
+    rows += [[name, *map(_entry, found)] for name, found in entries(several.values())]
+    rules += [len(rows), len(rows) + 2]
+    rows += [[name, *texts] for name, texts in measures(several.values())]
     lines = aligned(rows)
     rule = "-" * max(map(len, lines))
-    for place in (1, 2 + len(entries), 4 + len(entries)):
+    for place in rules:
         lines.insert(place, rule)
-    lines += notes(summary)
-    if (summary.table["significance"] < 0).any() or (summary.means["significance"] < 0).any():
-        lines.append(f"! Significantly worse than {summary.baseline}: the interval is below 0.")
+    lines += dict.fromkeys(note for each in several.values() for note in notes(each))
+    if any((frame["significance"] < 0).any() for s in several.values() for frame in s[1:3]):
+        lines.append("! Significantly worse than the baseline: the gain's interval is below 0.")
     return "\n".join(lines)
 
 
-def _entry(entry: pd.Series) -> str:
+def _entry(entry: pd.Series | None) -> str:
+    if entry is None:
+        return NONE
     text = points(entry["top1"])
     if not pd.isna(entry["gain"]):
         text += f" {points(entry['gain'], '+')} {interval(entry)}"
@@ -101,13 +126,31 @@ def aligned(rows: Iterable[Sequence[str]]) -> list[str]:
     return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
 
 
-def measures(summary: Summary) -> list[tuple[str, list[str]]]:
+def measures(summaries: Iterable[Summary]) -> list[tuple[str, list[str]]]:
     """Name and texts by adapter of recall, calibration, speed and memory, where known."""
+    means = pd.concat([each.means for each in summaries])
     return [
-        (name, [NONE if pd.isna(x) else f"{factor * x:.{digits}f}" for x in summary.means[column]])
+        (name, [NONE if pd.isna(x) else f"{factor * x:.{digits}f}" for x in means[column]])
         for column, (name, factor, digits) in MEASURES.items()
-        if summary.means[column].notna().any()
+        if means[column].notna().any()
     ]
+
+
+def worst_classes(summary: Summary, count: int = 10) -> list[tuple[str, list[str]]]:
+    """The classes with the lowest mean accuracy: name and texts by adapter."""
+    groups = summary.classes.groupby(["dataset", "label"], sort=False)
+    rows = []
+    for (dataset, label), _ in groups["accuracy"].mean().nsmallest(count).items():
+        own = groups.get_group((dataset, label)).set_index("adapter").reindex(summary.adapters)
+        texts = [
+            f"{points(line['accuracy'])}, {line['mistaken_for']} {points(line['mistaken_share'])}"
+            if line["mistaken_share"] > 0
+            else points(line["accuracy"])
+            for _, line in own.iterrows()
+        ]
+        name = own["class"].dropna().iloc[0]
+        rows.append((f"{dataset}: {name}" if dataset else name, texts))
+    return rows
 
 
 def notes(summary: Summary) -> list[str]:
