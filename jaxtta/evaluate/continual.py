@@ -24,7 +24,7 @@ from jaxtta.continual import VARIANTS, Grams, ReferenceBatch, TrainingConfig
 from jaxtta.data.tasks import TaskData
 from jaxtta.evaluate.checkpoint import restore_checkpoint, save_checkpoint
 from jaxtta.evaluate.provenance import about, digest_of, fingerprints, model_settings
-from jaxtta.evaluate.results import agree, agree_on_images
+from jaxtta.evaluate.store import agree, agree_on_images
 from jaxtta.io import write_json
 
 Params = models.Params
