@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxtta import cli, data, images
+from jaxtta import data, images
+from jaxtta.cli.options import class_names_of
 from jaxtta.evaluate.figures import read_points
 from jaxtta.models.preprocess import Preprocessing
 
@@ -88,7 +89,7 @@ def test_other_files_are_counted_and_named_by_suffix(folder, said):
 def test_class_names_by_folder_need_no_list_of_images(folder, tmp_path, said):
     (folder / "cat" / "a.txt").touch()
     (tmp_path / "names.json").write_text('{"dog": "a hound", "cat": "a tom"}')
-    given = cli.class_names_of([str(tmp_path / "names.json")], "folder", str(folder))
+    given = class_names_of([str(tmp_path / "names.json")], "folder", str(folder))
     assert given == ("a tom", "a hound")
     assert not said()  # what is passed over is said when the images are listed
 
@@ -396,10 +397,10 @@ def test_a_folder_with_one_of_everything(tmp_path, said):
     assert (batch.images[read].std((1, 2, 3)) > 5).all()  # none is black or white
 
 
-def test_serving_a_folder_with_one_of_everything(tmp_path, run_script, short):
+def test_labelling_a_folder_with_one_of_everything(tmp_path, run_jaxtta, short):
     expected = write_everything(tmp_path / "images")
-    command = ("--model", short, "--adapter", "zero_shot", "--batch-size", 8)
-    code, out, err = run_script("serve.py", tmp_path / "images", *command)
+    command = ("--model", short, "--batch-size", 8)
+    code, out, err = run_jaxtta("classify", tmp_path / "images", *command)
     assert code == 3  # as documented: some images could not be read
     assert len(out.splitlines()) == sum(expected.values())
     for name in ("empty.png", "gone.png", "nan.tif", "negative.tif", r"short\xff.jpg"):
