@@ -46,7 +46,7 @@ def test_the_list_of_commands_imports_nothing():
 def test_help_teaches(run_jaxtta, command):
     code, out, _ = run_jaxtta(command, "--help")
     assert code == 0
-    assert f"jaxtta {command} " in out.replace("\n", " ").partition("options")[2]
+    assert out.count(f"jaxtta {command} ") > 1  # the usage, and an example
     importlib.import_module(f"jaxtta.cli.{command.replace('-', '_')}")
 
 
@@ -67,7 +67,7 @@ def test_a_sweep_end_to_end(run_jaxtta, short, tmp_path):
     nll = [results[name, "fog-1"].rows["nll"] for name in ("zero_shot", "batclip")]
     assert not np.allclose(*nll)
     assert (tmp_path / "table.txt").read_text().strip() in out
-    assert Image.open(tmp_path / "accuracy.png").size[0] > 500
+    assert Image.open(tmp_path / "gain.png").size[0] > 500
     assert "data:image/png;base64" in (tmp_path / "report.html").read_text()
     with (tmp_path / "summary.csv").open() as file:
         assert len(list(csv.DictReader(file))) == 6
@@ -223,7 +223,7 @@ def test_natural_shifts_end_to_end(run_jaxtta, short, tmp_path, monkeypatch):
             Image.open(file).resize((60 - 10 * number, 40)).save(file)
     drawn = []
     monkeypatch.setattr(
-        report.outputs, "draw_examples", lambda x: (drawn.extend(x), report.draw_examples(x))[1]
+        report.write, "draw_examples", lambda x: (drawn.extend(x), report.draw_examples(x))[1]
     )
     options = ("--max-images", "8", "--batch-size", "4", "--workers", "0", "--model", short)
     options += ("--datasets", f"cifar10={assets.IMAGES}", f"shop={tmp_path / 'shop'}")

@@ -211,7 +211,8 @@ def test_it_ends_quietly_when_nobody_reads_on(folder, arguments):
     command += " | head -n 1; echo ${PIPESTATUS[0]}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, timeout=300, check=False)
     line, code = done.stdout.decode().splitlines()
-    assert ("cat" in line or "usage" in line, code) == (True, "141")
+    assert "cat" in line or "usage" in line
+    assert code == "141" or "--help" in arguments  # a short text may be read before head ends
     assert b"Error" not in done.stderr and b"error" not in done.stderr
 
 

@@ -95,9 +95,9 @@ def label(
     if size < least:
         few = f"--batch-size {size} is below --min-adapt {least}"
         print(f"the model is not adapted: {few}", file=sys.stderr)
+    names = data.given_class_names(options.class_names)
     model, params = options.model.load()
-    names = data.given_class_names(options.class_names) or getattr(model, "class_names", ())
-    names = names or data.CIFAR10_CLASSES
+    names = names or getattr(model, "class_names", ()) or data.CIFAR10_CLASSES
     task = evaluate.task_for(model, names, options.model.templates_for("folder"))
     settings = evaluate.AdapterConfig(tnt=config)
     adapter, steps = evaluate.make_adapter(spec, model, task, settings), 1

@@ -30,6 +30,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 import tyro
 from tqdm import tqdm
@@ -47,6 +48,7 @@ from jaxtta.report.summary import Summary, summarise
 BUNDLED = "CIFAR-10's bundled test images"
 KINDS = ("gaussian_noise", "defocus_blur", "fog", "jpeg_compression")
 """A corruption of each kind: noise, blur, weather, digital."""
+Measured = Annotated[diagnose.Settings, tyro.conf.arg(name="")]
 Tried = Annotated[tuple[str, ...], tyro.conf.arg(name="try-adapters")]
 
 
@@ -117,7 +119,7 @@ class Options:
     debug: bool = False
     data: groups.DataOptions = groups.DataOptions()
     shifts: ShiftOptions = ShiftOptions()
-    measured: diagnose.Settings = diagnose.Settings()
+    measured: Measured = diagnose.Settings()
     own: TargetOptions = TargetOptions()
 
     def check(self) -> None:
@@ -303,7 +305,7 @@ def check_one(
     sets = [found for each in (target, reference) for _, found in read(options, model, each)]
     chosen = {"outlier_threshold": options.measured.outlier_threshold, "seed": options.seed}
     with error_context(model.name):
-        scale = np.exp(model.params["logit_scale"])
+        scale = jnp.exp(model.params["logit_scale"])
         check, answers = diagnose.check_target(
             *sets, head, images.class_names, scale=scale, **chosen
         )

@@ -35,8 +35,9 @@ def estimate(
         known = f", to do: {', '.join(missing) or 'nothing'}" if done else ""
         shape = f"{len(stream.items)} images, {steps} steps of {spec.batch_size}"
         print(f"{stream.name}, seed {stream.seed}: {shape}{known}")
+    batches[0]  # the first imports what it needs
     start = time.perf_counter()
-    batch = batches[0]
+    batch = batches[len(batches) - 1]
     reading = (time.perf_counter() - start) * to_read / max(workers, 1)
     total = peak = 0.0
     for each in adapters:

@@ -5,7 +5,6 @@ from jaxtta.bootstrap import interval as interval
 from jaxtta.evaluate.adapters import AdapterConfig as AdapterConfig
 from jaxtta.evaluate.adapters import AdapterSpec as AdapterSpec
 from jaxtta.evaluate.adapters import MGTTAConfig as MGTTAConfig
-from jaxtta.evaluate.adapters import check_mgtta_files as check_mgtta_files
 from jaxtta.evaluate.adapters import make_adapter as make_adapter
 from jaxtta.evaluate.adapters import parse_adapter as parse_adapter
 from jaxtta.evaluate.adapters import tnt_config_of as tnt_config_of
