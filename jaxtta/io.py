@@ -8,6 +8,7 @@ Every file is complete or not there at all.
 
 import contextlib
 import csv
+import hashlib
 import io
 import json
 import os
@@ -145,6 +146,49 @@ def read_rows(path: str | Path, columns: Sequence[str]) -> Iterator[tuple[str, d
         raise ValueError(f"{path}: line {rows.line_num}: {error}") from error
 
 
+def read_json(path: str | Path) -> dict[str, Any]:
+    """Read a JSON object; a ValueError for anything else."""
+    text = read_text(path)
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{path}: is not valid JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: has a {type(value).__name__}, expected an object")
+    return value
+
+
+def digest_files(files: Sequence[Path], read_up_to: int = 512 * 2**20) -> str:
+    """A digest of files, by which a run notices that they have changed.
+
+    Args:
+        files: in a fixed order, wherever they lie; missing ones count as such.
+        read_up_to: bytes; if the files have more together, their sizes and modification times stand
+            for their content.
+    """
+    stats = [file.stat() if file.exists() else None for file in files]
+    whole = sum(stat.st_size for stat in stats if stat) <= read_up_to
+    digest = hashlib.blake2b(digest_size=8)
+    for file, stat in zip(files, stats, strict=True):
+        text = str(stat.st_size) if stat else "missing"
+        if stat and not whole:
+            text += f" {stat.st_mtime_ns // 10**9}"  # copies keep whole seconds only
+        digest.update(f"{file.name!r} {text}\n".encode())
+        if whole and file.is_file():
+            try:
+                digest.update(file.read_bytes())
+            except OSError:  # the reader of the images will say so
+                digest.update(b"unreadable")
+    return f"{'bytes' if whole else 'sizes and times'} {digest.hexdigest()}"
+
+
+def digest_array(array: np.ndarray) -> str:
+    """A digest of an array in memory."""
+    digest = hashlib.blake2b(f"{array.dtype} {array.shape}".encode(), digest_size=8)
+    digest.update(np.ascontiguousarray(array).tobytes())
+    return f"bytes {digest.hexdigest()}"
+
+
 def save_arrays(
     path: str | Path, arrays: Mapping[str, Any], metadata: Mapping[str, Any] | None = None
 ) -> None:
@@ -187,25 +231,27 @@ def load_arrays(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, Any]
     return arrays, metadata
 
 
-def save_state(path: str | Path, state: Any) -> None:
+def save_state(path: str | Path, state: Any, note: Any = None) -> None:
     """Save the state of an adapter, to continue its stream later.
 
     Args:
         path: of the `.safetensors` file, written atomically.
-        state: what the adapter's `init` or `step` gave.
+        state: what the adapter's `init` or `step` gave, or any other tree of arrays.
+        note: any JSON value, kept beside it.
     """
     leaves = _leaves(state)
     # Types that numpy lacks, bfloat16 for one, are kept as bytes.
     arrays = {name: _as_bytes(leaf) if leaf.dtype.kind == "V" else leaf for name, leaf in leaves}
-    save_arrays(path, arrays, {"leaves": _describe(leaves)})
+    save_arrays(path, arrays, {"leaves": _describe(leaves), "note": note})
 
 
-def load_state(path: str | Path, like: Any) -> Any:
+def load_state(path: str | Path, like: Any, *, part: bool = False) -> Any:
     """Load what `save_state` saved.
 
     Args:
         path: of the file.
         like: a state of the same adapter and model, `adapter.init(params)`.
+        part: whether the file may hold more than `like`.
 
     Returns:
         A state of the structure of `like`, equal to the saved one bit for bit.
@@ -219,6 +265,9 @@ def load_state(path: str | Path, like: Any) -> Any:
     saved, wanted = metadata.get("leaves"), _describe(_leaves(like))
     if not isinstance(saved, dict) or saved.keys() != arrays.keys():
         raise ValueError(f"{path}: holds no adapter's state")
+    if part:
+        saved = {name: saved[name] for name in wanted if name in saved}
+        arrays = {name: arrays[name] for name in saved}
     if saved.keys() != wanted.keys():
         odd = sorted(saved.keys() ^ wanted.keys())[0]
         where = "it has" if odd in saved else "it lacks"

@@ -11,8 +11,8 @@ from PIL import Image
 
 from jaxtta import assets, data
 from jaxtta.data import Domain, arrays
-from jaxtta.data.content import digest_files
 from jaxtta.data.corruptions import image_seed
+from jaxtta.io import digest_files
 from jaxtta.models.preprocess import Preprocessing
 
 PREPROCESS = Preprocessing(32, 32, (32, 32))

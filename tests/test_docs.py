@@ -1,5 +1,6 @@
 """What the documents show runs as it is written."""
 
+import ast
 import re
 import shlex
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import tyro
 
 import jaxtta
-import jaxtta.cli
+import jaxtta.cli.main
 
 ROOT = Path(__file__).parents[1]
 
@@ -117,22 +118,39 @@ def test_the_contributing_guides_method_runs(small_model):
     assert state.adapted.keys() == {"vision_model"}
 
 
+PROGRAMS = ("jaxtta ", "python experiments/", "python benchmarks/")
+
+
 def commands():
-    """Every command line of a script in the documents."""
-    for document in ("README.md", "docs/published.md", "docs/recipes.md", "CONTRIBUTING.md"):
-        for block in re.findall(r"^```sh\n(.*?)^```", (ROOT / document).read_text(), re.M | re.S):
-            for line in block.replace("\\\n", " ").splitlines():
-                if "experiments/" in line and "serve.py" not in line:
-                    yield document, line.partition("#")[0].strip()
+    """Every command line of the documents and of the programs' docstrings."""
+    documents = ("README.md", "docs/published.md", "docs/recipes.md", "CONTRIBUTING.md")
+    texts = {
+        name: "".join(re.findall(r"^```sh\n(.*?)^```", (ROOT / name).read_text(), re.M | re.S))
+        for name in documents
+    }
+    for folder in ("jaxtta/cli", "experiments", "benchmarks"):
+        for path in sorted((ROOT / folder).glob("*.py")):
+            text = ast.get_docstring(ast.parse(path.read_text())) or ""
+            texts[f"{folder}/{path.name}"] = text
+    for name, text in texts.items():
+        for line in map(str.strip, text.replace("\\\n", " ").splitlines()):
+            if line.startswith(PROGRAMS) and "COMMAND" not in line:
+                yield name, re.split(r" [#>] ", f"{line} ")[0].strip()
 
 
 @pytest.mark.parametrize("document, line", [*commands()])
 def test_a_command_in_a_document_parses(document, line, run_script, monkeypatch):
-    python, script, *arguments = shlex.split(line)
-    assert python == "python"
+    program, *arguments = shlex.split(line)
     parsed = []
-    monkeypatch.setattr(
-        jaxtta.cli, "run_script", lambda options, main, doc: parsed.append(tyro.cli(options))
-    )
-    code, _, err = run_script(script.removeprefix("experiments/"), *arguments)
-    assert (code, len(parsed)) == (0, 1), err
+
+    def parse(options, main, doc, arguments=None, prog=None):
+        parsed.append(tyro.cli(options, args=arguments, config=(tyro.conf.FlagCreatePairsOff,)))
+
+    monkeypatch.setattr(jaxtta.cli, "run_script", parse)
+    monkeypatch.setattr(jaxtta.cli.main, "run_script", parse)
+    if program == "jaxtta":
+        jaxtta.cli.main.main(arguments)
+    else:
+        code, _, err = run_script(ROOT / arguments[0], *arguments[1:])
+        assert code == 0, err
+    assert len(parsed) == 1

@@ -1,5 +1,6 @@
-"""serve.py: what it says of every image, what it refuses, and how it ends."""
+"""`jaxtta classify` and `serve`: what they say of every image, refuse, and how they end."""
 
+import csv
 import json
 import os
 import re
@@ -10,27 +11,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import EXPERIMENTS
+from conftest import write_images
 from PIL import Image
 
 import jaxtta
-from jaxtta import assets
 
 LINE = re.compile(r"(.+?)  +(.+?)  +(\S+%)(?:  updates (\d+))?")
 """File, label, confidence and updates."""
 
 
-def images_of(name, count):
-    return sorted((assets.IMAGES / name).iterdir())[:count]
-
-
 @pytest.fixture
 def folder(tmp_path):
     """Six cats and six ships."""
-    (tmp_path / "in").mkdir()
-    for name in ("cat", "ship"):
-        for file in images_of(name, 6):
-            shutil.copyfile(file, tmp_path / "in" / f"{name}-{file.name}")
+    for file in write_images(tmp_path / "by-class", 6, ("cat", "ship")).rglob("*.png"):
+        (tmp_path / "in").mkdir(exist_ok=True)
+        shutil.copyfile(file, tmp_path / "in" / f"{file.parent.name}-{file.name}")
     return tmp_path / "in"
 
 
@@ -38,9 +33,8 @@ def answers(out):
     return [LINE.fullmatch(line).groups() for line in out.splitlines()]
 
 
-def test_every_image_has_a_line_with_the_updates_behind_it(run_script, folder):
-    options = ["--batch-size", "5"]
-    code, out, err = run_script("serve.py", folder, *options)
+def test_every_image_has_a_line_with_the_updates_behind_it(run_jaxtta, folder):
+    code, out, err = run_jaxtta("serve", folder, "--batch-size", "5")
     assert code == 0
     files, labels, _, updates = zip(*answers(out), strict=True)
     assert [*files] == [str(file) for file in sorted(folder.iterdir())]
@@ -48,7 +42,7 @@ def test_every_image_has_a_line_with_the_updates_behind_it(run_script, folder):
     # the first batch is zero-shot's; the last, of two images, is adapted to by none
     assert [*updates] == ["0"] * 5 + ["1"] * 5 + ["2"] * 2
     assert "compiling batclip" in err
-    code, plain, err = run_script("serve.py", folder, *options, "--adapter", "zero_shot")
+    code, plain, err = run_jaxtta("classify", folder, "--batch-size", "5")
     assert (code, {updates for *_, updates in answers(plain)}) == (0, {None})
     assert "adapted" not in plain + err
     for line, other in zip(answers(out)[:5], answers(plain)[:5], strict=True):
@@ -56,14 +50,31 @@ def test_every_image_has_a_line_with_the_updates_behind_it(run_script, folder):
     assert answers(out)[5][2] != answers(plain)[5][2]
 
 
+def test_text_json_lines_and_csv_say_the_same(run_jaxtta, folder):
+    common = ("classify", folder, "--top-k", "2", "--adapter", "tent:lr=0.01", "--format")
+    text, lines, table = (run_jaxtta(*common, kind)[1] for kind in ("text", "jsonl", "csv"))
+    found = [json.loads(line) for line in lines.splitlines()]
+    rows = [*csv.DictReader(table.splitlines())]
+    assert len(found) == len(rows) == len(text.splitlines()) == 12
+    assert [*rows[0]] == ["file", "label", "score", "label_2", "score_2", "updates"]
+    for line, row, said in zip(found, rows, text.splitlines(), strict=True):
+        assert line["file"] == row["file"]
+        assert line["labels"] == [row["label"], row["label_2"]]
+        assert line["scores"] == [float(row["score"]), float(row["score_2"])]
+        assert 1 >= line["scores"][0] > line["scores"][1] > 0
+        label, score = line["labels"][1], line["scores"][1]
+        assert re.search(rf"{label} +{score:.1%}  updates {line['updates']}$", said)
+    few = run_jaxtta("classify", folder, "--class-names", "cat", "ship", "--top-k", "9")[1]
+    assert few.splitlines()[0].count("%") == 2
+
+
 @pytest.mark.parametrize("adapter", ["tent", "batclip"])
-def test_few_images_are_answered_but_not_adapted_to(run_script, folder, adapter):
+def test_few_images_are_answered_but_not_adapted_to(run_jaxtta, folder, adapter):
     """One by one, BATCLIP lost 21 points; padding hid that there was one image."""
-    plain = run_script("serve.py", folder, "--adapter", "zero_shot", "--batch-size", "2")[1]
+    plain = run_jaxtta("classify", folder)[1]
     for batch, least, adapts in (("2", "4", False), ("2", "2", True), ("4", "4", True)):
-        options = ["--adapter", adapter, "--batch-size", batch, "--min-adapt", least]
-        options += ["--learning-rate", "0.01"]
-        code, out, err = run_script("serve.py", folder, *options)
+        options = ["--adapter", f"{adapter}:lr=0.01", "--batch-size", batch, "--min-adapt", least]
+        code, out, err = run_jaxtta("serve", folder, *options)
         assert code == 0
         updates = [int(number) for *_, number in answers(out)]
         assert updates == [n // int(batch) * adapts for n in range(12)]
@@ -73,60 +84,38 @@ def test_few_images_are_answered_but_not_adapted_to(run_script, folder, adapter)
         assert all(same) != adapts
 
 
-def test_a_skipped_step_is_no_update(run_script, folder, short, monkeypatch):
+def test_a_skipped_step_is_no_update(run_jaxtta, folder, short, monkeypatch):
     options = ["--batch-size", "4", "--model", short]
     real = jaxtta.models.CLIP.normalize
     monkeypatch.setattr(jaxtta.models.CLIP, "normalize", lambda self, x: real(self, x) * 1e38)
-    code, out, err = run_script("serve.py", folder, *options)
-    assert {number for *_, number in answers(out)} == {"0"}
-    assert {label for _, label, *_ in answers(out)} == {"(not finite)"}
+    code, out, err = run_jaxtta("serve", folder, *options)
+    assert {(label, number) for _, label, _, number in answers(out)} == {("(not finite)", "0")}
     assert (code, "12 of 12 images have no finite answer" in err) == (3, True)
+    code, out, _ = run_jaxtta("classify", folder, *options, "--format", "csv")
+    assert (code, out.splitlines()[1]) == (3, f"{min(folder.iterdir())},,")
 
 
-def test_unreadable_images_are_named_counted_and_in_the_exit_code(run_script, folder, tmp_path):
-    zero_shot = ("--adapter", "zero_shot")
+def test_unreadable_images_are_named_counted_and_in_the_exit_code(run_jaxtta, folder):
     (folder / "broken.png").write_bytes(b"no image")
-    code, out, err = run_script("serve.py", folder, *zero_shot)
+    code, out, err = run_jaxtta("classify", folder)
     assert (code, len(answers(out))) == (3, 12)
     assert f"{folder}/broken.png: cannot be decoded" in err
     assert err.endswith("1 of 13 images could not be read\n")
-    code, out, err = run_script("serve.py", folder / "broken.png", *zero_shot)
+    code, out, err = run_jaxtta("classify", folder / "broken.png")
     assert (code, out) == (1, "")
     assert err.endswith("error: none of the 1 images could be read\n")
 
 
-def test_class_names_from_files(run_script, folder, tmp_path):
+def test_class_names_from_files(run_jaxtta, folder, tmp_path):
     names = tmp_path / "names.txt"
     names.write_text("cat\nship\n")
     (tmp_path / "names.json").write_text(json.dumps(["cat", "ship"]))
-    options = ["--adapter", "zero_shot", "--class-names"]
     said = [
-        run_script("serve.py", folder, *options, *given)[1]
+        run_jaxtta("classify", folder, "--class-names", *given)[1]
         for given in (("cat", "ship"), (names,), (tmp_path / "names.json",))
     ]
     assert said[0] == said[1] == said[2]
     assert {label for _, label, *_ in answers(said[0])} == {"cat", "ship"}
-
-
-def test_other_scripts_read_class_names_from_the_same_files(run_script, short, folder, tmp_path):
-    names = tmp_path / "names.txt"
-    names.write_text("cat\nship\n")
-    data = tmp_path / "data"
-    for name in ("a", "b"):
-        shutil.copytree(folder, data / name)
-    common = ["--model", short, "--data", data, "--class-names", names, "--workers", "0"]
-    for script, options in (
-        (
-            "pretrain_mgg.py",
-            ["--epochs", "1", "--images", "4", "--held-out", "4"],
-        ),
-        (
-            "protect_batclip.py",
-            ["--corruptions", "fog", "--protecting", "8", "--ranks", "4"],
-        ),
-    ):
-        code, _, err = run_script(script, *common, *options, "--output", tmp_path / script)
-        assert code == 0, err
 
 
 @pytest.mark.parametrize(
@@ -137,14 +126,14 @@ def test_other_scripts_read_class_names_from_the_same_files(run_script, short, f
         (
             ("--class-names", "cat", "big dog", "{folder}"),
             "no images: --class-names took {folder} for a name; give the images first: "
-            "serve.py {folder} --class-names cat 'big dog'",
+            "jaxtta serve {folder} --class-names cat 'big dog'",
         ),
         (
-            ("--class-names", "{names}", "{folder}", "{folder}/cat-0000.jpg"),
-            "give the images first: serve.py {folder} {folder}/cat-0000.jpg --class-names {names}",
+            ("--class-names", "{names}", "{folder}", "{folder}/cat-0000.png"),
+            "first: jaxtta serve {folder} {folder}/cat-0000.png --class-names {names}",
         ),
         (
-            ("{folder}/cat-0000.jpg", "--class-names", "cat", "ship", "{folder}"),
+            ("{folder}/cat-0000.png", "--class-names", "cat", "ship", "{folder}"),
             "--class-names took {folder} for a name; give all images before it",
         ),
         (("--class-names", "{names}"), "no images: give files or folders before the options"),
@@ -152,88 +141,88 @@ def test_other_scripts_read_class_names_from_the_same_files(run_script, short, f
         (("{folder}/nothing",), "nothing: no such file or folder"),
         (("{folder}", "--batch-size", "0"), "--batch-size is 0, expected at least 1"),
         (("{folder}", "--min-adapt", "0"), "--min-adapt is 0, expected at least 1"),
+        (("{folder}", "--top-k", "0"), "--top-k is 0, expected at least 1"),
         (("{folder}", "--noise", "{names}"), "--noise and --learn-noise are for --adapter tnt"),
         (
             ("{folder}", "--adapter", "tnt", "--learn-noise", "{folder}/no/x.safetensors"),
             "{folder}/no: no such folder",
         ),
+        (("{folder}", "--adapter", "tnt", "--noise", "gone"), "gone: no such file"),
     ],
 )
-def test_bad_input_is_one_sentence(run_script, folder, tmp_path, options, message):
+def test_bad_input_is_one_sentence(run_jaxtta, folder, tmp_path, options, message):
     places = {"folder": folder, "names": tmp_path / "names.txt"}
     places["names"].write_text("cat\nship\n")
     options = [option.format(**places) for option in options]
-    code, out, err = run_script("serve.py", *options)
+    code, out, err = run_jaxtta("serve", *options)
     assert (code, out) == (1, "")
     assert message.format(**places) in err
     assert len(err.splitlines()) == 1
 
 
-def test_a_noise_map_is_learnt_and_applied(run_script, short, tmp_path):
-    tnt = [*images_of("cat", 3), "--batch-size", "2", "--adapter", "tnt", "--model", short]
-    code, out, _ = run_script("serve.py", *tnt, "--learn-noise", tmp_path / "camera.safetensors")
+def test_noise_maps(run_jaxtta, folder, short, tmp_path):
+    """One is learnt over all images and applied; else each image has its own."""
+    cats = sorted(folder.glob("cat*"))[:3]
+    tnt = (*cats, "--batch-size", "2", "--adapter", "tnt", "--model", short)
+    code, out, _ = run_jaxtta("serve", *tnt, "--learn-noise", tmp_path / "camera.safetensors")
     assert (code, [number for *_, number in answers(out)]) == (0, ["1", "2", "3"])
     noise, tuning = jaxtta.adapters.load_noise(tmp_path / "camera.safetensors")
     assert tuning.online
     assert 0 < np.abs(noise).max() <= tuning.epsilon
-    code, out, _ = run_script("serve.py", *tnt, "--noise", tmp_path / "camera.safetensors")
+    code, out, _ = run_jaxtta("serve", *tnt, "--noise", tmp_path / "camera.safetensors")
     assert (code, [number for *_, number in answers(out)]) == (0, [None] * 3)
-    code, _, err = run_script("serve.py", *tnt, "--noise", tmp_path / "other")
-    assert code == 1
-    assert "other: no such file" in err
-
-
-def test_each_image_has_its_own_noise_map(run_script, short):
-    """TNT adapts to single images: no batch is too small for it."""
-    options = ["--batch-size", "1", "--adapter", "tnt", "--model", short]
-    code, out, err = run_script("serve.py", *images_of("cat", 2), *options)
-    assert (code, [number for *_, number in answers(out)]) == (0, ["1", "1"])
+    # TNT adapts to single images: no batch is too small for it
+    code, out, err = run_jaxtta("serve", *tnt)
+    assert (code, [number for *_, number in answers(out)]) == (0, ["1", "1", "1"])
     assert "not adapted" not in err
 
 
-def serve(*arguments, **options):
-    command = [sys.executable, EXPERIMENTS / "serve.py", *arguments, "--adapter", "zero_shot"]
+def classify(*arguments, **options):
+    command = [sys.executable, "-m", "jaxtta", "classify", *arguments]
     return subprocess.run(command, capture_output=True, timeout=300, check=False, **options)
 
 
-def test_odd_file_names_are_printed_escaped(tmp_path):
+def test_odd_file_names_are_printed_escaped(folder, tmp_path):
     """As bytes that are no UTF-8 and with a line break, readable and broken."""
-    odd = os.fsencode(tmp_path) + b"/caf\xe9.jpg"
-    shutil.copyfile(images_of("cat", 1)[0], odd)
-    shutil.copyfile(images_of("cat", 1)[0], tmp_path / "two\nlines.jpg")
+    cat, odd = min(folder.iterdir()), tmp_path / "odd"
+    odd.mkdir()
+    shutil.copyfile(cat, os.fsencode(odd) + b"/caf\xe9.jpg")
+    shutil.copyfile(cat, odd / "two\nlines.jpg")
     for name in (b"/torn\xe9.jpg", b"/torn\n2.jpg"):
-        Path(os.fsdecode(os.fsencode(tmp_path) + name)).write_bytes(b"no image")
+        Path(os.fsdecode(os.fsencode(odd) + name)).write_bytes(b"no image")
     strict = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}
-    done = serve(tmp_path, env=strict)
+    done = classify(odd, env=strict)
     assert done.returncode == 3
     files = [file for file, *_ in answers(done.stdout.decode())]
-    assert files == [f"{tmp_path}/{name}" for name in (r"caf\xe9.jpg", r"two\nlines.jpg")]
+    assert files == [f"{odd}/{name}" for name in (r"caf\xe9.jpg", r"two\nlines.jpg")]
     lines = done.stderr.decode().splitlines()
-    assert sum(line.startswith(rf"{tmp_path}/torn\xe9.jpg: cannot be decoded") for line in lines)
-    assert sum(line.startswith(rf"{tmp_path}/torn\n2.jpg: cannot be decoded") for line in lines)
+    assert sum(line.startswith(rf"{odd}/torn\xe9.jpg: cannot be decoded") for line in lines)
+    assert sum(line.startswith(rf"{odd}/torn\n2.jpg: cannot be decoded") for line in lines)
     # an encoding that lacks the letters of a class name
     ascii_only = os.environ | {"PYTHONIOENCODING": "ascii:strict"}
-    done = serve(tmp_path, "--class-names", "Käfer", "Kühe", env=ascii_only)
+    done = classify(odd, "--class-names", "Käfer", "Kühe", env=ascii_only)
     assert done.returncode == 3
     assert {label for _, label, *_ in answers(done.stdout.decode())} <= {r"K\xe4fer", r"K\xfche"}
 
 
-def test_it_ends_quietly_when_nobody_reads_on():
-    script = f"""{sys.executable} {EXPERIMENTS / "serve.py"} {assets.IMAGES / "cat"} \
-        --adapter zero_shot --batch-size 4 | head -n 1; echo ${{PIPESTATUS[0]}}"""
-    done = subprocess.run(["bash", "-c", script], capture_output=True, timeout=300, check=False)
+@pytest.mark.parametrize("arguments", ["classify {folder} --batch-size 4", "sweep --help"])
+def test_it_ends_quietly_when_nobody_reads_on(folder, arguments):
+    command = f"{sys.executable} -m jaxtta {arguments.format(folder=folder)}"
+    command += " | head -n 1; echo ${PIPESTATUS[0]}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, timeout=300, check=False)
     line, code = done.stdout.decode().splitlines()
-    assert (LINE.fullmatch(line)[2], code) == ("cat", "141")
+    assert "cat" in line or "usage" in line
+    assert code == "141" or "--help" in arguments  # a short text may be read before head ends
     assert b"Error" not in done.stderr and b"error" not in done.stderr
 
 
-def test_images_of_a_camera_are_looked_at_upright(run_script, tmp_path):
-    exif = Image.Exif()
+def test_images_of_a_camera_are_looked_at_upright(run_jaxtta, folder, tmp_path):
+    exif, cameras = Image.Exif(), tmp_path / "cameras"
     exif[0x0112] = 6  # to be turned clockwise when shown
-    for n, file in enumerate(images_of("ship", 6)):
+    cameras.mkdir()
+    for n, file in enumerate(sorted(folder.glob("ship*"))):
         with Image.open(file) as image:
-            image.convert("RGB").save(tmp_path / f"a{n}.png")
-            turned = image.convert("RGB").transpose(Image.Transpose.ROTATE_90)
-            turned.save(tmp_path / f"b{n}.png", exif=exif)
-    found = answers(run_script("serve.py", tmp_path, "--adapter", "zero_shot")[1])
+            image.save(cameras / f"a{n}.png")
+            image.transpose(Image.Transpose.ROTATE_90).save(cameras / f"b{n}.png", exif=exif)
+    found = answers(run_jaxtta("classify", cameras)[1])
     assert [line[1:] for line in found[:6]] == [line[1:] for line in found[6:]]

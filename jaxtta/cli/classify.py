@@ -24,15 +24,14 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 import jax
 import numpy as np
 import tyro
 from PIL import Image
 
-from jaxtta import data, evaluate
-from jaxtta.adapters import Adapter, TNTConfig, tnt
+from jaxtta import adapters, data, evaluate
 from jaxtta.cli.options import ModelOptions, group
 from jaxtta.images import SUFFIXES, printable
 from jaxtta.models import Batch
@@ -50,7 +49,6 @@ class Options:
     Attributes:
         images: images or folders of images, before --class-names, which takes all words after it.
         class_names: names for the prompts, or one .json or .txt file with them.
-        model: the model and its prompts.
         adapter: zero_shot, or any adapter as in jaxtta sweep --adapters.
         top_k: labels per image.
         format: text, JSON lines or CSV.
@@ -61,29 +59,13 @@ class Options:
 
     images: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
     class_names: tuple[str, ...] = ()
-    model: ModelOptions = ModelOptions()
     adapter: str = "zero_shot"
     top_k: int = 1
     format: Literal["text", "jsonl", "csv"] = "text"
     batch_size: int = 32
     min_adapt: int = 4
+    model: ModelOptions = ModelOptions()
     debug: bool = False
-
-
-class Answer(NamedTuple):
-    """What is said of an image.
-
-    Attributes:
-        file: the image.
-        likeliest: classes and their probabilities; none if the model's answer is not finite.
-        updates: how many updates the answer had.
-        state: the adapter's, after this image's batch.
-    """
-
-    file: Path
-    likeliest: list[tuple[str, float]]
-    updates: int
-    state: Any
 
 
 def run(options: Options) -> int:
@@ -92,78 +74,69 @@ def run(options: Options) -> int:
 
 
 def label(
-    options: Options, command: str, config: TNTConfig | None = None, noise: Any = None
+    options: Options,
+    command: str,
+    config: adapters.TNTConfig = adapters.TNTConfig(),  # noqa: B008
+    noise: Any = None,
 ) -> tuple[int, Any]:
-    """Print one line per image; return the exit code and the adapter's last state."""
+    """Print one line per image; return the exit code and the adapter's last state.
+
+    Args:
+        options: what to label.
+        command: its name, for messages.
+        config: TNT's settings.
+        noise: TNT's initial map.
+    """
+    size, spec = options.batch_size, evaluate.parse_adapter(options.adapter)
+    files, per_image = list_images(options, command), spec.name == "tnt"
     limits = {name: (getattr(options, name), 1) for name in ("batch_size", "min_adapt", "top_k")}
     evaluate.require_at_least(**limits)
-    spec = evaluate.parse_adapter(options.adapter)
-    files, lost, unanswered = list_images(options, command), [], 0
-    if options.batch_size < options.min_adapt and spec.name not in ("zero_shot", "tnt"):
-        few = f"--batch-size {options.batch_size} is below --min-adapt {options.min_adapt}"
+    least = 1 if per_image or spec.name == "zero_shot" else options.min_adapt
+    if size < least:
+        few = f"--batch-size {size} is below --min-adapt {least}"
         print(f"the model is not adapted: {few}", file=sys.stderr)
+    names = data.given_class_names(options.class_names)
     model, params = options.model.load()
-    given = data.given_class_names(options.class_names) or getattr(model, "class_names", ())
-    names = given or data.CIFAR10_CLASSES
+    names = names or getattr(model, "class_names", ()) or data.CIFAR10_CLASSES
     task = evaluate.task_for(model, names, options.model.templates_for("folder"))
-    settings = evaluate.AdapterConfig(tnt=config or TNTConfig())
-    if spec.name == "tnt":
+    settings = evaluate.AdapterConfig(tnt=config)
+    adapter, steps = evaluate.make_adapter(spec, model, task, settings), 1
+    if per_image:
         config = evaluate.tnt_config_of(spec, settings)
-        adapter = tnt(model, task, config=config, noise=noise)
-    else:
-        adapter = evaluate.make_adapter(spec, model, task, settings)
-    counted = spec.name != "zero_shot" and not (config and not config.steps)
-    write, answer = writer(options, files, names, counted), None
+        adapter, steps = adapters.tnt(model, task, config=config, noise=noise), config.steps
+    say = writer(options, files, names, counted=spec.name != "zero_shot" and steps > 0)
+    # The state is not donated: it is kept where a batch is too small to adapt to.
+    state, step, seen, updates, unanswered = adapter.init(params), jax.jit(adapter.step), 0, 0, 0
+    lost: list[Path] = []
     images = readable(files, lost)
-    for answer in answers(model, params, names, adapter, images, options, spec, config):
-        write(answer)
-        unanswered += not answer.likeliest
-    if answer is None:
+    while batch := list(itertools.islice(images, size)):
+        if not seen:
+            print(f"compiling {options.adapter} …", file=sys.stderr)
+        inputs = batch_of(model, [x for _, x in batch], size, seen, spec.needs_originals)
+        after, prediction = step(params, state, inputs)
+        for (file, _), logits in zip(batch, np.asarray(prediction.logits), strict=False):
+            finite = bool(np.isfinite(logits).all())
+            if per_image:  # each image has its own map, unless one is learnt over all
+                updates = updates * config.online + steps * finite
+            say(file, np.asarray(jax.nn.softmax(logits)) if finite else np.zeros(0), updates)
+            unanswered += not finite
+        if len(batch) >= least:
+            state = after
+            updates += not per_image and not prediction.metrics.get("skipped", False)
+        seen += len(batch)
+    if not seen:
         raise ValueError(f"none of the {len(files)} images could be read")
     for count, what in ((len(lost), "could not be read"), (unanswered, "have no finite answer")):
         if count:
             print(f"{count} of {len(files)} images {what}", file=sys.stderr)
-    return INCOMPLETE if lost or unanswered else 0, answer.state
+    return INCOMPLETE if lost or unanswered else 0, state
 
 
-def answers(
-    model: Any,
-    params: Any,
-    names: Sequence[str],
-    adapter: Adapter,
-    images: Iterator[tuple[Path, Image.Image]],
-    options: Options,
-    spec: evaluate.AdapterSpec,
-    config: TNTConfig | None,
-) -> Iterator[Answer]:
-    """Answer image by image, and adapt batch by batch; `config` is TNT's."""
-    least = 1 if spec.name in ("zero_shot", "tnt") else options.min_adapt
-    # The state is not donated: it is kept where a batch is too small to adapt to.
-    state, step, seen, updates = adapter.init(params), jax.jit(adapter.step), 0, 0
-    while batch := list(itertools.islice(images, options.batch_size)):
-        if not seen:
-            print(f"compiling {options.adapter} …", file=sys.stderr)
-        inputs = batch_of(model, [x for _, x in batch], options, seen, spec.needs_originals)
-        before, (after, prediction) = state, step(params, state, inputs)
-        if len(batch) >= least:
-            state = after
-        for (file, _), logits in zip(batch, np.asarray(prediction.logits), strict=False):
-            scores, finite = np.asarray(jax.nn.softmax(logits)), bool(np.isfinite(logits).all())
-            best = np.argsort(-scores, kind="stable")[: options.top_k * finite]
-            if config:  # each image has its own map, unless one is learnt over all
-                updates = updates * config.online + config.steps * finite
-            yield Answer(file, [(names[n], float(scores[n])) for n in best], updates, state)
-        updates += state is not before and not (config or prediction.metrics.get("skipped"))
-        seen += len(batch)
-
-
-def batch_of(
-    model: Any, images: Sequence[Image.Image], options: Options, seen: int, originals: bool
-) -> Batch:
+def batch_of(model: Any, images: Sequence[Image.Image], size: int, seen: int, full: bool) -> Batch:
     """A batch padded with its last image; of full-size images for methods that make views."""
-    places, sizes = np.arange(options.batch_size, dtype=np.int32), None
+    places, sizes = np.arange(size, dtype=np.int32), None
     rows = np.minimum(places, len(images) - 1)
-    if originals:
+    if full:
         rgb = [np.asarray(model.preprocessing.rgb(image)) for image in images]
         padded = [data.pad_to_canvas(image, CANVAS) for image in rgb]
         pixels, sizes = (np.stack(arrays)[rows] for arrays in zip(*padded, strict=True))
@@ -174,8 +147,8 @@ def batch_of(
 
 def writer(
     options: Options, files: Sequence[Path], names: Sequence[str], counted: bool
-) -> Callable[[Answer], None]:
-    """A function that prints an answer: the likeliest classes, and the updates if `counted`."""
+) -> Callable[[Path, np.ndarray, int], None]:
+    """A function that prints an image's likeliest classes, and the updates if `counted`."""
     width, places = max(len(printable(file)) for file in files), min(options.top_k, len(names))
     table = csv.writer(sys.stdout, lineterminator="\n")
     if options.format == "csv":
@@ -183,30 +156,38 @@ def writer(
         columns = [f"{what}{rank}" for rank in ranks for what in ("label", "score")]
         table.writerow(["file", *columns, *["updates"] * counted])
 
-    def write(answer: Answer) -> None:
-        updates = {"updates": answer.updates} if counted else {}
+    def say(file: Path, scores: np.ndarray, updates: int) -> None:
+        best = np.argsort(-scores, kind="stable")[:places]
+        labels, probabilities = [names[n] for n in best], [float(scores[n]) for n in best]
         if options.format == "jsonl":
-            labels, scores = ([pair[n] for pair in answer.likeliest] for n in (0, 1))
-            line = {"file": str(answer.file), "labels": labels, "scores": scores}
-            print(json.dumps(line | updates))
+            line = {"file": str(file), "labels": labels, "scores": probabilities}
+            print(json.dumps(line | ({"updates": updates} if counted else {})))
         elif options.format == "csv":
-            pairs = answer.likeliest or [("", "")] * places
-            table.writerow([answer.file, *itertools.chain(*pairs), *updates.values()])
+            pairs = [*zip(labels, probabilities, strict=True)] or [("", "")] * places
+            table.writerow([file, *itertools.chain(*pairs), *[updates] * counted])
         else:
-            pairs = answer.likeliest or [("(not finite)", math.nan)]
-            words = [f"{printable(label):<16}  {score:6.1%}" for label, score in pairs]
-            words += [f"updates {count}" for count in updates.values()]
-            print("  ".join([f"{printable(answer.file):<{width}}", *words]))
+            pairs = [*zip(labels, probabilities, strict=True)] or [("(not finite)", math.nan)]
+            words = [f"{printable(name):<16}  {score:6.1%}" for name, score in pairs]
+            words += [f"updates {updates}"] * counted
+            print("  ".join([f"{printable(file):<{width}}", *words]))
         sys.stdout.flush()
 
-    return write
+    return say
 
 
 def list_images(options: Options, command: str) -> list[Path]:
     """The image files; those of a folder are sorted."""
+    names = options.class_names
     if not options.images:
-        raise ValueError(f"no images: {_right_order(options.class_names, command)}")
-    for name in options.class_names[1:]:  # a class may be called like a folder, not like a path
+        # The last names that are paths may be the images; a first one is a file of names.
+        paths = itertools.takewhile(lambda name: Path(name).exists(), reversed(names[1:]))
+        if not (taken := [*paths][::-1]):
+            raise ValueError("no images: give files or folders before the options")
+        right = shlex.join(["jaxtta", command, *taken, "--class-names", *names[: -len(taken)]])
+        raise ValueError(
+            f"no images: --class-names took {taken[0]} for a name; give the images first: {right}"
+        )
+    for name in names[1:]:  # a class may be called like a folder, but not like a path
         if (os.sep in name or name.lower().endswith(SUFFIXES)) and Path(name).exists():
             raise ValueError(f"--class-names took {name} for a name; give all images before it")
     files: list[Path] = []
@@ -220,16 +201,6 @@ def list_images(options: Options, command: str) -> list[Path]:
             raise ValueError(f"{path}: not an image ({', '.join(SUFFIXES)})")
         files += found
     return files
-
-
-def _right_order(names: Sequence[str], command: str) -> str:
-    """How to give images and class names, if the last names are paths of images."""
-    taken = list(itertools.takewhile(lambda name: Path(name).exists(), reversed(names)))[::-1]
-    taken = taken[1:] if len(taken) == len(names) else taken  # the first is a file of names
-    if not taken:
-        return "give files or folders before the options"
-    right = shlex.join(["jaxtta", command, *taken, "--class-names", *names[: -len(taken)]])
-    return f"--class-names took {taken[0]} for a name; give the images first: {right}"
 
 
 def readable(files: Sequence[Path], lost: list[Path]) -> Iterator[tuple[Path, Image.Image]]:

@@ -5,14 +5,9 @@
     jaxtta convert finetuned.pt mine --activation quick_gelu               # a state dict
     jaxtta convert model/pytorch_model.bin mine                            # with its config.json
 
-Run it once where PyTorch is installed; the folder needs none.
-
-Pickles are read with `weights_only=True`, so that nothing in them runs.
-
-Wrappers (`state_dict`, `module.`, `_orig_mod.`, …) are taken off.
-
-The new folder is loaded before it gets its name: what does not fit is said here.
-
+Run it once where PyTorch is installed; the folder needs none. Pickles are read with
+`weights_only=True`, so that nothing in them runs. Wrappers (`state_dict`, `module.`, `_orig_mod.`,
+…) are taken off. The new folder is loaded before it gets its name: what does not fit is said here.
 Class names need a tokenizer: its files are copied from --tokenizer, else from beside the file or
 the configuration.
 """

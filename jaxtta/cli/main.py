@@ -37,7 +37,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"unknown command {name!r}, expected one of {', '.join(COMMANDS)}", file=sys.stderr)
         sys.exit(2)
     # Commands are imported when they run: the list of them needs no JAX.
-    command = importlib.import_module(f"jaxtta.cli.{name.replace('-', '_')}")
+    try:
+        command = importlib.import_module(f"jaxtta.cli.{name.replace('-', '_')}")
+    except ModuleNotFoundError as error:
+        if str(error.name).startswith("jaxtta"):
+            raise
+        sys.exit(f"error: jaxtta {name} needs {error.name}: pip install 'jaxtta[experiments]'")
     run_script(command.Options, command.run, command.__doc__, rest, f"jaxtta {name}")
 
 

@@ -1,6 +1,6 @@
 """Groups of options that several commands share.
 
-    @dataclasses.dataclass(frozen=True)
+    @group
     class Options:
         run: RunOptions
         model: ModelOptions = ModelOptions()
@@ -20,29 +20,30 @@ import tyro
 
 from jaxtta import assets, data, evaluate, report
 from jaxtta.adapters import TNTConfig
+from jaxtta.data import Benchmark
 from jaxtta.data.folders import class_folders
 from jaxtta.models import Classifier, Params, load
 
 Group = TypeVar("Group")
 
 
-def _default(text: str) -> str:
-    """A default for the help text; empty ones and paths are left out."""
-    return "" if text in ("", "None", "False") or "/" in text else f"(default: {text})"
-
-
 @typing.dataclass_transform(frozen_default=True)
 def group(cls: type[Group]) -> type[Group]:
-    """Make a frozen dataclass, a group of options without a prefix."""
+    """Make a frozen dataclass of options without a prefix; "Attributes:" is their help text."""
     kinds = cls.__annotations__
     for name, kind in kinds.items():
-        optional = type(None) in typing.get_args(kind)
-        metavar = typing.get_args(kind)[0].__name__.upper() if optional else None
-        shown = tyro.conf.arg(prefix_name=False, metavar=metavar, help_behavior_hint=_default)
-        if name not in getattr(cls, "__dict__", {}):  # required
-            shown = tyro.conf.arg(prefix_name=False)
+        metavar = None
+        if type(None) in typing.get_args(kind):
+            metavar = typing.get_args(kind)[0].__name__.upper()
+        hint = _default if name in vars(cls) else None  # else required
+        shown = tyro.conf.arg(prefix_name=False, metavar=metavar, help_behavior_hint=hint)
         kinds[name] = Annotated[kind, shown]
     return dataclasses.dataclass(frozen=True)(cls)
+
+
+def _default(text: str) -> str:
+    """A default in the help text; empty ones and paths are left out."""
+    return "" if text in ("", "None", "False") or "/" in text else f"(default: {text})"
 
 
 @group
@@ -66,11 +67,10 @@ class ModelOptions:
         return load(self.model, compute_dtype=jnp.dtype(self.compute_dtype))
 
     def templates_for(self, layout: str) -> tuple[str, ...]:
-        """The templates in full; `layout` has usual ones."""
-        usual = data.templates_for(layout)
-        named = {"usual": usual, "imagenet": data.imagenet_templates()}
-        found = [text for given in self.templates for text in named.get(given, (given,))]
-        return tuple(found) or tuple(usual)
+        """The templates in full."""
+        named = {"usual": data.templates_for(layout), "imagenet": data.imagenet_templates()}
+        given = self.templates or ("usual",)
+        return tuple(template for text in given for template in named.get(text, (text,)))
 
 
 @group
@@ -83,8 +83,8 @@ class DataOptions:
         layout: folder (clean images by class), imagenet, imagenet-c, cifar-c, arrays
             (<corruption>.npy and labels.npy), tfds or the name of another dataset; an unknown name
             lists all. Clean images are corrupted as they are read.
-        class_names: names for the prompts in label order, or a .json or .txt file (default: those of
-            the layout; arrays have none).
+        class_names: names for the prompts in label order, or a .json or .txt file; arrays have none
+            of their own.
         ids: use only the images of a list: a file with a CLASS_FOLDER/FILE a line, or
             imagenet-c-5000, RobustBench's.
         max_images: use at most so many images, sampled with the seed.
@@ -96,7 +96,7 @@ class DataOptions:
     ids: str | None = None
     max_images: int | None = None
 
-    def open(self, model: Classifier, root: str | None = None) -> "data.Benchmark":
+    def open(self, model: Classifier, root: str | None = None) -> Benchmark:
         """The images by domain; `root` is another folder of the same layout."""
         root = root or self.data
         names = class_names_of(self.class_names, self.layout, root)
@@ -104,9 +104,41 @@ class DataOptions:
         return data.listed_subset(found, self.ids) if self.ids else found
 
 
+def class_names_of(given: Sequence[str], layout: str, root: str) -> tuple[str, ...]:
+    """The class names of an option, or of its file; empty for the layout's own."""
+    folders = class_folders(root) if given and layout == "folder" and Path(root).is_dir() else ()
+    return data.given_class_names(given, [folder.name for folder in folders])
+
+
 @group
-class StreamOptions:
+class OrderOptions:
     """The order in which an adapter sees the images.
+
+    Attributes:
+        order: correlated is sorted by class; in dirichlet, classes come in waves.
+        concentration: of the Dirichlet order; smaller is closer to sorted by class.
+        seeds: of the order, of corruptions and of TNT's views; each seed is a run.
+        batch_size: images per step.
+    """
+
+    order: Literal["shuffled", "stored", "correlated", "dirichlet"] = "shuffled"
+    concentration: float = 0.1
+    seeds: tuple[int, ...] = (1,)
+    batch_size: int = 100
+
+    def streams(self, limit: int | None, *arguments: Any) -> list[data.Stream]:
+        """The streams of all seeds, of at most `limit` images; `arguments` of `make_streams`."""
+        evaluate.require_distinct(seeds=self.seeds)
+        sizes = {"batch_size": (self.batch_size, 1), "max_images": (limit, 1)}
+        evaluate.require_at_least(seeds=(min(self.seeds), 0), **sizes)
+        named = {"order": self.order, "limit": limit, "concentration": self.concentration}
+        made = [data.make_streams(*arguments, seed=seed, **named) for seed in self.seeds]
+        return [stream for streams in made for stream in streams]
+
+
+@group
+class StreamOptions(OrderOptions):
+    """The streams of images.
 
     Attributes:
         corruptions: corruptions to run, clean among them (default: the 15 of ImageNet-C; clean for
@@ -114,19 +146,11 @@ class StreamOptions:
         severities: 1 to 5 (default: 5; 1 on the bundled images, which are small).
         setting: reset at each corruption; one stream through all of them; the same with a severity
             that rises and falls; one stream of all mixed.
-        order: of the images; correlated is sorted by class, dirichlet has classes come in waves.
-        concentration: of the Dirichlet order; smaller is closer to sorted by class.
-        seeds: of the order, the corruptions and the views; each seed is a run.
-        batch_size: images per step.
     """
 
     corruptions: tuple[str, ...] = ()
     severities: tuple[int, ...] = ()
     setting: Literal["reset_each_shift", "continual", "gradual", "mixed"] = "reset_each_shift"
-    order: Literal["shuffled", "stored", "correlated", "dirichlet"] = "shuffled"
-    concentration: float = 0.1
-    seeds: tuple[int, ...] = (1,)
-    batch_size: int = 100
 
 
 @group
@@ -149,6 +173,11 @@ class AdapterOptions:
     mgtta: evaluate.MGTTAConfig = evaluate.MGTTAConfig()
     canvas: int | None = None
 
+    @property
+    def config(self) -> evaluate.AdapterConfig:
+        """The settings of the adapters."""
+        return evaluate.AdapterConfig(self.preset, self.tnt, self.mgtta)
+
     def check(self, examples: int = 0) -> None:
         """Raise a ValueError for invalid options, with so many `--save-examples`."""
         evaluate.require_distinct(adapters=self.adapters)
@@ -156,11 +185,6 @@ class AdapterOptions:
         specs = [evaluate.parse_adapter(text) for text in self.adapters]
         if examples:
             report.check_examples(specs, self.config)
-
-    @property
-    def config(self) -> evaluate.AdapterConfig:
-        """The settings of the adapters."""
-        return evaluate.AdapterConfig(self.preset, self.tnt, self.mgtta)
 
 
 @group
@@ -218,9 +242,3 @@ class RunOptions:
         every = self.checkpoint_every
         evaluate.require_at_least(workers=(self.workers, 0), checkpoint_every=(every, 1))
         return {"workers": self.workers, "checkpoint_every": every, "trust_data": self.trust_data}
-
-
-def class_names_of(given: Sequence[str], layout: str, root: str) -> tuple[str, ...]:
-    """The class names of an option, or of its file; empty for the layout's own."""
-    folders = class_folders(root) if given and layout == "folder" and Path(root).is_dir() else ()
-    return data.given_class_names(given, [folder.name for folder in folders])

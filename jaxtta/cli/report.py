@@ -19,12 +19,12 @@ class Options:
 
     Attributes:
         folders: folders of jaxtta sweep or shifts.
-        title: the report's title (default: the folder's name).
+        output: folder for the comparison of several.
         debug: show tracebacks.
     """
 
     folders: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    title: str | None = None
+    output: Path = Path("comparison")
     debug: bool = False
 
 
@@ -33,7 +33,7 @@ def run(options: Options) -> None:
     if not options.folders:
         raise ValueError("give one folder of results or more")
     if len(options.folders) > 1:
-        return report.compare(options.folders)
+        return report.compare(options.folders, options.output)
     folder = options.folders[0]
     results = evaluate.load_predictions(folder)
-    report.write_report(results, folder, options.title or folder.resolve().name)
+    report.write_report(results, folder, folder.resolve().name)

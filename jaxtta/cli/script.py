@@ -28,8 +28,8 @@ def run_script(
 
     The codes are 0, 1 for an error, 2 for options that cannot be parsed, 130 for Ctrl-C and 141 if
     nobody reads the output any more (`| head`), or what `main` returns. Invalid input gives a
-    one-line error; a traceback is shown only with `--debug` or for unexpected errors. What the
-    output's encoding lacks, such as file names that are not UTF-8, is printed escaped.
+    one-line error, unless `--debug` asks for its traceback. What the output's encoding lacks, such
+    as file names that are not UTF-8, is printed escaped.
 
     Args:
         options: a dataclass with a field `debug`, or one of `RunOptions` named `run`; its attribute
@@ -70,33 +70,17 @@ def run_script(
 @contextlib.contextmanager
 def _notes_on_stderr() -> Iterator[None]:
     """Print what the package logs: the preprocessing that was read, images passed over."""
-    log, handler = logging.getLogger("jaxtta"), _Notes()
+    log, handler = logging.getLogger("jaxtta"), logging.StreamHandler()
     level, propagate = log.level, log.propagate
     log.addHandler(handler)
     log.setLevel(logging.INFO)
-    log.propagate = False
+    log.propagate = False  # other libraries' handlers of the root logger print too
     try:
         yield
     finally:
         log.removeHandler(handler)
         log.setLevel(level)
         log.propagate = propagate
-
-
-class _Notes(logging.StreamHandler):
-    """Prints on stderr, and passes on to handlers that do not print there themselves.
-
-    Other libraries give the root logger a handler that prints, some only while the script runs
-    (Orbax, absl).
-    """
-
-    def emit(self, record: logging.LogRecord) -> None:
-        super().emit(record)
-        for handler in logging.root.handlers:
-            inner = getattr(handler, "python_handler", handler)  # absl's
-            prints = getattr(inner, "stream", None) in (self.stream, sys.stderr, sys.__stderr__)
-            if not prints and record.levelno >= handler.level:
-                handler.handle(record)
 
 
 def _output_is_closed() -> bool:

@@ -1,13 +1,13 @@
 """Datasets of images, benchmarks of corrupted ones, and streams of numpy batches."""
 
 from jaxtta.data.arrays import ArrayDataset as ArrayDataset
+from jaxtta.data.baselines import reference_points as reference_points
 from jaxtta.data.class_names import CIFAR10_CLASSES as CIFAR10_CLASSES
 from jaxtta.data.class_names import TEMPLATES as TEMPLATES
 from jaxtta.data.class_names import cifar100_classes as cifar100_classes
 from jaxtta.data.class_names import given_class_names as given_class_names
 from jaxtta.data.class_names import imagenet_classes as imagenet_classes
 from jaxtta.data.class_names import imagenet_templates as imagenet_templates
-from jaxtta.data.class_names import reference_points as reference_points
 from jaxtta.data.class_names import templates_for as templates_for
 from jaxtta.data.corruptions import CLEAN as CLEAN
 from jaxtta.data.corruptions import IMAGENET_C as IMAGENET_C
@@ -29,7 +29,6 @@ from jaxtta.data.datasets import subset as subset
 from jaxtta.data.folders import ImageFolder as ImageFolder
 from jaxtta.data.folders import captioned_folder as captioned_folder
 from jaxtta.data.folders import image_folder as image_folder
-from jaxtta.data.folders import list_images as list_images
 from jaxtta.data.layouts import LAYOUTS as LAYOUTS
 from jaxtta.data.layouts import open_benchmark as open_benchmark
 from jaxtta.data.layouts import open_dataset as open_dataset
@@ -46,4 +45,5 @@ from jaxtta.data.streams import pad_to_canvas as pad_to_canvas
 from jaxtta.data.streams import read_ahead as read_ahead
 from jaxtta.data.streams import stream_of as stream_of
 from jaxtta.images import UnreadableImageError as UnreadableImageError
+from jaxtta.images import list_images as list_images
 from jaxtta.images import open_image as open_image

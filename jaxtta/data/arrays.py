@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from jaxtta.data.content import digest_array, digest_files
 from jaxtta.data.corruptions import CLEAN, SEVERITIES
 from jaxtta.data.datasets import Domain
-from jaxtta.data.recognise import is_system
+from jaxtta.images import is_system
+from jaxtta.io import digest_array, digest_files
 
 log = logging.getLogger(__name__)
 

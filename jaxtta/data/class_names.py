@@ -1,4 +1,4 @@
-"""Class names and prompt templates: of common datasets, and from files. Published accuracies."""
+"""Class names and prompt templates: of common datasets, and from files."""
 
 import functools
 import json
@@ -43,49 +43,24 @@ def templates_for(layout: str) -> tuple[str, ...]:
 @functools.cache
 def imagenet_templates() -> tuple[str, ...]:
     """CLIP's 80 prompt templates for ImageNet."""
-    return tuple(_table("imagenet-templates"))
+    return tuple(read_table("imagenet-templates"))
 
 
 @functools.cache
 def imagenet_classes() -> types.MappingProxyType[str, str]:
     """CLIP's name for each of ImageNet's 1,000 classes, by wnid in label order."""
-    return types.MappingProxyType(dict(sorted(_table("imagenet-class-names").items())))
+    return types.MappingProxyType(dict(sorted(read_table("imagenet-class-names").items())))
 
 
 @functools.cache
 def cifar100_classes() -> tuple[str, ...]:
     """CIFAR-100's fine classes in label order."""
-    return tuple(_table("cifar100-class-names"))
+    return tuple(read_table("cifar100-class-names"))
 
 
-def _table(name: str) -> Any:
+def read_table(name: str) -> Any:
+    """One of the package's tables, such as "imagenet-templates"."""
     return json.loads((TABLES / f"{name}.json").read_text())
-
-
-def reference_points(shifted: Sequence[str]) -> list[tuple[float, float]]:
-    """Published accuracies of standard models, the baseline for effective robustness.
-
-    Args:
-        shifted: the sets to average: imagenet-v2, imagenet-r, imagenet-sketch, imagenet-a.
-
-    Returns:
-        For each classifier trained on ImageNet, its top-1 accuracy there and its mean accuracy on
-        these sets, both in (0, 1), for `jaxtta.diagnose.fit_baseline`. On ImageNet-R and -A only
-        their 200 classes are predicted. Models with a mean of 0 are omitted: ResNet-50 on
-        ImageNet-A alone, whose images were selected to be misclassified by it.
-
-    References:
-        Published by timm, https://github.com/huggingface/pytorch-image-models, in `results`; the
-        table lists the files.
-    """
-    models = _table("reference-points")["models"].values()
-    known = [name for name in next(iter(models)) if name != "imagenet"]
-    unknown = [name for name in shifted if name not in known]
-    if unknown or not shifted:
-        what = f"{unknown[0]!r} has no published reference points" if unknown else "no shifted sets"
-        raise ValueError(f"{what}, expected some of {', '.join(known)}")
-    means = (sum(one[name] for name in shifted) / len(shifted) for one in models)
-    return [(one["imagenet"], mean) for one, mean in zip(models, means, strict=True) if mean > 0]
 
 
 def given_class_names(names: Sequence[str], folders: Sequence[str] = ()) -> tuple[str, ...]:

@@ -8,17 +8,26 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from jaxtta.data.content import digest_files
 from jaxtta.data.corruptions import CLEAN, SEVERITIES
 from jaxtta.data.datasets import Domain
-from jaxtta.data.recognise import entries_of, folders_in, hints, is_folder, refuse_other_layouts
-from jaxtta.images import SUFFIXES, UnreadableImageError, open_image, printable
-from jaxtta.io import nfc, read_rows
+from jaxtta.data.recognise import folders_in, hints, refuse_other_layouts
+from jaxtta.images import (
+    UnreadableImageError,
+    count_suffixes,
+    entries_of,
+    find_images,
+    is_folder,
+    is_image,
+    log_passed_over,
+    open_image,
+    printable,
+)
+from jaxtta.io import digest_files, nfc, read_rows
 
 log = logging.getLogger(__name__)
 
@@ -113,16 +122,15 @@ def list_folders(
     root = Path(root)
     paths, labels, others, nested = [], [], Counter[str](), []
     for label, folder in enumerate(folders):
-        name = "" if folder == root else folder.name
-        listed, passed = _listed(folder, name, root)
+        listed, passed = find_images(folder, root)
         if not listed:
-            also = f", it has {_counted(passed)}, which cannot be read here" if passed else ""
+            also = f", it has {count_suffixes(passed)}, which cannot be read here" if passed else ""
             raise ValueError(f"{folder}: class folder without images{also}")
-        paths += listed
+        paths += listed if folder == root else [f"{folder.name}/{path}" for path in listed]
         labels += [label] * len(listed)
         others += passed
-        nested += [folder.parent / path for path in listed if path.count("/") > bool(name)]
-    _log_passed_over(root, others)
+        nested += [folder / path for path in listed if "/" in path]
+    log_passed_over(root, others)
     if nested and len(folders) > 1:
         log.warning(
             "%s: %d of %d images lie in sub-folders of the class folders, such as %s, and are of "
@@ -133,56 +141,10 @@ def list_folders(
     return ImageFolder(root, tuple(paths), labels, tuple(class_names), raw=raw)
 
 
-def list_images(folder: str | Path) -> list[Path]:
-    """List the images in a folder and below, sorted, without opening them; links are followed."""
-    paths, others = _listed(Path(folder), "", folder)
-    _log_passed_over(folder, others)
-    return [Path(folder) / path for path in paths]
-
-
-def _listed(folder: Path, name: str, root: str | Path) -> tuple[list[str], Counter[str]]:
-    """The images of a class folder, sorted, and a count of its other files by suffix."""
-    outside = {os.path.realpath(root)} - {os.path.realpath(folder)}
-    entries = [*_walk(folder, name, outside)]
-    others = Counter(Path(path).suffix.lower() for path, entry in entries if not _is_image(entry))
-    return [path for path, entry in entries if _is_image(entry)], others
-
-
-def _walk(folder: str | Path, name: str, seen: set[str]) -> Iterator[tuple[str, os.DirEntry[str]]]:
-    """Every file below, sorted, with its path from `name` on; links are followed once."""
-    place = os.path.realpath(folder)
-    if place in seen:
-        return
-    seen.add(place)
-    for entry in sorted(entries_of(folder), key=lambda entry: entry.name):
-        path = f"{name}/{entry.name}" if name else entry.name
-        if is_folder(entry):
-            yield from _walk(entry.path, path, seen)
-        else:
-            yield path, entry
-
-
-def _is_image(entry: os.DirEntry[str]) -> bool:
-    """Whether a file is called like an image; a broken link is one that cannot be read."""
-    return entry.name.lower().endswith(SUFFIXES) and (entry.is_symlink() or entry.is_file())
-
-
-def _log_passed_over(root: str | Path, others: Counter[str]) -> None:
-    if others:
-        count, place = others.total(), printable(root)
-        log.warning("%s: %d files passed over: %s", place, count, _counted(others))
-
-
-def _counted(suffixes: Counter[str]) -> str:
-    """A count as text: 2 .heic, 1 .txt."""
-    named = ((count, printable(suffix)) for suffix, count in suffixes.most_common())
-    return ", ".join(f"{count} {suffix or 'without a suffix'}" for count, suffix in named)
-
-
 def image_folder(root: str | Path) -> ImageFolder:
     """List the images of `root/<class>/…`, to be opened upright; see `class_folders`."""
     folders = class_folders(root)
-    alone = sum(_is_image(entry) for entry in entries_of(root) if not is_folder(entry))
+    alone = sum(is_image(entry) for entry in entries_of(root) if not is_folder(entry))
     if alone:
         log.warning("%s: %d images outside the class folders passed over", printable(root), alone)
     return list_folders(root, folders, [nfc(folder.name) for folder in folders])
@@ -241,7 +203,10 @@ class DomainFolder(ImageFolder):
 
     @functools.cached_property
     def _compared(self) -> bool:
-        stored, listed = {path for path in _images_in(self.root) if "/" in path}, set(self.paths)
+        stored, listed = (
+            {path for path in find_images(self.root)[0] if "/" in path},
+            set(self.paths),
+        )
         missing, more = [path for path in self.paths if path not in stored], sorted(stored - listed)
         if more and not self.clean:
             poor = next(place for place in self.others if not os.path.lexists(place / more[0]))
@@ -296,7 +261,9 @@ def imagenet_c(
         raise ValueError(f"{places[0]}: has {len(known)} class folders, expected at least two")
     folders = []
     for name in known:  # each from the first domain that has images of it
-        having = (place for place in places if any(_images_in(place / name)))
+        having = (
+            place for place in places if (place / name).is_dir() and find_images(place / name)[0]
+        )
         folders.append(next(having, places[0]) / name)
     folders = _in_class_order(folders)
     listed = list_folders(root, folders, names_of([nfc(folder.name) for folder in folders]))
@@ -310,12 +277,6 @@ def imagenet_c(
         if classes[dataset.root] != known:
             dataset.check()
     return benchmark
-
-
-def _images_in(folder: Path) -> Iterator[str]:
-    """The paths in a folder of the images in it and below, sorted; none if there is no folder."""
-    if folder.is_dir():
-        yield from (path for path, entry in _walk(folder, "", set()) if _is_image(entry))
 
 
 def _domains(root: Path) -> dict[Domain, Path]:

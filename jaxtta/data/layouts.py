@@ -6,7 +6,6 @@ own images (the layout "folder") are turned upright and laid over white.
 """
 
 import dataclasses
-import json
 import logging
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -33,7 +32,7 @@ from jaxtta.data.folders import (
 )
 from jaxtta.data.tfds import open_tfds
 from jaxtta.images import printable
-from jaxtta.io import read_text
+from jaxtta.io import read_json, read_text
 
 log = logging.getLogger(__name__)
 
@@ -81,8 +80,8 @@ def _imagenet_v2(root: Path) -> ImageFolder:
 def _objectnet(root: Path) -> ImageFolder:
     """ObjectNet's images of classes that are also in ImageNet, without their red border."""
     images, mappings = root / "images", root / "mappings"
-    labels = _json(mappings / "folder_to_objectnet_label.json")
-    overlap = _json(mappings / "objectnet_to_imagenet_1k.json")
+    labels = read_json(mappings / "folder_to_objectnet_label.json")
+    overlap = read_json(mappings / "objectnet_to_imagenet_1k.json")
     folders = class_folders(images)
     unknown = [folder.name for folder in folders if folder.name not in labels]
     if unknown:
@@ -109,7 +108,7 @@ def listed_split(path: str | Path, images: str | Path, split: str = "test") -> I
         FileNotFoundError: if there is no such file.
         ValueError: if the format is different, or its labels are not consecutive from 0.
     """
-    lists = _json(path)
+    lists = read_json(path)
     if not all(isinstance(entries, list) for entries in lists.values()):
         raise ValueError(f"{path}: expected a list of images under each of {_few(lists)}")
     if not lists.get(split):
@@ -318,14 +317,3 @@ def _consecutive(folders: Sequence[str]) -> bool:
 def _few(items: Iterable[Any]) -> str:
     items = list(map(str, items))
     return ", ".join(items[:5]) + (", …" if len(items) > 5 else "") or "none"
-
-
-def _json(path: str | Path) -> dict[str, Any]:
-    text = read_text(path)
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{path}: is not valid JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: has a {type(value).__name__}, expected an object")
-    return value

@@ -1,18 +1,12 @@
 """Folders that hold something else than class folders: splits, corruptions, arrays, archives."""
 
-import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from jaxtta.data.corruptions import IMAGENET_C, IMAGENET_C_EXTRA, SEVERITIES
-from jaxtta.images import SUFFIXES
+from jaxtta.images import SUFFIXES, entries_of, is_folder
 
-_SYSTEM = {  # made by operating systems, NAS servers and tools, in lower case
-    *("__macosx", "__pycache__", "lost+found", "system volume information", "$recycle.bin"),
-    *("recycler", "found.000", "@eadir", "@tmp", "@recycle", "@recently-snapshot", "#recycle"),
-    *("#snapshot", "thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", "icon\r"),
-}
 _SPLIT = re.compile(
     r"((seg|img|images?)[-_ ])?(train|training|trainval|val|valid|validation|test|testing|dev|eval)"
     r"([-_ ]?(set|data|split|imgs?|images?|\d+))?",
@@ -29,27 +23,11 @@ _OTHERS = {
 }
 
 
-def is_system(name: str) -> bool:
-    """Whether a file or folder is hidden or made by the system, such as ._fog.npy or Thumbs.db."""
-    return name.startswith(".") or name.lower() in _SYSTEM
-
-
-def is_folder(entry: os.DirEntry[str]) -> bool:
-    """Whether an entry is a folder or a link to one; False for links to nothing or themselves."""
-    return Path(entry).is_dir() if entry.is_symlink() else entry.is_dir(follow_symlinks=False)
-
-
-def entries_of(folder: str | Path) -> Iterator[os.DirEntry[str]]:
-    """The entries of a folder, without the system's, in any order."""
-    with os.scandir(folder) as entries:
-        yield from (entry for entry in entries if not is_system(entry.name))
-
-
 def folders_in(root: Path) -> list[Path]:
     """The sub-folders of a folder, sorted, without the system's."""
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: no such folder")
-    return sorted(root / entry.name for entry in entries_of(root) if is_folder(entry))
+    return [root / entry.name for entry in entries_of(root) if is_folder(entry)]
 
 
 def refuse_other_layouts(root: Path, folders: Sequence[Path]) -> None:
@@ -88,14 +66,10 @@ def _is_corruption(folder: Path) -> bool:
 
 
 def _folders_alone(folder: Path) -> list[Path]:
-    """Its sub-folders if it has no image of its own; stops reading at the first image."""
-    found = []
-    for entry in entries_of(folder):
-        if is_folder(entry):
-            found.append(Path(entry))
-        elif entry.name.lower().endswith(SUFFIXES):
-            return []
-    return sorted(found)
+    """Its sub-folders if it has no image of its own."""
+    entries = entries_of(folder)
+    alone = not any(e.name.lower().endswith(SUFFIXES) and not is_folder(e) for e in entries)
+    return [Path(entry) for entry in entries if alone and is_folder(entry)]
 
 
 def hints(root: Path, folders: Sequence[Path]) -> str:

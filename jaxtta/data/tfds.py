@@ -13,8 +13,8 @@ from types import ModuleType
 from typing import Any
 
 from jaxtta.data.class_names import imagenet_classes
-from jaxtta.data.content import digest_files
 from jaxtta.data.sequences import SequenceDataset, from_sequence
+from jaxtta.io import digest_files
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,16 +28,29 @@ LARGEST = 5  # number of axes of the top direction to list
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Settings of a diagnosis."""
+    """What is measured.
+
+    Attributes:
+        fractions: fractions of the head's directions to keep.
+        outlier_threshold: threshold for outlier dimensions, in standard deviations of an image's
+            features.
+        detect_with: directions tested as class detectors: the coordinate axes or the head's
+            singular vectors.
+        precision: threshold on average precision for a class to count as detected.
+    """
 
     fractions: tuple[float, ...] = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-    """Fractions of the head's directions to keep."""
     outlier_threshold: float = 6.0
-    """Threshold for outlier dimensions, in standard deviations of an image's features."""
     detect_with: Literal["axes", "directions"] = "axes"
-    """Directions tested as class detectors: the coordinate axes or the head's singular vectors."""
     precision: float = 0.9
-    """Threshold on average precision for a class to count as detected."""
+
+    def check(self) -> None:
+        """Raise a ValueError for a fraction or precision that is none."""
+        for name, given in (("fractions", self.fractions), ("precision", (self.precision,))):
+            if not given or len({*given}) < len(given) or not all(0 < x <= 1 for x in given):
+                raise ValueError(
+                    f"{name} is {[*given]}, expected distinct numbers above 0, at most 1"
+                )
 
 
 class LabelledSet(NamedTuple):
@@ -146,6 +159,11 @@ class ModelDiagnosis:
         """Accuracy on the base set."""
         return self.sets[self.base_name].accuracy
 
+    @property
+    def worst_shift(self) -> str:
+        """Name of the shifted set of the lowest accuracy."""
+        return min([*self.sets][1:], key=lambda name: self.sets[name].accuracy)
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelPair:
@@ -154,14 +172,16 @@ class ModelPair:
     Attributes:
         models: their names.
         cka: linear CKA of their features.
-        shared: names of the classes that both detect.
-        unique: those that only the first detects, and those that only the second does.
+        detected_by_both: names of the classes that a direction of either detects.
+        only_by_first: names of those that only the first model's directions detect.
+        only_by_second: names of those that only the second's do.
     """
 
     models: tuple[str, str]
     cka: float
-    shared: list[str]
-    unique: tuple[list[str], list[str]]
+    detected_by_both: list[str]
+    only_by_first: list[str]
+    only_by_second: list[str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -345,10 +365,12 @@ def compare_models(
         first, second = (np.isin(classes, models[name].base.detected) for name in (a, b))
         with error_context(f"{a} and {b}"):
             cka = linear_cka(features[a], features[b])
-        shared = classes[shared_concepts(first, second)].tolist()
-        only_a, only_b = unique_concepts(first, second), unique_concepts(second, first)
-        unique = classes[only_a].tolist(), classes[only_b].tolist()
-        pairs.append(ModelPair((a, b), cka, shared, unique))
+        found = (
+            shared_concepts(first, second),
+            unique_concepts(first, second),
+            unique_concepts(second, first),
+        )
+        pairs.append(ModelPair((a, b), cka, *(classes[chosen].tolist() for chosen in found)))
     return pairs
 
 

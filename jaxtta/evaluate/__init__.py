@@ -1,77 +1,38 @@
-"""Running adapters over streams, continual learning experiments, and result files."""
+"""Running adapters over streams: predictions, their store, and what is computed from them."""
 
-from jaxtta.evaluate.adapters import AdapterSpec, parse_adapter
-from jaxtta.evaluate.checkpoint import restore_step, save_step
-from jaxtta.evaluate.checks import (
-    default_severity,
-    require_at_least,
-    require_distinct,
-    require_positive,
-)
-from jaxtta.evaluate.choose import Choice, choose_learning_rate, rate_names
-from jaxtta.evaluate.continual import Bench, Course, check_course, check_methods, teach
-from jaxtta.evaluate.factory import (
-    ADAPTERS,
-    AdapterConfig,
-    MGTTAConfig,
-    check_adapters,
-    check_mgtta_files,
-    has_rate,
-    is_tnt,
-    make_adapter,
-    own_settings,
-    task_for,
-    tnt_config_of,
-)
-from jaxtta.evaluate.predictions import Predictions
-from jaxtta.evaluate.provenance import about, fingerprints, model_settings
-from jaxtta.evaluate.record import Record, Scores, gain, outcomes, paired, score
-from jaxtta.evaluate.results import Cell, Results, agree, agree_on_images, digest_of
-from jaxtta.evaluate.run import peak_memory_gb, run
-
-__all__ = [
-    "ADAPTERS",
-    "AdapterConfig",
-    "AdapterSpec",
-    "Bench",
-    "Cell",
-    "Choice",
-    "Course",
-    "MGTTAConfig",
-    "Predictions",
-    "Record",
-    "Results",
-    "Scores",
-    "about",
-    "agree",
-    "agree_on_images",
-    "check_adapters",
-    "check_course",
-    "check_methods",
-    "check_mgtta_files",
-    "choose_learning_rate",
-    "default_severity",
-    "digest_of",
-    "fingerprints",
-    "gain",
-    "has_rate",
-    "is_tnt",
-    "make_adapter",
-    "model_settings",
-    "outcomes",
-    "own_settings",
-    "paired",
-    "parse_adapter",
-    "peak_memory_gb",
-    "rate_names",
-    "require_at_least",
-    "require_distinct",
-    "require_positive",
-    "restore_step",
-    "run",
-    "save_step",
-    "score",
-    "task_for",
-    "teach",
-    "tnt_config_of",
-]
+from jaxtta.bootstrap import bootstrap as bootstrap
+from jaxtta.bootstrap import interval as interval
+from jaxtta.evaluate.adapters import AdapterConfig as AdapterConfig
+from jaxtta.evaluate.adapters import AdapterSpec as AdapterSpec
+from jaxtta.evaluate.adapters import MGTTAConfig as MGTTAConfig
+from jaxtta.evaluate.adapters import make_adapter as make_adapter
+from jaxtta.evaluate.adapters import parse_adapter as parse_adapter
+from jaxtta.evaluate.adapters import tnt_config_of as tnt_config_of
+from jaxtta.evaluate.checkpoint import restore_checkpoint as restore_checkpoint
+from jaxtta.evaluate.checkpoint import save_checkpoint as save_checkpoint
+from jaxtta.evaluate.checks import default_severity as default_severity
+from jaxtta.evaluate.checks import require_at_least as require_at_least
+from jaxtta.evaluate.checks import require_distinct as require_distinct
+from jaxtta.evaluate.checks import require_positive as require_positive
+from jaxtta.evaluate.gains import Gain as Gain
+from jaxtta.evaluate.gains import mean_intervals as mean_intervals
+from jaxtta.evaluate.gains import paired_gain as paired_gain
+from jaxtta.evaluate.predictions import Predictions as Predictions
+from jaxtta.evaluate.predictions import score as score
+from jaxtta.evaluate.provenance import about as about
+from jaxtta.evaluate.provenance import digest_of as digest_of
+from jaxtta.evaluate.provenance import fingerprints as fingerprints
+from jaxtta.evaluate.provenance import model_settings as model_settings
+from jaxtta.evaluate.run import peak_memory_gb as peak_memory_gb
+from jaxtta.evaluate.store import agree as agree
+from jaxtta.evaluate.store import agree_on_images as agree_on_images
+from jaxtta.evaluate.store import load_predictions as load_predictions
+from jaxtta.evaluate.sweep import Spec as Spec
+from jaxtta.evaluate.sweep import sweep as sweep
+from jaxtta.evaluate.tracking import Logger as Logger
+from jaxtta.evaluate.tracking import loggers as loggers
+from jaxtta.evaluate.tune import Choice as Choice
+from jaxtta.evaluate.tune import has_rate as has_rate
+from jaxtta.evaluate.tune import tune_learning_rate as tune_learning_rate
+from jaxtta.evaluate.tune import with_rate as with_rate
+from jaxtta.models import task_for as task_for

@@ -1,181 +1,55 @@
-"""Checkpoints for resuming an interrupted stream."""
+"""Checkpoints of whatever runs in steps: sweeps, meta-training, continual learning.
 
-import logging
-import shutil
-from collections.abc import Mapping
+save_checkpoint(folder, step, {"state": state, "seen": array}, note={"rows": rows})
+step, tree, note = restore_checkpoint(folder, like={"state": initial, "seen": array})
+"""
+
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
+from flax.traverse_util import unflatten_dict
 
-from jaxtta.evaluate.record import Record
-
-log = logging.getLogger(__name__)
+from jaxtta.io import load_arrays, load_state, save_state
 
 
-class Checkpoints:
-    """The checkpoints of one stream with one seed; the newest is kept."""
-
-    def __init__(
-        self, folder: Path, every: int | None, identity: str, content: str | None = None
-    ) -> None:
-        """Set the folder.
-
-        Args:
-            folder: for this stream and seed only; created when first needed.
-            every: batches between two checkpoints; None for no checkpoints.
-            identity: identifies stream and settings; checkpoints with another are ignored.
-            content: digest of the stored images, those of other images are ignored; None where they
-                are trusted to be the same.
-        """
-        self.folder = folder
-        self.every = every
-        self.identity = identity
-        self.content = content
-
-    def due(self, batches: int) -> bool:
-        """Whether to save after this many batches."""
-        return self.every is not None and batches % self.every == 0
-
-    def save(self, batches: int, states: Mapping[str, Any], records: Mapping[str, Record]) -> None:
-        """Save all adapters after this many batches of the stream."""
-        import orbax.checkpoint as ocp
-
-        names = sorted(states)
-        arrays = {
-            f"adapter{number}": ocp.args.StandardSave(_arrays(states[name], records[name]))
-            for number, name in enumerate(names)
-        }
-        about = ocp.args.JsonSave(
-            {"identity": self.identity, "content": self.content, "adapters": names}
-        )
-        with _manager(self.folder) as manager:
-            manager.save(batches, args=ocp.args.Composite(about=about, **arrays), force=True)
-
-    def restore(self, states: dict[str, Any], records: dict[str, Record]) -> int:
-        """Restore states and records from the newest checkpoint.
-
-        A checkpoint with other settings, missing adapters or damaged files is removed.
-
-        Args:
-            states: initial states, replaced by the saved ones.
-            records: empty, filled.
-
-        Returns:
-            The number of finished batches; 0 without a checkpoint.
-        """
-        if self.every is None or not self.folder.is_dir():
-            return 0
-        try:
-            batches, saved = self._read(states, records)
-        except (ValueError, OSError, KeyError, TypeError) as error:
-            reason = str(error).partition("\n")[0][:200]
-            log.warning("%s: ignored, restarting the stream (%s)", self.folder, reason)
-            self.remove()
-            return 0
-        for name, state in states.items():
-            leaves = saved[name]["state"]
-            states[name] = jax.tree.unflatten(
-                jax.tree.structure(state), [leaves[str(i)] for i in range(len(leaves))]
-            )
-            for kept, values in zip(
-                jax.tree.leaves(_record(records[name])),
-                jax.tree.leaves(saved[name]["record"]),
-                strict=True,
-            ):
-                kept[:] = values
-        return batches
-
-    def _read(
-        self, states: Mapping[str, Any], records: Mapping[str, Record]
-    ) -> tuple[int, dict[str, Any]]:
-        import orbax.checkpoint as ocp
-
-        with _manager(self.folder) as manager:
-            batches = manager.latest_step()
-            if batches is None:
-                raise ValueError("nothing saved")
-            arguments = ocp.args.Composite(about=ocp.args.JsonRestore())
-            about = manager.restore(batches, args=arguments)["about"]
-            if about["identity"] != self.identity:
-                raise ValueError("another stream or other settings")
-            if self.content is not None and about.get("content") != self.content:
-                raise ValueError("other images, or not known which")
-            if lacking := sorted(set(states) - set(about["adapters"])):
-                raise ValueError(f"missing {', '.join(lacking)}")
-            places = {name: f"adapter{about['adapters'].index(name)}" for name in states}
-            targets = {
-                place: ocp.args.StandardRestore(_arrays(states[name], records[name]))
-                for name, place in places.items()
-            }
-            saved = manager.restore(batches, args=ocp.args.Composite(**targets))
-        return batches, {name: saved[place] for name, place in places.items()}
-
-    def remove(self) -> None:
-        """Delete the checkpoints of a finished stream."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def _record(record: Record) -> dict[str, np.ndarray]:
-    scores = {f"score_{name}": values for name, values in record.scores._asdict().items()}
-    return scores | {"seen": record.seen, "skipped": record.skipped, "seconds": record.seconds}
-
-
-def _arrays(state: Any, record: Record) -> dict[str, Any]:
-    # Leaves by index: a state is any pytree, possibly with empty nodes.
-    leaves = {str(number): leaf for number, leaf in enumerate(jax.tree.leaves(state))}
-    return {"state": leaves, "record": _record(record)}
-
-
-def save_step(folder: Path, step: int, arrays: dict[str, Any], note: Any) -> None:
-    """Save a checkpoint of a run that counts its own steps; the newest is kept.
+def save_checkpoint(folder: Path, step: int, tree: Any, note: Any = None) -> None:
+    """Save a checkpoint, written whole; only the newest is kept.
 
     Args:
         folder: for this run only; created if missing.
-        step: the step number.
-        arrays: nested dict of arrays.
+        step: the number of finished steps.
+        tree: any tree of arrays.
         note: any JSON value.
     """
-    import orbax.checkpoint as ocp
-
-    arrays = jax.tree.map(np.asarray, arrays)  # host arrays, independent of the device
-    arguments = ocp.args.Composite(
-        arrays=ocp.args.StandardSave(arrays), note=ocp.args.JsonSave({"note": note})
-    )
-    with _manager(folder) as manager:
-        manager.save(step, args=arguments, force=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"step-{step}.safetensors"
+    save_state(path, tree, note)
+    for earlier in folder.glob("step-*.safetensors"):
+        if earlier != path:
+            earlier.unlink()
 
 
-def restore_step(folder: Path) -> tuple[int, dict[str, Any], Any] | None:
-    """Restore the last checkpoint of `save_step`: step, arrays and note; None without one.
+def restore_checkpoint(folder: Path, like: Any = None) -> tuple[int, Any, Any] | None:
+    """Restore the newest checkpoint.
+
+    Args:
+        folder: of the run.
+        like: a tree of the same structure; what the checkpoint has beside it is left out. None for
+            nested dicts of numpy arrays, one level for each part of a leaf's path.
+
+    Returns:
+        Step, tree and note; None without a checkpoint.
 
     Raises:
-        ValueError: if it cannot be read.
+        ValueError: if it is damaged, or of another structure.
     """
-    import orbax.checkpoint as ocp
-
-    if not folder.is_dir():
+    steps = {int(path.stem[5:]): path for path in folder.glob("step-*.safetensors")}
+    if not steps:
         return None
-    with _manager(folder) as manager:
-        step = manager.latest_step()
-        if step is None:
-            return None
-        arguments = ocp.args.Composite(
-            arrays=ocp.args.StandardRestore(), note=ocp.args.JsonRestore()
-        )
-        try:
-            saved = manager.restore(step, args=arguments)
-        except (ValueError, OSError, KeyError, TypeError) as error:
-            reason = str(error).partition("\n")[0][:200]
-            raise ValueError(
-                f"{folder}: cannot be read, remove it to start from the beginning ({reason})"
-            ) from error
-    return step, saved["arrays"], saved["note"]["note"]
-
-
-def _manager(folder: Path) -> Any:
-    import orbax.checkpoint as ocp
-
-    options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
-    return ocp.CheckpointManager(folder.resolve(), options=options)
+    path = steps[max(steps)]
+    try:
+        arrays, metadata = load_arrays(path)
+        tree = unflatten_dict(arrays, "/") if like is None else load_state(path, like, part=True)
+    except ValueError as error:
+        raise ValueError(f"{error}; remove it to start from the beginning") from error
+    return max(steps), tree, metadata.get("note")

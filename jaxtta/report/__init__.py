@@ -1,23 +1,24 @@
 """Tables, plots and HTML reports of results."""
 
 from jaxtta.report.examples import Example, check_examples, draw_examples, find_examples
-from jaxtta.report.html import write_report
-from jaxtta.report.outputs import conclude, samples_of
-from jaxtta.report.plots import save_all
-from jaxtta.report.summary import DATASETS, aligned, answer, summary_csv, table
+from jaxtta.report.render import render
+from jaxtta.report.summary import DATASETS, Summary, summarise
+from jaxtta.report.text import aligned, answer, text_table
+from jaxtta.report.write import compare, samples_of, write_report
 
 __all__ = [
     "DATASETS",
     "Example",
+    "Summary",
     "aligned",
     "answer",
     "check_examples",
-    "conclude",
+    "compare",
     "draw_examples",
     "find_examples",
+    "render",
     "samples_of",
-    "save_all",
-    "summary_csv",
-    "table",
+    "summarise",
+    "text_table",
     "write_report",
 ]

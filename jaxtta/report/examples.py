@@ -6,29 +6,27 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from jaxtta.adapters import TNTConfig, tnt_image
-from jaxtta.data import Batches, on_canvas
-from jaxtta.evaluate.factory import is_tnt
-from jaxtta.evaluate.record import outcomes
-from jaxtta.evaluate.results import Cell
-from jaxtta.evaluate.run import BASELINE
+from jaxtta.data import Batches, class_names_of, labels_of, pad_to_canvas
+from jaxtta.data.datasets import read
+from jaxtta.evaluate.adapters import AdapterConfig, AdapterSpec, tnt_config_of
+from jaxtta.evaluate.predictions import Predictions
 from jaxtta.models import CLIP, Params, Task
-from jaxtta.report import plots
-from jaxtta.report.plots import COLOURS, GREY
+from jaxtta.report.plots import COLOURS, GREY, finish, label
+from jaxtta.report.summary import BASELINE
 
 SHOWN = 5  # number of classes with bars
 
 
 class Example(NamedTuple):
-    """One image.
+    """One image: its domain, and what TNT made of it.
 
     Attributes:
-        title: its domain.
+        title: the domain's name.
         class_names: names of the classes.
-        label: its class index.
+        label: the image's class index.
         plain: (size, size, 3) in [0, 1], the plain view.
         noise: (size, size, 3), the optimised noise map.
         epsilon: the map's bound.
@@ -46,40 +44,36 @@ class Example(NamedTuple):
     after: np.ndarray
 
 
-def check_examples(adapters: Sequence[str], tuning: TNTConfig) -> None:
+def check_examples(adapters: Sequence[AdapterSpec], config: AdapterConfig) -> None:
     """Raise a ValueError if a sweep of these adapters cannot have examples."""
-    if not any(map(is_tnt, adapters)) or BASELINE not in adapters:
+    tnt = next((spec for spec in adapters if spec.name == "tnt"), None)
+    if tnt is None or BASELINE not in (spec.text for spec in adapters):
         raise ValueError(f"--save-examples compares tnt with {BASELINE}: run both")
-    if tuning.online:
-        raise ValueError("--save-examples shows noise maps of single images, omit --tnt.online")
-
-
-class _Place(NamedTuple):
-    stream: int
-    index: int
+    if tnt_config_of(tnt, config).online:
+        raise ValueError("--save-examples shows noise maps of single images, omit TNT's online")
 
 
 def find_examples(
-    cells: Sequence[Cell],
+    results: Sequence[Predictions],
     adapter: str,
     batches: Batches,
     count: int,
     model: CLIP,
     params: Params,
     task: Task,
-    tuning: TNTConfig,
+    config: TNTConfig,
 ) -> list[Example]:
     """Recompute the noise maps of images whose prediction differs from zero-shot.
 
     Args:
-        cells: the cells of a sweep with zero-shot and the adapter.
+        results: of a sweep with zero-shot and the adapter.
         adapter: TNT's name in the sweep.
         batches: the sweep's streams.
         count: number of images, about half fixed and half broken, from all streams in turn.
         model: the model.
         params: its parameters.
         task: the classes.
-        tuning: TNT's settings in the sweep; `online` must be false.
+        config: TNT's settings in the sweep; `online` must be false.
 
     Returns:
         At most `count` examples.
@@ -87,85 +81,69 @@ def find_examples(
     Raises:
         ValueError: if the batches have no canvas.
     """
-    canvas = batches.canvas
-    if canvas is None:
+    if batches.canvas is None:
         raise ValueError("examples need batches with a canvas")
     classes = model.init_context(params, task)
     # The same key as in the sweep: from the image's index in its stream.
-    tune = jax.jit(
-        lambda params, classes, *image: tnt_image(model, params, classes, *image, config=tuning)
-    )
-
-    @jax.jit
-    def before(params: Params, classes: jax.Array, view: jax.Array) -> jax.Array:
-        return jax.nn.softmax(model(params, classes, view[None]).logits)[0]
-
+    tune = jax.jit(lambda *arguments: tnt_image(model, *arguments, config=config))
+    probabilities = jax.jit(lambda *inputs: jax.nn.softmax(model(*inputs).logits)[0])
     examples = []
-    for place in _changed(cells, adapter, batches, count):
-        stream = batches.streams[place.stream]
-        segment, number = stream.items[place.index].tolist()
+    for number, index in _changed(results, adapter, batches, count):
+        stream = batches.streams[number]
+        segment, image = stream.items[index].tolist()
         domain = stream.segments[segment]
-        original = batches.source.read_both(domain, number, stream.seed)[1]
-        image, size = on_canvas(original, canvas)
-        key = jax.random.fold_in(jax.random.key(stream.seed), place.index)
-        views, tuned = tune(params, classes, key, image, size)
+        dataset = batches.benchmark[domain]
+        original = read(dataset, image, stream.seed, batches.preprocess)[1]
+        key = jax.random.fold_in(jax.random.key(stream.seed), index)
+        views, tuned = tune(params, classes, key, *pad_to_canvas(original, batches.canvas))
         examples.append(
             Example(
-                str(domain).replace("_", " "),
-                tuple(batches.source.class_names),
-                int(batches.source.labels[number]),
+                str(domain),
+                tuple(class_names_of(batches.benchmark)),
+                int(labels_of(batches.benchmark)[image]),
                 np.asarray(views[0]),
                 np.asarray(tuned.noise),
-                tuning.epsilon,
-                np.asarray(before(params, classes, views[0])),
+                config.epsilon,
+                np.asarray(probabilities(params, classes, views[:1])),
                 np.exp(tuned.log_probabilities),
             )
         )
     return examples
 
 
-def _changed(cells: Sequence[Cell], adapter: str, batches: Batches, count: int) -> list[_Place]:
-    """Alternate between fixed and broken images."""
-    kinds: list[list[Iterator[_Place]]] = [[], []]
+def _changed(
+    results: Sequence[Predictions], adapter: str, batches: Batches, count: int
+) -> list[tuple[int, int]]:
+    """Stream and index in it, alternating between fixed and broken images and all segments."""
+    found = {(r.adapter, r.stream, r.seed): r for r in results}
+    kinds: list[list[Iterator[tuple[int, int]]]] = [[], []]
     for number, stream in enumerate(batches.streams):
-        pair = [
-            cell
-            for name in (BASELINE, adapter)
-            for cell in cells
-            if (cell["adapter"], cell["stream"], cell["seed"]) == (name, stream.name, stream.seed)
-        ]
-        if len(pair) < 2:
+        pair = [found.get((name, stream.name, stream.seed)) for name in (BASELINE, adapter)]
+        was, now = (result and result.top1 for result in pair)
+        if was is None or now is None:
             continue
-        for segment, figures in enumerate(zip(*(cell["segments"] for cell in pair), strict=True)):
-            (_, was), (_, now) = map(outcomes, figures)
+        for segment in range(len(stream.segments)):
+            own = stream.items[:, 0] == segment
             for kind, changed in zip(kinds, (now & ~was, was & ~now), strict=True):
-                places = np.flatnonzero(
-                    (stream.items[:, 0] == segment) & changed[stream.items[:, 1]]
-                )
-                kind.append(iter([_Place(number, index) for index in places.tolist()]))
+                kind.append((number, index) for index in np.flatnonzero(own & changed).tolist())
     return list(itertools.islice(_in_turn([_in_turn(kind) for kind in kinds]), count))
 
 
-def _in_turn(iterators: Sequence[Iterator[_Place]]) -> Iterator[_Place]:
+def _in_turn(iterators: Sequence[Iterator[tuple[int, int]]]) -> Iterator[tuple[int, int]]:
     """Round-robin."""
-    waiting = list(iterators)
-    while waiting:
-        for iterator in list(waiting):
-            try:
-                yield next(iterator)
-            except StopIteration:
-                waiting.remove(iterator)
+    nothing = object()
+    for row in itertools.zip_longest(*iterators, fillvalue=nothing):
+        yield from (item for item in row if item is not nothing)
 
 
 def draw_examples(examples: Sequence[Example]) -> Figure | None:
-    """Draw examples, one per row.
+    """Draw plain view, noise, their sum, and the most probable classes before and after.
 
     Args:
-        examples: the examples.
+        examples: the examples, one per row.
 
     Returns:
-        Plain view, noise, their sum, and the most probable classes before and after; None without
-        examples.
+        The figure; None without examples.
     """
     if not examples:
         return None
@@ -176,33 +154,22 @@ def draw_examples(examples: Sequence[Example]) -> Figure | None:
         axes.set_title(head, fontsize=10)
     for row, example in zip(grid, examples, strict=True):
         stretched = 0.5 + example.noise / (2 * example.epsilon)
-        for axes, image in zip(
-            row, (example.plain, stretched, example.plain + example.noise), strict=False
-        ):
+        shown = (example.plain, stretched, example.plain + example.noise)
+        for axes, image in zip(row, shown, strict=False):
             axes.imshow(image.clip(0, 1))
-            axes.set_xticks([])
-            axes.set_yticks([])
-        row[0].set_ylabel(example.title, fontsize=9)
+            axes.set(xticks=[], yticks=[])
+        row[0].set_ylabel(label(example.title), fontsize=9)
         row[1].set_xlabel(f"±{255 * example.epsilon:.3g}/255", fontsize=8)
-        _bars(row[3], example)
-    grid[0, 3].legend(fontsize=8, frameon=False)
+        likeliest = np.argsort(-np.maximum(example.before, example.after))[:SHOWN]
+        if example.label not in likeliest:
+            likeliest[-1] = example.label
+        places = np.arange(len(likeliest))
+        row[3].barh(places - 0.2, example.before[likeliest], 0.38, color=GREY, label="before")
+        row[3].barh(places + 0.2, example.after[likeliest], 0.38, color=COLOURS[0], label="after")
+        row[3].set_yticks(places, [label(example.class_names[c]) for c in likeliest], fontsize=8)
+        for tick, number in zip(row[3].get_yticklabels(), likeliest, strict=True):
+            tick.set_fontweight("bold" if number == example.label else "normal")
+        row[3].invert_yaxis()
+        row[3].set_xlim(0, 1)
+        finish(row[3], "", "", grid="x", legend=row is grid[0])
     return figure
-
-
-def _bars(axes: Axes, example: Example) -> None:
-    likeliest = np.argsort(-np.maximum(example.before, example.after))[:SHOWN]
-    if example.label not in likeliest:
-        likeliest[-1] = example.label
-    places = np.arange(len(likeliest))
-    for shift, probabilities, colour, label in (
-        (-0.2, example.before, GREY, "before"),
-        (0.2, example.after, COLOURS[0], "after"),
-    ):
-        axes.barh(places + shift, probabilities[likeliest], 0.38, color=colour, label=label)
-    axes.set_yticks(places, [plots.label(example.class_names[c]) for c in likeliest], fontsize=8)
-    for tick, number in zip(axes.get_yticklabels(), likeliest, strict=True):
-        tick.set_fontweight("bold" if number == example.label else "normal")
-    axes.invert_yaxis()
-    axes.set_xlim(0, 1)
-    axes.tick_params(axis="x", labelsize=8)
-    axes.spines[["top", "right"]].set_visible(False)

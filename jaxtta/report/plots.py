@@ -1,366 +1,228 @@
 """Plots of a sweep: matplotlib figures, without pyplot and its global state.
 
-An adapter has the same colour in all plots (Okabe and Ito's colour-blind palette); the baseline is
-grey.
+An adapter has one colour in all plots (Okabe and Ito's palette); the baseline is grey.
 """
 
 import math
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Literal
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
 
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from jaxtta.data.corruptions import CLEAN
-from jaxtta.evaluate.results import Cell
+from jaxtta.evaluate.predictions import Predictions
 from jaxtta.images import printable
-from jaxtta.io import atomic_write
-from jaxtta.report.summary import BASELINE, average, averaged_corruptions, severities, summarise
+from jaxtta.report.summary import BASELINE, Summary
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")
 GREY = "#767676"
-Grid = Literal["both", "x", "y"]
-DASHES = ("-", "--", ":", "-.")
+DASHES, MARKERS = ("-", "--", ":", "-."), "osD^"  # of adapters of the same colour
+POINTS, BINS, LONGEST = 200, 15, 32  # of a curve, of confidence, characters of a name
 
 
-def styles(cells: Sequence[Cell], baseline: str = BASELINE) -> dict[str, tuple[str, str]]:
-    """Colour and dashes of each adapter; dashes distinguish adapters of the same colour."""
-    names = dict.fromkeys(cell["adapter"] for cell in cells)
-    styles = {baseline: (GREY, "-")} if baseline in names else {}
-    for number, name in enumerate(name for name in names if name != baseline):
-        turn, place = divmod(number, len(COLOURS))
-        styles[name] = COLOURS[place], DASHES[turn % len(DASHES)]
-    return {name: styles[name] for name in names}
+def styles(names: Iterable[str], baseline: str | None = BASELINE) -> dict[str, dict[str, Any]]:
+    """Colour, linestyle, marker and label of each adapter."""
+    found: dict[str, dict[str, Any]] = {}
+    for name in dict.fromkeys(names):
+        turn, place = divmod(len(found) - (baseline in found), len(COLOURS))
+        turn, colour = (0, GREY) if name == baseline else (turn % len(DASHES), COLOURS[place])
+        found[name] = {"color": colour, "linestyle": DASHES[turn], "marker": MARKERS[turn]}
+        found[name]["label"] = label(name)
+    return found
 
 
-def bars(cells: Sequence[Cell], title: str = "", baseline: str = BASELINE) -> Figure:
-    """Draw accuracy per corruption and adapter, with the mean at the end.
+def dots(summaries: Mapping[str, Summary]) -> Figure:
+    """Draw the gain over the baseline with its 95 % interval, per corruption and adapter.
 
     Args:
-        cells: the cells of one sweep.
-        title: the title.
-        baseline: the adapter that gains are relative to; whiskers are the gain's 95 % interval.
-
-    Returns:
-        The figure.
+        summaries: one per panel, by heading. Without gains, accuracies are drawn.
     """
-    summary = summarise(cells, baseline)
-    columns = [
-        (label(name), {a: summary.entries[name, a] for a in summary.adapters})
-        for name in summary.corruptions
-    ]
-    if len(columns) > 1:
-        columns.append(("mean", summary.means))
-    count = len(summary.adapters)
-    figure = Figure(
-        figsize=(np.clip((0.25 + 0.14 * count) * len(columns) + 1, 6, 12), 4.2),
-        layout="constrained",
-    )
-    axes = figure.subplots()
-    places, width = np.arange(len(columns)), 0.8 / count
-    lowest = 0.0
-    for number, (adapter, (colour, dashes)) in enumerate(styles(cells, baseline).items()):
-        offset = (number - (count - 1) / 2) * width
-        entries = [column[adapter] for _, column in columns]
-        heights = [math.nan if e.top1 is None else e.top1 for e in entries]
-        axes.bar(
-            places + offset,
-            heights,
-            width,
-            label=label(adapter),
-            color=colour,
-            hatch=None if dashes == "-" else "//",
-        )
-        for place, height, entry in zip(places + offset, heights, entries, strict=True):
-            if entry.interval is not None and entry.gain is not None:
-                ends = [height - entry.gain + bound for bound in entry.interval]
-                axes.plot([place, place], ends, color="black", linewidth=0.9)
-                lowest = min(lowest, *ends)
-    axes.set_xticks(places, [name for name, _ in columns], rotation=40, ha="right")
-    axes.set_xlim(-0.6, len(columns) - 0.4)
-    axes.set_ylim(bottom=lowest)
-    if len(columns) > 1:
-        axes.axvline(len(columns) - 1.5, color="0.6", linewidth=1)
-    axes.set_ylabel("top-1 accuracy (%)")
-    _finish(figure, [axes], title)
-    return figure
+    gains = any(each.compared for each in summaries.values())
+    names = [*dict.fromkeys(name for each in summaries.values() for name in each.corruptions)]
+    looks = styles(name for each in summaries.values() for name in each.adapters)
+    height = (len(names) + 1) * (0.16 + 0.1 * len(looks)) + 1.4
+    figure = Figure(figsize=(1.8 + max(5.2, 3.2 * len(summaries)), height), layout="constrained")
+    panels = figure.subplots(1, len(summaries), squeeze=False, sharey=True)[0]
+    places = np.array([*range(len(names)), len(names) + 0.4])
+    for axes, (heading, summary) in zip(panels, summaries.items(), strict=True):
+        shown = summary.compared if gains else summary.adapters
+        for number, adapter in enumerate(shown):
+            own = summary.table.xs(adapter, level="adapter").reindex(names)
+            own = 100 * pd.concat([own, summary.means.loc[[adapter]]])
+            values = own["gain" if gains else "top1"]
+            errors = [values - own["low"], own["high"] - values] if gains else None
+            offset = (number - (len(shown) - 1) / 2) * 0.72 / len(shown)
+            look = looks[adapter] | {"linestyle": "none", "markersize": 5}
+            axes.errorbar(values, places + offset, xerr=errors, **look)
+        for edge in places[1:-1] - 0.5:
+            axes.axhline(edge, color="0.9", linewidth=0.8)
+        axes.axhline(len(names) - 0.3, color="0.3", linewidth=1)
+        over = f"gain over {label(summary.baseline or BASELINE)} (points)"
+        finish(axes, over if gains else "top-1 accuracy (%)", "", grid="x", legend=False)
+        if gains:
+            axes.axvline(0, color=GREY, linewidth=1.5)
+        axes.set_title(label(heading), fontsize=10)
+    texts, base = [*map(label, names), "mean"], summaries[next(iter(summaries))]
+    if gains and len(summaries) == 1 and base.baseline:
+        tops = [*base.table["top1"].xs(base.baseline, level="adapter")]
+        tops.append(base.means["top1"][base.baseline])
+        texts = [f"{text} ({100 * top:.1f} %)" for text, top in zip(texts, tops, strict=True)]
+    panels[0].set_yticks(places, texts)
+    panels[0].get_yticklabels()[-1].set_fontweight("bold")
+    panels[0].set_ylim(len(names) + 1, -0.6)
+    return _with_legend(figure, panels)
 
 
-def running(cells: Sequence[Cell], title: str = "", baseline: str = BASELINE) -> Figure:
+def running(summary: Summary) -> Figure:
     """Draw cumulative accuracy along the stream, and below it the cumulative gain.
 
-    Streams of one segment are averaged; each longer stream has its own panels with marked segments.
-
-    Args:
-        cells: the cells of one sweep.
-        title: the title.
-        baseline: the adapter that gains are relative to, if it was run.
-
-    Returns:
-        The figure.
+    Streams of one segment are averaged; each longer stream has its own panels.
     """
-    groups: dict[str, list[Cell]] = {}
-    for cell in cells:
-        name = cell["stream"] if len(cell["segments"]) > 1 else ""
-        groups.setdefault(name, []).append(cell)
-    adapters = {cell["adapter"] for cell in cells}
-    kinds = 2 if baseline in adapters and len(adapters) > 1 else 1
+    groups: dict[str, list[Predictions]] = {}
+    for result in summary.results:
+        groups.setdefault(result.stream if len(result.domains) > 1 else "", []).append(result)
+    kinds = 2 if summary.compared else 1
     figure = Figure(figsize=(9, (1.2 + 2.5 * kinds) * len(groups)), layout="constrained")
     grid = figure.subplots(len(groups) * kinds, squeeze=False)[:, 0].reshape(-1, kinds)
-    for panels, (name, members) in zip(grid, groups.items(), strict=True):
-        curves = _mean_curves(members)
-        base = curves.get(baseline)
-        for adapter, (colour, dashes) in styles(cells, baseline).items():
-            if adapter not in curves:
-                continue
-            places, heights = curves[adapter]
-            look = {"color": colour, "linestyle": dashes, "linewidth": 1.8}
-            panels[0].plot(places, heights, label=label(adapter), **look)
-            if kinds > 1 and base is not None:
-                panels[1].plot(places, heights - base[1], **look)
-        panels[0].set_ylabel("accuracy so far (%)")
-        if kinds > 1:
-            panels[1].set_ylabel(f"gain over {label(baseline)}\n(points)")
+    for panels, (name, results) in zip(grid, groups.items(), strict=True):
+        curves = _mean_curves(results)
+        for adapter, look in styles(summary.adapters, summary.baseline).items():
+            look |= {"marker": "", "linewidth": 1.8}
+            if adapter in curves:
+                panels[0].plot(curves[adapter], **look)
+            if kinds > 1 and {adapter, summary.baseline} <= {*curves}:
+                panels[1].plot(curves[adapter] - curves[summary.baseline], **look)
         for axes in panels:
-            _fit(axes)
-            _mark_segments(axes, members[0], named=axes is panels[0])
+            if late := [line.get_ydata()[POINTS // 10 :] for line in axes.lines]:
+                margin = 0.08 * np.ptp(late) + 0.3  # the first images fluctuate strongly
+                axes.set_ylim(np.min(late) - margin, np.max(late) + margin)
+            finish(axes, "", "accuracy so far (%)", legend=False)
+            _mark_segments(axes, results[0], named=axes is panels[0])
+        if kinds > 1:
+            panels[1].set_ylabel(f"gain over {label(summary.baseline or '')}\n(points)")
         panels[-1].set_xlabel("images seen since the start of the stream")
         if len(groups) > 1:
             panels[0].set_title(label(name), loc="left", fontsize=10)
-    _finish(figure, list(grid.flat), title)
-    return figure
+    return _with_legend(figure, grid.flat)
 
 
-def _fit(axes: Axes) -> None:
-    """Scale the y axis without the first images, where accuracy fluctuates strongly."""
-    lines = [np.asarray(line.get_ydata()) for line in axes.lines]
-    late = [values[len(values) // 10 :] for values in lines]
-    if late:
-        low, high = min(map(np.min, late)), max(map(np.max, late))
-        margin = 0.08 * (high - low) + 0.3
-        axes.set_ylim(low - margin, high + margin)
-
-
-def _mean_curves(cells: Sequence[Cell]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Each adapter's average curve, on a common grid of image counts."""
-    curves: dict[str, list[np.ndarray]] = {}
-    for cell in cells:
-        if cell["running"]:
-            curves.setdefault(cell["adapter"], []).append(np.asarray(cell["running"], float))
-    if not curves:
-        return {}
-    every = [curve for own in curves.values() for curve in own]
+def _mean_curves(results: Iterable[Predictions]) -> pd.DataFrame:
+    """Each adapter's average accuracy so far in per cent, by the number of images seen."""
+    outcomes = [(r.adapter, r.top1[r.rows["seen"]]) for r in results if r.rows["seen"].any()]
     # Streams with unreadable images are shorter.
-    start, stop = max(c[0, 0] for c in every), min(c[-1, 0] for c in every)
-    places = np.linspace(start, max(start, stop), 200)
-    return {
-        name: (places, 100 * np.mean([np.interp(places, *curve.T) for curve in own], axis=0))
-        for name, own in curves.items()
-    }
+    places = np.linspace(1, min((len(right) for _, right in outcomes), default=1), POINTS)
+    curves: dict[str, list[np.ndarray]] = {}
+    for adapter, right in outcomes:
+        count = np.arange(1, len(right) + 1)
+        curves.setdefault(adapter, []).append(np.interp(places, count, right.cumsum() / count))
+    return pd.DataFrame({k: 100 * np.mean(v, axis=0) for k, v in curves.items()}, index=places)
 
 
-def _mark_segments(axes: Axes, cell: Cell, *, named: bool) -> None:
+def _mark_segments(axes: Axes, result: Predictions, *, named: bool) -> None:
     # The segments of a mixed stream are interleaved.
-    if cell["setting"] == "mixed" or len(cell["segments"]) == 1:
+    if result.setting == "mixed" or len(result.domains) == 1:
         return
-    edges, names = [0], []
-    for segment in cell["segments"]:
-        if names and names[-1] == segment["corruption"]:  # gradual: the next severity
-            edges[-1] += segment["images"]
-        else:
-            names.append(segment["corruption"])
-            edges.append(edges[-1] + segment["images"])
-    for edge in edges[1:-1]:
-        axes.axvline(edge, color="0.75", linewidth=0.8, zorder=0)
-    axes.set_xlim(0, max(edges[-1], 1))
-    if not named:
-        return
-    top = axes.secondary_xaxis("top")
-    middles = (np.asarray(edges[1:]) + edges[:-1]) / 2
-    top.set_xticks(middles, map(label, names), rotation=40, ha="left", fontsize=8)
-    top.tick_params(length=0)
+    names = pd.Series([domain.corruption for domain in result.domains])
+    runs = (names != names.shift()).cumsum()  # gradual: a corruption's severities are one run
+    images = result.rows.groupby("segment")["seen"].sum().groupby(runs).sum()
+    ends = images.cumsum()
+    for end in ends[:-1]:
+        axes.axvline(end, color="0.75", linewidth=0.8, zorder=0)
+    axes.set_xlim(0, max(ends.iloc[-1], 1))
+    if named:
+        top = axes.secondary_xaxis("top")
+        texts = map(label, names.groupby(runs).first())
+        top.set_xticks(ends - images / 2, texts, rotation=40, ha="left", fontsize=8)
+        top.tick_params(length=0)
 
 
-def reliability(cells: Sequence[Cell], title: str = "", baseline: str = BASELINE) -> Figure:
-    """Draw reliability diagrams, one panel per adapter.
-
-    Args:
-        cells: the cells of one sweep; all their images are pooled.
-        title: the title.
-        baseline: the adapter drawn in grey.
-
-    Returns:
-        The figure.
-    """
-    styled = styles(cells, baseline)
-    columns = min(len(styled), 4)
-    rows = math.ceil(len(styled) / columns)
-    figure = Figure(figsize=(2.6 * columns + 0.6, 3.2 * rows), layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
-    for axes, (adapter, (colour, _)) in zip(panels.flat, styled.items(), strict=False):
-        count, confidence, right = _pooled_bins(cells, adapter)
-        width = 1 / len(count)
-        centres = (np.arange(len(count)) + 0.5) * width
+def reliability(summary: Summary) -> Figure:
+    """Draw reliability diagrams of all images, one panel per adapter."""
+    looks = styles(summary.adapters, summary.baseline)
+    figure, panels = _grid(len(looks), 2.6, 3.2)
+    for axes, (adapter, look) in zip(panels, looks.items(), strict=True):
+        own = [r.rows.assign(right=r.top1) for r in summary.results if r.adapter == adapter]
+        rows = pd.concat([rows[rows["seen"] & np.isfinite(rows["nll"])] for rows in own])
+        which = np.ceil(BINS * rows["confidence"]).clip(1, BINS).astype(int).to_numpy() - 1
+        columns = (None, rows["confidence"], rows["right"])
+        count, sure, right = (np.bincount(which, column, BINS) for column in columns)
+        many = np.maximum(count, 1)
         # Bar height is accuracy; opacity is the number of images.
-        strength = 0.15 + 0.85 * np.sqrt(count / max(count.max(), 1))
-        for centre, height, alpha in zip(centres, right, strength, strict=True):
-            axes.bar(centre, height, 0.92 * width, color=colour, alpha=alpha)
+        strength = 0.15 + 0.85 * np.sqrt(count / many.max())
+        for number, (height, alpha) in enumerate(zip(right / many, strength, strict=True)):
+            place = (number + 0.5) / BINS
+            axes.bar(place, height, 0.92 / BINS, color=look["color"], alpha=alpha)
         axes.plot([0, 1], [0, 1], color="black", linewidth=1, linestyle="--")
-        filled = count > 0
-        axes.plot(confidence[filled], right[filled], ".", color="black", markersize=4)
-        ece = average(cells, adapter, "ece", averaged_corruptions(cells))
-        text = "" if ece is None else f"\nmean ECE {100 * ece:.1f} %"
-        axes.set_title(label(adapter) + text, fontsize=10)
-        axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", box_aspect=1)
-    for axes in panels[:, 0]:
-        axes.set_ylabel("accuracy")
-    for axes in panels.flat[len(styled) :]:
-        axes.set_visible(False)
-    _finish(figure, list(panels.flat), title, legend=False)
+        axes.plot(*(x[count > 0] / count[count > 0] for x in (sure, right)), "k.", markersize=4)
+        axes.set_title(f"{look['label']}\nmean ECE {100 * summary.means['ece'][adapter]:.1f} %")
+        axes.title.set_fontsize(10)
+        finish(axes, "confidence", "", legend=False)
+        axes.set(xlim=(0, 1), ylim=(0, 1), box_aspect=1)
+    figure.supylabel("accuracy", fontsize=10)
     return figure
 
 
-def _pooled_bins(cells: Sequence[Cell], adapter: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    bins = [
-        [segment["reliability"][name] for name in ("count", "confidence", "accuracy")]
-        for cell in cells
-        if cell["adapter"] == adapter
-        for segment in cell["segments"]
-    ]
-    counts, confidences, rights = np.asarray(bins, float).swapaxes(0, 1)
-    total = counts.sum(0)
-    share = np.maximum(total, 1)
-    return total, (counts * confidences).sum(0) / share, (counts * rights).sum(0) / share
-
-
-def severity_curves(
-    cells: Sequence[Cell], title: str = "", baseline: str = BASELINE
-) -> Figure | None:
-    """Draw accuracy over severity, for each corruption and their mean.
-
-    Args:
-        cells: the cells of one sweep.
-        title: the title.
-        baseline: the adapter drawn in grey.
-
-    Returns:
-        The figure; None for fewer than two severities.
-    """
-    shown = severities(cells)
-    if len(shown) < 2:
-        return None
-    names = [name for name in averaged_corruptions(cells) if name != CLEAN]
-    panels = {"mean": names} | {name: [name] for name in names if len(names) > 1}
-    columns = min(len(panels), 4)
-    rows = math.ceil(len(panels) / columns)
-    figure = Figure(figsize=(2.4 * columns + 1.2, 2.3 * rows + 0.8), layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False, sharey=True)
-    at = {severity: _at_severity(cells, severity) for severity in shown}
-    for axes, (panel, members) in zip(grid.flat, panels.items(), strict=False):
-        for adapter, (colour, dashes) in styles(cells, baseline).items():
-            values = [average(at[severity], adapter, "top1", members) for severity in shown]
-            heights = [math.nan if value is None else 100 * value for value in values]
-            axes.plot(
-                *(shown, heights),
-                color=colour,
-                linestyle=dashes,
-                marker="o",
-                markersize=3,
-                label=label(adapter),
-            )
-        only = len(panels) == 1
-        axes.set_title(label(names[0] if only else panel), fontsize=9)
-        axes.title.set_fontweight("bold" if panel == "mean" and not only else "normal")
-        axes.set_xticks(shown)
-        axes.set_xlabel("severity", fontsize=9)
-    for axes in grid.flat[len(panels) :]:
-        axes.set_visible(False)
+def severity(summary: Summary) -> Figure:
+    """Draw accuracy over severity, for each corruption and their mean."""
+    names = [name for name in summary.averaged if name != CLEAN]
+    own = summary.segments[summary.segments["corruption"].isin(names)]
+    tops = own.pivot_table("top1", ["corruption", "severity"], "adapter")
+    panels = {"mean": tops.groupby("severity").mean()} if len(names) > 1 else {}
+    panels |= {name: tops.loc[name] for name in names}
+    figure, grid = _grid(len(panels), 2.4, 2.3)
+    for axes, (name, values) in zip(grid, panels.items(), strict=True):
+        for adapter, look in styles(summary.adapters, summary.baseline).items():
+            axes.plot(100 * values.get(adapter, values.index * np.nan), **look, markersize=3)
+        axes.set_title(label(name), fontsize=9, fontweight="bold" if axes is grid[0] else "normal")
+        finish(axes, "severity", "", legend=False)
+        axes.set_xticks(summary.severities)
     figure.supylabel("top-1 accuracy (%)", fontsize=10)
-    _finish(figure, list(grid.flat), title)
-    return figure
+    return _with_legend(figure, grid)
 
 
-def _at_severity(cells: Sequence[Cell], severity: int) -> list[Cell]:
-    return [
-        {**cell, "segments": [s for s in cell["segments"] if s["severity"] == severity]}
-        for cell in cells
-    ]
+def _grid(count: int, width: float, height: float) -> tuple[Figure, Sequence[Axes]]:
+    columns = min(count, 4)
+    rows = math.ceil(count / columns)
+    figure = Figure(figsize=(width * columns + 1, height * rows + 0.6), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False, sharey=True).flat
+    for axes in panels[count:]:
+        axes.set_visible(False)
+    return figure, panels[:count]
 
 
-def figures(cells: Sequence[Cell], title: str = "", baseline: str = BASELINE) -> dict[str, Figure]:
-    """Draw all figures that apply to the cells.
-
-    Args:
-        cells: the cells of one sweep.
-        title: the title of each figure.
-        baseline: the adapter that gains are relative to.
-
-    Returns:
-        The figures by name: accuracy, running, reliability, and severity if there are several.
-    """
-    if not cells:
-        return {}
-    drawn = {
-        "accuracy": bars(cells, title, baseline),
-        "running": running(cells, title, baseline),
-        "reliability": reliability(cells, title, baseline),
-        "severity": severity_curves(cells, title, baseline),
-    }
-    return {name: figure for name, figure in drawn.items() if figure is not None}
-
-
-def save_all(
-    cells: Sequence[Cell], folder: str | Path, title: str = "", baseline: str = BASELINE
-) -> list[Path]:
-    """Draw all figures into a folder.
-
-    Args:
-        cells: the cells of one sweep.
-        folder: for the PNGs; created if missing.
-        title: the title of each figure.
-        baseline: the adapter that gains are relative to.
-
-    Returns:
-        The files written.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for name, figure in figures(cells, title, baseline).items():
-        paths.append(folder / f"{name}.png")
-        with atomic_write(paths[-1]) as temporary:
-            figure.savefig(temporary, format="png", dpi=150)
-    return paths
+def figures(summary: Summary) -> dict[str, Figure]:
+    """All figures that apply, by name: gain (or accuracy), running, severity, reliability."""
+    first = "gain" if summary.compared else "accuracy"
+    drawn = {first: dots({"": summary}), "running": running(summary)}
+    drawn |= {"severity": severity(summary)} if len(summary.severities) > 1 else {}
+    return drawn | {"reliability": reliability(summary)}
 
 
 def label(name: str) -> str:
-    """Format a name for matplotlib; escapes `$` and what cannot be printed."""
-    return printable(name).replace("_", " ").replace("$", r"\$")
+    """Format a name for matplotlib: short, without formulas and what cannot be printed."""
+    name = printable(name).replace("_", " ")
+    name = name if len(name) <= LONGEST else f"{name[: LONGEST - 1]}…"
+    return name.replace("$", r"\$")
 
 
-def finish(axes: Axes, x: str, y: str, *, grid: Grid = "y") -> None:
-    """Set axis labels, and a legend if there are several entries."""
+def finish(
+    axes: Axes, x: str, y: str, *, grid: Literal["both", "x", "y"] = "y", legend: bool = True
+) -> None:
+    """Set axis labels and grid, and a legend if there are several entries."""
     axes.set(xlabel=x, ylabel=y)
-    _tidy(axes, grid)
-    if len(axes.get_legend_handles_labels()[1]) > 1:
-        axes.legend(frameon=False, fontsize=8)
-
-
-def _tidy(axes: Axes, grid: Grid = "y") -> None:
     axes.grid(axis=grid, alpha=0.3)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
+    if legend and len(axes.get_legend_handles_labels()[1]) > 1:
+        axes.legend(frameon=False, fontsize=8)
 
 
-def _finish(figure: Figure, panels: Sequence[Axes], title: str, legend: bool = True) -> None:
+def _with_legend(figure: Figure, panels: Iterable[Axes]) -> Figure:
+    found = {}
     for axes in panels:
-        _tidy(axes)
-    if title:
-        figure.suptitle(printable(title).replace("$", r"\$"), fontsize=11)
-    if legend:
-        handles, labels = panels[0].get_legend_handles_labels()
-        if handles:
-            columns = min(len(labels), 6)
-            figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
+        found |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    figure.legend(found.values(), found, loc="outside upper left", ncols=3, frameon=False)
+    return figure

@@ -1,0 +1,126 @@
+"""What both libraries measure: the same model, inputs and clock."""
+
+import dataclasses
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, Literal
+
+import numpy as np
+
+NAME_LENGTHS = (0, 246, 508, 155, 49, 24, 9, 7, 1, 0, 0, 1)
+"""Number of ImageNet's 1,000 class names with 0, 1, 2, … tokens."""
+START, SHARED, FULL_STOP, END = 49406, (320, 1125, 539, 320), 269, 49407
+TOWER = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+MODELS = {  # the two towers, image size, patch size and projection
+    "ViT-B/16": ((768, 3072, 12, 12), (512, 2048, 12, 8), 224, 16, 512),
+    "ViT-B/32": ((768, 3072, 12, 12), (512, 2048, 12, 8), 224, 32, 512),
+    "ViT-L/14": ((1024, 4096, 24, 16), (768, 3072, 12, 12), 224, 14, 768),
+    "tiny": ((64, 256, 2, 4), (64, 256, 2, 4), 32, 8, 32),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Benchmark settings."""
+
+    model: Literal["ViT-B/16", "ViT-B/32", "ViT-L/14", "tiny"] = "ViT-B/16"
+    """Size of the model; tiny only checks that everything runs."""
+    classes: int = 100
+    """Number of classes, with one prompt per class."""
+    batch: int = 16
+    """Images per step (TNT: always one)."""
+    views: int = 64
+    """Views per image (TNT)."""
+    views_per_chunk: int = 8
+    """Views encoded at once (TNT's JAX rows); use more on an accelerator."""
+    adapters: tuple[str, ...] = ("zero_shot", "tent", "batclip")
+    """Adapters to measure: these, tnt, tnt:steps=N, or mgtta (JAX only)."""
+    frameworks: tuple[Literal["jax", "torch"], ...] = ("jax", "torch")
+    """Libraries to measure; an adapter has a row in JAX and two in PyTorch (TNT one)."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of the matrix products; the parameters are float32."""
+    remat: bool = False
+    """Recompute activations in the backward pass (JAX rows only): less memory, more time."""
+    steps: int = 3
+    """Measured steps per row, after one warm-up step."""
+    memory_limit_gb: float | None = None
+    """Stop a row whose process uses more main memory than this (Linux only)."""
+    reading: str | None = None
+    """Class folders of images: also time reading and corrupting them, without a model."""
+    workers: int = 2
+    """Processes that read images."""
+    projectors: bool = False
+    """Also time what GNSP adds to training: projectors, beside full SVDs in PyTorch, and a step."""
+    output: str | None = None
+    """JSON file for settings and rows, rewritten after each row."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+def tnt_steps(adapter: str) -> int:
+    """Updates of the noise map in a step of TNT; 0 for another adapter."""
+    name, _, setting = adapter.partition(":")
+    return int(setting.removeprefix("steps=") or 1) if name == "tnt" else 0
+
+
+def print_row(measure: Callable[[Settings, str, str], dict[str, Any]]) -> None:
+    """Measure the row of the command line: adapter, prompts, settings as JSON; print JSON."""
+    try:
+        adapter, prompts, settings = sys.argv[1:]
+        row = measure(Settings(**json.loads(settings)), adapter, prompts)
+    except Exception as error:  # any exception, for example out of memory
+        text = str(error).strip().partition("\n")[0]
+        row = {"error": f"{type(error).__name__}: {text[:160]}"}
+    print(json.dumps(row))
+
+
+def timed(step: Callable[[], Any], steps: int, wait: Callable[[Any], Any]) -> list[float]:
+    """Seconds of each step after a warm-up step; `wait` waits for a result."""
+    wait(step())
+    seconds = []
+    for _ in range(steps):
+        start = time.perf_counter()
+        wait(step())
+        seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+def resident_peak_gb() -> float:
+    """Peak main memory of this process."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def prompt_tokens(classes: int) -> np.ndarray:
+    """Token ids (classes, 77) with the lengths of ImageNet's prompts, end of text as padding."""
+    lengths = np.repeat(np.arange(len(NAME_LENGTHS)), NAME_LENGTHS)
+    lengths = lengths[np.linspace(0, len(lengths) - 1, classes).round().astype(int)]
+    random = np.random.default_rng(0)
+    token_ids = np.full((classes, 77), END)
+    for prompt, length in zip(token_ids, random.permutation(lengths), strict=True):
+        tokens = [START, *SHARED, *random.integers(1000, 40000, length), FULL_STOP]
+        prompt[: len(tokens)] = tokens
+    return token_ids
+
+
+def random_images(count: int, model: str) -> np.ndarray:
+    """Random images (count, size, size, 3) in [0, 1]."""
+    size = MODELS[model][2]
+    return np.random.default_rng(1).random((count, size, size, 3), np.float32)
+
+
+def clip_config(model: str) -> Any:
+    """The CLIPConfig of a model size."""
+    from transformers import CLIPConfig  # late, since JAX rows first hide PyTorch from it
+
+    vision, text, image_size, patch_size, projection = MODELS[model]
+    return CLIPConfig(
+        vision_config=dict(zip(TOWER, vision, strict=True))
+        | {"image_size": image_size, "patch_size": patch_size},
+        text_config=dict(zip(TOWER, text, strict=True))
+        | {"bos_token_id": START, "eos_token_id": END, "pad_token_id": END},
+        projection_dim=projection,
+    )

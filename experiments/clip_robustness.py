@@ -1,0 +1,17 @@
+r"""Robustness of CLIP beside published accuracies of supervised models.
+
+    python experiments/clip_robustness.py --data IMAGENET/val --output runs/robustness --shifted \
+        imagenet-v2=imagenet-v2=IMAGENET-V2 imagenet-r=imagenet=IMAGENET-R \
+        imagenet-sketch=imagenet=SKETCH imagenet-a=imagenet=IMAGENET-A
+
+Effective robustness is measured from a line through accuracies that timm publishes, with timm's own
+preprocessing of each model; the CLIP model is measured by this command (docs/published.md).
+"""
+
+import sys
+
+from jaxtta.cli.main import main
+
+if __name__ == "__main__":
+    sets = "--layout imagenet --corruptions --reference-points published"
+    main(["diagnose", "--models", "openai/clip-vit-base-patch16", *sets.split(), *sys.argv[1:]])

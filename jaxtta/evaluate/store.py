@@ -1,0 +1,194 @@
+"""A folder of results.
+
+settings.json                                   settings that must match in another run
+predictions/tent--fog-5--seed1.safetensors      one adapter on one stream with one seed
+checkpoints/                                    of unfinished streams
+"""
+
+import contextlib
+import json
+import logging
+import os
+import re
+import socket
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from filelock import FileLock, Timeout
+
+from jaxtta.evaluate.predictions import Predictions
+from jaxtta.io import write_json
+
+log = logging.getLogger(__name__)
+VALIDATION = "validation"
+"""Subfolder of runs that select a learning rate, which are no part of the result."""
+
+
+def safe_name(text: str) -> str:
+    """A text as a part of a file's name."""
+    return re.sub(r"[^\w.,=+-]", "_", text)
+
+
+class Store(NamedTuple):
+    """A sweep's folder, and the grouped settings that all of its results share."""
+
+    root: Path
+    settings: dict[str, Any]
+
+    @contextlib.contextmanager
+    def lock(self, shard: tuple[int, int] = (0, 1)) -> Iterator[None]:
+        """Lock the folder; only other shards of the same sweep may use it at the same time."""
+        number, count = shard
+        (self.root / "predictions").mkdir(parents=True, exist_ok=True)
+        refuse_earlier_version(self.root)
+        own = self.root / f".lock-{number}-of-{count}"
+        with FileLock(self.root / ".lock"):
+            for other in self.root.glob(".lock-*-of-*"):
+                if other != own and not other.name.endswith(f"-of-{count}"):
+                    _acquire(other).release()
+            lock = _acquire(own)
+            own.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+            agree(self.root / "settings.json", self.settings)
+        with lock:
+            yield
+
+    def path(self, adapter: str, stream: str, seed: int) -> Path:
+        """Path of a result; its folder exists while the store is locked."""
+        name = safe_name(f"{adapter}--{stream}--seed{seed}")
+        return self.root / "predictions" / f"{name}.safetensors"
+
+    def read(
+        self,
+        adapter: str,
+        stream: str,
+        seed: int,
+        settings: Mapping[str, Any],
+        content: str | None = None,
+    ) -> Predictions | None:
+        """A finished result, or None if it has to be computed; `content` None is not compared."""
+        path = self.path(adapter, stream, seed)
+        if not path.exists():
+            return None
+        try:
+            found = Predictions.load(path)
+        except ValueError as error:
+            log.warning("%s; recomputing", error)
+            return None
+        if (found.adapter, found.stream, found.seed) != (adapter, stream, seed):
+            raise ValueError(
+                f"{path}: has the predictions of {found.adapter} on {found.stream}, seed "
+                f"{found.seed}, expected {adapter} on {stream}, seed {seed}"
+            )
+        if found.settings != settings:
+            said = differences(found.settings, settings)
+            raise ValueError(f"{path}: was made with {said}; choose another folder")
+        _require_same_images(path, found.content, content)
+        return found
+
+
+def _acquire(path: Path) -> FileLock:
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        holder = path.read_text().strip() or "another process"
+        raise ValueError(
+            f"{path.parent}: another run is writing to this folder ({holder})"
+        ) from None
+    return lock
+
+
+def load_predictions(folder: str | Path) -> list[Predictions]:
+    """Read all results below a folder, by stream and then adapter, as `sweep` gives them.
+
+    Raises:
+        FileNotFoundError: if there are none.
+        ValueError: if a file is damaged, or the folder is of an earlier version.
+    """
+    root = Path(folder)
+    refuse_earlier_version(root)
+    paths = [
+        path
+        for path in sorted(root.rglob("predictions/*.safetensors"))
+        if VALIDATION not in path.relative_to(root).parts
+    ]
+    if not paths:
+        raise FileNotFoundError(f"{root}: has no predictions of jaxtta sweep or shifts")
+    results = [(path.parent, Predictions.load(path)) for path in paths]
+    results.sort(key=lambda pair: (pair[0], pair[1].about.get("place", [])))
+    return [result for _, result in results]
+
+
+def refuse_earlier_version(root: Path) -> None:
+    """Raise a ValueError for a folder with a sweep of jaxtta 0.2 or before."""
+    if (root / "cells").is_dir() or next(root.glob("*/cells"), None):
+        raise ValueError(
+            f"{root}: has results of an earlier version of jaxtta, which this version does not "
+            "read; choose another folder"
+        )
+
+
+def agree_on_images(path: Path, content: str | None) -> None:
+    """Write a digest of a folder's images, or check that it matches the existing one.
+
+    Args:
+        path: the file in the folder.
+        content: the digest; None where the images are trusted to be those of earlier results.
+
+    Raises:
+        ValueError: if the folder has results of other images, or the file is damaged.
+    """
+    if not path.exists():
+        write_json(path, {"content": content})
+    else:
+        _require_same_images(path, _read_json(path).get("content"), content)
+
+
+def _require_same_images(path: Path, earlier: str | None, content: str | None) -> None:
+    if content is None or content == earlier:
+        return
+    reason = "was made from other images: the files have changed, or are a newer copy"
+    if earlier is None:
+        reason = "does not say which images it was made from"
+    raise ValueError(
+        f"{path}: {reason}; choose another folder, or --trust-data if the images are the same"
+    )
+
+
+def agree(path: Path, settings: Mapping[str, Any]) -> None:
+    """Write a folder's settings, JSON values, or check that they match the existing ones.
+
+    Raises:
+        ValueError: if the folder has other settings, or the file is damaged.
+    """
+    if not path.exists():
+        write_json(path, settings)
+        return
+    earlier = _read_json(path)
+    if earlier != settings:
+        said = differences(earlier, settings)
+        raise ValueError(f"{path.parent}: has results with {said}; choose another folder")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: is not valid JSON ({error}); remove the folder") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: is no JSON object; remove the folder")
+    return content
+
+
+def differences(earlier: Mapping[str, Any], now: Mapping[str, Any], within: str = "") -> str:
+    """List the settings that differ; a setting within another is named "outer.inner"."""
+    lacking = [within + name for name in now if name not in earlier]  # in an earlier version
+    listed = [f"no record of {', '.join(lacking)}"] if lacking else []
+    for name, value in earlier.items():
+        other = now.get(name)
+        if isinstance(value, dict) and isinstance(other, dict) and value != other:
+            listed.append(differences(value, other, f"{within}{name}."))
+        elif value != other:
+            listed.append(f"{within}{name} {value!r} (this run: {other!r})")
+    return ", ".join(listed)

@@ -1,0 +1,88 @@
+"""Logging results to TensorBoard and Weights & Biases, a line for each adapter and domain."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxtta.evaluate.predictions import Predictions
+from jaxtta.evaluate.store import safe_name
+
+Logger = Callable[[Predictions], None]
+PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
+
+
+def loggers(names: Sequence[str], folder: Path, settings: Mapping[str, Any]) -> Logger:
+    """Make one function that logs a result to each of the trackers.
+
+    Args:
+        names: of `PACKAGES`.
+        folder: of the results; the trackers keep their files there. Without a login, or with
+            WANDB_MODE=offline, Weights & Biases can be synchronised from it later.
+        settings: of the run, shown by Weights & Biases.
+
+    Returns:
+        The function, for `sweep`.
+
+    Raises:
+        ImportError: if a tracker's package is not installed.
+        ValueError: for an unknown tracker.
+    """
+    trackers = []
+    for name in names:
+        if name not in PACKAGES:
+            raise ValueError(f"unknown tracker {name!r}, expected {', '.join(PACKAGES)}")
+        try:
+            package = import_module(PACKAGES[name])
+        except ImportError as error:
+            raise ImportError(
+                f"--log {name} needs {PACKAGES[name]}: pip install 'jaxtta[log]'"
+            ) from error
+        make = {"tensorboard": _tensorboard, "wandb": _wandb}[name]
+        trackers.append(make(package, folder, settings))
+
+    def log(result: Predictions) -> None:
+        for number, domain in enumerate(result.domains):
+            rows = result.segment(number)
+            rows = rows[rows["seen"]]
+            values = {
+                "top1": float(rows["top1"].mean()),
+                "top5": float(rows["top5"].mean()),
+                "nll": float(rows["nll"][np.isfinite(rows["nll"])].mean()),
+                "seconds_per_batch": float(result.steps["seconds"].mean()),
+            }
+            for tracker in trackers:
+                tracker(result, str(domain), values)
+
+    return log
+
+
+def _tensorboard(package: Any, folder: Path, settings: Mapping[str, Any]) -> Callable:
+    """One run for each adapter, one tag for each domain and metric; the step is the seed."""
+    del settings
+    writers: dict[str, Any] = {}
+
+    def track(result: Predictions, domain: str, values: Mapping[str, float]) -> None:
+        if result.adapter not in writers:
+            path = folder / "tensorboard" / safe_name(result.adapter)
+            writers[result.adapter] = package.SummaryWriter(str(path))
+        for name, value in values.items():
+            writers[result.adapter].add_scalar(f"{domain}/{name}", value, result.seed)
+        writers[result.adapter].flush()
+
+    return track
+
+
+def _wandb(package: Any, folder: Path, settings: Mapping[str, Any]) -> Callable:
+    folder.mkdir(parents=True, exist_ok=True)
+    config = json.loads(json.dumps(settings, default=str))
+    run = package.init(project="jaxtta", dir=str(folder), config=config)
+
+    def track(result: Predictions, domain: str, values: Mapping[str, float]) -> None:
+        line = {"adapter": result.adapter, "stream": result.stream, "seed": result.seed}
+        run.log({**line, "domain": domain, **values})
+
+    return track

@@ -1,0 +1,160 @@
+"""Epochs of meta-training over images in memory, a judgement after each, and the best of them.
+
+    train_epoch = make_train_epoch(loss_of, optax.adam(1e-2), learning_rate=1e-4)
+    for state, history in pretrain(train_epoch, evaluate, state, images, orders):
+        save(state, history)
+    best = best_epoch(history, "accuracy")
+
+`loss_of(frozen, adapted, images)` is a loss without labels; `frozen` are arrays that stay the same.
+"""
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+import optax
+
+from jaxtta.optim.meta_gradient import MGGParams
+from jaxtta.optim.meta_training import MetaState, begin_epoch, meta_step
+
+
+class EpochMetrics(NamedTuple):
+    """Metrics of an epoch; those of validation images are None without any.
+
+    Attributes:
+        loss: mean over the training batches.
+        val_loss: mean over the validation images.
+        accuracy: top-1 on the validation images.
+    """
+
+    loss: float | None
+    val_loss: float | None
+    accuracy: float | None
+
+
+TrainEpoch = Callable[[MetaState, np.ndarray], tuple[MetaState, np.ndarray]]
+
+
+def make_train_epoch(
+    loss_of: Callable[[Any, Any, jax.Array], jax.Array],
+    frozen: Any,
+    optimizer: optax.GradientTransformation,
+    learning_rate: float,
+    batch_size: int = 2,
+    truncation: int = 1,
+) -> TrainEpoch:
+    """A function that trains for one epoch.
+
+    Args:
+        loss_of: `loss_of(frozen, adapted, images)`.
+        frozen: arrays that stay the same.
+        optimizer: trains the generator's weights.
+        learning_rate: of the generator's updates.
+        batch_size: images per update.
+        truncation: updates that a step differentiates through.
+
+    Returns:
+        `train(state, images) -> (state, losses)`; images that do not fill a batch are left out.
+    """
+
+    # Arguments, so that the frozen arrays are not compiled in as constants.
+    @jax.jit
+    def begin(frozen: Any, state: MetaState, batch: Any) -> tuple[MetaState, jax.Array]:
+        return begin_epoch(functools.partial(loss_of, frozen), learning_rate)(state, batch)
+
+    @jax.jit
+    def step(frozen: Any, state: MetaState, batches: Any) -> tuple[MetaState, jax.Array]:
+        loss = functools.partial(loss_of, frozen)
+        return meta_step(loss, optimizer, learning_rate)(state, batches)
+
+    def train(state: MetaState, images: np.ndarray) -> tuple[MetaState, np.ndarray]:
+        whole = len(images) // batch_size * batch_size
+        batches = images[:whole].reshape(-1, batch_size, *images.shape[1:])
+        state, loss = begin(frozen, state, batches[0])
+        losses = [loss[None]]
+        for first in range(1, len(batches), truncation):
+            state, window = step(frozen, state, batches[first : first + truncation])
+            losses.append(window)
+        return state, np.concatenate(losses)
+
+    return train
+
+
+def pretrain(
+    train_epoch: TrainEpoch,
+    evaluate: Callable[[MGGParams, str], tuple[float | None, float | None]],
+    state: MetaState,
+    images: np.ndarray,
+    orders: Sequence[np.ndarray],
+    history: Sequence[EpochMetrics] = (),
+) -> Iterator[tuple[MetaState, list[EpochMetrics]]]:
+    """Train for the remaining epochs.
+
+    Args:
+        train_epoch: from `make_train_epoch`.
+        evaluate: `evaluate(phi, name)` gives loss and accuracy on validation images; see `judge`.
+        state: after the epochs in `history`.
+        images: (images, height, width, 3).
+        orders: permutations of the images, one per epoch.
+        history: metrics of the finished epochs.
+
+    Yields:
+        The state and the metrics so far, after every epoch.
+
+    Raises:
+        FloatingPointError: if a loss is no longer finite.
+    """
+    history = [*history]
+    for number, order in enumerate(orders[len(history) :], len(history) + 1):
+        state, losses = train_epoch(state, images[order])
+        if not np.isfinite(losses).all():
+            raise FloatingPointError(
+                f"the loss is no longer finite in epoch {number}; try a lower --inner-learning-rate"
+            )
+        metrics = EpochMetrics(float(losses.mean()), *evaluate(state.phi, f"epoch {number}"))
+        history.append(metrics)
+        yield state, history
+
+
+def judge(
+    init: Callable[[], Any],
+    step: Callable[[Any, Any], tuple[Any, tuple[jax.Array, jax.Array, jax.Array]]],
+    streams: Iterable[Iterable[Any]],
+    name: str,
+) -> tuple[float, float]:
+    """Mean loss and accuracy of adapting to streams, from the start on each.
+
+    Args:
+        init: gives the adapter's first state.
+        step: `step(state, batch) -> (state, (loss, correct, skipped))`, correct (batch,) bool.
+        streams: batches with a `mask`, false for padding.
+        name: for the message.
+
+    Raises:
+        FloatingPointError: if a step was skipped, because a loss or an update is not finite.
+    """
+    losses, correct, counts = [], [], []
+    for batches in streams:
+        state = init()
+        for batch in batches:
+            state, (loss, right, skipped) = step(state, batch)
+            if skipped:
+                raise FloatingPointError(
+                    f"{name}: a loss or an update on validation images is not finite"
+                )
+            losses.append(float(loss))
+            correct.append(np.asarray(right)[batch.mask])
+            counts.append(len(correct[-1]))
+    return float(np.average(losses, weights=counts)), float(np.concatenate(correct).mean())
+
+
+def best_epoch(
+    history: Sequence[EpochMetrics], select_by: Literal["accuracy", "loss"] = "accuracy"
+) -> int:
+    """Index of the epoch with the highest accuracy or the lowest loss; the first of equal ones."""
+    if select_by == "accuracy":
+        return int(np.argmax([epoch.accuracy for epoch in history]))
+    losses = [epoch.loss if epoch.val_loss is None else epoch.val_loss for epoch in history]
+    return int(np.argmin(losses))

@@ -1,0 +1,189 @@
+"""A summary in words: two sentences, a text table, notes and warnings."""
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+
+import pandas as pd
+
+from jaxtta.data.corruptions import CLEAN
+from jaxtta.images import printable
+from jaxtta.report.render import NONE
+from jaxtta.report.summary import Summary
+
+NAMED = 5  # number of images or streams listed in a warning
+MEASURES = {
+    "corruption_error": ("mean corruption error (%)", 100, 2),
+    "mean_per_class_recall": ("mean per-class recall (%)", 100, 2),
+    "ece": ("expected calibration error (%)", 100, 2),
+    "nll": ("negative log-likelihood (nats)", 1, 3),
+    "brier": ("Brier score", 1, 3),
+    "seconds_per_image": ("seconds per image", 1, 4),
+    "images_per_second": ("images per second", 1, 1),
+    "peak_memory_gb": ("peak memory (GB)", 1, 2),
+}
+"""Columns of the means beside accuracy: name, factor and decimals."""
+Entries = list[tuple[str, list[pd.Series | None]]]
+
+
+def answer(summary: Summary) -> str:
+    """Summarise in two sentences which adapter is best, and where each helps or harms."""
+    means, base, count = summary.means, summary.baseline, len(summary.averaged)
+    known = means["top1"].dropna()
+    if known.empty:
+        return "No images were processed."
+    noun = summary.noun if count == 1 else f"{summary.noun}s"
+    where = f"On {summary.averaged[0].replace('_', ' ')} images"
+    where = f"Averaged over {count} {noun}" if count > 1 else where
+    if not summary.compared:
+        rest = "No other adapter was run" if base else "There is no baseline to compare with"
+        return f"{where}, {known.idxmax()} has an accuracy of {points(known.max())} %. {rest}."
+    best, share = means["gain"].idxmax(), f"{points(means['top1'][base])} %"
+    top, gain = points(means["top1"][best]), _gain(means.loc[best]).replace(" ", " points ", 1)
+    said = {
+        1: f"{best} is best with {top} %, {gain} over {base}'s {share}",
+        0: f"no adapter is clearly better than {base} with {share}: the highest, {best}, has "
+        f"{top} %, {gain}, which is not significant",
+        -1: f"every adapter is worse than {base} with {share}: the nearest, {best}, has {top} %, "
+        f"{gain}",
+    }[means["significance"][best]]
+    counts = []
+    for adapter in summary.compared:
+        found = summary.table["significance"].xs(adapter, level="adapter")
+        own, clean = found[[*summary.averaged]], found.get(CLEAN)
+        text = f"{adapter} better on {(own > 0).sum()} and worse on {(own < 0).sum()}"
+        if CLEAN not in summary.averaged and clean:
+            text += f" (clean images: {'better' if clean > 0 else 'worse'})"
+        counts.append(text)
+    differences = f"Significant differences from {base} on {count} {noun}: {', '.join(counts)}"
+    return f"{where}, {said}. {differences}."
+
+
+def entries(summaries: Iterable[Summary]) -> Entries:
+    """Rows of the tables, then of the means, by all adapters; None where there is no result."""
+    columns = [(each, adapter) for each in summaries for adapter in each.adapters]
+    rows: Entries = [
+        (name, [s.table.loc[(name, a)] if name in s.corruptions else None for s, a in columns])
+        for name in dict.fromkeys(name for each, _ in columns for name in each.corruptions)
+    ]
+    return [*rows, ("mean", [each.means.loc[adapter] for each, adapter in columns])]
+
+
+def text_table(summaries: Summary | Mapping[str, Summary]) -> str:
+    """Format accuracies in per cent, gains and their intervals in points.
+
+    Args:
+        summaries: one, or several by heading to be put side by side.
+    """
+    if isinstance(summaries, Summary):
+        summaries = {"": summaries}
+    several = [*summaries.values()]
+    heads = [[name] + [""] * (len(each.adapters) - 1) for name, each in summaries.items()]
+    rows = [["", *itertools.chain(*heads)]] if len(several) > 1 else []
+    rows.append([several[0].noun, *(name for each in several for name in each.adapters)])
+    rules = [len(rows)]
+    rows += [[name, *map(_entry, found)] for name, found in entries(several)]
+    rules += [len(rows), len(rows) + 2]
+    lines = aligned(rows + [[name, *texts] for name, texts in measures(several)])
+    rule = "-" * max(map(len, lines))
+    for place in rules:
+        lines.insert(place, rule)
+    lines += dict.fromkeys(note for each in several for note in notes(each))
+    if any("] !" in line for line in lines):
+        lines.append("! Significantly worse than the baseline: the gain's interval is below 0.")
+    return "\n".join(lines)
+
+
+def _entry(entry: pd.Series | None) -> str:
+    if entry is None:
+        return NONE
+    text = points(entry["top1"]) + ("" if pd.isna(entry["gain"]) else f" {_gain(entry)}")
+    return f"{text} !" if entry["significance"] < 0 else text
+
+
+def _gain(entry: pd.Series) -> str:
+    gain, low, high = (points(entry[name], "+") for name in ("gain", "low", "high"))
+    return f"{gain} [{low}, {high}]"
+
+
+def points(share: float, sign: str = "") -> str:
+    """Format a share in per cent, or a difference in points."""
+    return NONE if pd.isna(share) else f"{100 * share:{sign}.2f}"
+
+
+def aligned(rows: Iterable[Sequence[str]]) -> list[str]:
+    """Format rows with the same number of cells as lines with aligned columns."""
+    rows = [[*map(printable, row)] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+
+
+def measures(summaries: Iterable[Summary]) -> list[tuple[str, list[str]]]:
+    """Name and texts by adapter of recall, calibration, speed and memory, where known."""
+    means = pd.concat([each.means for each in summaries])
+    return [
+        (name, [NONE if pd.isna(x) else f"{factor * x:.{digits}f}" for x in means[column]])
+        for column, (name, factor, digits) in MEASURES.items()
+        if means[column].notna().any()
+    ]
+
+
+def worst_classes(summary: Summary, count: int = 10) -> list[tuple[str, list[str]]]:
+    """The classes with the lowest mean accuracy: name, and accuracy and confusion by adapter."""
+
+    def text(row: pd.Series) -> str:
+        share = row["mistaken_share"]
+        return points(row["accuracy"]) + (
+            f" ({row['mistaken_for']}: {points(share)})" if share > 0 else ""
+        )
+
+    key = ["dataset", "class", "label"]
+    worst = summary.classes.groupby(key)["accuracy"].mean().nsmallest(count).index
+    own = summary.classes.set_index(key).loc[worst]
+    texts = own.assign(text=own.apply(text, axis=1)).pivot(columns="adapter", values="text")
+    texts = texts.reindex(worst, columns=summary.adapters).fillna(NONE)
+    names = [f"{dataset}: {name}" if dataset else name for dataset, name, _ in worst]
+    return list(zip(names, texts.to_numpy().tolist(), strict=True))
+
+
+def notes(summary: Summary) -> list[str]:
+    """Sentences that tell what the table's means are over."""
+    said, seeds = [], summary.segments["seed"].nunique()
+    if len(summary.severities) > 1:
+        shown = ", ".join(map(str, summary.severities))
+        said.append(f"Each {summary.noun} is the mean over severities {shown}.")
+    if len(summary.averaged) < len(summary.corruptions):
+        said.append("The mean excludes clean images.")
+    if seeds > 1:
+        texts = ", ".join(f"{name} {points(x)}" for name, x in summary.means["spread"].items())
+        said.append(f"Mean over {seeds} seeds; standard deviation over seeds: {texts}.")
+    return said
+
+
+def warnings(summary: Summary) -> list[str]:
+    """Sentences about unreadable images, skipped steps and predictions that are not finite."""
+    said = []
+    if lost := sorted({name for result in summary.results for name in result.unreadable}):
+        said.append(f"{counted(len(lost), 'image')} could not be read: {some(lost)}.")
+    for adapter, own in summary.segments.groupby("adapter", sort=False):
+        hit = own[own["skipped_steps"] > 0].drop_duplicates(["stream", "seed"])
+        if len(hit):
+            steps = counted(hit["skipped_steps"].sum(), "step")
+            where = [f"{line.stream} (seed {line.seed})" for line in hit.itertuples()]
+            said.append(
+                f"{adapter}: {steps} skipped because the loss or the update was not finite, on "
+                f"{some(where)}."
+            )
+        if mute := own["without_prediction"].sum():
+            said.append(f"{adapter}: without a finite prediction, counted as wrong: {mute}.")
+    return said
+
+
+def counted(number: int, noun: str) -> str:
+    """A number and its noun."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def some(items: Sequence[object], shown: int = NAMED) -> str:
+    """List the first items, and how many more there are."""
+    more = f" and {len(items) - shown} more" if len(items) > shown else ""
+    return ", ".join(map(str, items[:shown])) + more
