@@ -20,19 +20,12 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class ArrayDataset:
-    """Images in memory.
+    """Images in memory."""
 
-    Attributes:
-        images: (images, height, width, 3) uint8.
-        labels: (images,) int32.
-        class_names: names of the classes.
-        what: an image's name in messages, before its index.
-    """
-
-    images: np.ndarray
-    labels: np.ndarray
+    images: np.ndarray  # (images, height, width, 3) uint8
+    labels: np.ndarray  # (images,) int32
     class_names: tuple[str, ...]
-    what: str = "image"
+    what: str = "image"  # an image's name in messages, before its index
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -51,19 +44,12 @@ class ArrayDataset:
 
 @dataclasses.dataclass(frozen=True)
 class ArrayFile:
-    """The rows of one severity in a `.npy` file, which every process opens for itself.
-
-    Attributes:
-        path: the file: (rows, height, width, 3) uint8.
-        labels: (images,) int32.
-        class_names: names of the classes.
-        severity: which of the file's five severities; 0 if it has one.
-    """
+    """The rows of one severity in a `.npy` file, which every process opens for itself."""
 
     path: Path
-    labels: np.ndarray
+    labels: np.ndarray  # (images,) int32
     class_names: tuple[str, ...]
-    severity: int = 0
+    severity: int = 0  # which of the file's five severities; 0 if it has one
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -129,7 +115,8 @@ def _check_images(path: Path, array: np.ndarray) -> None:
         )
 
 
-def _check_labels(path: Path, labels: np.ndarray, classes: int | None = None) -> None:
+def check_labels(path: object, labels: np.ndarray, classes: int | None = None) -> None:
+    """Raise a ValueError if they are not integers from 0 to below the number of classes."""
     if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
         raise ValueError(
             f"{path}: labels are {labels.dtype} of shape {labels.shape}, expected integers"
@@ -152,7 +139,7 @@ def open_npz(path: Path) -> ArrayDataset:
     except (KeyError, ValueError) as error:
         raise ValueError(f"{path}: expected images, labels and class_names ({error})") from error
     _check_images(path, images)
-    _check_labels(path, labels, len(names))
+    check_labels(path, labels, len(names))
     if len(images) != len(labels):
         raise ValueError(f"{path}: has {len(images)} images and {len(labels)} labels")
     names = tuple(map(str, names))
@@ -176,7 +163,7 @@ def open_arrays(
     """
     root, names = Path(root), tuple(class_names)
     labels, place = read_labels(root), Path(root) / "labels.npy"
-    _check_labels(place, labels, len(names))
+    check_labels(place, labels, len(names))
     found = {path.stem: path for path in sorted(root.glob("*.npy")) if not is_system(path.name)}
     del found["labels"]
     if not found:
@@ -213,5 +200,5 @@ def read_labels(root: str | Path) -> np.ndarray:
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file")
     labels = _load(path)
-    _check_labels(path, labels)
+    check_labels(path, labels)
     return labels.astype(np.int32)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from jaxtta.data.arrays import check_labels
 from jaxtta.images import UnreadableImageError, open_image, printable, to_rgb
 from jaxtta.io import nfc
 
@@ -97,10 +98,5 @@ def from_sequence(
         labels = np.asarray([numbers[name] for name in labels.tolist()])
     if not names:
         raise ValueError("the dataset has no names for its labels: set class_names, in label order")
-    low, high = labels.min(), labels.max()
-    if labels.dtype.kind not in "iu" or labels.ndim != 1 or low < 0 or high >= len(names):
-        raise ValueError(
-            f"labels are {labels.dtype}, from {low} to {high}, expected integers from 0 to "
-            f"{len(names) - 1} for {len(names)} classes"
-        )
+    check_labels("the dataset", labels, len(names))
     return SequenceDataset(ds, image, labels.astype(np.int32), tuple(map(nfc, names)))
