@@ -334,7 +334,9 @@ def test_a_damaged_file_is_computed_again(whole, tmp_path, caplog):
         assert same(sweep(tmp_path), whole["continual"][1])
         assert message in caplog.text and "recomputing" in caplog.text
     shutil.copy(paths[0], paths[1])
-    with pytest.raises(ValueError, match="has the predictions of drift on continual-5, seed 1, ex"):
+    with pytest.raises(
+        ValueError, match="has the predictions of drift on continual-5, seed 1, not"
+    ):
         sweep(tmp_path)
 
 
