@@ -117,7 +117,7 @@ def test_the_same_inputs_elsewhere_are_the_same(sweep, images, short, tmp_path):
         (("--batch-size", "4"), r"streams.batch_size 8 \(this run: 4\)"),
         (("--templates", "my {}."), r"model.tokens .*, model.templates \['a photo of a {}.'\]"),
         (("--class-names", "dog", "cat"), r"data.class_names \['cat', 'dog'\]"),
-        (("--compute-dtype", "bfloat16"), r"compute_dtype None \(this run: 'bfloat16'\)"),
+        (("--compute-dtype", "bfloat16"), r"compute_dtype 'float32' \(this run: 'bfloat16'\)"),
     ],
 )
 def test_other_options_are_refused_by_name(sweep, short, options, said):
