@@ -125,7 +125,8 @@ def summarise(results: Sequence[Predictions], baseline: str = BASELINE) -> Summa
     corruptions = segments["corruption"].unique()
     averaged = tuple(name for name in corruptions if name != CLEAN) or (*corruptions,)
     table, means = _tables(segments, pairs, averaged, datasets)
-    means["corruption_error"] = [_corruption_error(name, segments, results) for name in means.index]
+    errors = [_corruption_error(name, segments, results) for name in means.index]
+    means["corruption_error"] = np.array(errors, float)
     return Summary(
         segments.rename(columns={"low": "gain_low", "high": "gain_high"}),
         table,
