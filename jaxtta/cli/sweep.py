@@ -128,11 +128,10 @@ def tune(
         config = options.adapters.config
         choice = evaluate.tune_learning_rate(text, rates, *inputs, config=config, **options.run.how)
         choice = choice._replace(chosen_on=f"{choice.chosen_on}; {whose}, with their labels")
-        top1 = ", ".join(
-            f"{rate:g}: {100 * top1:.2f} %" for rate, top1 in choice.accuracies.items()
-        )
-        print(f"{text}: learning rate {choice.rate:g}, chosen on {choice.chosen_on} ({top1})")
-        about.setdefault("chosen", {})[text] = choice._asdict()
+        top1 = {f"{rate:g}": f"{100 * top1:.2f} %" for rate, top1 in choice.accuracies.items()}
+        said = ", ".join(f"{rate}: {value}" for rate, value in top1.items())
+        print(f"{text}: learning rate {choice.rate:g}, chosen on {choice.chosen_on} ({said})")
+        about.setdefault("chosen", {})[text] = choice._asdict() | {"accuracies": top1}
         adapters[adapters.index(text)] = evaluate.with_rate(text, choice.rate)
     return adapters
 
