@@ -6,7 +6,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 
@@ -23,8 +23,8 @@ MODELS = {  # the two towers, image size, patch size and projection
 
 
 @dataclasses.dataclass(frozen=True)
-class Workload:
-    """What is computed in a step."""
+class Settings:
+    """Benchmark settings."""
 
     model: Literal["ViT-B/16", "ViT-B/32", "ViT-L/14", "tiny"] = "ViT-B/16"
     """Size of the model; tiny only checks that everything runs."""
@@ -36,49 +36,45 @@ class Workload:
     """Views per image (TNT)."""
     views_per_chunk: int = 8
     """Views encoded at once (TNT's JAX rows); use more on an accelerator."""
+    adapters: tuple[str, ...] = ("zero_shot", "tent", "batclip")
+    """Adapters to measure: these, tnt, tnt:steps=N, or mgtta (JAX only)."""
+    frameworks: tuple[Literal["jax", "torch"], ...] = ("jax", "torch")
+    """Libraries to measure; an adapter has a row in JAX and two in PyTorch (TNT one)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the matrix products; the parameters are float32."""
     remat: bool = False
     """Recompute activations in the backward pass (JAX rows only): less memory, more time."""
     steps: int = 3
     """Measured steps per row, after one warm-up step."""
+    memory_limit_gb: float | None = None
+    """Stop a row whose process uses more main memory than this (Linux only)."""
+    reading: str | None = None
+    """Class folders of images: also time reading and corrupting them, without a model."""
+    workers: int = 2
+    """Processes that read images."""
+    projectors: bool = False
+    """Also time what GNSP adds to training: projectors, beside full SVDs in PyTorch, and a step."""
+    output: str | None = None
+    """JSON file for settings and rows, rewritten after each row."""
+    debug: bool = False
+    """Show the traceback of an error."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Case(Workload):
-    """A row of the table."""
-
-    adapter: str = "batclip"
-    prompts: Literal["packed", "77 tokens", "cut"] = "77 tokens"  # jaxtta always packs them
-
-    @property
-    def tnt_steps(self) -> int:
-        """Updates of TNT's noise map; 0 for another adapter."""
-        name, _, setting = self.adapter.partition(":")
-        return int(setting.removeprefix("steps=") or 1) if name == "tnt" else 0
+def tnt_steps(adapter: str) -> int:
+    """Updates of the noise map in a step of TNT; 0 for another adapter."""
+    name, _, setting = adapter.partition(":")
+    return int(setting.removeprefix("steps=") or 1) if name == "tnt" else 0
 
 
-class Measured(NamedTuple):
-    """The figures of a row."""
-
-    device: str
-    seconds: list[float]  # of each step
-    peak_memory_gb: float
-    flops: int  # of a step
-    matmul_flops_per_second: float
-    compile_seconds: float | None = None
-    optimizer_seconds: float | None = None
-    optimizer_mb: float | None = None
-
-
-def print_measured(measure: Callable[[Case], Measured]) -> None:
-    """Measure the case given as JSON on the command line; print the figures, or the error."""
+def print_row(measure: Callable[[Settings, str, str], dict[str, Any]]) -> None:
+    """Measure the row of the command line: adapter, prompts, settings as JSON; print JSON."""
     try:
-        found = measure(Case(**json.loads(sys.argv[1])))._asdict()
+        adapter, prompts, settings = sys.argv[1:]
+        row = measure(Settings(**json.loads(settings)), adapter, prompts)
     except Exception as error:  # any exception, for example out of memory
         text = str(error).strip().partition("\n")[0]
-        found = {"error": f"{type(error).__name__}: {text[:160]}"}
-    print(json.dumps(found))
+        row = {"error": f"{type(error).__name__}: {text[:160]}"}
+    print(json.dumps(row))
 
 
 def timed(step: Callable[[], Any], steps: int, wait: Callable[[Any], Any]) -> list[float]:

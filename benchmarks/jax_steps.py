@@ -1,6 +1,6 @@
 """Measure a step of one of jaxtta's adapters.
 
-python benchmarks/jax_steps.py '{"adapter": "batclip", "classes": 1000}'
+python benchmarks/jax_steps.py batclip packed '{"classes": 1000}'
 """
 
 import math
@@ -8,78 +8,74 @@ import sys
 import time
 from typing import Any
 
+import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
-from cases import (
-    Case,
-    Measured,
-    clip_config,
-    print_measured,
-    prompt_tokens,
-    random_images,
-    resident_peak_gb,
-    timed,
-)
+from cases import Settings
 
 from jaxtta import adapters, models, optim
 
 
-def measure(case: Case) -> Measured:
+def measure(settings: Settings, name: str, prompts: str = "packed") -> dict[str, Any]:
     """Measure a step, its operations and its memory."""
-    dtype, wait = jnp.dtype(case.dtype), jax.block_until_ready
+    del prompts  # jaxtta packs them always
+    dtype, wait = jnp.dtype(settings.dtype), jax.block_until_ready
     size = 2048 if jax.default_backend() == "cpu" else 4096
     a, b = jax.random.normal(jax.random.key(0), (2, size, size), dtype)
     product = jax.jit(jnp.matmul)
-    peak = 2 * size**3 / min(timed(lambda: product(a, b), 20, wait))
+    peak = 2 * size**3 / min(cases.timed(lambda: product(a, b), 20, wait))
+    config, steps = cases.clip_config(settings.model), cases.tnt_steps(name)
     compute_dtype = None if dtype == jnp.float32 else dtype
-    config = clip_config(case.model)
-    model = models.from_config(config, compute_dtype=compute_dtype, remat=case.remat)
-    adapter, generator = make_adapter(case, model)
+    model = models.from_config(config, compute_dtype=compute_dtype, remat=settings.remat)
+    task = models.task_from_token_ids(cases.prompt_tokens(settings.classes))
+    generator = None
+    if steps:
+        chunk = settings.views_per_chunk
+        tuning = adapters.TNTConfig(settings.views, steps, views_per_chunk=chunk)
+        adapter = adapters.tnt(model, task, config=tuning)
+    elif name == "mgtta":
+        ones = jnp.ones(model.feature_shape)
+        clean = models.FeatureStatistics(jnp.array(2.0), 0 * ones, ones)
+        phi = optim.init_meta_gradient_generator(jax.random.key(0))
+        generator = optim.meta_gradient_generator(phi, 1e-3)
+        adapter = adapters.mgtta(model, task, optimizer=generator, statistics=clean)
+    else:
+        adapter = getattr(adapters, name)(model, task)
     params = random_params(model)
-    images = jnp.asarray(random_images(1 if case.tnt_steps else case.batch, case.model))
-    state, prediction = wait(adapter.init(params)), None
+    images = jnp.asarray(cases.random_images(1 if steps else settings.batch, settings.model))
+    state, logits = wait(adapter.init(params)), None
     start = time.perf_counter()
     traced = jax.jit(adapter.step, donate_argnums=1).trace(params, state, images)
     compiled = traced.lower().compile()
     compilation = time.perf_counter() - start
 
     def step() -> Any:
-        nonlocal state, prediction
+        nonlocal state, logits
         state, prediction = compiled(params, state, images)
+        logits = prediction.logits
         return state, prediction
 
-    seconds = timed(step, case.steps, wait)
-    if not jnp.isfinite(prediction.logits).all():
+    seconds = cases.timed(step, settings.steps, wait)
+    if not jnp.isfinite(logits).all():
         raise FloatingPointError("the logits are not finite")
     device = jax.local_devices()[0]
     allocated = (device.memory_stats() or {}).get("peak_bytes_in_use")
-    memory = allocated / 1e9 if allocated else resident_peak_gb()
-    flops = count_flops(traced.jaxpr.jaxpr)
-    found = Measured(device.device_kind, seconds, memory, flops, peak, compilation)
-    if generator is None:
-        return found
-    update = jax.jit(generator.update)
-    own = timed(lambda: update(state.adapted, state.optimizer), case.steps, wait)
-    held = sum(leaf.nbytes for leaf in jax.tree.leaves(state.optimizer))
-    return found._replace(optimizer_seconds=min(own), optimizer_mb=held / 1e6)
-
-
-def make_adapter(case: Case, model: models.CLIP) -> tuple[adapters.Adapter, Any]:
-    """The case's adapter, and MGTTA's generator or None."""
-    task = models.task_from_token_ids(prompt_tokens(case.classes))
-    if case.tnt_steps:
-        tuning = adapters.TNTConfig(
-            case.views, case.tnt_steps, views_per_chunk=case.views_per_chunk
-        )
-        return adapters.tnt(model, task, config=tuning), None
-    if case.adapter != "mgtta":
-        return getattr(adapters, case.adapter)(model, task), None
-    shape = model.feature_shape
-    clean = models.FeatureStatistics(jnp.array(2.0), jnp.zeros(shape), jnp.ones(shape))
-    phi = optim.init_meta_gradient_generator(jax.random.key(0))
-    generator = optim.meta_gradient_generator(phi, 1e-3)
-    return adapters.mgtta(model, task, optimizer=generator, statistics=clean), generator
+    found = {
+        "library": f"jax {jax.__version__}",
+        "device": device.device_kind,
+        "seconds": seconds,
+        "compile_seconds": compilation,
+        "peak_memory_gb": allocated / 1e9 if allocated else cases.resident_peak_gb(),
+        "gflop": count_flops(traced.jaxpr.jaxpr) / 1e9,
+        "matmul_gflop_per_second": peak / 1e9,
+    }
+    if generator:
+        update = jax.jit(generator.update)
+        own = cases.timed(lambda: update(state.adapted, state.optimizer), settings.steps, wait)
+        held = sum(leaf.nbytes for leaf in jax.tree.leaves(state.optimizer))
+        found |= {"optimizer_seconds": min(own), "optimizer_mb": held / 1e6}
+    return found
 
 
 def random_params(model: models.CLIP) -> dict[str, Any]:
@@ -111,4 +107,4 @@ def count_flops(program: Any) -> int:
 
 if __name__ == "__main__":
     sys.modules["torch"] = None  # transformers would import it, and its memory would count
-    print_measured(measure)
+    cases.print_row(measure)

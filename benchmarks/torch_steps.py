@@ -1,23 +1,15 @@
 """Measure the same step as in the reference implementations, on transformers' CLIPModel.
 
-python benchmarks/torch_steps.py '{"adapter": "tnt:steps=3", "classes": 1000}'
+python benchmarks/torch_steps.py tnt:steps=3 '77 tokens' '{"classes": 1000}'
 """
 
 import math
 from collections.abc import Callable
 from typing import Any
 
+import cases
 import torch
-from cases import (
-    Case,
-    Measured,
-    clip_config,
-    print_measured,
-    prompt_tokens,
-    random_images,
-    resident_peak_gb,
-    timed,
-)
+from cases import Settings
 from torch import Tensor
 from torch.nn.functional import normalize, one_hot, pdist
 from torch.utils import flop_counter
@@ -27,15 +19,15 @@ CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 
 
-def measure(case: Case) -> Measured:
+def measure(settings: Settings, name: str, prompts: str = "77 tokens") -> dict[str, Any]:
     """Measure a step, its operations and its memory."""
     size = 4096 if CUDA else 2048
-    a, b = torch.randn(2, size, size, device=DEVICE, dtype=getattr(torch, case.dtype))
-    peak = 2 * size**3 / min(timed(lambda: a @ b, 20, wait))
-    step = tnt_step(case) if case.tnt_steps else online_step(case)
-    seconds = timed(step, case.steps, wait)
-    name = torch.cuda.get_device_name() if CUDA else "cpu"
-    memory = torch.cuda.max_memory_allocated() / 1e9 if CUDA else resident_peak_gb()
+    a, b = torch.randn(2, size, size, device=DEVICE, dtype=getattr(torch, settings.dtype))
+    peak = 2 * size**3 / min(cases.timed(lambda: a @ b, 20, wait))
+    make_step = tnt_step if cases.tnt_steps(name) else online_step
+    step = make_step(settings, name, prompts)
+    seconds = cases.timed(step, settings.steps, wait)
+    memory = torch.cuda.max_memory_allocated() / 1e9 if CUDA else cases.resident_peak_gb()
     aten = torch.ops.aten  # PyTorch counts its GPU kernels for attention, but not the CPU's
     forward = aten._scaled_dot_product_flash_attention_for_cpu
     backward = aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -47,7 +39,14 @@ def measure(case: Case) -> Measured:
         logits = step()
     if not logits.isfinite().all():
         raise FloatingPointError("the logits are not finite")
-    return Measured(name, seconds, memory, counter.get_total_flops(), peak)
+    return {
+        "library": f"torch {torch.__version__}",
+        "device": torch.cuda.get_device_name() if CUDA else "cpu",
+        "seconds": seconds,
+        "peak_memory_gb": memory,
+        "gflop": counter.get_total_flops() / 1e9,
+        "matmul_gflop_per_second": peak / 1e9,
+    }
 
 
 def wait(_: Any) -> None:
@@ -56,49 +55,50 @@ def wait(_: Any) -> None:
         torch.cuda.synchronize()
 
 
-def prepare(case: Case, images: int) -> tuple[CLIPModel, Callable, Tensor, Tensor]:
+def prepare(settings: Settings, images: int, prompts: str) -> tuple[CLIPModel, Callable, Any, Any]:
     """A frozen model with random weights, a function to run a tower, images and token ids."""
     torch.manual_seed(0)
-    config = clip_config(case.model)
+    config = cases.clip_config(settings.model)
     model = CLIPModel._from_config(config, attn_implementation="sdpa").eval().to(DEVICE)
     model.requires_grad_(False)
-    pixels = torch.from_numpy(random_images(images, case.model)).permute(0, 3, 1, 2).contiguous()
-    token_ids = torch.from_numpy(prompt_tokens(case.classes))
-    if case.prompts == "cut":
-        token_ids = token_ids[:, : int(token_ids.argmax(-1).max()) + 1].contiguous()
+    pixels = torch.from_numpy(cases.random_images(images, settings.model)).permute(0, 3, 1, 2)
+    token_ids = torch.from_numpy(cases.prompt_tokens(settings.classes))
+    if prompts == "cut":
+        token_ids = token_ids[:, : int(token_ids.argmax(-1).max()) + 1]
 
     def encode(features: Callable, inputs: Tensor) -> Tensor:
-        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=case.dtype == "bfloat16"):
+        half = settings.dtype == "bfloat16"
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=half):
             outputs = features(inputs)
         return getattr(outputs, "pooler_output", outputs).float()  # transformers 5, 4
 
-    return model, encode, pixels.to(DEVICE), token_ids.to(DEVICE)
+    return model, encode, pixels.contiguous().to(DEVICE), token_ids.contiguous().to(DEVICE)
 
 
-def online_step(case: Case) -> Callable[[], Tensor]:
+def online_step(settings: Settings, name: str, prompts: str) -> Callable[[], Tensor]:
     """Make a step of zero-shot, TENT or BATCLIP; it returns the logits before the update."""
-    model, encode, pixels, token_ids = prepare(case, case.batch)
+    model, encode, pixels, token_ids = prepare(settings, settings.batch, prompts)
     images, optimizer = pixels.sub(0.5).div(0.27), None
-    if case.adapter != "zero_shot":
-        tower = model if case.adapter == "batclip" else model.vision_model
+    if name != "zero_shot":
+        tower = model if name == "batclip" else model.vision_model
         norms = [module for module in tower.modules() if isinstance(module, torch.nn.LayerNorm)]
         adapted = [parameter.requires_grad_() for norm in norms for parameter in norm.parameters()]
         optimizer = {
             "tent": lambda: torch.optim.SGD(adapted, 2.5e-4, momentum=0.9, nesterov=True),
             "batclip": lambda: torch.optim.AdamW(adapted, 5e-4, weight_decay=1e-2),
-        }[case.adapter]()
+        }[name]()
     with torch.no_grad():
         frozen_texts = normalize(encode(model.get_text_features, token_ids))
 
     def step() -> Tensor:
         with torch.set_grad_enabled(optimizer is not None):
             features, texts = encode(model.get_image_features, images), frozen_texts
-            if case.adapter == "batclip":
+            if name == "batclip":
                 texts = normalize(encode(model.get_text_features, token_ids))
             logits = model.logit_scale.exp() * normalize(features) @ texts.T
             if optimizer is not None:
                 loss = entropy_of(logits).mean()
-                if case.adapter == "batclip":
+                if name == "batclip":
                     loss = loss + batclip_terms(logits, features, texts)
                 optimizer.zero_grad()
                 loss.backward()
@@ -119,10 +119,10 @@ def batclip_terms(logits: Tensor, images: Tensor, texts: Tensor) -> Tensor:
     return -(prototypes * texts[present]).sum(-1).mean() - separation
 
 
-def tnt_step(case: Case) -> Callable[[], Tensor]:
+def tnt_step(settings: Settings, name: str, prompts: str) -> Callable[[], Tensor]:
     """Make a step of TNT; it returns the ensemble's mean cosines."""
-    model, encode, views, token_ids = prepare(case, case.views)
-    eps, rate, kept = 1 / 255, 1e-3, max(int(0.1 * case.views), 1)  # size of the ensemble
+    model, encode, views, token_ids = prepare(settings, settings.views, prompts)
+    eps, rate, kept = 1 / 255, 1e-3, max(int(0.1 * settings.views), 1)  # size of the ensemble
     with torch.no_grad():
         texts = normalize(encode(model.get_text_features, token_ids))
 
@@ -136,7 +136,7 @@ def tnt_step(case: Case) -> Callable[[], Tensor]:
 
     def step() -> Tensor:
         noise, selected = torch.randn(views.shape[1:], device=DEVICE).clamp(-eps, eps), None
-        for _ in range(case.tnt_steps):
+        for _ in range(cases.tnt_steps(name)):
             noise.requires_grad_()
             images, logits = embed(noise)
             selected = surest(logits) if selected is None else selected
@@ -158,4 +158,4 @@ def entropy_of(logits: Tensor) -> Tensor:
 
 
 if __name__ == "__main__":
-    print_measured(measure)
+    cases.print_row(measure)

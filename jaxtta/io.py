@@ -187,25 +187,27 @@ def load_arrays(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, Any]
     return arrays, metadata
 
 
-def save_state(path: str | Path, state: Any) -> None:
+def save_state(path: str | Path, state: Any, note: Any = None) -> None:
     """Save the state of an adapter, to continue its stream later.
 
     Args:
         path: of the `.safetensors` file, written atomically.
-        state: what the adapter's `init` or `step` gave.
+        state: what the adapter's `init` or `step` gave, or any other tree of arrays.
+        note: any JSON value, kept beside it.
     """
     leaves = _leaves(state)
     # Types that numpy lacks, bfloat16 for one, are kept as bytes.
     arrays = {name: _as_bytes(leaf) if leaf.dtype.kind == "V" else leaf for name, leaf in leaves}
-    save_arrays(path, arrays, {"leaves": _describe(leaves)})
+    save_arrays(path, arrays, {"leaves": _describe(leaves), "note": note})
 
 
-def load_state(path: str | Path, like: Any) -> Any:
+def load_state(path: str | Path, like: Any, *, part: bool = False) -> Any:
     """Load what `save_state` saved.
 
     Args:
         path: of the file.
         like: a state of the same adapter and model, `adapter.init(params)`.
+        part: whether the file may hold more than `like`.
 
     Returns:
         A state of the structure of `like`, equal to the saved one bit for bit.
@@ -219,6 +221,9 @@ def load_state(path: str | Path, like: Any) -> Any:
     saved, wanted = metadata.get("leaves"), _describe(_leaves(like))
     if not isinstance(saved, dict) or saved.keys() != arrays.keys():
         raise ValueError(f"{path}: holds no adapter's state")
+    if part:
+        saved = {name: saved[name] for name in wanted if name in saved}
+        arrays = {name: arrays[name] for name in saved}
     if saved.keys() != wanted.keys():
         odd = sorted(saved.keys() ^ wanted.keys())[0]
         where = "it has" if odd in saved else "it lacks"

@@ -327,3 +327,30 @@ def retrieval_recall(similarities: ArrayLike, matches: ArrayLike, k: int = 1) ->
     matches = matches.astype(bool) & ~jnp.isnan(similarities)
     _, found = jax.lax.top_k(jnp.nan_to_num(similarities, nan=-jnp.inf, posinf=jnp.inf), k)
     return jnp.take_along_axis(matches, found, 1).any(1).mean()
+
+
+ALIGNMENT = ("modality gap", "image to text", "text to image")
+
+
+def image_text_alignment(
+    images: np.ndarray, texts: np.ndarray, labels: np.ndarray
+) -> dict[str, float]:
+    """Modality gap and retrieval of images and captions.
+
+    Args:
+        images: (images, projection), of unit norm.
+        texts: (images, projection), of unit norm, the same for the same label.
+        labels: (images,) integers.
+
+    Returns:
+        The modality gap, and the share of images and of distinct captions whose nearest caption or
+        image is a match; named as in `ALIGNMENT`.
+    """
+    _, first, place = np.unique(labels, return_index=True, return_inverse=True)
+    similarities, matches = images @ texts[first].T, place[:, None] == np.arange(len(first))
+    values = (
+        modality_gap(jnp.asarray(images), jnp.asarray(texts)),
+        retrieval_recall(similarities, matches),
+        retrieval_recall(similarities.T, matches.T),
+    )
+    return dict(zip(ALIGNMENT, map(float, values), strict=True))

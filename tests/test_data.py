@@ -1,12 +1,25 @@
+"""Datasets and benchmarks: corruption, subsets, digests, and other libraries' sequences."""
+
+import dataclasses
+import os
+
+import grain
 import numpy as np
 import pytest
+from conftest import write_images
 from PIL import Image
 
-from jaxtta import data
+from jaxtta import assets, data
+from jaxtta.data import Domain, arrays
+from jaxtta.data.content import digest_files
 from jaxtta.data.corruptions import image_seed
 from jaxtta.models.preprocess import Preprocessing
 
 PREPROCESS = Preprocessing(32, 32, (32, 32))
+CLEAN = Domain("clean")
+NAMES = ("cat", "dog")
+PIXELS = np.random.default_rng(0).integers(0, 256, (4, 40, 44, 3), np.uint8)
+LABELS = [0, 0, 1, 1]
 
 
 @pytest.fixture
@@ -25,9 +38,11 @@ def folder(tmp_path):
 
 def test_image_folder(folder):
     listed = data.image_folder(folder)
-    assert listed.class_names == ("cat", "dog")
+    assert listed.class_names == NAMES
     assert list(listed.labels) == [0, 0, 0, 1, 1]
     assert [path.name for path in listed.files] == ["0.png", "1.png", "2.png", "0.png", "1.png"]
+    assert data.name_of(listed, 4) == str(folder / "dog" / "1.png")
+    np.testing.assert_array_equal(listed[1], np.asarray(Image.open(listed.files[1])))
 
 
 def test_bad_folders_are_refused(folder, tmp_path):
@@ -40,18 +55,31 @@ def test_bad_folders_are_refused(folder, tmp_path):
         data.image_folder(folder / "empty")
 
 
-@pytest.mark.parametrize("name", [*data.COMMON, *data.VALIDATION])
+@pytest.mark.parametrize("name", [*data.IMAGENET_C, *data.IMAGENET_C_EXTRA])
 @pytest.mark.parametrize("size", [32, 45])
-def test_every_corruption_is_repeatable_and_keeps_its_hands_off_global_state(name, size):
+def test_every_corruption_is_repeatable_and_leaves_global_state_alone(name, size):
     image = np.random.default_rng(0).integers(0, 256, (size, size, 3), np.uint8)
     np.random.seed(7)  # noqa: NPY002
     before = np.random.get_state()[1].copy()  # noqa: NPY002
     first = data.corrupt(image, name, 3, seed=5)
     np.testing.assert_array_equal(np.random.get_state()[1], before)  # noqa: NPY002
-    assert first.shape == image.shape
-    assert first.dtype == np.uint8
+    assert (first.shape, first.dtype) == (image.shape, np.uint8)
     assert np.any(first != image)
     np.testing.assert_array_equal(first, data.corrupt(image, name, 3, seed=5))
+
+
+@pytest.mark.parametrize(
+    ("side", "name", "severity", "message"),
+    [
+        (40, "rain", 3, "'rain', expected one of gaussian_noise"),
+        (40, "fog", 0, "severity is 0, expected 1 to 5"),
+        (40, "fog", 6, "severity is 6"),
+        (20, "fog", 5, "smaller than 32 pixels"),
+    ],
+)
+def test_what_cannot_be_corrupted_is_refused(side, name, severity, message):
+    with pytest.raises(ValueError, match=message):
+        data.corrupt(np.zeros((side, 40, 3), np.uint8), name, severity, 0)
 
 
 def test_spatter_without_a_drop_leaves_the_image_as_it_is():
@@ -66,21 +94,32 @@ def test_images_have_seeds_of_their_own():
     seeds = {
         image_seed(s, name, severity, number)
         for s in range(3)
-        for name in data.COMMON
+        for name in data.IMAGENET_C
         for severity in (1, 5)
         for number in range(20)
     }
     assert len(seeds) == 3 * 15 * 2 * 20
 
 
-def test_images_smaller_than_the_model_are_corrupted_before_they_are_enlarged(folder):
-    large = Preprocessing(96, 96, (96, 96))
+def batch_of(benchmark, domain, preprocess, numbers, seed=0):
+    stream = data.stream_of("s", [domain], np.asarray(numbers), seed)
+    return data.Batches(benchmark, (stream,), len(numbers), preprocess)[0]
+
+
+@pytest.mark.parametrize("side", [32, 96])
+def test_images_are_corrupted_at_the_smaller_resolution(folder, side):
+    """Before a small image is enlarged, and after a large one is cropped."""
+    preprocess = Preprocessing(side, side + 8, (side, side))
     listed = data.image_folder(folder)
-    source = data.CorruptedOnTheFly(listed, large)
-    original = np.asarray(Image.open(listed.files[0]))
-    seed = image_seed(3, "pixelate", 5, 0)
-    expected = large(Image.fromarray(data.corrupt(original, "pixelate", 5, seed)))
-    np.testing.assert_array_equal(source.read(data.Domain("pixelate", 5), 0, 3), expected)
+    benchmark = data.corrupted(listed, preprocess)
+    seeds = [image_seed(seed, "pixelate", 5, 1) for seed in (0, 3)]
+    images = listed[1] if side == 96 else preprocess(Image.fromarray(listed[1]))
+    made = [data.corrupt(images, "pixelate", 5, seed) for seed in seeds]
+    np.testing.assert_array_equal(benchmark[Domain("pixelate", 5)][1], made[0])
+    few = data.subset(benchmark, [4, 1])  # the seed is of the image's index in the whole dataset
+    batch = batch_of(few, Domain("pixelate", 5), preprocess, [1], seed=3)
+    expected = preprocess(Image.fromarray(made[1])) if side == 96 else made[1]
+    np.testing.assert_array_equal(batch.images[0], expected)
 
 
 @pytest.mark.parametrize("spoil", ["truncate", "empty", "text", "small"])
@@ -91,28 +130,59 @@ def test_unreadable_images_are_masked(folder, spoil):
         Image.new("RGB", (20, 20)).save(path)
     else:
         path.write_bytes({"truncate": content[:200], "empty": b"", "text": b"hello"}[spoil])
-    source = data.CorruptedOnTheFly(data.image_folder(folder), PREPROCESS)
-    streams = data.make_streams("continual", ("fog",), (5,), source.labels, order="stored")
-    batch = data.Batches(source, tuple(streams), 3)[0]
+    benchmark = data.open_benchmark("folder", folder, PREPROCESS)
+    batch = batch_of(benchmark, Domain("fog", 5), PREPROCESS, range(3))
     assert list(batch.mask) == [True, False, True]
     assert not batch.images[1].any()
-    assert source.name(streams[0].segments[0], batch.source_index[1]).endswith("1.png")
+    assert data.name_of(benchmark[Domain("fog", 5)], 1).endswith("1.png")
+
+
+def test_domains_that_are_not_there_are_refused(folder):
+    benchmark = data.open_benchmark("folder", folder, PREPROCESS)
+    assert len(benchmark) == 1 + 19 * 5
+    data.select(benchmark, [CLEAN, *(Domain(name, 5) for name in data.IMAGENET_C)])
+    for domain, message in (
+        (Domain("rain", 3), "unknown corruption 'rain', expected one of clean, gaussian_"),
+        (Domain("fog", 6), "severity of fog is 6, expected 1 or 2 or 3 or 4 or 5"),
+        (Domain("fog"), "severity of fog is 0, expected 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            data.select(benchmark, [CLEAN, domain])
+        with pytest.raises(ValueError, match=message):
+            batch_of(benchmark, domain, PREPROCESS, [0])
+    small = data.open_benchmark("folder", folder, Preprocessing(16, 16, (16, 16)))
+    data.select(small, [CLEAN])
+    with pytest.raises(ValueError, match="input size is 16 pixels, corruptions need at least 32"):
+        data.select(data.subset(small, [0]), [Domain("fog", 1)])
+
+
+def test_a_natural_shift_is_a_domain_of_its_own_name(folder):
+    dataset = data.open_dataset("folder", folder)
+    shop = {Domain("shop"): dataset}
+    batch = batch_of(shop, Domain("shop"), PREPROCESS, [1])
+    np.testing.assert_array_equal(batch.images[0], PREPROCESS(Image.fromarray(dataset[1])))
+    with pytest.raises(ValueError, match="unknown corruption 'clean', expected one of shop"):
+        data.select(shop, [CLEAN])
 
 
 @pytest.fixture
-def arrays(tmp_path):
+def stored(tmp_path):
     rng = np.random.default_rng(0)
-    np.save(tmp_path / "fog.npy", rng.integers(0, 256, (4, 32, 32, 3), np.uint8))
-    np.save(tmp_path / "labels.npy", np.array([0, 1, 1, 0]))
+    for name in ("fog", "snow"):
+        np.save(tmp_path / f"{name}.npy", rng.integers(0, 256, (4, 32, 32, 3), np.uint8))
+    np.save(tmp_path / "labels.npy", np.array(LABELS))
     return tmp_path
 
 
-def test_ready_arrays(arrays):
-    source = data.corrupted_arrays(arrays, PREPROCESS, ["cat", "dog"])
-    fog = data.Domain("fog")
-    source.check(fog)
-    np.testing.assert_array_equal(source.read(fog, 2, 0), np.load(arrays / "fog.npy")[2])
-    assert list(source.labels) == [0, 1, 1, 0]
+def test_stored_arrays(stored):
+    benchmark = data.open_benchmark("arrays", stored, PREPROCESS, NAMES)
+    data.select(benchmark, benchmark)
+    assert [*benchmark] == [Domain("fog"), Domain("snow")]
+    fog = benchmark[Domain("fog")]
+    np.testing.assert_array_equal(fog[2], np.load(stored / "fog.npy")[2])
+    assert list(fog.labels) == LABELS
+    with pytest.raises(ValueError, match="has no clean images, only fog, snow"):
+        data.open_dataset("arrays", stored, NAMES)
 
 
 @pytest.mark.parametrize(
@@ -126,38 +196,219 @@ def test_ready_arrays(arrays):
         ("fog", np.zeros((4, 32, 32, 3)), "is float64 of shape"),
         ("fog", np.zeros((4, 3, 32, 32), np.uint8), r"shape \(4, 3, 32, 32\), expected"),
         ("fog", np.zeros((5, 32, 32, 3), np.uint8), "has 5 images, expected 4 for 4 labels"),
-        ("snow", np.zeros(0), "unknown corruption 'rain', .* has fog, snow"),
     ],
 )
-def test_bad_arrays_are_refused(arrays, name, content, message):
-    np.save(arrays / f"{name}.npy", content)
+def test_bad_arrays_are_refused(stored, name, content, message):
+    np.save(stored / f"{name}.npy", content)
     with pytest.raises(ValueError, match=message):
-        data.corrupted_arrays(arrays, PREPROCESS, ["cat", "dog"]).check(
-            data.Domain("rain" if name == "snow" else "fog")
-        )
+        data.select(data.open_benchmark("arrays", stored, PREPROCESS, NAMES), [Domain("fog")])
 
 
-def test_missing_labels_are_refused(arrays):
-    (arrays / "labels.npy").unlink()
+def test_missing_arrays_are_refused(stored):
+    for name in ("fog", "snow"):
+        (stored / f"{name}.npy").unlink()
+    with pytest.raises(ValueError, match=r"has no <corruption>\.npy files"):
+        data.open_benchmark("arrays", stored, PREPROCESS, NAMES)
+    (stored / "labels.npy").unlink()
     with pytest.raises(FileNotFoundError, match=r"labels\.npy: no such file"):
-        data.corrupted_arrays(arrays, PREPROCESS, ["cat", "dog"])
+        data.open_benchmark("cifar-c", stored, PREPROCESS)
 
 
-def test_unknown_corruptions_and_severities_are_refused(folder):
-    source = data.CorruptedOnTheFly(data.image_folder(folder), PREPROCESS)
-    with pytest.raises(ValueError, match="unknown corruption 'rain', expected one of gaussian_"):
-        source.check(data.Domain("rain", 3))
-    for severity in (0, 6):
-        with pytest.raises(ValueError, match=f"severity is {severity}, expected 1 to 5"):
-            source.check(data.Domain("fog", severity))
-    source.check(data.Domain("clean"))
+def test_the_bundled_images_are_balanced_and_real():
+    bundled = data.open_dataset("folder", assets.IMAGES)
+    assert bundled.class_names == data.CIFAR10_CLASSES
+    assert list(bundled.labels) == [*np.repeat(range(10), 200)]
+    assert len(bundled) == 2000
+    assert bundled[7].shape == (32, 32, 3)
+    assert data.content_of(bundled) == "bytes ef9c3a1688823b5e"  # published figures are of these
+    assert data.name_of(bundled, 7) == "cifar10-test-2000.npz image 7"
+    assert assets.IMAGES.stat().st_size < 10e6
 
 
-def test_the_embedded_images_are_balanced():
-    from jaxtta import assets
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"labels": np.array([0, 1, 2, 0])}, "run from 0 to 2, expected 0 to 1 for 2 classes"),
+        ({"labels": np.array([0, 1])}, "has 4 images and 2 labels"),
+        ({"images": PIXELS[..., 0]}, r"uint8 of shape \(4, 40, 44\), expected"),
+        ({"class_names": None}, "expected images, labels and class_names"),
+        (None, "expected images, labels and class_names"),
+    ],
+)
+def test_bad_files_of_images_are_refused(tmp_path, change, message):
+    content = {"images": PIXELS, "labels": np.array(LABELS), "class_names": np.array(NAMES)}
+    path = tmp_path / "some.npz"
+    np.savez(path, **{k: v for k, v in (content | (change or {})).items() if v is not None})
+    if change is None:
+        path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=rf"some\.npz: .*{message}"):
+        data.open_dataset("folder", path)
+    with pytest.raises(FileNotFoundError, match=r"other\.npz: no such file"):
+        data.open_dataset("folder", tmp_path / "other.npz")
 
-    listed = data.image_folder(assets.IMAGES)
-    assert list(np.bincount(listed.labels)) == [200] * 10
+
+DICTS = [{"image": Image.fromarray(x), "label": y} for x, y in zip(PIXELS, LABELS, strict=True)]
+PAIRS = [(image["image"], image["label"]) for image in DICTS]
+
+
+class Torchvision:
+    """As torchvision's datasets are."""
+
+    classes, targets = [*NAMES], LABELS
+
+    def __len__(self):
+        return len(PAIRS)
+
+    def __getitem__(self, number):
+        return PAIRS[number]
+
+
+def hugging_face(folder):
+    datasets = pytest.importorskip("datasets")
+    for number, (image, label) in enumerate(PAIRS):
+        (folder / NAMES[label]).mkdir(exist_ok=True, parents=True)
+        image.save(folder / NAMES[label] / f"{number}.png")
+    cache = {"cache_dir": str(folder / "cache"), "split": "train"}
+    return datasets.load_dataset("imagefolder", data_dir=str(folder), **cache)
+
+
+KEYS = {"image": 0, "label": 1}
+SEQUENCES = {
+    "dicts": (lambda _: DICTS, {"class_names": NAMES}),
+    "tuples": (lambda _: PAIRS, {"class_names": NAMES, **KEYS}),
+    "names": (lambda _: [(image, NAMES[label]) for image, label in PAIRS], KEYS),
+    "arrays": (lambda _: [*zip(PIXELS, LABELS, strict=True)], {"class_names": NAMES, **KEYS}),
+    "torchvision": (lambda _: Torchvision(), KEYS),
+    "grain": (lambda _: grain.MapDataset.source(DICTS), {"class_names": NAMES}),
+    "hugging face": (hugging_face, {}),
+}
+
+
+@pytest.mark.parametrize("kind", SEQUENCES)
+def test_sequences_of_other_libraries_are_datasets(kind, tmp_path):
+    make, options = SEQUENCES[kind]
+    dataset = data.from_sequence(make(tmp_path / "images"), **options)
+    assert (len(dataset), dataset.class_names, list(dataset.labels)) == (4, NAMES, LABELS)
+    benchmark = data.corrupted(dataset, PREPROCESS)
+    stream = data.stream_of("s", [CLEAN], np.arange(4), 0)
+    workers = 1 if kind in ("grain", "hugging face") else 0
+    (batch,) = data.read_ahead(data.Batches(benchmark, (stream,), 4, PREPROCESS), workers)
+    expected = [PREPROCESS(Image.fromarray(pixels)) for pixels in PIXELS]
+    np.testing.assert_array_equal(batch.images, expected)
+
+
+def test_images_of_sequences_may_be_files_or_grey(folder):
+    file, grey = folder / "cat" / "0.png", PIXELS[0, :, :, 0]
+    content = {"bytes": file.read_bytes(), "path": None}
+    items = [(image, 0) for image in (str(file), file.read_bytes(), content, grey, b"broken")]
+    dataset = data.from_sequence([*items, (np.zeros((3, 8, 8), np.float32), 1)], 0, 1, NAMES)
+    for number in range(3):
+        np.testing.assert_array_equal(dataset[number], data.image_folder(folder)[0])
+    np.testing.assert_array_equal(dataset[3], np.stack([grey] * 3, -1))
+    with pytest.raises(data.UnreadableImageError, match="image 4: cannot be decoded"):
+        dataset[4]
+    with pytest.raises(TypeError, match=r"image 5 is float32 of shape \(3, 8, 8\), expected .*PIL"):
+        dataset[5]
+
+
+@pytest.mark.parametrize(
+    ("items", "options", "message"),
+    [
+        ([], {}, "no images"),
+        (DICTS, {}, "no names for its labels: set class_names"),
+        (DICTS, {"image": "img"}, "items have no 'img' but image, label"),
+        (PAIRS, {}, "items have no .* but 0, 1"),
+        (DICTS, {"class_names": ["cat"]}, "from 0 to 1, expected integers from 0 to 0 for 1 class"),
+        ([{"image": 0, "label": "emu"}], {"class_names": NAMES}, "label 'emu' is none of the 2"),
+        ([{"image": 0, "label": 0.5}], {"class_names": NAMES}, "labels are float64"),
+    ],
+)
+def test_bad_sequences_are_refused(items, options, message):
+    with pytest.raises(ValueError, match=message):
+        data.from_sequence(items, **options)
+
+
+def imagenet_c(root):
+    for corruption in ("fog", "snow"):
+        write_images(root / corruption / "5", 1, NAMES)
+    return data.open_benchmark("imagenet-c", root, PREPROCESS, NAMES)
+
+
+def test_each_domain_has_its_own_digest(tmp_path, stored):
+    benchmarks = (
+        data.open_benchmark("arrays", stored, PREPROCESS, NAMES),
+        imagenet_c(tmp_path / "folders"),
+    )
+    before = [[data.content_of(d) for d in benchmark.values()] for benchmark in benchmarks]
+    for file in [stored / "fog.npy", *(tmp_path / "folders" / "fog").rglob("*.png")]:
+        file.write_bytes(file.read_bytes() + b"0")
+    for benchmark, (fog, snow) in zip(benchmarks, before, strict=True):
+        # a subset's digest is the whole dataset's
+        after = [data.content_of(d) for d in data.subset(benchmark, [0]).values()]
+        assert after[0] != fog
+        assert after[1] == snow
+    assert data.content_of(DICTS) is None
+    images = data.image_folder(tmp_path / "folders" / "fog" / "5")
+    others = (dataclasses.replace(images, raw=True), dataclasses.replace(images, border=1))
+    assert len({folder.content() for folder in (images, *others)}) == 3
+
+
+def test_a_file_of_five_severities_is_read_once(tmp_path, monkeypatch):
+    np.save(tmp_path / "fog.npy", np.zeros((10, 32, 32, 3), np.uint8))
+    np.save(tmp_path / "labels.npy", np.arange(2))
+    read = []
+    monkeypatch.setattr(arrays, "digest_files", lambda files: read.append(files) or "digest")
+    benchmark = data.open_benchmark("cifar-c", tmp_path, PREPROCESS)
+    assert [data.content_of(dataset) for dataset in benchmark.values()] == ["digest"] * 5
+    assert len(read) == 1
+
+
+def test_many_bytes_are_told_apart_by_size_and_time(tmp_path):
+    file = tmp_path / "a"
+    file.write_bytes(b"one")
+    os.utime(file, (0, 0))
+    before = digest_files([file], read_up_to=2)
+    assert before.startswith("sizes and times")
+    file.write_bytes(b"two")
+    os.utime(file, (0, 0))
+    assert digest_files([file], read_up_to=2) == before  # documented: not read
+    os.utime(file, (9, 9))
+    assert digest_files([file], read_up_to=2) != before
+    assert digest_files([file]) != digest_files([tmp_path / "missing"])
+
+
+def test_a_list_of_images_chooses_them_in_its_order(tmp_path):
+    benchmark = imagenet_c(tmp_path / "data")
+    fog = Domain("fog", 5)
+    listed = tmp_path / "list.txt"
+    listed.write_text("\n".join(map(str, reversed(benchmark[fog].files))))
+    part = data.listed_subset(benchmark, listed)
+    assert data.labels_of(part).tolist() == [1, 0]
+    assert data.class_names_of(part) == NAMES
+    np.testing.assert_array_equal(part[fog][0], benchmark[fog][1])
+    listed.write_text("cat/nothing.jpg\n")
+    with pytest.raises(ValueError, match=r"list.txt: lists 1 images, .* lack 1, such as cat/nothi"):
+        data.listed_subset(benchmark, listed)
+    with pytest.raises(ValueError, match="lists 5000 images"):
+        data.listed_subset(benchmark, "imagenet-c-5000")
+
+
+def test_a_name_that_is_there_twice_is_not_guessed(tmp_path):
+    for place in ("cat/2020", "dog/2020", "cat/2021"):
+        folder = tmp_path / "data" / place
+        folder.mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(folder / "1.png")
+    benchmark = data.open_benchmark("folder", tmp_path / "data", PREPROCESS)
+    listed = tmp_path / "list.txt"
+    listed.write_text("cat/2021/1.png \r\n\n")
+    assert data.labels_of(data.listed_subset(benchmark, listed)).tolist() == [0]
+    for lines, message in (
+        ("cat/2020/1.png\n", "2020/1.png is 2 times in the folder"),
+        ("2021/1.png\n2021/1.png\n", "2021/1.png is 2 times in the list"),
+    ):
+        listed.write_text(lines)
+        with pytest.raises(ValueError, match=f"list.txt: {message}"):
+            data.listed_subset(benchmark, listed)
 
 
 @pytest.mark.parametrize(
@@ -170,7 +421,7 @@ def test_the_embedded_images_are_balanced():
 )
 def test_class_names_from_a_file(tmp_path, name, content):
     (tmp_path / name).write_text(content)
-    assert data.read_class_names(tmp_path / name, ["n1", "n2"]) == ("cat", "dog")
+    assert data.given_class_names([str(tmp_path / name)], ["n1", "n2"]) == NAMES
 
 
 @pytest.mark.parametrize(
@@ -184,4 +435,4 @@ def test_class_names_from_a_file(tmp_path, name, content):
 def test_bad_class_names_are_refused(tmp_path, content, message):
     (tmp_path / "names.json").write_text(content)
     with pytest.raises(ValueError, match=message):
-        data.read_class_names(tmp_path / "names.json", ["n1", "n2"])
+        data.given_class_names([str(tmp_path / "names.json")], ["n1", "n2"])

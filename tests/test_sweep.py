@@ -1,7 +1,6 @@
 """Sweeps that are interrupted, shared, repeated and spoilt."""
 
 import dataclasses
-import json
 import os
 import resource
 import shutil
@@ -14,44 +13,46 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+import pandas as pd
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from jaxtta import Adapter, Prediction, data, evaluate
-from jaxtta.evaluate.bootstrap import bootstrap, interval
+from jaxtta.bootstrap import bootstrap, interval
+from jaxtta.evaluate.store import Store
 from jaxtta.models import as_batch
-from jaxtta.models.preprocess import Preprocessing
-
-SCRIPT = Path(__file__).parents[1] / "experiments" / "corruption_sweep.py"
 
 
-class Source:
-    """Twenty small images; reading the `fatal`-th time ends the run."""
+@dataclasses.dataclass
+class Images:
+    """Twenty small images; those of all domains share `reads`, and the `fatal`-th ends the run."""
 
+    domain: data.Domain
+    reads: list
+    fatal: int = 0
+    stored: str | None = "one"
     labels = np.arange(20, dtype=np.int32) % 3
     class_names = ("a", "b", "c")
-    preprocess = Preprocessing(4)
 
-    def __init__(self, fatal=None):
-        self.fatal, self.reads = fatal, 0
+    def __len__(self):
+        return 20
 
-    def check(self, domain):
-        pass
-
-    def name(self, domain, number):
-        return f"{domain} {number}"
-
-    def read(self, domain, number, seed):
-        self.reads += 1
-        if self.reads == self.fatal:
+    def __getitem__(self, number):
+        self.reads.append(number)
+        if len(self.reads) == self.fatal:
             raise KeyboardInterrupt
         if number == 7:
             raise data.UnreadableImageError("broken")
-        rng = np.random.default_rng([number, domain.severity, len(domain.corruption), seed])
+        rng = np.random.default_rng([number, len(self.domain.corruption)])
         return rng.integers(0, 256, (4, 4, 3), np.uint8)
 
-    def read_both(self, domain, number, seed):
-        original = np.full((6, 5, 3), 10 * number, np.uint8)
-        return self.read(domain, number, seed), original
+    def name(self, number):
+        return f"{self.domain} {number}"
+
+    def content(self):
+        return self.stored
 
 
 def drifting(rate):
@@ -69,273 +70,417 @@ def drifting(rate):
         state = {"mean": state["mean"] + rate * mean, "seen": state["seen"] + batch.mask.sum()}
         return state, Prediction(logits, {})
 
-    return Adapter(init, step)
+    return lambda model, task: Adapter(init, step)
+
+
+class Model:
+    image_size = 4
 
 
 ADAPTERS = {"zero_shot": drifting(0.0), "drift": drifting(0.3)}
 PARAMS = {"scale": jnp.float32(3)}
 
 
-def go(folder, source=None, adapters=ADAPTERS, setting="continual", seeds=(1, 2), **options):
-    source = source or Source()
+def spec_of(
+    setting="continual",
+    seeds=(1, 2),
+    corruptions=("fog", "haze"),
+    reads=None,
+    fatal=0,
+    stored="one",
+    **how,
+):
+    reads = [] if reads is None else reads
+    domains = [data.Domain(name, 5) for name in corruptions]
     streams = [
         stream
         for seed in seeds
-        for stream in data.make_streams(setting, ("fog", "haze"), (5,), source.labels, seed=seed)
+        for stream in data.make_streams(setting, corruptions, (5,), Images.labels, seed=seed)
     ]
-    return evaluate.run(
-        adapters,
-        PARAMS,
-        data.Batches(source, tuple(streams), 6),
-        evaluate.Results(folder, options.pop("settings", {"setting": setting})),
-        setting=setting,
-        workers=0,
-        progress=False,
-        **options,
-    )
+    benchmark = {domain: Images(domain, reads, fatal, stored) for domain in domains}
+    return evaluate.Spec(benchmark, streams, None, 6, setting=setting, **how)
 
 
-def figures(cells):
-    """The cells without what no two runs share."""
-    timing = ("images_per_second", "peak_memory_gb")
-    return [{k: v for k, v in cell.items() if k not in timing} for cell in cells]
+def sweep(folder, adapters=ADAPTERS, run=None, **how):
+    run = {"progress": False, "about": {}} | (run or {})
+    return evaluate.sweep(spec_of(**how), adapters, Model(), PARAMS, folder, **run)
 
 
-def test_a_cell_says_everything(tmp_path):
-    cells = go(tmp_path)
-    assert [(c["stream"], c["seed"], c["adapter"]) for c in cells] == [
+def same(found, expected):
+    """The same results, but for times and memory."""
+    assert [(r.adapter, r.stream, r.seed) for r in found] == [
+        (r.adapter, r.stream, r.seed) for r in expected
+    ]
+    for one, other in zip(found, expected, strict=True):
+        pd.testing.assert_frame_equal(one.rows, other.rows)
+        assert one.steps["skipped"].equals(other.steps["skipped"])
+        assert (one.settings, one.unreadable) == (other.settings, other.unreadable)
+    return True
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An uninterrupted sweep of each setting: its folder and results."""
+    folders = {
+        name: tmp_path_factory.mktemp(name) for name in ("continual", "reset_each_shift", "mixed")
+    }
+    return {name: (folder, sweep(folder, setting=name)) for name, folder in folders.items()}
+
+
+def test_a_result_has_a_row_for_each_image(whole):
+    folder, results = whole["continual"]
+    assert [(r.stream, r.seed, r.adapter) for r in results] == [
         ("continual-5", seed, name) for seed in (1, 2) for name in ADAPTERS
     ]
-    for cell in cells:
-        assert [s["corruption"] for s in cell["segments"]] == ["fog", "haze"]
-        assert cell["images"] == 38
-        for segment in cell["segments"]:
-            assert segment["images"] == 19
-            assert segment["unreadable"] == [f"{segment['corruption']}-5 7"]
-            low, high = segment["intervals"]["top1"]
-            assert low <= segment["top1"] <= high
-            seen, right = evaluate.outcomes(segment)
-            assert np.flatnonzero(~seen).tolist() == [7]
-            assert right.sum() / seen.sum() == pytest.approx(segment["top1"])
-            assert np.sum(segment["reliability"]["count"]) == 19
-            if cell["adapter"] == "zero_shot":
-                assert segment["gain"] is None
-        count, top1 = cell["running"][-1]
-        assert count == 38
-        assert top1 == pytest.approx(np.mean([s["top1"] for s in cell["segments"]]))
-    zero, drift = cells[:2]
-    for a, b in zip(drift["segments"], zero["segments"], strict=True):
-        assert a["gain"]["top1"] == pytest.approx(a["top1"] - b["top1"])
-        low, high = a["gain"]["interval"]
-        assert low <= a["gain"]["top1"] <= high
+    for result in results:
+        assert [domain.corruption for domain in result.domains] == ["fog", "haze"]
+        assert result.unreadable == ("fog-5 7", "haze-5 7")
+        lost = result.rows[~result.rows["seen"]]
+        assert lost["image"].tolist() == [7, 7]
+        assert lost["segment"].tolist() == [0, 1]
+        np.testing.assert_array_equal(result.rows["label"], Images.labels[result.rows["image"]])
+        assert len(result.steps) == 8
+        for number in range(2):
+            rows = result.segment(number)
+            assert rows["image"].tolist() == list(range(20))
+            seen = rows[rows["seen"]]
+            np.testing.assert_array_equal(seen["top1"], seen["prediction"] == seen["label"])
+    assert same(evaluate.load_predictions(folder), results)
+    assert same(sweep(None, setting="continual"), results)
 
 
-def test_a_checkpoint_that_does_not_fit_is_not_used(tmp_path, caplog):
-    def cut(folder, **options):
-        with pytest.raises(KeyboardInterrupt):
-            go(folder, Source(33), seeds=(1,), checkpoint_every=2, **options)
-
-    expected = go(tmp_path / "whole", seeds=(1,))
-    # without one of the adapters
-    cut(tmp_path / "a", adapters={"zero_shot": ADAPTERS["zero_shot"]})
-    assert figures(go(tmp_path / "a", seeds=(1,), checkpoint_every=2)) == figures(expected)
-    assert ": ignored" in caplog.text
-    # of other settings, whose record somebody removed
-    cut(tmp_path / "b", settings={"batch_size": 7})
-    (tmp_path / "b" / "settings.json").unlink()
-    assert figures(go(tmp_path / "b", seeds=(1,), checkpoint_every=2)) == figures(expected)
-    # torn
-    cut(tmp_path / "c")
-    for file in (tmp_path / "c" / "checkpoints").rglob("*"):
-        if file.is_file() and file.stat().st_size:
-            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    caplog.clear()
-    assert figures(go(tmp_path / "c", seeds=(1,), checkpoint_every=2)) == figures(expected)
-    assert ": ignored" in caplog.text
-    # one adapter's cell was written before the end, the other's goes on
-    cut(tmp_path / "d")
-    drift = sorted((tmp_path / "whole" / "cells").glob("zero_shot*"))[0]
-    shutil.copyfile(drift, tmp_path / "d" / "cells" / drift.name)
-    source = Source()
-    resumed = go(tmp_path / "d", source, seeds=(1,), checkpoint_every=2)
-    assert figures(resumed) == figures(expected)
-    assert source.reads < 40
+def test_scores_of_logits_that_are_not_finite():
+    logits = np.array([[1, 2, 0], [np.nan, 0, 1], [np.inf, 0, 1], [0, 0, 0]], np.float32)
+    scores = evaluate.score(logits, np.zeros(4, int))
+    assert scores.prediction.tolist() == [1, -1, 0, 0]
+    assert np.isfinite(scores.nll).tolist() == [True, False, False, True]
 
 
-@pytest.mark.parametrize("setting", ["continual", "reset_each_shift", "mixed"])
-@pytest.mark.parametrize("fatal", [14, 33, 61])
-def test_an_interrupted_sweep_goes_on_and_ends_the_same(tmp_path, setting, fatal):
-    expected = go(tmp_path / "whole", setting=setting)
+# --- interrupted, shared, repeated ---
+
+
+@given(
+    setting=st.sampled_from(["continual", "reset_each_shift", "mixed"]),
+    fatal=st.integers(2, 79),
+    every=st.integers(1, 3),
+)
+def test_an_interrupted_sweep_goes_on_and_ends_the_same(
+    whole, tmp_path_factory, setting, fatal, every
+):
+    folder, run = tmp_path_factory.mktemp("cut"), {"checkpoint_every": every}
     with pytest.raises(KeyboardInterrupt):
-        go(tmp_path / "cut", Source(fatal), setting=setting, checkpoint_every=2)
-    source = Source()
-    resumed = go(tmp_path / "cut", source, setting=setting, checkpoint_every=2)
-    assert figures(resumed) == figures(expected)
-    assert source.reads < 80 - fatal + 2 * 6 + 6  # two batches are lost, and the one in hand
-    assert not list((tmp_path / "cut" / "checkpoints").glob("*"))
-    untouched = Source(fatal=1)
-    assert figures(go(tmp_path / "cut", untouched, setting=setting)) == figures(expected)
+        sweep(folder, setting=setting, fatal=fatal, reads=[], run=run)
+    reads = []
+    assert same(sweep(folder, setting=setting, reads=reads, run=run), whole[setting][1])
+    # the batches since the checkpoint are lost, the one in hand, and those read ahead
+    assert len(reads) < 80 - fatal + 6 * every + 6 * 4
+    assert not [*folder.glob("checkpoints/*")]
+    reads = []
+    assert same(sweep(folder, setting=setting, reads=reads), whole[setting][1])
+    assert not reads
 
 
-def test_two_workers_together_equal_one(tmp_path):
-    expected = go(tmp_path / "one", setting="reset_each_shift")
-    for number in range(2):
-        share = go(tmp_path / "two", setting="reset_each_shift", worker=(number, 2))
-        assert len(share) == 4
-    together = go(tmp_path / "two", Source(fatal=1), setting="reset_each_shift")
-    assert figures(together) == figures(expected)
+@given(count=st.integers(1, 5), setting=st.sampled_from(["continual", "reset_each_shift"]))
+def test_shards_together_equal_one_run(whole, tmp_path_factory, count, setting):
+    folder, reads = tmp_path_factory.mktemp("shards"), []
+    for number in range(count):
+        part = tmp_path_factory.mktemp("part")
+        share = sweep(part, setting=setting, run={"shard": (number, count)})
+        assert len(share) == 2 * len(spec_of(setting).streams[number::count])
+        shutil.copytree(part, folder, dirs_exist_ok=True)
+    assert same(sweep(folder, setting=setting, reads=reads), whole[setting][1])
+    assert not reads
+    assert same(evaluate.load_predictions(folder), whole[setting][1])
 
 
-def test_an_adapter_that_cuts_its_own_views_is_given_the_originals(tmp_path):
-    def step(params, state, batch):
-        # the image's number, read off its original; the plain image knows nothing of it
-        valid = jnp.arange(8) < batch.sizes[:, :1]
-        number = (batch.images[..., 2, 0] * valid).sum(1) // (10 * batch.sizes[:, 0])
-        return state, Prediction(jax.nn.one_hot(number % 3, 3), {})
-
-    source = Source()
-    streams = data.make_streams("mixed", ("fog",), (5,), source.labels)
-    batches = data.Batches(source, tuple(streams), 6, canvas=8)
-    adapters = ADAPTERS | {"reader": Adapter(lambda params, key: {"seen": jnp.zeros(())}, step)}
-    cells = evaluate.run(
-        *(adapters, PARAMS, batches, evaluate.Results(tmp_path, {})),
-        from_originals=("reader",),
-        workers=0,
-        progress=False,
+@given(order=st.permutations(["zero_shot", "drift", "other"]), first=st.integers(0, 3))
+def test_adapters_do_not_depend_on_each_other(whole, tmp_path_factory, order, first):
+    """In another order, or added later."""
+    adapters = {name: (ADAPTERS | {"other": drifting(0.1)})[name] for name in order}
+    folder = tmp_path_factory.mktemp("order")
+    if first:
+        sweep(folder, {name: adapters[name] for name in order[:first]})
+    results = sweep(folder, adapters)
+    assert [r.adapter for r in results] == [*order, *order]
+    known = sorted(
+        (r for r in results if r.adapter in ADAPTERS),
+        key=lambda r: (r.seed, list(ADAPTERS).index(r.adapter)),
     )
-    assert [cell["segments"][0]["images"] for cell in cells] == [19] * 3
-    assert cells[2]["segments"][0]["top1"] == 1
-    assert cells[0]["segments"][0]["top1"] < 1
-    with pytest.raises(ValueError, match=r"reader .*canvas"):
-        evaluate.run(
-            *(adapters, PARAMS, data.Batches(source, tuple(streams), 6)),
-            evaluate.Results(tmp_path / "b", {}),
-            from_originals=("reader",),
-        )
+    assert same(known, whole["continual"][1])
 
 
-def test_an_adapter_can_be_added_later(tmp_path):
-    expected = go(tmp_path / "at once")
-    go(tmp_path / "later", adapters={"zero_shot": ADAPTERS["zero_shot"]})
-    assert figures(go(tmp_path / "later")) == figures(expected)
+def test_a_checkpoint_that_does_not_fit_is_not_used(whole, tmp_path, caplog):
+    expected = sweep(None, seeds=(1,))
+
+    def cut(name, adapters=ADAPTERS, **how):
+        folder = tmp_path / name
+        with pytest.raises(KeyboardInterrupt):
+            sweep(folder, adapters, {"checkpoint_every": 2}, seeds=(1,), fatal=33, reads=[], **how)
+        return folder
+
+    def resume(folder, **how):
+        reads = []
+        caplog.clear()
+        found = sweep(folder, run={"checkpoint_every": 2}, seeds=(1,), reads=reads, **how)
+        for one, other in zip(found, expected, strict=True):
+            pd.testing.assert_frame_equal(one.rows, other.rows)
+        return len(reads) < 40, ": ignored" in caplog.text
+
+    assert resume(cut("whole")) == (True, False)
+    assert resume(cut("lacking", {"zero_shot": ADAPTERS["zero_shot"]})) == (False, True)
+    folder = cut("settings", settings={"order": "stored"})
+    (folder / "settings.json").unlink()
+    assert resume(folder) == (False, True)
+    folder = cut("torn")
+    (file,) = folder.glob("checkpoints/*/step-*")
+    file.write_bytes(file.read_bytes()[:-99])
+    assert resume(folder) == (False, True)
+    # one adapter's result was written before the end, the other's goes on
+    folder = cut("half")
+    finished = Store(whole["continual"][0], {}).path("zero_shot", "continual-5", 1)
+    shutil.copy(finished, folder / "predictions")
+    assert resume(folder) == (True, False)
 
 
-def test_a_folder_of_other_settings_is_refused(tmp_path):
-    go(tmp_path, settings={"batch_size": 6, "model": "a"})
-    with pytest.raises(ValueError, match=r"results with model 'a' \(this run: 'b'\)"):
-        go(tmp_path, settings={"batch_size": 6, "model": "b"})
-    # a cell that came from elsewhere, under this folder's settings
-    (tmp_path / "settings.json").write_text('{"batch_size": 6, "model": "b"}')
-    with pytest.raises(ValueError, match=r"was made with model 'a' \(this run: 'b'\)"):
-        go(tmp_path, settings={"batch_size": 6, "model": "b"})
-    for text, message in (("[]", "no settings"), ("{", "JSON")):
+@pytest.mark.parametrize(
+    ("earlier", "now", "trusted", "goes_on"),
+    [
+        ("one", "one", False, True),
+        ("one", "two", False, False),
+        ("one", "two", True, True),
+        (None, "two", False, False),
+    ],
+)
+def test_a_stream_goes_on_with_its_own_images_only(tmp_path, earlier, now, trusted, goes_on):
+    run, reads = {"checkpoint_every": 1, "trust_data": trusted}, []
+    with pytest.raises(KeyboardInterrupt):
+        sweep(tmp_path, run=run, seeds=(1,), stored=earlier, fatal=33, reads=[])
+    sweep(tmp_path, run=run, seeds=(1,), stored=now, reads=reads)
+    assert (len(reads) < 40) == goes_on
+
+
+def test_a_dataset_that_cannot_tell_says_so(tmp_path, caplog):
+    sweep(tmp_path, stored=None)
+    assert not caplog.text
+    sweep(tmp_path, stored=None, fatal=1, reads=[])
+    assert "Images cannot tell whether its images have changed" in caplog.text
+
+
+# --- what a folder refuses ---
+
+
+def test_other_settings_are_refused_by_name(tmp_path):
+    sweep(tmp_path, settings={"order": "stored", "layout": "a"})
+    for how, message in (
+        ({"settings": {"order": "stored", "layout": "b"}}, r"streams.layout 'a' \(this run: 'b'\)"),
+        ({"settings": {"order": "stored"}}, r"streams.layout 'a' \(this run: None\)"),
+        ({"settings": {"order": "stored", "layout": "a", "new": 1}}, "no record of streams.new"),
+    ):
+        with pytest.raises(ValueError, match=f"{tmp_path}: has results with {message}"):
+            sweep(tmp_path, **how)
+    with pytest.raises(ValueError, match=r"was made with streams.domains .* streams.images '40, "):
+        sweep(tmp_path, settings={"order": "stored", "layout": "a"}, corruptions=("fog",))
+    # a file that came from elsewhere, under this folder's settings
+    (tmp_path / "settings.json").unlink()
+    with pytest.raises(ValueError, match=r"seed1.safetensors: was made with streams.layout 'a'"):
+        sweep(tmp_path, settings={"order": "stored", "layout": "b"})
+    for text, message in (("[]", "no JSON object"), ("{", "not valid JSON")):
         (tmp_path / "settings.json").write_text(text)
         with pytest.raises(ValueError, match=message):
-            go(tmp_path, settings={"batch_size": 6, "model": "b"})
+            sweep(tmp_path)
 
 
-def test_what_one_adapter_is_set_to_concerns_its_own_cells_only(tmp_path):
-    def run(rate, adapters=ADAPTERS):
-        source = Source()
-        streams = data.make_streams("mixed", ("fog",), (5,), source.labels)
-        batches = data.Batches(source, tuple(streams), 6)
-        own = {"drift": {"learning_rate": rate}}
-        results = evaluate.Results(tmp_path, {"batch_size": 6}, {}, own)
-        return evaluate.run(adapters, PARAMS, batches, results, workers=0, progress=False)
-
-    run(0.1)
-    run(0.2, {"zero_shot": ADAPTERS["zero_shot"]})
-    with pytest.raises(ValueError, match=r"learning_rate 0\.1 \(this run: 0\.2\)"):
-        run(0.2)
+def test_other_images_are_refused(tmp_path):
+    sweep(tmp_path)
+    with pytest.raises(ValueError, match="was made from other images"):
+        sweep(tmp_path, stored="two")
+    sweep(tmp_path, stored="two", run={"trust_data": True}, fatal=1, reads=[])
+    sweep(tmp_path, run={"trust_data": True}, seeds=(3,))
+    with pytest.raises(ValueError, match="does not say which images it was made from"):
+        sweep(tmp_path, seeds=(3,))
 
 
-def test_a_torn_file_is_computed_again_and_an_edited_one_refused(tmp_path, caplog):
-    expected = go(tmp_path)
-    path = sorted((tmp_path / "cells").iterdir())[0]
-    content = path.read_text()
-    path.write_text(content[:500])
-    assert figures(go(tmp_path)) == figures(expected)
-    assert f"{path}: is corrupt" in caplog.text
-    path.write_text("[]")
-    assert figures(go(tmp_path)) == figures(expected)
-    cell = json.loads(content)
-    copied = path.with_name(path.name.replace("seed1", "seed2"))
-    copied.write_text(content)
-    with pytest.raises(ValueError, match="is the cell of another stream"):
-        go(tmp_path)
-    copied.unlink()
-    go(tmp_path)
-    cell["segments"][0]["top1"] = 0.99
-    path.write_text(json.dumps(cell))
-    with pytest.raises(ValueError, match="was changed after it was written"):
-        go(tmp_path)
+def test_what_one_adapter_is_set_to_concerns_its_own_results_only(tmp_path):
+    def run(rate, *names):
+        made = {name: evaluate.AdapterSpec(name, name, {}, ADAPTERS[name]) for name in names}
+        if "drift" in made:
+            function = lambda model, task, rate: drifting(rate)(model, task)  # noqa: E731
+            made["drift"] = evaluate.AdapterSpec("drift", "drift", {"rate": rate}, function)
+        return sweep(tmp_path, [*made.values()])
+
+    run(0.1, "zero_shot", "drift")
+    run(0.2, "zero_shot")
+    with pytest.raises(ValueError, match=r"adapter.settings.rate 0\.1 \(this run: 0\.2\)"):
+        run(0.2, "zero_shot", "drift")
+
+
+def test_a_damaged_file_is_computed_again(whole, tmp_path, caplog):
+    shutil.copytree(whole["continual"][0], tmp_path, dirs_exist_ok=True)
+    paths = sorted((tmp_path / "predictions").iterdir())
+    content = paths[0].read_bytes()
+    flipped = bytearray(content)
+    flipped[-9] ^= 1
+    other = Path(shutil.copy(whole["mixed"][0] / "settings.json", tmp_path / "other")).read_bytes()
+    for damaged, message in (
+        (content[:-99], "is damaged"),
+        (bytes(flipped), "was changed after it was written"),
+        (other, "is damaged"),
+        (b"", "is damaged"),
+    ):
+        paths[0].write_bytes(damaged)
+        with pytest.raises(ValueError, match=message):
+            evaluate.load_predictions(tmp_path)
+        caplog.clear()
+        assert same(sweep(tmp_path), whole["continual"][1])
+        assert message in caplog.text and "recomputing" in caplog.text
+    shutil.copy(paths[0], paths[1])
+    with pytest.raises(ValueError, match="has the predictions of drift on continual-5, seed 1, ex"):
+        sweep(tmp_path)
+
+
+def test_folders_that_hold_no_predictions(tmp_path):
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path}: has no predictions"):
+        evaluate.load_predictions(tmp_path)
+    (tmp_path / "cells").mkdir()
+    for use in (sweep, evaluate.load_predictions):
+        with pytest.raises(ValueError, match=f"{tmp_path}: has results of an earlier version"):
+            use(tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        sweep(tmp_path / "file" / "out")
 
 
 def test_two_runs_on_one_folder_are_refused(tmp_path):
-    results = evaluate.Results(tmp_path, {"setting": "continual"})
-    with results.claim(), pytest.raises(ValueError, match="another run is writing"):
-        go(tmp_path)
-    with results.claim((0, 2)), pytest.raises(ValueError, match="another run is writing"):
-        go(tmp_path, worker=(0, 2))
-    with results.claim((0, 2)), pytest.raises(ValueError, match="another run is writing"):
-        go(tmp_path, worker=(0, 3))
-    with results.claim((0, 2)):
-        go(tmp_path, worker=(1, 2))
+    store = Store(tmp_path, {"order": "stored"})
+    message = rf"another run is writing to this folder \(process {os.getpid()} on \w+\)"
+    refused = pytest.raises(ValueError, match=message)
+    with store.lock(), refused:
+        sweep(tmp_path)
+    for shard in ((0, 1), (0, 2), (0, 3), (2, 3)):
+        with store.lock((0, 2)), pytest.raises(ValueError, match=message), store.lock(shard):
+            pass
+    with store.lock((0, 2)), store.lock((1, 2)):
+        pass
+    with store.lock((0, 3)):
+        pass
 
 
-def test_a_folder_that_cannot_be_made_is_an_error(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="file"):
-        go(tmp_path / "file" / "out")
-
-
-def test_a_full_disk_loses_nothing_that_was_finished(tmp_path):
-    expected = go(tmp_path / "whole", setting="reset_each_shift")
-    go(tmp_path / "full", setting="reset_each_shift", seeds=(1,))
-    before = sorted(p.name for p in (tmp_path / "full" / "cells").iterdir())
+def test_a_full_disk_loses_nothing_that_was_finished(whole, tmp_path):
+    setting = "reset_each_shift"
+    sweep(tmp_path, setting=setting, seeds=(1,))
+    before = sorted(path.name for path in (tmp_path / "predictions").iterdir())
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
     try:
         with pytest.raises(OSError, match="File too large"):
-            go(tmp_path / "full", setting="reset_each_shift")
+            sweep(tmp_path, setting=setting)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert sorted(p.name for p in (tmp_path / "full" / "cells").iterdir()) == before
-    assert figures(go(tmp_path / "full", setting="reset_each_shift")) == figures(expected)
+    assert sorted(path.name for path in (tmp_path / "predictions").iterdir()) == before
+    assert same(sweep(tmp_path, setting=setting), whole[setting][1])
 
 
-def test_predictions_are_saved_image_by_image(tmp_path):
-    cells = go(tmp_path, save_predictions=True, seeds=(1,))
-    saved = np.load(tmp_path / "predictions" / "drift--continual-5--seed1.npz")
-    for number, segment in enumerate(cells[1]["segments"]):
-        chosen = (saved["segment"] == number) & saved["seen"]
-        assert saved["top1"][chosen].mean() == pytest.approx(segment["top1"])
-        right = saved["prediction"][chosen] == Source.labels[saved["image"][chosen]]
-        np.testing.assert_array_equal(right, saved["top1"][chosen])
+def test_a_stream_without_a_readable_image_is_an_error(tmp_path):
+    spec = spec_of()
+    stream = data.stream_of("lost", [data.Domain("fog", 5)], np.array([7]), 1)
+    spec = dataclasses.replace(spec, streams=[stream])
+    with pytest.raises(ValueError, match="none of the images could be read, such as fog-5 7"):
+        evaluate.sweep(spec, ADAPTERS, Model(), PARAMS, tmp_path, progress=False, about={})
+    with pytest.raises(ValueError, match="needs one or more adapters"):
+        sweep(tmp_path, {})
 
 
-def test_a_learning_rate_is_chosen_on_validation_corruptions_only(tmp_path):
-    source = Source()
+def test_an_adapter_that_cuts_its_own_views_is_given_the_originals(tmp_path):
+    class Originals(Images):
+        def __getitem__(self, number):
+            return np.full((6, 5, 3), 10 * number, np.uint8)
 
-    def batches(corruptions):
-        streams = data.make_streams("reset_each_shift", corruptions, (1,), source.labels)
-        return data.Batches(source, tuple(streams), 6)
+    def reader(model, task):
+        def step(params, state, batch):
+            # the image's number, read off its original on the canvas
+            valid = jnp.arange(6) < batch.sizes[:, :1]
+            number = (batch.images[..., 2, 0] * valid).sum(1) // (10 * batch.sizes[:, 0])
+            return state, Prediction(jax.nn.one_hot(number % 3, 3), {})
 
-    rates = (0.1, 0.5, 2.0)
-    choice = evaluate.choose_learning_rate(
-        *("drift", drifting, rates, PARAMS, batches(data.VALIDATION)),
-        *(evaluate.Results(tmp_path, {}),),
-        workers=0,
-        progress=False,
+        return Adapter(lambda params, key: {"seen": jnp.zeros(())}, step)
+
+    reader.needs_originals = True
+    fog = data.Domain("fog", 5)
+    streams = data.make_streams("mixed", ("fog",), (5,), Images.labels)
+    spec = evaluate.Spec({fog: Originals(fog, [])}, streams, None, 6)
+    run = {"progress": False, "about": {}}
+    zero, read = evaluate.sweep(
+        spec, {"zero_shot": drifting(0.0), "reader": reader}, Model(), PARAMS, **run
     )
-    assert set(choice.accuracies) == set(rates)
-    assert choice.accuracies[choice.rate] == max(choice.accuracies.values())
-    assert "speckle_noise" in choice.chosen_on
-    with pytest.raises(ValueError, match=r"speckle_noise.*not on fog"):
-        evaluate.choose_learning_rate(
-            *("drift", drifting, rates, PARAMS, batches(("fog",))),
-            *(evaluate.Results(tmp_path / "b", {}),),
-        )
+    assert read.top1.all() and not zero.top1.all()
+    assert read.settings["adapter"]["canvas"] == 6  # the longest side
+    assert "canvas" not in zero.settings["adapter"]
+
+
+# --- gains and intervals ---
+
+
+def outcomes(setting, who):
+    """Random predictions of one of two adapters, of which some are not seen or not finite."""
+    labels = np.arange(60) % 5
+    (stream,) = data.make_streams(setting, ("fog", "haze"), (5,), labels)
+    rng, (segment, image) = np.random.default_rng(who), stream.items.T
+    logits = rng.normal(size=(120, 5)).astype(np.float32)
+    logits[np.arange(120), labels[image]] += 1 + who * 0.4
+    logits[7] = np.nan
+    if who:
+        logits[9, 2] = np.inf
+    seen = rng.random(120) > 0.1
+    scores = evaluate.score(logits, labels[image])._asdict()
+    rows = {"segment": segment, "image": image, "label": labels[image], "seen": seen}
+    rows |= {name: np.where(seen, values, 0) for name, values in scores.items()}
+    rows = pd.DataFrame(rows)
+    return evaluate.Predictions(
+        *(str(who), stream.name, 1, setting, stream.segments, tuple("abcde"), rows),
+        *(pd.DataFrame({"seconds": [1.0], "skipped": [False]}), (), {}, {}, 0.0),
+    )
+
+
+@pytest.mark.parametrize(
+    ("setting", "together", "apart"),
+    [
+        (
+            "continual",
+            (0.15686274509803927, 0.05048004800480049, 0.26668316831683164),
+            (0.1530769230769231, 0.02652884615384619, 0.28041346153846153),
+        ),
+        (
+            "mixed",
+            (0.06862745098039214, -0.04901960784313725, 0.18627450980392152),
+            (0.06518375241779492, -0.0760154738878143, 0.20019342359767897),
+        ),
+    ],
+)
+def test_gains_are_those_of_version_0_1(setting, together, apart):
+    """Its figures for the same outcomes."""
+    zero, other = outcomes(setting, 0), outcomes(setting, 1)
+    for datasets, expected in (((), together), (["fog", "haze"], apart)):
+        gain = evaluate.paired_gain(other, [zero], datasets)
+        np.testing.assert_allclose([gain.top1, *gain.interval], expected, rtol=1e-12)
+    parts = [[result.segment(number) for number in range(2)] for result in (other, zero)]
+    assert evaluate.paired_gain(*parts) == evaluate.paired_gain(other, zero)
+    unseen = parts[1][0].assign(seen=False)
+    assert evaluate.paired_gain(parts[0][:1], [unseen]) is None
+
+
+def test_intervals_of_means_are_those_of_version_0_1():
+    intervals = evaluate.mean_intervals(outcomes("continual", 1).segment(0))
+    expected = {
+        "top1": (0.40307017543859686, 0.6495614035087716),
+        "top5": (1, 1),
+        "nll": (1.0049695430123913, 1.4136288794954972),
+        "brier": (0.5029920203395054, 0.690676389237134),
+    }
+    assert intervals.keys() == expected.keys()
+    for name, bounds in expected.items():
+        np.testing.assert_allclose(intervals[name], bounds, rtol=1e-6)
+    nothing = outcomes("continual", 1).segment(0).assign(seen=False)
+    assert set(evaluate.mean_intervals(nothing).values()) == {None}
 
 
 def test_the_bootstrap_agrees_with_the_textbook():
@@ -356,10 +501,96 @@ def test_the_bootstrap_agrees_with_the_textbook():
 def test_images_that_were_not_seen_do_not_count():
     seen = np.repeat([1.0, 0.0], 100)[:, None]
     right = seen * (np.arange(200) < 50)[:, None]
-    means = bootstrap(right, seen)
-    assert means.mean() == pytest.approx(0.5, abs=0.02)  # 0.25 if they counted as wrong
-    assert np.isnan(bootstrap(right * 0, seen * 0)).all()
+    assert bootstrap(right, seen).mean() == pytest.approx(0.5, abs=0.02)  # 0.25 if they counted
     assert interval(bootstrap(right * 0, seen * 0)[:, 0]) is None
+
+
+# --- tuning, tracking, checkpoints ---
+
+
+def make_drifting(model, task, lr=0.1):
+    return drifting(lr)(model, task)
+
+
+def test_a_learning_rate_is_chosen_on_the_extra_corruptions_only(tmp_path):
+    name, rates = f"{__name__}:make_drifting", (0.5, 2.0, 0.1)
+    given = (name, rates, spec_of("reset_each_shift", corruptions=data.IMAGENET_C_EXTRA))
+    run = {"progress": False, "about": {}}
+    choice = evaluate.tune_learning_rate(*given, Model(), PARAMS, tmp_path, **run)
+    assert [*choice.accuracies] == sorted(rates)
+    assert choice.accuracies[choice.rate] == max(choice.accuracies.values())
+    assert "speckle_noise" in choice.chosen_on and "20 images each" in choice.chosen_on
+    with pytest.raises(ValueError, match=r"speckle_noise.*not on fog"):
+        evaluate.tune_learning_rate(name, rates, spec_of(), Model(), PARAMS, **run)
+    assert evaluate.has_rate("mgtta:optimizer=sgd")
+    assert not any(map(evaluate.has_rate, ("tent:lr=1", "tnt", "zero_shot", name)))
+    assert evaluate.with_rate("tent", 1e-4) == "tent:lr=0.0001"
+    assert evaluate.with_rate("mgtta:optimizer=sgd", 0.1) == "mgtta:optimizer=sgd,lr=0.1"
+    # validation runs are no part of a folder's results
+    sweep(tmp_path / "out")
+    shutil.copytree(tmp_path / "predictions", tmp_path / "out" / "validation" / "predictions")
+    assert {r.adapter for r in evaluate.load_predictions(tmp_path / "out")} == set(ADAPTERS)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_results_are_logged_to_tensorboard_and_wandb(tmp_path, monkeypatch):
+    pytest.importorskip("tensorboardX")
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    lines = []
+    log = evaluate.loggers(["tensorboard", "wandb"], tmp_path, {"output": tmp_path})
+    monkeypatch.setattr(wandb.run, "log", lines.append)
+    results = sweep(tmp_path, run={"log": log})
+    assert len(lines) == 8  # two adapters, two domains, two seeds
+    rows = results[3].segment(1)
+    line = {"adapter": "drift", "stream": "continual-5", "seed": 2, "domain": "haze-5"}
+    assert lines[-1].items() >= line.items()
+    assert lines[-1]["top1"] == pytest.approx(rows["top1"][rows["seen"]].mean())
+    wandb.finish()
+    assert [*tmp_path.glob("wandb/offline-run-*/*.wandb")]
+    for name in ADAPTERS:
+        (file,) = tmp_path.glob(f"tensorboard/{name}/events*")
+        assert b"haze-5/top1" in file.read_bytes()
+    sweep(tmp_path, run={"log": log})
+    assert len(lines) == 8
+    with pytest.raises(ValueError, match=r"unknown tracker 'mlflow', expected tensorboard, wandb"):
+        evaluate.loggers(["mlflow"], tmp_path, {})
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ImportError, match=r"needs wandb: pip install 'jaxtta\[log\]'"):
+        evaluate.loggers(["wandb"], tmp_path, {})
+
+
+def test_trees_of_any_shape_survive_a_checkpoint(tmp_path):
+    """On another device too, with empty nodes, keys, and more in the file than is wanted."""
+    assert evaluate.restore_checkpoint(tmp_path) is None
+    state = optax.adamw(1e-3).init({"w": jnp.arange(3.0), "half": jnp.ones(2, jnp.bfloat16)})
+    tree = {"state": state, "key": jax.random.key(1), "more": {"a": np.arange(2)}}
+    tree["array"] = jax.device_put(jnp.arange(3.0), jax.devices()[3])
+    evaluate.save_checkpoint(tmp_path, 9, state)
+    evaluate.save_checkpoint(tmp_path, 10, tree, note=["note"])
+    assert len([*tmp_path.iterdir()]) == 1
+    blank = {"state": jax.tree.map(jnp.zeros_like, state), "key": jax.random.key(0)}
+    like = blank | {"array": jnp.zeros(3)}
+    step, found, note = evaluate.restore_checkpoint(tmp_path, like)
+    assert (step, note) == (10, ["note"])
+    assert jax.tree.structure(found) == jax.tree.structure(like)
+    assert (found["key"] == tree["key"]).all()
+    for name in ("state", "array"):
+        jax.tree.map(np.testing.assert_array_equal, found[name], tree[name])
+    _, arrays, _ = evaluate.restore_checkpoint(tmp_path)
+    np.testing.assert_array_equal(arrays["more"]["a"], [0, 1])
+    with pytest.raises(ValueError, match=r"array is \[\[3\], 'float32'\], expected \[\[4\], "):
+        evaluate.restore_checkpoint(tmp_path, like | {"array": jnp.zeros(4)})
+    with pytest.raises(ValueError, match="it lacks other"):
+        evaluate.restore_checkpoint(tmp_path, like | {"other": jnp.zeros(4)})
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"step-10.safetensors: is damaged .*; remove it to start"):
+        evaluate.restore_checkpoint(tmp_path)
+
+
+# --- processes ---
 
 
 def children(pid):
@@ -374,101 +605,51 @@ def alive(pid):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's /proc")
-def test_a_killed_script_goes_on_where_it_was(short, tmp_path):
-    """The real thing: kill -9 in the middle of a stream, then the same command."""
-    command = [sys.executable, str(SCRIPT), "--adapters", "zero_shot", "batclip", "--limit", "60"]
-    command += ["--corruptions", "fog", "brightness", "--batch-size", "5", "--setting", "continual"]
-    command += ["--model", str(short)]
-    environment = os.environ | {"TQDM_DISABLE": "1"}
+def test_a_killed_command_goes_on_where_it_was(short, tmp_path):
+    """The real thing: kill -9 in the middle of a stream, Ctrl-C, then the same command."""
+    command = [sys.executable, "-m", "jaxtta", "sweep", "--adapters", "zero_shot", "batclip"]
+    command += ["--corruptions", "fog", "brightness", "--batch-size", "5", "--max-images", "60"]
+    command += ["--setting", "continual", "--checkpoint-every", "4", "--model", str(short)]
 
-    def call(folder, every="4", **options):
+    def call(folder, **options):
         return subprocess.Popen(
-            [*command, "--checkpoint-every", every, "--output", str(tmp_path / folder)],
+            [*command, "--output", str(tmp_path / folder)],
             stdout=subprocess.PIPE,
             text=True,
-            env=environment,
+            env=os.environ | {"TQDM_DISABLE": "1"},
             **options,
         )
 
+    def wait(done, seconds=240):
+        deadline = time.time() + seconds
+        while not done():
+            assert time.time() < deadline
+            time.sleep(0.02)
+
     killed = call("cut")
-    deadline = time.time() + 240
-    while not list((tmp_path / "cut").glob("checkpoints/*/[0-9]*")):
-        assert killed.poll() is None, "it ended before its first checkpoint"
-        assert time.time() < deadline
-        time.sleep(0.02)
+    wait(lambda: [*tmp_path.glob("cut/checkpoints/*/step-*")] or killed.poll() is not None)
     readers = children(killed.pid)
     assert readers
     killed.send_signal(signal.SIGKILL)
     killed.wait()
-    deadline = time.time() + 20
-    while any(alive(pid) for pid in readers):  # its reading processes do not outlive it
-        assert time.time() < deadline
-        time.sleep(0.1)
-    assert not list((tmp_path / "cut" / "cells").iterdir())
+    wait(lambda: not any(map(alive, readers)), 20)  # its reading processes do not outlive it
+    assert not [*tmp_path.glob("cut/predictions/*")]
+    (checkpoint,) = tmp_path.glob("cut/checkpoints/*/step-*")
     stopped = call("cut", stderr=subprocess.PIPE)
-    for line in stopped.stderr:
-        if "/24" in line:  # the bar stands before the first step
-            break
+    wait(lambda: children(stopped.pid) or stopped.poll() is not None)  # about to compile
     stopped.send_signal(signal.SIGINT)
     _, err = stopped.communicate()
     assert stopped.returncode == 130
     assert "interrupted" in err
-    tables = []
+    assert [*checkpoint.parent.glob("step-*")]
     for folder in ("cut", "whole"):
         process = call(folder)
         out, _ = process.communicate()
         assert process.returncode == 0
-        tables.append((tmp_path / folder / "table.txt").read_text())
-        assert tables[-1].strip() in out
-    assert tables[0] == tables[1]
-    for path in (tmp_path / "whole" / "cells").iterdir():
-        a, b = (
-            json.loads((tmp_path / folder / "cells" / path.name).read_text())["segments"]
-            for folder in ("cut", "whole")
-        )
-        for one, other in zip(a, b, strict=True):
-            assert one["correct"] == other["correct"]
-            for name in ("top1", "top5", "nll", "brier", "ece"):
-                assert one[name] == pytest.approx(other[name], abs=1e-6)
-
-
-def test_states_of_any_shape_survive(tmp_path):
-    """Typed optimiser states with empty nodes come back as they were."""
-    from jaxtta.evaluate.checkpoint import Checkpoints
-
-    stream = data.make_streams("mixed", ("fog",), (1,), np.zeros(4, int))[0]
-    import optax
-
-    state = optax.adamw(1e-3).init({"w": jnp.arange(3.0)})
-    moved = jax.tree.map(lambda x: x + 1, state)
-    records = {"a": evaluate.Record.empty(stream, 2)}
-    records["a"].seen[:2] = True
-    checkpoints = Checkpoints(tmp_path / "c", 1, "this")
-    checkpoints.save(1, {"a": moved}, records)
-    states, empty = {"a": state}, {"a": evaluate.Record.empty(stream, 2)}
-    assert checkpoints.restore(states, empty) == 1
-    jax.tree.map(np.testing.assert_array_equal, states["a"], moved)
-    assert jax.tree.structure(states["a"]) == jax.tree.structure(moved)
-    np.testing.assert_array_equal(empty["a"].seen, [True, True, False, False])
-    assert checkpoints.restore({"b": state}, {"b": empty["a"]}) == 0
-    assert not (tmp_path / "c").exists()
-
-
-def test_a_saved_step_knows_no_devices_and_a_damaged_one_is_named(tmp_path):
-    """So that what one machine saved another one reads."""
-    folder = tmp_path / "steps"
-    assert evaluate.restore_step(folder) is None
-    array = jax.device_put(jnp.arange(3.0), jax.devices()[3])
-    evaluate.save_step(folder, 2, {"deep": {"a": array}}, ["note"])
-    step, arrays, note = evaluate.restore_step(folder)
-    assert (step, note) == (2, ["note"])
-    np.testing.assert_array_equal(arrays["deep"]["a"], [0, 1, 2])
-    assert not [*folder.rglob("_sharding")]
-    for path in (folder / "2" / "arrays").rglob("*"):
-        if path.is_file():
-            path.write_bytes(b"")
-    with pytest.raises(ValueError, match="steps: cannot be read, remove it"):
-        evaluate.restore_step(folder)
+        assert (tmp_path / folder / "table.txt").read_text().strip() in out
+    cut, whole = (evaluate.load_predictions(tmp_path / folder) for folder in ("cut", "whole"))
+    for one, other in zip(cut, whole, strict=True):
+        pd.testing.assert_frame_equal(one.rows, other.rows, atol=1e-6)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

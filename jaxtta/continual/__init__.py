@@ -25,6 +25,14 @@ from jaxtta.continual.gram import (
     task_grams,
 )
 from jaxtta.continual.orthogonal_gradients import output_gradient_basis
+from jaxtta.continual.training import (
+    TrainingConfig,
+    augmented_grams,
+    embed_classes,
+    embed_images,
+    random_crops,
+    train,
+)
 
 __all__ = [
     "VARIANTS",
@@ -33,19 +41,25 @@ __all__ = [
     "ReferenceBatch",
     "TaskBatch",
     "TrainState",
+    "TrainingConfig",
+    "augmented_grams",
     "batch_gram",
     "check_rho",
     "check_tower",
     "combine_grams",
     "continual_loss",
+    "embed_classes",
+    "embed_images",
     "everything_but_logit_scale",
     "gnsp_kernels",
     "kernel_inputs",
     "null_space_projector",
     "null_space_projectors",
     "output_gradient_basis",
+    "random_crops",
     "task_grams",
     "task_optimizer",
+    "train",
     "train_step",
     "wise_ft",
 ]

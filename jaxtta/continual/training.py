@@ -1,11 +1,12 @@
-"""Training on one task: its settings, the augmentation and the loop over batches.
+"""Training on one task: the settings, the augmentation and the loop over batches.
 
-    params = train(model, params, batches, classes, TrainingConfig(), VARIANTS["gnsp"], grams=grams)
+params = train(model, params, batches, classes, TrainingConfig(), VARIANTS["gnsp"], grams=grams)
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import jax
@@ -18,48 +19,70 @@ from jaxtta.continual.gnsp import (
     ReferenceBatch,
     TaskBatch,
     TrainState,
-    gnsp_kernels,
     task_optimizer,
     train_step,
 )
-from jaxtta.continual.gram import Grams, null_space_projectors
-from jaxtta.models import CLIP, Params, Prompts
+from jaxtta.continual.gram import Grams, check_rho, null_space_projectors, task_grams
+from jaxtta.models import CLIP, Params, Prompts, l2_normalize
 
 CROP = (0.9, 1.0)  # fraction of the area that the training crop keeps
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainingConfig:
-    """Training settings."""
+    """Training settings.
+
+    Attributes:
+        iterations: training steps per task (paper: 100 to 1000).
+        warmup: warm-up steps per task (paper: 100; default: a tenth of the steps).
+        batch_size: images per step.
+        learning_rate: peak learning rate of AdamW (paper: 1e-5 to 5e-5 on CLIP).
+        rho: fraction of the sum of singular values that is treated as the null space.
+        gram_images: training images per task for its Gram matrices (paper and default: all).
+        first_task: parameters trained on the first task: the same kernels as for the others, or all
+            except the logit scale, as in the reference implementation.
+        task_zero: whether the first task is projected, for the reference images; not in the
+            reference implementation.
+        reference_images: number of reference images.
+        reference_batch: reference pairs per step.
+        wise_share: weight of the fine-tuned parameters in wise-ft's average.
+        max_images: use at most so many test images of each task.
+        workers: processes that decode images; 0 = main process.
+
+    Raises:
+        ValueError: if a setting is out of range.
+    """
 
     iterations: int = 300
-    """Training steps per task (paper: 100 to 1000)."""
     warmup: int | None = None
-    """Warm-up steps per task (paper: 100). Default: a tenth of the steps."""
     batch_size: int = 64
-    """Images per step."""
     learning_rate: float = 5e-5
-    """Peak learning rate of AdamW (paper: 1e-5 to 5e-5 on CLIP)."""
     rho: float = 0.15
-    """Fraction of the sum of singular values that is treated as the null space."""
     gram_images: int | None = None
-    """Training images per task for its Gram matrices. Default: all, as in the paper."""
     first_task: Literal["same", "all"] = "same"
-    """Parameters trained on the first task: the same kernels as for the others, or all except the
-    logit scale, as in the reference implementation. --task-zero decides on the projection."""
     task_zero: bool = True
-    """Apply the projection for the reference images from the first task on. The reference
-    implementation does not project the first task: --no-task-zero."""
     reference_images: int = 1000
-    """Number of reference images."""
     reference_batch: int = 64
-    """Reference pairs per step."""
     wise_share: float = 0.5
-    """Weight of the fine-tuned parameters in wise-ft's average."""
     max_images: int | None = None
-    """Use at most this many test images of each task."""
     workers: int = 0
-    """Processes that decode images; 0 = main process."""
+
+    def __post_init__(self) -> None:
+        """Validate the settings."""
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate is {self.learning_rate}, expected a positive number")
+        least = {"warmup": 0, "workers": 0, "reference_images": 2, "reference_batch": 2}
+        for name in ("iterations", "batch_size", "gram_images", "max_images", *least):
+            value, lowest = getattr(self, name), least.get(name, 1)
+            if value is not None and value < lowest:
+                raise ValueError(f"{name} is {value}, expected at least {lowest}")
+        if self.warmup is not None and self.warmup > self.iterations:
+            raise ValueError(
+                f"warmup is {self.warmup}, expected at most the {self.iterations} iterations"
+            )
+        check_rho(self.rho)
+        if not 0 <= self.wise_share <= 1:
+            raise ValueError(f"wise_share is {self.wise_share}, expected 0 to 1")
 
     @property
     def schedule(self) -> tuple[float, int, int]:
@@ -89,6 +112,48 @@ def random_crops(key: jax.Array, images: jax.Array | np.ndarray) -> jax.Array:
     return jax.vmap(crop)(keys, jnp.asarray(images, jnp.float32) / 255)
 
 
+def augmented_grams(model: CLIP, params: Params, batches: Iterable[Any], key: jax.Array) -> Grams:
+    """Gram matrices of images with the training augmentation; see `task_grams`.
+
+    Args:
+        model: the model, after the task.
+        params: its parameters.
+        batches: named tuples with `images` and `mask`.
+        key: PRNG key of the crops.
+    """
+    crops = (
+        batch._replace(images=random_crops(jax.random.fold_in(key, number), batch.images))
+        for number, batch in enumerate(batches)
+    )
+    return task_grams(model, params, crops)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _embed(model: CLIP, params: Params, images: jax.Array) -> jax.Array:
+    return l2_normalize(model.encode_image(params, model.normalize(images)))
+
+
+def embed_images(
+    model: CLIP, params: Params, batches: Iterable[Any]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Embeddings (images, projection) of unit norm, and labels, without what is masked.
+
+    Args:
+        model: the model.
+        params: its parameters.
+        batches: objects with `images`, `labels` and `mask`.
+    """
+    embeddings, labels = [], []
+    for batch in batches:
+        embeddings.append(np.asarray(_embed(model, params, batch.images))[batch.mask])
+        labels.append(batch.labels[batch.mask])
+    return np.concatenate(embeddings), np.concatenate(labels)
+
+
+embed_classes = jax.jit(CLIP.class_embeddings, static_argnums=0)
+"""`embed_classes(model, params, prompts)`: embeddings of classes, of unit norm."""
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=5)
 def _step(
     model: CLIP,
@@ -109,15 +174,15 @@ def _step(
 
 def train(
     model: CLIP,
-    params: Params,
-    batches: Iterable[Any],
-    classes: jax.Array | np.ndarray | Prompts,
     config: TrainingConfig,
     method: GNSPConfig,
-    *,
-    trainable: Callable[[str], bool] = gnsp_kernels,
-    grams: Grams | None = None,
+    params: Params,
+    trainable: tree.Trainable,
+    batches: Iterable[Any],
+    classes: jax.Array | np.ndarray | Prompts,
     pairs: ReferenceBatch | None = None,
+    grams: Grams | None = None,
+    *,
     rng: np.random.Generator,
     key: jax.Array,
 ) -> Params:
@@ -125,14 +190,14 @@ def train(
 
     Args:
         model: the model.
-        params: its parameters before the task.
-        batches: objects with `images`, `labels` and `mask`, one per iteration.
-        classes: embeddings of the classes, or their prompts if the text tower is trained.
         config: the training settings.
         method: terms of the loss, and place of the projection.
+        params: the parameters before the task.
         trainable: predicate on the paths of the parameters that are trained.
-        grams: Gram matrices of what is to be preserved; empty for no projection.
+        batches: objects with `images`, `labels` and `mask`, one per iteration.
+        classes: embeddings of the classes, or their prompts if the text tower is trained.
         pairs: reference pairs, for methods with distillation or alignment.
+        grams: Gram matrices of what is to be preserved; empty for no projection.
         rng: draws the reference pairs of each step.
         key: PRNG key of the crops.
 
@@ -141,7 +206,7 @@ def train(
 
     Raises:
         FloatingPointError: if the loss is no longer finite.
-        ValueError: if there is no batch, or no image of one could be read.
+        ValueError: if no image of a batch could be read.
     """
     trained, _ = tree.partition(params, trainable)
     projectors = null_space_projectors(grams, config.rho) if grams else {}
@@ -156,7 +221,7 @@ def train(
         rows = np.where(batch.mask, np.arange(len(batch.mask)), others)
         images, labels = jnp.asarray(batch.images[rows]), jnp.asarray(batch.labels[rows])
         drawn = None
-        if method.uses_pairs and pairs is not None:
+        if pairs is not None:
             chosen = rng.integers(0, len(pairs.images), config.reference_batch)
             drawn = jax.tree.map(lambda x, chosen=chosen: x[chosen], pairs)
         state, metrics = _step(
@@ -165,8 +230,6 @@ def train(
         )
         if number % 50 == 0 and not np.isfinite(metrics["loss"]):
             break
-    if not metrics:
-        raise ValueError("there are no images to train on")
     if not np.isfinite(metrics["loss"]):
         raise FloatingPointError("the loss is no longer finite")
     return tree.merge(params, state.trained)

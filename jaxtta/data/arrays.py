@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import logging
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -131,7 +132,7 @@ def _mapped(path: Path, changed: int, size: int) -> np.ndarray:
 def _load(path: Path, **options: Any) -> Any:
     try:
         return np.load(path, allow_pickle=False, **options)
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path}: cannot be read as an array ({error})") from error
 
 

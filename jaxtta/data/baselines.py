@@ -1,8 +1,11 @@
 """Published accuracies of standard models, the baseline for effective robustness."""
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 
 from jaxtta.data.class_names import read_table
+from jaxtta.io import read_rows, read_text
 
 BASE = "imagenet"
 
@@ -35,3 +38,20 @@ def reference_points(shifted: Sequence[str]) -> list[tuple[float, float]]:
         raise ValueError(f"no shifted sets, expected some of {known}")
     points = [(one[BASE], sum(one[name] for name in shifted) / len(shifted)) for one in models]
     return [(base, mean) for base, mean in points if mean > 0]
+
+
+def read_reference_points(path: Path) -> list[tuple[float, float]]:
+    """Base and shifted accuracy of each model in a .json list of objects or a .csv.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it has no numbers named base and shifted.
+    """
+    try:
+        if path.suffix == ".json":
+            rows = json.loads(read_text(path))
+        else:
+            rows = [row for _, row in read_rows(path, ("base", "shifted"))]
+        return [(float(row["base"]), float(row["shifted"])) for row in rows]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: expected base and shifted of each model ({error!r})") from error

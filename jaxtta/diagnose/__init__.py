@@ -4,7 +4,7 @@
 single row (1, d).
 """
 
-from jaxtta.diagnose.check import Answers, TargetCheck, Trial, TriedAdapter, check_target
+from jaxtta.diagnose.check import Answers, TargetCheck, check_target
 from jaxtta.diagnose.concepts import (
     ConceptDetectors,
     concept_detectors,
@@ -70,8 +70,6 @@ __all__ = [
     "RunningMean",
     "Settings",
     "TargetCheck",
-    "Trial",
-    "TriedAdapter",
     "activation_kurtosis",
     "check_target",
     "compare_models",

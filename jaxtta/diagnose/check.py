@@ -85,29 +85,6 @@ class ConfusedPair:
 
 
 @dataclasses.dataclass(frozen=True)
-class TriedAdapter:
-    """An adapter on the labelled images; shares, and None for what there is none of."""
-
-    adapter: str
-    accuracy: float
-    interval: tuple[float, float]
-    gain: float | None
-    gain_interval: tuple[float, float] | None
-    calibration_error: float | None
-    skipped_steps: list[int]
-
-
-@dataclasses.dataclass(frozen=True)
-class Trial:
-    """Adapters tried on the labelled images: images per step, steps, the answer, and results."""
-
-    batch_size: int
-    steps: int
-    answer: str
-    adapters: list[TriedAdapter]
-
-
-@dataclasses.dataclass(frozen=True)
 class TargetCheck:
     """The check of target images with one model.
 
@@ -117,7 +94,6 @@ class TargetCheck:
         reference: metrics of the reference, with the same classes.
         confused: the most often confused pairs of classes.
         labelled: metrics of the images with labels; None if no image has one.
-        trial: of adapters; None without labels.
         reference_name: what the reference is.
         preprocessing: of the model's images.
     """
@@ -127,9 +103,13 @@ class TargetCheck:
     reference: UnlabelledMetrics
     confused: list[ConfusedPair]
     labelled: LabelledMetrics | None = None
-    trial: Trial | None = None
     reference_name: str = ""
     preprocessing: str = ""
+
+    def never_predicted(self) -> list[str]:
+        """Names of the classes that are predicted for no image."""
+        pairs = zip(self.classes, self.target.predicted, strict=True)
+        return [name for name, share in pairs if not share]
 
     def commonest(self) -> list[int]:
         """Indices of the classes predicted most often, at most `SHOWN`."""

@@ -110,8 +110,8 @@ def error_context(context: object) -> Iterator[None]:
         raise ValueError(f"{context}: {error}") from error
 
 
-def truncate(items: Iterable[object], count: int = 5) -> str:
+def truncate(items: Iterable[object], count: int = 5, between: str = ", ") -> str:
     """List the first items, and the number of all if there are more."""
     items = [*items]
     more = f" … ({len(items)})" if len(items) > count else ""
-    return ", ".join(map(str, items[:count])) + more or "none"
+    return between.join(map(str, items[:count])) + more or "none"

@@ -28,16 +28,29 @@ LARGEST = 5  # number of axes of the top direction to list
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Settings of a diagnosis."""
+    """What is measured.
+
+    Attributes:
+        fractions: fractions of the head's directions to keep.
+        outlier_threshold: threshold for outlier dimensions, in standard deviations of an image's
+            features.
+        detect_with: directions tested as class detectors: the coordinate axes or the head's
+            singular vectors.
+        precision: threshold on average precision for a class to count as detected.
+    """
 
     fractions: tuple[float, ...] = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-    """Fractions of the head's directions to keep."""
     outlier_threshold: float = 6.0
-    """Threshold for outlier dimensions, in standard deviations of an image's features."""
     detect_with: Literal["axes", "directions"] = "axes"
-    """Directions tested as class detectors: the coordinate axes or the head's singular vectors."""
     precision: float = 0.9
-    """Threshold on average precision for a class to count as detected."""
+
+    def check(self) -> None:
+        """Raise a ValueError for a fraction or precision that is none."""
+        for name, given in (("fractions", self.fractions), ("precision", (self.precision,))):
+            if not given or len({*given}) < len(given) or not all(0 < x <= 1 for x in given):
+                raise ValueError(
+                    f"{name} is {[*given]}, expected distinct numbers above 0, at most 1"
+                )
 
 
 class LabelledSet(NamedTuple):

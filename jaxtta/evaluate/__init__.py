@@ -1,15 +1,13 @@
 """Running adapters over streams: predictions, their store, and what is computed from them."""
 
+from jaxtta.bootstrap import bootstrap as bootstrap
+from jaxtta.bootstrap import interval as interval
 from jaxtta.evaluate.adapters import AdapterConfig as AdapterConfig
 from jaxtta.evaluate.adapters import AdapterSpec as AdapterSpec
 from jaxtta.evaluate.adapters import MGTTAConfig as MGTTAConfig
-from jaxtta.evaluate.adapters import check_mgtta_files as check_mgtta_files
 from jaxtta.evaluate.adapters import make_adapter as make_adapter
 from jaxtta.evaluate.adapters import parse_adapter as parse_adapter
-from jaxtta.evaluate.adapters import task_for as task_for
 from jaxtta.evaluate.adapters import tnt_config_of as tnt_config_of
-from jaxtta.evaluate.bootstrap import bootstrap as bootstrap
-from jaxtta.evaluate.bootstrap import interval as interval
 from jaxtta.evaluate.checkpoint import restore_checkpoint as restore_checkpoint
 from jaxtta.evaluate.checkpoint import save_checkpoint as save_checkpoint
 from jaxtta.evaluate.checks import default_severity as default_severity
@@ -37,3 +35,4 @@ from jaxtta.evaluate.tune import Choice as Choice
 from jaxtta.evaluate.tune import has_rate as has_rate
 from jaxtta.evaluate.tune import tune_learning_rate as tune_learning_rate
 from jaxtta.evaluate.tune import with_rate as with_rate
+from jaxtta.models import task_for as task_for

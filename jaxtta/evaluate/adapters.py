@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple
 
 import optax
 
@@ -19,8 +19,7 @@ from jaxtta import adapters, assets
 from jaxtta.adapters import BATCLIP_PRESETS, TENT_PRESETS, Adapter, TNTConfig
 from jaxtta.adapters.mgtta import PAPER_LEARNING_RATE, check_statistics
 from jaxtta.data.content import digest_files
-from jaxtta.models import Classifier, Task, load_statistics, zero_shot_task
-from jaxtta.models.task import Tokenized
+from jaxtta.models import Classifier, Task, load_statistics
 from jaxtta.optim import load_mgg, meta_gradient_generator
 from jaxtta.tree import normalisation_parameters
 
@@ -48,7 +47,7 @@ class MGTTAConfig:
 
     Attributes:
         phi: file with the generator's weights, from `jaxtta pretrain-mgg`.
-        statistics: file with the statistics of clean images' features, from the same command.
+        statistics: file with the statistics of clean images' features, from there too.
         weight: weight of the discrepancy.
         tower: image, or both to adapt the text tower too.
     """
@@ -68,23 +67,14 @@ class MGTTAConfig:
 
 @dataclasses.dataclass(frozen=True)
 class AdapterConfig:
-    """Settings of the named adapters, where their names do not say others.
+    """Settings of the named adapters, where their texts do not say others.
 
-    Attributes:
-        preset: the papers' optimiser settings of TENT and BATCLIP for a benchmark.
-        tnt: TNT's settings.
-        mgtta: MGTTA's settings.
+    `preset` names the papers' optimiser settings of TENT and BATCLIP for a benchmark.
     """
 
     preset: str = "cifar10-c"
     tnt: TNTConfig = dataclasses.field(default_factory=TNTConfig)
     mgtta: MGTTAConfig = dataclasses.field(default_factory=MGTTAConfig)
-
-    def __post_init__(self) -> None:
-        """Validate the settings."""
-        if self.preset not in BATCLIP_PRESETS:
-            known = ", ".join(BATCLIP_PRESETS)
-            raise ValueError(f"preset is {self.preset!r}, expected one of {known}")
 
 
 class AdapterSpec(NamedTuple):
@@ -115,9 +105,6 @@ def parse_adapter(text: str) -> AdapterSpec:
         text: `tent`, `tent:lr=1e-4`, `package.module:function` or
             `package.module:function:key=value,…`; modules in the current folder are found.
 
-    Returns:
-        The adapter to be made.
-
     Raises:
         ValueError: for an unknown name or setting, or a function that cannot be imported.
     """
@@ -133,13 +120,18 @@ def parse_adapter(text: str) -> AdapterSpec:
         function = _import_function(name, attribute)
         name = f"{name}:{attribute}"
     settings = _parse_settings(text, rest)
+    spec = AdapterSpec(text, name, settings, function)
     if function is not None:
-        _require_call(text, function, settings)
+        signature = inspect.signature(function)
+        try:
+            signature.bind(None, None, **settings)
+        except TypeError as error:
+            called = f"it is called (model, task, **settings) and takes {signature}"
+            raise ValueError(f"{text}: {error}; {called}") from error
     elif unknown := [key for key in settings if key not in SETTINGS[name]]:
         known = ", ".join(SETTINGS[name]) or "none"
         raise ValueError(f"{text}: unknown setting {unknown[0]!r}, {name} has {known}")
-    spec = AdapterSpec(text, name, settings, function)
-    if function is None:
+    else:
         identity_of(spec, AdapterConfig())  # validates the values
     return spec
 
@@ -169,26 +161,15 @@ def _import_function(module: str, name: str) -> Callable[..., Adapter]:
     return found
 
 
-def _require_call(text: str, function: Callable, settings: Mapping[str, Any]) -> None:
-    """Raise a ValueError for settings that the function does not take."""
-    signature = inspect.signature(function)
-    try:
-        signature.bind(None, None, **settings)
-    except TypeError as error:
-        called = f"it is called (model, task, **settings) and takes {signature}"
-        raise ValueError(f"{text}: {error}; {called}") from error
-
-
 def specs_of(
     given: Sequence[str | AdapterSpec] | Mapping[str, Callable[..., Adapter]],
 ) -> list[AdapterSpec]:
-    """The adapters of a sweep: texts, specs, or functions of model and task by name.
-
-    Raises:
-        ValueError: if there are none, or two have the same name.
-    """
+    """The adapters of a sweep, as `sweep` takes them."""
     if isinstance(given, Mapping):
-        specs = [AdapterSpec(name, _qualified(make), {}, make) for name, make in given.items()]
+        specs = [
+            AdapterSpec(text, getattr(make, "__qualname__", type(make).__qualname__), {}, make)
+            for text, make in given.items()
+        ]
     else:
         specs = [parse_adapter(each) if isinstance(each, str) else each for each in given]
     names = [spec.text for spec in specs]
@@ -197,20 +178,26 @@ def specs_of(
     return specs
 
 
-def _qualified(function: Callable) -> str:
-    kind = function if hasattr(function, "__qualname__") else type(function)
-    return f"{kind.__module__}:{kind.__qualname__}"
-
-
 def make_adapter(
-    spec: AdapterSpec, model: Classifier, task: Task | None, config: AdapterConfig
+    spec: AdapterSpec,
+    model: Classifier,
+    task: Task | None,
+    config: AdapterConfig = AdapterConfig(),
+    weights: str | None = None,
 ) -> Adapter:
     """Make an adapter.
+
+    Args:
+        spec: from `parse_adapter`.
+        model: the model.
+        task: the classes.
+        config: settings that the spec does not say.
+        weights: the model's, as `fingerprints` has them, to check that MGTTA's files are for it.
 
     Raises:
         FileNotFoundError: if one of MGTTA's files is missing.
         TypeError: if a function gives something else.
-        ValueError: if a file is invalid, or for a model of another size.
+        ValueError: if a file is invalid, or for another model.
     """
     if spec.function is not None:
         made = spec.function(model, task, **spec.settings)
@@ -221,23 +208,28 @@ def make_adapter(
         return adapters.zero_shot(model, task)
     if spec.name == "tnt":
         return adapters.tnt(model, task, config=tnt_config_of(spec, config))
+    make = _optimizer_of(spec, config)
     if spec.name != "mgtta":
-        method = {"tent": adapters.tent, "batclip": adapters.batclip}[spec.name]
-        return method(model, task, optimizer=_optimizer_of(spec, config)())
+        method = adapters.tent if spec.name == "tent" else adapters.batclip
+        return method(model, task, optimizer=make())
     settings = _mgtta_config_of(spec, config)
-    statistics, _ = load_statistics(settings.statistics)
+    made_for = "was made with another model; run jaxtta pretrain-mgg to make a file for"
+    statistics, about = load_statistics(settings.statistics)
+    if weights and about.get("weights", weights) != weights:
+        raise ValueError(f"{settings.statistics}: {made_for} --mgtta.statistics")
+    if make.func is meta_gradient_generator:
+        phi, about = load_mgg(settings.phi)
+        if weights and about.get("weights", weights) != weights:
+            log.warning("%s: %s --mgtta.phi", settings.phi, made_for)
+        make = partial(make.func, phi, *make.args)
     if model.feature_shape is not None:
         try:
             check_statistics(statistics.mean, model.feature_shape)
         except ValueError as error:
             raise ValueError(f"{settings.statistics}: {error}") from error
-    optimizer = _optimizer_of(spec, config)
-    if optimizer.func is meta_gradient_generator:
-        optimizer = partial(meta_gradient_generator, load_mgg(settings.phi)[0], *optimizer.args)
     return adapters.mgtta(
-        model,
-        task,
-        optimizer=optimizer(),
+        *(model, task),
+        optimizer=make(),
         trainable=normalisation_parameters(settings.tower),
         statistics=statistics,
         weight=settings.weight,
@@ -288,16 +280,7 @@ def _optimizer_of(spec: AdapterSpec, config: AdapterConfig) -> partial:
 def identity_of(
     spec: AdapterSpec, config: AdapterConfig, canvas: int | None = None
 ) -> dict[str, Any]:
-    """What decides an adapter's results, beside model, images and streams.
-
-    Args:
-        spec: the adapter.
-        config: settings that its name does not say.
-        canvas: size to which full-size images are padded, of an adapter that needs them.
-
-    Returns:
-        JSON values: the settings in effect, and digests of files and of a function's source.
-    """
+    """What decides an adapter's results: settings, and digests of files and of its source."""
     own: dict[str, Any] = {"name": spec.name}
     if spec.needs_originals:
         own["canvas"] = canvas
@@ -325,70 +308,3 @@ def identity_of(
 def _digest(path: str | Path | None) -> str | None:
     """A digest of a file's content; None for a function without a source file."""
     return digest_files([Path(path)]).partition(" ")[2] if path else None
-
-
-def check_mgtta_files(specs: Sequence[AdapterSpec], config: AdapterConfig, weights: str) -> None:
-    """Check that MGTTA's files were made with this model; only warn about the generator.
-
-    Args:
-        specs: the adapters.
-        config: settings that their names do not say.
-        weights: fingerprint of the model's weights, from `fingerprints`.
-
-    Raises:
-        FileNotFoundError: if a file is missing.
-        ValueError: if a file is invalid, or the statistics are of other weights.
-    """
-    made_for = "made with another model; run jaxtta pretrain-mgg to make a file for"
-    for spec in specs:
-        if spec.name != "mgtta":
-            continue
-        settings = _mgtta_config_of(spec, config)
-        _, about = load_statistics(settings.statistics)
-        if about.get("weights", weights) != weights:
-            raise ValueError(f"{settings.statistics}: was {made_for} --mgtta.statistics")
-        if _optimizer_of(spec, config).func is meta_gradient_generator:
-            _, about = load_mgg(settings.phi)
-            if about.get("weights", weights) != weights:
-                log.warning("%s: was %s --mgtta.phi", settings.phi, made_for)
-
-
-def task_for(
-    model: Classifier, class_names: Sequence[str], templates: Sequence[str]
-) -> Task | None:
-    """The task of a dataset's classes; None for a model that has these classes of its own.
-
-    Raises:
-        ValueError: if the model's own classes are others.
-    """
-    own = getattr(model, "class_names", None)
-    if own is None:
-        # Refused there, if it has neither classes of its own nor a text tower.
-        return zero_shot_task(cast(Tokenized, model), class_names, templates)
-    if len(own) != len(class_names):
-        raise ValueError(
-            f"the model has {len(own)} classes of its own, the dataset has {len(class_names)}"
-        )
-    if any(re.fullmatch(r"LABEL_\d+", name) for name in own):
-        log.warning("the model does not name its classes: their order is taken to be the dataset's")
-        return None
-    places: dict[str, set[int]] = {}
-    for number, name in enumerate(own):
-        for synonym in _synonyms(name):
-            places.setdefault(synonym, set()).add(number)
-    found = [set().union(*(places.get(s, ()) for s in _synonyms(name))) for name in class_names]
-    moved = [number for number, hits in enumerate(found) if hits and number not in hits]
-    known = sum(number in hits for number, hits in enumerate(found))
-    # ImageNet's names hold a few doubles, and the prompts' names differ from the model's.
-    if len(moved) > len(own) // 50 or 2 * known < len(own):
-        odd = moved[0] if moved else next(n for n, hits in enumerate(found) if not hits)
-        raise ValueError(
-            f"the model's classes are not the dataset's, or in another order: class {odd} is "
-            f"{own[odd]!r} in the model and {class_names[odd]!r} in the dataset"
-        )
-    return None
-
-
-def _synonyms(name: str) -> set[str]:
-    """The names that one of ImageNet's class names lists."""
-    return {part.strip().lower() for part in name.replace("_", " ").split(",")}

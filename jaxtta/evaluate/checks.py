@@ -1,4 +1,4 @@
-"""Checks of command-line options that several scripts share."""
+"""Checks of command-line options that several commands share."""
 
 import math
 from collections.abc import Sequence
@@ -30,21 +30,10 @@ def require_positive(**rates: Sequence[float | None]) -> None:
 
 
 def default_severity(layout: str, root: str, asked: int | None = None) -> int:
-    """The given severity, or the default for the images.
-
-    Args:
-        layout: the dataset layout; arrays have a fixed severity, 0.
-        root: the dataset; severity 1 is strong for the small bundled images.
-        asked: 1 to 5; None for 5, or 1 on the bundled images.
-
-    Returns:
-        The severity.
-    """
+    """The given severity, or 0 for arrays, 1 for the small bundled images, 5 for others."""
     if layout == "arrays":
         return 0
-    if asked is not None:
-        return asked
-    return 1 if root == str(assets.IMAGES) else 5
+    return asked or (1 if root == str(assets.IMAGES) else 5)
 
 
 def _option(name: str) -> str:

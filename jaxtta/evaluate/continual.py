@@ -3,55 +3,36 @@
     experiment = Experiment(model, params, tasks, retention, reference, TrainingConfig(), seed=1)
     results = run_sequence(experiment, "gnsp", "runs/mtil")
 
-The results are a data frame with a row per method, seed, step (how many tasks were learnt) and
-set: a task, a retention set, or one of `ALIGNMENT`.
+The results are a data frame with a row per method, seed, step (the number of tasks learnt) and set:
+a task, a retention set, or one of `jaxtta.metrics.ALIGNMENT`.
 """
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pandas as pd
+from flax.traverse_util import flatten_dict
 from tqdm import tqdm
 
 from jaxtta import continual, data, metrics, models, tree
-from jaxtta.continual import VARIANTS, GNSPConfig, Grams, ReferenceBatch, TrainingConfig
+from jaxtta.continual import VARIANTS, Grams, ReferenceBatch, TrainingConfig
 from jaxtta.data.tasks import TaskData
 from jaxtta.evaluate.checkpoint import restore_checkpoint, save_checkpoint
-from jaxtta.evaluate.checks import require_at_least, require_positive
 from jaxtta.evaluate.provenance import about, fingerprints, model_settings
-from jaxtta.evaluate.results import agree, agree_on_images, digest_of
+from jaxtta.evaluate.store import agree, agree_on_images
 from jaxtta.io import write_json
 
 Params = models.Params
 Texts = Mapping[str, np.ndarray]
-"""Class embeddings (classes, projection) by set, from `Experiment.texts`."""
-ALIGNMENT = ("modality gap", "image to text", "text to image")
-"""Figures of the retention sets together, or of the reference pairs if there are none."""
-TRAINED_AS = {"wise-ft": "fine-tuning"}
-"""Methods that reuse the training of another method."""
-METHODS = (*VARIANTS, *TRAINED_AS)
+"""Class embeddings (classes, projection) by set."""
+WISE, WISE_TRAINING = "wise-ft", "fine-tuning"
+"""WiSE-FT averages the weights before and after fine-tuning, and is measured in the same run."""
 GRAM_BATCH = 16
-
-
-def check_training(config: TrainingConfig) -> None:
-    """Raise a ValueError for a setting out of range; the message has the option's name."""
-    require_positive(learning_rate=(config.learning_rate,))
-    least = {"warmup": 0, "workers": 0, "reference_images": 2, "reference_batch": 2}
-    least |= dict.fromkeys(("iterations", "batch_size", "gram_images", "max_images"), 1)
-    require_at_least(**{name: (getattr(config, name), count) for name, count in least.items()})
-    if config.warmup is not None and config.warmup > config.iterations:
-        raise ValueError(
-            f"--warmup is {config.warmup}, expected at most the {config.iterations} --iterations"
-        )
-    continual.check_rho(config.rho)
-    if not 0 <= config.wise_share <= 1:
-        raise ValueError(f"--wise-share is {config.wise_share}, expected 0 to 1")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -66,7 +47,7 @@ class Experiment:
         reference: its test images are the reference images.
         config: the training settings.
         seed: of the order, the crops and the reference.
-        stored: digests of the stored images by set; empty where earlier results are trusted.
+        content: digest of the stored images; None to trust earlier results.
     """
 
     model: models.CLIP
@@ -76,13 +57,12 @@ class Experiment:
     reference: TaskData
     config: TrainingConfig
     seed: int = 1
-    stored: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    content: str | None = None
 
     def __post_init__(self) -> None:
         """Validate the settings."""
-        check_training(self.config)
         continual.check_tower(self.model)
-        names = [*(task.name for task in (*self.measured, self.reference)), *ALIGNMENT]
+        names = [*(task.name for task in self.sets), *metrics.ALIGNMENT]
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"the name {name} is used twice, rename the task")
@@ -93,9 +73,9 @@ class Experiment:
             )
 
     @property
-    def measured(self) -> tuple[TaskData, ...]:
-        """Tasks and retention sets."""
-        return (*self.tasks, *self.retention)
+    def sets(self) -> tuple[TaskData, ...]:
+        """Tasks, retention sets, and last the reference."""
+        return (*self.tasks, *self.retention, self.reference)
 
     @functools.cached_property
     def drawn(self) -> np.ndarray:
@@ -111,17 +91,19 @@ class Experiment:
     @functools.cached_property
     def classes(self) -> dict[str, models.Task]:
         """Class prompts by set; of the reference, those of the classes that are shown."""
-        shown = [self.reference.test.class_names[label] for label in self.shown]
-        names = [*(task.test.class_names for task in self.measured), shown]
+        reference = self.reference.test.class_names
+        names = {task.name: task.test.class_names for task in self.sets}
+        names[self.reference.name] = tuple(reference[label] for label in self.shown)
         return {
-            task.name: models.zero_shot_task(self.model, classes, [task.template])
-            for task, classes in zip((*self.measured, self.reference), names, strict=True)
+            task.name: models.zero_shot_task(self.model, names[task.name], [task.template])
+            for task in self.sets
         }
 
     def texts(self, params: Params) -> Texts:
         """Class embeddings by set."""
         prompts = {name: self.model.prompts(task) for name, task in self.classes.items()}
-        return {name: np.asarray(_texts(self.model, params, p)) for name, p in prompts.items()}
+        embed = functools.partial(continual.embed_classes, self.model, params)
+        return {name: np.asarray(embed(packed)) for name, packed in prompts.items()}
 
     def read(
         self, dataset: data.Dataset, numbers: np.ndarray, desc: str, size: int | None = None
@@ -138,37 +120,15 @@ class Experiment:
                 bar.set_description(desc)
             yield batch
 
-    def embed(self, params: Params, batches: Iterable[data.StreamBatch]) -> tuple[Any, Any]:
-        """Embeddings and labels of the readable images."""
-        images, labels = [], []
-        for batch in batches:
-            images.append(np.asarray(_images(self.model, params, batch.images))[batch.mask])
-            labels.append(batch.labels[batch.mask])
-        return np.concatenate(images), np.concatenate(labels)
-
-    def grams(
-        self, params: Params, dataset: data.Dataset, numbers: np.ndarray, fold: int, desc: str
-    ) -> Grams:
-        """Gram matrices of images with the training augmentation."""
-        key = jax.random.fold_in(jax.random.key(self.seed), fold)
-        crops = (
-            batch._replace(
-                images=continual.random_crops(jax.random.fold_in(key, number), batch.images)
-            )
-            for number, batch in enumerate(self.read(dataset, numbers, desc, GRAM_BATCH))
-        )
-        return continual.task_grams(self.model, params, crops)
-
     @functools.cached_property
     def pairs(self) -> ReferenceBatch:
         """Reference pairs in memory, with the initial model's embeddings."""
         batches = [*self.read(self.reference.test, self.drawn, "reference")]
-        teacher, labels = self.embed(self.params, batches)
-        labels = np.searchsorted(self.shown, labels)
+        teacher, labels = continual.embed_images(self.model, self.params, batches)
+        labels, name = np.searchsorted(self.shown, labels), self.reference.name
         images = np.concatenate([batch.images[batch.mask] for batch in batches])
-        captions = self.classes[self.reference.name].token_ids[labels, 0]
-        texts = self.texts(self.params)[self.reference.name][labels]
-        return ReferenceBatch(images, captions, labels, teacher, texts)
+        captions, texts = self.classes[name].token_ids[labels, 0], self.texts(self.params)[name]
+        return ReferenceBatch(images, captions, labels, teacher, texts[labels])
 
     @functools.cached_property
     def before(self) -> dict[str, float]:
@@ -176,69 +136,64 @@ class Experiment:
         return evaluate_tasks(self, self.params, self.texts(self.params))
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _images(model: models.CLIP, params: Params, images: jax.Array) -> jax.Array:
-    """Embeddings of images, of unit norm."""
-    return models.l2_normalize(model.encode_image(params, model.normalize(images)))
-
-
-_texts = jax.jit(models.CLIP.class_embeddings, static_argnums=0)
-
-
 def train_task(
     experiment: Experiment, params: Params, number: int, name: str, texts: Texts, grams: Grams
-) -> Params:
+) -> tuple[Params, Grams]:
     """Train on one task.
 
     Args:
         experiment: the tasks and the training settings.
         params: the parameters before the task.
         number: index of the task.
-        name: the method's, a key of `jaxtta.continual.VARIANTS`.
+        name: of the method, a key of `jaxtta.continual.VARIANTS`.
         texts: class embeddings by set with these parameters.
-        grams: Gram matrices of what is to be preserved; empty for no projection.
+        grams: sums of Gram matrices, as the previous call returned them.
 
     Returns:
-        The parameters after the task.
+        The parameters after the task, and the sums of what it was to preserve.
 
     Raises:
         FloatingPointError: if the loss is no longer finite.
-        ValueError: if there are no images to train on.
     """
-    config, model, task = experiment.config, experiment.model, experiment.tasks[number]
+    config, model, method = experiment.config, experiment.model, VARIANTS[name]
+    seed, task = experiment.seed, experiment.tasks[number]
     if task.train is None:
         raise ValueError(f"{task.name} has no training images")
-    classes, pairs = texts[task.name], None
-    if VARIANTS[name].uses_pairs:
-        pairs = experiment.pairs
-        pairs = pairs._replace(texts=texts[experiment.reference.name][pairs.labels])
-    trains_text = number == 0 and config.first_task == "all"
-    if trains_text:
+    if method.projection != "none" and (number or config.task_zero):
+        earlier, numbers = experiment.reference, experiment.drawn
+        if number:
+            earlier = experiment.tasks[number - 1]
+            numbers = np.random.default_rng([seed, number - 1, 1])
+            numbers = numbers.permutation(len(earlier.train.labels))[: config.gram_images]
+        desc = f"{name} seed {seed}: Gram matrices of {earlier.name}"
+        batches = experiment.read(earlier.train or earlier.test, numbers, desc, GRAM_BATCH)
+        key = jax.random.fold_in(jax.random.key(seed), 999 + number)
+        found = continual.augmented_grams(model, params, batches, key)
+        grams = continual.combine_grams(grams, found)
+    classes, pairs, trainable = texts[task.name], None, continual.gnsp_kernels
+    if method.uses_pairs:
+        captions = texts[experiment.reference.name][experiment.pairs.labels]
+        pairs = experiment.pairs._replace(texts=captions)
+    if number == 0 and config.first_task == "all":  # the text tower, too
         classes = model.prompts(experiment.classes[task.name])
+        trainable = continual.everything_but_logit_scale
         pairs = pairs and pairs._replace(texts=None)
-    rng = np.random.default_rng([experiment.seed, number])
-    wanted = config.iterations * config.batch_size
-    epochs = -(-wanted // len(task.train.labels))
-    numbers = np.concatenate([rng.permutation(len(task.train.labels)) for _ in range(epochs)])
-    desc = f"{name} seed {experiment.seed}: {task.name}"
-    batches = experiment.read(task.train, numbers[:wanted], desc)
-    key = jax.random.fold_in(jax.random.key(experiment.seed), number)
+    rng = np.random.default_rng([seed, number])
+    images, wanted = len(task.train.labels), config.iterations * config.batch_size
+    epochs = [rng.permutation(images) for _ in range(-(-wanted // images))]
+    desc = f"{name} seed {seed}: {task.name}"
+    batches = experiment.read(task.train, np.concatenate(epochs)[:wanted], desc)
+    key = jax.random.fold_in(jax.random.key(seed), number)
+    inputs = model, config, method, params, trainable, batches, classes, pairs, grams
     try:
-        return continual.train(
-            *(model, params, batches, classes, config, VARIANTS[name]),
-            trainable=continual.everything_but_logit_scale if trains_text else continual.gnsp_kernels,
-            grams=grams,
-            pairs=pairs,
-            rng=rng,
-            key=key,
-        )
+        return continual.train(*inputs, rng=rng, key=key), grams
     except FloatingPointError as error:
         advice = "try a lower --learning-rate and another --output"
         raise FloatingPointError(f"{desc}: {error}; {advice}") from error
 
 
 def evaluate_tasks(experiment: Experiment, params: Params, texts: Texts) -> dict[str, float]:
-    """Accuracy on every task and retention set, modality gap and retrieval.
+    """Accuracy on every task and retention set; modality gap and retrieval.
 
     Args:
         experiment: the sets.
@@ -246,51 +201,27 @@ def evaluate_tasks(experiment: Experiment, params: Params, texts: Texts) -> dict
         texts: class embeddings by set with these parameters.
 
     Returns:
-        Accuracies by set, and the figures of `ALIGNMENT`.
+        Figures by set. Gap and retrieval are of all retention sets, or of the reference pairs.
     """
-    figures, embedded = {}, []
-    for task in experiment.measured:
-        numbers = np.random.default_rng(0).permutation(len(task.test.labels))
-        numbers = numbers[: experiment.config.max_images]
+    figures, parts, config = {}, [], experiment.config
+    for task in (*experiment.tasks, *experiment.retention):
+        numbers = np.random.default_rng(0).permutation(len(task.test.labels))[: config.max_images]
         batches = experiment.read(task.test, numbers, f"testing {task.name}")
-        images, labels = experiment.embed(params, batches)
+        images, labels = continual.embed_images(experiment.model, params, batches)
         figures[task.name] = float(metrics.top_k(images @ texts[task.name].T, labels).mean())
         if task.train is None:
-            embedded.append((images, texts[task.name][labels], labels))
-    if not embedded:
-        pairs, size = experiment.pairs, experiment.config.batch_size
-        parts = (pairs.images[i : i + size] for i in range(0, len(pairs.images), size))
-        images = np.concatenate([_images(experiment.model, params, part) for part in parts])
-        embedded.append((images, texts[experiment.reference.name][pairs.labels], pairs.labels))
-    return figures | alignment(*(np.concatenate(parts) for parts in zip(*embedded, strict=True)))
+            parts.append((images, texts[task.name][labels], labels))
+    if not parts:
+        numbers = experiment.drawn
+        batches = experiment.read(experiment.reference.test, numbers, "testing the reference")
+        images, labels = continual.embed_images(experiment.model, params, batches)
+        labels = np.searchsorted(experiment.shown, labels)
+        parts.append((images, texts[experiment.reference.name][labels], labels))
+    return figures | metrics.image_text_alignment(*map(np.concatenate, zip(*parts, strict=True)))
 
 
-def alignment(images: np.ndarray, texts: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Modality gap and retrieval metrics.
-
-    Args:
-        images: (images, projection), of unit norm.
-        texts: (images, projection), of unit norm, the same for the same label.
-        labels: (images,) integers.
-
-    Returns:
-        The modality gap, and the fraction of images and of distinct captions whose nearest caption
-        or image is a match.
-    """
-    _, first, place = np.unique(labels, return_index=True, return_inverse=True)
-    similarities, matches = images @ texts[first].T, place[:, None] == np.arange(len(first))
-    found = (
-        metrics.modality_gap(jnp.asarray(images), jnp.asarray(texts)),
-        metrics.retrieval_recall(similarities, matches),
-        metrics.retrieval_recall(similarities.T, matches.T),
-    )
-    return dict(zip(ALIGNMENT, map(float, found), strict=True))
-
-
-def run_sequence(
-    experiment: Experiment, name: str, output: str | Path, **places: str
-) -> pd.DataFrame:
-    """Train a method on every task; an interrupted run resumes after the last finished task.
+def run_sequence(experiment: Experiment, name: str, output: Path, **places: str) -> pd.DataFrame:
+    """Train a method on every task; a run that was stopped resumes after the last finished task.
 
     Args:
         experiment: the tasks, the model and the settings.
@@ -305,91 +236,63 @@ def run_sequence(
         FloatingPointError: if the loss is no longer finite.
         ValueError: if the folder has results with other settings or of other images.
     """
-    config, tasks, first = experiment.config, experiment.tasks, experiment.params
-    everything, projects = config.first_task == "all", VARIANTS[name].projection != "none"
-    changed = continual.everything_but_logit_scale if everything else continual.gnsp_kernels
-    averaged = [other for other, trained_as in TRAINED_AS.items() if trained_as == name]
-    folder = Path(output) / name / f"seed{experiment.seed}"
-    settings = describe(experiment, name)
+    config, first, seed = experiment.config, experiment.params, experiment.seed
+    folder, settings = output / name / f"seed{seed}", _settings(experiment, name)
     agree(folder / "settings.json", settings)
-    stored = [experiment.stored[task] for task in settings["data"]] if experiment.stored else None
-    agree_on_images(folder / "images.json", stored and digest_of(stored))
-
-    params, grams, rows = first, {}, []
+    agree_on_images(folder / "images.json", experiment.content)
+    changed = continual.gnsp_kernels
+    if config.first_task == "all":
+        changed = continual.everything_but_logit_scale
+    params, grams, rows, done = first, {}, [], -1
     if saved := restore_checkpoint(folder / "checkpoints"):
-        _, arrays, rows = saved
+        done, arrays, rows = saved
         params = tree.merge(first, arrays["changed"])
         grams = flatten_dict(arrays.get("grams", {}), sep="/")
-    remaining = range(max((row["step"] for row in rows), default=-1) + 1, len(tasks) + 1)
-    texts = experiment.texts(params) if remaining else {}
-    for step in remaining:
-        if step == 0:
-            figures = dict.fromkeys([name, *averaged], experiment.before)
-            if projects and config.task_zero:
-                dataset, numbers = experiment.reference.test, experiment.drawn
-                grams = experiment.grams(params, dataset, numbers, 999, "reference")
-        else:
-            params = train_task(experiment, params, step - 1, name, texts, grams)
+    for step in range(done + 1, len(experiment.tasks) + 1):
+        if step:
             texts = experiment.texts(params)
-            figures = {name: evaluate_tasks(experiment, params, texts)}
-            for other in averaged:
-                ends = (tree.partition(tower, changed)[0] for tower in (first, params))
-                mean = tree.merge(first, continual.wise_ft(*ends, config.wise_share))
-                figures[other] = evaluate_tasks(experiment, mean, experiment.texts(mean))
-            grams = (
-                add_grams(experiment, params, step - 1, grams, name)
-                if projects and step < len(tasks)
-                else {}
-            )
-        rows += [
-            {"method": method, "seed": experiment.seed, "step": step, "set": where, "value": value}
-            for method, found in figures.items()
-            for where, value in found.items()
-        ]
-        arrays = {"changed": tree.partition(params, changed)[0]}
-        arrays["grams"] = unflatten_dict(grams, sep="/")
-        save_checkpoint(folder / "checkpoints", step, arrays, rows)
+            params, grams = train_task(experiment, params, step - 1, name, texts, grams)
+        measured = {name: params}
+        if name == WISE_TRAINING:
+            ends = (tree.partition(weights, changed)[0] for weights in (first, params))
+            measured[WISE] = tree.merge(first, continual.wise_ft(*ends, config.wise_share))
+        for method, weights in measured.items():
+            values = experiment.before
+            if step:
+                values = evaluate_tasks(experiment, weights, experiment.texts(weights))
+            where = {"method": method, "seed": seed, "step": step}
+            rows += [where | {"set": set_, "value": value} for set_, value in values.items()]
+        kept = {"changed": tree.partition(params, changed)[0], "grams": grams}
+        save_checkpoint(folder / "checkpoints", step, kept, rows)
     found = {"rows": rows, "settings": settings, "about": about(experiment.model, **places)}
     write_json(folder / "result.json", found)
     return pd.DataFrame(rows)
 
 
-def add_grams(
-    experiment: Experiment, params: Params, number: int, grams: Grams, name: str
-) -> Grams:
-    """Add the Gram matrices of the task just learnt to the earlier ones."""
-    dataset, seed = experiment.tasks[number].train, experiment.seed
-    numbers = np.random.default_rng([seed, number, 1]).permutation(len(dataset.labels))
-    numbers = numbers[: experiment.config.gram_images]
-    desc = f"{name} seed {seed}: Gram matrices of {experiment.tasks[number].name}"
-    found = experiment.grams(params, dataset, numbers, 1000 + number, desc)
-    return continual.combine_grams(grams, found)
-
-
-def describe(experiment: Experiment, name: str) -> dict[str, Any]:
-    """The settings that affect a method's results; those of unused options are left out."""
+def _settings(experiment: Experiment, name: str) -> dict[str, Any]:
+    """The settings that affect a method's results; unused options are left out."""
     config, method = experiment.config, VARIANTS[name]
-    projects = method.projection != "none"
-    used = ["iterations", "batch_size", "learning_rate", "first_task", "max_images"]
-    used += ["rho", "gram_images", "task_zero"] if projects else []
-    used += ["reference_batch"] if method.uses_pairs else []
-    used += ["wise_share"] if name in TRAINED_AS.values() else []  # measured in the same run
-    sets = [*experiment.measured]
-    if method.uses_pairs or (projects and config.task_zero) or not experiment.retention:
-        used.append("reference_images")
-        sets.append(experiment.reference)
-    data = {
-        task.name: [
-            fingerprints(dataset, {}, task=experiment.classes[task.name])
-            for dataset in (task.train, task.test)
-            if dataset is not None
-        ]
-        for task in sets
+    projects, uses_pairs = method.projection != "none", method.uses_pairs
+    uses_reference = uses_pairs or (projects and config.task_zero) or not experiment.retention
+    used = {
+        **dict.fromkeys(("rho", "gram_images", "task_zero"), projects),
+        **{"reference_images": uses_reference, "reference_batch": uses_pairs},
+        **{"wise_share": name == WISE_TRAINING, "workers": False},
     }
-    training = {option: getattr(config, option) for option in used}
+    training = dataclasses.asdict(config) | {"warmup": config.schedule[2]}
     return {
-        "method": name, "seed": experiment.seed, "tasks": [task.name for task in experiment.tasks],
+        "method": name,
+        "seed": experiment.seed,
         "model": model_settings(experiment.model),
         "weights": fingerprints(experiment.reference.test, experiment.params)["weights"],
-        "data": ..., "training": training | {"warmup": config.schedule[2]},
+        "tasks": [task.name for task in experiment.tasks],
+        "data": {
+            task.name: [
+                fingerprints(images, {}, task=experiment.classes[task.name])
+                for images in (task.train, task.test)
+                if images is not None
+            ]
+            for task in (experiment.sets if uses_reference else experiment.sets[:-1])
+        },
+        "training": {option: x for option, x in training.items() if used.get(option, True)},
     }

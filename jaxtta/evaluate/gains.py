@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from jaxtta.evaluate.bootstrap import bootstrap, interval
+from jaxtta.bootstrap import bootstrap, interval
 from jaxtta.evaluate.predictions import Predictions
 
 Interval = tuple[float, float] | None

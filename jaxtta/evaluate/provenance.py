@@ -31,16 +31,9 @@ labels' names stand for."""
 def fingerprints(
     dataset: Dataset, params: Params, model: Any = None, task: Task | None = None
 ) -> dict[str, Any]:
-    """What a run's results depend on beside its options and the stored images.
+    """What must match in another run beside options and stored images, wherever the files are.
 
-    Args:
-        dataset: the images.
-        params: the weights.
-        model: the model, for its architecture and preprocessing; None to leave them out.
-        task: the classes' prompts; None for a model with classes of its own.
-
-    Returns:
-        Settings that must match in another run, independent of file locations.
+    The model counts by its architecture and preprocessing, the task by its tokens, where given.
     """
     weights = hashlib.blake2b(digest_size=8)
     for leaf in jax.tree.leaves(params):
@@ -70,11 +63,8 @@ def _digest(array: np.ndarray) -> str:
 def model_settings(model: Any) -> Any:
     """A model's architecture and preprocessing as JSON values.
 
-    Args:
-        model: any classifier; dataclasses and named tuples are listed by field.
-
-    Returns:
-        Nested dicts; of an array its digest, of a function its name, of another object its class.
+    Dataclasses and named tuples are listed by field; of an array the digest is listed, of a
+    function the name, of another object the class.
     """
     if dataclasses.is_dataclass(model) and not isinstance(model, type):
         fields = {field.name: getattr(model, field.name) for field in dataclasses.fields(model)}
@@ -111,9 +101,6 @@ def about(loaded: Any = None, **places: str) -> dict[str, Any]:
     Args:
         loaded: the model, if it came from `jaxtta.load`.
         places: paths of data and model.
-
-    Returns:
-        Information for the cells that does not affect results.
     """
     versions = {"python": platform.python_version()}
     commit = _commit()
@@ -142,14 +129,12 @@ def _quoted(word: str) -> str:
     """A word for the shell; bytes that are no UTF-8 and control characters as bash takes them."""
     if word.isprintable():
         return shlex.quote(word)
-    parts = []
-    for char in word:
-        if char in "'\\":
-            parts.append(f"\\{char}")
-        elif char.isprintable():
-            parts.append(char)
-        else:
-            parts += [f"\\x{byte:02x}" for byte in os.fsencode(char)]
+    parts = [
+        char
+        if char.isprintable() and char not in "'\\"
+        else "".join(f"\\x{byte:02x}" for byte in os.fsencode(char))
+        for char in word
+    ]
     return f"$'{''.join(parts)}'"
 
 

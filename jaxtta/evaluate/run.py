@@ -1,6 +1,5 @@
 """One stream of a sweep: the adapters' states and what they predicted so far."""
 
-import json
 import logging
 import resource
 import shutil
@@ -19,7 +18,6 @@ from jaxtta.adapters import Adapter
 from jaxtta.data import Batches, StreamBatch, class_names_of, labels_of, name_of
 from jaxtta.evaluate.checkpoint import restore_checkpoint, save_checkpoint
 from jaxtta.evaluate.predictions import STEPS, Predictions, Scores, score
-from jaxtta.evaluate.provenance import digest_of
 from jaxtta.models import Batch
 
 log = logging.getLogger(__name__)
@@ -30,50 +28,51 @@ class StreamRun:
     """One stream with the adapters that have not finished it."""
 
     def __init__(
-        self, batches: Batches, number: int, content: str | None, root: Path, every: int | None
+        self,
+        batches: Batches,
+        number: int,
+        made: Mapping[str, Adapter],
+        params: Any,
+        settings: Mapping[str, dict[str, Any]],
+        content: str | None,
+        root: Path,
     ) -> None:
+        """Take stream `number`, the adapters, and the settings of those that have not finished."""
         self.benchmark, self.number, self.content = batches.benchmark, number, content
+        self.made, self.params, self.settings = made, params, settings
         self.stream, self.places = batches.streams[number], batches.of(number)
         self.labels = labels_of(batches.benchmark)[self.stream.items[:, 1]]
-        self.folder = root / "checkpoints" / f"{self.stream.name}--seed{self.stream.seed}"
-        self.every = every
-        self.settings: dict[str, Any] = {}  # of each adapter
+        self.folder = root / f"{self.stream.name}--seed{self.stream.seed}"
+        self.every = 0
         self.tree: dict[str, Any] = {}  # each adapter's state and record
         self.done = 0
 
-    def settings_of(self, shared: Mapping[str, Any], adapter: Mapping[str, Any]) -> dict[str, Any]:
-        """All settings that affect an adapter's result on this stream."""
-        items = self.stream.items
-        own = {
-            "domains": [str(domain) for domain in self.stream.segments],
-            "images": f"{len(items)}, in order {digest_of(items)}",
-        }
-        settings = {**shared, "streams": {**shared["streams"], **own}, "adapter": adapter}
-        return json.loads(json.dumps(settings))
-
-    def _begin(self, made: Mapping[str, Adapter], params: Any) -> None:
+    def _begin(self) -> None:
         images, batches = len(self.stream.items), len(self.places)
         for name in self.settings:
             record = {key: np.zeros(images, kind) for key, kind in KINDS._asdict().items()}
-            record |= {"seen": np.zeros(images, bool)}
-            record |= {"seconds": np.zeros(batches), "skipped": np.zeros(batches, bool)}
-            state = made[name].init(params, jax.random.key(self.stream.seed))
+            record |= {"seen": np.zeros(images, bool), "skipped": np.zeros(batches, bool)}
+            record["seconds"] = np.zeros(batches, np.float32)
+            state = self.made[name].init(self.params, jax.random.key(self.stream.seed))
             self.tree[name] = {"state": state, "record": record}
 
-    def restore(self, made: Mapping[str, Adapter], params: Any) -> None:
-        """Go to the newest checkpoint, if there is one of these settings."""
-        if self.every is None or not self.folder.is_dir():
+    def use_checkpoints(self, every: int) -> None:
+        """Go to the newest checkpoint of these settings, and save one every so many batches."""
+        self.every = every
+        if not self.folder.is_dir():
             return
-        self._begin(made, params)
+        self._begin()
         try:
             found = restore_checkpoint(self.folder, self.tree)
             if found is None:
                 raise ValueError("nothing saved")
             step, tree, note = found
-            if any(note["settings"].get(name) != told for name, told in self.settings.items()):
+            if any(note["settings"].get(name) != own for name, own in self.settings.items()):
                 raise ValueError("another stream or other settings")
             if self.content is not None and note["content"] != self.content:
                 raise ValueError("other images, or not known which")
+            for node in tree.values():  # arrays that can be written to
+                node["record"] = {key: np.array(x) for key, x in node["record"].items()}
             self.tree, self.done = tree, step
         except ValueError as error:
             log.warning("%s: ignored, restarting the stream (%s)", self.folder, error)
@@ -81,16 +80,14 @@ class StreamRun:
 
     def finish(
         self,
-        made: Mapping[str, Adapter],
-        params: Any,
-        compiled: dict[str, Callable],
+        steps: dict[str, Callable],
         originals: Collection[str],
         source: Iterator[StreamBatch],
         bar: tqdm,
     ) -> None:
-        """Step through the rest of the stream."""
+        """Step through the rest of the stream; `steps` are the adapters' compiled ones."""
         if not self.tree:
-            self._begin(made, params)
+            self._begin()
         title = f"{self.stream.name} seed {self.stream.seed}"
         bar.set_description(title)
         for number in range(self.done, len(self.places)):
@@ -100,14 +97,14 @@ class StreamRun:
             uncut = Batch(read.originals, read.mask, read.index, read.sizes)
             for name, node in self.tree.items():
                 inputs = uncut if name in originals else plain
-                if name not in compiled:  # once per sweep, and not timed
+                if name not in steps:  # once per sweep, and not timed
                     bar.set_description(f"compiling {name} …")
-                    step = jax.jit(made[name].step, donate_argnums=1)
-                    compiled[name] = step.lower(params, node["state"], inputs).compile()
+                    step = jax.jit(self.made[name].step, donate_argnums=1)
+                    steps[name] = step.lower(self.params, node["state"], inputs).compile()
                     bar.unpause()  # leaves the compilation out of the time per batch
                     bar.set_description(title)
                 start = time.perf_counter()
-                node["state"], prediction = compiled[name](params, node["state"], inputs)
+                node["state"], prediction = steps[name](self.params, node["state"], inputs)
                 jax.block_until_ready(prediction)
                 record, seen = node["record"], batch.index[batch.mask]
                 record["seconds"][number] = time.perf_counter() - start

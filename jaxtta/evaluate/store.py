@@ -31,29 +31,16 @@ def safe_name(text: str) -> str:
 
 
 class Store(NamedTuple):
-    """A sweep's folder.
-
-    Attributes:
-        root: the folder.
-        settings: grouped JSON values that all of its results share.
-    """
+    """A sweep's folder, and the grouped settings that all of its results share."""
 
     root: Path
     settings: dict[str, Any]
 
     @contextlib.contextmanager
     def lock(self, shard: tuple[int, int] = (0, 1)) -> Iterator[None]:
-        """Lock the folder; only other shards of the same sweep may use it at the same time.
-
-        Args:
-            shard: this run's index, and the number of runs that share the streams.
-
-        Raises:
-            ValueError: if another run holds the folder, or it has other settings.
-            OSError: if it cannot be written.
-        """
+        """Lock the folder; only other shards of the same sweep may use it at the same time."""
         number, count = shard
-        self.root.mkdir(parents=True, exist_ok=True)
+        (self.root / "predictions").mkdir(parents=True, exist_ok=True)
         refuse_earlier_version(self.root)
         own = self.root / f".lock-{number}-of-{count}"
         with FileLock(self.root / ".lock"):
@@ -67,7 +54,7 @@ class Store(NamedTuple):
             yield
 
     def path(self, adapter: str, stream: str, seed: int) -> Path:
-        """Path of a result."""
+        """Path of a result; its folder exists while the store is locked."""
         name = safe_name(f"{adapter}--{stream}--seed{seed}")
         return self.root / "predictions" / f"{name}.safetensors"
 
@@ -79,21 +66,7 @@ class Store(NamedTuple):
         settings: Mapping[str, Any],
         content: str | None = None,
     ) -> Predictions | None:
-        """A finished result, or None if it has to be computed.
-
-        Args:
-            adapter: the adapter's name.
-            stream: the stream's.
-            seed: its seed.
-            settings: of the result.
-            content: digest of the stored images; None where they are trusted to be the same.
-
-        Returns:
-            The predictions.
-
-        Raises:
-            ValueError: if they were made with other settings or from other images.
-        """
+        """A finished result, or None if it has to be computed; `content` None is not compared."""
         path = self.path(adapter, stream, seed)
         if not path.exists():
             return None
@@ -112,12 +85,6 @@ class Store(NamedTuple):
             raise ValueError(f"{path}: was made with {said}; choose another folder")
         _require_same_images(path, found.content, content)
         return found
-
-    def write(self, result: Predictions) -> None:
-        """Save a finished result."""
-        path = self.path(result.adapter, result.stream, result.seed)
-        path.parent.mkdir(exist_ok=True)
-        result.save(path)
 
 
 def _acquire(path: Path) -> FileLock:
@@ -174,12 +141,8 @@ def agree_on_images(path: Path, content: str | None) -> None:
     """
     if not path.exists():
         write_json(path, {"content": content})
-        return
-    try:
-        earlier = json.loads(path.read_text())["content"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: cannot be read ({error}); remove the folder") from error
-    _require_same_images(path, earlier, content)
+    else:
+        _require_same_images(path, _read_json(path).get("content"), content)
 
 
 def _require_same_images(path: Path, earlier: str | None, content: str | None) -> None:
@@ -194,11 +157,7 @@ def _require_same_images(path: Path, earlier: str | None, content: str | None) -
 
 
 def agree(path: Path, settings: Mapping[str, Any]) -> None:
-    """Write a folder's settings, or check that they match the existing ones.
-
-    Args:
-        path: the settings file in the folder.
-        settings: JSON values.
+    """Write a folder's settings, JSON values, or check that they match the existing ones.
 
     Raises:
         ValueError: if the folder has other settings, or the file is damaged.
@@ -206,31 +165,30 @@ def agree(path: Path, settings: Mapping[str, Any]) -> None:
     if not path.exists():
         write_json(path, settings)
         return
+    earlier = _read_json(path)
+    if earlier != settings:
+        said = differences(earlier, settings)
+        raise ValueError(f"{path.parent}: has results with {said}; choose another folder")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
     try:
-        earlier = json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path}: is not valid JSON ({error}); remove the folder") from error
-    if not isinstance(earlier, dict):
-        raise ValueError(f"{path}: has no settings; remove the folder")
-    if earlier != settings:
-        raise ValueError(
-            f"{path.parent}: has results with {differences(earlier, settings)}; choose another "
-            "folder"
-        )
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: is no JSON object; remove the folder")
+    return content
 
 
 def differences(earlier: Mapping[str, Any], now: Mapping[str, Any], within: str = "") -> str:
     """List the settings that differ; a setting within another is named "outer.inner"."""
-    listed = []
-    lacking = [name for name in now if name not in earlier]  # results of an earlier version
-    if lacking:
-        listed.append(f"no record of {', '.join(within + name for name in lacking)}")
-    for name in dict.fromkeys([*earlier, *now]):
-        a, b = earlier.get(name), now.get(name)
-        if name in lacking:
-            continue
-        if isinstance(a, dict) and isinstance(b, dict) and a != b:
-            listed.append(differences(a, b, f"{within}{name}."))
-        elif a != b:
-            listed.append(f"{within}{name} {a!r} (this run: {b!r})")
+    lacking = [within + name for name in now if name not in earlier]  # in an earlier version
+    listed = [f"no record of {', '.join(lacking)}"] if lacking else []
+    for name, value in earlier.items():
+        other = now.get(name)
+        if isinstance(value, dict) and isinstance(other, dict) and value != other:
+            listed.append(differences(value, other, f"{within}{name}."))
+        elif value != other:
+            listed.append(f"{within}{name} {value!r} (this run: {other!r})")
     return ", ".join(listed)

@@ -18,7 +18,6 @@ from jaxtta.evaluate import provenance
 from jaxtta.evaluate.adapters import (
     AdapterConfig,
     AdapterSpec,
-    check_mgtta_files,
     identity_of,
     make_adapter,
     specs_of,
@@ -65,7 +64,8 @@ class Spec:
         if any(spec.needs_originals for spec in adapters):
             first = self.benchmark[self.streams[0].segments[0]]
             canvas = self.canvas or data.canvas_for(self.benchmark.get(Domain(data.CLEAN), first))
-        preprocess = getattr(model, "preprocessing", Preprocessing(model.image_size))
+        side = model.image_size
+        preprocess = getattr(model, "preprocessing", Preprocessing(side, side, (side, side)))
         return Batches(self.benchmark, tuple(self.streams), self.batch_size, preprocess, canvas)
 
 
@@ -114,11 +114,11 @@ def sweep(
         if folder is None:
             folder, trust_data = stack.enter_context(tempfile.TemporaryDirectory()), True
         specs = specs_of(adapters)
-        made = {each.text: make_adapter(each, model, spec.task, config) for each in specs}
+        settings = _settings_of(spec, model, params)
+        how = (model, spec.task, config, settings["model"]["weights"])
+        made = {each.text: make_adapter(each, *how) for each in specs}
         batches = spec.batches(model, specs)
         data.select(spec.benchmark, dict.fromkeys(d for s in spec.streams for d in s.segments))
-        settings = _settings_of(spec, model, params)
-        check_mgtta_files(specs, config, settings["model"]["weights"])
         own = {each.text: identity_of(each, config, batches.canvas) for each in specs}
         about = dict(provenance.about(model) if about is None else about)
         store = Store(Path(folder), settings)
@@ -129,16 +129,19 @@ def sweep(
         results: dict[tuple[int, str], Predictions] = {}
         runs = []
         for number in share:
-            run = StreamRun(batches, number, contents[number], store.root, checkpoint_every)
+            stream, missing = batches.streams[number], {}
             for name, adapter in own.items():
-                told = run.settings_of(settings, adapter)
-                key = (name, run.stream.name, run.stream.seed)
-                if found := store.read(*key, told, run.content):
-                    results[number, name] = found
+                identity = _identity_of(settings, stream, adapter)
+                found = store.read(name, stream.name, stream.seed, identity, contents[number])
+                if found is None:
+                    missing[name] = identity
                 else:
-                    run.settings[name] = told
-            if run.settings:
-                run.restore(made, params)
+                    results[number, name] = found
+            if missing:
+                kept = store.root / "checkpoints"
+                run = StreamRun(batches, number, made, params, missing, contents[number], kept)
+                if checkpoint_every is not None:
+                    run.use_checkpoints(checkpoint_every)
                 runs.append(run)
         if results and not trust_data and None in contents.values():
             _log.warning(
@@ -150,19 +153,18 @@ def sweep(
         total = sum(len(run.places) for run in runs)
         source = iter(data.read_ahead(batches, workers, places)) if runs else iter(())
         originals = {each.text for each in specs if each.needs_originals}
-        compiled: dict[str, Callable] = {}
+        steps: dict[str, Callable] = {}  # compiled
         hidden = not progress or not runs
         with tqdm(total=total, initial=total - len(places), unit="batch", disable=hidden) as bar:
             for run in runs:
-                run.finish(made, params, compiled, originals, source, bar)
-                for place, name in enumerate(own):
-                    if name in run.settings:
-                        order = {"place": [run.number, place]}
-                        result = run.result(name, spec.setting, about | order)
-                        store.write(result)
-                        results[run.number, name] = result
-                        if log is not None:
-                            log(result)
+                run.finish(steps, originals, source, bar)
+                for name in run.settings:
+                    order = {"place": [run.number, list(own).index(name)]}
+                    result = run.result(name, spec.setting, about | order)
+                    result.save(store.path(name, result.stream, result.seed))
+                    results[run.number, name] = result
+                    if log is not None:
+                        log(result)
                 run.remove()
             next(source, None)  # ends the reader processes
     return [results[number, name] for number in share for name in own]
@@ -180,6 +182,18 @@ def _settings_of(spec: Spec, model: Classifier, params: Params) -> dict[str, Any
     if spec.task is not None:
         groups["model"]["templates"] = spec.templates
     return json.loads(json.dumps(groups))
+
+
+def _identity_of(
+    shared: Mapping[str, Any], stream: Stream, adapter: Mapping[str, Any]
+) -> dict[str, Any]:
+    """All settings that decide an adapter's result on a stream."""
+    own = {
+        "domains": [str(domain) for domain in stream.segments],
+        "images": f"{len(stream.items)}, in order {provenance.digest_of(stream.items)}",
+    }
+    identity = {**shared, "streams": {**shared["streams"], **own}, "adapter": adapter}
+    return json.loads(json.dumps(identity))
 
 
 def _contents(batches: Batches, share: range, progress: bool) -> dict[int, str | None]:

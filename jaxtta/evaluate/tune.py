@@ -53,15 +53,12 @@ def tune_learning_rate(
 
     Args:
         adapter: its text, to which `lr` is added; a function of your own may have that setting too.
-        rates: the candidates.
+        rates: the candidates; of equally good ones the smallest is selected.
         spec: streams of these corruptions only.
         model: the model.
         params: its frozen parameters.
         folder: for these runs; existing results are reused.
         options: for `sweep`.
-
-    Returns:
-        The selection; the smaller rate in case of ties.
 
     Raises:
         ValueError: if a stream has other corruptions.

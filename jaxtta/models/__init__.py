@@ -27,7 +27,7 @@ from jaxtta.models.load import load, load_clip
 from jaxtta.models.preprocess import Preprocessing, describe_preprocessing
 from jaxtta.models.prompts import Prompts
 from jaxtta.models.supervised import ImageClassifier
-from jaxtta.models.task import Task, task_from_token_ids, zero_shot_task
+from jaxtta.models.task import Task, task_for, task_from_token_ids, zero_shot_task
 
 __all__ = [
     "CLIP",
@@ -57,6 +57,7 @@ __all__ = [
     "save_statistics",
     "siglip_from_config",
     "statistics_of",
+    "task_for",
     "task_from_token_ids",
     "with_batch_norm_statistics",
     "zero_shot_task",

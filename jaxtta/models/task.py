@@ -279,3 +279,42 @@ def _report_numbers(names: Sequence[str], templates: Sequence[str]) -> None:
     if empty:
         prompt = templates[0].replace("{}", empty[0])
         log.warning("%d class names are numbers: %r means nothing to a model", len(empty), prompt)
+
+
+def task_for(model: Any, class_names: Sequence[str], templates: Sequence[str]) -> Task | None:
+    """The task of a dataset's classes; None for a model that has these classes of its own.
+
+    Raises:
+        ValueError: if the model's own classes are others.
+    """
+    own = getattr(model, "class_names", None)
+    if own is None:
+        # Refused there, if it has neither classes of its own nor a text tower.
+        return zero_shot_task(model, class_names, templates)
+    if len(own) != len(class_names):
+        raise ValueError(
+            f"the model has {len(own)} classes of its own, the dataset has {len(class_names)}"
+        )
+    if any(re.fullmatch(r"LABEL_\d+", name) for name in own):
+        log.warning("the model does not name its classes: their order is taken to be the dataset's")
+        return None
+    places: dict[str, set[int]] = {}
+    for number, name in enumerate(own):
+        for synonym in _synonyms(name):
+            places.setdefault(synonym, set()).add(number)
+    found = [set().union(*(places.get(s, ()) for s in _synonyms(name))) for name in class_names]
+    moved = [number for number, hits in enumerate(found) if hits and number not in hits]
+    known = sum(number in hits for number, hits in enumerate(found))
+    # ImageNet's names hold a few doubles, and the prompts' names differ from the model's.
+    if len(moved) > len(own) // 50 or 2 * known < len(own):
+        odd = moved[0] if moved else next(n for n, hits in enumerate(found) if not hits)
+        raise ValueError(
+            f"the model's classes are not the dataset's, or in another order: class {odd} is "
+            f"{own[odd]!r} in the model and {class_names[odd]!r} in the dataset"
+        )
+    return None
+
+
+def _synonyms(name: str) -> set[str]:
+    """The names that one of ImageNet's class names lists."""
+    return {part.strip().lower() for part in name.replace("_", " ").split(",")}

@@ -1,111 +1,123 @@
 """Reports of a diagnosis and of a check of target images; their words are in the templates."""
 
+import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter
 from PIL import Image
 
+from jaxtta.bootstrap import accuracy_interval
 from jaxtta.diagnose import Answers, Diagnosis, TargetCheck, truncate
-from jaxtta.evaluate import ADAPTERS
+from jaxtta.evaluate.adapters import SETTINGS
 from jaxtta.images import printable
 from jaxtta.io import atomic_write, write_json, write_text
-from jaxtta.report import plots
-from jaxtta.report.plots import COLOURS, DASHES, GREY
-from jaxtta.report.render import NONE, number, percent, render, signed
-from jaxtta.report.summary import aligned
+from jaxtta.report.diagnosis_plots import diagnosis_plots, draw_predictions
+from jaxtta.report.render import NONE, percent, render, signed
+from jaxtta.report.summary import Summary
+from jaxtta.report.text import aligned, answer, counted
 
 UNSURE, THUMBNAIL = 12, 160  # images shown of a model, and pixels of their longer side
+Tables = dict[str, pd.DataFrame]
+Checked = tuple[TargetCheck, Answers, Summary | None]
 
 
-class Report(NamedTuple):
-    """Sentences, tables by heading, plots, answers to each image, and images by heading."""
-
-    sentences: list[str]
-    tables: dict[str, pd.DataFrame]
-    plots: dict[str, Figure]
-    answers: dict[str, pd.DataFrame]
-    strips: dict[str, list[tuple[str, np.ndarray]]]
-
-
-def diagnosis_report(found: Diagnosis, fractions: Sequence[float]) -> Report:
-    """The report of a diagnosis with these fractions of the head's directions."""
+def write_diagnosis(
+    folder: Path, found: Diagnosis, fractions: Sequence[float], **made: Mapping[str, Any]
+) -> None:
+    """Print a diagnosis and write its files; `made` has `settings` and `about`."""
     said = sentences("diagnosis.txt.j2", models=found.models, robustness=found.robustness)
-    return Report(said, diagnosis_tables(found), diagnosis_plots(found, fractions), {}, {})
+    title, drawn = f"Diagnosis: {', '.join(found.models)}", diagnosis_plots(found, fractions)
+    write_json(folder / "result.json", dataclasses.asdict(found) | made)
+    _write(folder, title, said, diagnosis_tables(found), drawn, {}, made)
 
 
-def check_report(
-    checks: Mapping[str, TargetCheck],
-    answers: Mapping[str, Answers],
+def write_check(
+    folder: Path,
+    title: str,
+    found: Mapping[str, Checked],
     images: Sequence[np.ndarray],
     names: Sequence[str],
-) -> Report:
-    """The report of each model's check of images with these names."""
-    trials = [check.trial.adapters for check in checks.values() if check.trial]
-    tried = {each.adapter.partition(":")[0] for trial in trials for each in trial}
-    untried = [name for name in ADAPTERS if name not in tried]
-    said = sentences("target.txt.j2", checks=checks, tried=tried, untried=untried)
-    report = Report(said, {}, {}, {}, {})
-    for model, check in checks.items():
-        ending, own = f"-{model}" if len(checks) > 1 else "", answers[model]
-        report.tables.update(check_tables(model, check))
-        report.plots[f"predictions{ending}"] = draw_predictions(check, own)
-        rows = report.answers[f"images{ending}"] = pd.DataFrame(
-            {
-                "file": [printable(names[number]) for number in own.numbers],
-                "class": [printable(check.classes[label]) for label in own.labels],
-                "confidence": own.confidences,
-                "entropy": own.entropies,
-                "distance": own.distances,
-            }
-        )
-        shown = report.strips.setdefault(f"Images that {model} is least sure of", [])
-        for place in own.least_sure(UNSURE):
-            file, label, confidence, *_ = rows.iloc[place]
-            small = Image.fromarray(images[own.numbers[place]])
+    **made: Mapping[str, Any],
+) -> None:
+    """Print a check of images with these names, by each model, and write its files."""
+    models, tables, drawn, strips = {}, {}, {}, {}
+    for model, (check, answers, trial) in found.items():
+        ending = f"-{model}" if len(found) > 1 else ""
+        tables |= check_tables(model, check, trial)
+        drawn[f"predictions{ending}"] = draw_predictions(check, answers)
+        columns = {
+            "file": [names[number] for number in answers.numbers],
+            "class": [check.classes[label] for label in answers.labels],
+            "confidence": answers.confidences,
+            "entropy": answers.entropies,
+            "distance": answers.distances,
+        }
+        table, file = pd.DataFrame(columns), f"images{ending}.csv".replace("/", "-")
+        table = table.map(lambda x: printable(x) if isinstance(x, str) else x)
+        write_text(folder / file, table.to_csv(index=False, float_format="%.4f"))
+        strip = strips.setdefault(f"Images that {model} is least sure of, from {file}", [])
+        for place in answers.least_sure(UNSURE):
+            row, small = table.iloc[place], Image.fromarray(images[answers.numbers[place]])
             small.thumbnail((THUMBNAIL, THUMBNAIL))
-            shown.append((f"{file}: {label} {percent(confidence, 0)} %", np.asarray(small)))
-    return report
+            caption = f"{row['file']}: {row['class']} {percent(row['confidence'], 0)} %"
+            strip.append((caption, np.asarray(small)))
+        rows = json.loads(trial.segments.to_json(orient="records")) if trial else []
+        models[model] = dataclasses.asdict(check) | {"trial": rows}
+    said = check_sentences(found)
+    write_json(folder / "result.json", {"models": models} | made)
+    _write(folder, title, said, tables, drawn, strips, made)
 
 
-def write(folder: Path, title: str, report: Report, found: Mapping[str, Any]) -> None:
-    """Print a report, and write its files to an existing folder; `found` is for result.json."""
-    text = "\n\n".join(as_text(*table) for table in report.tables.items())
-    print("\n\n".join([title, text, *report.sentences]))
+def _write(
+    folder: Path,
+    title: str,
+    said: list[str],
+    tables: Tables,
+    drawn: dict[str, Figure],
+    strips: dict[str, list[tuple[str, np.ndarray]]],
+    made: Mapping[str, Any],
+) -> None:
+    lines = {name: [[name, *t.columns], *t.itertuples(name=None)] for name, t in tables.items()}
+    text = "\n\n".join("\n".join(aligned(rows)) for rows in lines.values())
+    print("\n\n".join([title, text, *said]))
     write_text(folder / "table.txt", text + "\n")
-    write_json(folder / "result.json", found)
-    for name, figure in report.plots.items():
+    for name, figure in drawn.items():
         with atomic_write(folder / f"{name.replace('/', '-')}.png") as temporary:
             figure.savefig(temporary, format="png", dpi=150)
-    for name, rows in report.answers.items():
-        text = rows.to_csv(index=False, float_format="%.4f")
-        write_text(folder / f"{name.replace('/', '-')}.csv", text)
-    made = {"settings": [found["settings"]], "abouts": [found["about"]]}
-    page = render("diagnosis.html.j2", title=title, **report._asdict(), **made)
-    write_text(folder / "report.html", page)
+    shown = {"tables": tables, "plots": drawn, "strips": strips, "sentences": said}
+    how = {"settings": [made["settings"]], "abouts": [made["about"]]}
+    write_text(folder / "report.html", render("diagnosis.html.j2", title=title, **shown, **how))
     print(f"\nresults: {folder / 'report.html'}")
 
 
+def check_sentences(found: Mapping[str, Checked]) -> list[str]:
+    """What to expect of each model on the images, and what was not measured."""
+    trials = [trial for _, _, trial in found.values() if trial]
+    tried = {name.partition(":")[0] for trial in trials for name in trial.adapters}
+    untried = [name for name in SETTINGS if name not in tried]
+    return sentences("target.txt.j2", found=found, tried=tried, untried=untried)
+
+
 def sentences(template: str, **found: Any) -> list[str]:
-    """Fill in a template of sentences; a paragraph is one item."""
-    paragraphs = render(template, listed=truncate, bounded=bounded, **found).split("\n\n")
+    """Fill in a template of sentences; each paragraph is one item."""
+    words = {"listed": truncate, "counted": counted, "bounded": bounded, "answer": answer}
+    paragraphs = render(template, **words, **found).split("\n\n")
     return [" ".join(text.split()) for text in paragraphs if text.strip()]
 
 
-def bounded(share: float, bounds: Sequence[float], sign: str = "") -> str:
-    """Format a share and its interval in per cent."""
-    return "{} [{}, {}]".format(*(number(100 * value, sign=sign) for value in (share, *bounds)))
+def bounded(share: float, bounds: Sequence[float], write: Any = percent) -> str:
+    """Format a share and its interval in per cent, or a gain in points."""
+    return f"{write(share)} [{', '.join(map(write, bounds))}]"
 
 
-def as_text(heading: str, table: pd.DataFrame) -> str:
-    """Format a table as aligned text."""
-    lines = [[heading, *table.columns], *table.itertuples(name=None)]
-    rule = ["-" * max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(aligned([lines[0], rule, *lines[1:]]))
+def gain(share: float | None) -> str:
+    """Format a gain in points."""
+    return signed(share if share is None else 100 * share)
 
 
 def fields(found: Any, *omitted: str) -> dict[str, str]:
@@ -120,25 +132,23 @@ def entry(value: Any) -> str:
         return f"{value:.4g}".replace("-", "−")
     if isinstance(value, tuple):
         return f"{entry(value[0])} ({entry(value[1])})"
-    return truncate(map(entry, value)) if isinstance(value, list) else str(value or NONE)
+    if isinstance(value, list):
+        return truncate([*map(entry, value)])
+    return NONE if value is None else str(value)
 
 
-# --- tables and plots ---
-
-
-def diagnosis_tables(found: Diagnosis) -> dict[str, pd.DataFrame]:
+def diagnosis_tables(found: Diagnosis) -> Tables:
     """Metrics by model and by pair of models, as text."""
     models = {}
     for name, model in found.models.items():
-        rows, shifted = {}, model.shifted
+        rows = {}
         for key, each in model.sets.items():
             rows[f"accuracy on {key} (%)"] = bounded(each.accuracy, each.interval)
             rows[f"kurtosis on {key}"] = entry(each.kurtosis)
-        if shifted:
-            gained = found.robustness.values.get(name)
-            rows["mean accuracy on shifted sets (%)"] = percent(shifted.accuracy)
-            rows["effective robustness (points)"] = signed(gained and 100 * gained)
-            rows["mean kurtosis on shifted sets"] = entry(shifted.kurtosis)
+        if model.shifted:
+            rows["mean accuracy on shifted sets (%)"] = percent(model.shifted.accuracy)
+            rows["effective robustness (points)"] = gain(found.robustness.values.get(name))
+            rows["mean kurtosis on shifted sets"] = entry(model.shifted.kurtosis)
         rows["sufficient fraction of directions"] = entry(model.sufficient_fraction)
         models[name] = rows | fields(model.base)
     tables = {"Models": pd.DataFrame(models)}
@@ -146,106 +156,31 @@ def diagnosis_tables(found: Diagnosis) -> dict[str, pd.DataFrame]:
     return tables | ({"Pairs of models": pd.DataFrame(pairs)} if pairs else {})
 
 
-def check_tables(model: str, check: TargetCheck) -> dict[str, pd.DataFrame]:
+def check_tables(model: str, check: TargetCheck, trial: Summary | None) -> Tables:
     """Distribution shift, predictions and the trial of adapters, as text."""
     sets = {"target": check.target, "reference": check.reference}
+    spaces = {name: fields(each, "predicted") for name, each in sets.items()}
     shares = {"predicted (%)": check.target.predicted}
     if check.labelled:
         shares |= {"labelled (%)": check.labelled.shares, "recall (%)": check.labelled.recall}
     shares["predicted on the reference (%)"] = check.reference.predicted
-    confused = {
-        " / ".join(pair.classes): (percent(pair.share), percent(pair.margin))
-        for pair in check.confused
-    }
+    classes = pd.DataFrame(shares, check.classes).iloc[check.commonest()]
+    confused = {" / ".join(pair.classes): (pair.share, pair.margin) for pair in check.confused}
     heads = ["top two for (%)", "mean difference (points)"]
     tables = {
-        f"Images in {model}'s embedding space": pd.DataFrame(
-            {name: fields(each, "predicted") for name, each in sets.items()}
-        ),
-        f"Classes by {model}": pd.DataFrame(shares, check.classes)
-        .iloc[check.commonest()]
-        .map(percent),
-        f"Classes that {model} confuses": pd.DataFrame.from_dict(confused, "index", columns=heads),
+        f"Images in {model}'s embedding space": pd.DataFrame(spaces),
+        f"Classes by {model}": classes.map(percent),
+        f"Classes that {model} confuses": pd.DataFrame(confused, heads).map(percent).T,
     }
-    if check.trial:
-        rows = {
-            each.adapter: (
-                bounded(each.accuracy, each.interval),
-                bounded(each.gain, each.gain_interval, "+") if each.gain_interval else NONE,
-                percent(each.calibration_error),
+    if trial:
+        heads, rows = ["accuracy (%)", "gain (points)", "calibration error (%)"], {}
+        for result in trial.results:
+            right, mean = result.top1[result.rows["seen"]], trial.means.loc[result.adapter]
+            gained = bounded(mean["gain"], mean[["low", "high"]], gain)
+            rows[result.adapter] = (
+                bounded(right.mean(), accuracy_interval(right)),
+                gained if result.adapter in trial.compared else NONE,
+                percent(mean["ece"]),
             )
-            for each in check.trial.adapters
-        }
-        heads = ["accuracy (%)", "gain (points)", "calibration error (%)"]
-        tables[f"Trial of adapters with {model}"] = pd.DataFrame.from_dict(
-            rows, "index", columns=heads
-        )
+        tables[f"Trial of adapters with {model}"] = pd.DataFrame(rows, heads).T
     return tables
-
-
-def diagnosis_plots(found: Diagnosis, fractions: Sequence[float]) -> dict[str, Figure]:
-    """The plots of a diagnosis."""
-    names = ["kurtosis", "importance", "pruning", "robustness"][: 4 if found.robustness.line else 3]
-    drawn = {name: Figure(figsize=(7, 4.4), layout="constrained") for name in names}
-    bars, spectrum, pruning, *robustness = (figure.subplots() for figure in drawn.values())
-    models = {plots.label(name): model for name, model in found.models.items()}
-    colours = [COLOURS[n % len(COLOURS)] for n in range(len(models))]
-    dashes = [DASHES[n // len(COLOURS) % len(DASHES)] for n in range(len(models))]
-    kurtosis = {n: {s: x.kurtosis for s, x in m.sets.items()} for n, m in models.items()}
-    kurtosis = pd.DataFrame(kurtosis).rename(index=plots.label)
-    kurtosis.plot.bar(ax=bars, width=0.8, color=colours, rot=40, legend=False)
-    bars.axhline(3, color="black", linestyle="--", linewidth=1)
-    plots.finish(bars, "", "kurtosis of the features")
-
-    lines = {"color": colours, "style": dashes, "legend": False}
-    importance = pd.DataFrame({n: pd.Series(m.base.importance) for n, m in models.items()})
-    importance.index += 1
-    (importance / importance.mean()).plot(ax=spectrum, **lines)
-    spectrum.axhline(1, color="black", linestyle="--", linewidth=1)
-    plots.finish(spectrum, "rank of the direction", "importance / mean")
-
-    kept = 100 * np.asarray(fractions)
-    base = pd.DataFrame({n: m.sets[m.base_name].pruned for n, m in models.items()}, kept)
-    (100 * base).sort_index().plot(ax=pruning, **lines)
-    for colour, model in zip(colours, models.values(), strict=True):
-        if model.shifted:
-            pruning.plot(kept, 100 * np.asarray(model.shifted.pruned), ".", color=colour)
-    pruning.set_ylim(0, 100)
-    plots.finish(pruning, "directions kept (%)", "top-1 accuracy (%)")
-
-    for axes in robustness:
-        points = np.asarray(found.robustness.points)
-        axes.plot(*points.T, "o", color=GREY, markersize=9, alpha=0.5, label="reference")
-        pairs = {n: (m.base_accuracy, m.shifted.accuracy) for n, m in models.items()}
-        bases = [*points[:, 0], *(base for base, _ in pairs.values())]
-        ends = np.linspace(min(bases), max(bases), 50)
-        axes.plot(ends, found.robustness.line.predict(ends), color=GREY)
-        for colour, (name, pair) in zip(colours, pairs.items(), strict=True):
-            axes.plot(*pair, "D", color=colour, markersize=5, label=name)
-        axes.set(xscale="logit", yscale="logit")
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_locator(MaxNLocator(6))
-            axis.set_major_formatter(PercentFormatter(1))
-            axis.set_minor_locator(NullLocator())
-        plots.finish(axes, "accuracy on the base set", "mean on shifted sets", grid="both")
-    return drawn
-
-
-def draw_predictions(check: TargetCheck, answers: Answers) -> Figure:
-    """Draw entropies, and how often each class is predicted."""
-    figure = Figure(figsize=(9, 4.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    bins = np.linspace(0, np.log(len(check.classes)), 31)
-    sets = {"target": answers.entropies, "reference": answers.reference_entropies}
-    for (key, values), colour in zip(sets.items(), (COLOURS[0], GREY), strict=True):
-        weights = np.full(len(values), 100 / len(values))
-        values = np.clip(values, bins[0], bins[-1])  # rounding may exceed the range
-        left.hist(values, bins, weights=weights, color=colour, alpha=0.6, label=key)
-    shares = {"predicted": check.target.predicted}
-    shares |= {"labelled": check.labelled.shares} if check.labelled else {}
-    frame = 100 * pd.DataFrame(shares, map(plots.label, check.classes)).iloc[check.commonest()]
-    frame.plot.barh(ax=right, width=0.8, color=COLOURS[:2], legend=False)
-    right.invert_yaxis()
-    plots.finish(left, "entropy of a prediction (nats)", "images (%)")
-    plots.finish(right, "images (%)", "", grid="x")
-    return figure

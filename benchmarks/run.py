@@ -1,0 +1,155 @@
+"""Time, memory and arithmetic of one step of the adapters, beside the same step in PyTorch.
+
+    python benchmarks/run.py --classes 1000 --adapters tnt:steps=1 tnt:steps=3 --steps 1
+    python benchmarks/run.py --classes 1000 --adapters mgtta --frameworks jax
+    python benchmarks/run.py --adapters zero_shot --frameworks jax --projectors --reading FOLDER
+    python benchmarks/run.py --model tiny --classes 10   # does it run?
+
+A CLIP model with random weights adapts to random images; the prompts have the lengths of ImageNet's
+"a photo of a {}.". PyTorch runs transformers' CLIPModel on prompts padded to 77 tokens, as in the
+reference implementations, and on prompts cut to the longest. All but BATCLIP encode the text once,
+beforehand. A step of TNT is one image: jaxtta cuts its views; PyTorch gets ready-made ones and runs
+all of them forward and backward in every update, and then selects.
+
+Every row is measured in a process of its own, after compilation and a first step. s/step is the
+shortest step, which the other columns use; peak GB is of the process, with libraries and
+compilation, or on a GPU of its allocations; GFLOP are the operations of matrix products, with
+recomputed ones; "of peak" compares them per second with one large product. The last columns divide
+PyTorch's row with 77 tokens by the row.
+"""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import re
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from cases import Settings, tnt_steps
+from tqdm import tqdm
+
+from jaxtta import cli, data, evaluate, io
+
+
+class Row(NamedTuple):
+    """One line of the table; the prompts are "packed" in JAX, "77 tokens" or "cut" in PyTorch."""
+
+    adapter: str
+    framework: str
+    prompts: str
+
+
+def main(settings: Settings) -> None:
+    """Measure every row and print the table."""
+    check(settings)
+    folder = data.open_dataset("folder", settings.reading) if settings.reading else None
+    rows: list[dict[str, Any]] = []
+    for row in tqdm(plan(settings), unit="row", disable=None):
+        images = 1 if tnt_steps(row.adapter) else settings.batch
+        rows.append(row._asdict() | {"images": images} | measured(settings, row))
+        seconds = rows[-1].get("seconds")
+        note = f"{min(seconds):.3g} s per step" if seconds else rows[-1]["error"]
+        tqdm.write(f"{' '.join(row)}: {note}", file=sys.stderr)
+        if settings.output:
+            io.write_json(settings.output, {"settings": dataclasses.asdict(settings), "rows": rows})
+    print(f"{settings.model}, {settings.classes} classes, batch {settings.batch} (TNT 1), ", end="")
+    print(f"{settings.dtype}{', remat' * settings.remat}, {os.cpu_count()} CPU cores")
+    found = [row for row in rows if "error" not in row]
+    if not found:
+        raise ValueError("no row could be measured")
+    print(table(pd.DataFrame(found)))
+    if folder is not None:
+        from reading import reading_times
+
+        print(reading_times(folder, settings))
+    if settings.projectors:
+        from projectors import projection_times
+
+        print(projection_times(settings).to_string())
+
+
+def check(settings: Settings) -> None:
+    """Raise a ValueError for invalid options."""
+    evaluate.require_distinct(adapters=settings.adapters, frameworks=settings.frameworks)
+    for name in settings.adapters:
+        if not re.fullmatch(r"zero_shot|tent|batclip|mgtta|tnt(:steps=[1-9]\d*)?", name):
+            known = "zero_shot, tent, batclip, tnt, tnt:steps=N or mgtta"
+            raise ValueError(f"--adapters has {name!r}, expected {known}")
+    for name in ("batch", "views", "views_per_chunk", "steps"):
+        evaluate.require_at_least(**{name: (getattr(settings, name), 1)})
+    evaluate.require_at_least(classes=(settings.classes, 2), workers=(settings.workers, 0))
+    evaluate.require_positive(memory_limit_gb=(settings.memory_limit_gb,))
+
+
+def plan(settings: Settings) -> list[Row]:
+    """The rows that can be measured here, grouped by adapter."""
+    torch = importlib.util.find_spec("torch") is not None
+    if "torch" in settings.frameworks and not torch:
+        message = "PyTorch is not installed, so its rows are skipped: `make parity` installs it"
+        if settings.frameworks == ("torch",):
+            raise ValueError(message)
+        print(message, file=sys.stderr)
+    forms = [("jax", "packed"), *[("torch", "77 tokens"), ("torch", "cut")] * torch]
+    return [
+        Row(name, framework, form)
+        for name in settings.adapters
+        for framework, form in forms
+        if framework in settings.frameworks
+        if not (tnt_steps(name) and form == "cut") and (name, framework) != ("mgtta", "torch")
+    ]
+
+
+def measured(settings: Settings, row: Row) -> dict[str, Any]:
+    """Measure a row in a process of its own: its figures, or an error."""
+    script = Path(__file__).with_name(f"{row.framework}_steps.py")
+    given = json.dumps(dataclasses.asdict(settings))
+    command = [sys.executable, str(script), row.adapter, row.prompts, given]
+    limit = settings.memory_limit_gb
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            while process.poll() is None:
+                time.sleep(0.1)
+                pages = Path(f"/proc/{process.pid}/statm").read_text().split()[1] if limit else 0
+                if limit and int(pages) * resource.getpagesize() > limit * 1e9:
+                    return {"error": f"stopped at more than {limit:g} GB"}
+            out = process.communicate()[0]
+        finally:
+            process.kill()
+    if process.returncode:  # -9 is the signal that a machine without memory sends
+        return {"error": f"ended with code {process.returncode} (-9: probably out of memory)"}
+    return json.loads(out.splitlines()[-1])
+
+
+def table(rows: pd.DataFrame) -> str:
+    """All rows, with ratios to the reference implementation in PyTorch."""
+    rows = rows.assign(best=rows.seconds.map(min))
+    shown = rows[["adapter", "library", "prompts"]].assign(**{
+        "s/step": rows.best,
+        "median": rows.seconds.map(np.median),
+        "images/s": rows.images / rows.best,
+        "peak GB": rows.peak_memory_gb,
+        "GFLOP": rows.gflop,
+        "% of peak": 100 * rows.gflop / rows.best / rows.matmul_gflop_per_second,
+    })
+    reference = rows[rows.prompts == "77 tokens"].set_index("adapter")
+    ratios = {"faster": "best", "less memory": "peak_memory_gb", "fewer FLOPs": "gflop"}
+    for name, column in ratios.items():
+        shown[name] = rows.adapter.map(reference[column]) / rows[column]
+    if "optimizer_seconds" in rows:
+        shown["generator s"], shown["its MB"] = rows.optimizer_seconds, rows.optimizer_mb
+
+    def number(x: float) -> str:
+        return f"{x:,.0f}" if x >= 1000 else f"{x:.3g}"
+
+    return shown.to_string(index=False, na_rep="–", float_format=number)
+
+
+if __name__ == "__main__":
+    cli.run_script(Settings, main, __doc__)

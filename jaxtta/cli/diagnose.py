@@ -1,0 +1,329 @@
+r"""Diagnose CLIP models, or check a folder of your own images.
+
+    jaxtta diagnose --output runs/diagnosis
+
+measures the bundled demo model's features, and its accuracy on the bundled images and on four
+corruptions of them; prints tables and writes report.html, result.json and plots. Two models side by
+side, on ImageNet and natural distribution shifts:
+
+    jaxtta diagnose --models openai/clip-vit-base-patch16 FOLDER --output runs/two \
+        --layout imagenet --data IMAGENET/val --corruptions --reference-points published \
+        --shifted imagenet-v2=imagenet-v2=IMAGENET-V2 imagenet-r=imagenet=IMAGENET-R
+
+A folder of your own images is compared with --data. If some have labels, by class folders or in a
+file, adapters are tried on them:
+
+    jaxtta diagnose --target TEXTILES --class-names "global=a large defect" "nominal=no defect" \
+        --output runs/textiles
+    jaxtta diagnose --target FOLDER --class-names cat dog --target-labels FEW.csv --output runs/few
+
+images.csv has a model's answers to them: file, class, confidence, entropy in nats, and distance of
+the features from the tenth nearest reference image. Unreadable images are left out and named.
+"""
+
+import dataclasses
+import functools
+import itertools
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from tqdm import tqdm
+
+from jaxtta import assets, data, diagnose, evaluate, models
+from jaxtta.cli import options as groups
+from jaxtta.data.arrays import read_labels
+from jaxtta.data.baselines import read_reference_points
+from jaxtta.data.folders import class_folders
+from jaxtta.data.target import target_folder
+from jaxtta.diagnose import error_context
+from jaxtta.report.diagnosis import write_check, write_diagnosis
+from jaxtta.report.summary import Summary, summarise
+
+BUNDLED = "CIFAR-10's bundled test images"
+KINDS = ("gaussian_noise", "defocus_blur", "fog", "jpeg_compression")
+"""A corruption of each kind: noise, blur, weather, digital."""
+Measured = Annotated[diagnose.Settings, tyro.conf.arg(name="")]
+Tried = Annotated[tuple[str, ...], tyro.conf.arg(name="try-adapters")]
+
+
+@groups.group
+class ShiftOptions:
+    """The shifted sets, and the models that effective robustness is measured against.
+
+    Attributes:
+        corruptions: corruptions of the base set, may be empty; "imagenet-c" are its 15.
+        severity: 1 to 5 (default: 5; 1 on the bundled images; fixed for arrays).
+        shifted: other sets as NAME=LAYOUT=FOLDER, with heads of their own class names; those of
+            layout folder or arrays have --class-names too.
+        references: at least two of --models that are not robust; a line is fitted to them.
+        reference_points: accuracies of such models instead, in (0, 1): a .json list of objects or a
+            .csv, with base and shifted; or "published", for ImageNet and --shifted sets named
+            imagenet-v2, -r, -sketch or -a.
+    """
+
+    corruptions: tuple[str, ...] = KINDS
+    severity: int | None = None
+    shifted: tuple[str, ...] = ()
+    references: tuple[str, ...] = ()
+    reference_points: str | None = None
+
+
+@groups.group
+class TargetOptions(groups.AdapterOptions):
+    """A check of your own images, with --data as the reference.
+
+    Attributes:
+        target: folder of images, in class folders or without labels; --class-names has its classes
+            then, or FOLDER=NAME where a class folder has another name.
+        target_labels: labels of some images without class folders: a .csv with columns image (path
+            in the folder) and class.
+        adapters: tried on the labelled images, as in jaxtta sweep; tnt is slow: half a minute per
+            image for ViT-B/16 on two CPU cores.
+        try_batch: images per step (default: a tenth of the labelled images, from 4 to 100).
+    """
+
+    target: Path | None = None
+    target_labels: Path | None = None
+    adapters: Tried = ("zero_shot", "tent", "batclip")
+    try_batch: int | None = None
+
+
+@groups.group
+class Options:
+    """Models, and how they run.
+
+    Attributes:
+        output: folder for the results.
+        models: folders or hub ids of CLIP models (default: the bundled demo model).
+        templates: prompt templates, with {} for the class; "imagenet" are CLIP's 80.
+        batch_size: images encoded at a time.
+        seed: of images, corruptions, permutations and the order of the trial.
+        workers: processes that read images; 0 to read in the main process.
+        trust_data: take an earlier trial without checking that the images are unchanged.
+        debug: show tracebacks.
+    """
+
+    output: Path
+    models: tuple[str, ...] = (str(assets.MODEL),)
+    templates: tuple[str, ...] = ()
+    batch_size: int = 100
+    seed: int = 1
+    workers: int = 1
+    trust_data: bool = False
+    debug: bool = False
+    data: groups.DataOptions = groups.DataOptions()
+    shifts: ShiftOptions = ShiftOptions()
+    measured: Measured = diagnose.Settings()
+    own: TargetOptions = TargetOptions()
+
+    def check(self) -> None:
+        """Raise a ValueError for invalid options."""
+        shifts, own = self.shifts, self.own
+        self.measured.check()
+        named = {"class_names": self.data.class_names, "templates": self.templates}
+        named |= {"corruptions": shifts.corruptions, "references": shifts.references}
+        named = {name: given for name, given in named.items() if given}
+        evaluate.require_distinct(models=self.models, try_adapters=own.adapters, **named)
+        evaluate.require_at_least(
+            max_images=(self.data.max_images, 2),
+            batch_size=(self.batch_size, 1),
+            try_batch=(own.try_batch, 1),
+            workers=(self.workers, 0),
+        )
+        if self.data.layout == "arrays" and shifts.severity:
+            raise ValueError("--layout arrays has a fixed severity, omit --severity")
+        if odd := sorted(set(shifts.references) - set(self.models)):
+            raise ValueError(f"--references has {odd[0]!r}, which is not one of --models")
+        if shifts.references and (len(shifts.references) < 2 or shifts.reference_points):
+            raise ValueError("--references needs at least two models, and no --reference-points")
+        if own.target_labels and not own.target:
+            raise ValueError("--target-labels needs --target")
+        if "zero_shot" not in [evaluate.parse_adapter(text).name for text in own.adapters]:
+            raise ValueError("--try-adapters needs zero_shot, the baseline for gains")
+
+
+class Model(NamedTuple):
+    """A loaded model and its name in the report."""
+
+    name: str
+    clip: models.CLIP
+    params: models.Params
+
+    def task(self, options: Options, names: Sequence[str], layout: str) -> models.Task:
+        """The prompts of these classes."""
+        texts = groups.ModelOptions(templates=options.templates).templates_for(layout)
+        return models.zero_shot_task(self.clip, names, texts)
+
+
+def run(options: Options) -> None:
+    """Diagnose models, or check target images."""
+    options.check()
+    options.output.mkdir(parents=True, exist_ok=True)
+    settings = json.loads(json.dumps(dataclasses.asdict(options), default=str))
+    about = {"settings": settings, "about": evaluate.about(data=options.data.data)}
+    if options.own.target:
+        root = options.own.target
+        images = target_folder(root, options.data.class_names, options.own.target_labels)
+        checks = {model.name: check_one(options, model, images) for model in models_of(options)}
+        title = f"Check of {root.resolve().name}: {', '.join(checks)}"
+        write_check(options.output, title, checks, images, images.paths, **about)
+        return
+    points, found, features = points_of(options), {}, {}
+    for model in models_of(options):
+        sets, ran = labelled_sets(options, model), models.describe_preprocessing(model.clip)
+        found[model.name], features[model.name] = diagnose.diagnose_model(
+            model.name, sets, options.measured, ran
+        )
+    names = dict(zip(options.models, found, strict=True))
+    references = [names[given] for given in options.shifts.references]
+    robustness = diagnose.measure_robustness(found, points, references)
+    whole = diagnose.Diagnosis(found, diagnose.compare_models(found, features), robustness)
+    write_diagnosis(options.output, whole, options.measured.fractions, **about)
+
+
+def models_of(options: Options) -> Iterator[Model]:
+    """Load the models one after another."""
+    names = [Path(given).name for given in options.models]
+    for given, name in zip(options.models, names, strict=True):
+        model = Model(given if names.count(name) > 1 else name, *models.load_clip(given))
+        with error_context(f"{model.name}: --outlier-threshold"):
+            nothing = np.zeros((1, model.clip.projection))
+            diagnose.outlier_stats(nothing, threshold=options.measured.outlier_threshold)
+        tqdm.write(f"compiling the image tower of {model.name} …", file=sys.stderr)
+        yield model
+
+
+def batches_of(
+    options: Options, model: Model, images: data.Benchmark, names: Sequence[str], severity: int = 0
+) -> data.Batches:
+    """A stream for each corruption or name, all of the same images."""
+    drawn = {"seed": options.seed, "limit": options.data.max_images}
+    labels = data.labels_of(images)
+    streams = data.make_streams("reset_each_shift", names, (severity,), labels, **drawn)
+    data.select(images, [stream.segments[0] for stream in streams])
+    return data.Batches(images, tuple(streams), options.batch_size, model.clip.preprocessing)
+
+
+def read(
+    options: Options, model: Model, batches: data.Batches
+) -> Iterator[tuple[str, diagnose.FeatureSet]]:
+    """Yield the name and features of one stream after another."""
+    reader = data.read_ahead(batches, options.workers)
+    for number, stream in enumerate(batches.streams):
+        count, place = len(batches.of(number)), f"{model.name} on {stream.name}"
+        own = tqdm(itertools.islice(reader, count), place, count, leave=False, unit="batch")
+        name_of = functools.partial(data.name_of, batches.benchmark[stream.segments[0]])
+        with error_context(place):
+            features = diagnose.read_features(model.clip, model.params, own, name_of)
+        yield stream.name, features
+    next(reader, None)  # ends the reader processes
+
+
+def labelled_sets(options: Options, model: Model) -> Iterator[diagnose.LabelledSet]:
+    """The base set with its corruptions, then the other shifted sets."""
+    layout, chosen = options.data.layout, options.shifts.corruptions
+    severity = evaluate.default_severity(layout, options.data.data, options.shifts.severity)
+    chosen = data.IMAGENET_C if chosen == ("imagenet-c",) else chosen
+    domains = [*dict.fromkeys((data.CLEAN, *chosen))]
+    base = batches_of(options, model, options.data.open(model.clip), domains, severity)
+    sets = [(layout, base)]
+    for text in options.shifts.shifted:
+        name, _, place = text.partition("=")
+        layout, _, root = place.partition("=")
+        if not (name and root) or name in domains:
+            raise ValueError(f"--shifted has {text!r}, expected NAME=LAYOUT=FOLDER, a new name")
+        names = names_for(options, layout, root)
+        with error_context(f"--shifted {name}"):
+            images = {data.Domain(name): data.open_dataset(layout, root, names)}
+        sets.append((layout, batches_of(options, model, images, [name])))
+    for layout, batches in sets:
+        names = data.class_names_of(batches.benchmark)
+        with error_context(f"{model.name} on {batches.streams[0].name}"):
+            task = model.task(options, names, layout)
+        head = diagnose.head_of(model.clip, model.params, task)
+        for name, features in read(options, model, batches):
+            yield diagnose.LabelledSet(name, head, names, features)
+
+
+def names_for(options: Options, layout: str, root: str) -> tuple[str, ...]:
+    """Class names for a shifted set from the options; empty for the layout's names."""
+    own = options.data
+    if not own.class_names or layout not in ("folder", "arrays"):
+        return ()
+    by_folder = Path(own.class_names[0]).suffix == ".json"
+    if layout == own.layout == "folder" and not by_folder:
+        both = ({folder.name for folder in class_folders(place)} for place in (root, own.data))
+        if odd := sorted(set.symmetric_difference(*both)):
+            raise ValueError(
+                f"{root}: its class folders are not those of {own.data}, {diagnose.truncate(odd)} "
+                "being in one of them, so --class-names must be a .json by folder name"
+            )
+    return groups.class_names_of(own.class_names, layout, root)
+
+
+def points_of(options: Options) -> Sequence[tuple[float, float]]:
+    """Base and shifted accuracies of the reference models, if given."""
+    given = options.shifts.reference_points
+    if given is None:
+        return ()
+    published = given == "published"
+    if published and (options.data.layout != "imagenet" or options.shifts.corruptions):
+        raise ValueError(
+            "--reference-points published needs --layout imagenet and empty --corruptions"
+        )
+    with error_context(f"--reference-points {given}"):
+        names = [text.partition("=")[0] for text in options.shifts.shifted]
+        points = data.reference_points(names) if published else read_reference_points(Path(given))
+        diagnose.fit_baseline(*np.reshape(points, (-1, 2)).T)
+    return points
+
+
+def check_one(
+    options: Options, model: Model, images: data.ImageFolder
+) -> tuple[diagnose.TargetCheck, diagnose.Answers, Summary | None]:
+    """A model's check of images, its answers, and a trial of adapters if some have labels."""
+    own, root, names = options.own, options.data.data, ()
+    if options.data.layout == "arrays":  # the reference's labels are not used
+        names = tuple(map(str, range(read_labels(root).max() + 1)))
+    opened = dataclasses.replace(options.data, class_names=names).open(model.clip)
+    reference = batches_of(options, model, opened, [data.CLEAN])
+    target = batches_of(options, model, {data.Domain("target"): images}, ["target"])
+    drawn = np.sort(target.streams[0].items[:, 1])
+    labelled = data.Subset(images, drawn[images.labels[drawn] >= 0])
+    if not len(labelled) and (images.labels >= 0).any():
+        limit = options.data.max_images
+        raise ValueError(f"{own.target}: --max-images {limit} selects no labelled image")
+    with error_context(own.target):
+        task = model.task(options, images.class_names, "folder")
+    head = diagnose.head_of(model.clip, model.params, task)
+    sets = [found for each in (target, reference) for _, found in read(options, model, each)]
+    chosen = {"outlier_threshold": options.measured.outlier_threshold, "seed": options.seed}
+    with error_context(model.name):
+        scale = jnp.exp(model.params["logit_scale"])
+        check, answers = diagnose.check_target(
+            *sets, head, images.class_names, scale=scale, **chosen
+        )
+    check = dataclasses.replace(
+        check,
+        reference_name=BUNDLED if root == str(assets.IMAGES) else root,
+        preprocessing=models.describe_preprocessing(model.clip),
+    )
+    if not len(labelled):
+        return check, answers, None
+    size = own.try_batch or int(np.clip(len(labelled) // 10, 4, 100))
+    trial = batches_of(options, model, {data.Domain("target"): labelled}, ["target"])
+    settings = {"max_images": options.data.max_images}
+    spec = evaluate.Spec(
+        trial.benchmark, trial.streams, task, size, own.canvas, "datasets", settings
+    )
+    folder = options.output / "trial" / model.name.replace("/", "-")
+    how = {"workers": options.workers, "trust_data": options.trust_data, "config": own.config}
+    about = evaluate.about(model.clip, data=str(own.target), model=model.name)
+    made = (model.clip, model.params, folder)
+    return check, answers, summarise(evaluate.sweep(spec, own.adapters, *made, **how, about=about))
