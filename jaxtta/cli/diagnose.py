@@ -301,11 +301,11 @@ def check_one(
     with error_context(target.target):
         task = model.task(options, images.class_names, "folder")
     head = diagnose.head_of(model.clip, model.params, task)
-    sets = [found for each in (batches, reference) for _, found in read(options, model, each)]
+    ((_, own),), ((_, other),) = (read(options, model, each) for each in (batches, reference))
     chosen = {"outlier_threshold": options.measured.outlier_threshold, "seed": options.seed}
     chosen["scale"] = jnp.exp(model.params["logit_scale"])
     with error_context(model.name):
-        check, answers = diagnose.check_target(*sets, head, images.class_names, **chosen)
+        check, answers = diagnose.check_target(own, other, head, images.class_names, **chosen)
     name = BUNDLED if root == str(assets.IMAGES) else root
     check = dataclasses.replace(check, reference_name=name, preprocessing=model.prepared)
     if not len(labelled):

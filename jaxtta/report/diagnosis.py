@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 from PIL import Image
 
 from jaxtta.bootstrap import accuracy_interval
+from jaxtta.data import Dataset
 from jaxtta.diagnose import Answers, Diagnosis, ModelDiagnosis, TargetCheck, truncate
 from jaxtta.evaluate.adapters import SETTINGS
 from jaxtta.images import printable
@@ -40,7 +40,7 @@ def write_check(
     folder: Path,
     title: str,
     found: Mapping[str, Checked],
-    images: Sequence[np.ndarray],
+    images: Dataset,
     names: Sequence[str],
     made: dict[str, Any],
 ) -> None:
@@ -61,11 +61,11 @@ def write_check(
         write_text(folder / file, table.to_csv(index=False, float_format="%.4f"))
         strip = strips.setdefault(f"Images that {model} is least sure of, from {file}", [])
         for place in answers.least_sure(UNSURE):
-            row, small = table.iloc[place], Image.fromarray(images[answers.numbers[place]])
+            row, small = table.iloc[place], Image.fromarray(images[int(answers.numbers[place])])
             small.thumbnail((THUMBNAIL, THUMBNAIL))
             caption = f"{row['file']}: {row['class']} {percent(row['confidence'], 0)} %"
             strip.append((caption, np.asarray(small)))
-        rows = json.loads(trial.segments.to_json(orient="records")) if trial else []
+        rows = json.loads(trial.segments.to_json(orient="records") or "") if trial else []
         content[model] = dataclasses.asdict(check) | {"trial": rows}
     write_json(folder / "result.json", {"models": content} | made)
     models, said = {name: check for name, (check, *_) in found.items()}, check_sentences(found)
@@ -144,7 +144,9 @@ def diagnosis_tables(found: Diagnosis) -> Tables:
             rows[f"kurtosis on {key}"] = entry(each.kurtosis)
         if model.shifted:
             rows["mean accuracy on shifted sets (%)"] = percent(model.shifted.accuracy)
-            rows["effective robustness (points)"] = points(found.robustness.values.get(name), "+")
+            rows["effective robustness (points)"] = points(
+                found.robustness.values.get(name, np.nan), "+"
+            )
             rows["mean kurtosis on shifted sets"] = entry(model.shifted.kurtosis)
         rows["sufficient fraction of directions"] = entry(model.sufficient_fraction)
         models[name] = rows | fields(model.base)
