@@ -13,7 +13,6 @@ clean images' features in `statistics.safetensors`, `training.json` and curves i
 run that was stopped resumes after the last finished epoch.
 """
 
-import dataclasses
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,10 +34,15 @@ log = logging.getLogger(__name__)
 
 
 @group
-class Training:
-    """Meta-training.
+class Options:
+    """Train the meta gradient generator.
 
     Attributes:
+        output: folder for the results.
+        model: the model.
+        data: the images.
+        source: clean images of the same layout for the source statistics (default: --data).
+        source_images: at most so many images for the source statistics.
         images: training images; they take the corruptions in turn.
         val_images: validation images for the selection of the epoch, each under all corruptions; 0
             for none.
@@ -56,10 +60,17 @@ class Training:
         weight: of the discrepancy in the objective.
         hidden: length of each parameter's memory.
         tower: whose normalisation parameters are adapted.
-        source_images: images for the source statistics, at most.
         seed: of images, order and initial weights.
+        workers: processes that read images; 0 to read in the main process.
+        trust_data: take earlier results without checking that the images are unchanged.
+        debug: show tracebacks.
     """
 
+    output: Path
+    model: ModelOptions = ModelOptions()
+    data: DataOptions = DataOptions()
+    source: str | None = None
+    source_images: int = 1000
     images: int = 128
     val_images: int = 256
     select_by: Literal["accuracy", "loss"] = "accuracy"
@@ -75,85 +86,63 @@ class Training:
     weight: float = 0.4
     hidden: int = 8
     tower: Literal["image", "both"] = "image"
-    source_images: int = 1000
     seed: int = 0
-
-
-@group
-class Options:
-    """Train the meta gradient generator.
-
-    Attributes:
-        output: folder for the results.
-        model: the model.
-        data: the images.
-        source: clean images of the same layout for the source statistics (default: --data).
-        training: meta-training.
-        workers: processes that read images; 0 to read in the main process.
-        trust_data: take earlier results without checking that the images are unchanged.
-        debug: show tracebacks.
-    """
-
-    output: Path
-    model: ModelOptions = ModelOptions()
-    data: DataOptions = DataOptions()
-    source: str | None = None
-    training: Training = Training()
     workers: int = 1
     trust_data: bool = False
     debug: bool = False
 
 
+IDENTITY = (
+    *("images", "val_images", "source_images", "select_by", "corruptions", "severity", "tower"),
+    *("batch_size", "truncation", "val_batch_size", "weight", "hidden", "seed"),
+    *("learning_rate", "inner_learning_rate", "val_learning_rate"),
+)
+"""Options that affect the result; of the others the content is compared. Epochs may be added."""
+
+
 def run(options: Options) -> None:
     """Train, and keep the weights of the best epoch."""
     check(options)
-    given, output = options.training, options.output
+    output, checkpoints = options.output, options.output / "checkpoints"
     model, params = options.model.load()
     benchmark, clean = options.data.open(model), options.data.open(model, options.source)
-    severity = evaluate.default_severity(options.data.layout, options.data.data, given.severity)
-    domains = [data.Domain(name, severity) for name in given.corruptions]
-    train, val = read_images(options, model, benchmark, domains)
-    statistics = gather_statistics(options, model, params, clean)
+    severity = evaluate.default_severity(options.data.layout, options.data.data, options.severity)
+    domains = [data.Domain(name, severity) for name in options.corruptions]
+    train, val, source = read_images(options, model, benchmark, domains, clean)
+    statistics = models.feature_statistics(model, params, source)
     templates = options.model.templates_for(options.data.layout)
     task = models.task_for(model, data.class_names_of(benchmark), templates)
 
-    source = clean[data.Domain(data.CLEAN)]
-    settings = {
-        "training": dataclasses.asdict(given) | {"epochs": None},  # more may follow
-        "images": evaluate.fingerprints(benchmark[domains[0]], params, model, task),
-        "source": evaluate.fingerprints(source, {})["images"],
-    }
+    images = *(benchmark[domain] for domain in domains), clean[data.Domain(data.CLEAN)]
+    found = evaluate.fingerprints(images[0], params, model, task)
+    of_source = evaluate.fingerprints(images[-1], {})["images"]
+    training = {name: getattr(options, name) for name in IDENTITY}
+    settings = {"training": training, "images": found, "source": of_source}
     evaluate.agree(output / "settings.json", settings)
-    stored = [data.content_of(images) for images in (*map(benchmark.get, domains), source)]
-    content = None if options.trust_data else evaluate.digest_of(stored)
+    content = None if options.trust_data else evaluate.digest_of([*map(data.content_of, images)])
     evaluate.agree_on_images(output / "images.json", content)
-    about, checkpoints = {"weights": settings["images"]["weights"]}, output / "checkpoints"
-    metadata = about | {"images": settings["source"]}
-    models.save_statistics(output / "statistics.safetensors", statistics, metadata)
+    weights = {"weights": found["weights"]}
+    path = output / "statistics.safetensors"
+    models.save_statistics(path, statistics, weights | {"images": of_source})
 
-    context = adapters.MGTTAContext(
-        models.context_of(model, task, tree.normalisation_parameters(given.tower))(params),
-        statistics.mean,
-        statistics.std,
-    )
-    state, train_epoch, judge = prepare(given, model, params, context, val)
-    untrained, history, saved = state.phi, [], evaluate.restore_checkpoint(checkpoints, state)
-    if saved:
+    state, train_epoch, judge = prepare(options, model, params, task, statistics, val)
+    untrained, history = state.phi, []
+    if saved := evaluate.restore_checkpoint(checkpoints, state):
         state, history = saved[1], [EpochMetrics(*epoch) for epoch in saved[2]]
     before = EpochMetrics(None, *judge(untrained, "untrained"))
-    rng = np.random.default_rng([given.seed, 1])
-    orders = [rng.permutation(len(train)) for _ in range(given.epochs)]
+    rng = np.random.default_rng([options.seed, 1])
+    orders = [rng.permutation(len(train)) for _ in range(options.epochs)]
     steps = optim.pretrain(train_epoch, judge, state, train, orders, history)
-    with tqdm(steps, "compiling", given.epochs, unit="epoch", initial=len(history)) as bar:
+    with tqdm(steps, "compiling", options.epochs, unit="epoch", initial=len(history)) as bar:
         for state, history in bar:
-            if optim.best_epoch(history, given.select_by) == len(history) - 1:
+            if optim.best_epoch(history, options.select_by) == len(history) - 1:
                 # Before the checkpoint: a run killed in between repeats this epoch.
-                metadata = settings | about | {"epoch": len(history)}
+                metadata = settings | weights | {"epoch": len(history)}
                 optim.save_mgg(output / "phi.safetensors", state.phi, metadata)
             evaluate.save_checkpoint(checkpoints, len(history), state, history)
             bar.set_description("training")
             bar.set_postfix_str(described(history[-1]))
-    best = optim.best_epoch(history, given.select_by)
+    best = optim.best_epoch(history, options.select_by)
     record = {
         "settings": settings,
         "about": evaluate.about(model, data=options.data.data, model=options.model.model),
@@ -164,145 +153,119 @@ def run(options: Options) -> None:
     io.write_json(output / "training.json", record)
     plot(history, before, best).savefig(output / "training.png", dpi=150)
     print(f"before training: {described(before)}")
-    selected = f"epoch {best + 1} of {given.epochs}, selected by {given.select_by}"
+    selected = f"epoch {best + 1} of {options.epochs}, selected by {options.select_by}"
     print(f"{selected}: {described(history[best])}\nweights: {output / 'phi.safetensors'}")
 
 
 def check(options: Options) -> None:
     """Raise a ValueError for invalid options."""
-    given = options.training
-    evaluate.require_distinct(corruptions=given.corruptions)
     counts = ("epochs", "batch_size", "val_batch_size", "truncation", "hidden")
-    least = dict.fromkeys(counts, 1) | {"val_images": 0, "source_images": 2}
-    least["images"] = 2 * given.batch_size
+    least = dict.fromkeys(counts, 1) | {"val_images": 0, "source_images": 2, "workers": 0}
+    least["images"] = 2 * options.batch_size
+    evaluate.require_distinct(corruptions=options.corruptions)
     evaluate.require_at_least(
-        **{name: (getattr(given, name), count) for name, count in least.items()},
+        **{name: (getattr(options, name), count) for name, count in least.items()},
         max_images=(options.data.max_images, 1),
-        workers=(options.workers, 0),
     )
     rates = ("learning_rate", "inner_learning_rate", "val_learning_rate")
-    evaluate.require_positive(**{name: (getattr(given, name),) for name in rates})
-    if given.select_by == "accuracy" and not given.val_images:
+    evaluate.require_positive(**{name: (getattr(options, name),) for name in rates})
+    if options.select_by == "accuracy" and not options.val_images:
         raise ValueError("--select-by accuracy needs --val-images; --select-by loss does not")
 
 
-Streams = list[list[data.StreamBatch]]
-
-
-def read(
-    options: Options, model: Any, benchmark: data.Benchmark, streams: list[data.Stream], size: int
-) -> Streams:
-    """All batches of each stream."""
-    batches = data.Batches(benchmark, tuple(streams), size, model.preprocessing)
-    reader = data.read_ahead(batches, options.workers)
-    found = list(tqdm(reader, "reading", len(batches), unit="batch"))
-    return [[found[number] for number in batches.of(stream)] for stream in range(len(streams))]
-
-
 def read_images(
-    options: Options, model: Any, benchmark: data.Benchmark, domains: list[data.Domain]
-) -> tuple[np.ndarray, Streams]:
-    """Training images (images, size, size, 3), and validation batches for each corruption."""
+    options: Options,
+    model: Any,
+    benchmark: data.Benchmark,
+    domains: list[data.Domain],
+    clean: data.Benchmark,
+) -> tuple[np.ndarray, list[list[tuple[Batch, np.ndarray]]], list[data.StreamBatch]]:
+    """Training images, batches and labels of validation images, and batches of clean images."""
+    seed, clean_domain = options.seed, data.Domain(data.CLEAN)
     data.select(benchmark, domains)
-    given, available = options.training, len(data.labels_of(benchmark))
-    wanted = given.images + given.val_images
+    try:
+        data.select(clean, [clean_domain])
+    except ValueError as error:
+        raise ValueError(f"{error}; set --source to clean images") from error
+    available, wanted = len(data.labels_of(benchmark)), options.images + options.val_images
     if wanted > available:
         raise ValueError(
             f"{options.data.data}: has {available} images, expected at least {wanted} for "
-            f"--images {given.images} and --val-images {given.val_images}"
+            f"--images {options.images} and --val-images {options.val_images}"
         )
-    order = np.random.default_rng(given.seed).permutation(available)[:wanted]
-    train, val = order[: given.images], order[given.images :]
-    turns = np.arange(given.images) % len(domains)
-    stream = data.stream_of("train", domains, train, given.seed, turns)
-    ((batch,),) = read(options, model, benchmark, [stream], given.images)
-    if not batch.mask.all():
-        log.warning("%d training images could not be read", int((~batch.mask).sum()))
-    streams = [data.stream_of(str(domain), [domain], val, given.seed) for domain in domains]
-    streams = streams if given.val_images else []
-    return batch.images[batch.mask], read(options, model, benchmark, streams, given.val_batch_size)
 
+    def read(benchmark: data.Benchmark, size: int, *streams: data.Stream) -> list:
+        batches = data.Batches(benchmark, streams, size, model.preprocessing)
+        reader = data.read_ahead(batches, options.workers)
+        found = list(tqdm(reader, "reading", len(batches), unit="batch"))
+        return [[found[number] for number in batches.of(n)] for n in range(len(streams))]
 
-def gather_statistics(
-    options: Options, model: Any, params: Any, benchmark: data.Benchmark
-) -> models.FeatureStatistics:
-    """Statistics of clean images' features."""
-    given, clean = options.training, data.Domain(data.CLEAN)
-    try:
-        data.select(benchmark, [clean])
-    except ValueError as error:
-        raise ValueError(f"{error}; set --source to clean images") from error
-    order = np.random.default_rng(given.seed).permutation(len(data.labels_of(benchmark)))
-    stream = data.stream_of("clean", [clean], order[: given.source_images], given.seed)
-    (batches,) = read(options, model, benchmark, [stream], given.val_batch_size)
-    return models.feature_statistics(model, params, batches)
+    order = np.random.default_rng(seed).permutation(available)[:wanted]
+    turns = np.arange(options.images) % len(domains)
+    stream = data.stream_of("train", domains, order[: options.images], seed, turns)
+    [[train]] = read(benchmark, options.images, stream)
+    if not train.mask.all():
+        log.warning("%d training images could not be read", int((~train.mask).sum()))
+    others = order[options.images :]
+    streams = [data.stream_of(str(domain), [domain], others, seed) for domain in domains]
+    found = read(benchmark, options.val_batch_size, *streams) if len(others) else []
+    val = [[(Batch(b.images, b.mask, b.index), b.labels) for b in part] for part in found]
+    order = np.random.default_rng(seed).permutation(len(data.labels_of(clean)))
+    stream = data.stream_of("clean", [clean_domain], order[: options.source_images], seed)
+    [source] = read(clean, options.val_batch_size, stream)
+    return train.images[train.mask], val, source
 
 
 def prepare(
-    given: Training, model: Any, params: Any, context: adapters.MGTTAContext, val: Streams
+    options: Options,
+    model: Any,
+    params: models.Params,
+    task: Any,
+    statistics: models.FeatureStatistics,
+    val: list,
 ) -> tuple[optim.MetaState, Any, Any]:
-    """The state before training, what trains for an epoch, and what judges the weights."""
-    objective = adapters.mgtta_objective(model, given.weight)
-    trainable = tree.normalisation_parameters(given.tower)
-    frozen = params, context
+    """The state before training, what trains for an epoch, and what measures weights."""
+    objective = adapters.mgtta_objective(model, options.weight)
+    trainable = tree.normalisation_parameters(options.tower)
+    classes = models.context_of(model, task, trainable)(params)
+    frozen = params, adapters.MGTTAContext(classes, statistics.mean, statistics.std)
 
     def loss_of(frozen: Any, adapted: Any, images: jax.Array) -> jax.Array:
         params, context = frozen
         batch = Batch(images, jnp.ones(len(images), bool), jnp.arange(len(images)))
         return objective(tree.merge(params, adapted), context, batch)[0]
 
-    def adapter_of(phi: optim.MGGParams, context: adapters.MGTTAContext) -> adapters.Adapter:
-        generator = optim.meta_gradient_generator(phi, given.val_learning_rate)
-        return adapters.online(objective, lambda _: context, trainable, generator)
+    def adapter_of(frozen: Any, phi: optim.MGGParams) -> adapters.Adapter:
+        generator = optim.meta_gradient_generator(phi, options.val_learning_rate)
+        return adapters.online(objective, lambda _: frozen[1], trainable, generator)
 
-    @jax.jit
-    def init(frozen: Any, phi: optim.MGGParams) -> Any:
-        return adapter_of(phi, frozen[1]).init(frozen[0])
-
-    @jax.jit
-    def step(frozen: Any, phi: optim.MGGParams, state: Any, batch: Batch, labels: Any) -> Any:
-        state, prediction = adapter_of(phi, frozen[1]).step(frozen[0], state, batch)
-        correct = metrics.top_k(prediction.logits, labels)
-        return state, (prediction.metrics["loss"], correct, prediction.metrics["skipped"])
-
-    def judge(phi: optim.MGGParams, name: str) -> tuple[float | None, float | None]:
-        def predict(state: Any, read: data.StreamBatch) -> Any:
-            return step(frozen, phi, state, Batch(read.images, read.mask, read.index), read.labels)
-
-        bar = tqdm(val, name, unit="corruption", leave=False)
-        return optim.judge(lambda: init(frozen, phi), predict, bar, name) if val else (None, None)
-
-    first, _ = tree.partition(params, trainable)
-    untrained = optim.init_meta_gradient_generator(jax.random.key(given.seed), given.hidden)
-    optimizer, rate = optax.adam(given.learning_rate), given.inner_learning_rate
-    state = optim.init_meta_training(untrained, first, optimizer)
-    sizes = given.batch_size, given.truncation
-    return state, optim.make_train_epoch(loss_of, frozen, optimizer, rate, *sizes), judge
+    adapted, _ = tree.partition(params, trainable)
+    untrained = optim.init_meta_gradient_generator(jax.random.key(options.seed), options.hidden)
+    optimizer, rate = optax.adam(options.learning_rate), options.inner_learning_rate
+    state = optim.init_meta_training(untrained, adapted, optimizer)
+    sizes = options.batch_size, options.truncation
+    train_epoch = optim.make_train_epoch(loss_of, frozen, optimizer, rate, *sizes)
+    return state, train_epoch, optim.make_judge(adapter_of, frozen, metrics.top_k, val)
 
 
 def described(epoch: EpochMetrics) -> str:
     """Metrics as text."""
-    parts = [
-        "" if epoch.loss is None else f"loss {epoch.loss:.4f}",
-        "" if epoch.val_loss is None else f"validation loss {epoch.val_loss:.4f}",
-        "" if epoch.accuracy is None else f"accuracy {100 * epoch.accuracy:.2f} %",
-    ]
-    return ", ".join(filter(None, parts)) or "no validation images"
+    texts = {"loss": "loss {:.4f}", "val_loss": "validation loss {:.4f}"}
+    texts["accuracy"] = "accuracy {:.2%}"
+    found = {name: value for name, value in epoch._asdict().items() if value is not None}
+    return ", ".join(texts[name].format(x) for name, x in found.items()) or "no validation images"
 
 
 def plot(history: Sequence[EpochMetrics], before: EpochMetrics, best: int) -> Figure:
     """Losses and validation accuracy over the epochs, with the selected epoch."""
     figure = Figure(figsize=(9, 3.5), layout="constrained")
-    left, right = figure.subplots(1, 2)
     rows = np.array([before, *history], float)  # missing values are NaN
-    left.plot(rows[:, 0], marker=".", label="training images")
-    if before.accuracy is not None:
-        left.plot(rows[:, 1], marker=".", label="validation images")
-        right.plot(100 * rows[:, 2], marker=".", color="#009E73")
-    left.set(xlabel="epoch (0: untrained)", ylabel="loss")
-    right.set(xlabel="epoch (0: untrained)", ylabel="validation accuracy (%)")
-    for axes in (left, right):
+    left, right = figure.subplots(1, 2)
+    left.plot(rows[:, :2], marker=".", label=["training images", "validation images"])
+    right.plot(100 * rows[:, 2], marker=".", color="#009E73")
+    for axes, name in ((left, "loss"), (right, "validation accuracy (%)")):
         axes.axvline(best + 1, color="0.5", linestyle=":", label="selected")
+        axes.set(xlabel="epoch (0: untrained)", ylabel=name)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.spines[["top", "right"]].set_visible(False)
     left.legend(frameon=False)
