@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import pandas as pd
 
@@ -38,7 +39,8 @@ def answer(summary: Summary) -> str:
         rest = "No other adapter was run" if base else "There is no baseline to compare with"
         return f"{where}, {known.idxmax()} has an accuracy of {points(known.max())} %. {rest}."
     best, share = means["gain"].idxmax(), f"{points(means['top1'][base])} %"
-    top, gain = points(means["top1"][best]), _gain(means.loc[best]).replace(" ", " points ", 1)
+    top, entry = points(means["top1"][best]), means.loc[best]
+    gain = f"{points(entry['gain'], '+')} points {interval(entry)}"
     said = {
         1: f"{best} is best with {top} %, {gain} over {base}'s {share}",
         0: f"no adapter is clearly better than {base} with {share}: the highest, {best}, has "
@@ -96,16 +98,18 @@ def text_table(summaries: Summary | Mapping[str, Summary]) -> str:
 def _entry(entry: pd.Series | None) -> str:
     if entry is None:
         return NONE
-    text = points(entry["top1"]) + ("" if pd.isna(entry["gain"]) else f" {_gain(entry)}")
+    text = points(entry["top1"])
+    if not pd.isna(entry["gain"]):
+        text += f" {points(entry['gain'], '+')} {interval(entry)}"
     return f"{text} !" if entry["significance"] < 0 else text
 
 
-def _gain(entry: pd.Series) -> str:
-    gain, low, high = (points(entry[name], "+") for name in ("gain", "low", "high"))
-    return f"{gain} [{low}, {high}]"
+def interval(entry: pd.Series) -> str:
+    """Format a gain's interval in points."""
+    return f"[{points(entry['low'], '+')}, {points(entry['high'], '+')}]"
 
 
-def points(share: float, sign: str = "") -> str:
+def points(share: Any, sign: str = "") -> str:
     """Format a share in per cent, or a difference in points."""
     return NONE if pd.isna(share) else f"{100 * share:{sign}.2f}"
 
