@@ -173,9 +173,6 @@ def read_ahead(
     Returns:
         An iterator over the batches, the same for any number of workers. It raises a
         ChildProcessError if a process ends early.
-
-    Raises:
-        RuntimeError: in a process that is importing the script that has started it.
     """
     from absl import flags
 

@@ -1,8 +1,9 @@
 """Datasets are sequences of labelled images; a benchmark has one for each domain.
 
-dataset = open_dataset("folder", "images")          # dataset[0]: (height, width, 3) uint8
-benchmark = corrupted(dataset, model.preprocessing)
-benchmark[Domain("fog", 5)][0]
+    dataset = open_dataset("folder", "images")
+    benchmark = corrupted(dataset, model.preprocessing)
+
+`dataset[0]` and `benchmark[Domain("fog", 5)][0]` are images, (height, width, 3) uint8.
 """
 
 import dataclasses
@@ -71,16 +72,14 @@ Benchmark = Mapping[Domain, Dataset]
 
 
 class Preprocess(Protocol):
-    """A model's preprocessing; `jaxtta.models.CLIP.preprocessing` is one."""
+    """A model's preprocessing: resizes and crops to (image_size, image_size, 3) uint8."""
 
     @property
     def image_size(self) -> int:
         """Side of the model's input in pixels."""
         ...
 
-    def __call__(self, image: Image.Image, /) -> np.ndarray:
-        """Resize and crop to (image_size, image_size, 3) uint8."""
-        ...
+    def __call__(self, image: Image.Image, /) -> np.ndarray: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -257,10 +256,6 @@ def listed_subset(benchmark: Benchmark, ids: str | Path) -> dict[Domain, Dataset
         ids: a text file with a path a line, of which `<class folder>/<file>` counts; or
             "imagenet-c-5000", RobustBench's 5,000 images of ImageNet-C, which many published tables
             use.
-
-    Raises:
-        FileNotFoundError: if there is no such list.
-        ValueError: if the benchmark lacks one of the list, or a name is there twice.
     """
     files = next((found for d in benchmark.values() if (found := getattr(d, "files", ()))), ())
     names = [_listed_name(file) for file in files]

@@ -36,21 +36,15 @@ log = logging.getLogger(__name__)
 class ImageFolder:
     """A dataset of image files.
 
-    Attributes:
-        root: the folder.
-        paths: each image's path in it.
-        labels: (images,) int32, each image's index in `class_names`.
-        class_names: names of the classes.
-        border: pixels to crop from every side of an image.
-        raw: whether images are read as they are stored, as benchmarks are: not turned by their EXIF
-            orientation, and without transparency. Own images are turned upright.
+    Raw images are read as they are stored, as benchmarks are: not turned by their EXIF orientation,
+    and without transparency. Own images are turned upright.
     """
 
     root: Path
-    paths: tuple[str, ...]
-    labels: np.ndarray
+    paths: tuple[str, ...]  # in the folder `root`
+    labels: np.ndarray  # (images,) int32
     class_names: tuple[str, ...]
-    border: int = 0
+    border: int = 0  # pixels to crop from every side of an image
     raw: bool = False
 
     @property
@@ -115,9 +109,6 @@ def list_folders(
         folders: one per class, in label order.
         class_names: the name of each class.
         raw: whether images are read as they are stored.
-
-    Raises:
-        ValueError: if a folder has no image.
     """
     root = Path(root)
     paths, labels, others, nested = [], [], Counter[str](), []
@@ -155,11 +146,6 @@ def captioned_folder(root: str | Path) -> ImageFolder:
 
     The file has columns file and caption, separated by commas, semicolons or tabs; its paths are
     relative to the folder.
-
-    Raises:
-        FileNotFoundError: if there is no such folder.
-        ValueError: if the file is missing, not UTF-8, has other columns, lists a missing image, has
-            an image without a caption, or one caption for all.
     """
     root = Path(root)
     if not root.is_dir():
@@ -187,15 +173,10 @@ def captioned_folder(root: str | Path) -> ImageFolder:
 
 @dataclasses.dataclass(frozen=True)
 class DomainFolder(ImageFolder):
-    """One domain's images in ImageNet-C's layout; those that its folder lacks are unreadable.
+    """One domain's images in ImageNet-C's layout; those that its folder lacks are unreadable."""
 
-    Attributes:
-        clean: whether it may have more images than are listed: some may not have been corrupted.
-        others: the folders of all domains.
-    """
-
-    clean: bool = False
-    others: tuple[Path, ...] = ()
+    clean: bool = False  # then it may have more images than are listed: some were not corrupted
+    others: tuple[Path, ...] = ()  # the folders of all domains
 
     def check(self) -> None:
         """Log which images are missing, once, and refuse a corruption with others than listed."""
@@ -236,11 +217,6 @@ def imagenet_c(
         root: contains `<corruption>/<severity>/<class>/…`, or folders that do (`noise/`, `blur/`,
             as in the public archives), and optionally `clean/<class>/…` with the same names.
         names_of: class names from the names of the class folders, which it gets in label order.
-
-    Raises:
-        FileNotFoundError: if there is no such folder.
-        ValueError: if the layout is different, a domain is there twice, there are fewer than two
-            classes, or a class has no image in any domain.
     """
     root = Path(root)
     domains, folders = _domains(root), folders_in(root)
