@@ -16,15 +16,7 @@ import numpy as np
 from PIL import Image
 
 from jaxtta.data.class_names import TABLES
-from jaxtta.data.corruptions import (
-    CLEAN,
-    IMAGENET_C,
-    IMAGENET_C_EXTRA,
-    SEVERITIES,
-    SMALLEST,
-    corrupt,
-    image_seed,
-)
+from jaxtta.data.corruptions import CLEAN, CORRUPTIONS, SEVERITIES, SMALLEST, corrupt, image_seed
 from jaxtta.images import UnreadableImageError
 from jaxtta.io import nfc, read_text
 
@@ -79,7 +71,9 @@ class Preprocess(Protocol):
         """Side of the model's input in pixels."""
         ...
 
-    def __call__(self, image: Image.Image, /) -> np.ndarray: ...
+    def __call__(self, image: Image.Image, /) -> np.ndarray:
+        """Resize and crop."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,16 +144,12 @@ class Corrupted(_View):
     seed: int = 0
 
     def __getitem__(self, number: int) -> np.ndarray:
-        return self.corrupt(number, self.seed)
-
-    def corrupt(self, number: int, seed: int) -> np.ndarray:
-        """One image, corrupted with another seed: of its own size if small, else the model's."""
         image = self.dataset[number]
         if min(image.shape[:2]) < SMALLEST:
             raise UnreadableImageError(f"{self.name(number)}: smaller than {SMALLEST} pixels")
         if min(image.shape[:2]) >= self.preprocess.image_size:
             image = self.preprocess(Image.fromarray(image))
-        seed = image_seed(seed, self.corruption, self.severity, number)
+        seed = image_seed(self.seed, self.corruption, self.severity, number)
         return corrupt(image, self.corruption, self.severity, seed)
 
     def check(self) -> None:
@@ -178,12 +168,12 @@ def read(
     """One image at the model's resolution, and as the dataset gives it (corrupted by the seed)."""
     while isinstance(dataset, Subset):
         dataset, number = dataset.dataset, int(dataset.numbers[number])
-    if not isinstance(dataset, Corrupted):
-        image = dataset[number]
-    else:
-        image = dataset.corrupt(number, seed)
+    if isinstance(dataset, Corrupted):
+        image = dataclasses.replace(dataset, seed=seed)[number]
         if min(image.shape[:2]) >= preprocess.image_size:  # preprocessed before it was corrupted
             return image, image
+    else:
+        image = dataset[number]
     return preprocess(Image.fromarray(image)), image
 
 
@@ -205,7 +195,7 @@ def corrupted(dataset: Dataset, preprocess: Preprocess) -> dict[Domain, Dataset]
     """A benchmark of clean images: as they are, and under every corruption at every severity."""
     return {Domain(CLEAN): dataset} | {
         Domain(name, severity): Corrupted(dataset, name, severity, preprocess)
-        for name in (*IMAGENET_C, *IMAGENET_C_EXTRA)
+        for name in CORRUPTIONS
         for severity in range(1, SEVERITIES + 1)
     }
 

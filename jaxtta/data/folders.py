@@ -13,20 +13,11 @@ from pathlib import Path
 
 import numpy as np
 
+from jaxtta import images
 from jaxtta.data.corruptions import CLEAN, SEVERITIES
 from jaxtta.data.datasets import Domain
 from jaxtta.data.recognise import folders_in, hints, refuse_other_layouts
-from jaxtta.images import (
-    UnreadableImageError,
-    count_suffixes,
-    entries_of,
-    find_images,
-    is_folder,
-    is_image,
-    log_passed_over,
-    open_image,
-    printable,
-)
+from jaxtta.images import find_images, open_image, printable
 from jaxtta.io import digest_files, nfc, read_rows
 
 log = logging.getLogger(__name__)
@@ -59,7 +50,7 @@ class ImageFolder:
         pixels = np.asarray(open_image(self.root / self.paths[number], raw=self.raw))
         height, width, _ = pixels.shape
         if min(height, width) <= 2 * self.border:
-            raise UnreadableImageError(
+            raise images.UnreadableImageError(
                 f"{self.name(number)}: {width}×{height} pixels leave nothing within a border of "
                 f"{self.border}"
             )
@@ -115,13 +106,13 @@ def list_folders(
     for label, folder in enumerate(folders):
         listed, passed = find_images(folder, root)
         if not listed:
-            also = f", it has {count_suffixes(passed)}, which cannot be read here" if passed else ""
-            raise ValueError(f"{folder}: class folder without images{also}")
+            others = f", it has {images.count_suffixes(passed)}, which cannot be read here"
+            raise ValueError(f"{folder}: class folder without images{others if passed else ''}")
         paths += listed if folder == root else [f"{folder.name}/{path}" for path in listed]
         labels += [label] * len(listed)
         others += passed
         nested += [folder / path for path in listed if "/" in path]
-    log_passed_over(root, others)
+    images.log_passed_over(root, others)
     if nested and len(folders) > 1:
         log.warning(
             "%s: %d of %d images lie in sub-folders of the class folders, such as %s, and are of "
@@ -135,8 +126,7 @@ def list_folders(
 def image_folder(root: str | Path) -> ImageFolder:
     """List the images of `root/<class>/…`, to be opened upright; see `class_folders`."""
     folders = class_folders(root)
-    alone = sum(is_image(entry) for entry in entries_of(root) if not is_folder(entry))
-    if alone:
+    if alone := len(images.lone_images(root)):
         log.warning("%s: %d images outside the class folders passed over", printable(root), alone)
     return list_folders(root, folders, [nfc(folder.name) for folder in folders])
 
@@ -184,11 +174,9 @@ class DomainFolder(ImageFolder):
 
     @functools.cached_property
     def _compared(self) -> bool:
-        stored, listed = (
-            {path for path in find_images(self.root)[0] if "/" in path},
-            set(self.paths),
-        )
-        missing, more = [path for path in self.paths if path not in stored], sorted(stored - listed)
+        stored = {path for path in find_images(self.root)[0] if "/" in path}
+        missing = [path for path in self.paths if path not in stored]
+        more = sorted(stored.difference(self.paths))
         if more and not self.clean:
             poor = next(place for place in self.others if not os.path.lexists(place / more[0]))
             raise ValueError(
@@ -201,7 +189,7 @@ class DomainFolder(ImageFolder):
         ):
             if paths:
                 message = f"%s: {what}, such as %s"
-                log.warning(message, self.root, len(paths), len(listed), printable(paths[0]))
+                log.warning(message, self.root, len(paths), len(self), printable(paths[0]))
         return True
 
 
@@ -235,13 +223,10 @@ def imagenet_c(
     known = set().union(*classes.values())
     if len(known) < 2:
         raise ValueError(f"{places[0]}: has {len(known)} class folders, expected at least two")
-    folders = []
-    for name in known:  # each from the first domain that has images of it
-        having = (
-            place for place in places if (place / name).is_dir() and find_images(place / name)[0]
-        )
-        folders.append(next(having, places[0]) / name)
-    folders = _in_class_order(folders)
+    having = {  # the first domain with images of a class
+        name: next((p for p in places if find_images(p / name)[0]), places[0]) for name in known
+    }
+    folders = _in_class_order(place / name for name, place in having.items())
     listed = list_folders(root, folders, names_of([nfc(folder.name) for folder in folders]))
     fields = {"raw": True, "others": tuple(domains.values())}
     shared = listed.paths, listed.labels, listed.class_names
