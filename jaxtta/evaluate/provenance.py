@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtta.data import Dataset, Subset
-from jaxtta.data.content import digest_array
+from jaxtta.io import digest_array
 from jaxtta.models import Params, Task, describe_preprocessing
 
 PACKAGES = ("jaxtta", "jax", "jaxlib", "flax", "optax", "transformers", "numpy", "pillow")
