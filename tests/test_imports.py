@@ -15,6 +15,7 @@ METHODS = MODELS | {"adapters", "continual", "diagnose", "data"}
 MAY_IMPORT = {
     **{name: set() for name in FUNCTIONS},
     "assets": set(),
+    "__main__": {"cli"},
     "models": {"io", "images"},
     "data": {"io", "images"},
     "optim": {"tree", "io"},

@@ -13,12 +13,14 @@ import pytest
 from PIL import Image
 
 from jaxtta import assets, data, models
-from jaxtta.data import tasks
+from jaxtta.data import Domain, layouts, tasks
+from jaxtta.data.class_names import cifar100_classes, imagenet_classes
+from jaxtta.data.tfds import open_tfds
 from jaxtta.models.preprocess import Preprocessing
 
 PREPROCESS = Preprocessing(32, 32, (32, 32))
 PREPARED = Path(__file__).parent / "data"
-CLEAN = data.Domain("clean")
+CLEAN, FOG = Domain("clean"), Domain("fog", 5)
 WNIDS = ("n01440764", "n01443537", "n01484850")
 CLASSES = ("tench", "goldfish", "great white shark")
 PIXELS = np.random.default_rng(0).integers(0, 256, (3, 2, 40, 44, 3), np.uint8)
@@ -50,15 +52,15 @@ def write_split(root, json_name, images, names=("abbey", "air_hockey", "zoo")):
     return root / json_name
 
 
-def every_image(source, domain=CLEAN):
+def every_image(dataset):
     """All images by class and number in it, as the model sees them."""
-    source = pickle.loads(pickle.dumps(source))  # as they go to worker processes
-    source.check(domain)
-    assert source.labels.dtype == np.int32
-    read = [source.read(domain, i, 0) for i in range(len(source.labels))]
-    classes = range(len(source.class_names))
+    dataset = pickle.loads(pickle.dumps(dataset))  # as it goes to worker processes
+    assert dataset.labels.dtype == np.int32
+    assert len(dataset) == len(dataset.labels)
+    read = [PREPROCESS(Image.fromarray(dataset[i])) for i in range(len(dataset))]
+    classes = range(len(dataset.class_names))
     return np.stack(
-        [np.stack([read[i] for i in np.flatnonzero(source.labels == c)]) for c in classes]
+        [np.stack([read[i] for i in np.flatnonzero(dataset.labels == c)]) for c in classes]
     )
 
 
@@ -71,32 +73,32 @@ def test_class_folders(tmp_path, layout):
     (tmp_path / "README.txt").write_text("as in ImageNet-A and -R")
     if layout == "folder":
         with pytest.raises(ValueError, match=r"n01440764 .*layout imagenet"):
-            data.open_source(layout, tmp_path, PREPROCESS)
+            data.open_dataset(layout, tmp_path)
     names = CLASSES if layout == "folder" else ()
-    source = data.open_source(layout, tmp_path, PREPROCESS, names)
+    source = data.open_dataset(layout, tmp_path, names)
     assert source.class_names == CLASSES
     np.testing.assert_array_equal(every_image(source), EXPECTED)
 
 
 def test_imagenet_classes_are_those_present(tmp_path):
     write_folders(tmp_path, ("n15075141", "n02123045", "n01440764"))
-    source = data.open_source("imagenet", tmp_path, PREPROCESS)
+    source = data.open_dataset("imagenet", tmp_path)
     assert source.class_names == ("tench", "tabby cat", "toilet paper")
     np.testing.assert_array_equal(every_image(source), EXPECTED[[2, 1, 0]])
     (tmp_path / "n01440764").rename(tmp_path / "n00000000")
     with pytest.raises(ValueError, match=r"n00000000.*1,000 wnids"):
-        data.imagenet(tmp_path)
+        data.open_dataset("imagenet", tmp_path)
 
 
 def test_imagenet_v2_folders_are_numbers(tmp_path):
     write_folders(tmp_path, ("2", "10", "0"))
-    source = data.open_source("imagenet-v2", tmp_path, PREPROCESS)
+    source = data.open_dataset("imagenet-v2", tmp_path)
     assert source.class_names == ("tench", "great white shark", "brambling")
     np.testing.assert_array_equal(every_image(source), EXPECTED[[2, 0, 1]])
     for wrong in ("1000", "01", "n01440764"):
         (tmp_path / "10").rename(tmp_path / wrong)
         with pytest.raises(ValueError, match=f"folder {wrong} .*0 to 999"):
-            data.imagenet_v2(tmp_path)
+            data.open_dataset("imagenet-v2", tmp_path)
         (tmp_path / wrong).rename(tmp_path / "10")
 
 
@@ -118,15 +120,15 @@ def objectnet(tmp_path):
 
 
 def test_objectnet_keeps_imagenets_classes_and_loses_its_border(objectnet):
-    source = data.open_source("objectnet", objectnet, PREPROCESS)
+    source = data.open_dataset("objectnet", objectnet)
     assert source.class_names == ("Alarm clock", "Backpack", "TV")
     np.testing.assert_array_equal(every_image(source), EXPECTED)
     save(objectnet / "images" / "tv" / "1.png", np.zeros((4, 9, 3), np.uint8))
     with pytest.raises(data.UnreadableImageError, match=r"1\.png: 9×4 pixels leave nothing"):
-        source.read(CLEAN, 5, 0)
+        source[5]
     (objectnet / "images" / "tv").rename(objectnet / "images" / "telly")
     with pytest.raises(ValueError, match=r"objectnet_label\.json: has no label for folder telly"):
-        data.objectnet(objectnet)
+        data.open_dataset("objectnet", objectnet)
 
 
 SPLITS = [
@@ -146,7 +148,7 @@ SPLITS = [
 def test_cross_dataset_sets(tmp_path, layout, folder, name, images):
     write_split(tmp_path / folder, f"split_zhou_{name}.json", images)
     for root in (tmp_path, tmp_path / folder):
-        source = data.open_source(layout, root, PREPROCESS)
+        source = data.open_dataset(layout, root)
         assert source.class_names == ("abbey", "air hockey", "zoo")
         np.testing.assert_array_equal(every_image(source), EXPECTED)
 
@@ -166,16 +168,16 @@ def test_bad_splits_are_refused(tmp_path, split, entries, message):
     path = write_split(tmp_path / "x", "split.json", "images")
     path.write_text(json.dumps(json.loads(path.read_text()) | {split: entries}))
     with pytest.raises(ValueError, match=message):
-        data.listed_split(path, tmp_path / "images")
+        layouts.listed_split(path, tmp_path / "images")
 
 
 @pytest.mark.parametrize(("text", "message"), [("{", "JSON"), ("[]", "a list, expected")])
 def test_what_is_no_split_is_refused(tmp_path, text, message):
     with pytest.raises(FileNotFoundError, match=r"split\.json: no such file"):
-        data.listed_split(tmp_path / "split.json", tmp_path)
+        layouts.listed_split(tmp_path / "split.json", tmp_path)
     (tmp_path / "split.json").write_text(text)
     with pytest.raises(ValueError, match=message):
-        data.listed_split(tmp_path / "split.json", tmp_path)
+        layouts.listed_split(tmp_path / "split.json", tmp_path)
 
 
 def test_fgvc_aircraft(tmp_path):
@@ -188,12 +190,16 @@ def test_fgvc_aircraft(tmp_path):
     (root / "variants.txt").write_text("\n".join(variants) + "\n")
     (root / "images_variant_test.txt").write_text("\n".join(lines) + "\n")
     for place in (root, tmp_path):
-        source = data.open_source("fgvc-aircraft", place, PREPROCESS)
+        source = data.open_dataset("fgvc-aircraft", place)
         assert source.class_names == variants
         np.testing.assert_array_equal(every_image(source), EXPECTED)
     (root / "images_variant_test.txt").write_text("1000 Concorde\n")
     with pytest.raises(ValueError, match=r"line '1000 Concorde' .*3 variants"):
-        data.fgvc_aircraft(root)
+        data.open_dataset("fgvc-aircraft", root)
+
+
+def open_c(root, layout="imagenet-c", names=()):
+    return data.open_benchmark(layout, root, PREPROCESS, names)
 
 
 @pytest.mark.parametrize("above", [("", ""), ("noise", "weather")])
@@ -202,37 +208,39 @@ def test_imagenet_c(tmp_path, above):
         for severity in (1, 5):
             pixels = PIXELS + np.uint8(severity * len(corruption))
             write_folders(tmp_path / group / corruption / str(severity), WNIDS, pixels=pixels)
-    source = data.open_source("imagenet-c", tmp_path, PREPROCESS)
-    assert source.class_names == CLASSES
-    for domain in (data.Domain("fog", 5), data.Domain("gaussian_noise", 1)):
+    benchmark = open_c(tmp_path)
+    assert data.class_names_of(benchmark) == CLASSES
+    for domain in (FOG, Domain("gaussian_noise", 1)):
         shift = np.uint8(domain.severity * len(domain.corruption))
         alone = write_folders(tmp_path / f"alone {domain}", WNIDS, pixels=PIXELS + shift)
-        expected = data.open_source("imagenet", alone, PREPROCESS)
-        np.testing.assert_array_equal(every_image(source, domain), every_image(expected))
-    with pytest.raises(ValueError, match="fog has severity 1, 5, not 3"):
-        source.check(data.Domain("fog", 3))
-    with pytest.raises(ValueError, match=r"unknown corruption 'rain', .* has .*gaussian_noise"):
-        source.check(data.Domain("rain", 5))
-    with pytest.raises(ValueError, match="unknown corruption 'clean'"):
-        source.check(CLEAN)
+        expected = data.open_dataset("imagenet", alone)
+        np.testing.assert_array_equal(every_image(benchmark[domain]), every_image(expected))
+    for domain, message in (
+        (Domain("fog", 3), "severity of fog is 3, expected 1 or 5"),
+        (Domain("rain", 5), "unknown corruption 'rain', expected one of .*gaussian_noise"),
+        (CLEAN, "unknown corruption 'clean'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            data.select(benchmark, [domain])
+    with pytest.raises(ValueError, match=r"has no clean images, only .*fog-1, fog-5"):
+        data.open_dataset("imagenet-c", tmp_path)
     (tmp_path / above[1] / "fog" / "5" / WNIDS[1] / "0.JPEG").unlink()
     with pytest.raises(data.UnreadableImageError, match=rf"{WNIDS[1]}/0\.JPEG: cannot be dec"):
-        source.read(data.Domain("fog", 5), 2, 0)
-    assert source.name(data.Domain("fog", 5), 2).endswith(f"fog/5/{WNIDS[1]}/0.JPEG")
+        benchmark[FOG][2]
+    assert benchmark[FOG].name(2).endswith(f"fog/5/{WNIDS[1]}/0.JPEG")
 
 
 def test_imagenet_c_with_clean_images_and_other_classes(tmp_path):
     write_folders(tmp_path / "clean", ("a", "b", "c"))
     write_folders(tmp_path / "fog" / "3", ("a", "b", "c"), pixels=PIXELS[::-1])
-    source = data.open_source("imagenet-c", tmp_path, PREPROCESS, ["x", "y", "z"])
-    assert source.class_names == ("x", "y", "z")
-    for clean in (CLEAN, data.Domain("clean", 3)):
-        np.testing.assert_array_equal(every_image(source, clean), EXPECTED)
-    np.testing.assert_array_equal(every_image(source, data.Domain("fog", 3)), EXPECTED[::-1])
+    benchmark = open_c(tmp_path, names=["x", "y", "z"])
+    assert data.class_names_of(benchmark) == ("x", "y", "z")
+    np.testing.assert_array_equal(every_image(benchmark[CLEAN]), EXPECTED)
+    np.testing.assert_array_equal(every_image(benchmark[Domain("fog", 3)]), EXPECTED[::-1])
     with pytest.raises(ValueError, match="no <corruption>/<severity 1 to 5> folders"):
-        data.corrupted_folders(tmp_path / "fog" / "3" / "a", PREPROCESS)
+        open_c(tmp_path / "fog" / "3" / "a")
     with pytest.raises(FileNotFoundError, match="nowhere: no such folder"):
-        data.corrupted_folders(tmp_path / "nowhere", PREPROCESS)
+        open_c(tmp_path / "nowhere")
 
 
 def heard(caplog):
@@ -249,22 +257,21 @@ def test_a_domain_that_lacks_a_class_does_not_shrink_the_others(tmp_path, caplog
     (tmp_path / "snow" / "5" / WNIDS[0]).mkdir()
     (tmp_path / "snow" / "5" / "._n01440764").mkdir()
     caplog.set_level(logging.WARNING)
-    source = data.open_source("imagenet-c", tmp_path, PREPROCESS)
-    assert source.class_names == CLASSES
-    assert list(source.labels) == [0, 0, 1, 1, 2, 2]
+    benchmark = open_c(tmp_path)
+    assert data.class_names_of(benchmark) == CLASSES
+    assert list(data.labels_of(benchmark)) == [0, 0, 1, 1, 2, 2]
     lacks = f"{tmp_path / 'brightness' / '5'}: lacks 3 of 6 images, unreadable there, such as "
     assert heard(caplog) == [f"{lacks}{WNIDS[0]}/1.JPEG"]
     for _ in range(2):
-        for corruption in ("brightness", "fog", "snow"):
-            source.check(data.Domain(corruption, 5))
+        data.select(benchmark, benchmark)
     snow = f"{tmp_path / 'snow' / '5'}: "
     assert heard(caplog)[1:] == [
         f"{snow}lacks 2 of 6 images, unreadable there, such as {WNIDS[0]}/0.JPEG"
     ]
-    streams = data.make_streams("continual", ["brightness", "fog"], (5,), source.labels)
-    batches = data.Batches(source, tuple(streams), 6)
+    streams = data.make_streams("continual", ["brightness", "fog"], (5,), benchmark[FOG].labels)
+    batches = data.Batches(benchmark, tuple(streams), 6, PREPROCESS)
     assert [batch.mask.sum() for batch in batches] == [3, 6]
-    np.testing.assert_array_equal(every_image(source, data.Domain("fog", 5)), EXPECTED)
+    np.testing.assert_array_equal(every_image(benchmark[FOG]), EXPECTED)
 
 
 def test_images_that_the_first_domain_lacks_are_not_left_out(tmp_path, caplog):
@@ -272,14 +279,14 @@ def test_images_that_the_first_domain_lacks_are_not_left_out(tmp_path, caplog):
         write_folders(tmp_path / domain, WNIDS)
         save(tmp_path / domain / "overview.png", PIXELS[0, 0])
     (tmp_path / "brightness" / "5" / WNIDS[1] / "1.JPEG").unlink()
-    source = data.open_source("imagenet-c", tmp_path, PREPROCESS)
-    source.check(data.Domain("brightness", 5))
+    benchmark = open_c(tmp_path)
+    data.select(benchmark, [Domain("brightness", 5)])
     snow, poor = (tmp_path / name / "5" for name in ("snow", "brightness"))
     for _ in range(2):
         with pytest.raises(ValueError, match=f"^{snow}: has 1 images that {poor} lacks, such as"):
-            source.check(data.Domain("snow", 5))
+            data.select(benchmark, [Domain("snow", 5)])
     assert not heard(caplog)
-    source.check(CLEAN)  # of which a subset was corrupted
+    data.select(benchmark, [CLEAN])  # of which a subset was corrupted
     assert [said.split(": ")[1] for said in heard(caplog)] == [
         f"has 1 images besides the 5 listed, left out, such as {WNIDS[1]}/1.JPEG"
     ]
@@ -289,7 +296,7 @@ def test_a_corruption_in_two_groups_is_refused(tmp_path):
     for group in ("weather", "more"):
         write_folders(tmp_path / group / "fog" / "5", WNIDS)
     with pytest.raises(ValueError, match=r": fog-5 is in .*/more/fog/5 and in .*/weather/fog/5$"):
-        data.open_source("imagenet-c", tmp_path, PREPROCESS)
+        open_c(tmp_path)
 
 
 def test_imagenet_c_names_what_is_no_wnid_and_what_no_domain_has(tmp_path):
@@ -297,9 +304,9 @@ def test_imagenet_c_names_what_is_no_wnid_and_what_no_domain_has(tmp_path):
         write_folders(tmp_path / corruption / "5", WNIDS)
     (tmp_path / "snow" / "5" / "extra").mkdir()
     with pytest.raises(ValueError, match="folder extra is not one of ImageNet's 1,000 wnids"):
-        data.open_source("imagenet-c", tmp_path, PREPROCESS)
+        open_c(tmp_path)
     with pytest.raises(ValueError, match="extra: class folder without images"):
-        data.open_source("imagenet-c", tmp_path, PREPROCESS, [*CLASSES, "other"])
+        open_c(tmp_path, names=[*CLASSES, "other"])
 
 
 @pytest.mark.parametrize("group", ["", "noise"])
@@ -309,18 +316,18 @@ def test_imagenet_c_is_no_folder_of_classes(tmp_path, group):
             write_folders(tmp_path / group / corruption / severity, WNIDS)
     for layout in ("folder", "imagenet"):
         with pytest.raises(ValueError, match="not images of a class: use --layout imagenet-c"):
-            data.open_source(layout, tmp_path, PREPROCESS)
+            data.open_dataset(layout, tmp_path)
         one = rf"severities of one corruption.* --layout imagenet-c with {tmp_path / group}, or"
         with pytest.raises(ValueError, match=one):
-            data.open_source(layout, tmp_path / group / "fog", PREPROCESS)
-    assert data.open_source("imagenet-c", tmp_path, PREPROCESS).class_names == CLASSES
+            data.open_dataset(layout, tmp_path / group / "fog")
+    assert data.class_names_of(open_c(tmp_path)) == CLASSES
 
 
 def test_a_class_with_numbered_sub_folders_is_no_corruption(tmp_path):
     for name in ("cat", "dog", "emu"):
         for session in "123":
             save(tmp_path / name / session / "left" / "0.png", PIXELS[0, 0])
-    assert data.open_source("folder", tmp_path, PREPROCESS).class_names == ("cat", "dog", "emu")
+    assert data.open_dataset("folder", tmp_path).class_names == ("cat", "dog", "emu")
 
 
 @pytest.mark.parametrize(
@@ -342,13 +349,13 @@ def test_splits_are_no_classes(tmp_path, splits):
     named = rf"holds splits, not classes \(.*{splits[0]}.*\): give one, such as {tmp_path}/"
     for layout in ("folder", "imagenet"):
         with pytest.raises(ValueError, match=named):
-            data.open_source(layout, tmp_path, PREPROCESS)
-        assert data.open_source(layout, tmp_path / splits[0], PREPROCESS, CLASSES)
+            data.open_dataset(layout, tmp_path)
+        assert data.open_dataset(layout, tmp_path / splits[0], CLASSES)
 
 
 def test_a_class_may_be_called_train(tmp_path):
     write_folders(tmp_path, ("bus", "plane", "train"))
-    assert data.open_source("folder", tmp_path, PREPROCESS).class_names == ("bus", "plane", "train")
+    assert data.open_dataset("folder", tmp_path).class_names == ("bus", "plane", "train")
 
 
 @pytest.mark.parametrize(
@@ -368,7 +375,7 @@ def test_what_a_folder_without_classes_holds_is_said(tmp_path, files, message):
         (tmp_path / file).parent.mkdir(exist_ok=True)
         (tmp_path / file).touch()
     with pytest.raises(ValueError, match=rf"has [01] class folders, expected at least.*{message}"):
-        data.open_source("folder", tmp_path, PREPROCESS)
+        data.open_dataset("folder", tmp_path)
 
 
 @pytest.mark.parametrize("names", ["{}", "{:03}", "c{}", "{} kind"])
@@ -378,9 +385,9 @@ def test_numbers_in_folder_names_are_sorted_as_numbers(tmp_path, caplog, names, 
     write_folders(tmp_path, folders, pixels=PIXELS[np.arange(12) % 3])
     called = [f"kind {number}" for number in range(12)]
     caplog.set_level(logging.WARNING)
-    source = data.open_source("folder", tmp_path, PREPROCESS, called)
+    source = data.open_dataset("folder", tmp_path, called)
     meant = dict(zip(folders, called, strict=True))
-    for file, label in zip(source.images.files, source.labels, strict=True):
+    for file, label in zip(source.files, source.labels, strict=True):
         assert source.class_names[label] == meant[file.parent.name]
     (tmp_path / "names.txt").write_text("\n".join(called))
     listed = data.image_folder(tmp_path).class_names
@@ -390,7 +397,7 @@ def test_numbers_in_folder_names_are_sorted_as_numbers(tmp_path, caplog, names, 
 
 def test_numbers_with_gaps_and_a_list_are_said(tmp_path, caplog):
     write_folders(tmp_path, ("3", "20", "100"))
-    data.open_source("folder", tmp_path, PREPROCESS, ["cat", "dog", "emu"])
+    data.open_dataset("folder", tmp_path, ["cat", "dog", "emu"])
     assert heard(caplog) == [
         "class folders are sorted by number, with gaps: 3 is 'cat', 20 is 'dog', 100 is 'emu'"
     ]
@@ -401,12 +408,12 @@ def test_numbers_are_no_class_names(tmp_path, layout):
     root = tmp_path / "fog" / "5" if layout == "imagenet-c" else tmp_path
     write_folders(root, ("cat", "dog", "3"))
     with pytest.raises(ValueError, match="class folder 3 is a number: set the class names"):
-        data.open_source(layout, tmp_path, PREPROCESS)
-    source = data.open_source(layout, tmp_path, PREPROCESS, ["three", "cat", "dog"])
-    assert source.class_names == ("three", "cat", "dog")
+        open_c(tmp_path, layout)
+    benchmark = open_c(tmp_path, layout, ["three", "cat", "dog"])
+    assert data.class_names_of(benchmark) == ("three", "cat", "dog")
     (root / "3").rename(root / "0.5")
     with pytest.raises(ValueError, match=r"class folder 0\.5 is a number: set the class names"):
-        data.open_source(layout, tmp_path, PREPROCESS)
+        open_c(tmp_path, layout)
 
 
 def test_numbers_in_prompts_are_said_wherever_they_come_from(embedded, caplog):
@@ -437,85 +444,85 @@ def stacked(tmp_path):
 @pytest.mark.parametrize("repeated", [5, 1])
 def test_cifar_c(stacked, repeated):
     np.save(stacked / "labels.npy", np.tile(np.repeat([0, 1, 2], 2), repeated))
-    source = data.open_source("cifar-c", stacked, PREPROCESS)
-    assert source.class_names == data.CIFAR10_CLASSES
-    assert list(source.labels) == [0, 0, 1, 1, 2, 2]
-    source = data.open_source("cifar-c", stacked, PREPROCESS, CLASSES)
-    np.testing.assert_array_equal(every_image(source), EXPECTED)
+    benchmark = open_c(stacked, "cifar-c")
+    assert data.class_names_of(benchmark) == data.CIFAR10_CLASSES
+    assert list(data.labels_of(benchmark)) == [0, 0, 1, 1, 2, 2]
+    benchmark = open_c(stacked, "cifar-c", CLASSES)
+    data.select(benchmark, benchmark)
+    np.testing.assert_array_equal(every_image(benchmark[CLEAN]), EXPECTED)
+    np.testing.assert_array_equal(
+        every_image(data.open_dataset("cifar-c", stacked, CLASSES)), EXPECTED
+    )
     for s in range(1, 6):
-        expected = PREPROCESS(Image.fromarray(PIXELS[1, 1] + np.uint8(s)))
-        np.testing.assert_array_equal(source.read(data.Domain("fog", s), 3, 0), expected)
+        np.testing.assert_array_equal(benchmark[Domain("fog", s)][3], PIXELS[1, 1] + np.uint8(s))
     for s in (0, 6):
-        with pytest.raises(ValueError, match=f"severity is {s}, expected 1 to 5"):
-            source.check(data.Domain("fog", s))
-    assert source.name(data.Domain("fog", 2), 3).endswith("fog.npy row 9")
+        with pytest.raises(ValueError, match=f"severity of fog is {s}, expected 1 or 2 or 3 or 4"):
+            data.select(benchmark, [Domain("fog", s)])
+    assert benchmark[Domain("fog", 2)].name(3).endswith("fog.npy row 9")
 
 
 def test_cifar_c_files_that_do_not_fit_their_labels(stacked):
     np.save(stacked / "snow.npy", np.load(stacked / "fog.npy")[:29])
-    source = data.corrupted_arrays(stacked, PREPROCESS, CLASSES, stacked=True)
+    benchmark = open_c(stacked, "cifar-c", CLASSES)
     with pytest.raises(ValueError, match=r"snow\.npy: has 29 images, expected 30 for 6 labels at"):
-        source.check(data.Domain("snow", 1))
+        data.select(benchmark, [Domain("snow", 1)])
     np.save(stacked / "labels.npy", np.sort(np.arange(30) % 3))
     with pytest.raises(ValueError, match=r"labels\.npy: has 30 labels, expected one for each"):
-        data.corrupted_arrays(stacked, PREPROCESS, CLASSES, stacked=True)
+        open_c(stacked, "cifar-c", CLASSES)
 
 
-def test_arrays_of_one_strength(stacked):
+def test_arrays_of_one_severity(stacked):
     np.save(stacked / "labels.npy", np.repeat([0, 1, 2], 2))
     np.save(stacked / "snow.npy", PIXELS.reshape(6, 40, 44, 3))
     with pytest.raises(ValueError, match=r"arrays .*class"):
-        data.open_source("arrays", stacked, PREPROCESS)
-    source = data.open_source("arrays", stacked, PREPROCESS, CLASSES)
-    for domain in (data.Domain("snow"), CLEAN, data.Domain("clean", 5)):
-        np.testing.assert_array_equal(every_image(source, domain), EXPECTED)
-    with pytest.raises(ValueError, match="severity is 5, expected 0"):
-        source.check(data.Domain("snow", 5))
-    with pytest.raises(ValueError, match=r"unknown corruption 'labels', .* has clean, fog, snow"):
-        source.check(data.Domain("labels"))
+        open_c(stacked, "arrays")
+    benchmark = open_c(stacked, "arrays", CLASSES)
+    for domain in (Domain("snow"), CLEAN):
+        np.testing.assert_array_equal(every_image(benchmark[domain]), EXPECTED)
+    with pytest.raises(ValueError, match="severity of snow is 5, expected 0"):
+        data.select(benchmark, [Domain("snow", 5)])
+    with pytest.raises(ValueError, match=r"unknown corruption 'labels', .* clean, fog, snow"):
+        data.select(benchmark, [Domain("labels")])
 
 
 def test_arrays_and_cifar_c_are_told_apart(stacked, caplog):
-    data.open_source("arrays", stacked, PREPROCESS, CLASSES)
+    open_c(stacked, "arrays", CLASSES)
     assert [message.partition(": ")[2] for message in heard(caplog)] == [
         "has the same labels five times; if the images are of five severities, as in CIFAR-10-C, "
         "use --layout cifar-c"
     ]
     np.save(stacked / "labels.npy", np.repeat([0, 1, 2], 2))
-    source = data.open_source("arrays", stacked, PREPROCESS, CLASSES)
     with pytest.raises(ValueError, match=r"30 images, expected 6 for 6 labels; use --layout cifar"):
-        source.check(data.Domain("fog"))
+        data.select(open_c(stacked, "arrays", CLASSES), [Domain("fog")])
     np.save(stacked / "fog.npy", PIXELS.reshape(6, 40, 44, 3))
     with pytest.raises(ValueError, match="use --layout arrays for images of one severity"):
-        data.open_source("cifar-c", stacked, PREPROCESS, CLASSES)
+        open_c(stacked, "cifar-c", CLASSES)
 
 
 def test_hidden_arrays_and_domains_are_passed_over(stacked):
     for name in ("fog", "clean", "labels", "snow"):
         (stacked / f"._{name}.npy").write_bytes(b"AppleDouble")
-    source = data.open_source("cifar-c", stacked, PREPROCESS, CLASSES)
-    np.testing.assert_array_equal(every_image(source), EXPECTED)
-    with pytest.raises(ValueError, match=r"unknown corruption 'rain', .* has clean, fog$"):
-        source.check(data.Domain("rain", 5))
+    benchmark = open_c(stacked, "cifar-c", CLASSES)
+    assert {domain.corruption for domain in benchmark} == {"clean", "fog"}
+    np.testing.assert_array_equal(every_image(benchmark[CLEAN]), EXPECTED)
     for place in ("fog/5", ".fog/5", "__MACOSX/fog/5", "fog/5/@eaDir", "fog/5/.git"):
         write_folders(stacked / "folders" / place, ("a", "b", "c"))
-    source = data.open_source("imagenet-c", stacked / "folders", PREPROCESS)
-    assert (source.class_names, [*source.domains]) == (("a", "b", "c"), [data.Domain("fog", 5)])
+    benchmark = open_c(stacked / "folders")
+    assert (data.class_names_of(benchmark), [*benchmark]) == (("a", "b", "c"), [FOG])
 
 
 def test_cifar100_is_known_by_its_labels(stacked):
     np.save(stacked / "labels.npy", np.tile([0, 1, 2, 3, 4, 99], 5))
-    source = data.open_source("cifar-c", stacked, PREPROCESS)
-    assert len(source.class_names) == 100
-    assert source.class_names[:2] == ("apple", "aquarium fish")
+    names = data.class_names_of(open_c(stacked, "cifar-c"))
+    assert (len(names), names[:2]) == (100, ("apple", "aquarium fish"))
     np.save(stacked / "labels.npy", np.tile([0, 1, 2, 3, 4, 100], 5))
     with pytest.raises(ValueError, match="labels run from 0 to 100, expected 0 to 99"):
-        data.open_source("cifar-c", stacked, PREPROCESS)
+        open_c(stacked, "cifar-c")
 
 
 def prepared(split="test"):
     pytest.importorskip("tensorflow_datasets")
-    return data.tfds_images("tiny_pictures", split, PREPARED)
+    return open_tfds("tiny_pictures", split, PREPARED)
 
 
 def test_a_prepared_tensorflow_dataset_is_read_without_tensorflow():
@@ -523,15 +530,15 @@ def test_a_prepared_tensorflow_dataset_is_read_without_tensorflow():
     assert images.class_names == ("cat", "dog", "frog")
     assert list(np.bincount(images.labels)) == [4, 4, 4]
     assert len(prepared("test[:50%]").labels) == 6
-    source = data.open_source("tfds", "tiny_pictures:1.0.0:test", PREPROCESS, data_dir=PREPARED)
+    source = data.open_dataset("tfds", "tiny_pictures:1.0.0:test", data_dir=PREPARED)
     read = every_image(source)
-    listed = data.image_folder(assets.IMAGES)
+    bundled = data.open_dataset("folder", assets.IMAGES)
     for c, name in enumerate(images.class_names):
-        files = [path for path in listed.files if path.parent.name == name][:4]
-        expected = {PREPROCESS(data.open_image(path)).tobytes() for path in files}
+        numbers = np.flatnonzero(bundled.labels == bundled.class_names.index(name))[:4]
+        expected = {PREPROCESS(Image.fromarray(bundled[n])).tobytes() for n in numbers}
         assert {image.tobytes() for image in read[c]} == expected
     assert "tensorflow" not in sys.modules
-    assert source.name(CLEAN, 3) == "tiny_pictures:1.0.0 test image 3"
+    assert source.name(3) == "tiny_pictures:1.0.0 test image 3"
 
 
 def test_splits_of_a_dataset_are_told_apart():
@@ -550,13 +557,12 @@ def test_tensorflow_datasets_own_mock_data():
         return [example | {"image": png(example["image"])} for example in generator]
 
     with tfds.testing.mock_data(num_examples=5, as_data_source_fn=encoded):
-        images = data.tfds_images("cifar100", "test")
+        images = open_tfds("cifar100", "test")
         assert len(images.class_names) == 100
-        source = data.CorruptedOnTheFly(images, PREPROCESS)
-        assert source.read(data.Domain("fog", 1), 4, 0).shape == (32, 32, 3)
+        assert data.corrupted(images, PREPROCESS)[FOG][4].shape == (32, 32, 3)
         assert len(images.labels) == 5
         with pytest.raises(ValueError, match=r"imdb_reviews.*expected an image"):
-            data.tfds_images("imdb_reviews", "test")
+            open_tfds("imdb_reviews", "test")
 
 
 def png(pixels):
@@ -583,7 +589,7 @@ def png(pixels):
 def test_bad_tensorflow_datasets_are_refused(name, split, error, message):
     pytest.importorskip("tensorflow_datasets")
     with pytest.raises(error, match=message) as raised:
-        data.tfds_images(name, split, PREPARED)
+        open_tfds(name, split, PREPARED)
     assert "\n" not in str(raised.value)
 
 
@@ -600,40 +606,40 @@ def test_tensorflow_datasets_in_another_format_are_refused(copied):
     records = next(copied.glob("*.array_record*"))
     records.rename(copied / records.name.replace("array_record", "tfrecord"))
     with pytest.raises(FileNotFoundError, match=r"expected array_record files .* has tfrecord;"):
-        data.tfds_images("tiny_pictures", "test", copied.parents[1])
+        open_tfds("tiny_pictures", "test", copied.parents[1])
 
 
 def test_damaged_tensorflow_datasets_are_refused(copied):
-    images = data.tfds_images("tiny_pictures", "test", copied.parents[1])
+    images = open_tfds("tiny_pictures", "test", copied.parents[1])
     records = next(copied.glob("*.array_record*"))
     records.write_bytes(records.read_bytes()[:70000])
     with pytest.raises(ValueError, match="tiny_pictures: split 'test' cannot be read"):
-        data.tfds_images("tiny_pictures", "test", copied.parents[1])
+        open_tfds("tiny_pictures", "test", copied.parents[1])
     with pytest.raises(data.UnreadableImageError, match="test image 3: cannot be read"):
-        images.open(3)
+        pickle.loads(pickle.dumps(images))[3]  # as in another process
 
 
 def test_a_missing_tensorflow_datasets_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "importlib_resources", None)
     with pytest.raises(ImportError, match=r"needs tensorflow-datasets .* jaxtta\[experiments\]"):
-        data.open_source("tfds", "cifar10", PREPROCESS)
+        data.open_dataset("tfds", "cifar10")
 
 
 def test_the_door_refuses_what_it_does_not_know(tmp_path):
     with pytest.raises(ValueError, match="unknown layout 'imagnet', expected one of folder, imag"):
-        data.open_source("imagnet", tmp_path, PREPROCESS)
+        data.open_dataset("imagnet", tmp_path)
     write_folders(tmp_path, ("cat", "dog", "emu"))
     with pytest.raises(ValueError, match=r"2 class names for 3 classes \(cat, dog, emu\)"):
-        data.open_source("folder", tmp_path, PREPROCESS, ["cat", "dog"])
-    source = data.open_source("folder", tmp_path, PREPROCESS, ["a cat", "a dog", "an emu"])
+        data.open_dataset("folder", tmp_path, ["cat", "dog"])
+    source = data.open_dataset("folder", tmp_path, ["a cat", "a dog", "an emu"])
     assert source.class_names == ("a cat", "a dog", "an emu")
 
 
 def test_tables():
-    assert len(data.imagenet_classes()) == 1000
-    assert list(data.imagenet_classes()) == sorted(data.imagenet_classes())
+    assert len(imagenet_classes()) == 1000
+    assert list(imagenet_classes()) == sorted(imagenet_classes())
     assert len(data.imagenet_templates()) == 80
-    assert len(data.cifar100_classes()) == len(set(data.cifar100_classes())) == 100
+    assert len(cifar100_classes()) == len(set(cifar100_classes())) == 100
     for layout in data.LAYOUTS:
         assert all(template.count("{}") == 1 for template in data.templates_for(layout))
     assert set(data.TEMPLATES) < set(data.LAYOUTS)
@@ -644,11 +650,11 @@ def test_tables():
 def test_mnist_is_asked_with_its_own_prompt(monkeypatch):
     opened = []
 
-    def open_source(layout, place, preprocess, split):
+    def open_dataset(layout, place, split):
         opened.append((layout, place, split))
-        return data.CorruptedOnTheFly(tasks.digits(), preprocess)
+        return tasks.digits()
 
-    monkeypatch.setattr(tasks, "open_source", open_source)
-    task = tasks.open_task("mnist", None, PREPROCESS)
+    monkeypatch.setattr(tasks, "open_dataset", open_dataset)
+    task = tasks.open_task("mnist")
     assert opened == [("tfds", "mnist", "train"), ("tfds", "mnist", "test")]
     assert task.template == 'a photo of the number: "{}".'

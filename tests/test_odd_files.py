@@ -10,12 +10,12 @@ import pytest
 from PIL import Image
 
 from jaxtta import data, images
-from jaxtta.cli.options import class_names_of
 from jaxtta.data.baselines import read_reference_points
+from jaxtta.data.layouts import listed_split
 from jaxtta.models.preprocess import Preprocessing
 
 PREPROCESS = Preprocessing(32, 32, (32, 32))
-CLEAN = data.Domain("clean")
+CLEAN, FOG = data.Domain("clean"), data.Domain("fog", 5)
 PIXELS = np.random.default_rng(0).integers(0, 256, (40, 44, 3), np.uint8)
 COLOUR = Image.fromarray(PIXELS)
 NFC, NFD = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
@@ -86,12 +86,12 @@ def test_other_files_are_counted_and_named_by_suffix(folder, said):
         data.image_folder(folder)
 
 
-def test_class_names_by_folder_need_no_list_of_images(folder, tmp_path, said):
+def test_class_names_may_be_given_by_folder(folder, tmp_path, said):
     (folder / "cat" / "a.txt").touch()
     (tmp_path / "names.json").write_text('{"dog": "a hound", "cat": "a tom"}')
-    given = class_names_of([str(tmp_path / "names.json")], "folder", str(folder))
-    assert given == ("a tom", "a hound")
-    assert not said()  # what is passed over is said when the images are listed
+    dataset = data.open_dataset("folder", folder, [str(tmp_path / "names.json")])
+    assert dataset.class_names == ("a tom", "a hound")
+    assert said() == [f"{folder}: 1 files passed over: 1 .txt"]
 
 
 def test_every_suffix_counts_in_any_case(folder, said):
@@ -132,12 +132,12 @@ def test_broken_links_are_unreadable_images(folder):
     (folder / "cat" / "2.png").symlink_to(folder / "gone.png")
     (folder / "cat" / "3.png").symlink_to("3.png")  # to itself
     (folder / "eel").symlink_to(folder / "gone")
-    source = data.open_source("folder", folder, PREPROCESS)
-    assert source.class_names == ("cat", "dog")
-    assert list(source.labels) == [0, 0, 0, 0, 1, 1]
+    dataset = data.open_dataset("folder", folder)
+    assert dataset.class_names == ("cat", "dog")
+    assert list(dataset.labels) == [0, 0, 0, 0, 1, 1]
     for number in (2, 3):
         with pytest.raises(data.UnreadableImageError, match=rf"cat/{number}\.png: cannot be dec"):
-            source.read(CLEAN, number, 0)
+            dataset[number]
 
 
 def test_a_pipe_is_no_image(folder):
@@ -154,7 +154,7 @@ def test_names_in_either_unicode_form_are_the_same(folder, tmp_path, said):
     assert data.image_folder(folder).class_names == (NFC, "dog")
     (tmp_path / "names.json").write_text(f'{{"{NFC}": "a café", "dog": "{NFD} dog"}}')
     for folders in ((NFC, "dog"), (NFD, "dog")):
-        names = data.read_class_names(tmp_path / "names.json", folders)
+        names = data.given_class_names([str(tmp_path / "names.json")], folders)
         assert names == ("a café", f"{NFC} dog")
     (folder / "captions.csv").write_text(f"file,caption\n{NFC}/0.png,{NFD}\ndog/0.png,dog\n")
     assert data.captioned_folder(folder).class_names == (NFC, "dog")
@@ -176,13 +176,13 @@ ODD_NAMES = (
 def test_file_names_may_hold_anything(folder, name):
     COLOUR.save(folder / "cat" / "2.png")
     (folder / "cat" / "2.png").rename(folder / "cat" / name)
-    source = data.open_source("folder", folder, PREPROCESS)
-    number = next(n for n, file in enumerate(source.images.files) if file.name == name)
-    np.testing.assert_array_equal(source.read(CLEAN, number, 0), PREPROCESS(COLOUR))
+    dataset = data.open_dataset("folder", folder)
+    number = next(n for n, file in enumerate(dataset.files) if file.name == name)
+    np.testing.assert_array_equal(dataset[number], PIXELS)
     (folder / "cat" / name).write_bytes(b"broken")
     with pytest.raises(data.UnreadableImageError) as raised:
-        source.read(CLEAN, number, 0)
-    for text in (str(raised.value), source.name(CLEAN, number)):
+        dataset[number]
+    for text in (str(raised.value), dataset.name(number)):
         assert "\n" not in text
         text.encode()  # as it is printed
 
@@ -190,9 +190,9 @@ def test_file_names_may_hold_anything(folder, name):
 def test_a_class_folder_whose_name_is_no_text_needs_class_names(folder):
     (folder / "cat").rename(folder / "caf\udce9")
     with pytest.raises(ValueError, match=r"class folder caf\\xe9 has a name that is not text: set"):
-        data.open_source("folder", folder, PREPROCESS)
-    source = data.open_source("folder", folder, PREPROCESS, ["a cat", "a dog"])
-    assert source.class_names == ("a cat", "a dog")
+        data.open_dataset("folder", folder)
+    dataset = data.open_dataset("folder", folder, ["a cat", "a dog"])
+    assert dataset.class_names == ("a cat", "a dog")
 
 
 TEXTS = {
@@ -245,22 +245,22 @@ def test_other_encodings_are_refused_with_the_files_name(folder, tmp_path, encod
         data.captioned_folder(folder)
     (tmp_path / "names.txt").write_bytes("café\n".encode(encoding))
     with pytest.raises(ValueError, match=r"names\.txt: is not UTF-8 text .*, save it as UTF-8"):
-        data.read_class_names(tmp_path / "names.txt", ["cat"])
+        data.given_class_names([str(tmp_path / "names.txt")], ["cat"])
     (tmp_path / "variants.txt").write_bytes("café\n".encode(encoding))
     with pytest.raises(ValueError, match=r"variants\.txt: is not UTF-8 text"):
-        data.fgvc_aircraft(tmp_path)
+        data.open_dataset("fgvc-aircraft", tmp_path)
     (tmp_path / "split.json").write_bytes('{"test": [["a.jpg", 0, "café"]]}'.encode(encoding))
     with pytest.raises(ValueError, match=r"split\.json: is not UTF-8 text"):
-        data.listed_split(tmp_path / "split.json", tmp_path)
+        listed_split(tmp_path / "split.json", tmp_path)
 
 
 def test_lists_of_benchmarks_with_a_byte_order_mark_and_crlf(tmp_path):
     (tmp_path / "variants.txt").write_bytes(b"\xef\xbb\xbf707-320\r\nF/A-18\r\n\r\n")
     (tmp_path / "images_variant_test.txt").write_bytes(b"\xef\xbb\xbf1 F/A-18\r\n2 707-320\r\n\r\n")
-    found = data.fgvc_aircraft(tmp_path)
+    found = data.open_dataset("fgvc-aircraft", tmp_path)
     assert (found.class_names, [*found.labels]) == (("707-320", "F/A-18"), [1, 0])
     (tmp_path / "split.json").write_bytes(b'\xef\xbb\xbf{"test": [["a.jpg", 0, "cat"]]}\r\n')
-    assert data.listed_split(tmp_path / "split.json", tmp_path).class_names == ("cat",)
+    assert listed_split(tmp_path / "split.json", tmp_path).class_names == ("cat",)
 
 
 @pytest.mark.parametrize("name", ["names", "names.csv"])
@@ -273,7 +273,7 @@ def test_a_file_of_names_with_another_suffix_is_no_class(tmp_path, name):
 def test_an_empty_name_within_a_list_is_refused(tmp_path):
     (tmp_path / "names.txt").write_text("cat\n\ndog\n")
     with pytest.raises(ValueError, match=r"names\.txt: name 2 of 3 is empty"):
-        data.read_class_names(tmp_path / "names.txt", [])
+        data.given_class_names([str(tmp_path / "names.txt")], [])
     (tmp_path / "names.json").write_text("[]")  # not the bundled model's classes
     with pytest.raises(ValueError, match=r"names\.json: has no names"):
         data.given_class_names([str(tmp_path / "names.json")])
@@ -282,7 +282,7 @@ def test_an_empty_name_within_a_list_is_refused(tmp_path):
 def test_equal_names_in_a_file_are_said_with_its_name(tmp_path, said):
     (tmp_path / "names.txt").write_text("crane\nmaillot\nCrane \ndog\n")
     expected = "classes 0 and 2 have the same name (crane, Crane); a tie counts for the first"
-    assert len(data.read_class_names(tmp_path / "names.txt", [])) == 4
+    assert len(data.given_class_names([str(tmp_path / "names.txt")], [])) == 4
     assert said() == [f"{tmp_path / 'names.txt'}: {expected}"]
 
 
@@ -302,20 +302,15 @@ def test_own_images_are_upright_and_those_of_benchmarks_as_they_are_stored(tmp_p
         shutil.copytree(tmp_path / "net", tmp_path / "net-c" / corruption / "5")
     (tmp_path / "own" / "captions.csv").write_text("file,caption\na/0.png,cat\nb/0.png,dog\n")
     (tmp_path / "own" / "split.json").write_text('{"test": [["a/0.png", 0, "cat"]]}')
-    captioned = data.CorruptedOnTheFly(data.captioned_folder(tmp_path / "own"), PREPROCESS)
-    split = data.listed_split(tmp_path / "own" / "split.json", tmp_path / "own")
-    for source, expected in (
-        (data.open_source("folder", tmp_path / "own", PREPROCESS), PIXELS),
-        (captioned, PIXELS),
-        (data.open_source("imagenet", tmp_path / "net", PREPROCESS), stored),
-        (data.open_source("imagenet-v2", tmp_path / "v2", PREPROCESS), stored),
-        (data.open_source("imagenet-c", tmp_path / "net-c", PREPROCESS), stored),
-        (data.CorruptedOnTheFly(split, PREPROCESS), stored),
+    for dataset, expected in (
+        (data.open_dataset("folder", tmp_path / "own"), PIXELS),
+        (data.captioned_folder(tmp_path / "own"), PIXELS),
+        (data.open_dataset("imagenet", tmp_path / "net"), stored),
+        (data.open_dataset("imagenet-v2", tmp_path / "v2"), stored),
+        (data.open_benchmark("imagenet-c", tmp_path / "net-c", PREPROCESS)[FOG], stored),
+        (listed_split(tmp_path / "own" / "split.json", tmp_path / "own"), stored),
     ):
-        domain = data.Domain("fog", 5) if isinstance(source, data.CorruptedFolders) else CLEAN
-        read = source.read_both(domain, 0, 0)
-        np.testing.assert_array_equal(read[1], expected)
-        np.testing.assert_array_equal(read[0], PREPROCESS(Image.fromarray(expected)))
+        np.testing.assert_array_equal(dataset[0], expected)
 
 
 def write_everything(root):
@@ -378,29 +373,30 @@ def write_everything(root):
 
 def test_a_folder_with_one_of_everything(tmp_path, said):
     expected = write_everything(tmp_path / "images")
-    source = data.open_source("folder", tmp_path / "images", PREPROCESS)
-    assert source.class_names == ("a cat", NFC)
+    dataset = data.open_dataset("folder", tmp_path / "images")
+    assert dataset.class_names == ("a cat", NFC)
     assert said() == [
         f"{tmp_path / 'images'}: 3 files passed over: 1 .heic, 1 .cr2, 1 .txt",
-        f"{tmp_path / 'images'}: 1 of {len(source.labels)} images lie in sub-folders of the class "
+        f"{tmp_path / 'images'}: 1 of {len(dataset.labels)} images lie in sub-folders of the class "
         f"folders, such as {tmp_path / 'images' / NFD / 'more.png'}, and are of the class folder's "
         "class; if they are the classes, give the folder that holds them",
     ]
-    streams = data.make_streams("continual", ("clean",), (0,), source.labels, order="stored")
-    (batch,) = data.Batches(source, tuple(streams), len(source.labels))
+    streams = data.make_streams("continual", ("clean",), (0,), dataset.labels, order="stored")
+    batches = data.Batches({CLEAN: dataset}, tuple(streams), len(dataset), PREPROCESS)
+    (batch,) = batches
     read = batch.mask
-    counts = np.bincount(source.labels[batch.source_index[read]])
-    assert dict(zip(source.class_names, counts, strict=True)) == expected
-    assert [source.name(CLEAN, number).split("/")[-1] for number in np.flatnonzero(~read)] == [
+    counts = np.bincount(dataset.labels[batch.source_index[read]])
+    assert dict(zip(dataset.class_names, counts, strict=True)) == expected
+    assert [dataset.name(number).split("/")[-1] for number in np.flatnonzero(~read)] == [
         *("empty.png", "gone.png", "nan.tif", "negative.tif", r"short\xff.jpg")
     ]
     assert (batch.images[read].std((1, 2, 3)) > 5).all()  # none is black or white
 
 
-def test_labelling_a_folder_with_one_of_everything(tmp_path, run_jaxtta, short):
+def test_serving_a_folder_with_one_of_everything(tmp_path, run_script, short):
     expected = write_everything(tmp_path / "images")
-    command = ("--model", short, "--batch-size", 8)
-    code, out, err = run_jaxtta("classify", tmp_path / "images", *command)
+    command = ("--model", short, "--adapter", "zero_shot", "--batch-size", 8)
+    code, out, err = run_script("serve.py", tmp_path / "images", *command)
     assert code == 3  # as documented: some images could not be read
     assert len(out.splitlines()) == sum(expected.values())
     for name in ("empty.png", "gone.png", "nan.tif", "negative.tif", r"short\xff.jpg"):

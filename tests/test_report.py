@@ -1,70 +1,64 @@
-"""Tables, CSV, plots and the page, made of cells in the format that `Record` writes."""
+"""Tables, CSV, plots and pages of a sweep, made of synthetic predictions."""
 
 import base64
-import csv
-import json
+import dataclasses
+import io
 import re
-import types
+import zlib
 from html.parser import HTMLParser
 
-import jax.numpy as jnp
 import numpy as np
+import pandas as pd
 import pytest
 
-from jaxtta import io
-from jaxtta.adapters import Prediction
-from jaxtta.data.streams import Batches, make_streams
-from jaxtta.evaluate.record import Record, gain
+from jaxtta import report
+from jaxtta.data import Domain
+from jaxtta.data.streams import make_streams
+from jaxtta.evaluate.adapters import AdapterConfig, parse_adapter
+from jaxtta.evaluate.predictions import Predictions, score
 from jaxtta.metrics import ALEXNET_ERRORS
-from jaxtta.report import html as page
-from jaxtta.report import plots
-from jaxtta.report import summary as report
+from jaxtta.report import plots, text
+from jaxtta.report.summary import _corruption_error, summarise
 
-CLASSES = 4
+CLASSES = 7
 LABELS = np.arange(120) % CLASSES
 CORRUPTIONS = ("fog", "snow", "motion_blur")
-SKILLS = {"zero_shot": 0.5, "tent": 0.45, "batclip": 0.75}
+SKILLS = {"zero_shot": 1.2, "tent": 0.9, "batclip": 2.0}
+UNREADABLE = (3, 5)
 
 
-class Blank:
-    """Images that nobody looks at."""
-
-    labels = LABELS
-    preprocess = types.SimpleNamespace(image_size=2)
-
-    def read(self, domain, number, seed):
-        return np.zeros((2, 2, 3), np.uint8)
-
-
-def cell_of(adapter, stream, setting, skill, settings=(), unreadable=()):
-    """Run a made-up adapter that is right about as often as its skill says."""
-    batches = Batches(Blank(), (stream,), 50)
-    record = Record.empty(stream, len(batches))
-    luck = np.random.default_rng(stream.seed).random((len(stream.segments), len(LABELS)))
-    for number in range(len(batches)):
-        batch = batches[number]
-        batch = batch._replace(mask=batch.mask & ~np.isin(batch.source_index, unreadable))
-        chance = [skill(stream.segments[s]) for s in batch.segments]
-        right = luck[batch.segments, batch.source_index] < chance
-        said = np.where(right, batch.labels, (batch.labels + 1) % CLASSES)
-        logits = 3 * jnp.eye(CLASSES)[said] * luck[0, : len(said), None]
-        record.add(number, batch, Prediction(logits, {}), 0.01)
-    cell = {
-        "adapter": adapter,
-        "stream": stream.name,
-        "seed": stream.seed,
-        "setting": setting,
-        **record.figures(),
-        "peak_memory_gb": 1.25,
-        "settings": {"model": "made up", "limit": None, **dict(settings)},
-        "about": {"versions": {"jax": "0.0"}, "device": "cpu"},
-    }
-    for segment in cell["segments"]:
-        segment["unreadable"] = [f"image {number}" for number in unreadable]
-    return json.loads(json.dumps(cell, allow_nan=False))
+def result_of(adapter, stream, setting, skill, unreadable=UNREADABLE):
+    """Predictions from random logits that favour the label by the adapter's skill."""
+    rng = np.random.default_rng([stream.seed, zlib.crc32(stream.name.encode())])
+    segments, images = stream.items.T
+    labels = LABELS[images]
+    logits = rng.normal(size=(len(images), CLASSES)).astype(np.float32)
+    strength = np.array([skill - 0.1 * d.severity for d in stream.segments], np.float32)
+    logits += strength[segments][:, None] * np.eye(CLASSES, dtype=np.float32)[labels]
+    logits *= 1.5 if adapter == "batclip" else 1
+    if adapter == "tent":
+        logits[7] = np.nan
+    seen = ~np.isin(images, unreadable)
+    scores = {k: np.where(seen, v, 0 * v) for k, v in score(logits, labels)._asdict().items()}
+    rows = {"segment": segments, "image": images, "label": labels, **scores, "seen": seen}
+    batches = sum(-(-len(part) // 50) for part in stream.parts)
+    return Predictions(
+        adapter,
+        stream.name,
+        stream.seed,
+        setting,
+        stream.segments,
+        tuple(f"class {number}" for number in range(CLASSES)),
+        pd.DataFrame(rows),
+        pd.DataFrame({"seconds": [0.01] * batches, "skipped": [False] * batches}),
+        tuple(f"image {number}" for number in unreadable),
+        {"model": {"name": "made up"}, "adapter": {"name": adapter}},
+        {"versions": {"jax": "0.0"}, "device": "cpu"},
+        1.25,
+    )
 
 
-def cells_of(
+def results_of(
     setting="reset_each_shift",
     corruptions=CORRUPTIONS,
     severities=(5,),
@@ -73,28 +67,16 @@ def cells_of(
     **options,
 ):
     return [
-        cell_of(
-            name,
-            stream,
-            setting,
-            lambda domain, skill=skill: skill - 0.03 * domain.severity,
-            **options,
-        )
+        result_of(adapter, stream, setting, skill, **options)
         for seed in seeds
         for stream in make_streams(setting, corruptions, severities, LABELS, seed=seed)
-        for name, skill in skills.items()
+        for adapter, skill in skills.items()
     ]
 
 
-def accuracy(cells, adapter, corruption):
-    found = [
-        s["top1"]
-        for c in cells
-        if c["adapter"] == adapter
-        for s in c["segments"]
-        if s["corruption"] == corruption
-    ]
-    return 100 * np.mean(found)
+@pytest.fixture(scope="module")
+def summary():
+    return summarise(results_of(corruptions=("clean", "fog", "snow"), severities=(1, 3)))
 
 
 def row(table, name):
@@ -106,10 +88,10 @@ class Outline(HTMLParser):
 
     VOID = ("meta", "img")
 
-    def __init__(self, text):
+    def __init__(self, page):
         super().__init__()
         self.open, self.text, self.sources, self.tags = [], [], [], []
-        self.feed(text)
+        self.feed(page)
         assert self.open == []
 
     def handle_starttag(self, tag, attrs):
@@ -126,299 +108,301 @@ class Outline(HTMLParser):
             self.text.append(data)
 
 
-def test_the_table_counts_gains_from_zero_shot():
-    cells = cells_of()
-    table = report.table(cells)
-    head, rule, *rows = table.splitlines()
-    assert head.split() == ["corruption", "zero_shot", "tent", "batclip"]
-    assert set(rule) == {"-"}
-    assert [line.split()[0] for line in rows[:3]] == list(CORRUPTIONS)
-    fog = {c["adapter"]: c["segments"][0] for c in cells if c["stream"] == "fog-5"}
-    expected = gain([fog["batclip"]], [fog["zero_shot"]])
-    low, high = (100 * x for x in expected["interval"])
-    text = f"{100 * fog['batclip']['top1']:.2f} {100 * expected['top1']:+.2f} "
-    assert text + f"[{low:+.2f}, {high:+.2f}]" in row(table, "fog")
-    mean = np.mean([accuracy(cells, "batclip", name) for name in CORRUPTIONS])
-    base = np.mean([accuracy(cells, "zero_shot", name) for name in CORRUPTIONS])
-    assert f"{base:.2f}" in row(table, "mean")
-    assert f"{mean:.2f} {mean - base:+.2f} [" in row(table, "mean")
-    assert "severities" not in table
-    assert "seeds" not in table
+OLD_TABLE = """\
+clean       44.49      36.02 -8.47 [-12.29, -5.08] !   70.76 +26.27 [+20.76, +31.36]
+fog         40.68      30.93 -9.75 [-12.72, -6.99] !   67.80 +27.12 [+23.52, +31.14]
+snow        43.64      31.78 -11.86 [-14.83, -9.32] !  69.70 +26.06 [+22.46, +30.08]
+mean        42.16      31.36 -10.81 [-12.82, -8.58] !  68.75 +26.59 [+23.73, +29.56]"""
+OLD_ANSWER = (
+    "Averaged over 2 corruptions, batclip is best with 68.75 %, +26.59 points [+23.73, +29.56] "
+    "over zero_shot's 42.16 %. Significant differences from zero_shot on 2 corruptions: tent "
+    "better on 0 and worse on 2 (clean images: worse), batclip better on 2 and worse on 0 (clean "
+    "images: better)."
+)
+
+OLD_CSV = """\
+adapter stream top1 top1_low top1_high top5 nll nll_low nll_high brier brier_high
+zero_shot clean 0.415254 0.322034 0.5 0.932203 1.502045 1.354438 1.662908 0.709494 0.774724
+tent clean 0.338983 0.254237 0.415254 0.872881 1.716803 1.544454 1.88651 0.788644 0.851927
+batclip clean 0.661017 0.584746 0.745763 0.983051 0.910228 0.756254 1.089487 0.450909 0.534524
+zero_shot snow-3 0.372881 0.279661 0.449153 0.940678 1.600241 1.464591 1.736565 0.748853 0.805508
+tent snow-3 0.279661 0.194915 0.355932 0.872881 1.810606 1.659581 1.967559 0.823638 0.881213
+batclip snow-3 0.661017 0.576271 0.754237 1.0 0.969246 0.820092 1.121336 0.482839 0.560547
+
+adapter stream ece gain gain_low
+tent clean 0.141705 -0.076271 -0.127119
+batclip clean 0.055961 0.245763 0.169492
+tent snow-3 0.120436 -0.09322 -0.144068
+batclip snow-3 0.140299 0.288136 0.20339
+"""
 
 
-def test_the_means_interval_is_the_joint_one():
-    cells = cells_of(seeds=(1, 2))
-    own, base = (
-        [s for c in cells if c["adapter"] == name for s in c["segments"]]
-        for name in ("batclip", "zero_shot")
-    )
-    low, high = (100 * x for x in gain(own, base)["interval"])
-    table = report.table(cells)
-    assert f"[{low:+.2f}, {high:+.2f}]" in row(table, "mean")
-    deviations = [
-        np.std(
-            [
-                np.mean(
-                    [
-                        accuracy([c for c in cells if c["seed"] == s], name, corruption)
-                        for corruption in CORRUPTIONS
-                    ]
-                )
-                for s in (1, 2)
-            ],
-            ddof=1,
-        )
-        for name in SKILLS
-    ]
-    expected = ", ".join(f"{n} {d:.2f}" for n, d in zip(SKILLS, deviations, strict=True))
-    assert row(table, "standard deviation").endswith(f"over 2 seeds: {expected}")
+def test_figures_are_those_of_version_0_2():
+    """The table, answer and CSV that jaxtta 0.2 wrote of the same logits."""
+    results = results_of(corruptions=("clean", "fog", "snow"), severities=(1, 3), seeds=(1, 2))
+    summary = summarise(results)
+    table, old = report.text_table(summary), [line.split() for line in OLD_TABLE.splitlines()]
+    assert [row(table, line[0]).split() for line in old] == old
+    assert report.answer(summary) == OLD_ANSWER
+    spreads = "over 2 seeds; standard deviation over seeds: zero_shot 2.10, tent 1.50, batclip 2.85"
+    assert spreads in row(table, "Mean over")
+    assert row(table, "Each corruption").endswith("over severities 1, 3.")
+    assert "excludes clean" in table
+    segments = summary.segments[summary.segments["seed"] == 2]
+    for part in OLD_CSV.split("\n\n"):
+        old = pd.read_csv(io.StringIO(part), sep=" ")
+        found = old[["adapter", "stream"]].merge(segments, how="left")
+        for name in old.columns[2:]:
+            np.testing.assert_allclose(found[name], old[name], atol=2e-6, err_msg=name)
 
 
-def test_datasets_weigh_the_same_whatever_their_size():
-    cells = []
-    for name, size, skill in (("large", 120, 0.9), ("small", 20, 0.2)):
+def test_the_csv_has_a_line_for_every_segment(tmp_path):
+    results = results_of("gradual", ("fog", "snow"))
+    report.write_report(results, tmp_path, "gradual")
+    lines = pd.read_csv(tmp_path / "summary.csv")
+    assert len(lines) == 3 * 2 * 9
+    line = lines[(lines["adapter"] == "batclip") & (lines["segment"] == 9)].iloc[0]
+    assert (line["corruption"], line["severity"], line["unreadable"]) == ("snow", 1, 2)
+    rows = results[2].segment(9)
+    assert line["top1"] == rows["top1"][rows["seen"]].mean()
+    assert line["seconds_per_image"] == pytest.approx(0.01 * 54 / (18 * 118))
+    tent = lines[lines["adapter"] == "tent"]
+    assert tent["without_prediction"].tolist() == [1] + [0] * 17
+    assert lines["gain"].isna().sum() == 18
+
+
+def test_recall_and_confusions_are_by_class(summary):
+    own = [r for r in summary.results if r.adapter == "tent" and r.stream != "clean"]
+    rows = pd.concat([result.rows[result.rows["seen"]] for result in own])
+    counts = np.zeros((CLASSES, CLASSES + 1), int)
+    np.add.at(counts, (rows["label"], rows["prediction"]), 1)  # the last column: no prediction
+    found = summary.classes[summary.classes["adapter"] == "tent"].set_index("label")
+    np.testing.assert_allclose(found["accuracy"], np.diag(counts) / counts.sum(1))
+    assert found["images"].tolist() == counts.sum(1).tolist()
+    wrong = counts[:, :CLASSES] * (1 - np.eye(CLASSES, dtype=int))
+    for label in range(CLASSES):
+        mistaken = int(found["mistaken_for"][label].removeprefix("class "))
+        assert wrong[label, mistaken] == wrong[label].max()
+        share = found["mistaken_share"][label]
+        assert share == pytest.approx(wrong[label].max() / counts[label].sum())
+    segment = summary.segments.iloc[0]
+    rows = summary.results[0].segment(0)
+    recalls = [rows["top1"][rows["seen"] & (rows["label"] == c)].mean() for c in range(CLASSES)]
+    assert segment["mean_per_class_recall"] == pytest.approx(np.mean(recalls))
+    (name, texts), *_ = text.worst_classes(summary)
+    means = summary.classes.groupby("class")["accuracy"].mean()
+    assert name == means.idxmin()
+    assert re.fullmatch(r"\d+\.\d\d \(class \d: \d+\.\d\d\)", texts[0])
+
+
+def test_datasets_weigh_the_same_and_keep_their_classes():
+    results = []
+    for name, size, skill in (("large", 120, 2.0), ("small", 20, 0.2)):
         (stream,) = make_streams("reset_each_shift", (name,), (0,), LABELS, limit=size)
-        for adapter, of in (("zero_shot", 0.5), ("tnt", skill)):
-            cells.append(cell_of(adapter, stream, report.DATASETS, lambda _, of=of: of))
-    means = [
-        np.mean([accuracy(cells, adapter, name) for name in ("large", "small")])
-        for adapter in ("zero_shot", "tnt")
-    ]
-    table = report.table(cells)
-    assert table.startswith("dataset ")
-    assert f"{means[1]:.2f} {means[1] - means[0]:+.2f} [" in row(table, "mean")
-    assert "Averaged over 2 datasets" in report.answer(cells)
-
-
-def test_an_adapter_that_harms_is_marked():
-    table = report.table(cells_of(skills={"zero_shot": 0.9, "tent": 0.5, "batclip": 0.9}))
-    assert row(table, "fog").count("!") == 1
-    assert "! significantly worse than zero_shot" in table.splitlines()[-1]
-    assert "!" not in report.table(cells_of(skills={"zero_shot": 0.5, "batclip": 0.7}))
-
-
-def test_clean_images_stay_out_of_the_mean():
-    cells = cells_of(corruptions=("clean", "fog"))
-    table = report.table(cells)
-    assert f"{accuracy(cells, 'zero_shot', 'fog'):.2f}" in row(table, "mean")
-    assert "mean excludes clean images" in table
-    only = cells_of(corruptions=("clean",))
-    assert f"{accuracy(only, 'zero_shot', 'clean'):.2f}" in row(report.table(only), "mean")
-
-
-def test_without_a_baseline_there_are_no_gains():
-    cells = cells_of(skills={"tent": 0.5, "batclip": 0.7})
-    assert "[" not in report.table(cells)
-    assert "batclip has" in report.answer(cells)
-    assert "no baseline" in report.answer(cells)
-    assert "[" in report.table(cells, baseline="tent")
-
-
-def test_severities_are_averaged_and_said():
-    cells = cells_of(severities=(1, 3))
-    table = report.table(cells)
-    assert table.startswith("each corruption is the mean over severities 1, 3\n")
-    assert f"{accuracy(cells, 'zero_shot', 'fog'):.2f}" in row(table, "fog")
-
-
-@pytest.mark.parametrize("setting", ["reset_each_shift", "gradual"])
-def test_the_mean_corruption_error_needs_all_of_imagenet_c(setting):
-    names = tuple(ALEXNET_ERRORS)
-    settings = {"layout": "imagenet-c", "images": "50000, labels 0"}
-    options = {"severities": (1, 2, 3, 4, 5), "settings": settings}
-    cells = cells_of(setting, names, skills={"zero_shot": 0.6}, **options)
-    found = {}
-    for segment in (s for c in cells for s in c["segments"]):
-        found.setdefault((segment["corruption"], segment["severity"]), []).append(segment["top1"])
-    errors = [
-        1 - np.mean([np.mean(found[name, severity]) for severity in range(1, 6)]) for name in names
-    ]
-    expected = 100 * np.mean(np.asarray(errors) / list(ALEXNET_ERRORS.values()))
-    assert report.corruption_error(cells, "zero_shot") == pytest.approx(expected)
-    assert row(report.table(cells), "mean corruption error").endswith(f"{expected:.2f}")
-    if setting == "reset_each_shift":
-        assert report.corruption_error(cells[1:], "zero_shot") is None
-    for change in ({"layout": "arrays"}, {"images": "5000, labels 0"}, {"limit": 100}):
-        other = [{**cell, "settings": settings | change} for cell in cells]
-        assert "mean corruption error" not in report.table(other)
-
-
-def test_what_nobody_saw_is_a_dash():
-    cells = cells_of()
-    lost = cells_of(corruptions=("fog",), unreadable=range(len(LABELS)))
-    cells = [*lost, *(c for c in cells if c["stream"] != "fog-5")]
-    table = report.table(cells)
-    assert row(table, "fog").split()[1:] == ["–"] * 3
-    assert "nan" not in table
-    assert "nan" not in " ".join(Outline(page.render(cells, {}, "lost")).text)
-    assert report.answer(lost).startswith("No image")
+        for adapter, of in (("zero_shot", 1.0), ("tnt", skill)):
+            results.append(result_of(adapter, stream, report.DATASETS, of, unreadable=()))
+    summary = summarise(results)
+    tops = summary.table["top1"].unstack()
+    assert summary.means["top1"]["tnt"] == tops["tnt"].mean()
+    assert summary.means["gain"]["tnt"] == pytest.approx((tops["tnt"] - tops["zero_shot"]).mean())
+    assert report.text_table(summary).startswith("dataset ")
+    assert "Averaged over 2 datasets" in report.answer(summary)
+    assert set(summary.classes["dataset"]) == {"large", "small"}
+    assert text.worst_classes(summary)[0][0].startswith(("large: class", "small: class"))
 
 
 @pytest.mark.parametrize(
     ("skills", "said"),
     [
         (SKILLS, "batclip is best"),
-        ({"zero_shot": 0.9, "tent": 0.5}, "every adapter is worse than zero_shot"),
-        ({"zero_shot": 0.7, "tent": 0.7}, "no adapter is clearly better than zero_shot"),
-        ({"zero_shot": 0.7}, "No other adapter"),
+        ({"zero_shot": 3.0, "tent": 1.0}, "every adapter is worse than zero_shot"),
+        ({"zero_shot": 1.0, "tnt": 1.0}, "no adapter is clearly better than zero_shot"),
+        ({"zero_shot": 1.0}, "No other adapter"),
+        ({"tnt": 1.0, "batclip": 2.0}, "batclip has"),
     ],
 )
 def test_the_answer_says_who_is_best(skills, said):
-    answer = report.answer(cells_of(skills=skills))
+    summary = summarise(results_of(skills=skills))
+    answer, table = report.answer(summary), report.text_table(summary)
     assert answer.startswith("Averaged over 3 corruptions, ")
     assert said in answer
     assert answer.count(". ") == 1
+    assert ("[" in table) == bool(summary.compared)
+    assert ("significantly worse" in table.lower()) == ("tent" in skills)
+    assert {"gain", "accuracy"} & plots.figures(summary).keys() == {
+        "gain" if summary.compared else "accuracy"
+    }
 
 
-def test_the_answer_counts_corruptions():
-    answer = report.answer(cells_of(skills={"zero_shot": 0.6, "tent": 0.3, "batclip": 0.9}))
-    assert "from zero_shot on 3 corruptions: tent better on 0 and worse on 3, " in answer
-    assert answer.endswith("batclip better on 3 and worse on 0.")
+def test_another_baseline_can_be_chosen():
+    results = results_of(skills={"tent": 1.0, "batclip": 2.0})
+    assert "no baseline" in report.answer(summarise(results))
+    summary = summarise(results, baseline="tent")
+    assert "over tent's" in report.answer(summary)
+    with pytest.raises(ValueError, match="no results"):
+        summarise([])
 
 
-def test_the_csv_holds_every_segment(tmp_path):
-    cells = cells_of("gradual", ("fog", "snow"), unreadable=(3, 5))
-    report.summary_csv(cells, tmp_path / "summary.csv")
-    with (tmp_path / "summary.csv").open(newline="") as file:
-        lines = list(csv.DictReader(file))
-    assert len(lines) == 3 * 2 * 9
-    assert [p.name for p in tmp_path.iterdir()] == ["summary.csv"]
-    line = next(x for x in lines if x["adapter"] == "batclip" and x["segment"] == "9")
-    cell = next(c for c in cells if c["adapter"] == "batclip")
-    segment = cell["segments"][9]
-    assert (line["corruption"], line["severity"], line["unreadable"]) == ("snow", "1", "2")
-    assert float(line["top1"]) == segment["top1"]
-    assert [float(line[f"nll_{end}"]) for end in ("low", "high")] == segment["intervals"]["nll"]
-    base = next(c for c in cells if c["adapter"] == "zero_shot")["segments"][9]
-    assert float(line["gain"]) == gain([segment], [base])["top1"]
-    assert float(line["images_per_second"]) == cell["images_per_second"]
-    assert next(x for x in lines if x["adapter"] == "zero_shot")["gain"] == ""
+def test_the_mean_corruption_error_needs_all_of_imagenet_c():
+    segments = pd.DataFrame(
+        [("a", name, severity, 0.1 * severity) for name in ALEXNET_ERRORS for severity in range(6)],
+        columns=["adapter", "corruption", "severity", "top1"],
+    )
+
+    def result(images, layout="imagenet-c"):
+        data = {"streams": {"layout": layout}}
+        rows = pd.DataFrame(index=range(images))
+        return dataclasses.replace(results_of()[0], rows=rows, settings=data)
+
+    expected = np.mean(0.7 / np.array([*ALEXNET_ERRORS.values()]))
+    assert _corruption_error("a", segments, [result(50_000)]) == pytest.approx(expected)
+    for changed in (result(50_000, "folder"), result(5_000)):
+        assert _corruption_error("a", segments, [changed]) is None
+    assert _corruption_error("a", segments[:-1], [result(50_000)]) is None
+
+
+def test_what_nobody_saw_is_a_dash(tmp_path):
+    lost = results_of(corruptions=("fog",), unreadable=range(len(LABELS)))
+    results = [*lost, *results_of(corruptions=("snow",))]
+    report.write_report(results, tmp_path, "lost")
+    table = (tmp_path / "table.txt").read_text()
+    assert row(table, "fog").split()[1:] == ["–"] * 3
+    assert "nan" not in table
+    assert "nan" not in " ".join(Outline((tmp_path / "report.html").read_text()).text)
+    report.write_report(lost, tmp_path, "lost")
+    assert report.answer(summarise(lost)).startswith("No image")
 
 
 @pytest.mark.parametrize("setting", ["reset_each_shift", "continual", "gradual", "mixed"])
 def test_every_setting_is_drawn(setting, tmp_path):
-    cells = cells_of(
-        setting, ("fog", "snow"), severities=(1, 5), skills={"zero_shot": 0.5, "a": 0.6}
-    )
-    paths = plots.save_all(cells, tmp_path / "plots", "all that $ there_is")
-    names = ["accuracy.png", "running.png", "reliability.png", "severity.png"]
-    assert [path.name for path in paths] == names
-    assert sorted(p.name for p in (tmp_path / "plots").iterdir()) == sorted(names)
-    assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
+    skills = {"zero_shot": 0.5, "a": 0.6}
+    results = results_of(setting, ("fog", "snow"), severities=(1, 5), skills=skills)
+    report.write_report(results, tmp_path, "all that $ there_is")
+    names = ["gain.png", "reliability.png", "running.png", "severity.png"]
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == names
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in tmp_path.glob("*.png"))
 
 
-def test_bars_are_the_tables_numbers():
-    cells = cells_of()
-    axes = plots.bars(cells).axes[0]
-    heights = np.reshape([bar.get_height() for bar in axes.patches], (len(SKILLS), -1))
-    expected = [[accuracy(cells, a, c) for c in CORRUPTIONS] for a in SKILLS]
-    np.testing.assert_allclose(heights[:, :-1], expected)
-    np.testing.assert_allclose(heights[:, -1], np.mean(expected, 1))
-    assert [t.get_text() for t in axes.get_xticklabels()] == ["fog", "snow", "motion blur", "mean"]
-
-
-def test_curves_end_at_the_accuracy_and_mark_segments():
-    cells = cells_of("continual")
-    axes, gains = plots.running(cells).axes[:2]
-    curves = {line.get_label(): line for line in axes.lines}
+def test_plots_show_the_tables_numbers(summary):
+    (axes,) = plots.dots({"": summary}).axes
+    for adapter, drawn in zip(summary.compared, axes.containers, strict=True):
+        gains = [
+            *summary.table["gain"].xs(adapter, level="adapter"),
+            summary.means["gain"][adapter],
+        ]
+        np.testing.assert_allclose(drawn[0].get_xdata().astype(float), 100 * np.array(gains))
+        (segments,) = (line.get_segments() for line in drawn[2])
+        ends = 100 * summary.means.loc[adapter, ["low", "high"]]
+        np.testing.assert_allclose(segments[-1][:, 0], ends.astype(float))
+    assert [tick.get_text().split(" (")[0] for tick in axes.get_yticklabels()] == [
+        *("clean", "fog", "snow", "mean")
+    ]
+    panel = plots.severity(summary).axes[0]
+    means = summary.segments[summary.segments["corruption"] != "clean"]
+    means = means[means["adapter"] == "batclip"].groupby("severity")["top1"].mean()
+    np.testing.assert_allclose(panel.lines[2].get_ydata(), 100 * means)
+    summary = summarise(results_of("continual"))
+    axes, gains = plots.running(summary).axes[:2]
+    curves = {line.get_label(): line.get_ydata() for line in axes.lines}
     for name in SKILLS:
-        expected = np.mean([accuracy(cells, name, c) for c in CORRUPTIONS])
-        assert curves[name.replace("_", " ")].get_ydata()[-1] == pytest.approx(expected)
-    assert [line.get_xdata()[0] for line in axes.lines[len(SKILLS) :]] == [120, 240]
+        assert curves[name.replace("_", " ")][-1] == pytest.approx(
+            100 * summary.means["top1"][name]
+        )
+    assert [line.get_xdata()[0] for line in axes.lines[len(SKILLS) :]] == [118, 236]
     assert not gains.lines[0].get_ydata().any()
-    assert gains.lines[2].get_ydata()[-1] > 10
-
-
-def test_severities_are_drawn_only_where_there_are_several():
-    assert plots.severity_curves(cells_of()) is None
-    figure = plots.severity_curves(cells_of(severities=(1, 3, 5)))
-    mean = figure.axes[0].lines[0]
-    assert list(mean.get_xdata()) == [1, 3, 5]
-    assert mean.get_ydata()[0] > mean.get_ydata()[-1]
 
 
 def test_an_adapter_keeps_its_colour():
     names = ["zero_shot", *(f"adapter {number}" for number in range(12))]
-    styles = plots.styles([{"adapter": name} for name in names])
-    assert len(set(styles.values())) == len(names)
-    assert plots.styles([{"adapter": "adapter 0"}])["adapter 0"] == styles["adapter 0"]
+    styles = plots.styles(names)
+    assert len({(look["color"], look["linestyle"]) for look in styles.values()}) == len(names)
+    assert plots.styles(["adapter 0"])["adapter 0"] == styles["adapter 0"]
 
 
-def test_the_report_is_one_page_that_needs_nothing_else(tmp_path):
-    cells = cells_of(severities=(1, 5), unreadable=(7,))
-    cells[2]["skipped_steps"] = [1, 2]
-    cells[2]["segments"][0]["without_prediction"] = 9
+def test_the_report_is_one_page_that_needs_nothing_else(tmp_path, capsys):
+    results = results_of(severities=(1, 5))
+    steps = results[2].steps.assign(skipped=True)
+    about = {"command": "python a.py --b '<c>'", "date": "2026-01-02T03:04:05+00:00"}
+    about |= {"commit": "abc-dirty", "preprocessing": "224 pixels", "versions": {"jax": "0.0"}}
+    tnt = {"adapter": {"tnt": {"steps": 2, "learning_rate": 0.01}}}
+    results[2] = dataclasses.replace(results[2], steps=steps, about=about)
+    results[-1] = dataclasses.replace(results[-1], settings=tnt)
     samples = {name: np.full((32, 32, 3), 99, np.uint8) for name in CORRUPTIONS}
-    page.write_report(cells, tmp_path / "report.html", samples, "fog & <snow>")
-    text = (tmp_path / "report.html").read_text()
-    assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
-    outline = Outline(text)
-    assert "script" not in outline.tags
+    report.write_report(results, tmp_path, "fog & <snow>", samples)
+    page = (tmp_path / "report.html").read_text()
+    outline = Outline(page)
+    assert not {"script", "link"} & set(outline.tags)
     assert len(outline.sources) == len(CORRUPTIONS) + 4
     for source in outline.sources:
         assert source.startswith("data:image/png;base64,")
         assert base64.b64decode(source.split(",")[1]).startswith(b"\x89PNG")
-    assert not re.search(r"url\(|@import|https?://", text)
-    shown = " ".join(outline.text)
-    assert report.answer(cells) in shown
-    for words in ("fog & <snow>", "motion blur", "made up", "versions: jax", "1.25"):
+    assert not re.search(r"url\(|@import|https?://", page)
+    shown = " ".join(" ".join(outline.text).split())
+    printed = capsys.readouterr().out
+    warnings = (
+        "2 images could not be read: image 3, image 5.",
+        "batclip: 3 steps skipped",
+        "tent: without a finite prediction, counted as wrong: 6.",
+    )
+    for words in (report.answer(summarise(results)), *warnings):
         assert words in shown
-    assert "batclip: 2 steps skipped" in shown
-    assert "batclip: without a finite prediction, counted as wrong: 9" in shown
-    assert "1 image could not be read: image 7." in shown
+        assert words in printed
+    for words in ("fog & <snow>", "motion blur", "made up", "versions: jax", "1.25", "class 6"):
+        assert words in shown
+    assert "<pre>python a.py --b &#39;&lt;c&gt;&#39;</pre>" in page
+    assert "2026-01-02 03:04, commit abc-dirty. Preprocessing: 224 pixels" in shown
+    assert "batclip: 2 steps on each image's noise map at 0.01" in shown
 
 
-def test_names_cannot_break_the_page():
-    evil = "<script>alert(1)</script>"
-    cells = cells_of(skills={"zero_shot": 0.5, evil: 0.6}, corruptions=(evil, "a&b"))
-    cells[0]["settings"][evil] = evil
-    samples = {evil: np.zeros((200, 200, 3), np.uint8)}
-    text = page.render(cells, samples, evil)
-    assert "<script" not in text
-    Outline(text)
-
-
-def test_a_worker_without_a_share_reports_nothing(tmp_path):
-    assert report.table([]).startswith("corruption")
-    assert plots.save_all([], tmp_path) == []
-    report.summary_csv([], tmp_path / "summary.csv")
-    Outline(page.render([], {}, "nothing"))
-
-
-def test_names_of_any_bytes_stop_no_report(tmp_path, capsys):
+def test_names_of_any_kind_stop_no_report(tmp_path):
     """A folder's name becomes a corruption's, an image's is listed where it cannot be read."""
-    cells = cells_of(corruptions=("fog", "caf\udce9"), unreadable=(3,))
-    for cell in cells:
-        for segment in cell["segments"]:
-            segment["unreadable"] = ["torn\udce9.jpg"]
-    samples = {"caf\udce9": np.zeros((4, 4, 3), np.uint8)}
-    title = "in \udce9"
-    assert report.answer(cells)
-    report.summary_csv(cells, tmp_path / "summary.csv")
-    page.write_report(cells, tmp_path / "report.html", samples, title)
-    plots.save_all(cells, tmp_path, title)
-    io.write_text(tmp_path / "table.txt", report.table(cells))
+    evil = "<script>alert(1)</script>"
+    results = results_of(skills={"zero_shot": 0.5, evil: 0.6, "$x$" * 30: 0.7}, corruptions=(evil,))
+    domains = (Domain("caf\udce9\n_$"),)
+    results = [
+        dataclasses.replace(
+            result,
+            domains=domains,
+            class_names=("<b>", "$", "\udce9", "a\nb", "long" * 50, *result.class_names[5:]),
+            unreadable=("torn\udce9.jpg",),
+            settings={evil: {"caf\udce9": [evil]}},
+        )
+        for result in results
+    ]
+    samples = {"caf\udce9": np.zeros((200, 200, 3), np.uint8)}
+    report.write_report(results, tmp_path, f"in \udce9 {evil}", samples)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "<script" not in page
+    Outline(page)
+    assert r"torn\xe9.jpg" in page
     for name in ("summary.csv", "report.html", "table.txt"):
-        assert r"caf\udce9" in (tmp_path / name).read_text(encoding="utf-8")
-    assert r"torn\udce9.jpg" in (tmp_path / "report.html").read_text(encoding="utf-8")
+        assert r"caf\xe9\n" in (tmp_path / name).read_text(encoding="utf-8")
     assert plots.label("caf\udce9_$") == r"caf\xe9 \$"
 
 
-def test_a_page_says_how_to_repeat_it():
-    cells = cells_of(corruptions=("fog",), skills={"zero_shot": 0.5, "tent": 0.5, "tnt-2": 0.6})
-    own = {
-        "tent": {"optimizer": "sgd(0.001, momentum=0.9)"},
-        "tnt-2": {"tnt": {"steps": 2, "learning_rate": 0.01}},
-    }
-    for cell in cells:
-        cell["about"] |= {"command": "python a.py --b '<c>'", "date": "2026-01-02T03:04:05+00:00"}
-        cell["about"] |= {"commit": "abc-dirty", "preprocessing": "224 pixels, from p.json"}
-        cell["settings"] |= own.get(cell["adapter"], {})
-    text = page.how_to_repeat(cells)
-    assert "<pre>python a.py --b &#x27;&lt;c&gt;&#x27;</pre>" in text
-    for said in (
-        "2026-01-02 03:04, commit abc-dirty. Preprocessing: 224 pixels, from p.json",
-        "zero_shot: none; tent: sgd(0.001, momentum=0.9); "
-        "tnt-2: 2 steps on each image&#x27;s noise map at 0.01.",
-    ):
-        assert said in text
+def test_folders_are_put_side_by_side(tmp_path, capsys):
+    for name, seed in (("a", 1), ("b", 2)):
+        (tmp_path / name / "predictions").mkdir(parents=True)
+        for number, result in enumerate(results_of(corruptions=("fog", name), seeds=(seed,))):
+            result.save(tmp_path / name / "predictions" / f"{number}.safetensors")
+    report.compare([tmp_path / "a", tmp_path / "b"], tmp_path / "both")
+    printed = capsys.readouterr().out
+    head = next(line for line in printed.splitlines() if line.split() == ["a", "b"])
+    assert head.index("b") > head.index("a")
+    assert row(printed, "a ").split()[-3:] == ["–"] * 3  # the other folder lacks it
+    lone = report.text_table(summarise(results_of(corruptions=("fog", "a"))))
+    assert row(printed, "fog").split()[:12] == row(lone, "fog").split()[:12]
+    assert "a: Averaged" in printed
+    assert "b: Averaged" in printed
+    table = pd.read_csv(tmp_path / "both" / "summary.csv")
+    assert len(table) == 2 * 2 * 3
+    Outline((tmp_path / "both" / "report.html").read_text())
+    assert (tmp_path / "both" / "gain.png").exists()
+
+
+def test_examples_need_tnt_of_single_images_and_zero_shot():
+    specs = [parse_adapter(name) for name in ("zero_shot", "tnt:steps=2", "tnt:online=true")]
+    report.check_examples(specs[:2], AdapterConfig())
+    for wrong, said in ((specs[:1], "tnt"), (specs[1:2], "zero_shot"), (specs[::2], "online")):
+        with pytest.raises(ValueError, match=said):
+            report.check_examples(wrong, AdapterConfig())

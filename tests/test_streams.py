@@ -1,5 +1,6 @@
 """What an adapter meets, in which order, and how it is cut into batches."""
 
+import dataclasses
 import inspect
 import subprocess
 import sys
@@ -10,32 +11,37 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxtta import data, evaluate
+from jaxtta import data
 from jaxtta.data import Domain
 from jaxtta.models.preprocess import Preprocessing
 
 PREPROCESS = Preprocessing(32, 32, (32, 32))
 
 
+LABELS = np.array([0, 1, 1, 0, 1, 2, 2], np.int32)
+
+
+@dataclasses.dataclass
 class Fake:
     """Images whose pixels say which they are; number 3 cannot be read."""
 
-    labels = np.array([0, 1, 1, 0, 1, 2, 2], np.int32)
-    class_names = ("a", "b", "c")
-    preprocess = PREPROCESS
+    domain: Domain
+    labels, class_names = LABELS, ("a", "b", "c")
 
-    def check(self, domain):
-        pass
+    def __len__(self):
+        return len(self.labels)
 
-    def name(self, domain, number):
-        return f"{domain} {number}"
-
-    def read(self, domain, number, seed):
+    def __getitem__(self, number):
         if number == 3:
             raise data.UnreadableImageError("broken")
         image = np.full((32, 32, 3), number, np.uint8)
-        image[0, 0] = len(domain.corruption), domain.severity, seed
+        image[0, 0] = len(self.domain.corruption), self.domain.severity, 9
         return image
+
+
+BENCHMARK = {
+    domain: Fake(domain) for domain in (Domain(n, s) for n in ("fog", "snow") for s in range(1, 6))
+}
 
 
 settings = st.sampled_from(data.SETTINGS)
@@ -46,14 +52,13 @@ orders = st.sampled_from(data.ORDERS)
 @hypothesis.settings(deadline=None)
 def test_every_setting_shows_every_image_once_a_segment(setting, order, size, seed, limit):
     severities = (1, 2, 3, 4, 5) if setting == "gradual" else (2, 5)
-    source = Fake()
     streams = data.make_streams(
-        setting, ("fog", "snow"), severities, source.labels, order=order, seed=seed, limit=limit
+        setting, ("fog", "snow"), severities, LABELS, order=order, seed=seed, limit=limit
     )
     assert len({stream.name for stream in streams}) == len(streams)
     expected = {"reset_each_shift": 4, "continual": 2, "gradual": 1, "mixed": 2}[setting]
     assert len(streams) == expected
-    batches = data.Batches(source, tuple(streams), size)
+    batches = data.Batches(BENCHMARK, tuple(streams), size, PREPROCESS)
     for number, stream in enumerate(streams):
         read = [batches[i] for i in batches.of(number)]
         shown = np.concatenate([b.source_index for b in read])
@@ -67,15 +72,13 @@ def test_every_setting_shows_every_image_once_a_segment(setting, order, size, se
         for batch in read:
             valid = batch.source_index >= 0
             np.testing.assert_array_equal(batch.mask, valid & (batch.source_index != 3))
-            np.testing.assert_array_equal(
-                batch.labels[valid], source.labels[batch.source_index[valid]]
-            )
+            np.testing.assert_array_equal(batch.labels[valid], LABELS[batch.source_index[valid]])
             np.testing.assert_array_equal(
                 batch.images[batch.mask][:, 5, 5, 0], batch.source_index[batch.mask]
             )
             for k in np.flatnonzero(batch.mask):
                 domain = stream.segments[batch.segments[k]]
-                assert batch.images[k, 0, 0].tolist() == [len(domain[0]), domain[1], seed]
+                assert batch.images[k, 0, 0].tolist() == [len(domain[0]), domain[1], 9]
             if setting != "mixed":
                 assert len(set(batch.segments[valid].tolist())) == 1
 
@@ -121,7 +124,7 @@ def test_the_dirichlet_order_lies_between_shuffled_and_sorted():
 
     def neighbours(order, concentration=1.0):
         rng = np.random.default_rng(0)
-        arranged = labels[data.arrange(labels, order, rng, concentration)]
+        arranged = labels[data.order_indices(labels, order, rng, concentration)]
         return (np.diff(arranged) == 0).mean()
 
     shares = [neighbours("dirichlet", c) for c in (0.05, 1.0, 1e4)]
@@ -146,22 +149,23 @@ def test_bad_streams_are_refused(options, message):
         )
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_reading_can_begin_anywhere_and_workers_change_nothing(workers, tmp_path):
-    for name in ("cat", "dog"):
-        (tmp_path / name).mkdir()
-        for i in range(3):
-            pixels = np.random.default_rng(i).integers(0, 256, (40, 44, 3), np.uint8)
-            Image.fromarray(pixels).save(tmp_path / name / f"{i}.png")
-    source = data.CorruptedOnTheFly(data.image_folder(tmp_path), PREPROCESS)
-    streams = data.make_streams(
-        "reset_each_shift", ("snow", "glass_blur"), (3,), source.labels, seed=2
-    )
-    batches = data.Batches(source, tuple(streams), 4)
-    assert [len(batches.of(0)), len(batches.of(1)), len(batches)] == [2, 2, 4]
-    read = list(data.read_ahead(batches, workers, [1, 2, 3]))
-    assert len(read) == 3
-    for number, batch in zip([1, 2, 3], read, strict=True):
+@pytest.mark.parametrize(
+    ("workers", "canvas", "size", "side"), [(0, None, 4, 32), (0, 40, 5, 48), (2, 64, 2, 48)]
+)
+def test_workers_and_where_reading_begins_change_nothing(workers, canvas, size, side):
+    images = np.random.default_rng(0).integers(0, 256, (6, 40, 44, 3), np.uint8)
+    dataset = data.ArrayDataset(images, np.arange(6) % 2, ("cat", "dog"))
+    preprocess = Preprocessing(side, side, (side, side))
+    benchmark = data.corrupted(dataset, preprocess)
+    corruptions = ("snow", "glass_blur", "clean")
+    streams = data.make_streams("reset_each_shift", corruptions, (3,), dataset.labels, seed=2)
+    batches = data.Batches(benchmark, tuple(streams), size, preprocess, canvas)
+    numbers = range(1, len(batches))
+    read = list(data.read_ahead(batches, workers, numbers))
+    assert len(read) == len(numbers)
+    for number, batch in zip(numbers, read, strict=True):
+        assert batch.images.shape == (size, side, side, 3)
+        assert not batch.images[~batch.mask].any()
         for x, y in zip(batch, batches[number], strict=True):
             np.testing.assert_array_equal(x, y)
 
@@ -176,16 +180,14 @@ def test_originals_lie_in_a_corner_of_a_canvas(tmp_path, workers):
         (tmp_path / name).mkdir()
         pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
         Image.fromarray(pixels).save(tmp_path / name / "a.png")
-    preprocess = Preprocessing(32, 32, (32, 32))
-    source = data.CorruptedOnTheFly(data.image_folder(tmp_path), preprocess)
-    streams = data.make_streams("continual", ("clean", "fog"), (3,), source.labels, order="stored")
-    assert data.canvas_for(source, Domain("fog", 3)) == 100
-    assert data.canvas_for(source, Domain("fog", 3), greatest=64) == 64
-    clean, fog = data.read_ahead(data.Batches(source, tuple(streams), 3, 64), workers)
+    dataset = data.open_dataset("folder", tmp_path)
+    streams = data.make_streams("continual", ("clean", "fog"), (3,), dataset.labels, order="stored")
+    assert data.canvas_for(dataset) == 100
+    assert data.canvas_for(dataset, greatest=64) == 64
+    batches = data.Batches(data.corrupted(dataset, PREPROCESS), tuple(streams), 3, PREPROCESS, 64)
+    clean, fog = data.read_ahead(batches, workers)
     assert clean.sizes.tolist() == [[40, 44], [21, 64], [1, 1]]  # 33×100 is shrunk to fit
-    np.testing.assert_array_equal(
-        clean.originals[0, :40, :44], np.asarray(Image.open(tmp_path / "cat" / "a.png"))
-    )
+    np.testing.assert_array_equal(clean.originals[0, :40, :44], dataset[0])
     assert not clean.originals[0, 40:].any()
     assert not clean.originals[0, :, 44:].any()
     # photographs are corrupted after resize and crop: there is no larger original
@@ -193,36 +195,22 @@ def test_originals_lie_in_a_corner_of_a_canvas(tmp_path, workers):
     np.testing.assert_array_equal(fog.originals[:2, :32, :32], fog.images[:2])
 
 
-def test_a_dataset_is_a_domain_of_its_own_name(tmp_path):
-    for name in ("cat", "dog"):
-        (tmp_path / name).mkdir()
-        pixels = np.random.default_rng(0).integers(0, 256, (40, 36, 3), np.uint8)
-        Image.fromarray(pixels).save(tmp_path / name / "a.png")
-    source = data.CorruptedOnTheFly(data.image_folder(tmp_path), PREPROCESS)
-    named = data.Named(source, "shop")
-    named.check(Domain("shop"))
-    ours = named.read_both(Domain("shop"), 1, 0)
-    for x, y in zip(ours, source.read_both(Domain("clean"), 1, 0), strict=True):
-        np.testing.assert_array_equal(x, y)
-    np.testing.assert_array_equal(named.read(Domain("shop"), 1, 0), ours[0])
-    assert named.name(Domain("shop"), 1) == str(tmp_path / "dog" / "a.png")
-    for other in (Domain("clean"), Domain("shop", 1)):
-        with pytest.raises(ValueError, match=f"unknown domain {other}, expected shop"):
-            named.check(other)
-
-
 READER = """
 import numpy as np
 from jaxtta import data
 
-class Source:
-    def __init__(self, number):  # more than a pipe between processes holds
-        self.labels, self.preprocess = np.zeros(20_000, np.int64), self
+class Images:
+    def __init__(self, number):
+        self.labels = np.zeros(20_000, np.int64)  # more than a pipe between processes holds
         self.image_size, self.number = 4, number
-    def read(self, domain, image, seed):
+    def __call__(self, image):
+        return np.asarray(image)
+    def __getitem__(self, image):
         return np.full((4, 4, 3), self.number + image, np.uint8)
 
-batches = data.Batches(Source(7), (data.stream_of("a", [data.Domain("a")], np.arange(5), 0),), 2)
+images, domain = Images(7), data.Domain("a")
+stream = data.stream_of("a", [domain], np.arange(5), 0)
+batches = data.Batches({domain: images}, (stream,), 2, images)
 """
 
 
@@ -263,6 +251,4 @@ def test_a_guarded_script_reads_in_processes(tmp_path):
 
 
 def test_no_library_function_starts_processes_unasked():
-    for function in (data.read_ahead, evaluate.run):
-        assert inspect.signature(function).parameters["workers"].default == 0
-    assert evaluate.Course().workers == 0
+    assert inspect.signature(data.read_ahead).parameters["workers"].default == 0

@@ -28,9 +28,11 @@ stopped resumes after the last finished task.
 
 import functools
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import pandas as pd
+import tyro
 from matplotlib.figure import Figure
 
 from jaxtta import assets, data, evaluate, io, metrics, models
@@ -83,7 +85,7 @@ class Options:
     retention: str | None = None
     validate: bool = False
     seeds: tuple[int, ...] = (1,)
-    training: TrainingConfig = TrainingConfig()
+    training: Annotated[TrainingConfig, tyro.conf.arg(name="")] = TrainingConfig()
     trust_data: bool = False
     debug: bool = False
 

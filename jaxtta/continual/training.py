@@ -30,36 +30,42 @@ CROP = (0.9, 1.0)  # fraction of the area that the training crop keeps
 
 @dataclasses.dataclass(frozen=True)
 class TrainingConfig:
-    """Training settings."""
+    """Training settings.
+
+    Attributes:
+        iterations: training steps per task (paper: 100 to 1000).
+        warmup: warm-up steps per task (paper: 100; default: a tenth of the steps).
+        batch_size: images per step.
+        learning_rate: peak learning rate of AdamW (paper: 1e-5 to 5e-5 on CLIP).
+        rho: fraction of the sum of singular values that is treated as the null space.
+        gram_images: training images per task for its Gram matrices (paper and default: all).
+        first_task: parameters trained on the first task: the same kernels as for the others, or all
+            except the logit scale, as in the reference implementation.
+        task_zero: whether the first task is projected, for the reference images; not in the
+            reference implementation.
+        reference_images: number of reference images.
+        reference_batch: reference pairs per step.
+        wise_share: weight of the fine-tuned parameters in wise-ft's average.
+        max_images: use at most so many test images of each task.
+        workers: processes that decode images; 0 = main process.
+
+    Raises:
+        ValueError: if a setting is out of range.
+    """
 
     iterations: int = 300
-    """Training steps per task (paper: 100 to 1000)."""
     warmup: int | None = None
-    """Warm-up steps per task (paper: 100). Default: a tenth of the steps."""
     batch_size: int = 64
-    """Images per step."""
     learning_rate: float = 5e-5
-    """Peak learning rate of AdamW (paper: 1e-5 to 5e-5 on CLIP)."""
     rho: float = 0.15
-    """Fraction of the sum of singular values that is treated as the null space."""
     gram_images: int | None = None
-    """Training images per task for its Gram matrices. Default: all, as in the paper."""
     first_task: Literal["same", "all"] = "same"
-    """Parameters trained on the first task: the same kernels as for the others, or all except the
-    logit scale, as in the reference implementation. --task-zero decides on the projection."""
     task_zero: bool = True
-    """Apply the projection for the reference images from the first task on. The reference
-    implementation does not project the first task: --no-task-zero."""
     reference_images: int = 1000
-    """Number of reference images."""
     reference_batch: int = 64
-    """Reference pairs per step."""
     wise_share: float = 0.5
-    """Weight of the fine-tuned parameters in wise-ft's average."""
     max_images: int | None = None
-    """Use at most this many test images of each task."""
     workers: int = 0
-    """Processes that decode images; 0 = main process."""
 
     def __post_init__(self) -> None:
         """Validate the settings."""
@@ -123,9 +129,25 @@ def augmented_grams(model: CLIP, params: Params, batches: Iterable[Any], key: ja
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def embed_images(model: CLIP, params: Params, images: jax.Array | np.ndarray) -> jax.Array:
-    """Embeddings of images, of unit norm."""
+def _embed(model: CLIP, params: Params, images: jax.Array) -> jax.Array:
     return l2_normalize(model.encode_image(params, model.normalize(images)))
+
+
+def embed_images(
+    model: CLIP, params: Params, batches: Iterable[Any]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Embeddings (images, projection) of unit norm, and labels, without what is masked.
+
+    Args:
+        model: the model.
+        params: its parameters.
+        batches: objects with `images`, `labels` and `mask`.
+    """
+    embeddings, labels = [], []
+    for batch in batches:
+        embeddings.append(np.asarray(_embed(model, params, batch.images))[batch.mask])
+        labels.append(batch.labels[batch.mask])
+    return np.concatenate(embeddings), np.concatenate(labels)
 
 
 embed_classes = jax.jit(CLIP.class_embeddings, static_argnums=0)

@@ -9,21 +9,21 @@ a task, a retention set, or one of `jaxtta.metrics.ALIGNMENT`.
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import pandas as pd
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import flatten_dict
 from tqdm import tqdm
 
 from jaxtta import continual, data, metrics, models, tree
 from jaxtta.continual import VARIANTS, Grams, ReferenceBatch, TrainingConfig
 from jaxtta.data.tasks import TaskData
 from jaxtta.evaluate.checkpoint import restore_checkpoint, save_checkpoint
-from jaxtta.evaluate.provenance import about, digest_of, fingerprints, model_settings
+from jaxtta.evaluate.provenance import about, fingerprints, model_settings
 from jaxtta.evaluate.store import agree, agree_on_images
 from jaxtta.io import write_json
 
@@ -47,7 +47,7 @@ class Experiment:
         reference: its test images are the reference images.
         config: the training settings.
         seed: of the order, the crops and the reference.
-        stored: digests of the stored images by set; empty where earlier results are trusted.
+        content: digest of the stored images; None to trust earlier results.
     """
 
     model: models.CLIP
@@ -57,7 +57,7 @@ class Experiment:
     reference: TaskData
     config: TrainingConfig
     seed: int = 1
-    stored: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    content: str | None = None
 
     def __post_init__(self) -> None:
         """Validate the settings."""
@@ -91,9 +91,9 @@ class Experiment:
     @functools.cached_property
     def classes(self) -> dict[str, models.Task]:
         """Class prompts by set; of the reference, those of the classes that are shown."""
+        reference = self.reference.test.class_names
         names = {task.name: task.test.class_names for task in self.sets}
-        everything = self.reference.test.class_names
-        names[self.reference.name] = tuple(everything[label] for label in self.shown)
+        names[self.reference.name] = tuple(reference[label] for label in self.shown)
         return {
             task.name: models.zero_shot_task(self.model, names[task.name], [task.template])
             for task in self.sets
@@ -120,22 +120,11 @@ class Experiment:
                 bar.set_description(desc)
             yield batch
 
-    def embed(
-        self, params: Params, batches: Iterable[data.StreamBatch]
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Embeddings and labels of the images that could be read."""
-        images, labels = [], []
-        for batch in batches:
-            embeddings = continual.embed_images(self.model, params, batch.images)
-            images.append(np.asarray(embeddings)[batch.mask])
-            labels.append(batch.labels[batch.mask])
-        return np.concatenate(images), np.concatenate(labels)
-
     @functools.cached_property
     def pairs(self) -> ReferenceBatch:
         """Reference pairs in memory, with the initial model's embeddings."""
         batches = [*self.read(self.reference.test, self.drawn, "reference")]
-        teacher, labels = self.embed(self.params, batches)
+        teacher, labels = continual.embed_images(self.model, self.params, batches)
         labels, name = np.searchsorted(self.shown, labels), self.reference.name
         images = np.concatenate([batch.images[batch.mask] for batch in batches])
         captions, texts = self.classes[name].token_ids[labels, 0], self.texts(self.params)[name]
@@ -149,8 +138,8 @@ class Experiment:
 
 def train_task(
     experiment: Experiment, params: Params, number: int, name: str, texts: Texts, grams: Grams
-) -> Params:
-    """Train on one task, and return the parameters after it.
+) -> tuple[Params, Grams]:
+    """Train on one task.
 
     Args:
         experiment: the tasks and the training settings.
@@ -158,33 +147,46 @@ def train_task(
         number: index of the task.
         name: of the method, a key of `jaxtta.continual.VARIANTS`.
         texts: class embeddings by set with these parameters.
-        grams: Gram matrices of what is to be preserved; empty for no projection.
+        grams: sums of Gram matrices, as the previous call returned them.
+
+    Returns:
+        The parameters after the task, and the sums of what it was to preserve.
 
     Raises:
         FloatingPointError: if the loss is no longer finite.
     """
-    config, seed, task = experiment.config, experiment.seed, experiment.tasks[number]
+    config, model, method = experiment.config, experiment.model, VARIANTS[name]
+    seed, task = experiment.seed, experiment.tasks[number]
     if task.train is None:
         raise ValueError(f"{task.name} has no training images")
+    if method.projection != "none" and (number or config.task_zero):
+        earlier, numbers = experiment.reference, experiment.drawn
+        if number:
+            earlier = experiment.tasks[number - 1]
+            numbers = np.random.default_rng([seed, number - 1, 1])
+            numbers = numbers.permutation(len(earlier.train.labels))[: config.gram_images]
+        desc = f"{name} seed {seed}: Gram matrices of {earlier.name}"
+        batches = experiment.read(earlier.train or earlier.test, numbers, desc, GRAM_BATCH)
+        key = jax.random.fold_in(jax.random.key(seed), 999 + number)
+        found = continual.augmented_grams(model, params, batches, key)
+        grams = continual.combine_grams(grams, found)
     classes, pairs, trainable = texts[task.name], None, continual.gnsp_kernels
-    if VARIANTS[name].uses_pairs:
+    if method.uses_pairs:
         captions = texts[experiment.reference.name][experiment.pairs.labels]
         pairs = experiment.pairs._replace(texts=captions)
     if number == 0 and config.first_task == "all":  # the text tower, too
-        classes = experiment.model.prompts(experiment.classes[task.name])
-        pairs = pairs and pairs._replace(texts=None)
+        classes = model.prompts(experiment.classes[task.name])
         trainable = continual.everything_but_logit_scale
+        pairs = pairs and pairs._replace(texts=None)
     rng = np.random.default_rng([seed, number])
     images, wanted = len(task.train.labels), config.iterations * config.batch_size
     epochs = [rng.permutation(images) for _ in range(-(-wanted // images))]
     desc = f"{name} seed {seed}: {task.name}"
     batches = experiment.read(task.train, np.concatenate(epochs)[:wanted], desc)
     key = jax.random.fold_in(jax.random.key(seed), number)
-    fixed = experiment.model, config, VARIANTS[name]
+    inputs = model, config, method, params, trainable, batches, classes, pairs, grams
     try:
-        return continual.train(
-            *fixed, params, trainable, batches, classes, pairs, grams, rng=rng, key=key
-        )
+        return continual.train(*inputs, rng=rng, key=key), grams
     except FloatingPointError as error:
         advice = "try a lower --learning-rate and another --output"
         raise FloatingPointError(f"{desc}: {error}; {advice}") from error
@@ -205,22 +207,20 @@ def evaluate_tasks(experiment: Experiment, params: Params, texts: Texts) -> dict
     for task in (*experiment.tasks, *experiment.retention):
         numbers = np.random.default_rng(0).permutation(len(task.test.labels))[: config.max_images]
         batches = experiment.read(task.test, numbers, f"testing {task.name}")
-        images, labels = experiment.embed(params, batches)
+        images, labels = continual.embed_images(experiment.model, params, batches)
         figures[task.name] = float(metrics.top_k(images @ texts[task.name].T, labels).mean())
         if task.train is None:
             parts.append((images, texts[task.name][labels], labels))
     if not parts:
         numbers = experiment.drawn
         batches = experiment.read(experiment.reference.test, numbers, "testing the reference")
-        images, labels = experiment.embed(params, batches)
+        images, labels = continual.embed_images(experiment.model, params, batches)
         labels = np.searchsorted(experiment.shown, labels)
         parts.append((images, texts[experiment.reference.name][labels], labels))
     return figures | metrics.image_text_alignment(*map(np.concatenate, zip(*parts, strict=True)))
 
 
-def run_sequence(
-    experiment: Experiment, name: str, output: str | Path, **places: str
-) -> pd.DataFrame:
+def run_sequence(experiment: Experiment, name: str, output: Path, **places: str) -> pd.DataFrame:
     """Train a method on every task; a run that was stopped resumes after the last finished task.
 
     Args:
@@ -237,13 +237,12 @@ def run_sequence(
         ValueError: if the folder has results with other settings or of other images.
     """
     config, first, seed = experiment.config, experiment.params, experiment.seed
-    folder, settings = Path(output) / name / f"seed{seed}", _settings(experiment, name)
+    folder, settings = output / name / f"seed{seed}", _settings(experiment, name)
     agree(folder / "settings.json", settings)
-    stored = [experiment.stored[each] for each in settings["data"] if experiment.stored]
-    agree_on_images(folder / "images.json", digest_of(stored) if stored else None)
-    projects, everything = VARIANTS[name].projection != "none", config.first_task == "all"
-    changed = continual.everything_but_logit_scale if everything else continual.gnsp_kernels
-
+    agree_on_images(folder / "images.json", experiment.content)
+    changed = continual.gnsp_kernels
+    if config.first_task == "all":
+        changed = continual.everything_but_logit_scale
     params, grams, rows, done = first, {}, [], -1
     if saved := restore_checkpoint(folder / "checkpoints"):
         done, arrays, rows = saved
@@ -252,7 +251,7 @@ def run_sequence(
     for step in range(done + 1, len(experiment.tasks) + 1):
         if step:
             texts = experiment.texts(params)
-            params = train_task(experiment, params, step - 1, name, texts, grams)
+            params, grams = train_task(experiment, params, step - 1, name, texts, grams)
         measured = {name: params}
         if name == WISE_TRAINING:
             ends = (tree.partition(weights, changed)[0] for weights in (first, params))
@@ -261,30 +260,13 @@ def run_sequence(
             values = experiment.before
             if step:
                 values = evaluate_tasks(experiment, weights, experiment.texts(weights))
-            about_row = {"method": method, "seed": seed, "step": step}
-            rows += [{**about_row, "set": where, "value": x} for where, x in values.items()]
-        if projects and (config.task_zero if step == 0 else step < len(experiment.tasks)):
-            grams = _add_grams(experiment, params, step, name, grams)
-        arrays = {"changed": tree.partition(params, changed)[0]}
-        arrays["grams"] = unflatten_dict(grams, sep="/")
-        save_checkpoint(folder / "checkpoints", step, arrays, rows)
+            where = {"method": method, "seed": seed, "step": step}
+            rows += [where | {"set": set_, "value": value} for set_, value in values.items()]
+        kept = {"changed": tree.partition(params, changed)[0], "grams": grams}
+        save_checkpoint(folder / "checkpoints", step, kept, rows)
     found = {"rows": rows, "settings": settings, "about": about(experiment.model, **places)}
     write_json(folder / "result.json", found)
     return pd.DataFrame(rows)
-
-
-def _add_grams(experiment: Experiment, params: Params, step: int, name: str, grams: Grams) -> Grams:
-    """Add the Gram matrices of the latest task, or of the reference, to the earlier ones."""
-    seed, task, numbers = experiment.seed, experiment.reference, experiment.drawn
-    if step:
-        task = experiment.tasks[step - 1]
-        numbers = np.random.default_rng([seed, step - 1, 1]).permutation(len(task.train.labels))
-        numbers = numbers[: experiment.config.gram_images]
-    desc = f"{name} seed {seed}: Gram matrices of {task.name}"
-    batches = experiment.read(task.train or task.test, numbers, desc, GRAM_BATCH)
-    key = jax.random.fold_in(jax.random.key(seed), 999 + step)
-    found = continual.augmented_grams(experiment.model, params, batches, key)
-    return continual.combine_grams(grams, found)
 
 
 def _settings(experiment: Experiment, name: str) -> dict[str, Any]:
@@ -298,7 +280,6 @@ def _settings(experiment: Experiment, name: str) -> dict[str, Any]:
         **{"wise_share": name == WISE_TRAINING, "workers": False},
     }
     training = dataclasses.asdict(config) | {"warmup": config.schedule[2]}
-    identify = functools.partial(fingerprints, params={})
     return {
         "method": name,
         "seed": experiment.seed,
@@ -307,7 +288,7 @@ def _settings(experiment: Experiment, name: str) -> dict[str, Any]:
         "tasks": [task.name for task in experiment.tasks],
         "data": {
             task.name: [
-                identify(images, task=experiment.classes[task.name])
+                fingerprints(images, {}, task=experiment.classes[task.name])
                 for images in (task.train, task.test)
                 if images is not None
             ]

@@ -1,7 +1,6 @@
 """Plots of a sweep: matplotlib figures, without pyplot and its global state.
 
-An adapter has the same colour in all plots (Okabe and Ito's colour-blind palette); the baseline is
-grey.
+An adapter has one colour in all plots (Okabe and Ito's palette); the baseline is grey.
 """
 
 import math
@@ -21,19 +20,16 @@ from jaxtta.report.summary import BASELINE, Summary
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")
 GREY = "#767676"
 DASHES, MARKERS = ("-", "--", ":", "-."), "osD^"  # of adapters of the same colour
-CURVE_POINTS, BINS, LONGEST = 200, 15, 32
-Style = dict[str, Any]
+POINTS, BINS, LONGEST = 200, 15, 32  # of a curve, of confidence, characters of a name
 
 
-def styles(names: Iterable[str], baseline: str | None = BASELINE) -> dict[str, Style]:
+def styles(names: Iterable[str], baseline: str | None = BASELINE) -> dict[str, dict[str, Any]]:
     """Colour, linestyle, marker and label of each adapter."""
-    found, number = {}, 0
+    found: dict[str, dict[str, Any]] = {}
     for name in dict.fromkeys(names):
-        turn, place = divmod(number, len(COLOURS))
-        number += name != baseline
-        turn %= len(DASHES)
-        look = (GREY, 0) if name == baseline else (COLOURS[place], turn)
-        found[name] = {"color": look[0], "linestyle": DASHES[look[1]], "marker": MARKERS[look[1]]}
+        turn, place = divmod(len(found) - (baseline in found), len(COLOURS))
+        turn, colour = (0, GREY) if name == baseline else (turn % len(DASHES), COLOURS[place])
+        found[name] = {"color": colour, "linestyle": DASHES[turn], "marker": MARKERS[turn]}
         found[name]["label"] = label(name)
     return found
 
@@ -43,47 +39,37 @@ def dots(summaries: Mapping[str, Summary]) -> Figure:
 
     Args:
         summaries: one per panel, by heading. Without gains, accuracies are drawn.
-
-    Returns:
-        The figure.
     """
-    names = [*dict.fromkeys(name for s in summaries.values() for name in s.corruptions)]
-    gains = any(s.compared for s in summaries.values())
-    shown = {
-        key: (s.compared or s.adapters) if gains else s.adapters for key, s in summaries.items()
-    }
-    looks = styles(name for s in summaries.values() for name in s.adapters)
-    most = max(map(len, shown.values()))
-    height = (len(names) + 1) * (0.16 + 0.1 * most) + 1.4
+    gains = any(each.compared for each in summaries.values())
+    names = [*dict.fromkeys(name for each in summaries.values() for name in each.corruptions)]
+    looks = styles(name for each in summaries.values() for name in each.adapters)
+    height = (len(names) + 1) * (0.16 + 0.1 * len(looks)) + 1.4
     figure = Figure(figsize=(1.8 + max(5.2, 3.2 * len(summaries)), height), layout="constrained")
     panels = figure.subplots(1, len(summaries), squeeze=False, sharey=True)[0]
+    places = np.array([*range(len(names)), len(names) + 0.4])
     for axes, (heading, summary) in zip(panels, summaries.items(), strict=True):
-        for number, adapter in enumerate(shown[heading]):
+        shown = summary.compared if gains else summary.adapters
+        for number, adapter in enumerate(shown):
             own = summary.table.xs(adapter, level="adapter").reindex(names)
-            own = pd.concat([own, summary.means.loc[[adapter]]])
+            own = 100 * pd.concat([own, summary.means.loc[[adapter]]])
             values = own["gain" if gains else "top1"]
-            places = np.arange(len(own)) + 0.4 * (own.index == adapter)
-            places += (number - (len(shown[heading]) - 1) / 2) * 0.72 / len(shown[heading])
             errors = [values - own["low"], own["high"] - values] if gains else None
-            look = {**looks[adapter], "linestyle": "none", "markersize": 5}
-            axes.errorbar(100 * values, places, xerr=errors and 100 * np.array(errors), **look)
-        for edge in np.arange(len(names) - 1) + 0.5:
+            offset = (number - (len(shown) - 1) / 2) * 0.72 / len(shown)
+            look = looks[adapter] | {"linestyle": "none", "markersize": 5}
+            axes.errorbar(values, places + offset, xerr=errors, **look)
+        for edge in places[1:-1] - 0.5:
             axes.axhline(edge, color="0.9", linewidth=0.8)
         axes.axhline(len(names) - 0.3, color="0.3", linewidth=1)
-        finish(axes, "top-1 accuracy (%)", "", grid="x", legend=False)
+        over = f"gain over {label(summary.baseline or BASELINE)} (points)"
+        finish(axes, over if gains else "top-1 accuracy (%)", "", grid="x", legend=False)
         if gains:
             axes.axvline(0, color=GREY, linewidth=1.5)
-            axes.set_xlabel(f"gain over {label(summary.baseline or BASELINE)} (points)")
         axes.set_title(label(heading), fontsize=10)
-    base = next(iter(summaries.values()))
-    texts = [*map(label, names), "mean"]
+    texts, base = [*map(label, names), "mean"], summaries[next(iter(summaries))]
     if gains and len(summaries) == 1 and base.baseline:
-        tops = [
-            *base.table["top1"].xs(base.baseline, level="adapter"),
-            base.means["top1"][base.baseline],
-        ]
+        tops = [*base.table["top1"].xs(base.baseline, level="adapter")]
+        tops.append(base.means["top1"][base.baseline])
         texts = [f"{text} ({100 * top:.1f} %)" for text, top in zip(texts, tops, strict=True)]
-    places = [*range(len(names)), len(names) + 0.4]
     panels[0].set_yticks(places, texts)
     panels[0].get_yticklabels()[-1].set_fontweight("bold")
     panels[0].set_ylim(len(names) + 1, -0.6)
@@ -97,26 +83,24 @@ def running(summary: Summary) -> Figure:
     """
     groups: dict[str, list[Predictions]] = {}
     for result in summary.results:
-        name = result.stream if len(result.domains) > 1 else ""
-        groups.setdefault(name, []).append(result)
-    looks = styles(summary.adapters, summary.baseline)
+        groups.setdefault(result.stream if len(result.domains) > 1 else "", []).append(result)
     kinds = 2 if summary.compared else 1
     figure = Figure(figsize=(9, (1.2 + 2.5 * kinds) * len(groups)), layout="constrained")
     grid = figure.subplots(len(groups) * kinds, squeeze=False)[:, 0].reshape(-1, kinds)
     for panels, (name, results) in zip(grid, groups.items(), strict=True):
         curves = _mean_curves(results)
-        for adapter, heights in curves.items():
-            look = looks[adapter] | {"marker": "", "linewidth": 1.8}
-            panels[0].plot(curves.index, heights, **look)
-            if kinds > 1 and summary.baseline in curves:
-                panels[1].plot(curves.index, heights - curves[summary.baseline], **look)
+        for adapter, look in styles(summary.adapters, summary.baseline).items():
+            look |= {"marker": "", "linewidth": 1.8}
+            if adapter in curves:
+                panels[0].plot(curves[adapter], **look)
+            if kinds > 1 and {adapter, summary.baseline} <= {*curves}:
+                panels[1].plot(curves[adapter] - curves[summary.baseline], **look)
         for axes in panels:
-            late = [line.get_ydata()[CURVE_POINTS // 10 :] for line in axes.lines]
-            if late:  # accuracy fluctuates strongly for the first images
-                margin = 0.08 * np.ptp(late) + 0.3
+            if late := [line.get_ydata()[POINTS // 10 :] for line in axes.lines]:
+                margin = 0.08 * np.ptp(late) + 0.3  # the first images fluctuate strongly
                 axes.set_ylim(np.min(late) - margin, np.max(late) + margin)
-            _mark_segments(axes, results[0], named=axes is panels[0])
             finish(axes, "", "accuracy so far (%)", legend=False)
+            _mark_segments(axes, results[0], named=axes is panels[0])
         if kinds > 1:
             panels[1].set_ylabel(f"gain over {label(summary.baseline or '')}\n(points)")
         panels[-1].set_xlabel("images seen since the start of the stream")
@@ -127,36 +111,31 @@ def running(summary: Summary) -> Figure:
 
 def _mean_curves(results: Iterable[Predictions]) -> pd.DataFrame:
     """Each adapter's average accuracy so far in per cent, by the number of images seen."""
-    curves = [(r.adapter, r.top1[r.rows["seen"]]) for r in results if r.rows["seen"].any()]
+    outcomes = [(r.adapter, r.top1[r.rows["seen"]]) for r in results if r.rows["seen"].any()]
     # Streams with unreadable images are shorter.
-    places = np.linspace(1, min((len(right) for _, right in curves), default=1), CURVE_POINTS)
-    columns: dict[str, list[np.ndarray]] = {}
-    for adapter, right in curves:
+    places = np.linspace(1, min((len(right) for _, right in outcomes), default=1), POINTS)
+    curves: dict[str, list[np.ndarray]] = {}
+    for adapter, right in outcomes:
         count = np.arange(1, len(right) + 1)
-        columns.setdefault(adapter, []).append(np.interp(places, count, right.cumsum() / count))
-    means = {name: 100 * np.mean(own, axis=0) for name, own in columns.items()}
-    return pd.DataFrame(means, index=places)
+        curves.setdefault(adapter, []).append(np.interp(places, count, right.cumsum() / count))
+    return pd.DataFrame({k: 100 * np.mean(v, axis=0) for k, v in curves.items()}, index=places)
 
 
 def _mark_segments(axes: Axes, result: Predictions, *, named: bool) -> None:
     # The segments of a mixed stream are interleaved.
     if result.setting == "mixed" or len(result.domains) == 1:
         return
-    images = result.rows.groupby("segment")["seen"].sum()
-    edges, names = [0], []
-    for number, domain in enumerate(result.domains):
-        if names and names[-1] == domain.corruption:  # gradual: the next severity
-            edges[-1] += images[number]
-        else:
-            names.append(domain.corruption)
-            edges.append(edges[-1] + images[number])
-    for edge in edges[1:-1]:
-        axes.axvline(edge, color="0.75", linewidth=0.8, zorder=0)
-    axes.set_xlim(0, max(edges[-1], 1))
+    names = pd.Series([domain.corruption for domain in result.domains])
+    runs = (names != names.shift()).cumsum()  # gradual: a corruption's severities are one run
+    images = result.rows.groupby("segment")["seen"].sum().groupby(runs).sum()
+    ends = images.cumsum()
+    for end in ends[:-1]:
+        axes.axvline(end, color="0.75", linewidth=0.8, zorder=0)
+    axes.set_xlim(0, max(ends.iloc[-1], 1))
     if named:
         top = axes.secondary_xaxis("top")
-        middles = (np.asarray(edges[1:]) + edges[:-1]) / 2
-        top.set_xticks(middles, map(label, names), rotation=40, ha="left", fontsize=8)
+        texts = map(label, names.groupby(runs).first())
+        top.set_xticks(ends - images / 2, texts, rotation=40, ha="left", fontsize=8)
         top.tick_params(length=0)
 
 
@@ -170,36 +149,33 @@ def reliability(summary: Summary) -> Figure:
         which = np.ceil(BINS * rows["confidence"]).clip(1, BINS).astype(int).to_numpy() - 1
         columns = (None, rows["confidence"], rows["right"])
         count, sure, right = (np.bincount(which, column, BINS) for column in columns)
-        filled, many = count > 0, np.maximum(count, 1)
+        many = np.maximum(count, 1)
         # Bar height is accuracy; opacity is the number of images.
-        centres, strength = (np.arange(BINS) + 0.5) / BINS, np.sqrt(count / many.max())
-        for centre, height, alpha in zip(centres, right / many, strength, strict=True):
-            axes.bar(centre, height, 0.92 / BINS, color=look["color"], alpha=0.15 + 0.85 * alpha)
+        strength = 0.15 + 0.85 * np.sqrt(count / many.max())
+        for number, (height, alpha) in enumerate(zip(right / many, strength, strict=True)):
+            place = (number + 0.5) / BINS
+            axes.bar(place, height, 0.92 / BINS, color=look["color"], alpha=alpha)
         axes.plot([0, 1], [0, 1], color="black", linewidth=1, linestyle="--")
-        axes.plot((sure / many)[filled], (right / many)[filled], ".", color="black", markersize=4)
-        ece = summary.means["ece"][adapter]
-        text = "" if pd.isna(ece) else f"\nmean ECE {100 * ece:.1f} %"
-        axes.set_title(look["label"] + text, fontsize=10)
+        axes.plot(*(x[count > 0] / count[count > 0] for x in (sure, right)), "k.", markersize=4)
+        axes.set_title(f"{look['label']}\nmean ECE {100 * summary.means['ece'][adapter]:.1f} %")
+        axes.title.set_fontsize(10)
         finish(axes, "confidence", "", legend=False)
         axes.set(xlim=(0, 1), ylim=(0, 1), box_aspect=1)
     figure.supylabel("accuracy", fontsize=10)
     return figure
 
 
-def severity(summary: Summary) -> Figure | None:
-    """Draw accuracy over severity, for each corruption and their mean; None for one severity."""
+def severity(summary: Summary) -> Figure:
+    """Draw accuracy over severity, for each corruption and their mean."""
     names = [name for name in summary.averaged if name != CLEAN]
     own = summary.segments[summary.segments["corruption"].isin(names)]
-    if len(summary.severities) < 2:
-        return None
-    means = own.groupby(["corruption", "adapter", "severity"])["top1"].mean()
-    panels = {"mean": means.groupby(["adapter", "severity"]).mean()} if len(names) > 1 else {}
-    panels |= {name: means[name] for name in names}
+    tops = own.pivot_table("top1", ["corruption", "severity"], "adapter")
+    panels = {"mean": tops.groupby("severity").mean()} if len(names) > 1 else {}
+    panels |= {name: tops.loc[name] for name in names}
     figure, grid = _grid(len(panels), 2.4, 2.3)
     for axes, (name, values) in zip(grid, panels.items(), strict=True):
         for adapter, look in styles(summary.adapters, summary.baseline).items():
-            heights = 100 * values.get(adapter, pd.Series(dtype=float)).reindex(summary.severities)
-            axes.plot(summary.severities, heights, **look, markersize=3)
+            axes.plot(100 * values.get(adapter, values.index * np.nan), **look, markersize=3)
         axes.set_title(label(name), fontsize=9, fontweight="bold" if axes is grid[0] else "normal")
         finish(axes, "severity", "", legend=False)
         axes.set_xticks(summary.severities)
@@ -221,8 +197,7 @@ def figures(summary: Summary) -> dict[str, Figure]:
     """All figures that apply, by name: gain (or accuracy), running, severity, reliability."""
     first = "gain" if summary.compared else "accuracy"
     drawn = {first: dots({"": summary}), "running": running(summary)}
-    if (by_severity := severity(summary)) is not None:
-        drawn["severity"] = by_severity
+    drawn |= {"severity": severity(summary)} if len(summary.severities) > 1 else {}
     return drawn | {"reliability": reliability(summary)}
 
 

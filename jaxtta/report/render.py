@@ -69,13 +69,22 @@ def signed(value: float | None, digits: int = 2) -> str:
 
 def data_uri(picture: Figure | np.ndarray) -> Markup:
     """A figure, or an image (height, width, 3) uint8, as a PNG in a data URI."""
-    file = io.BytesIO()
     if isinstance(picture, Figure):
-        picture.savefig(file, format="png", dpi=150)
+        content = png(picture)
     else:
+        file = io.BytesIO()
         Image.fromarray(np.asarray(picture, np.uint8)).save(file, "PNG", optimize=True)
+        content = file.getvalue()
     # It needs no escaping, which takes long for so much text.
-    return Markup("data:image/png;base64," + base64.b64encode(file.getvalue()).decode())
+    return Markup("data:image/png;base64," + base64.b64encode(content).decode())
+
+
+@functools.lru_cache(maxsize=8)  # a figure is drawn once for its file and the page
+def png(figure: Figure) -> bytes:
+    """Draw a figure."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=150)
+    return file.getvalue()
 
 
 def commands(abouts: Iterable[Mapping[str, Any]]) -> list[tuple[str, str]]:

@@ -22,8 +22,8 @@ from jaxtta.images import printable
 BASELINE = "zero_shot"
 DATASETS = "datasets"
 """The setting of results whose domains are datasets with images of their own."""
-Pair = tuple[str, pd.DataFrame, pd.DataFrame]
-"""A corruption, and the rows of an adapter and of the baseline."""
+Pair = tuple[str, str, pd.DataFrame, pd.DataFrame]
+"""Adapter, corruption, and the rows of the adapter and of the baseline."""
 
 
 class Summary(NamedTuple):
@@ -88,45 +88,8 @@ def summarise(results: Sequence[Predictions], baseline: str = BASELINE) -> Summa
     """
     if not results:
         raise ValueError("there are no results to report")
-    results = _printable(results)
-    datasets = {result.setting for result in results} == {DATASETS}
-    frames = {
-        (r.adapter, r.stream, r.seed): [r.segment(n) for n in range(len(r.domains))]
-        for r in results
-    }
-    lines, confusions = [], []
-    pairs: dict[str, list[Pair]] = {}
-    for result in results:
-        key = result.adapter, result.stream, result.seed
-        others = [] if key[0] == baseline else frames.get((baseline, *key[1:]), [])
-        for number, (domain, rows) in enumerate(zip(result.domains, frames[key], strict=True)):
-            about = dict(zip(("adapter", "stream", "seed"), key, strict=True))
-            about |= {"setting": result.setting, "segment": number, **domain._asdict()}
-            pair = [(domain.corruption, rows, other) for other in others[number : number + 1]]
-            pairs.setdefault(key[0], []).extend(pair)
-            lines.append(about | _metrics(rows) | _gain(pair) | _speed(result))
-            confusions.append(_confusions(result, domain, rows, datasets))
-    segments = pd.DataFrame(lines)
-    corruptions = segments["corruption"].unique()
-    averaged = tuple(name for name in corruptions if name != CLEAN) or (*corruptions,)
-    table, means = _tables(segments, pairs, averaged, datasets)
-    means["corruption_error"] = [_corruption_error(name, segments, results) for name in means.index]
-    counts = pd.concat(confusions)
-    return Summary(
-        segments.rename(columns={"low": "gain_low", "high": "gain_high"}),
-        table,
-        means,
-        _classes(counts[counts["corruption"].isin(averaged)]),
-        results,
-        averaged,
-        baseline if baseline in means.index else None,
-        "dataset" if datasets else "corruption",
-    )
-
-
-def _printable(results: Sequence[Predictions]) -> tuple[Predictions, ...]:
-    clean = functools.cache(printable)  # of all results, the class names are the same
-    return tuple(
+    clean = functools.cache(printable)  # all results have the same class names
+    results = tuple(
         dataclasses.replace(
             result,
             adapter=clean(result.adapter),
@@ -136,6 +99,48 @@ def _printable(results: Sequence[Predictions]) -> tuple[Predictions, ...]:
         )
         for result in results
     )
+    datasets = {result.setting for result in results} == {DATASETS}
+    frames = {_key(r): [r.segment(n) for n in range(len(r.domains))] for r in results}
+    lines, counts, pairs = [], [], []
+    for result in results:
+        adapter, *stream = _key(result)
+        others = [] if adapter == baseline else frames.get((baseline, *stream), [])
+        for number, rows in enumerate(frames[_key(result)]):
+            domain = result.domains[number]
+            pair = [(adapter, domain.corruption, rows, own) for own in others[number : number + 1]]
+            pairs += pair
+            line = dict(zip(("adapter", "stream", "seed"), _key(result), strict=True))
+            line |= {"setting": result.setting, "segment": number, **domain._asdict()}
+            lines.append(line | _metrics(rows) | _gain(pair) | _speed(result))
+            names = np.array(["", *result.class_names], object)  # the first: nothing finite
+            own = (
+                rows[rows["seen"]].value_counts(["label", "prediction"]).reset_index(name="images")
+            )
+            own["class"], own["mistaken_for"] = (names[own[c] + 1] for c in own.columns[:2])
+            dataset = domain.corruption if datasets else ""
+            counts.append(
+                own.assign(adapter=adapter, corruption=domain.corruption, dataset=dataset)
+            )
+    segments, confusions = pd.DataFrame(lines), pd.concat(counts)
+    corruptions = segments["corruption"].unique()
+    averaged = tuple(name for name in corruptions if name != CLEAN) or (*corruptions,)
+    table, means = _tables(segments, pairs, averaged, datasets)
+    errors = [_corruption_error(name, segments, results) for name in means.index]
+    means["corruption_error"] = np.array(errors, float)
+    return Summary(
+        segments.rename(columns={"low": "gain_low", "high": "gain_high"}),
+        table,
+        means,
+        _classes(confusions[confusions["corruption"].isin(averaged)]),
+        results,
+        averaged,
+        baseline if baseline in means.index else None,
+        "dataset" if datasets else "corruption",
+    )
+
+
+def _key(result: Predictions) -> tuple[str, str, int]:
+    return result.adapter, result.stream, result.seed
 
 
 def _metrics(rows: pd.DataFrame) -> dict[str, Any]:
@@ -149,16 +154,17 @@ def _metrics(rows: pd.DataFrame) -> dict[str, Any]:
         line[name] = source[name].astype(float).mean()
         line[f"{name}_low"], line[f"{name}_high"] = intervals[name] or (None, None)
     scores = (finite[name].to_numpy() for name in ("confidence", "top1"))
-    line["ece"] = float(metrics.expected_calibration_error(*scores)) if len(finite) else None
-    line["mean_per_class_recall"] = seen.groupby("label")["top1"].mean().mean()
-    line["without_prediction"] = len(seen) - len(finite)
-    line["unreadable"] = len(rows) - len(seen)
-    return line
+    return line | {
+        "ece": float(metrics.expected_calibration_error(*scores)) if len(finite) else None,
+        "mean_per_class_recall": seen.groupby("label")["top1"].mean().mean(),
+        "without_prediction": len(seen) - len(finite),
+        "unreadable": len(rows) - len(seen),
+    }
 
 
 def _gain(pairs: Sequence[Pair], datasets: bool = False) -> dict[str, float | None]:
     """The gain over several segments; an image is resampled with all that show it."""
-    names, own, others = zip(*pairs, strict=True) if pairs else ((), (), ())
+    _, names, own, others = zip(*pairs, strict=True) if pairs else ((),) * 4
     gain = paired_gain(own, others, names if datasets else ()) if pairs else None
     low, high = (gain and gain.interval) or (None, None)
     return {"gain": gain and gain.top1, "low": low, "high": high}
@@ -175,53 +181,24 @@ def _speed(result: Predictions) -> dict[str, Any]:
     }
 
 
-def _confusions(
-    result: Predictions, domain: Domain, rows: pd.DataFrame, datasets: bool
-) -> pd.DataFrame:
-    """How often each class was predicted for each other one in a segment."""
-    counts = rows[rows["seen"]].value_counts(["label", "prediction"]).reset_index(name="images")
-    names = np.array(["", *result.class_names], object)  # the first: no finite prediction
-    return counts.assign(
-        adapter=result.adapter,
-        corruption=domain.corruption,
-        dataset=domain.corruption if datasets else "",
-        **{"class": names[counts["label"] + 1], "mistaken_for": names[counts["prediction"] + 1]},
-    )
-
-
-def _classes(counts: pd.DataFrame) -> pd.DataFrame:
-    """Accuracy by adapter, dataset and class, and the most frequent confusion."""
-    key = ["adapter", "dataset", "label", "class"]
-    pooled = counts.groupby([*key, "prediction", "mistaken_for"], sort=False)["images"].sum()
-    pooled = pooled.reset_index()
-    total = (
-        pooled.groupby(key, sort=False)["images"]
-        .sum()
-        .sort_index(level="label", sort_remaining=False)
-    )
-    hit = pooled["label"] == pooled["prediction"]
-    right = pooled[hit].groupby(key)["images"].sum().reindex(total.index, fill_value=0)
-    wrong = pooled[~hit & (pooled["prediction"] >= 0)].sort_values("images", kind="stable")
-    wrong = wrong.groupby(key).last().reindex(total.index)
-    columns = {"images": total, "accuracy": right / total, "mistaken_for": wrong["mistaken_for"]}
-    return pd.DataFrame(columns | {"mistaken_share": wrong["images"] / total}).reset_index()
-
-
 def _tables(
-    segments: pd.DataFrame, pairs: dict[str, list[Pair]], averaged: Sequence[str], datasets: bool
+    segments: pd.DataFrame, pairs: Sequence[Pair], averaged: Sequence[str], datasets: bool
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The table by corruption and adapter, and the means by adapter."""
-    adapters, corruptions = segments["adapter"].unique(), segments["corruption"].unique()
-    every = pd.MultiIndex.from_product([corruptions, adapters], names=["corruption", "adapter"])
+    adapters = pd.Index(segments["adapter"].unique(), name="adapter")
+    every = pd.MultiIndex.from_product([segments["corruption"].unique(), adapters])
+    every.names = "corruption", "adapter"
     columns = ["top1", "mean_per_class_recall", "ece", "nll", "brier", "seconds_per_image"]
-    by_name = segments.astype(dict.fromkeys(columns, float)).groupby(["corruption", "adapter"])
-    table = by_name[columns].mean().reindex(every)
+    values = segments.astype(dict.fromkeys(columns, float))
+    table = values.groupby(["corruption", "adapter"])[columns].mean().reindex(every)
     means = table[table.index.isin(averaged, "corruption")].groupby("adapter").mean()
-    means = means.reindex(pd.Index(adapters, name="adapter"))
-    gains = [_gain([pair for pair in pairs[a] if pair[0] == name]) for name, a in every]
+    gains = [_gain([p for p in pairs if p[:2] == (adapter, name)]) for name, adapter in every]
     table = table.join(pd.DataFrame(gains, every, dtype=float))
-    gains = [_gain([pair for pair in pairs[a] if pair[0] in averaged], datasets) for a in adapters]
-    means = means.join(pd.DataFrame(gains, means.index, dtype=float))
+    gains = [
+        _gain([p for p in pairs if p[0] == name and p[1] in averaged], datasets)
+        for name in adapters
+    ]
+    means = means.reindex(adapters).join(pd.DataFrame(gains, adapters, dtype=float))
     for frame in (table, means):
         frame["significance"] = 1 * (frame["low"] > 0) - 1 * (frame["high"] < 0)
     own = segments[segments["corruption"].isin(averaged)]
@@ -232,15 +209,29 @@ def _tables(
     return table, means
 
 
+def _classes(counts: pd.DataFrame) -> pd.DataFrame:
+    """Accuracy by adapter, dataset and class, and the most frequent confusion."""
+    key = ["adapter", "dataset", "label", "class"]
+    pooled = counts.groupby([*key, "prediction", "mistaken_for"], sort=False)["images"].sum()
+    pooled = pooled.reset_index()
+    total = pooled.groupby(key, sort=False)["images"].sum()
+    total = total.sort_index(level="label", sort_remaining=False)
+    hit = pooled["label"] == pooled["prediction"]
+    right = pooled[hit].groupby(key)["images"].sum().reindex(total.index, fill_value=0)
+    wrong = pooled[~hit & (pooled["prediction"] >= 0)].sort_values("images", kind="stable")
+    wrong = wrong.groupby(key).last().reindex(total.index)
+    columns = {"images": total, "accuracy": right / total, "mistaken_for": wrong["mistaken_for"]}
+    return pd.DataFrame(columns | {"mistaken_share": wrong["images"] / total}).reset_index()
+
+
 def _corruption_error(
     adapter: str, segments: pd.DataFrame, results: Sequence[Predictions]
 ) -> float | None:
-    """Mean corruption error relative to AlexNet, on the images that its errors are known for.
-
-    These are ImageNet-C's 50,000 in all its corruptions at severities 1 to 5; otherwise None.
-    """
+    """Mean corruption error; None but for all of ImageNet-C, which AlexNet's errors are of."""
     for result in results:
-        layout = result.settings.get("data", {}).get("layout")
+        layout = {k: v for group in result.settings.values() for k, v in group.items()}.get(
+            "layout"
+        )
         if layout != "imagenet-c" or len(result.rows) != 50_000 * len(result.domains):
             return None
     own = segments[segments["adapter"] == adapter]

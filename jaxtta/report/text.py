@@ -7,10 +7,10 @@ import pandas as pd
 
 from jaxtta.data.corruptions import CLEAN
 from jaxtta.images import printable
+from jaxtta.report.render import NONE
 from jaxtta.report.summary import Summary
 
-NONE = "–"
-NAMED = 5  # number of images, streams or batches listed in a warning
+NAMED = 5  # number of images or streams listed in a warning
 MEASURES = {
     "corruption_error": ("mean corruption error (%)", 100, 2),
     "mean_per_class_recall": ("mean per-class recall (%)", 100, 2),
@@ -22,57 +22,50 @@ MEASURES = {
     "peak_memory_gb": ("peak memory (GB)", 1, 2),
 }
 """Columns of the means beside accuracy: name, factor and decimals."""
+Entries = list[tuple[str, list[pd.Series | None]]]
 
 
 def answer(summary: Summary) -> str:
     """Summarise in two sentences which adapter is best, and where each helps or harms."""
-    means, base = summary.means, summary.baseline
+    means, base, count = summary.means, summary.baseline, len(summary.averaged)
     known = means["top1"].dropna()
     if known.empty:
         return "No images were processed."
-    count, first = len(summary.averaged), summary.averaged[0].replace("_", " ")
-    where = f"Averaged over {count} {summary.noun}s" if count > 1 else f"On {first} images"
+    noun = summary.noun if count == 1 else f"{summary.noun}s"
+    where = f"On {summary.averaged[0].replace('_', ' ')} images"
+    where = f"Averaged over {count} {noun}" if count > 1 else where
     if not summary.compared:
         rest = "No other adapter was run" if base else "There is no baseline to compare with"
-        return f"{where}, {known.idxmax()} has an accuracy of {100 * known.max():.2f} %. {rest}."
-    best = means["gain"].idxmax()
-    entry, share = means.loc[best], f"{base} with {points(means['top1'][base])} %"
-    gain = f"{points(entry['gain'], '+')} points {interval(entry)}"
-    has = f"{best}, has {points(entry['top1'])} %, {gain}"
-    if entry["significance"] > 0:
-        said = f"{best} is best with {points(entry['top1'])} %, {gain} over {base}'s "
-        said += f"{points(means['top1'][base])} %"
-    elif entry["significance"] == 0:
-        said = f"no adapter is clearly better than {share}: the highest, {has}, which is not "
-        said += "significant"
-    else:
-        said = f"every adapter is worse than {share}: the nearest, {has}"
-    counts = ", ".join(_counts(summary, name) for name in summary.compared)
-    noun = summary.noun if count == 1 else f"{summary.noun}s"
-    return f"{where}, {said}. Significant differences from {base} on {count} {noun}: {counts}."
+        return f"{where}, {known.idxmax()} has an accuracy of {points(known.max())} %. {rest}."
+    best, share = means["gain"].idxmax(), f"{points(means['top1'][base])} %"
+    top, gain = points(means["top1"][best]), _gain(means.loc[best]).replace(" ", " points ", 1)
+    said = {
+        1: f"{best} is best with {top} %, {gain} over {base}'s {share}",
+        0: f"no adapter is clearly better than {base} with {share}: the highest, {best}, has "
+        f"{top} %, {gain}, which is not significant",
+        -1: f"every adapter is worse than {base} with {share}: the nearest, {best}, has {top} %, "
+        f"{gain}",
+    }[means["significance"][best]]
+    counts = []
+    for adapter in summary.compared:
+        found = summary.table["significance"].xs(adapter, level="adapter")
+        own, clean = found[[*summary.averaged]], found.get(CLEAN)
+        text = f"{adapter} better on {(own > 0).sum()} and worse on {(own < 0).sum()}"
+        if CLEAN not in summary.averaged and clean:
+            text += f" (clean images: {'better' if clean > 0 else 'worse'})"
+        counts.append(text)
+    differences = f"Significant differences from {base} on {count} {noun}: {', '.join(counts)}"
+    return f"{where}, {said}. {differences}."
 
 
-def _counts(summary: Summary, adapter: str) -> str:
-    found = summary.table["significance"].xs(adapter, level="adapter")
-    own = found[[*summary.averaged]]
-    text = f"{adapter} better on {(own > 0).sum()} and worse on {(own < 0).sum()}"
-    if CLEAN not in summary.averaged and found.get(CLEAN):
-        text += f" (clean images: {'better' if found[CLEAN] > 0 else 'worse'})"
-    return text
-
-
-def entries(summaries: Iterable[Summary]) -> list[tuple[str, list[pd.Series | None]]]:
-    """Rows of the table and of the means, by the adapters of all summaries; None where missing."""
-    summaries = [*summaries]
-    rows: list[tuple[str, list[pd.Series | None]]] = []
-    for name in dict.fromkeys(name for each in summaries for name in each.corruptions):
-        found = [
-            each.table.loc[(name, adapter)] if name in each.corruptions else None
-            for each in summaries
-            for adapter in each.adapters
-        ]
-        rows.append((name, found))
-    return [*rows, ("mean", [each.means.loc[a] for each in summaries for a in each.adapters])]
+def entries(summaries: Iterable[Summary]) -> Entries:
+    """Rows of the tables, then of the means, by all adapters; None where there is no result."""
+    columns = [(each, adapter) for each in summaries for adapter in each.adapters]
+    rows: Entries = [
+        (name, [s.table.loc[(name, a)] if name in s.corruptions else None for s, a in columns])
+        for name in dict.fromkeys(name for each, _ in columns for name in each.corruptions)
+    ]
+    return [*rows, ("mean", [each.means.loc[adapter] for each, adapter in columns])]
 
 
 def text_table(summaries: Summary | Mapping[str, Summary]) -> str:
@@ -81,21 +74,21 @@ def text_table(summaries: Summary | Mapping[str, Summary]) -> str:
     Args:
         summaries: one, or several by heading to be put side by side.
     """
-    several = {"": summaries} if isinstance(summaries, Summary) else summaries
-    heads = [[name, *[""] * (len(each.adapters) - 1)] for name, each in several.items()]
+    if isinstance(summaries, Summary):
+        summaries = {"": summaries}
+    several = [*summaries.values()]
+    heads = [[name] + [""] * (len(each.adapters) - 1) for name, each in summaries.items()]
     rows = [["", *itertools.chain(*heads)]] if len(several) > 1 else []
-    noun = next(iter(several.values())).noun
-    rows.append([noun, *(name for each in several.values() for name in each.adapters)])
+    rows.append([several[0].noun, *(name for each in several for name in each.adapters)])
     rules = [len(rows)]
-    rows += [[name, *map(_entry, found)] for name, found in entries(several.values())]
+    rows += [[name, *map(_entry, found)] for name, found in entries(several)]
     rules += [len(rows), len(rows) + 2]
-    rows += [[name, *texts] for name, texts in measures(several.values())]
-    lines = aligned(rows)
+    lines = aligned(rows + [[name, *texts] for name, texts in measures(several)])
     rule = "-" * max(map(len, lines))
     for place in rules:
         lines.insert(place, rule)
-    lines += dict.fromkeys(note for each in several.values() for note in notes(each))
-    if any((frame["significance"] < 0).any() for s in several.values() for frame in s[1:3]):
+    lines += dict.fromkeys(note for each in several for note in notes(each))
+    if any("] !" in line for line in lines):
         lines.append("! Significantly worse than the baseline: the gain's interval is below 0.")
     return "\n".join(lines)
 
@@ -103,20 +96,18 @@ def text_table(summaries: Summary | Mapping[str, Summary]) -> str:
 def _entry(entry: pd.Series | None) -> str:
     if entry is None:
         return NONE
-    text = points(entry["top1"])
-    if not pd.isna(entry["gain"]):
-        text += f" {points(entry['gain'], '+')} {interval(entry)}"
+    text = points(entry["top1"]) + ("" if pd.isna(entry["gain"]) else f" {_gain(entry)}")
     return f"{text} !" if entry["significance"] < 0 else text
+
+
+def _gain(entry: pd.Series) -> str:
+    gain, low, high = (points(entry[name], "+") for name in ("gain", "low", "high"))
+    return f"{gain} [{low}, {high}]"
 
 
 def points(share: float, sign: str = "") -> str:
     """Format a share in per cent, or a difference in points."""
     return NONE if pd.isna(share) else f"{100 * share:{sign}.2f}"
-
-
-def interval(entry: pd.Series) -> str:
-    """Format a gain's interval."""
-    return f"[{points(entry['low'], '+')}, {points(entry['high'], '+')}]"
 
 
 def aligned(rows: Iterable[Sequence[str]]) -> list[str]:
@@ -137,20 +128,21 @@ def measures(summaries: Iterable[Summary]) -> list[tuple[str, list[str]]]:
 
 
 def worst_classes(summary: Summary, count: int = 10) -> list[tuple[str, list[str]]]:
-    """The classes with the lowest mean accuracy: name and texts by adapter."""
-    groups = summary.classes.groupby(["dataset", "label"], sort=False)
-    rows = []
-    for (dataset, label), _ in groups["accuracy"].mean().nsmallest(count).items():
-        own = groups.get_group((dataset, label)).set_index("adapter").reindex(summary.adapters)
-        texts = [
-            f"{points(line['accuracy'])}, {line['mistaken_for']} {points(line['mistaken_share'])}"
-            if line["mistaken_share"] > 0
-            else points(line["accuracy"])
-            for _, line in own.iterrows()
-        ]
-        name = own["class"].dropna().iloc[0]
-        rows.append((f"{dataset}: {name}" if dataset else name, texts))
-    return rows
+    """The classes with the lowest mean accuracy: name, and accuracy and confusion by adapter."""
+
+    def text(row: pd.Series) -> str:
+        share = row["mistaken_share"]
+        return points(row["accuracy"]) + (
+            f" ({row['mistaken_for']}: {points(share)})" if share > 0 else ""
+        )
+
+    key = ["dataset", "class", "label"]
+    worst = summary.classes.groupby(key)["accuracy"].mean().nsmallest(count).index
+    own = summary.classes.set_index(key).loc[worst]
+    texts = own.assign(text=own.apply(text, axis=1)).pivot(columns="adapter", values="text")
+    texts = texts.reindex(worst, columns=summary.adapters).fillna(NONE)
+    names = [f"{dataset}: {name}" if dataset else name for dataset, name, _ in worst]
+    return list(zip(names, texts.to_numpy().tolist(), strict=True))
 
 
 def notes(summary: Summary) -> list[str]:
@@ -172,21 +164,16 @@ def warnings(summary: Summary) -> list[str]:
     said = []
     if lost := sorted({name for result in summary.results for name in result.unreadable}):
         said.append(f"{counted(len(lost), 'image')} could not be read: {some(lost)}.")
-    for adapter in summary.adapters:
-        own = [result for result in summary.results if result.adapter == adapter]
-        where = {
-            f"{r.stream} (seed {r.seed}, batches {some([*r.steps.index[r.steps['skipped']]])})": n
-            for r in own
-            if (n := int(r.steps["skipped"].sum()))
-        }
-        if where:
-            steps = counted(sum(where.values()), "step")
+    for adapter, own in summary.segments.groupby("adapter", sort=False):
+        hit = own[own["skipped_steps"] > 0].drop_duplicates(["stream", "seed"])
+        if len(hit):
+            steps = counted(hit["skipped_steps"].sum(), "step")
+            where = [f"{line.stream} (seed {line.seed})" for line in hit.itertuples()]
             said.append(
                 f"{adapter}: {steps} skipped because the loss or the update was not finite, on "
-                f"{some([*where])}."
+                f"{some(where)}."
             )
-        of_adapter = summary.segments["adapter"] == adapter
-        if mute := summary.segments["without_prediction"][of_adapter].sum():
+        if mute := own["without_prediction"].sum():
             said.append(f"{adapter}: without a finite prediction, counted as wrong: {mute}.")
     return said
 

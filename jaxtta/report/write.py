@@ -1,4 +1,4 @@
-"""Writing the reports of a sweep, and of several side by side."""
+"""Writing the report of a sweep, and of several side by side."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,11 +12,10 @@ from jaxtta.data.datasets import read
 from jaxtta.evaluate.predictions import Predictions
 from jaxtta.evaluate.store import load_predictions
 from jaxtta.io import atomic_write, write_text
-from jaxtta.report import plots
+from jaxtta.report import plots, text
 from jaxtta.report.examples import Example, draw_examples
-from jaxtta.report.render import render
+from jaxtta.report.render import png, render
 from jaxtta.report.summary import Summary, summarise
-from jaxtta.report.text import answer, entries, measures, notes, text_table, warnings, worst_classes
 
 TRIES = 20  # number of images tried for the samples
 
@@ -28,26 +27,21 @@ def write_report(
     samples: Mapping[str, np.ndarray] | None = None,
     examples: Sequence[Example] = (),
 ) -> Summary:
-    """Print the table, and write it, CSV files, plots and the page.
+    """Print the table, and write table, CSV files, plots and page of a sweep.
 
     Args:
-        results: of one sweep.
+        results: of the sweep.
         folder: the output folder.
         title: the title.
         samples: an image of each domain by its name, (height, width, 3) uint8.
         examples: examples of TNT on single images.
-
-    Returns:
-        The summary.
     """
-    summary = summarise(results)
-    drawn = plots.figures(summary)
-    if (figure := draw_examples(examples)) is not None:
-        drawn["examples"] = figure
-    for name in ("segments", "classes"):
-        file = "summary" if name == "segments" else name
-        write_text(Path(folder) / f"{file}.csv", getattr(summary, name).to_csv(index=False))
-    _write({"": summary}, Path(folder), title, drawn, samples or {})
+    summary, folder = summarise(results), Path(folder)
+    drawn, figure = plots.figures(summary), draw_examples(examples)
+    drawn |= {} if figure is None else {"examples": figure}
+    write_text(folder / "summary.csv", summary.segments.to_csv(index=False))
+    write_text(folder / "classes.csv", summary.classes.to_csv(index=False))
+    _write({"": summary}, folder, title, drawn, samples or {})
     return summary
 
 
@@ -55,21 +49,18 @@ def compare(folders: Sequence[str | Path], output: str | Path = "comparison") ->
     """Put sweeps side by side, each with gains over its own zero-shot.
 
     Args:
-        folders: of the sweeps' results.
-        output: folder for table, plot and page.
+        folders: with the sweeps' results.
+        output: folder for table, CSV file, plot and page.
     """
-    paths = [Path(folder).resolve() for folder in folders]
-    names = [path.name for path in paths]
+    names = [Path(folder).resolve().name for folder in folders]
     if len(set(names)) < len(names):
         names = [*map(str, folders)]
-    loaded = map(load_predictions, folders)
-    summaries = {name: summarise(found) for name, found in zip(names, loaded, strict=True)}
-    table = pd.concat(
-        {name: summary.table for name, summary in summaries.items()}, names=["folder"]
-    )
-    Path(output).mkdir(parents=True, exist_ok=True)
-    write_text(Path(output) / "summary.csv", table.to_csv())
-    _write(summaries, Path(output), ", ".join(summaries), {"gain": plots.dots(summaries)}, {})
+    loaded = [summarise(load_predictions(folder)) for folder in folders]
+    summaries, output = dict(zip(names, loaded, strict=True)), Path(output)
+    output.mkdir(parents=True, exist_ok=True)
+    tables = pd.concat([each.table for each in loaded], keys=names, names=["folder"])
+    write_text(output / "summary.csv", tables.to_csv())
+    _write(summaries, output, ", ".join(names), {"gain": plots.dots(summaries)}, {})
 
 
 def _write(
@@ -79,49 +70,43 @@ def _write(
     drawn: Mapping[str, Figure],
     samples: Mapping[str, np.ndarray],
 ) -> None:
-    """Print table, answers and warnings, and write table, plots and page."""
-    text = text_table(summaries)
-    write_text(folder / "table.txt", text + "\n")
+    table = text.text_table(summaries)
+    write_text(folder / "table.txt", table + "\n")
     for name, figure in drawn.items():
         with atomic_write(folder / f"{name}.png") as temporary:
-            figure.savefig(temporary, format="png", dpi=150)
-    several = {"": ""} if len(summaries) == 1 else {name: f"{name}: " for name in summaries}
-    said = [several[name] + answer(each) for name, each in summaries.items()]
-    warned = [several[name] + line for name, each in summaries.items() for line in warnings(each)]
-    every = [result for summary in summaries.values() for result in summary.results]
+            temporary.write_bytes(png(figure))
+    several = [(f"{name}: " if name else "", each) for name, each in summaries.items()]
+    said = [name + text.answer(each) for name, each in several]
+    warned = [name + line for name, each in several for line in text.warnings(each)]
+    results = [result for _, each in several for result in each.results]
+    adapters = [name for _, each in several for name in each.adapters]
     page = render(
         "sweep.html.j2",
         title=title,
         sentences=said,
         warnings=warned,
-        abouts=[result.about for result in every],
-        settings=[result.settings for result in every],
-        optimizers={result.adapter: _optimizer(result) for result in every},
+        abouts=[result.about for result in results],
+        settings=[result.settings for result in results],
+        optimizers={result.adapter: _optimizer(result) for result in results},
         summaries=summaries,
-        adapters=[name for each in summaries.values() for name in each.adapters],
-        rows=entries(summaries.values()),
-        measures=measures(summaries.values()),
-        worst=[] if len(summaries) > 1 else worst_classes(summaries[""]),
-        notes=dict.fromkeys(note for each in summaries.values() for note in notes(each)),
-        colours={
-            name: style["color"]
-            for name, style in plots.styles(
-                name for each in summaries.values() for name in each.adapters
-            ).items()
-        },
+        adapters=adapters,
+        rows=text.entries(summaries.values()),
+        measures=text.measures(summaries.values()),
+        worst=[] if len(several) > 1 else text.worst_classes(several[0][1]),
+        notes=dict.fromkeys(note for _, each in several for note in text.notes(each)),
+        colours={name: look["color"] for name, look in plots.styles(adapters).items()},
         plots=drawn,
-        samples=[*samples.items()],
+        samples=[(name.replace("_", " "), image) for name, image in samples.items()],
     )
     write_text(folder / "report.html", page)
-    print(f"top-1 accuracy in %, and gain over zero_shot in points; {title}\n\n{text}\n")
-    print(*said, *warned, sep="\n")
-    print(f"results: {folder / 'report.html'}")
+    print(f"top-1 accuracy in %, and gain over zero_shot in points; {title}\n\n{table}\n")
+    print(*said, *warned, f"results: {folder / 'report.html'}", sep="\n")
 
 
 def _optimizer(result: Predictions) -> str:
     adapter = result.settings.get("adapter", {})
     if tnt := adapter.get("tnt"):
-        steps = f"{tnt['steps']} step{'s' * (tnt['steps'] != 1)}"
+        steps = text.counted(tnt["steps"], "step")
         return f"{steps} on each image's noise map at {tnt['learning_rate']}"
     return adapter.get("optimizer", "none")
 
@@ -135,17 +120,16 @@ def samples_of(batches: Batches) -> dict[str, np.ndarray]:
     Returns:
         (size, size, 3) uint8 by the domain's name; empty if none of the first images can be read.
     """
-    stream = batches.streams[0]
-    domains = sorted({d for s in batches.streams for d in s.segments}, key=lambda d: d.severity)
-    strongest = {domain.corruption: domain for domain in domains}
-    order = dict.fromkeys(d.corruption for s in batches.streams for d in s.segments)
+    stream, strongest = batches.streams[0], {}
+    for domain in (domain for each in batches.streams for domain in each.segments):
+        if domain.severity >= strongest.get(domain.corruption, domain).severity:
+            strongest[domain.corruption] = domain
     for image in stream.items[:TRIES, 1].tolist():
         try:
             return {
-                str(domain): read(
-                    batches.benchmark[domain], image, stream.seed, batches.preprocess
-                )[0]
-                for domain in map(strongest.__getitem__, order)
+                str(domain): read(dataset, image, stream.seed, batches.preprocess)[0]
+                for domain in strongest.values()
+                if (dataset := batches.benchmark[domain])
             }
         except UnreadableImageError:
             continue
