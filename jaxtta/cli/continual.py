@@ -13,17 +13,9 @@ methods, three seeds, and all of CIFAR-10:
         wise-ft
 
 With --validate, and another --output, the same on validation images, to choose ρ, learning rate and
-iterations. The eleven MTIL sets in the paper's order and with the paper's settings, from the
-folders that prompt-learning benchmarks use (CIFAR-100 and MNIST from tensorflow-datasets), with
-ImageNet images as reference:
-
-    jaxtta continual --model openai/clip-vit-base-patch16 --data DATA --tasks order-1 \
-        --reference imagenet=IMAGENET/train --methods fine-tuning gnsp gnsp-after \
-        --first-task all --no-task-zero --iterations 1000 --warmup 100 --learning-rate 1e-5 \
-        --workers 8 --output runs/mtil
-
-Your own task is NAME=FOLDER, with FOLDER/train/<class>/… and FOLDER/test/<class>/…. A run that was
-stopped resumes after the last finished task.
+iterations. experiments/gnsp_mtil.py has the command for the eleven MTIL sets. Your own task is
+NAME=FOLDER, with FOLDER/train/<class>/… and FOLDER/test/<class>/…. A run that was stopped resumes
+after the last finished task.
 """
 
 import functools
@@ -51,22 +43,21 @@ class Options:
 
     Attributes:
         output: folder for the results.
-        tasks: tasks in training order: order-1 or order-2 (the MTIL sets), names of MTIL sets,
-            textile, digits, turned-digits, or NAME=FOLDER.
+        tasks: in training order: order-1 or order-2 (the MTIL sets), names of MTIL sets, textile,
+            digits, turned-digits, or NAME=FOLDER.
         data: folder that contains the MTIL sets.
         model: folder or hub id of a CLIP checkpoint (default: the bundled demo model).
         methods: fine-tuning, distillation (and alignment), projection-before, projection-after (of
             the optimiser), gnsp, gnsp-after, wise-ft (fine-tuned and initial weights averaged).
         reference: reference images, as LAYOUT=FOLDER (captioned "a photo of a {class}.") or
-            captions=FOLDER (with a captions.csv of columns file and caption). Default: bundled
-            images of five CIFAR-10 classes.
+            captions=FOLDER, with a captions.csv of columns file and caption (default: bundled
+            images of five CIFAR-10 classes).
         reference_classes: number of classes in the reference set (default: all; five of the bundled
             images).
-        retention: images that measure retention, as LAYOUT=FOLDER or captions=FOLDER, different
-            from the reference. If both have the same classes, classes in the reference set and the
+        retention: other images, given likewise, that measure retention, modality gap and retrieval
+            (default: bundled images with the bundled reference; none, and the reference measures
+            gap and retrieval). If both have the same classes, those in the reference set and the
             others are reported separately. A fifth of the images is used by --validate only.
-            Modality gap and retrieval are measured on them, or on the reference if there are none.
-            Default: none; bundled images with the bundled reference.
         validate: measure on a fifth of each task's training images, held out from training, and on
             the validation part of the retention images, to choose settings.
         seeds: seeds of the order, the crops and the reference; one run per seed.
@@ -95,13 +86,10 @@ def run(options: Options) -> None:
     check(options)
     loaded = models.load_clip(options.model)
     tasks, (retention, reference) = open_tasks(options), open_reference(options)
-    stored = {
-        task.name: [data.content_of(images) for images in task[2:] if images is not None]
-        for task in (*tasks, *retention, reference)
-        if not options.trust_data
-    }
-    sets = *loaded, tasks, retention, reference
-    prepare = functools.partial(Experiment, *sets, options.training, stored=stored)
+    images = [part for task in (*tasks, *retention, reference) for part in task[2:] if part]
+    content = None if options.trust_data else evaluate.digest_of([*map(data.content_of, images)])
+    sets = tasks, retention, reference
+    prepare = functools.partial(Experiment, *loaded, *sets, options.training, content=content)
     for seed in options.seeds:
         prepare(seed=seed)  # all are checked before training
     found, failed = [], []
@@ -115,8 +103,10 @@ def run(options: Options) -> None:
     if found:
         rows = pd.concat(found)
         rows = pd.concat([rows[rows.method == name] for name in options.methods])
+        where = " on validation images" if options.validate else ""
+        print(f"accuracy in %{where} after the last task, mean over {rows.seed.nunique()} seeds\n")
         names = [task.name for task in tasks], [task.name for task in retention]
-        write_report(options, rows, *names)
+        write_report(options.output, rows, *names)
     if failed:
         raise FloatingPointError("; ".join(failed))
 
@@ -155,24 +145,22 @@ def open_reference(options: Options) -> tuple[list[TaskData], TaskData]:
     if not 1 < count <= len(images.class_names):
         expected = f"expected 2 to {len(images.class_names)}"
         raise ValueError(f"--reference-classes is {count}, {expected}")
-    shown, retention = images.labels < count, None
+    shown, measured = images.labels < count, None
     if options.retention:
-        retention = open_layout("--retention", options.retention)
+        measured, caption = open_layout("--retention", options.retention)
     elif bundled:  # a quarter of the reference's classes, all of the others
-        measured = every_nth(images.labels, 4) | ~shown
-        shown &= ~measured
-        retention = data.Subset(images, np.flatnonzero(measured)), template
+        unused = every_nth(images.labels, 4) | ~shown
+        shown, measured, caption = ~unused, data.Subset(images, np.flatnonzero(unused)), template
     reference = TaskData("reference", template, None, data.Subset(images, np.flatnonzero(shown)))
-    if retention is None:
+    if measured is None:
         return [], reference
-    kept, template = retention
-    kept = data.Subset(kept, np.flatnonzero(every_nth(kept.labels, TUNING) == options.validate))
-    masks = {"retention": kept.labels >= 0}
-    if tuple(kept.class_names) == tuple(images.class_names):
-        inside = kept.labels < count
-        masks = {"retention-inside": inside, "retention-outside": ~inside}
+    chosen = every_nth(measured.labels, TUNING) == options.validate
+    masks = {"retention": chosen}
+    if tuple(measured.class_names) == tuple(images.class_names):
+        inside = measured.labels < count
+        masks = {"retention-inside": chosen & inside, "retention-outside": chosen & ~inside}
     return [
-        TaskData(name, template, None, data.Subset(kept, np.flatnonzero(mask)))
+        TaskData(name, caption, None, data.Subset(measured, np.flatnonzero(mask)))
         for name, mask in masks.items()
         if mask.any()
     ], reference
@@ -188,63 +176,47 @@ def open_layout(option: str, text: str) -> tuple[data.Dataset, str]:
     return data.open_dataset(layout, root), "a photo of a {}."
 
 
-def write_report(
-    options: Options, rows: pd.DataFrame, tasks: list[str], retention: list[str]
-) -> None:
-    """Print the table and draw the accuracy on every task; all results are in results.csv."""
+def write_report(output: Path, rows: pd.DataFrame, tasks: list[str], retention: list[str]) -> None:
+    """Print the table, draw the accuracy on every task, and write everything."""
     text = table(rows, tasks, retention)
-    io.write_text(options.output / "table.txt", text + "\n")
-    io.write_text(options.output / "results.csv", rows.to_csv(index=False))
-    where = " on validation images" if options.validate else ""
-    print(f"accuracy in %{where} after the last task, mean over {rows.seed.nunique()} seeds")
-    print(f"\n{text}\n")
-    heat_maps(rows, tasks, retention).savefig(options.output / "matrix.png", dpi=150)
-    curves(rows, tasks, retention).savefig(options.output / "curves.png", dpi=150)
-    print(f"results: {options.output}")
+    io.write_text(output / "table.txt", text + "\n")
+    io.write_text(output / "results.csv", rows.to_csv(index=False))
+    heat_maps(rows, tasks, retention).savefig(output / "matrix.png", dpi=150)
+    curves(rows, tasks, retention).savefig(output / "curves.png", dpi=150)
+    print(f"{text}\n\nresults: {output}")
 
 
 def table(rows: pd.DataFrame, tasks: list[str], retention: list[str]) -> str:
     """Table of methods by tasks and retention sets, after the last task.
 
     "last" is the mean over the tasks, "average" their mean over all steps. The kept share is
-    (method − fine-tuning) / (start − fine-tuning), if fine-tuning was run.
+    (method − fine-tuning) / (start − fine-tuning), if fine-tuning was run, over the common seeds.
     """
     start = rows[rows.step == 0].drop_duplicates(["seed", "set"]).assign(method="before")
     ends = pd.concat([start, rows[rows.step == len(tasks)]])
-    order = ends.method.unique()
-    ends = ends.pivot(index=["method", "seed"], columns="set", values="value")
+    methods, gap = ends.method.unique(), metrics.ALIGNMENT[0]
+    ends = 100 * ends.pivot(index=["method", "seed"], columns="set", values="value")
     ends["last"] = ends[tasks].mean(axis=1)
     for run, steps in rows[rows.step > 0].groupby(["method", "seed"]):
         matrix = steps.pivot(index="step", columns="set", values="value")[tasks].to_numpy()
-        ends.loc[run, "average"] = metrics.average(matrix)
-        ends.loc[run, "transfer"] = metrics.transfer(matrix) if len(tasks) > 1 else np.nan
-    whole = ["last", "average", *(["transfer"] if len(tasks) > 1 else [])]
-    columns = {
-        name: [spread(ends.loc[method, name]) for method in order]
-        for name in (*tasks, *whole, *retention)
-    }
-    for name in retention if WISE_TRAINING in order else ():
-        columns[f"share of {name}"] = [kept_share(ends[name], method) for method in order]
-    gap, *recalls = metrics.ALIGNMENT
-    columns[gap] = [f"{ends.loc[method, gap].mean():.3f}" for method in order]
-    columns |= {name: [spread(ends.loc[method, name]) for method in order] for name in recalls}
-    return pd.DataFrame(columns, order).rename_axis(columns="method").to_string()
-
-
-def kept_share(accuracy: pd.Series, method: str) -> str:
-    """Share of the accuracy lost by fine-tuning that a method keeps, over the common seeds."""
-    seeds = accuracy[method].index.intersection(accuracy[WISE_TRAINING].index)
-    means = [accuracy[name][seeds].mean() for name in ("before", method, WISE_TRAINING)]
-    first, own, worst = means
-    return f"{(own - worst) / (first - worst):.2f}" if len(seeds) and first != worst else "–"
-
-
-def spread(values: pd.Series) -> str:
-    """Mean in per cent, and the standard deviation over seeds; a dash for unknown values."""
-    if values.isna().any():
-        return "–"
-    mean = f"{100 * values.mean():.2f}"
-    return f"{mean} ± {100 * values.std():.2f}" if len(values) > 1 else mean
+        ends.loc[run, "average"] = 100 * metrics.average(matrix)
+        ends.loc[run, "transfer"] = 100 * metrics.transfer(matrix)
+    means, deviations = (getattr(ends.groupby("method"), how)() for how in ("mean", "std"))
+    text = means.map("{:.2f}".format) + deviations.map(" ± {:.2f}".format)
+    text = text.map(lambda cell: cell.removesuffix(" ± nan").replace("nan", "–"))
+    text[gap] = (means[gap] / 100).map("{:.3f}".format)
+    shares = [f"share of {name}" for name in retention if WISE_TRAINING in methods]
+    for method in methods if shares else ():
+        seeds = ends.loc[method].index.intersection(ends.loc[WISE_TRAINING].index)
+        first, own, worst = (
+            ends.loc[name].loc[seeds, retention].mean()
+            for name in ("before", method, WISE_TRAINING)
+        )
+        kept = ((own - worst) / (first - worst)).map("{:.2f}".format)
+        text.loc[method, shares] = kept.replace(["nan", "inf", "-inf"], "–").to_numpy()
+    columns = [*tasks, "last", "average", *(["transfer"] if len(tasks) > 1 else [])]
+    columns += [*retention, *shares, *metrics.ALIGNMENT]
+    return text.loc[methods, columns].rename_axis(index=None, columns="method").to_string()
 
 
 def heat_maps(rows: pd.DataFrame, tasks: list[str], retention: list[str]) -> Figure:

@@ -159,6 +159,7 @@ def agree(path: Path, settings: Mapping[str, Any]) -> None:
     Raises:
         ValueError: if the folder has other settings, or the file is damaged.
     """
+    settings = json.loads(json.dumps(settings))  # tuples are lists there
     if not path.exists():
         write_json(path, settings)
         return

@@ -12,7 +12,7 @@ from jaxtta.optim.meta_gradient import (
 )
 from jaxtta.optim.meta_training import MetaState, begin_epoch, init_meta_training, meta_step
 from jaxtta.optim.null_space import Projector, null_space_projection, project_out
-from jaxtta.optim.pretrain import EpochMetrics, best_epoch, judge, make_train_epoch, pretrain
+from jaxtta.optim.pretrain import EpochMetrics, best_epoch, make_judge, make_train_epoch, pretrain
 
 __all__ = [
     "EpochMetrics",
@@ -25,8 +25,8 @@ __all__ = [
     "check_mgg_params",
     "init_meta_gradient_generator",
     "init_meta_training",
-    "judge",
     "load_mgg",
+    "make_judge",
     "make_train_epoch",
     "meta_gradient_generator",
     "meta_step",

@@ -1,7 +1,7 @@
 """Epochs of meta-training over images in memory, a judgement after each, and the best of them.
 
     train_epoch = make_train_epoch(loss_of, optax.adam(1e-2), learning_rate=1e-4)
-    for state, history in pretrain(train_epoch, evaluate, state, images, orders):
+    for state, history in pretrain(train_epoch, judge, state, images, orders):
         save(state, history)
     best = best_epoch(history, "accuracy")
 
@@ -9,12 +9,13 @@
 """
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
 import optax
+from tqdm import tqdm
 
 from jaxtta.optim.meta_gradient import MGGParams
 from jaxtta.optim.meta_training import MetaState, begin_epoch, meta_step
@@ -34,6 +35,7 @@ class EpochMetrics(NamedTuple):
     accuracy: float | None
 
 
+Judge = Callable[[MGGParams, str], tuple[float | None, float | None]]
 TrainEpoch = Callable[[MetaState, np.ndarray], tuple[MetaState, np.ndarray]]
 
 
@@ -84,7 +86,7 @@ def make_train_epoch(
 
 def pretrain(
     train_epoch: TrainEpoch,
-    evaluate: Callable[[MGGParams, str], tuple[float | None, float | None]],
+    judge: Judge,
     state: MetaState,
     images: np.ndarray,
     orders: Sequence[np.ndarray],
@@ -94,7 +96,7 @@ def pretrain(
 
     Args:
         train_epoch: from `make_train_epoch`.
-        evaluate: `evaluate(phi, name)` gives loss and accuracy on validation images; see `judge`.
+        judge: from `make_judge`.
         state: after the epochs in `history`.
         images: (images, height, width, 3).
         orders: permutations of the images, one per epoch.
@@ -113,41 +115,58 @@ def pretrain(
             raise FloatingPointError(
                 f"the loss is no longer finite in epoch {number}; try a lower --inner-learning-rate"
             )
-        metrics = EpochMetrics(float(losses.mean()), *evaluate(state.phi, f"epoch {number}"))
+        metrics = EpochMetrics(float(losses.mean()), *judge(state.phi, f"epoch {number}"))
         history.append(metrics)
         yield state, history
 
 
-def judge(
-    init: Callable[[], Any],
-    step: Callable[[Any, Any], tuple[Any, tuple[jax.Array, jax.Array, jax.Array]]],
-    streams: Iterable[Iterable[Any]],
-    name: str,
-) -> tuple[float, float]:
-    """Mean loss and accuracy of adapting to streams, from the start on each.
+def make_judge(
+    adapter_of: Callable[[Any, MGGParams], Any],
+    frozen: Any,
+    correct: Callable[[jax.Array, Any], jax.Array],
+    streams: Sequence[Sequence[tuple[Any, Any]]],
+) -> Judge:
+    """A function that measures weights by adapting to validation images.
 
     Args:
-        init: gives the adapter's first state.
-        step: `step(state, batch) -> (state, (loss, correct, skipped))`, correct (batch,) bool.
-        streams: batches with a `mask`, false for padding.
-        name: for the message.
+        adapter_of: `adapter_of(frozen, phi)`, an adapter that updates with these weights.
+        frozen: arrays that stay the same; the first are the model's parameters.
+        correct: which predictions are right: `correct(logits, labels)`, (batch,) bool.
+        streams: batches and labels of each validation stream; the adapter starts anew on each.
 
-    Raises:
-        FloatingPointError: if a step was skipped, because a loss or an update is not finite.
+    Returns:
+        `judge(phi, name) -> (loss, accuracy)`, None without streams; it raises a FloatingPointError
+        if a loss or an update is not finite.
     """
-    losses, correct, counts = [], [], []
-    for batches in streams:
-        state = init()
-        for batch in batches:
-            state, (loss, right, skipped) = step(state, batch)
-            if skipped:
-                raise FloatingPointError(
-                    f"{name}: a loss or an update on validation images is not finite"
-                )
-            losses.append(float(loss))
-            correct.append(np.asarray(right)[batch.mask])
-            counts.append(len(correct[-1]))
-    return float(np.average(losses, weights=counts)), float(np.concatenate(correct).mean())
+
+    @jax.jit
+    def init(frozen: Any, phi: MGGParams) -> Any:
+        return adapter_of(frozen, phi).init(frozen[0])
+
+    @jax.jit
+    def step(frozen: Any, phi: MGGParams, state: Any, batch: Any, labels: Any) -> Any:
+        state, prediction = adapter_of(frozen, phi).step(frozen[0], state, batch)
+        figures = prediction.metrics["loss"], prediction.metrics["skipped"]
+        return state, (*figures, correct(prediction.logits, labels))
+
+    def judge(phi: MGGParams, name: str) -> tuple[float | None, float | None]:
+        losses, answers = [], []
+        for batches in tqdm(streams, name, unit="corruption", leave=False):
+            state = init(frozen, phi)
+            for batch, labels in batches:
+                state, (loss, skipped, right) = step(frozen, phi, state, batch, labels)
+                if skipped:
+                    raise FloatingPointError(
+                        f"{name}: a loss or an update on validation images is not finite"
+                    )
+                losses.append(float(loss))
+                answers.append(np.asarray(right)[batch.mask])
+        if not streams:
+            return None, None
+        loss = np.average(losses, weights=[len(right) for right in answers])
+        return float(loss), float(np.concatenate(answers).mean())
+
+    return judge
 
 
 def best_epoch(
