@@ -139,15 +139,13 @@ def test_table():
         ]
 
     rows = [
-        *(run("fine-tuning", 1, 0.9, 0.5), run("fine-tuning", 2, 0.7, 0.3)),
-        *(run("gnsp", 1, 0.9, 0.8), run("gnsp", 2, 0.7, 0.6)),
-        run("distillation", 2, 0.7, 0.5),  # a seed short
+        *(*run("fine-tuning", 1, 0.9, 0.5), *run("fine-tuning", 2, 0.7, 0.3)),
+        *(*run("gnsp", 1, 0.9, 0.8), *run("gnsp", 2, 0.7, 0.6)),
+        *run("distillation", 2, 0.7, 0.5),  # a seed short
     ]
-    text = command.table(pd.DataFrame(sum(rows, [])), ["digits"], ["kept"])
-    lines = [
-        line.replace(" ± ", "±").replace("share of ", "share-").split()
-        for line in text.splitlines()
-    ]
+    text = command.table(pd.DataFrame(rows), ["digits"], ["kept"])
+    text = text.replace(" ± ", "±").replace("share of ", "share-")
+    lines = [line.split() for line in text.splitlines()]
     cells = pd.DataFrame(lines[1:]).set_index(0)
     assert lines[0][:6] == ["method", "digits", "last", "average", "kept", "share-kept"]
     assert cells[5].to_dict() == {

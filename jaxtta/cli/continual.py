@@ -103,10 +103,15 @@ def run(options: Options) -> None:
     if found:
         rows = pd.concat(found)
         rows = pd.concat([rows[rows.method == name] for name in options.methods])
+        named = rows, [task.name for task in tasks], [task.name for task in retention]
         where = " on validation images" if options.validate else ""
-        print(f"accuracy in %{where} after the last task, mean over {rows.seed.nunique()} seeds\n")
-        names = [task.name for task in tasks], [task.name for task in retention]
-        write_report(options.output, rows, *names)
+        heading = f"accuracy in %{where} after the last task, mean over {rows.seed.nunique()} seeds"
+        text = table(*named)
+        io.write_text(options.output / "table.txt", text + "\n")
+        io.write_text(options.output / "results.csv", rows.to_csv(index=False))
+        heat_maps(*named).savefig(options.output / "matrix.png", dpi=150)
+        curves(*named).savefig(options.output / "curves.png", dpi=150)
+        print(f"{heading}\n\n{text}\n\nresults: {options.output}")
     if failed:
         raise FloatingPointError("; ".join(failed))
 
@@ -142,9 +147,9 @@ def open_reference(options: Options) -> tuple[list[TaskData], TaskData]:
     count = options.reference_classes
     if count is None:
         count = 5 if bundled else len(images.class_names)
-    if not 1 < count <= len(images.class_names):
-        expected = f"expected 2 to {len(images.class_names)}"
-        raise ValueError(f"--reference-classes is {count}, {expected}")
+    most = len(images.class_names)
+    if not 1 < count <= most:
+        raise ValueError(f"--reference-classes is {count}, expected 2 to {most}")
     shown, measured = images.labels < count, None
     if options.retention:
         measured, caption = open_layout("--retention", options.retention)
@@ -174,16 +179,6 @@ def open_layout(option: str, text: str) -> tuple[data.Dataset, str]:
     if layout == "captions":
         return data.captioned_folder(root), "{}"
     return data.open_dataset(layout, root), "a photo of a {}."
-
-
-def write_report(output: Path, rows: pd.DataFrame, tasks: list[str], retention: list[str]) -> None:
-    """Print the table, draw the accuracy on every task, and write everything."""
-    text = table(rows, tasks, retention)
-    io.write_text(output / "table.txt", text + "\n")
-    io.write_text(output / "results.csv", rows.to_csv(index=False))
-    heat_maps(rows, tasks, retention).savefig(output / "matrix.png", dpi=150)
-    curves(rows, tasks, retention).savefig(output / "curves.png", dpi=150)
-    print(f"{text}\n\nresults: {output}")
 
 
 def table(rows: pd.DataFrame, tasks: list[str], retention: list[str]) -> str:

@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from jaxtta import adapters, data, evaluate, io, metrics, models, optim, tree
 from jaxtta.cli.options import DataOptions, ModelOptions, group
+from jaxtta.data import IMAGENET_C_EXTRA
 from jaxtta.models import Batch
 from jaxtta.optim import EpochMetrics
 
@@ -74,7 +75,7 @@ class Options:
     images: int = 128
     val_images: int = 256
     select_by: Literal["accuracy", "loss"] = "accuracy"
-    corruptions: tuple[str, ...] = data.IMAGENET_C_EXTRA
+    corruptions: tuple[str, ...] = IMAGENET_C_EXTRA
     severity: int | None = None
     epochs: int = 40
     batch: int = 2
@@ -195,25 +196,24 @@ def read_images(
             f"--images {options.images} and --val-images {options.val_images}"
         )
 
-    def read(benchmark: data.Benchmark, size: int, *streams: data.Stream) -> list:
-        batches = data.Batches(benchmark, streams, size, model.preprocessing)
+    def read(benchmark: data.Benchmark, *streams: data.Stream) -> list[list[data.StreamBatch]]:
+        batches = data.Batches(benchmark, streams, options.test_batch, model.preprocessing)
         reader = data.read_ahead(batches, options.workers)
         found = list(tqdm(reader, "reading", len(batches), unit="batch"))
         return [[found[number] for number in batches.of(n)] for n in range(len(streams))]
 
-    turns = np.arange(options.images) % len(domains)
-    stream = data.stream_of("train", domains, order[: options.images], seed, turns)
-    [[train]] = read(benchmark, options.images, stream)
-    if not train.mask.all():
-        log.warning("%d training images could not be read", int((~train.mask).sum()))
-    others = order[options.images : wanted]
-    streams = [data.stream_of(str(domain), [domain], others, seed) for domain in domains]
-    found = read(benchmark, options.test_batch, *streams) if len(others) else []
-    val = [[(Batch(b.images, b.mask, b.index), b.labels) for b in part] for part in found]
+    turns, others = np.arange(options.images) % len(domains), order[options.images : wanted]
+    streams = [data.stream_of("train", domains, order[: options.images], seed, turns)]
+    streams += [data.stream_of(str(each), [each], others, seed) for each in domains if len(others)]
+    train, *val = read(benchmark, *streams)
+    images = np.concatenate([batch.images[batch.mask] for batch in train])
+    if len(images) < options.images:
+        log.warning("%d training images could not be read", options.images - len(images))
     order = np.random.default_rng(seed).permutation(len(data.labels_of(clean)))
     stream = data.stream_of("clean", [clean_domain], order[: options.source_images], seed)
-    [source] = read(clean, options.test_batch, stream)
-    return train.images[train.mask], val, source
+    [source] = read(clean, stream)
+    pairs = [[(Batch(b.images, b.mask, b.index), b.labels) for b in part] for part in val]
+    return images, pairs, source
 
 
 def prepare(
