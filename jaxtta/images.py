@@ -6,8 +6,11 @@ Pillow decodes them; colour profiles are not applied, as the saving libraries of
 import contextlib
 import functools
 import logging
+import os
 import stat
 import unicodedata
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -27,6 +30,11 @@ SUFFIXES = tuple(
 )
 """Lower-case suffixes of image files: of the formats that the installed Pillow opens (HEIF if its
 plugin is registered before jaxtta is imported)."""
+_SYSTEM = {  # made by operating systems, NAS servers and tools, in lower case
+    *("__macosx", "__pycache__", "lost+found", "system volume information", "$recycle.bin"),
+    *("recycler", "found.000", "@eadir", "@tmp", "@recycle", "@recently-snapshot", "#recycle"),
+    *("#snapshot", "thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", "icon\r"),
+}
 _DARK = 16  # of a range that is not written in the file, at least 1/16 must be used
 _BITS, _SAMPLES, _PHOTOMETRIC = 258, 339, 262  # TIFF's tags
 _SIGNED, _WHITE_IS_ZERO = 2, 0  # and values of the last two
@@ -34,6 +42,80 @@ _SIGNED, _WHITE_IS_ZERO = 2, 0  # and values of the last two
 
 class UnreadableImageError(Exception):
     """An image that cannot be read; streams skip it."""
+
+
+def is_system(name: str) -> bool:
+    """Whether a file or folder is hidden or made by the system, such as ._fog.npy or Thumbs.db."""
+    return name.startswith(".") or name.lower() in _SYSTEM
+
+
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is a folder or a link to one; False for links to nothing or themselves."""
+    return Path(entry).is_dir() if entry.is_symlink() else entry.is_dir(follow_symlinks=False)
+
+
+def is_image(entry: os.DirEntry[str]) -> bool:
+    """Whether a file is called like an image; a broken link is one that cannot be read."""
+    return entry.name.lower().endswith(SUFFIXES) and (entry.is_symlink() or entry.is_file())
+
+
+def entries_of(folder: str | Path) -> list[os.DirEntry[str]]:
+    """The entries of a folder, sorted, without the system's."""
+    with os.scandir(folder) as entries:
+        shown = [entry for entry in entries if not is_system(entry.name)]
+    return sorted(shown, key=lambda entry: entry.name)
+
+
+def find_images(folder: str | Path, outside: str | Path = "") -> tuple[list[str], Counter[str]]:
+    """Find the images in a folder and below; links are followed, but no folder is entered twice.
+
+    Args:
+        folder: the folder.
+        outside: a folder that is not entered by a link.
+
+    Returns:
+        Their paths in the folder, sorted, and a count of the other files by suffix.
+    """
+    images, others = [], Counter[str]()
+    seen = {os.path.realpath(outside)} - {os.path.realpath(folder)} if outside else set()
+    for path, entry in _walk(folder, "", seen):
+        if is_image(entry):
+            images.append(path)
+        else:
+            others[Path(path).suffix.lower()] += 1
+    return images, others
+
+
+def _walk(folder: str | Path, above: str, seen: set[str]) -> Iterator[tuple[str, os.DirEntry[str]]]:
+    place = os.path.realpath(folder)
+    if place in seen:
+        return
+    seen.add(place)
+    for entry in entries_of(folder):
+        if is_folder(entry):
+            yield from _walk(entry.path, f"{above}{entry.name}/", seen)
+        else:
+            yield f"{above}{entry.name}", entry
+
+
+def list_images(folder: str | Path) -> list[Path]:
+    """List the images in a folder and below, sorted, without opening them; links are followed."""
+    paths, others = find_images(folder)
+    log_passed_over(folder, others)
+    return [Path(folder) / path for path in paths]
+
+
+def log_passed_over(folder: str | Path, others: Counter[str]) -> None:
+    """Log how many files of which suffixes are no images."""
+    if others:
+        count, place = others.total(), printable(folder)
+        log.warning("%s: %d files passed over: %s", place, count, count_suffixes(others))
+
+
+def count_suffixes(others: Counter[str]) -> str:
+    """A count of files by suffix as text: 2 .heic, 1 .txt."""
+    named = ((count, printable(suffix)) for suffix, count in others.most_common())
+    return ", ".join(f"{count} {suffix or 'without a suffix'}" for count, suffix in named)
 
 
 def open_image(file: str | Path | BinaryIO, name: str = "", raw: bool = False) -> Image.Image:

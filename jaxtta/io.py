@@ -8,6 +8,7 @@ Every file is complete or not there at all.
 
 import contextlib
 import csv
+import hashlib
 import io
 import json
 import os
@@ -143,6 +144,49 @@ def read_rows(path: str | Path, columns: Sequence[str]) -> Iterator[tuple[str, d
                 yield f"{path}: line {rows.line_num}", found
     except csv.Error as error:
         raise ValueError(f"{path}: line {rows.line_num}: {error}") from error
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """Read a JSON object; a ValueError for anything else."""
+    text = read_text(path)
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{path}: is not valid JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: has a {type(value).__name__}, expected an object")
+    return value
+
+
+def digest_files(files: Sequence[Path], read_up_to: int = 512 * 2**20) -> str:
+    """A digest of files, by which a run notices that they have changed.
+
+    Args:
+        files: in a fixed order, wherever they lie; missing ones count as such.
+        read_up_to: bytes; if the files have more together, their sizes and modification times stand
+            for their content.
+    """
+    stats = [file.stat() if file.exists() else None for file in files]
+    whole = sum(stat.st_size for stat in stats if stat) <= read_up_to
+    digest = hashlib.blake2b(digest_size=8)
+    for file, stat in zip(files, stats, strict=True):
+        text = str(stat.st_size) if stat else "missing"
+        if stat and not whole:
+            text += f" {stat.st_mtime_ns // 10**9}"  # copies keep whole seconds only
+        digest.update(f"{file.name!r} {text}\n".encode())
+        if whole and file.is_file():
+            try:
+                digest.update(file.read_bytes())
+            except OSError:  # the reader of the images will say so
+                digest.update(b"unreadable")
+    return f"{'bytes' if whole else 'sizes and times'} {digest.hexdigest()}"
+
+
+def digest_array(array: np.ndarray) -> str:
+    """A digest of an array in memory."""
+    digest = hashlib.blake2b(f"{array.dtype} {array.shape}".encode(), digest_size=8)
+    digest.update(np.ascontiguousarray(array).tobytes())
+    return f"bytes {digest.hexdigest()}"
 
 
 def save_arrays(

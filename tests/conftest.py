@@ -175,6 +175,7 @@ def run_script(monkeypatch, capsys):
 
     def run(name, *arguments):
         monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        monkeypatch.syspath_prepend((EXPERIMENTS / name).parent)
         return outcome(lambda: runpy.run_path(str(EXPERIMENTS / name), run_name="__main__"), capsys)
 
     return run

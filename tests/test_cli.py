@@ -3,6 +3,7 @@
 import csv
 import importlib
 import logging
+import re
 import subprocess
 import sys
 from io import StringIO
@@ -100,7 +101,8 @@ def test_shards_together_are_the_whole(run_jaxtta, short, tmp_path):
         assert (code, "without --shard" in out) == (0, True)
     code, out, _ = run_jaxtta(*common, tmp_path / "parts")
     assert code == 0
-    assert out.replace("parts", "whole") == whole
+    measured = r".*(second|memory).*\n"
+    assert re.sub(measured, "", out).replace("parts", "whole") == re.sub(measured, "", whole)
 
 
 def test_a_dry_run_says_what_is_left_and_writes_nothing(run_jaxtta, short, tmp_path):
@@ -168,7 +170,7 @@ def test_layouts_workers_and_unreadable_images(run_jaxtta, short, tmp_path):
     options = ("--data", images, "--workers", "1", "--output", tmp_path / "broken")
     code, out, _ = run_jaxtta(*common, *options)
     assert code == 0
-    assert "1 images could not be read" in out and "0001.png" in out
+    assert "1 image could not be read" in out and "0001.png" in out
     result = results_of(tmp_path / "broken")["batclip", "clean"]
     assert result.unreadable == (str(broken),)
     assert result.rows["seen"].sum() == 19
@@ -198,7 +200,7 @@ def test_a_step_with_a_nan_loss_is_skipped_counted_and_named(
         *("--corruptions", "dark", "--class-names", "cat", "dog", "--output", tmp_path / "a"),
     )
     assert code == 0
-    assert "batclip on dark: 1 steps skipped" in out
+    assert "batclip: 1 step skipped" in out and "dark" in out
     result = results_of(tmp_path / "a")["batclip", "dark"]
     assert result.steps["skipped"].tolist() == [False, True, False]
     assert (result.rows["prediction"] == -1).sum() == 1
@@ -264,7 +266,7 @@ def test_natural_shifts_end_to_end(run_jaxtta, short, tmp_path, monkeypatch):
         ("--adapters tent tent", "--adapters needs one or more distinct"),
         ("--corruptions rain", "unknown corruption 'rain'"),
         ("--corruptions fog fog", "--corruptions needs one or more distinct"),
-        ("--severities 9", "severity is 9, expected 1 to 5"),
+        ("--severities 9", "is 9, expected 1"),
         ("--severities 5 5", "--severities needs one or more distinct"),
         ("--setting gradual --severities 3", "--setting gradual has"),
         ("--seeds 1 1", "--seeds needs one or more distinct"),
@@ -289,7 +291,7 @@ def test_natural_shifts_end_to_end(run_jaxtta, short, tmp_path, monkeypatch):
         ("shifts --datasets a=x a=y", "--datasets names a twice"),
         ("shifts --datasets imagenet-a=/nowhere", "/nowhere: no such folder"),
         ("shifts --adapters tnt --save-examples 1", "compares tnt with zero_shot: run both"),
-        ("shifts --tnt.online --save-examples 1", "--tnt.online"),
+        ("shifts --tnt.online --save-examples 1", "omit TNT's online"),
     ],
 )
 def test_bad_options_are_one_sentence(run_jaxtta, tmp_path, options, message):
@@ -303,7 +305,7 @@ def test_bad_options_are_one_sentence(run_jaxtta, tmp_path, options, message):
 
 
 def test_debug_shows_the_traceback(run_jaxtta, tmp_path):
-    with pytest.raises(ValueError, match="severity is 9"):
+    with pytest.raises(ValueError, match="is 9, expected 1"):
         run_jaxtta("sweep", "--output", tmp_path, "--severities", "9", "--debug")
 
 

@@ -11,8 +11,8 @@ from PIL import Image
 
 from jaxtta import assets, data
 from jaxtta.data import Domain, arrays
-from jaxtta.data.content import digest_files
 from jaxtta.data.corruptions import image_seed
+from jaxtta.io import digest_files
 from jaxtta.models.preprocess import Preprocessing
 
 PREPROCESS = Preprocessing(32, 32, (32, 32))
@@ -318,9 +318,9 @@ def test_images_of_sequences_may_be_files_or_grey(folder):
         (DICTS, {}, "no names for its labels: set class_names"),
         (DICTS, {"image": "img"}, "items have no 'img' but image, label"),
         (PAIRS, {}, "items have no .* but 0, 1"),
-        (DICTS, {"class_names": ["cat"]}, "from 0 to 1, expected integers from 0 to 0 for 1 class"),
+        (DICTS, {"class_names": ["cat"]}, "labels run from 0 to 1, expected 0 to 0 for 1 class"),
         ([{"image": 0, "label": "emu"}], {"class_names": NAMES}, "label 'emu' is none of the 2"),
-        ([{"image": 0, "label": 0.5}], {"class_names": NAMES}, "labels are float64"),
+        ([{"image": 0, "label": 0.5}], {"class_names": NAMES}, "labels are float64 of"),
     ],
 )
 def test_bad_sequences_are_refused(items, options, message):

@@ -130,8 +130,9 @@ def commands():
     }
     for folder in ("jaxtta/cli", "experiments", "benchmarks"):
         for path in sorted((ROOT / folder).glob("*.py")):
-            text = ast.get_docstring(ast.parse(path.read_text())) or ""
-            texts[f"{folder}/{path.name}"] = text
+            source = path.read_text()
+            if folder == "jaxtta/cli" or "run_script(" in source or "main([" in source:
+                texts[f"{folder}/{path.name}"] = ast.get_docstring(ast.parse(source)) or ""
     for name, text in texts.items():
         for line in map(str.strip, text.replace("\\\n", " ").splitlines()):
             if line.startswith(PROGRAMS) and "COMMAND" not in line:

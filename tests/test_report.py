@@ -290,7 +290,7 @@ def test_plots_show_the_tables_numbers(summary):
             *summary.table["gain"].xs(adapter, level="adapter"),
             summary.means["gain"][adapter],
         ]
-        np.testing.assert_allclose(drawn[0].get_xdata(), 100 * np.array(gains))
+        np.testing.assert_allclose(drawn[0].get_xdata().astype(float), 100 * np.array(gains))
         (segments,) = (line.get_segments() for line in drawn[2])
         ends = 100 * summary.means.loc[adapter, ["low", "high"]]
         np.testing.assert_allclose(segments[-1][:, 0], ends.astype(float))
@@ -325,7 +325,8 @@ def test_the_report_is_one_page_that_needs_nothing_else(tmp_path, capsys):
     about = {"command": "python a.py --b '<c>'", "date": "2026-01-02T03:04:05+00:00"}
     about |= {"commit": "abc-dirty", "preprocessing": "224 pixels", "versions": {"jax": "0.0"}}
     tnt = {"adapter": {"tnt": {"steps": 2, "learning_rate": 0.01}}}
-    results[2] = dataclasses.replace(results[2], steps=steps, about=about, settings=tnt)
+    results[2] = dataclasses.replace(results[2], steps=steps, about=about)
+    results[-1] = dataclasses.replace(results[-1], settings=tnt)
     samples = {name: np.full((32, 32, 3), 99, np.uint8) for name in CORRUPTIONS}
     report.write_report(results, tmp_path, "fog & <snow>", samples)
     page = (tmp_path / "report.html").read_text()

@@ -120,31 +120,27 @@ class Options:
     data: groups.DataOptions = groups.DataOptions()
     shifts: ShiftOptions = ShiftOptions()
     measured: Measured = diagnose.Settings()
-    own: TargetOptions = TargetOptions()
+    target: TargetOptions = TargetOptions()
 
     def check(self) -> None:
         """Raise a ValueError for invalid options."""
-        shifts, own = self.shifts, self.own
+        shifts, target, images = self.shifts, self.target, self.data.max_images
         self.measured.check()
         named = {"class_names": self.data.class_names, "templates": self.templates}
         named |= {"corruptions": shifts.corruptions, "references": shifts.references}
         named = {name: given for name, given in named.items() if given}
-        evaluate.require_distinct(models=self.models, try_adapters=own.adapters, **named)
-        evaluate.require_at_least(
-            max_images=(self.data.max_images, 2),
-            batch_size=(self.batch_size, 1),
-            try_batch=(own.try_batch, 1),
-            workers=(self.workers, 0),
-        )
+        evaluate.require_distinct(models=self.models, try_adapters=target.adapters, **named)
+        sizes = {"batch_size": (self.batch_size, 1), "try_batch": (target.try_batch, 1)}
+        evaluate.require_at_least(max_images=(images, 2), workers=(self.workers, 0), **sizes)
         if self.data.layout == "arrays" and shifts.severity:
             raise ValueError("--layout arrays has a fixed severity, omit --severity")
         if odd := sorted(set(shifts.references) - set(self.models)):
             raise ValueError(f"--references has {odd[0]!r}, which is not one of --models")
         if shifts.references and (len(shifts.references) < 2 or shifts.reference_points):
             raise ValueError("--references needs at least two models, and no --reference-points")
-        if own.target_labels and not own.target:
+        if target.target_labels and not target.target:
             raise ValueError("--target-labels needs --target")
-        if "zero_shot" not in [evaluate.parse_adapter(text).name for text in own.adapters]:
+        if "zero_shot" not in [evaluate.parse_adapter(text).text for text in target.adapters]:
             raise ValueError("--try-adapters needs zero_shot, the baseline for gains")
 
 
@@ -154,6 +150,11 @@ class Model(NamedTuple):
     name: str
     clip: models.CLIP
     params: models.Params
+
+    @property
+    def prepared(self) -> str:
+        """What its images go through, and where that was read."""
+        return models.describe_preprocessing(self.clip).removeprefix("preprocessing: ")
 
     def task(self, options: Options, names: Sequence[str], layout: str) -> models.Task:
         """The prompts of these classes."""
@@ -166,25 +167,23 @@ def run(options: Options) -> None:
     options.check()
     options.output.mkdir(parents=True, exist_ok=True)
     settings = json.loads(json.dumps(dataclasses.asdict(options), default=str))
-    about = {"settings": settings, "about": evaluate.about(data=options.data.data)}
-    if options.own.target:
-        root = options.own.target
-        images = target_folder(root, options.data.class_names, options.own.target_labels)
+    made = {"settings": settings, "about": evaluate.about(data=options.data.data)}
+    if root := options.target.target:
+        images = target_folder(root, options.data.class_names, options.target.target_labels)
         checks = {model.name: check_one(options, model, images) for model in models_of(options)}
-        title = f"Check of {root.resolve().name}: {', '.join(checks)}"
-        write_check(options.output, title, checks, images, images.paths, **about)
+        title = f"Check of {root.resolve().name}"
+        write_check(options.output, title, checks, images, images.paths, made)
         return
     points, found, features = points_of(options), {}, {}
     for model in models_of(options):
-        sets, ran = labelled_sets(options, model), models.describe_preprocessing(model.clip)
-        found[model.name], features[model.name] = diagnose.diagnose_model(
-            model.name, sets, options.measured, ran
-        )
+        sets, name = labelled_sets(options, model), model.name
+        found[name], features[name] = diagnose.diagnose_model(name, sets, options.measured)
+        found[name] = dataclasses.replace(found[name], preprocessing=model.prepared)
     names = dict(zip(options.models, found, strict=True))
     references = [names[given] for given in options.shifts.references]
     robustness = diagnose.measure_robustness(found, points, references)
     whole = diagnose.Diagnosis(found, diagnose.compare_models(found, features), robustness)
-    write_diagnosis(options.output, whole, options.measured.fractions, **about)
+    write_diagnosis(options.output, whole, options.measured.fractions, made)
 
 
 def models_of(options: Options) -> Iterator[Model]:
@@ -269,16 +268,16 @@ def names_for(options: Options, layout: str, root: str) -> tuple[str, ...]:
 
 def points_of(options: Options) -> Sequence[tuple[float, float]]:
     """Base and shifted accuracies of the reference models, if given."""
-    given = options.shifts.reference_points
+    given, shifts = options.shifts.reference_points, options.shifts
     if given is None:
         return ()
-    published = given == "published"
-    if published and (options.data.layout != "imagenet" or options.shifts.corruptions):
+    if given == "published" and (options.data.layout != "imagenet" or shifts.corruptions):
         raise ValueError(
             "--reference-points published needs --layout imagenet and empty --corruptions"
         )
     with error_context(f"--reference-points {given}"):
-        names = [text.partition("=")[0] for text in options.shifts.shifted]
+        names = [text.partition("=")[0] for text in shifts.shifted]
+        published = given == "published"
         points = data.reference_points(names) if published else read_reference_points(Path(given))
         diagnose.fit_baseline(*np.reshape(points, (-1, 2)).T)
     return points
@@ -288,42 +287,37 @@ def check_one(
     options: Options, model: Model, images: data.ImageFolder
 ) -> tuple[diagnose.TargetCheck, diagnose.Answers, Summary | None]:
     """A model's check of images, its answers, and a trial of adapters if some have labels."""
-    own, root, names = options.own, options.data.data, ()
+    target, root, names = options.target, options.data.data, ()
     if options.data.layout == "arrays":  # the reference's labels are not used
         names = tuple(map(str, range(read_labels(root).max() + 1)))
     opened = dataclasses.replace(options.data, class_names=names).open(model.clip)
     reference = batches_of(options, model, opened, [data.CLEAN])
-    target = batches_of(options, model, {data.Domain("target"): images}, ["target"])
-    drawn = np.sort(target.streams[0].items[:, 1])
+    batches = batches_of(options, model, {data.Domain("target"): images}, ["target"])
+    drawn = np.sort(batches.streams[0].items[:, 1])
     labelled = data.Subset(images, drawn[images.labels[drawn] >= 0])
     if not len(labelled) and (images.labels >= 0).any():
         limit = options.data.max_images
-        raise ValueError(f"{own.target}: --max-images {limit} selects no labelled image")
-    with error_context(own.target):
+        raise ValueError(f"{target.target}: --max-images {limit} selects no labelled image")
+    with error_context(target.target):
         task = model.task(options, images.class_names, "folder")
     head = diagnose.head_of(model.clip, model.params, task)
-    sets = [found for each in (target, reference) for _, found in read(options, model, each)]
+    ((_, own),), ((_, other),) = (read(options, model, each) for each in (batches, reference))
     chosen = {"outlier_threshold": options.measured.outlier_threshold, "seed": options.seed}
+    chosen["scale"] = jnp.exp(model.params["logit_scale"])
     with error_context(model.name):
-        scale = jnp.exp(model.params["logit_scale"])
-        check, answers = diagnose.check_target(
-            *sets, head, images.class_names, scale=scale, **chosen
-        )
-    check = dataclasses.replace(
-        check,
-        reference_name=BUNDLED if root == str(assets.IMAGES) else root,
-        preprocessing=models.describe_preprocessing(model.clip),
-    )
+        check, answers = diagnose.check_target(own, other, head, images.class_names, **chosen)
+    name = BUNDLED if root == str(assets.IMAGES) else root
+    check = dataclasses.replace(check, reference_name=name, preprocessing=model.prepared)
     if not len(labelled):
         return check, answers, None
-    size = own.try_batch or int(np.clip(len(labelled) // 10, 4, 100))
+    size = target.try_batch or int(np.clip(len(labelled) // 10, 4, 100))
     trial = batches_of(options, model, {data.Domain("target"): labelled}, ["target"])
-    settings = {"max_images": options.data.max_images}
+    chosen = {"max_images": options.data.max_images}
     spec = evaluate.Spec(
-        trial.benchmark, trial.streams, task, size, own.canvas, "datasets", settings
+        trial.benchmark, trial.streams, task, size, target.canvas, "datasets", chosen
     )
     folder = options.output / "trial" / model.name.replace("/", "-")
-    how = {"workers": options.workers, "trust_data": options.trust_data, "config": own.config}
-    about = evaluate.about(model.clip, data=str(own.target), model=model.name)
-    made = (model.clip, model.params, folder)
-    return check, answers, summarise(evaluate.sweep(spec, own.adapters, *made, **how, about=about))
+    how = {"workers": options.workers, "trust_data": options.trust_data, "config": target.config}
+    how["about"] = evaluate.about(model.clip, data=str(target.target), model=model.name)
+    results = evaluate.sweep(spec, target.adapters, model.clip, model.params, folder, **how)
+    return check, answers, summarise(results)

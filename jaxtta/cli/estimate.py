@@ -37,7 +37,7 @@ def estimate(
         print(f"{stream.name}, seed {stream.seed}: {shape}{known}")
     batches[0]  # the first imports what it needs
     start = time.perf_counter()
-    batch = batches[len(batches) - 1]
+    batch: Any = batches[len(batches) - 1]
     reading = (time.perf_counter() - start) * to_read / max(workers, 1)
     total = peak = 0.0
     for each in adapters:

@@ -22,7 +22,7 @@ from jaxtta import assets, data, evaluate, report
 from jaxtta.adapters import TNTConfig
 from jaxtta.data import Benchmark
 from jaxtta.data.folders import class_folders
-from jaxtta.models import Classifier, Params, load
+from jaxtta.models import Params, load
 
 Group = TypeVar("Group")
 
@@ -96,7 +96,7 @@ class DataOptions:
     ids: str | None = None
     max_images: int | None = None
 
-    def open(self, model: Classifier, root: str | None = None) -> Benchmark:
+    def open(self, model: Any, root: str | None = None) -> Benchmark:
         """The images by domain; `root` is another folder of the same layout."""
         root = root or self.data
         names = class_names_of(self.class_names, self.layout, root)

@@ -34,6 +34,5 @@ def run(options: Options) -> None:
         raise ValueError("give one folder of results or more")
     if len(options.folders) > 1:
         return report.compare(options.folders, options.output)
-    folder = options.folders[0]
-    results = evaluate.load_predictions(folder)
-    report.write_report(results, folder, folder.resolve().name)
+    for folder in options.folders:
+        report.write_report(evaluate.load_predictions(folder), folder, folder.resolve().name)

@@ -46,7 +46,7 @@ def run_script(
             stream.reconfigure(errors="backslashreplace")
     debug, once = False, (tyro.conf.FlagCreatePairsOff,)
     try:
-        parsed = tyro.cli(options, prog=prog, description=doc, args=arguments, config=once)
+        parsed: Any = tyro.cli(options, prog=prog, description=doc, args=arguments, config=once)
         debug = getattr(parsed, "run", parsed).debug
         with _insistent_interrupts(), _notes_on_stderr():
             code = main(parsed)

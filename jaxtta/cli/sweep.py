@@ -57,7 +57,9 @@ def run(options: Options) -> None:
     adapters = tune(options, model, params, benchmark, about)
     folder, shard = options.run.output, options.run.part
     wanted = options.save_examples
-    results, *shown = measure(options, spec, adapters, model, params, folder, about, shard, wanted)
+    results, samples, examples = measure(
+        options, spec, adapters, model, params, folder, about, shard, wanted
+    )
     if shard[1] > 1 and results:
         print(f"{len(results)} results in {folder}; when all shards are done, put their folders")
         print("together and run the same command without --shard for the report")
@@ -65,7 +67,7 @@ def run(options: Options) -> None:
         images = len(np.unique(spec.streams[0].items[:, 1]))
         title = f"{Path(options.model.model).name} on {Path(options.data.data).name}, "
         title += f"{given.setting}, {given.order}, {images} images"
-        report.write_report(results, folder, title, *shown)
+        report.write_report(results, folder, title, samples, examples)
 
 
 def check(options: Options) -> None:
@@ -128,11 +130,10 @@ def tune(
         config = options.adapters.config
         choice = evaluate.tune_learning_rate(text, rates, *inputs, config=config, **options.run.how)
         choice = choice._replace(chosen_on=f"{choice.chosen_on}; {whose}, with their labels")
-        top1 = ", ".join(
-            f"{rate:g}: {100 * top1:.2f} %" for rate, top1 in choice.accuracies.items()
-        )
-        print(f"{text}: learning rate {choice.rate:g}, chosen on {choice.chosen_on} ({top1})")
-        about.setdefault("chosen", {})[text] = choice._asdict()
+        top1 = {f"{rate:g}": f"{100 * top1:.2f} %" for rate, top1 in choice.accuracies.items()}
+        said = ", ".join(f"{rate}: {value}" for rate, value in top1.items())
+        print(f"{text}: learning rate {choice.rate:g}, chosen on {choice.chosen_on} ({said})")
+        about.setdefault("chosen", {})[text] = choice._asdict() | {"accuracies": top1}
         adapters[adapters.index(text)] = evaluate.with_rate(text, choice.rate)
     return adapters
 
@@ -165,7 +166,7 @@ def measure(
     batches, examples = spec.batches(model, specs), []
     if wanted:
         tnt = next(each for each in specs if each.name == "tnt")
-        inputs = (batches, wanted, model, params, spec.task)
+        inputs: Any = (batches, wanted, model, params, spec.task)
         tnt_config = evaluate.tnt_config_of(tnt, config)
         examples = report.find_examples(results, tnt.text, *inputs, tnt_config)
     return results, report.samples_of(batches), examples

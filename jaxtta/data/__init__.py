@@ -2,6 +2,11 @@
 
 from jaxtta.data.arrays import ArrayDataset as ArrayDataset
 from jaxtta.data.baselines import reference_points as reference_points
+from jaxtta.data.batches import Batches as Batches
+from jaxtta.data.batches import StreamBatch as StreamBatch
+from jaxtta.data.batches import canvas_for as canvas_for
+from jaxtta.data.batches import pad_to_canvas as pad_to_canvas
+from jaxtta.data.batches import read_ahead as read_ahead
 from jaxtta.data.class_names import CIFAR10_CLASSES as CIFAR10_CLASSES
 from jaxtta.data.class_names import TEMPLATES as TEMPLATES
 from jaxtta.data.class_names import cifar100_classes as cifar100_classes
@@ -29,21 +34,16 @@ from jaxtta.data.datasets import subset as subset
 from jaxtta.data.folders import ImageFolder as ImageFolder
 from jaxtta.data.folders import captioned_folder as captioned_folder
 from jaxtta.data.folders import image_folder as image_folder
-from jaxtta.data.folders import list_images as list_images
 from jaxtta.data.layouts import LAYOUTS as LAYOUTS
 from jaxtta.data.layouts import open_benchmark as open_benchmark
 from jaxtta.data.layouts import open_dataset as open_dataset
 from jaxtta.data.sequences import from_sequence as from_sequence
 from jaxtta.data.streams import ORDERS as ORDERS
 from jaxtta.data.streams import SETTINGS as SETTINGS
-from jaxtta.data.streams import Batches as Batches
 from jaxtta.data.streams import Stream as Stream
-from jaxtta.data.streams import StreamBatch as StreamBatch
-from jaxtta.data.streams import canvas_for as canvas_for
 from jaxtta.data.streams import make_streams as make_streams
 from jaxtta.data.streams import order_indices as order_indices
-from jaxtta.data.streams import pad_to_canvas as pad_to_canvas
-from jaxtta.data.streams import read_ahead as read_ahead
 from jaxtta.data.streams import stream_of as stream_of
 from jaxtta.images import UnreadableImageError as UnreadableImageError
+from jaxtta.images import list_images as list_images
 from jaxtta.images import open_image as open_image

@@ -10,36 +10,27 @@ from typing import Any
 
 import numpy as np
 
-from jaxtta.data.content import digest_array, digest_files
 from jaxtta.data.corruptions import CLEAN, SEVERITIES
 from jaxtta.data.datasets import Domain
-from jaxtta.data.recognise import is_system
+from jaxtta.images import is_system
+from jaxtta.io import digest_array, digest_files
 
 log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
 class ArrayDataset:
-    """Images in memory.
+    """Images in memory."""
 
-    Attributes:
-        images: (images, height, width, 3) uint8.
-        labels: (images,) int32.
-        class_names: names of the classes.
-        what: an image's name in messages, before its index.
-    """
-
-    images: np.ndarray
-    labels: np.ndarray
+    images: np.ndarray  # (images, height, width, 3) uint8
+    labels: np.ndarray  # (images,) int32
     class_names: tuple[str, ...]
-    what: str = "image"
+    what: str = "image"  # an image's name in messages, before its index
 
     def __len__(self) -> int:
-        """Number of images."""
-        return len(self.images)
+        return len(self.labels)
 
     def __getitem__(self, number: int) -> np.ndarray:
-        """One image."""
         return self.images[number]
 
     def name(self, number: int) -> str:
@@ -53,79 +44,59 @@ class ArrayDataset:
 
 @dataclasses.dataclass(frozen=True)
 class ArrayFile:
-    """Some rows of a `.npy` file, which every process opens for itself.
-
-    Attributes:
-        path: the file: (rows, height, width, 3) uint8.
-        labels: (images,) int32.
-        class_names: names of the classes.
-        severity: the severity whose rows these are, if the file has five; otherwise 0.
-    """
+    """The rows of one severity in a `.npy` file, which every process opens for itself."""
 
     path: Path
-    labels: np.ndarray
+    labels: np.ndarray  # (images,) int32
     class_names: tuple[str, ...]
-    severity: int = 0
+    severity: int = 0  # which of the file's five severities; 0 if it has one
 
     def __len__(self) -> int:
-        """Number of images."""
         return len(self.labels)
 
     def __getitem__(self, number: int) -> np.ndarray:
-        """One image."""
-        return open_array(self.path)[self._row(number)]
+        return _mapped(*_version(self.path))[self._row(number)]
 
     def name(self, number: int) -> str:
         """The image's file and row."""
         return f"{self.path} row {self._row(number)}"
 
-    def _row(self, number: int) -> int:
-        return max(self.severity - 1, 0) * len(self.labels) + number
-
     def content(self) -> str:
         """A digest of the file."""
-        return _digest(self.path, *_version(self.path))
+        return _digest(*_version(self.path))
 
     def check(self) -> None:
         """Raise a ValueError if the file is not as expected, or does not fit the labels."""
-        images, count = len(open_array(self.path)), len(self.labels)
+        images, count = len(_mapped(*_version(self.path))), len(self.labels)
         expected = count * SEVERITIES if self.severity else count
         if images != expected:
             severities = f" at {SEVERITIES} severities" if self.severity else ""
-            fits = {count: "arrays", SEVERITIES * count: "cifar-c"}
-            hint = f"; use --layout {fits[images]}" if images in fits else ""
+            layout = {count: "arrays", SEVERITIES * count: "cifar-c"}.get(images)
             raise ValueError(
                 f"{self.path}: has {images} images, expected {expected} for {count} "
-                f"labels{severities}{hint}"
+                f"labels{severities}{f'; use --layout {layout}' if layout else ''}"
             )
 
-
-def open_array(path: Path) -> np.ndarray:
-    """Map a `.npy` file of images into memory, (images, height, width, 3) uint8."""
-    return _mapped(path, *_version(path))
+    def _row(self, number: int) -> int:
+        return max(self.severity - 1, 0) * len(self.labels) + number
 
 
-def _version(path: Path) -> tuple[int, int]:
-    """What another file under the same name differs in."""
-    return path.stat().st_mtime_ns, path.stat().st_size
+def _version(path: Path) -> tuple[Path, int, int]:
+    """A file, and what another one under its name differs in."""
+    return path, path.stat().st_mtime_ns, path.stat().st_size
 
 
-@functools.lru_cache(maxsize=256)
-def _digest(path: Path, changed: int, size: int) -> str:
-    """A file's digest: all severities in it have the same."""
-    del changed, size
+@functools.lru_cache(maxsize=256)  # all severities in a file have the same
+def _digest(path: Path, *version: int) -> str:
+    del version
     return digest_files([path])
 
 
 @functools.lru_cache(maxsize=32)  # open files, not images
-def _mapped(path: Path, changed: int, size: int) -> np.ndarray:
-    del changed, size
+def _mapped(path: Path, *version: int) -> np.ndarray:
+    del version
     array = _load(path, mmap_mode="r")
-    if array.ndim != 4 or array.shape[-1] != 3 or array.dtype != np.uint8:
-        raise ValueError(
-            f"{path}: is {array.dtype} of shape {array.shape}, expected uint8 of shape (images, "
-            "height, width, 3)"
-        )
+    _check_images(path, array)
     return array
 
 
@@ -136,29 +107,43 @@ def _load(path: Path, **options: Any) -> Any:
         raise ValueError(f"{path}: cannot be read as an array ({error})") from error
 
 
-def open_npz(path: str | Path) -> ArrayDataset:
-    """Open an `.npz` file with images (images, height, width, 3) uint8, labels and class_names.
+def _check_images(path: Path, array: np.ndarray) -> None:
+    if array.ndim != 4 or array.shape[-1] != 3 or array.dtype != np.uint8:
+        raise ValueError(
+            f"{path}: is {array.dtype} of shape {array.shape}, expected uint8 of shape (images, "
+            "height, width, 3)"
+        )
 
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is damaged, lacks an array, or its labels do not fit.
-    """
-    path = Path(path)
+
+def check_labels(path: object, labels: np.ndarray, classes: int | None = None) -> None:
+    """Raise a ValueError if they are not integers from 0 to below the number of classes."""
+    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
+        raise ValueError(
+            f"{path}: labels are {labels.dtype} of shape {labels.shape}, expected integers"
+        )
+    if not len(labels):
+        raise ValueError(f"{path}: has no labels")
+    low, high = labels.min(), labels.max()
+    if low < 0 or (classes is not None and high >= classes):
+        expected = f"0 to {classes - 1} for {classes} classes" if classes else "none below 0"
+        raise ValueError(f"{path}: labels run from {low} to {high}, expected {expected}")
+
+
+def open_npz(path: Path) -> ArrayDataset:
+    """Open an `.npz` file with images (images, height, width, 3) uint8, labels and class_names."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
         with _load(path) as arrays:
             images, labels, names = (arrays[k] for k in ("images", "labels", "class_names"))
-    except (KeyError, TypeError, ValueError, OSError) as error:
+    except (KeyError, ValueError) as error:
         raise ValueError(f"{path}: expected images, labels and class_names ({error})") from error
-    _check_labels(path, labels, len(names))
-    if images.shape[1:] != (*images.shape[1:3], 3) or images.dtype != np.uint8:
-        raise ValueError(f"{path}: images are {images.dtype} of shape {images.shape}, expected …")
+    _check_images(path, images)
+    check_labels(path, labels, len(names))
     if len(images) != len(labels):
         raise ValueError(f"{path}: has {len(images)} images and {len(labels)} labels")
-    return ArrayDataset(
-        images, labels.astype(np.int32), tuple(map(str, names)), f"{path.name} image"
-    )
+    names = tuple(map(str, names))
+    return ArrayDataset(images, labels.astype(np.int32), names, f"{path.name} image")
 
 
 def open_arrays(
@@ -177,23 +162,34 @@ def open_arrays(
         ValueError: if the labels are not integers, are out of range or do not match the files.
     """
     root, names = Path(root), tuple(class_names)
-    labels = read_labels(root)
-    _check_labels(root / "labels.npy", labels, len(names))
-    found = sorted(path.stem for path in root.glob("*.npy") if not is_system(path.name))
-    found.remove("labels")
+    labels, place = read_labels(root), Path(root) / "labels.npy"
+    check_labels(place, labels, len(names))
+    found = {path.stem: path for path in sorted(root.glob("*.npy")) if not is_system(path.name)}
+    del found["labels"]
     if not found:
         raise ValueError(f"{root}: has no <corruption>.npy files")
+    repeated = np.array_equal(np.tile(labels[: len(labels) // SEVERITIES], SEVERITIES), labels)
     if stacked:
-        labels = _of_one_severity(root, labels, [name for name in found if name != CLEAN])
-    elif _repeats(labels):
+        first = next((path for name, path in found.items() if name != CLEAN), None)
+        images = len(_mapped(*_version(first))) if first else 0
+        if images != SEVERITIES * len(labels):
+            if not repeated:
+                hint = "; use --layout arrays for images of one severity"
+                raise ValueError(
+                    f"{place}: has {len(labels)} labels, expected one for each image of "
+                    f"{SEVERITIES} severities in the same order, or for each image of one severity"
+                    f"{hint if images == len(labels) else ''}"
+                )
+            labels = labels[: len(labels) // SEVERITIES]
+    elif repeated:
         log.warning(
             "%s: has the same labels five times; if the images are of five severities, as in "
             "CIFAR-10-C, use --layout cifar-c",
-            root / "labels.npy",
+            place,
         )
     return {
-        Domain(name, severity): ArrayFile(root / f"{name}.npy", labels, names, severity)
-        for name in found
+        Domain(name, severity): ArrayFile(path, labels, names, severity)
+        for name, path in found.items()
         for severity in (range(1, SEVERITIES + 1) if stacked and name != CLEAN else (0,))
     }
 
@@ -204,39 +200,5 @@ def read_labels(root: str | Path) -> np.ndarray:
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file")
     labels = _load(path)
-    _check_labels(path, labels)
+    check_labels(path, labels)
     return labels.astype(np.int32)
-
-
-def _check_labels(path: Path, labels: np.ndarray, classes: int | None = None) -> None:
-    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
-        raise ValueError(
-            f"{path}: labels are {labels.dtype} of shape {labels.shape}, expected integers"
-        )
-    if not len(labels):
-        raise ValueError(f"{path}: has no labels")
-    low, high = labels.min(), labels.max()
-    if low < 0 or (classes is not None and high >= classes):
-        expected = (
-            "none below 0" if classes is None else f"0 to {classes - 1} for {classes} classes"
-        )
-        raise ValueError(f"{path}: labels run from {low} to {high}, expected {expected}")
-
-
-def _of_one_severity(root: Path, labels: np.ndarray, corruptions: Sequence[str]) -> np.ndarray:
-    """The labels of one severity, whether `labels.npy` has them once or repeated."""
-    images = len(open_array(root / f"{corruptions[0]}.npy")) if corruptions else 0
-    if images == SEVERITIES * len(labels):
-        return labels
-    if not _repeats(labels):
-        hint = "; use --layout arrays for images of one severity" if images == len(labels) else ""
-        raise ValueError(
-            f"{root / 'labels.npy'}: has {len(labels)} labels, expected one for each image of "
-            f"{SEVERITIES} severities in the same order, or for each image of one severity{hint}"
-        )
-    return labels[: len(labels) // SEVERITIES]
-
-
-def _repeats(labels: np.ndarray) -> bool:
-    """Whether there are the same labels five times."""
-    return np.array_equal(np.tile(labels[: len(labels) // SEVERITIES], SEVERITIES), labels)

@@ -7,8 +7,6 @@ from pathlib import Path
 from jaxtta.data.class_names import read_table
 from jaxtta.io import read_rows, read_text
 
-BASE = "imagenet"
-
 
 def reference_points(shifted: Sequence[str]) -> list[tuple[float, float]]:
     """Accuracies of classifiers trained on ImageNet with standard supervision.
@@ -22,31 +20,22 @@ def reference_points(shifted: Sequence[str]) -> list[tuple[float, float]]:
         are predicted. Models with a mean of 0 are omitted: ResNet-50 on ImageNet-A alone, whose
         images were selected to be misclassified by it.
 
-    Raises:
-        ValueError: for an unknown set, or if `shifted` is empty.
-
     References:
         Published by timm, https://github.com/huggingface/pytorch-image-models, in `results`; the
         table lists the files.
     """
-    models = read_table("reference-points.json")["models"].values()
-    known = ", ".join(name for name in next(iter(models)) if name != BASE)
-    for name in shifted:
-        if name not in known.split(", "):
-            raise ValueError(f"{name!r} has no published reference points, expected {known}")
-    if not shifted:
-        raise ValueError(f"no shifted sets, expected some of {known}")
-    points = [(one[BASE], sum(one[name] for name in shifted) / len(shifted)) for one in models]
-    return [(base, mean) for base, mean in points if mean > 0]
+    models = read_table("reference-points")["models"].values()
+    known = [name for name in next(iter(models)) if name != "imagenet"]
+    unknown = [name for name in shifted if name not in known]
+    if unknown or not shifted:
+        what = f"{unknown[0]!r} has no published reference points" if unknown else "no shifted sets"
+        raise ValueError(f"{what}, expected some of {', '.join(known)}")
+    means = (sum(one[name] for name in shifted) / len(shifted) for one in models)
+    return [(one["imagenet"], mean) for one, mean in zip(models, means, strict=True) if mean > 0]
 
 
 def read_reference_points(path: Path) -> list[tuple[float, float]]:
-    """Base and shifted accuracy of each model in a .json list of objects or a .csv.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it has no numbers named base and shifted.
-    """
+    """Base and shifted accuracy of each model in a .json list of objects or a .csv."""
     try:
         if path.suffix == ".json":
             rows = json.loads(read_text(path))

@@ -4,7 +4,7 @@ import functools
 import json
 import logging
 import types
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,24 +43,24 @@ def templates_for(layout: str) -> tuple[str, ...]:
 @functools.cache
 def imagenet_templates() -> tuple[str, ...]:
     """CLIP's 80 prompt templates for ImageNet."""
-    return tuple(read_table("imagenet-templates.json"))
+    return tuple(read_table("imagenet-templates"))
 
 
 @functools.cache
 def imagenet_classes() -> types.MappingProxyType[str, str]:
     """CLIP's name for each of ImageNet's 1,000 classes, by wnid in label order."""
-    return types.MappingProxyType(dict(sorted(read_table("imagenet-class-names.json").items())))
+    return types.MappingProxyType(dict(sorted(read_table("imagenet-class-names").items())))
 
 
 @functools.cache
 def cifar100_classes() -> tuple[str, ...]:
     """CIFAR-100's fine classes in label order."""
-    return tuple(read_table("cifar100-class-names.json"))
+    return tuple(read_table("cifar100-class-names"))
 
 
 def read_table(name: str) -> Any:
-    """Read one of the package's tables, such as "imagenet-templates.json"."""
-    return json.loads((TABLES / name).read_text())
+    """One of the package's tables, such as "imagenet-templates"."""
+    return json.loads((TABLES / f"{name}.json").read_text())
 
 
 def given_class_names(names: Sequence[str], folders: Sequence[str] = ()) -> tuple[str, ...]:
@@ -78,23 +78,18 @@ def given_class_names(names: Sequence[str], folders: Sequence[str] = ()) -> tupl
     Raises:
         ValueError: if the file cannot be read, has no name for a folder, or an empty name.
     """
-    if len(names) != 1:
-        return tuple(map(nfc, names))
-    path = Path(names[0])
-    if path.suffix.lower() in (".json", ".txt"):
-        return _read_class_names(path, folders)
-    if path.is_file():
-        raise ValueError(f"{path}: expected class names in a .txt or .json file")
-    return (nfc(names[0]),)
+    if len(names) == 1 and Path(names[0]).suffix.lower() in (".json", ".txt"):
+        return _read_class_names(Path(names[0]), folders)
+    if len(names) == 1 and Path(names[0]).is_file():
+        raise ValueError(f"{names[0]}: expected class names in a .txt or .json file")
+    return tuple(map(nfc, names))
 
 
 def _read_class_names(path: Path, folders: Sequence[str]) -> tuple[str, ...]:
-    if not path.is_file():
-        raise ValueError(f"{path}: cannot be read as class names (no such file)")
-    text = read_text(path)
     try:
+        text = read_text(path)
         names = json.loads(text) if path.suffix.lower() == ".json" else text.rstrip().split("\n")
-    except ValueError as error:
+    except (FileNotFoundError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: cannot be read as class names ({error})") from error
     if isinstance(names, dict):
         if not folders:
@@ -104,24 +99,17 @@ def _read_class_names(path: Path, folders: Sequence[str]) -> tuple[str, ...]:
         if missing:
             raise ValueError(f"{path}: has no name for {', '.join(missing[:5])}")
         names = [by_folder[nfc(folder)] for folder in folders]
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"{path}: expected a list of names")
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or not names:
+        raise ValueError(f"{path}: has no names, expected a list of names")
     names = [nfc(name).strip() for name in names]
-    if not names:
-        raise ValueError(f"{path}: has no names")
     if "" in names:
         raise ValueError(f"{path}: name {names.index('') + 1} of {len(names)} is empty")
-    _warn_of_equal(names, path)
-    return tuple(names)
-
-
-def _warn_of_equal(names: Iterable[str], path: Path) -> None:
-    """Log classes whose names differ at most in case and spaces."""
-    first: dict[str, tuple[int, str]] = {}
+    first: dict[str, int] = {}
     for number, name in enumerate(names):
-        before, other = first.setdefault(" ".join(name.casefold().split()), (number, name))
+        before = first.setdefault(" ".join(name.casefold().split()), number)
         if before != number:
             log.warning(
                 "%s: classes %d and %d have the same name (%s, %s); a tie counts for the first",
-                *(printable(path), before, number, printable(other), printable(name)),
+                *(printable(path), before, number, printable(names[before]), printable(name)),
             )
+    return tuple(names)

@@ -14,7 +14,6 @@ IMAGENET_C_EXTRA = ("speckle_noise", "gaussian_blur", "spatter", "saturate")
 CLEAN = "clean"
 SEVERITIES = 5
 SMALLEST = 32  # minimum side in pixels that the library accepts
-_OWN_SEED = ("impulse_noise", "glass_blur")  # take seed= and ignore numpy's global state
 
 
 def image_seed(seed: int, name: str, severity: int, number: int) -> int:
@@ -24,19 +23,10 @@ def image_seed(seed: int, name: str, severity: int, number: int) -> int:
 
 
 def corrupt(image: np.ndarray, name: str, severity: int, seed: int) -> np.ndarray:
-    """Corrupt one image.
+    """Corrupt one image, (height, width, 3) uint8 with at least 32 pixels a side.
 
     Most of the library's corruptions use numpy's global random state. It is seeded here and
     restored afterwards, so call this from processes, not from threads.
-
-    Args:
-        image: (height, width, 3) uint8, at least 32 pixels a side.
-        name: one of `IMAGENET_C` or `IMAGENET_C_EXTRA`, or "clean".
-        severity: 1 to 5.
-        seed: this image's seed, from `image_seed`.
-
-    Returns:
-        The corrupted image, of the same shape and dtype.
 
     Raises:
         ValueError: for an unknown name or severity, or if the image is too small.
@@ -54,7 +44,8 @@ def corrupt(image: np.ndarray, name: str, severity: int, seed: int) -> np.ndarra
 
     state = np.random.get_state()  # noqa: NPY002 (the library takes no generator)
     np.random.seed(seed)  # noqa: NPY002
-    own = {"seed": seed} if name in _OWN_SEED else {}
+    # two ignore numpy's global state
+    own = {"seed": seed} if name in ("impulse_noise", "glass_blur") else {}
     try:
         with np.errstate(invalid="raise"):
             return imagecorruptions.corrupt(image, severity, name, **own)

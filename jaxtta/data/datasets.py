@@ -31,23 +31,20 @@ IMAGENET_C_5000 = "imagenet-c-5000"
 
 
 class Domain(NamedTuple):
-    """A corruption at a severity.
+    """A corruption ("clean" for none, or a natural shift's name) at a severity.
 
-    Attributes:
-        corruption: its name; "clean" for none. A natural shift has a name of its own.
-        severity: 1 to 5; 0 for clean images and for data with a single fixed severity.
+    The severity is 1 to 5, or 0 for clean images and for data with a single fixed severity.
     """
 
     corruption: str
     severity: int = 0
 
     def __str__(self) -> str:
-        """The corruption, and its severity if it has one."""
         return f"{self.corruption}-{self.severity}" if self.severity else self.corruption
 
 
 class Dataset(Protocol):
-    """Labelled images, read by index.
+    """Labelled images, read by index: (height, width, 3) uint8, or an UnreadableImageError.
 
     It may also have `name(number)`, an image's name for messages; `content()`, a digest by which a
     run notices that the stored images changed; and `check()`, which raises a ValueError if the
@@ -64,13 +61,9 @@ class Dataset(Protocol):
         """Names of the classes."""
         ...
 
-    def __len__(self) -> int:
-        """Number of images."""
-        ...
+    def __len__(self) -> int: ...
 
-    def __getitem__(self, number: int, /) -> np.ndarray:
-        """One image, (height, width, 3) uint8 of any size, or an UnreadableImageError."""
-        ...
+    def __getitem__(self, number: int, /) -> np.ndarray: ...
 
 
 Benchmark = Mapping[Domain, Dataset]
@@ -91,57 +84,10 @@ class Preprocess(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class Subset:
-    """Some images of a dataset, with all of its classes; `numbers` are their indices."""
+class _View:
+    """A dataset of another's images."""
 
     dataset: Dataset
-    numbers: np.ndarray
-
-    @property
-    def labels(self) -> np.ndarray:
-        """Labels (images,)."""
-        return self.dataset.labels[self.numbers]
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """Names of the classes."""
-        return self.dataset.class_names
-
-    def __len__(self) -> int:
-        """Number of images."""
-        return len(self.numbers)
-
-    def __getitem__(self, number: int) -> np.ndarray:
-        """One image."""
-        return self.dataset[int(self.numbers[number])]
-
-    def name(self, number: int) -> str:
-        """An image's name for messages."""
-        return name_of(self.dataset, int(self.numbers[number]))
-
-    def content(self) -> str | None:
-        """A digest of the whole dataset."""
-        return content_of(self.dataset)
-
-    def check(self) -> None:
-        """Check the whole dataset."""
-        _check(self.dataset)
-
-
-@dataclasses.dataclass(frozen=True)
-class Corrupted:
-    """A dataset whose images are corrupted as they are read, each by a seed of its own.
-
-    An image is corrupted at the smaller of its own and the model's resolution: large images after
-    resize and crop, as in ImageNet-C, and images smaller than the model's input before they are
-    enlarged, as in CIFAR-10-C.
-    """
-
-    dataset: Dataset
-    corruption: str
-    severity: int
-    preprocess: Preprocess
-    seed: int = 0
 
     @property
     def labels(self) -> np.ndarray:
@@ -154,15 +100,61 @@ class Corrupted:
         return self.dataset.class_names
 
     def __len__(self) -> int:
-        """Number of images."""
-        return len(self.dataset)
+        return len(self.labels)
+
+    def name(self, number: int) -> str:
+        """The image's name in the other dataset."""
+        return name_of(self.dataset, self._number(number))
+
+    def content(self) -> str | None:
+        """The other dataset's digest."""
+        return content_of(self.dataset)
+
+    def check(self) -> None:
+        """Check the other dataset."""
+        _check(self.dataset)
+
+    def _number(self, number: int) -> int:
+        return number
+
+
+@dataclasses.dataclass(frozen=True)
+class Subset(_View):
+    """Some images of a dataset, with all of its classes; `numbers` are their indices."""
+
+    numbers: np.ndarray
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Labels (images,)."""
+        return self.dataset.labels[self.numbers]
 
     def __getitem__(self, number: int) -> np.ndarray:
-        """One corrupted image: of its own size if it is small, otherwise of the model's."""
+        return self.dataset[self._number(number)]
+
+    def _number(self, number: int) -> int:
+        return int(self.numbers[number])
+
+
+@dataclasses.dataclass(frozen=True)
+class Corrupted(_View):
+    """A dataset whose images are corrupted as they are read, each by a seed of its own.
+
+    An image is corrupted at the smaller of its own and the model's resolution: large images after
+    resize and crop, as in ImageNet-C, and images smaller than the model's input before they are
+    enlarged, as in CIFAR-10-C.
+    """
+
+    corruption: str
+    severity: int
+    preprocess: Preprocess
+    seed: int = 0
+
+    def __getitem__(self, number: int) -> np.ndarray:
         return self.corrupt(number, self.seed)
 
     def corrupt(self, number: int, seed: int) -> np.ndarray:
-        """One image, corrupted with another seed than the dataset's."""
+        """One image, corrupted with another seed: of its own size if small, else the model's."""
         image = self.dataset[number]
         if min(image.shape[:2]) < SMALLEST:
             raise UnreadableImageError(f"{self.name(number)}: smaller than {SMALLEST} pixels")
@@ -171,14 +163,6 @@ class Corrupted:
         seed = image_seed(seed, self.corruption, self.severity, number)
         return corrupt(image, self.corruption, self.severity, seed)
 
-    def name(self, number: int) -> str:
-        """An image's name for messages."""
-        return name_of(self.dataset, number)
-
-    def content(self) -> str | None:
-        """A digest of the clean images."""
-        return content_of(self.dataset)
-
     def check(self) -> None:
         """Raise a ValueError if the model's input is too small for corruptions."""
         if self.preprocess.image_size < SMALLEST:
@@ -186,20 +170,13 @@ class Corrupted:
                 f"the model's input size is {self.preprocess.image_size} pixels, corruptions "
                 f"need at least {SMALLEST}"
             )
-        _check(self.dataset)
+        super().check()
 
 
 def read(
     dataset: Dataset, number: int, seed: int, preprocess: Preprocess
 ) -> tuple[np.ndarray, np.ndarray]:
-    """One image at the model's resolution, and as the dataset gives it.
-
-    Args:
-        dataset: the dataset.
-        number: the image's index.
-        seed: of corruptions made on the fly.
-        preprocess: the model's preprocessing.
-    """
+    """One image at the model's resolution, and as the dataset gives it (corrupted by the seed)."""
     while isinstance(dataset, Subset):
         dataset, number = dataset.dataset, int(dataset.numbers[number])
     if not isinstance(dataset, Corrupted):
@@ -213,20 +190,16 @@ def read(
 
 def name_of(dataset: Dataset, number: int) -> str:
     """An image's name for messages; its index if the dataset has no names."""
-    name = getattr(dataset, "name", None)
-    return f"image {number}" if name is None else name(number)
+    return getattr(dataset, "name", lambda number: f"image {number}")(number)
 
 
 def content_of(dataset: Dataset) -> str | None:
     """A digest of a dataset's stored images; None if it cannot tell whether they changed."""
-    content = getattr(dataset, "content", None)
-    return None if content is None else content()
+    return getattr(dataset, "content", lambda: None)()
 
 
 def _check(dataset: Dataset) -> None:
-    check = getattr(dataset, "check", None)
-    if check is not None:
-        check()
+    getattr(dataset, "check", lambda: None)()
 
 
 def corrupted(dataset: Dataset, preprocess: Preprocess) -> dict[Domain, Dataset]:
@@ -252,17 +225,13 @@ def select(benchmark: Benchmark, domains: Iterable[Domain]) -> None:
 
 def require_domains(benchmark: Benchmark, domains: Iterable[Domain]) -> None:
     """Raise a ValueError for a missing domain, without looking at the datasets."""
-    for domain in domains:
-        if domain in benchmark:
-            continue
-        severities = [d.severity for d in benchmark if d.corruption == domain.corruption]
+    for corruption, severity in (domain for domain in domains if domain not in benchmark):
+        severities = [str(domain.severity) for domain in benchmark if domain[0] == corruption]
         if severities:
-            raise ValueError(
-                f"severity of {domain.corruption} is {domain.severity}, expected "
-                f"{' or '.join(map(str, severities))}"
-            )
-        known = ", ".join(dict.fromkeys(d.corruption for d in benchmark)) or "none"
-        raise ValueError(f"unknown corruption {domain.corruption!r}, expected one of {known}")
+            expected = " or ".join(severities)
+            raise ValueError(f"severity of {corruption} is {severity}, expected {expected}")
+        known = ", ".join(dict.fromkeys(domain.corruption for domain in benchmark))
+        raise ValueError(f"unknown corruption {corruption!r}, expected one of {known}")
 
 
 def labels_of(benchmark: Benchmark) -> np.ndarray:
@@ -276,14 +245,8 @@ def class_names_of(benchmark: Benchmark) -> tuple[str, ...]:
 
 
 def subset(benchmark: Benchmark, numbers: np.ndarray) -> dict[Domain, Dataset]:
-    """The same images of every domain.
-
-    Args:
-        benchmark: the benchmark.
-        numbers: (images,) integers, indices of the images.
-    """
-    numbers = np.asarray(numbers)
-    return {domain: Subset(dataset, numbers) for domain, dataset in benchmark.items()}
+    """The same images of every domain, by their indices (images,)."""
+    return {domain: Subset(data, np.asarray(numbers)) for domain, data in benchmark.items()}
 
 
 def listed_subset(benchmark: Benchmark, ids: str | Path) -> dict[Domain, Dataset]:
@@ -299,25 +262,24 @@ def listed_subset(benchmark: Benchmark, ids: str | Path) -> dict[Domain, Dataset
         FileNotFoundError: if there is no such list.
         ValueError: if the benchmark lacks one of the list, or a name is there twice.
     """
-    files = next((d.files for d in benchmark.values() if hasattr(d, "files")), ())  # pyright: ignore
-    names = [_listed_name(str(file)) for file in files]
+    files = next((found for d in benchmark.values() if (found := getattr(d, "files", ()))), ())
+    names = [_listed_name(file) for file in files]
     path = TABLES / f"{ids}.txt" if str(ids) == IMAGENET_C_5000 else Path(ids)
-    lines = (line.strip() for line in read_text(path).split("\n"))
-    wanted = [_listed_name(line) for line in lines if line]
+    wanted = [_listed_name(line.strip()) for line in read_text(path).split("\n") if line.strip()]
     numbers = {name: number for number, name in enumerate(names)}
     missing = [name for name in wanted if name not in numbers]
     if missing or not wanted:
-        first = f", such as {'/'.join(missing[0])}" if missing else ""
+        first = f", such as {missing[0]}" if missing else ""
         raise ValueError(
             f"{path}: lists {len(wanted)} images, of which the {len(files)} files here lack "
             f"{len(missing)}{first}"
         )
     for place, count in (("the list", Counter(wanted)), ("the folder", Counter(names))):
         if twice := next((name for name in wanted if count[name] > 1), None):
-            raise ValueError(f"{path}: {'/'.join(twice)} is {count[twice]} times in {place}")
+            raise ValueError(f"{path}: {twice} is {count[twice]} times in {place}")
     return subset(benchmark, np.asarray([numbers[name] for name in wanted]))
 
 
-def _listed_name(path: str) -> tuple[str, ...]:
+def _listed_name(path: str | Path) -> str:
     """The part of a path that lists of images have: class folder and file."""
-    return Path(nfc(path)).parts[-2:]
+    return "/".join(Path(nfc(str(path))).parts[-2:])

@@ -1,21 +1,33 @@
-"""Images in class folders or with captions."""
+"""Images in class folders, with captions, or in ImageNet-C's folders."""
 
 import dataclasses
+import functools
 import itertools
 import logging
 import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from jaxtta.data.content import digest_files
-from jaxtta.data.recognise import entries_of, folders_in, is_folder, refuse_other_layouts
-from jaxtta.images import SUFFIXES, UnreadableImageError, open_image, printable
-from jaxtta.io import nfc, read_rows
+from jaxtta.data.corruptions import CLEAN, SEVERITIES
+from jaxtta.data.datasets import Domain
+from jaxtta.data.recognise import folders_in, hints, refuse_other_layouts
+from jaxtta.images import (
+    UnreadableImageError,
+    count_suffixes,
+    entries_of,
+    find_images,
+    is_folder,
+    is_image,
+    log_passed_over,
+    open_image,
+    printable,
+)
+from jaxtta.io import digest_files, nfc, read_rows
 
 log = logging.getLogger(__name__)
 
@@ -47,11 +59,9 @@ class ImageFolder:
         return tuple(self.root / path for path in self.paths)
 
     def __len__(self) -> int:
-        """Number of images."""
         return len(self.paths)
 
     def __getitem__(self, number: int) -> np.ndarray:
-        """Open one image in 8-bit RGB, or raise an UnreadableImageError."""
         pixels = np.asarray(open_image(self.root / self.paths[number], raw=self.raw))
         height, width, _ = pixels.shape
         if min(height, width) <= 2 * self.border:
@@ -72,35 +82,24 @@ class ImageFolder:
 
 
 def class_folders(root: str | Path) -> list[Path]:
-    """The class folders of a folder, in the order of `in_class_order`.
-
-    Raises:
-        FileNotFoundError: if there is no such folder.
-        ValueError: if it has fewer than two class folders, if they are splits or corruptions, or if
-            two have the same name.
-    """
-    folders = in_class_order(folders_in(Path(root)))
+    """The class folders of a folder, sorted; an error for splits, corruptions or fewer than two."""
+    folders = _in_class_order(folders_in(Path(root)))
     refuse_other_layouts(Path(root), folders)
     return folders
 
 
-def in_class_order(folders: Iterable[Path]) -> list[Path]:
-    """Sort class folders by name, with the numbers in names as numbers (0 to 11; c1 to c12).
+def _in_class_order(folders: Iterable[Path]) -> list[Path]:
+    """Sort class folders by name, with the numbers in names as numbers (0 to 11; c1 to c12)."""
 
-    Raises:
-        ValueError: if two have the same name in different Unicode forms.
-    """
-    folders = sorted(folders, key=lambda folder: (_with_numbers(nfc(folder.name)), folder.name))
+    def key(folder: Path) -> tuple[list[str | int], str]:
+        parts = re.split("([0-9]+)", nfc(folder.name))  # text and numbers in turn
+        return [int(part) if place % 2 else part for place, part in enumerate(parts)], folder.name
+
+    folders = sorted(folders, key=key)
     for folder, following in itertools.pairwise(folders):
         if nfc(folder.name) == nfc(following.name):
             raise ValueError(f"{folder}: two class folders have this name, in two Unicode forms")
     return folders
-
-
-def _with_numbers(name: str) -> list[str | int]:
-    """A name's parts: text and numbers in turn, so that parts in the same place can be compared."""
-    parts = re.split("([0-9]+)", name)
-    return [int(part) if place % 2 else part for place, part in enumerate(parts)]
 
 
 def list_folders(
@@ -123,16 +122,15 @@ def list_folders(
     root = Path(root)
     paths, labels, others, nested = [], [], Counter[str](), []
     for label, folder in enumerate(folders):
-        name = "" if folder == root else folder.name
-        listed, passed = _listed(folder, name, root)
+        listed, passed = find_images(folder, root)
         if not listed:
-            also = f", it has {_counted(passed)}, which cannot be read here" if passed else ""
+            also = f", it has {count_suffixes(passed)}, which cannot be read here" if passed else ""
             raise ValueError(f"{folder}: class folder without images{also}")
-        paths += listed
+        paths += listed if folder == root else [f"{folder.name}/{path}" for path in listed]
         labels += [label] * len(listed)
         others += passed
-        nested += [folder.parent / path for path in listed if path.count("/") > bool(name)]
-    _log_passed_over(root, others)
+        nested += [folder / path for path in listed if "/" in path]
+    log_passed_over(root, others)
     if nested and len(folders) > 1:
         log.warning(
             "%s: %d of %d images lie in sub-folders of the class folders, such as %s, and are of "
@@ -143,85 +141,20 @@ def list_folders(
     return ImageFolder(root, tuple(paths), labels, tuple(class_names), raw=raw)
 
 
-def list_images(folder: str | Path) -> list[Path]:
-    """List the images in a folder and below, sorted; links are followed, none is opened.
-
-    Files of other formats are logged by suffix; hidden and system entries are skipped.
-    """
-    paths, others = _listed(Path(folder), "", folder)
-    _log_passed_over(folder, others)
-    return [Path(folder) / path for path in paths]
-
-
-def _log_passed_over(root: str | Path, others: Counter[str]) -> None:
-    if others:
-        count, place = others.total(), printable(root)
-        log.warning("%s: %d files passed over: %s", place, count, _counted(others))
-
-
-def images_in(folder: Path) -> Iterator[str]:
-    """The paths in a folder of the images in it and below, sorted; none if there is no folder."""
-    if folder.is_dir():
-        yield from (path for path, entry in _walk(folder, "", set()) if _is_image(entry))
-
-
-def _listed(folder: Path, name: str, root: str | Path) -> tuple[list[str], Counter[str]]:
-    """The images of a class folder, sorted, and a count of its other files by suffix."""
-    images, others = [], Counter[str]()
-    outside = {os.path.realpath(root)} - {os.path.realpath(folder)}
-    for path, entry in _walk(folder, name, outside):
-        if _is_image(entry):
-            images.append(path)
-        else:
-            others[Path(path).suffix.lower()] += 1
-    return images, others
-
-
-def _walk(folder: str | Path, name: str, seen: set[str]) -> Iterator[tuple[str, os.DirEntry[str]]]:
-    """Every file below, sorted, with its path from `name` on.
-
-    Links to folders are followed, but no folder is entered twice.
-    """
-    place = os.path.realpath(folder)
-    if place in seen:
-        return
-    seen.add(place)
-    for entry in sorted(entries_of(folder), key=lambda entry: entry.name):
-        path = f"{name}/{entry.name}" if name else entry.name
-        if is_folder(entry):
-            yield from _walk(entry.path, path, seen)
-        else:
-            yield path, entry
-
-
-def _is_image(entry: os.DirEntry[str]) -> bool:
-    """Whether a file is called like an image; a broken link is one that cannot be read."""
-    return entry.name.lower().endswith(SUFFIXES) and (entry.is_symlink() or entry.is_file())
-
-
-def _counted(suffixes: Counter[str]) -> str:
-    """A count as text: 2 .heic, 1 .txt."""
-    return ", ".join(
-        f"{count} {printable(suffix) or 'without a suffix'}"
-        for suffix, count in suffixes.most_common()
-    )
-
-
 def image_folder(root: str | Path) -> ImageFolder:
     """List the images of `root/<class>/…`, to be opened upright; see `class_folders`."""
     folders = class_folders(root)
-    alone = sum(_is_image(entry) for entry in entries_of(root) if not is_folder(entry))
+    alone = sum(is_image(entry) for entry in entries_of(root) if not is_folder(entry))
     if alone:
         log.warning("%s: %d images outside the class folders passed over", printable(root), alone)
     return list_folders(root, folders, [nfc(folder.name) for folder in folders])
 
 
 def captioned_folder(root: str | Path) -> ImageFolder:
-    """List the images in a folder's `captions.csv`, to be opened upright, a class a caption.
+    """List the images in a folder's `captions.csv`, to be opened upright, with a class per caption.
 
-    Args:
-        root: the folder with the file, which has columns file and caption, separated by commas,
-            semicolons or tabs; its paths are relative to this folder.
+    The file has columns file and caption, separated by commas, semicolons or tabs; its paths are
+    relative to the folder.
 
     Raises:
         FileNotFoundError: if there is no such folder.
@@ -234,24 +167,125 @@ def captioned_folder(root: str | Path) -> ImageFolder:
     table = root / "captions.csv"
     if not table.is_file():
         raise ValueError(f"{root}: has no captions.csv, with columns file and caption")
-    paths, captions = [], []
+    captions: list[tuple[str, str]] = []
     for line, row in read_rows(table, ("file", "caption")):
         # disks and spreadsheets may have a name in different Unicode forms
-        forms = (
-            row["file"],
-            *(unicodedata.normalize(form, row["file"]) for form in ("NFC", "NFD")),
-        )
+        forms = row["file"], nfc(row["file"]), unicodedata.normalize("NFD", row["file"])
         path = next((form for form in forms if (root / form).is_file()), None)
         caption = nfc(row["caption"]).strip()
         if path is None:
             raise ValueError(f"{line}: no such image: {row['file']!r}")
         if not caption:
             raise ValueError(f"{table}: {row['file']} has no caption")
-        paths.append(path)
-        captions.append(caption)
-    if not paths:
-        raise ValueError(f"{table}: lists no image")
-    names, labels = np.unique(captions, return_inverse=True)
+        captions.append((path, caption))
+    names, labels = np.unique([caption for _, caption in captions], return_inverse=True)
     if len(names) < 2:
-        raise ValueError(f"{table}: has one caption for all images, expected at least two")
-    return ImageFolder(root, tuple(paths), labels.astype(np.int32), tuple(names.tolist()))
+        raise ValueError(f"{table}: has {len(names)} different captions, expected at least two")
+    paths = tuple(path for path, _ in captions)
+    return ImageFolder(root, paths, labels.astype(np.int32), tuple(names.tolist()))
+
+
+@dataclasses.dataclass(frozen=True)
+class DomainFolder(ImageFolder):
+    """One domain's images in ImageNet-C's layout; those that its folder lacks are unreadable.
+
+    Attributes:
+        clean: whether it may have more images than are listed: some may not have been corrupted.
+        others: the folders of all domains.
+    """
+
+    clean: bool = False
+    others: tuple[Path, ...] = ()
+
+    def check(self) -> None:
+        """Log which images are missing, once, and refuse a corruption with others than listed."""
+        _ = self._compared
+
+    @functools.cached_property
+    def _compared(self) -> bool:
+        stored, listed = (
+            {path for path in find_images(self.root)[0] if "/" in path},
+            set(self.paths),
+        )
+        missing, more = [path for path in self.paths if path not in stored], sorted(stored - listed)
+        if more and not self.clean:
+            poor = next(place for place in self.others if not os.path.lexists(place / more[0]))
+            raise ValueError(
+                f"{self.root}: has {len(more)} images that {poor} lacks, such as "
+                f"{printable(more[0])}: complete that folder, or remove them from this one"
+            )
+        for what, paths in (
+            ("lacks %d of %d images, unreadable there", missing),
+            ("has %d images besides the %d listed, left out", more),
+        ):
+            if paths:
+                message = f"%s: {what}, such as %s"
+                log.warning(message, self.root, len(paths), len(listed), printable(paths[0]))
+        return True
+
+
+def imagenet_c(
+    root: str | Path, names_of: Callable[[Sequence[str]], Sequence[str]] = tuple
+) -> dict[Domain, DomainFolder]:
+    """Open a folder in ImageNet-C's layout.
+
+    The classes are those of all domains. The images of a class are listed from the domain with the
+    most classes that has any; the others have the same file names.
+
+    Args:
+        root: contains `<corruption>/<severity>/<class>/…`, or folders that do (`noise/`, `blur/`,
+            as in the public archives), and optionally `clean/<class>/…` with the same names.
+        names_of: class names from the names of the class folders, which it gets in label order.
+
+    Raises:
+        FileNotFoundError: if there is no such folder.
+        ValueError: if the layout is different, a domain is there twice, there are fewer than two
+            classes, or a class has no image in any domain.
+    """
+    root = Path(root)
+    domains, folders = _domains(root), folders_in(root)
+    for folder in folders:
+        if not any(folder in place.parents for place in domains.values()):
+            for domain, place in _domains(folder).items():
+                if domains.setdefault(domain, place) != place:
+                    raise ValueError(f"{root}: {domain} is in {domains[domain]} and in {place}")
+    if not domains:
+        raise ValueError(
+            f"{root}: has no <corruption>/<severity 1 to {SEVERITIES}> folders"
+            f"{hints(root, folders)}"
+        )
+    classes = {place: {path.name for path in folders_in(place)} for place in domains.values()}
+    places = sorted(classes, key=lambda place: -len(classes[place]))  # stable: the first of equals
+    known = set().union(*classes.values())
+    if len(known) < 2:
+        raise ValueError(f"{places[0]}: has {len(known)} class folders, expected at least two")
+    folders = []
+    for name in known:  # each from the first domain that has images of it
+        having = (
+            place for place in places if (place / name).is_dir() and find_images(place / name)[0]
+        )
+        folders.append(next(having, places[0]) / name)
+    folders = _in_class_order(folders)
+    listed = list_folders(root, folders, names_of([nfc(folder.name) for folder in folders]))
+    fields = {"raw": True, "others": tuple(domains.values())}
+    shared = listed.paths, listed.labels, listed.class_names
+    benchmark = {
+        domain: DomainFolder(place, *shared, **fields, clean=domain.corruption == CLEAN)
+        for domain, place in domains.items()
+    }
+    for dataset in benchmark.values():
+        if classes[dataset.root] != known:
+            dataset.check()
+    return benchmark
+
+
+def _domains(root: Path) -> dict[Domain, Path]:
+    domains = {}
+    for folder in folders_in(root):
+        if folder.name == CLEAN:
+            domains[Domain(CLEAN)] = folder
+            continue
+        for severity in range(1, SEVERITIES + 1):
+            if (folder / str(severity)).is_dir():
+                domains[Domain(folder.name, severity)] = folder / str(severity)
+    return domains

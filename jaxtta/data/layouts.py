@@ -1,15 +1,11 @@
 """Loaders for the folder and file layouts of common datasets.
 
-Class names are the usual ones for CLIP; if only some of ImageNet's class folders are present, as in
-ImageNet-A and -R, only those classes are used.
-
-The layouts of benchmarks are read as their published results read them: images as they are stored,
-whatever their EXIF orientation or transparency. Own images (the layout "folder") are turned upright
-and laid over white.
+Class names are the usual ones for CLIP, of the classes that are present. Images of benchmarks are
+read as they are stored, as in published results, whatever their EXIF orientation or transparency;
+own images (the layout "folder") are turned upright and laid over white.
 """
 
 import dataclasses
-import json
 import logging
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,25 +14,20 @@ from typing import Any
 
 import numpy as np
 
-from jaxtta.data.arrays import open_arrays, open_npz, read_labels
-from jaxtta.data.class_names import (
-    CIFAR10_CLASSES,
-    cifar100_classes,
-    given_class_names,
-    imagenet_classes,
-)
+from jaxtta.data import class_names as tables
+from jaxtta.data.arrays import check_labels, open_arrays, open_npz, read_labels
+from jaxtta.data.class_names import given_class_names
 from jaxtta.data.corruptions import CLEAN
 from jaxtta.data.datasets import Benchmark, Dataset, Domain, Preprocess, corrupted
-from jaxtta.data.folders import ImageFolder, class_folders, image_folder, list_folders
-from jaxtta.data.imagenet_c import imagenet_c
+from jaxtta.data.folders import ImageFolder, class_folders, image_folder, imagenet_c, list_folders
 from jaxtta.data.tfds import open_tfds
 from jaxtta.images import printable
-from jaxtta.io import read_text
+from jaxtta.io import read_json, read_text
 
 log = logging.getLogger(__name__)
 
 # Layout: the dataset's folder, its list of images, the folder that paths in it are relative to.
-_SPLITS = {
+_CROSS_DATASET = {
     "caltech101": ("caltech-101", "split_zhou_Caltech101.json", "101_ObjectCategories"),
     "oxford-pets": ("oxford_pets", "split_zhou_OxfordPets.json", "images"),
     "stanford-cars": ("stanford_cars", "split_zhou_StanfordCars.json", ""),
@@ -46,6 +37,7 @@ _SPLITS = {
     "dtd": ("dtd", "split_zhou_DescribableTextures.json", "images"),
     "eurosat": ("eurosat", "split_zhou_EuroSAT.json", "2750"),
     "ucf101": ("ucf101", "split_zhou_UCF101.json", "UCF-101-midframes"),
+    "fgvc-aircraft": ("fgvc_aircraft", "variants.txt", "images"),
 }
 _OBJECTNET_BORDER = 2  # ObjectNet images have a 2-px red border
 
@@ -57,19 +49,19 @@ def _imagenet(root: Path) -> ImageFolder:
     return list_folders(root, folders, names, raw=True)
 
 
-def _names_of_wnids(root: str | Path, wnids: Sequence[str]) -> list[str]:
-    names = imagenet_classes()
-    unknown = [wnid for wnid in wnids if wnid not in names]
-    if unknown:
-        raise ValueError(
-            f"{root}: folder {unknown[0]} is not one of ImageNet's 1,000 wnids (such as n01440764)"
-        )
+def _names_of_wnids(root: Path, wnids: Sequence[str]) -> list[str]:
+    names = tables.imagenet_classes()
+    for wnid in wnids:
+        if wnid not in names:
+            raise ValueError(
+                f"{root}: folder {wnid} is not one of ImageNet's 1,000 wnids (such as n01440764)"
+            )
     return [names[wnid] for wnid in wnids]
 
 
 def _imagenet_v2(root: Path) -> ImageFolder:
     """`root/<0 to 999>/…`, folders named by the index of ImageNet's wnid."""
-    folders, names = class_folders(root), tuple(imagenet_classes().values())
+    folders, names = class_folders(root), tuple(tables.imagenet_classes().values())
     for folder in folders:
         if not re.fullmatch("0|[1-9][0-9]{0,2}", folder.name):
             raise ValueError(f"{root}: folder {folder.name} is not a class number from 0 to 999")
@@ -78,36 +70,28 @@ def _imagenet_v2(root: Path) -> ImageFolder:
 
 def _objectnet(root: Path) -> ImageFolder:
     """ObjectNet's images of classes that are also in ImageNet, without their red border."""
-    images, mappings = root / "images", root / "mappings"
-    labels = _json(mappings / "folder_to_objectnet_label.json")
-    overlap = _json(mappings / "objectnet_to_imagenet_1k.json")
-    folders = class_folders(images)
-    unknown = [folder.name for folder in folders if folder.name not in labels]
-    if unknown:
-        raise ValueError(
-            f"{mappings / 'folder_to_objectnet_label.json'}: has no label for folder {unknown[0]}"
-        )
+    mapping = root / "mappings" / "folder_to_objectnet_label.json"
+    labels = read_json(mapping)
+    overlap = read_json(mapping.with_name("objectnet_to_imagenet_1k.json"))
+    folders = class_folders(root / "images")
+    for folder in folders:
+        if folder.name not in labels:
+            raise ValueError(f"{mapping}: has no label for folder {folder.name}")
     folders = [folder for folder in folders if labels[folder.name] in overlap]
     if not folders:
-        raise ValueError(f"{images}: has no folder of a class that is in ImageNet")
+        raise ValueError(f"{root / 'images'}: has no folder of a class that is in ImageNet")
     names = [labels[folder.name] for folder in folders]
-    listed = list_folders(images, folders, names, raw=True)
+    listed = list_folders(root / "images", folders, names, raw=True)
     return dataclasses.replace(listed, border=_OBJECTNET_BORDER)
 
 
-def listed_split(path: str | Path, images: str | Path, split: str = "test") -> ImageFolder:
+def listed_split(path: Path, images: Path, split: str = "test") -> ImageFolder:
     """List the images of a `split_zhou_….json`, the format of prompt-learning benchmarks.
 
-    Args:
-        path: the file: `{"train": [[path, label, class name], …], "val": …, "test": …}`.
-        images: the folder that its paths are relative to.
-        split: the list to use; the classes are those of all lists.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if the format is different, or its labels are not consecutive from 0.
+    The file is `{"train": [[path, label, class name], …], "val": …, "test": …}`, with paths
+    relative to `images`; the classes are those of all lists.
     """
-    lists = _json(path)
+    lists = read_json(path)
     if not all(isinstance(entries, list) for entries in lists.values()):
         raise ValueError(f"{path}: expected a list of images under each of {_few(lists)}")
     if not lists.get(split):
@@ -120,54 +104,35 @@ def listed_split(path: str | Path, images: str | Path, split: str = "test") -> I
                     raise ValueError(f"{path}: label {label} is both {names[label]!r} and {name!r}")
             case _:
                 raise ValueError(f"{path}: has {entry!r}, expected [path, label, class name]")
-    if sorted(names) != list(range(len(names))):
-        raise ValueError(
-            f"{path}: labels run from {min(names)} to {max(names)}, expected 0 to "
-            f"{len(names) - 1} for {len(names)} classes"
-        )
+    check_labels(path, np.asarray([*names]), len(names))
     paths, labels, _ = zip(*lists[split], strict=True)
     classes = tuple(names[label].replace("_", " ") for label in range(len(names)))
-    return ImageFolder(Path(images), paths, np.asarray(labels, np.int32), classes, raw=True)
+    return ImageFolder(images, paths, np.asarray(labels, np.int32), classes, raw=True)
 
 
-def _fgvc_aircraft(root: Path, split: str) -> ImageFolder:
+def _fgvc_aircraft(variants: Path, images: Path, split: str) -> ImageFolder:
     """FGVC-Aircraft's images by variant, in the order of `variants.txt`."""
-    listed = root / f"images_variant_{split}.txt"
-    names = filter(None, map(str.strip, read_text(root / "variants.txt").split("\n")))
-    numbers = {variant: number for number, variant in enumerate(names)}
-    paths, labels = [], []
-    for line in filter(str.strip, read_text(listed).split("\n")):
-        file, _, variant = line.partition(" ")
-        if variant.strip() not in numbers:
-            raise ValueError(f"{listed}: line {line!r} has none of the {len(numbers)} variants")
-        paths.append(f"{file}.jpg")
-        labels.append(numbers[variant.strip()])
-    if not paths:
+    listed = variants.with_name(f"images_variant_{split}.txt")
+    names = [*filter(None, map(str.strip, read_text(variants).split("\n")))]
+    lines = [*filter(str.strip, read_text(listed).split("\n"))]
+    pairs = [(file, variant.strip()) for file, _, variant in (x.partition(" ") for x in lines)]
+    for line, (_, variant) in zip(lines, pairs, strict=True):
+        if variant not in names:
+            raise ValueError(f"{listed}: line {line!r} has none of the {len(names)} variants")
+    if not pairs:
         raise ValueError(f"{listed}: lists no images")
-    labels = np.asarray(labels, np.int32)
-    return ImageFolder(root / "images", tuple(paths), labels, tuple(numbers), raw=True)
-
-
-def _cross_dataset(layout: str, root: Path, split: str) -> ImageFolder:
-    """A cross-dataset set, given its own folder or the parent folder."""
-    folder, name, images = _SPLITS.get(layout, ("fgvc_aircraft", "", ""))
-    root = root / folder if (root / folder).is_dir() else root
-    if layout == "fgvc-aircraft":
-        return _fgvc_aircraft(root, split)
-    return listed_split(root / name, root / images, split)
-
-
-def _folder(root: Path) -> Dataset:
-    return open_npz(root) if root.suffix == ".npz" else image_folder(root)
+    labels = np.asarray([names.index(variant) for _, variant in pairs], np.int32)
+    return ImageFolder(
+        images, tuple(f"{file}.jpg" for file, _ in pairs), labels, (*names,), raw=True
+    )
 
 
 _CLEAN: Mapping[str, Callable[[Path], Dataset]] = {
-    "folder": _folder,
+    "folder": lambda root: open_npz(root) if root.suffix == ".npz" else image_folder(root),
     "imagenet": _imagenet,
     "imagenet-v2": _imagenet_v2,
     "objectnet": _objectnet,
 }
-_CROSS_DATASET = (*_SPLITS, "fgvc-aircraft")
 _STORED = ("imagenet-c", "cifar-c", "arrays")
 LAYOUTS = (*_CLEAN, *_CROSS_DATASET, *_STORED, "tfds")
 """The layouts that `open_dataset` and `open_benchmark` can open."""
@@ -191,8 +156,7 @@ def open_dataset(
         root: the folder; for a cross-dataset set its own or the parent folder; for "tfds" a name,
             with a split after a colon if it is not the test split ("cifar10:train").
         class_names: class names to use instead of the layout's, or one file with them.
-        split: the split of a cross-dataset set, or of a tfds name without one; the folders of the
-            other layouts are one split each.
+        split: the split of a cross-dataset set, or of a tfds name without one.
         data_dir: folder of prepared datasets for "tfds"; None for the default.
 
     Raises:
@@ -209,11 +173,16 @@ def open_dataset(
         if Domain(CLEAN) not in benchmark:
             raise ValueError(f"{root}: has no clean images, only {_few(benchmark)}")
         return benchmark[Domain(CLEAN)]
-    if layout == "tfds":
-        name, own = _name_and_split(str(root))
-        images = open_tfds(name, own or split, data_dir)
+    if layout == "tfds":  # "cifar10", "cifar10:train" or, with a version, "cifar10:3.0.2:train"
+        match = re.fullmatch(r"([^:]*(?::\d+\.\d+\.\d+)?)(?::(.*))?", str(root))
+        if match is None:
+            raise ValueError(f"{str(root)!r} is not a dataset's name")
+        images = open_tfds(match[1], match[2] or split, data_dir)
     elif layout in _CROSS_DATASET:
-        images = _cross_dataset(layout, Path(root), split)
+        own, listed, folder = _CROSS_DATASET[layout]
+        place = Path(root) / own if (Path(root) / own).is_dir() else Path(root)
+        opened = _fgvc_aircraft if layout == "fgvc-aircraft" else listed_split
+        images = opened(place / listed, place / folder, split)
     else:
         images = _CLEAN[layout](Path(root))
     folders = images.class_names if layout == "folder" else ()
@@ -240,29 +209,19 @@ def open_benchmark(
 
 
 def _open_stored(layout: str, root: Path, given: Sequence[str]) -> Benchmark:
+    def names_of(folders: Sequence[str]) -> Sequence[str]:
+        if given or not any(folder in tables.imagenet_classes() for folder in folders):
+            return _class_names(folders, given, folders)
+        return _names_of_wnids(root, folders)
+
     if layout == "imagenet-c":
-
-        def names_of(folders: Sequence[str]) -> Sequence[str]:
-            if given or not any(folder in imagenet_classes() for folder in folders):
-                return _class_names(folders, given, folders)
-            return _names_of_wnids(root, folders)
-
         return imagenet_c(root, names_of)
     names = given_class_names(given)
     if not names and layout == "arrays":
         raise ValueError(f"{root}: arrays have no class names, set them")
-    if not names:
-        few = read_labels(root).max() < len(CIFAR10_CLASSES)
-        names = CIFAR10_CLASSES if few else cifar100_classes()
+    few = not names and read_labels(root).max() < len(tables.CIFAR10_CLASSES)
+    names = names or (tables.CIFAR10_CLASSES if few else tables.cifar100_classes())
     return open_arrays(root, names, layout == "cifar-c")
-
-
-def _name_and_split(text: str) -> tuple[str, str]:
-    """Name and split from "cifar10", "cifar10:train" or, with a version, "cifar10:3.0.2:train"."""
-    match = re.fullmatch(r"([^:]*(?::\d+\.\d+\.\d+)?)(?::(.*))?", text)
-    if match is None:
-        raise ValueError(f"{text!r} is not a dataset's name")
-    return match[1], match[2] or ""
 
 
 def _class_names(
@@ -275,7 +234,9 @@ def _class_names(
         return tuple(own)
     if len(names) != len(own):
         raise ValueError(f"{len(names)} class names for {len(own)} classes ({_few(own)})")
-    if sorted(folders) != [*folders] and not _consecutive(folders):
+    numbers = [int(match[0]) for folder in folders if (match := re.search("[0-9]+", folder))]
+    counted = numbers[:1] in ([0], [1]) and numbers == [*range(numbers[0], numbers[0] + len(names))]
+    if sorted(folders) != [*folders] and not counted:
         pairs = [f"{folder} is {name!r}" for folder, name in zip(folders, names, strict=True)]
         log.warning("class folders are sorted by number, with gaps: %s", _few(pairs))
     return names
@@ -284,12 +245,8 @@ def _class_names(
 def require_meaning(names: Sequence[str], folders: Sequence[str] = ()) -> None:
     """Check that class names that were not given mean something to a model.
 
-    Args:
-        names: of the classes.
-        folders: their folders on disk; empty if the names are from elsewhere.
-
     Raises:
-        ValueError: for wnids; for folders that are numbers or no text.
+        ValueError: for wnids; for folders on disk that are numbers or no text.
     """
     for name in names:  # "a photo of a n01440764." or of "a 3." means nothing to a model
         if re.fullmatch(r"n\d{8}", name):
@@ -298,32 +255,12 @@ def require_meaning(names: Sequence[str], folders: Sequence[str] = ()) -> None:
                 "ImageNet's, or set the class names"
             )
     for folder in folders:
-        if re.fullmatch(r"-?\d+([.,]\d+)?", folder):
-            raise ValueError(f"class folder {folder} is a number: set the class names")
-        if folder != printable(folder):
-            raise ValueError(
-                f"class folder {printable(folder)} has a name that is not text: set the class names"
-            )
-
-
-def _consecutive(folders: Sequence[str]) -> bool:
-    """Whether the first numbers in the names are consecutive from 0 or 1."""
-    found = [re.search("[0-9]+", folder) for folder in folders]
-    numbers = [int(match[0]) if match else -1 for match in found]
-    return numbers[0] in (0, 1) and numbers == [*range(numbers[0], numbers[0] + len(numbers))]
+        number = re.fullmatch(r"-?\d+([.,]\d+)?", folder)
+        if number or folder != printable(folder):
+            what = "is a number" if number else "has a name that is not text"
+            raise ValueError(f"class folder {printable(folder)} {what}: set the class names")
 
 
 def _few(items: Iterable[Any]) -> str:
     items = list(map(str, items))
     return ", ".join(items[:5]) + (", …" if len(items) > 5 else "") or "none"
-
-
-def _json(path: str | Path) -> dict[str, Any]:
-    text = read_text(path)
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{path}: is not valid JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: has a {type(value).__name__}, expected an object")
-    return value

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from jaxtta.images import UnreadableImageError, open_image, to_rgb
+from jaxtta.data.arrays import check_labels
+from jaxtta.images import UnreadableImageError, open_image, printable, to_rgb
 from jaxtta.io import nfc
 
 
@@ -21,35 +22,36 @@ class SequenceDataset:
     image: str | int
     labels: np.ndarray
     class_names: tuple[str, ...]
+    what: str = "image"
+    raw: bool = False  # as `jaxtta.data.ImageFolder.raw`
 
     def __len__(self) -> int:
-        """Number of images."""
         return len(self.labels)
 
     def __getitem__(self, number: int) -> np.ndarray:
-        """One image in 8-bit RGB, or an UnreadableImageError."""
-        name = f"image {number}"
+        name = self.name(number)
         try:
             image = self.items[int(number)][self.image]
-            if isinstance(image, Mapping) and image.keys() == {"bytes", "path"}:  # not decoded
+            if isinstance(image, Mapping) and image.keys() == {"bytes", "path"}:  # Hugging Face's
                 image = image["bytes"] or image["path"]
-            if isinstance(image, bytes):
-                return np.asarray(open_image(io.BytesIO(image), name))
-            if isinstance(image, str | Path):
-                return np.asarray(open_image(image))
-            if isinstance(image, Image.Image):
-                return np.asarray(to_rgb(image))
-        except (OSError, ValueError) as error:  # Pillow's, for images that it cannot read
-            raise UnreadableImageError(f"{name}: cannot be decoded ({error})") from error
-        pixels = np.asarray(image)
-        if pixels.dtype == np.uint8 and pixels.ndim in (2, 3) and pixels.shape[2:] in ((), (1,)):
-            pixels = np.repeat(pixels.reshape(*pixels.shape[:2], 1), 3, -1)  # grey
+            if isinstance(image, bytes | str | Path):
+                image = io.BytesIO(image) if isinstance(image, bytes) else image
+                return np.asarray(open_image(image, name, self.raw))
+            pixels = np.asarray(to_rgb(image) if isinstance(image, Image.Image) else image)
+        except (OSError, ValueError, RuntimeError) as error:  # of damaged images or records
+            raise UnreadableImageError(f"{name}: cannot be read ({printable(error)})") from error
+        if pixels.dtype == np.uint8 and (pixels.ndim == 2 or pixels.shape[2:] == (1,)):
+            return np.repeat(pixels.reshape(*pixels.shape[:2], 1), 3, -1)  # grey
         if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[-1] != 3:
             raise TypeError(
-                f"{name} is {pixels.dtype} of shape {pixels.shape}, expected a PIL image, the path "
-                "of one, or uint8 of shape (height, width, 3), before any transform"
+                f"{name} is {pixels.dtype} of shape {pixels.shape}, expected a PIL image, a file, "
+                "or uint8 of shape (height, width, 3), before any transform"
             )
         return pixels
+
+    def name(self, number: int) -> str:
+        """An image's name for messages."""
+        return f"{self.what} {number}"
 
 
 def from_sequence(
@@ -73,46 +75,28 @@ def from_sequence(
     """
     if not len(ds):
         raise ValueError("the dataset has no images")
-    labels = _labels(ds, image, label)
-    names = _own_class_names(ds, label) if class_names is None else tuple(class_names)
+    try:
+        _ = ds[0][image], ds[0][label]
+    except (KeyError, IndexError, TypeError) as error:
+        keys = ", ".join(map(str, ds[0] if isinstance(ds[0], Mapping) else range(len(ds[0]))))
+        raise ValueError(f"items have no {error} but {keys}: set image and label") from error
+    # Where the library has the labels apart, no image is decoded for them.
+    columns, targets = getattr(ds, "column_names", None) or (), getattr(ds, "targets", None)
+    if label in columns:  # Hugging Face
+        labels = np.asarray(list(ds[label]))
+    elif label == 1 and targets is not None and len(targets) == len(ds):  # torchvision
+        labels = np.asarray(targets)
+    else:
+        labels = np.asarray([ds[number][label] for number in range(len(ds))])
+    own = getattr(getattr(ds, "features", {}).get(label), "names", None)
+    names = tuple(class_names or own or getattr(ds, "classes", None) or ())
     if labels.dtype.kind in "OU":  # names
         names = names or tuple(np.unique(labels).tolist())
-        unknown = sorted({*labels.tolist()} - {*names})
-        if unknown:
-            raise ValueError(f"label {unknown[0]!r} is none of the {len(names)} class names")
         numbers = {name: number for number, name in enumerate(names)}
+        if unknown := [name for name in labels.tolist() if name not in numbers]:
+            raise ValueError(f"label {unknown[0]!r} is none of the {len(names)} class names")
         labels = np.asarray([numbers[name] for name in labels.tolist()])
     if not names:
         raise ValueError("the dataset has no names for its labels: set class_names, in label order")
-    low, high = labels.min(), labels.max()
-    if labels.dtype.kind not in "iu" or labels.ndim != 1 or low < 0 or high >= len(names):
-        raise ValueError(
-            f"labels are {labels.dtype}, from {low} to {high}, expected integers from 0 to "
-            f"{len(names) - 1} for {len(names)} classes"
-        )
+    check_labels("the dataset", labels, len(names))
     return SequenceDataset(ds, image, labels.astype(np.int32), tuple(map(nfc, names)))
-
-
-def _labels(ds: Any, image: str | int, label: str | int) -> np.ndarray:
-    """Every item's label; where the library has them apart, without decoding the images."""
-    first = ds[0]
-    try:
-        _ = first[image], first[label]
-    except (KeyError, IndexError, TypeError) as error:
-        keys = [*first] if isinstance(first, Mapping) else [*range(len(first))]
-        raise ValueError(
-            f"items have no {error} but {', '.join(map(str, keys))}: say which are image and label"
-        ) from error
-    if label in (getattr(ds, "column_names", None) or ()):  # Hugging Face
-        return np.asarray(list(ds[label]))
-    targets = getattr(ds, "targets", None)  # torchvision
-    if label == 1 and targets is not None and len(targets) == len(ds):
-        return np.asarray(targets)
-    return np.asarray([ds[number][label] for number in range(len(ds))])
-
-
-def _own_class_names(ds: Any, label: str | int) -> tuple[str, ...]:
-    features = getattr(ds, "features", None)  # Hugging Face
-    if isinstance(features, Mapping) and label in features:
-        return tuple(getattr(features[label], "names", None) or ())
-    return tuple(getattr(ds, "classes", None) or ())  # torchvision

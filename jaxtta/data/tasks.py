@@ -30,24 +30,18 @@ MTIL_ORDERS = {
 """The two orders of the MTIL benchmark."""
 FROM_TFDS = ("cifar100", "mnist")
 MNIST = 'a photo of the number: "{}".'  # CLIP's own prompt
+DIGIT = "a photo of the digit {}."
 SMALL = {
     "textile": "a photo of a textile with {}.",
-    "digits": "a photo of the digit {}.",
-    "turned-digits": "a photo of the digit {}.",
+    "digits": DIGIT,
+    "turned-digits": DIGIT,
 }
-"""Prompt templates of the small tasks."""
+"""Small tasks' prompt templates, by name."""
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
 class TaskData(NamedTuple):
-    """A task's images.
-
-    Attributes:
-        name: its name.
-        template: its prompt template.
-        train: its training images; None for a task that is only tested.
-        test: its test images.
-    """
+    """A task's images; it has no training images if it is only tested."""
 
     name: str
     template: str
@@ -70,25 +64,26 @@ def open_task(name: str, root: str | Path | None = None) -> TaskData:
     """
     own, equals, folder = name.partition("=")
     if name in SMALL:
-        template = SMALL[name]
         images = textile() if name == "textile" else digits(turned=name == "turned-digits")
         tested = every_nth(images.labels, 4)
         train, test = (Subset(images, np.flatnonzero(mask)) for mask in (~tested, tested))
-        return TaskData(own, template, train, test)
+        return TaskData(own, SMALL[name], train, test)
     if name in MTIL_ORDERS["order-1"]:
         template = MNIST if name == "mnist" else templates_for(name)[0]
         if name not in FROM_TFDS and root is None:
             raise ValueError(f"{name} needs --data, the folder that contains the MTIL sets")
-        layout, place = ("tfds", name) if name in FROM_TFDS else (name, root or "")
-        places = {split: (layout, place) for split in ("train", "test")}
+        places = [("tfds", name) if name in FROM_TFDS else (name, root or "")] * 2
     elif equals:
         template = "a photo of a {}."
-        places = {split: ("folder", Path(folder) / split) for split in ("train", "test")}
+        places = [("folder", Path(folder) / split) for split in ("train", "test")]
     else:
         known = ", ".join((*MTIL_ORDERS, *MTIL_ORDERS["order-1"], *SMALL))
         raise ValueError(f"unknown task {name!r}, expected NAME=FOLDER or one of {known}")
     try:
-        train, test = (open_dataset(*places[split], split=split) for split in places)
+        train, test = (
+            open_dataset(*place, split=split)
+            for place, split in zip(places, ("train", "test"), strict=True)
+        )
     except ValueError as error:
         raise ValueError(f"the task {own}: {error}") from error
     if len(train.class_names) < 2:
@@ -125,15 +120,7 @@ def textile() -> ImageFolder:
 
 
 def every_nth(labels: np.ndarray, nth: int) -> np.ndarray:
-    """Select every nth image, stratified by class.
-
-    Args:
-        labels: (images,) integers.
-        nth: the step; the first of every `nth` images is selected.
-
-    Returns:
-        (images,) bool.
-    """
+    """Select the first of every `nth` images, class by class: (images,) bool."""
     chosen = np.zeros(len(labels), bool)
     chosen[np.argsort(labels, kind="stable")[::nth]] = True
     return chosen

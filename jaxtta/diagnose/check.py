@@ -173,10 +173,11 @@ def check_target(
         own = unlabelled_metrics(target, logits[0], shift, outlier_threshold)
     with error_context("reference images"):
         other = unlabelled_metrics(reference, logits[1], baseline, outlier_threshold)
-    pairs = zip(*confused_classes(np.asarray(jax.nn.softmax(logits[0]))), strict=True)
+    pairs = confused_classes(np.asarray(jax.nn.softmax(logits[0])))
+    columns = (column[:SHOWN].tolist() for column in pairs)
     confused = [
-        ConfusedPair((class_names[a], class_names[b]), float(share), float(margin))
-        for (a, b), share, margin in [*pairs][:SHOWN]
+        ConfusedPair((class_names[int(a)], class_names[int(b)]), share, margin)
+        for (a, b), share, margin in zip(*columns, strict=True)
     ]
     labelled = labelled_metrics(target, logits[0])
     check = TargetCheck(tuple(class_names), own, other, confused, labelled)
@@ -238,15 +239,14 @@ def answers_to(
     order = np.argsort(target.numbers)
     probabilities = np.asarray(jax.nn.softmax(logits))
     nearest = min(NEIGHBOUR, len(reference))
-    columns = (
-        target.numbers,
-        probabilities.argmax(1),
-        probabilities.max(1),
-        np.asarray(losses.entropy(logits)),
-        neighbour_distances(target.rows, reference, neighbour=nearest),
-    )
+    distances = neighbour_distances(target.rows, reference, neighbour=nearest)
     return Answers(
-        *(column[order] for column in columns), np.asarray(losses.entropy(reference_logits))
+        target.numbers[order],
+        probabilities.argmax(1)[order],
+        probabilities.max(1)[order],
+        np.asarray(losses.entropy(logits))[order],
+        distances[order],
+        np.asarray(losses.entropy(reference_logits)),
     )
 
 

@@ -76,7 +76,9 @@ def read_features(
         numbers.append(batch.source_index[batch.mask])
         missing = batch.source_index[~batch.mask & (batch.source_index >= 0)]
         unreadable += [name_of(int(number)) for number in missing]
-    found = FeatureSet(*map(np.concatenate, (rows, labels)), unreadable, np.concatenate(numbers))
+    found = FeatureSet(
+        np.concatenate(rows), np.concatenate(labels), unreadable, np.concatenate(numbers)
+    )
     if len(found.rows) < 2:
         names = f" ({truncate(unreadable)} could not)" if unreadable else ""
         few = len(found.rows) or "none"

@@ -229,21 +229,16 @@ def diagnose_model(
             finite; it names the model and the set.
     """
     found: dict[str, SetMetrics] = {}
-    base, rows = None, np.zeros(0)
-    head = directions = None
-    for each in sets:
+    sets = iter(sets)
+    first_set = next(sets)
+    head, rows = first_set.head, first_set.features.rows
+    with error_context(f"{name} on {first_set.name}"):
+        base, directions = base_metrics(head, first_set.features, first_set.class_names, settings)
+    for each in itertools.chain([first_set], sets):
         with error_context(f"{name} on {each.name}"):
-            if base is None:
-                base, directions = base_metrics(
-                    each.head, each.features, each.class_names, settings
-                )
-                rows = each.features.rows
-            elif each.head is not head:  # ranked on the base set, whatever the head's classes
-                directions = privileged_directions(each.head, rows).directions
-            head = each.head
+            if each.head is not head:  # ranked on the base set, whatever the head's classes
+                head, directions = each.head, privileged_directions(each.head, rows).directions
             found[each.name] = set_metrics(head, directions, each.features, settings.fractions)
-    if base is None:
-        raise ValueError(f"{name}: no set of images")
     first, *shifts = found.values()
     enough = sufficient_fraction(first.accuracy, settings.fractions, first.pruned)
     return ModelDiagnosis(preprocessing, base, found, _means(shifts), enough), rows
@@ -252,9 +247,11 @@ def diagnose_model(
 def _means(shifts: Sequence[SetMetrics]) -> ShiftedMeans | None:
     if not shifts:
         return None
-    columns = ([getattr(each, name) for each in shifts] for name in ("accuracy", "kurtosis"))
-    pruned = np.mean([each.pruned for each in shifts], 0).tolist()
-    return ShiftedMeans(*(float(np.mean(column)) for column in columns), pruned)
+    accuracy, kurtosis = (
+        float(np.mean([getattr(each, name) for each in shifts]))
+        for name in ("accuracy", "kurtosis")
+    )
+    return ShiftedMeans(accuracy, kurtosis, np.mean([each.pruned for each in shifts], 0).tolist())
 
 
 def base_metrics(
@@ -295,8 +292,8 @@ def base_metrics(
         chance_overlap=outliers.axes.size / rows.shape[1],
         spread=float(ranked.spread),
         modality_gap=float(metrics.modality_gap(jnp.asarray(rows), head)),
-        classes=[class_names[label] for label in present],
-        detected=[class_names[label] for label in present[detectors.encoded]],
+        classes=[class_names[int(label)] for label in present],
+        detected=[class_names[int(label)] for label in present[detectors.encoded]],
         most_by_one_direction=int(detectors.per_direction.max()),
     )
     return found, ranked.directions
@@ -402,8 +399,10 @@ def measure_robustness(
             reason="it takes models that are not robust, by --reference-points or --references"
         )
     try:
-        line = fit_baseline(*np.transpose(points))
-        values = effective_robustness(*np.transpose([*pairs.values()]), line)
+        base, shifted = np.transpose(points)
+        line = fit_baseline(base, shifted)
+        base, shifted = np.transpose([*pairs.values()])
+        values = effective_robustness(base, shifted, line)
     except ValueError as error:  # report the other metrics
         return Robustness(reason=str(error))
     return Robustness(dict(zip(pairs, values.tolist(), strict=True)), line, points)

@@ -18,7 +18,7 @@ import optax
 from jaxtta import adapters, assets
 from jaxtta.adapters import BATCLIP_PRESETS, TENT_PRESETS, Adapter, TNTConfig
 from jaxtta.adapters.mgtta import PAPER_LEARNING_RATE, check_statistics
-from jaxtta.data.content import digest_files
+from jaxtta.io import digest_files
 from jaxtta.models import Classifier, Task, load_statistics
 from jaxtta.optim import load_mgg, meta_gradient_generator
 from jaxtta.tree import normalisation_parameters

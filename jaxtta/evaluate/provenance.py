@@ -4,7 +4,6 @@ import dataclasses
 import datetime
 import hashlib
 import json
-import os
 import platform
 import shlex
 import subprocess
@@ -19,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtta.data import Dataset, Subset
-from jaxtta.data.content import digest_array
+from jaxtta.io import digest_array
 from jaxtta.models import Params, Task, describe_preprocessing
 
 PACKAGES = ("jaxtta", "jax", "jaxlib", "flax", "optax", "transformers", "numpy", "pillow")
@@ -122,20 +121,7 @@ def _command() -> str:
     given = sys.orig_argv[1:]  # with "-m package", which `sys.argv` lacks
     if given[len(given) - len(arguments) :] != arguments:  # called by another program
         given = sys.argv
-    return " ".join(map(_quoted, ["python", *given]))
-
-
-def _quoted(word: str) -> str:
-    """A word for the shell; bytes that are no UTF-8 and control characters as bash takes them."""
-    if word.isprintable():
-        return shlex.quote(word)
-    parts = [
-        char
-        if char.isprintable() and char not in "'\\"
-        else "".join(f"\\x{byte:02x}" for byte in os.fsencode(char))
-        for char in word
-    ]
-    return f"$'{''.join(parts)}'"
+    return shlex.join(["python", *given])
 
 
 def _commit() -> str | None:

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from filelock import FileLock, Timeout
+from filelock import AcquireReturnProxy, FileLock, Timeout
 
 from jaxtta.evaluate.predictions import Predictions
 from jaxtta.io import write_json
@@ -41,16 +41,17 @@ class Store(NamedTuple):
         """Lock the folder; only other shards of the same sweep may use it at the same time."""
         number, count = shard
         (self.root / "predictions").mkdir(parents=True, exist_ok=True)
-        refuse_earlier_version(self.root)
+        _refuse_earlier_version(self.root / "cells")
         own = self.root / f".lock-{number}-of-{count}"
         with FileLock(self.root / ".lock"):
             for other in self.root.glob(".lock-*-of-*"):
                 if other != own and not other.name.endswith(f"-of-{count}"):
-                    _acquire(other).release()
-            lock = _acquire(own)
-            own.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+                    with _acquire(other):
+                        pass
             agree(self.root / "settings.json", self.settings)
-        with lock:
+            held = _acquire(own)
+            own.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+        with held:
             yield
 
     def path(self, adapter: str, stream: str, seed: int) -> Path:
@@ -76,10 +77,8 @@ class Store(NamedTuple):
             log.warning("%s; recomputing", error)
             return None
         if (found.adapter, found.stream, found.seed) != (adapter, stream, seed):
-            raise ValueError(
-                f"{path}: has the predictions of {found.adapter} on {found.stream}, seed "
-                f"{found.seed}, expected {adapter} on {stream}, seed {seed}"
-            )
+            other = f"{found.adapter} on {found.stream}, seed {found.seed}"
+            raise ValueError(f"{path}: has the predictions of {other}, not of {adapter}, {stream}")
         if found.settings != settings:
             said = differences(found.settings, settings)
             raise ValueError(f"{path}: was made with {said}; choose another folder")
@@ -87,16 +86,14 @@ class Store(NamedTuple):
         return found
 
 
-def _acquire(path: Path) -> FileLock:
-    lock = FileLock(path)
+def _acquire(path: Path) -> AcquireReturnProxy:
+    """Acquire a lock, and release it at the end of a `with` statement."""
     try:
-        lock.acquire(timeout=0)
+        return FileLock(path).acquire(timeout=0)
     except Timeout:
         holder = path.read_text().strip() or "another process"
-        raise ValueError(
-            f"{path.parent}: another run is writing to this folder ({holder})"
-        ) from None
-    return lock
+        said = f"{path.parent}: another run is writing to this folder ({holder})"
+        raise ValueError(said) from None
 
 
 def load_predictions(folder: str | Path) -> list[Predictions]:
@@ -107,7 +104,7 @@ def load_predictions(folder: str | Path) -> list[Predictions]:
         ValueError: if a file is damaged, or the folder is of an earlier version.
     """
     root = Path(folder)
-    refuse_earlier_version(root)
+    _refuse_earlier_version(root / "cells", *root.glob("*/cells"))
     paths = [
         path
         for path in sorted(root.rglob("predictions/*.safetensors"))
@@ -120,13 +117,13 @@ def load_predictions(folder: str | Path) -> list[Predictions]:
     return [result for _, result in results]
 
 
-def refuse_earlier_version(root: Path) -> None:
-    """Raise a ValueError for a folder with a sweep of jaxtta 0.2 or before."""
-    if (root / "cells").is_dir() or next(root.glob("*/cells"), None):
-        raise ValueError(
-            f"{root}: has results of an earlier version of jaxtta, which this version does not "
-            "read; choose another folder"
-        )
+def _refuse_earlier_version(*folders: Path) -> None:
+    for folder in folders:
+        if folder.is_dir():
+            raise ValueError(
+                f"{folder.parent}: has results of an earlier version of jaxtta, which this version "
+                "does not read; choose another folder"
+            )
 
 
 def agree_on_images(path: Path, content: str | None) -> None:

@@ -120,7 +120,7 @@ def sweep(
         batches = spec.batches(model, specs)
         data.select(spec.benchmark, dict.fromkeys(d for s in spec.streams for d in s.segments))
         own = {each.text: identity_of(each, config, batches.canvas) for each in specs}
-        about = dict(provenance.about(model) if about is None else about)
+        about = json.loads(json.dumps(provenance.about(model) if about is None else about))
         store = Store(Path(folder), settings)
         stack.enter_context(store.lock(shard))
 

@@ -16,16 +16,12 @@ PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
 
 
 def loggers(names: Sequence[str], folder: Path, settings: Mapping[str, Any]) -> Logger:
-    """Make one function that logs a result to each of the trackers.
+    """Make one function, for `sweep`, that logs a result to each of the trackers.
 
     Args:
-        names: of `PACKAGES`.
-        folder: of the results; the trackers keep their files there. Without a login, or with
-            WANDB_MODE=offline, Weights & Biases can be synchronised from it later.
+        names: keys of `PACKAGES`.
+        folder: of the results; with WANDB_MODE=offline the run can be synchronised from there.
         settings: of the run, shown by Weights & Biases.
-
-    Returns:
-        The function, for `sweep`.
 
     Raises:
         ImportError: if a tracker's package is not installed.
@@ -38,9 +34,8 @@ def loggers(names: Sequence[str], folder: Path, settings: Mapping[str, Any]) -> 
         try:
             package = import_module(PACKAGES[name])
         except ImportError as error:
-            raise ImportError(
-                f"--log {name} needs {PACKAGES[name]}: pip install 'jaxtta[log]'"
-            ) from error
+            need = f"--log {name} needs {PACKAGES[name]}: pip install 'jaxtta[log]'"
+            raise ImportError(need) from error
         make = {"tensorboard": _tensorboard, "wandb": _wandb}[name]
         trackers.append(make(package, folder, settings))
 

@@ -8,18 +8,18 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 from PIL import Image
 
 from jaxtta.bootstrap import accuracy_interval
-from jaxtta.diagnose import Answers, Diagnosis, TargetCheck, truncate
+from jaxtta.data import Dataset
+from jaxtta.diagnose import Answers, Diagnosis, ModelDiagnosis, TargetCheck, truncate
 from jaxtta.evaluate.adapters import SETTINGS
 from jaxtta.images import printable
 from jaxtta.io import atomic_write, write_json, write_text
 from jaxtta.report.diagnosis_plots import diagnosis_plots, draw_predictions
-from jaxtta.report.render import NONE, percent, render, signed
+from jaxtta.report.render import NONE, percent, render
 from jaxtta.report.summary import Summary
-from jaxtta.report.text import aligned, answer, counted
+from jaxtta.report.text import aligned, answer, counted, interval, points
 
 UNSURE, THUMBNAIL = 12, 160  # images shown of a model, and pixels of their longer side
 Tables = dict[str, pd.DataFrame]
@@ -27,71 +27,73 @@ Checked = tuple[TargetCheck, Answers, Summary | None]
 
 
 def write_diagnosis(
-    folder: Path, found: Diagnosis, fractions: Sequence[float], **made: Mapping[str, Any]
+    folder: Path, found: Diagnosis, fractions: Sequence[float], made: dict[str, Any]
 ) -> None:
     """Print a diagnosis and write its files; `made` has `settings` and `about`."""
     said = sentences("diagnosis.txt.j2", models=found.models, robustness=found.robustness)
-    title, drawn = f"Diagnosis: {', '.join(found.models)}", diagnosis_plots(found, fractions)
+    tables, drawn = diagnosis_tables(found), diagnosis_plots(found, fractions)
     write_json(folder / "result.json", dataclasses.asdict(found) | made)
-    _write(folder, title, said, diagnosis_tables(found), drawn, {}, made)
+    _write(folder, "Diagnosis", found.models, made, said, tables=tables, plots=drawn, strips={})
 
 
 def write_check(
     folder: Path,
     title: str,
     found: Mapping[str, Checked],
-    images: Sequence[np.ndarray],
+    images: Dataset,
     names: Sequence[str],
-    **made: Mapping[str, Any],
+    made: dict[str, Any],
 ) -> None:
     """Print a check of images with these names, by each model, and write its files."""
-    models, tables, drawn, strips = {}, {}, {}, {}
+    content, tables, drawn, strips = {}, {}, {}, {}
     for model, (check, answers, trial) in found.items():
         ending = f"-{model}" if len(found) > 1 else ""
         tables |= check_tables(model, check, trial)
         drawn[f"predictions{ending}"] = draw_predictions(check, answers)
         columns = {
-            "file": [names[number] for number in answers.numbers],
-            "class": [check.classes[label] for label in answers.labels],
+            "file": [printable(names[number]) for number in answers.numbers],
+            "class": [printable(check.classes[label]) for label in answers.labels],
             "confidence": answers.confidences,
             "entropy": answers.entropies,
             "distance": answers.distances,
         }
         table, file = pd.DataFrame(columns), f"images{ending}.csv".replace("/", "-")
-        table = table.map(lambda x: printable(x) if isinstance(x, str) else x)
         write_text(folder / file, table.to_csv(index=False, float_format="%.4f"))
         strip = strips.setdefault(f"Images that {model} is least sure of, from {file}", [])
         for place in answers.least_sure(UNSURE):
-            row, small = table.iloc[place], Image.fromarray(images[answers.numbers[place]])
+            row, small = table.iloc[place], Image.fromarray(images[int(answers.numbers[place])])
             small.thumbnail((THUMBNAIL, THUMBNAIL))
             caption = f"{row['file']}: {row['class']} {percent(row['confidence'], 0)} %"
             strip.append((caption, np.asarray(small)))
-        rows = json.loads(trial.segments.to_json(orient="records")) if trial else []
-        models[model] = dataclasses.asdict(check) | {"trial": rows}
-    said = check_sentences(found)
-    write_json(folder / "result.json", {"models": models} | made)
-    _write(folder, title, said, tables, drawn, strips, made)
+        rows = json.loads(trial.segments.to_json(orient="records") or "") if trial else []
+        content[model] = dataclasses.asdict(check) | {"trial": rows}
+    write_json(folder / "result.json", {"models": content} | made)
+    models, said = {name: check for name, (check, *_) in found.items()}, check_sentences(found)
+    _write(folder, title, models, made, said, tables=tables, plots=drawn, strips=strips)
 
 
 def _write(
     folder: Path,
     title: str,
-    said: list[str],
-    tables: Tables,
-    drawn: dict[str, Figure],
-    strips: dict[str, list[tuple[str, np.ndarray]]],
+    models: Mapping[str, ModelDiagnosis | TargetCheck],
     made: Mapping[str, Any],
+    said: list[str],
+    **shown: Any,
 ) -> None:
-    lines = {name: [[name, *t.columns], *t.itertuples(name=None)] for name, t in tables.items()}
-    text = "\n\n".join("\n".join(aligned(rows)) for rows in lines.values())
-    print("\n\n".join([title, text, *said]))
-    write_text(folder / "table.txt", text + "\n")
-    for name, figure in drawn.items():
+    title = f"{title}: {', '.join(models)}"
+    blocks = [
+        "\n".join(aligned([[name, *table.columns], *table.itertuples(name=None)]))
+        for name, table in shown["tables"].items()
+    ]
+    print("\n\n".join([title, *blocks, *said]))
+    write_text(folder / "table.txt", "\n\n".join(blocks) + "\n")
+    for name, figure in shown["plots"].items():
         with atomic_write(folder / f"{name.replace('/', '-')}.png") as temporary:
             figure.savefig(temporary, format="png", dpi=150)
-    shown = {"tables": tables, "plots": drawn, "strips": strips, "sentences": said}
-    how = {"settings": [made["settings"]], "abouts": [made["about"]]}
-    write_text(folder / "report.html", render("diagnosis.html.j2", title=title, **shown, **how))
+    prepared = "; ".join(f"{name}: {model.preprocessing}" for name, model in models.items())
+    about = [made["about"] | {"preprocessing": prepared}]
+    how = {"abouts": about, "settings": [made["settings"]], "sentences": said, "title": title}
+    write_text(folder / "report.html", render("diagnosis.html.j2", **how, **shown))
     print(f"\nresults: {folder / 'report.html'}")
 
 
@@ -110,14 +112,9 @@ def sentences(template: str, **found: Any) -> list[str]:
     return [" ".join(text.split()) for text in paragraphs if text.strip()]
 
 
-def bounded(share: float, bounds: Sequence[float], write: Any = percent) -> str:
-    """Format a share and its interval in per cent, or a gain in points."""
-    return f"{write(share)} [{', '.join(map(write, bounds))}]"
-
-
-def gain(share: float | None) -> str:
-    """Format a gain in points."""
-    return signed(share if share is None else 100 * share)
+def bounded(share: float, bounds: Sequence[float]) -> str:
+    """Format a share and its interval in per cent."""
+    return f"{points(share)} [{', '.join(map(points, bounds))}]"
 
 
 def fields(found: Any, *omitted: str) -> dict[str, str]:
@@ -147,7 +144,9 @@ def diagnosis_tables(found: Diagnosis) -> Tables:
             rows[f"kurtosis on {key}"] = entry(each.kurtosis)
         if model.shifted:
             rows["mean accuracy on shifted sets (%)"] = percent(model.shifted.accuracy)
-            rows["effective robustness (points)"] = gain(found.robustness.values.get(name))
+            rows["effective robustness (points)"] = points(
+                found.robustness.values.get(name, np.nan), "+"
+            )
             rows["mean kurtosis on shifted sets"] = entry(model.shifted.kurtosis)
         rows["sufficient fraction of directions"] = entry(model.sufficient_fraction)
         models[name] = rows | fields(model.base)
@@ -163,7 +162,7 @@ def check_tables(model: str, check: TargetCheck, trial: Summary | None) -> Table
     shares = {"predicted (%)": check.target.predicted}
     if check.labelled:
         shares |= {"labelled (%)": check.labelled.shares, "recall (%)": check.labelled.recall}
-    shares["predicted on the reference (%)"] = check.reference.predicted
+    shares["on the reference (%)"] = check.reference.predicted
     classes = pd.DataFrame(shares, check.classes).iloc[check.commonest()]
     confused = {" / ".join(pair.classes): (pair.share, pair.margin) for pair in check.confused}
     heads = ["top two for (%)", "mean difference (points)"]
@@ -176,7 +175,7 @@ def check_tables(model: str, check: TargetCheck, trial: Summary | None) -> Table
         heads, rows = ["accuracy (%)", "gain (points)", "calibration error (%)"], {}
         for result in trial.results:
             right, mean = result.top1[result.rows["seen"]], trial.means.loc[result.adapter]
-            gained = bounded(mean["gain"], mean[["low", "high"]], gain)
+            gained = f"{points(mean['gain'], '+')} {interval(mean)}"
             rows[result.adapter] = (
                 bounded(right.mean(), accuracy_interval(right)),
                 gained if result.adapter in trial.compared else NONE,

@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter
 
-from jaxtta.diagnose import Answers, Diagnosis, ModelDiagnosis, Robustness, TargetCheck
+from jaxtta.diagnose import Answers, Diagnosis, LogitLinearBaseline, TargetCheck
 from jaxtta.report.plots import COLOURS, GREY, finish, label, styles
 
 
@@ -17,7 +17,7 @@ def diagnosis_plots(found: Diagnosis, fractions: Sequence[float]) -> dict[str, F
     names = ("kurtosis", "importance", "pruning")
     drawn = {name: Figure(figsize=(7, 4.4), layout="constrained") for name in names}
     kurtosis, importance, pruning = (figure.subplots() for figure in drawn.values())
-    looks = {name: look | {"marker": ""} for name, look in styles(found.models, None).items()}
+    looks = {name: dict(look, marker="") for name, look in styles(found.models, None).items()}
     bars = {n: {s: x.kurtosis for s, x in m.sets.items()} for n, m in found.models.items()}
     pd.DataFrame(bars).rename(label, axis=0).rename(label, axis=1).plot.bar(
         ax=kurtosis, width=0.8, rot=40, color=[look["color"] for look in looks.values()]
@@ -37,22 +37,29 @@ def diagnosis_plots(found: Diagnosis, fractions: Sequence[float]) -> dict[str, F
     finish(importance, "rank of the direction", "importance / mean")
     finish(pruning, "directions kept (%)", "top-1 accuracy (%)")
     if found.robustness.line:
-        drawn["robustness"] = _draw_robustness(found.models, found.robustness, looks)
+        pairs = {
+            n: (m.base_accuracy, m.shifted.accuracy) for n, m in found.models.items() if m.shifted
+        }
+        drawn["robustness"] = _draw_robustness(
+            pairs, looks, found.robustness.line, found.robustness.points
+        )
     return drawn
 
 
 def _draw_robustness(
-    models: Mapping[str, ModelDiagnosis], found: Robustness, looks: Mapping[str, dict[str, Any]]
+    pairs: Mapping[str, tuple[float, float]],
+    looks: Mapping[str, dict[str, Any]],
+    line: LogitLinearBaseline,
+    points: Sequence[tuple[float, float]],
 ) -> Figure:
     figure = Figure(figsize=(7, 4.8), layout="constrained")
-    axes, points = figure.subplots(), np.asarray(found.points)
-    axes.plot(*points.T, "o", color=GREY, markersize=9, alpha=0.5, label="reference")
-    bases = [*points[:, 0], *(model.base_accuracy for model in models.values())]
+    axes = figure.subplots()
+    axes.plot(*np.transpose(points), "o", color=GREY, markersize=9, alpha=0.5, label="reference")
+    bases = [base for base, _ in (*points, *pairs.values())]
     ends = np.linspace(min(bases), max(bases), 50)
-    axes.plot(ends, found.line.predict(ends), color=GREY)
-    for name, model in models.items():
-        look = looks[name] | {"marker": "D", "markersize": 5}
-        axes.plot(model.base_accuracy, model.shifted.accuracy, **look)
+    axes.plot(ends, line.predict(ends), color=GREY)
+    for name, pair in pairs.items():
+        axes.plot(*pair, **dict(looks[name], marker="D", markersize=5))
     axes.set(xscale="logit", yscale="logit")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(6))
@@ -74,7 +81,7 @@ def draw_predictions(check: TargetCheck, answers: Answers) -> Figure:
         left.hist(values, bins, weights=weights, color=colour, alpha=0.6, label=name)
     shares = {"predicted": check.target.predicted}
     shares |= {"labelled": check.labelled.shares} if check.labelled else {}
-    frame = 100 * pd.DataFrame(shares, map(label, check.classes)).iloc[check.commonest()]
+    frame = 100 * pd.DataFrame(shares, [*map(label, check.classes)]).iloc[check.commonest()]
     frame.plot.barh(ax=right, width=0.8, color=COLOURS[: len(shares)], legend=False)
     right.invert_yaxis()
     finish(left, "entropy of a prediction (nats)", "images (%)")

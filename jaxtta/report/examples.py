@@ -1,7 +1,7 @@
 """Examples of TNT: images whose prediction it fixed or broke."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -21,17 +21,9 @@ SHOWN = 5  # number of classes with bars
 
 
 class Example(NamedTuple):
-    """One image: its domain, and what TNT made of it.
+    """One image: the plain view, the noise map and its bound, and class probabilities.
 
-    Attributes:
-        title: the domain's name.
-        class_names: names of the classes.
-        label: the image's class index.
-        plain: (size, size, 3) in [0, 1], the plain view.
-        noise: (size, size, 3), the optimised noise map.
-        epsilon: the map's bound.
-        before: (classes,) zero-shot probabilities of the plain view.
-        after: (classes,) probabilities of the ensemble.
+    Images are (size, size, 3) with values in [0, 1]; probabilities are (classes,).
     """
 
     title: str
@@ -50,7 +42,7 @@ def check_examples(adapters: Sequence[AdapterSpec], config: AdapterConfig) -> No
     if tnt is None or BASELINE not in (spec.text for spec in adapters):
         raise ValueError(f"--save-examples compares tnt with {BASELINE}: run both")
     if tnt_config_of(tnt, config).online:
-        raise ValueError("--save-examples shows noise maps of single images, omit TNT's online")
+        raise ValueError("--save-examples shows noise maps of single images, omit --tnt.online")
 
 
 def find_examples(
@@ -68,7 +60,7 @@ def find_examples(
     Args:
         results: of a sweep with zero-shot and the adapter.
         adapter: TNT's name in the sweep.
-        batches: the sweep's streams.
+        batches: the sweep's streams, with a canvas.
         count: number of images, about half fixed and half broken, from all streams in turn.
         model: the model.
         params: its parameters.
@@ -77,74 +69,59 @@ def find_examples(
 
     Returns:
         At most `count` examples.
-
-    Raises:
-        ValueError: if the batches have no canvas.
     """
     if batches.canvas is None:
         raise ValueError("examples need batches with a canvas")
     classes = model.init_context(params, task)
-    # The same key as in the sweep: from the image's index in its stream.
     tune = jax.jit(lambda *arguments: tnt_image(model, *arguments, config=config))
     probabilities = jax.jit(lambda *inputs: jax.nn.softmax(model(*inputs).logits)[0])
+    names, labels = class_names_of(batches.benchmark), labels_of(batches.benchmark)
     examples = []
-    for number, index in _changed(results, adapter, batches, count):
+    for number, index in _changed(results, adapter, batches)[:count]:
         stream = batches.streams[number]
         segment, image = stream.items[index].tolist()
         domain = stream.segments[segment]
-        dataset = batches.benchmark[domain]
-        original = read(dataset, image, stream.seed, batches.preprocess)[1]
+        original = read(batches.benchmark[domain], image, stream.seed, batches.preprocess)[1]
+        # The same key as in the sweep: from the image's index in its stream.
         key = jax.random.fold_in(jax.random.key(stream.seed), index)
         views, tuned = tune(params, classes, key, *pad_to_canvas(original, batches.canvas))
+        plain, noise = np.asarray(views[0]), np.asarray(tuned.noise)
+        before = np.asarray(probabilities(params, classes, views[:1]))
+        after = np.exp(tuned.log_probabilities)
         examples.append(
             Example(
-                str(domain),
-                tuple(class_names_of(batches.benchmark)),
-                int(labels_of(batches.benchmark)[image]),
-                np.asarray(views[0]),
-                np.asarray(tuned.noise),
-                config.epsilon,
-                np.asarray(probabilities(params, classes, views[:1])),
-                np.exp(tuned.log_probabilities),
+                str(domain), names, int(labels[image]), plain, noise, config.epsilon, before, after
             )
         )
     return examples
 
 
 def _changed(
-    results: Sequence[Predictions], adapter: str, batches: Batches, count: int
+    results: Sequence[Predictions], adapter: str, batches: Batches
 ) -> list[tuple[int, int]]:
-    """Stream and index in it, alternating between fixed and broken images and all segments."""
-    found = {(r.adapter, r.stream, r.seed): r for r in results}
-    kinds: list[list[Iterator[tuple[int, int]]]] = [[], []]
+    """Stream and index in it of changed images, from fixed and broken ones and segments in turn."""
+    found = {(r.adapter, r.stream, r.seed): r.top1 for r in results}
+    fixed, broken = [], []
     for number, stream in enumerate(batches.streams):
-        pair = [found.get((name, stream.name, stream.seed)) for name in (BASELINE, adapter)]
-        was, now = (result and result.top1 for result in pair)
-        if was is None or now is None:
+        keys = [(name, stream.name, stream.seed) for name in (BASELINE, adapter)]
+        if not found.keys() >= {*keys}:
             continue
+        was, now = (found[key] for key in keys)
         for segment in range(len(stream.segments)):
             own = stream.items[:, 0] == segment
-            for kind, changed in zip(kinds, (now & ~was, was & ~now), strict=True):
-                kind.append((number, index) for index in np.flatnonzero(own & changed).tolist())
-    return list(itertools.islice(_in_turn([_in_turn(kind) for kind in kinds]), count))
+            for kind, changed in ((fixed, now & ~was), (broken, was & ~now)):
+                kind.append([(number, index) for index in np.flatnonzero(own & changed).tolist()])
+    return _in_turn([_in_turn(fixed), _in_turn(broken)])
 
 
-def _in_turn(iterators: Sequence[Iterator[tuple[int, int]]]) -> Iterator[tuple[int, int]]:
+def _in_turn(lists: Sequence[list[tuple[int, int]]]) -> list[tuple[int, int]]:
     """Round-robin."""
-    nothing = object()
-    for row in itertools.zip_longest(*iterators, fillvalue=nothing):
-        yield from (item for item in row if item is not nothing)
+    rows = itertools.zip_longest(*lists)
+    return [item for row in rows for item in row if item is not None]
 
 
 def draw_examples(examples: Sequence[Example]) -> Figure | None:
-    """Draw plain view, noise, their sum, and the most probable classes before and after.
-
-    Args:
-        examples: the examples, one per row.
-
-    Returns:
-        The figure; None without examples.
-    """
+    """Draw each example in a row, with the most probable classes; None without examples."""
     if not examples:
         return None
     figure = Figure(figsize=(9, 2.1 * len(examples) + 0.4), layout="constrained")
@@ -169,7 +146,7 @@ def draw_examples(examples: Sequence[Example]) -> Figure | None:
         row[3].set_yticks(places, [label(example.class_names[c]) for c in likeliest], fontsize=8)
         for tick, number in zip(row[3].get_yticklabels(), likeliest, strict=True):
             tick.set_fontweight("bold" if number == example.label else "normal")
-        row[3].invert_yaxis()
-        row[3].set_xlim(0, 1)
-        finish(row[3], "", "", grid="x", legend=row is grid[0])
+        row[3].set(xlim=(0, 1), ylim=(len(likeliest) - 0.4, -0.6))
+        finish(row[3], "", "", grid="x", legend=False)
+    grid[0, 3].legend(fontsize=8, frameon=False)
     return figure

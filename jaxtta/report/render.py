@@ -3,8 +3,7 @@
 import base64
 import functools
 import io
-import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from PIL import Image
 from jaxtta.images import printable
 
 NONE = "–"
+REPEATED = ("command", "commit", "preprocessing", "date")  # what `commands` lists
 
 
 def render(template: str, **context: Any) -> str:
@@ -25,7 +25,7 @@ def render(template: str, **context: Any) -> str:
 
     Args:
         template: its file name.
-        **context: its variables. All pages need `title`, `sentences`, and may have `warnings`,
+        **context: its variables. Pages need `title` and `sentences`, and may have `warnings`,
             `abouts` and `settings` (mappings, one per result) and `optimizers` (text by adapter).
 
     Returns:
@@ -52,9 +52,8 @@ def _environment() -> jinja2.Environment:
 
 def number(value: float | None, digits: int = 2, sign: str = "") -> str:
     """Format a number; a dash if it is missing."""
-    if value is None or pd.isna(value):
-        return NONE
-    return f"{value:{sign},.{digits}f}".replace("-", "−")
+    missing = value is None or pd.isna(value)
+    return NONE if missing else f"{value:{sign},.{digits}f}".replace("-", "−")
 
 
 def percent(value: float | None, digits: int = 2) -> str:
@@ -67,11 +66,19 @@ def signed(value: float | None, digits: int = 2) -> str:
     return number(value, digits, "+")
 
 
+@functools.lru_cache(maxsize=8)  # a figure is drawn once for its file and the page
+def png(figure: Figure) -> bytes:
+    """Draw a figure."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=150)
+    return file.getvalue()
+
+
 def data_uri(picture: Figure | np.ndarray) -> Markup:
     """A figure, or an image (height, width, 3) uint8, as a PNG in a data URI."""
     file = io.BytesIO()
     if isinstance(picture, Figure):
-        picture.savefig(file, format="png", dpi=150)
+        file.write(png(picture))
     else:
         Image.fromarray(np.asarray(picture, np.uint8)).save(file, "PNG", optimize=True)
     # It needs no escaping, which takes long for so much text.
@@ -80,36 +87,21 @@ def data_uri(picture: Figure | np.ndarray) -> Markup:
 
 def commands(abouts: Iterable[Mapping[str, Any]]) -> list[tuple[str, str]]:
     """Each command that made results, with a note on date, commit and preprocessing."""
-    frame = pd.DataFrame(abouts, columns=["command", "commit", "preprocessing", "date"])
-    frame = frame.dropna(subset="command").fillna("")
+    frame = pd.DataFrame(abouts, columns=REPEATED).dropna(subset="command").fillna("")
     listed = []
-    for key, dates in frame.groupby([*frame.columns[:3]], sort=False)["date"]:
-        command, commit, preprocessing = key
+    for key, dates in frame.groupby([*REPEATED[:3]], sort=False)["date"]:
         first, last = dates.min()[:16], dates.max()[:16]
         note = (first if first == last else f"{first} to {last}").replace("T", " ")
-        note += f", commit {commit}" if commit else ""
-        listed.append((command, note + (f". Preprocessing: {preprocessing}" * bool(preprocessing))))
+        note += f", commit {key[1]}" if key[1] else ""
+        listed.append((key[0], f"{note}. Preprocessing: {key[2]}" if key[2] else note))
     return listed
 
 
 def flatten(mappings: Iterable[Mapping[str, Any]]) -> dict[str, str]:
     """All values of each setting as text; one within another is named "outer: inner"."""
     found: dict[str, dict[str, None]] = {}
-    for mapping in mappings:
-        for name, value in _items(mapping):
-            found.setdefault(name, {})[_text(value)] = None
+    for mapping in filter(None, mappings):
+        row = pd.json_normalize(dict(mapping), sep=": ").astype(object).iloc[0]
+        for name, value in row.drop(REPEATED, errors="ignore").items():
+            found.setdefault(str(name), {})[str(value)] = None
     return {name: " / ".join(texts) for name, texts in found.items()}
-
-
-def _items(mapping: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in mapping.items():
-        if isinstance(value, Mapping):
-            yield from _items(value, f"{before}{name}: ")
-        elif before or name not in ("command", "date", "commit", "preprocessing"):  # `commands`
-            yield before + name, value
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, list | tuple):
-        return ", ".join(map(_text, value)) or NONE
-    return value if isinstance(value, str) else NONE if value is None else json.dumps(value)

@@ -31,12 +31,11 @@ class Summary(NamedTuple):
 
     Attributes:
         segments: a row per adapter, stream, seed and segment: `summary.csv`.
-        table: by corruption and adapter, the metrics' means, the `gain` over the baseline on common
-            images, its 95 % interval from `low` to `high`, and `significance`: 1, 0 or -1.
-        means: by adapter, the same over corruptions, `spread` (the standard deviation over seeds),
-            mean corruption error and memory.
-        classes: a row per adapter and class (and dataset), of all images in the means: accuracy,
-            and the class that its images are most often mistaken for: `classes.csv`.
+        table: by corruption and adapter: the metrics' means, the `gain` over the baseline on common
+            images, its 95 % interval `low` to `high`, and `significance`: 1, 0 or -1.
+        means: by adapter, over corruptions; `spread` is the standard deviation over seeds.
+        classes: by adapter, dataset and class, of all images in the means: accuracy and the most
+            frequent confusion: `classes.csv`.
         results: what all this was computed from.
         averaged: the corruptions in the means: all but clean images, unless there are no others.
         baseline: the adapter that gains are relative to; None if it was not run.
@@ -99,7 +98,7 @@ def summarise(results: Sequence[Predictions], baseline: str = BASELINE) -> Summa
         )
         for result in results
     )
-    datasets = {result.setting for result in results} == {DATASETS}
+    datasets = all(result.setting == DATASETS for result in results)
     frames = {_key(r): [r.segment(n) for n in range(len(r.domains))] for r in results}
     lines, counts, pairs = [], [], []
     for result in results:
@@ -125,7 +124,8 @@ def summarise(results: Sequence[Predictions], baseline: str = BASELINE) -> Summa
     corruptions = segments["corruption"].unique()
     averaged = tuple(name for name in corruptions if name != CLEAN) or (*corruptions,)
     table, means = _tables(segments, pairs, averaged, datasets)
-    means["corruption_error"] = [_corruption_error(name, segments, results) for name in means.index]
+    errors = [_corruption_error(name, segments, results) for name in means.index]
+    means["corruption_error"] = np.array(errors, float)
     return Summary(
         segments.rename(columns={"low": "gain_low", "high": "gain_high"}),
         table,
@@ -185,8 +185,8 @@ def _tables(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The table by corruption and adapter, and the means by adapter."""
     adapters = pd.Index(segments["adapter"].unique(), name="adapter")
-    every = pd.MultiIndex.from_product([segments["corruption"].unique(), adapters])
-    every.names = "corruption", "adapter"
+    corruptions = pd.Index(segments["corruption"].unique(), name="corruption")
+    every = pd.MultiIndex.from_product([corruptions, adapters])
     columns = ["top1", "mean_per_class_recall", "ece", "nll", "brier", "seconds_per_image"]
     values = segments.astype(dict.fromkeys(columns, float))
     table = values.groupby(["corruption", "adapter"])[columns].mean().reindex(every)

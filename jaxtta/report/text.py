@@ -129,17 +129,13 @@ def measures(summaries: Iterable[Summary]) -> list[tuple[str, list[str]]]:
 
 def worst_classes(summary: Summary, count: int = 10) -> list[tuple[str, list[str]]]:
     """The classes with the lowest mean accuracy: name, and accuracy and confusion by adapter."""
-
-    def text(row: pd.Series) -> str:
-        share = row["mistaken_share"]
-        return points(row["accuracy"]) + (
-            f" ({row['mistaken_for']}: {points(share)})" if share > 0 else ""
-        )
-
+    found = summary.classes
+    top, share = (found[name].map(points) for name in ("accuracy", "mistaken_share"))
+    confused = " (" + found["mistaken_for"].fillna("") + ": " + share + ")"
+    found = found.assign(text=top + confused.where(found["mistaken_share"] > 0, ""))
     key = ["dataset", "class", "label"]
-    worst = summary.classes.groupby(key)["accuracy"].mean().nsmallest(count).index
-    own = summary.classes.set_index(key).loc[worst]
-    texts = own.assign(text=own.apply(text, axis=1)).pivot(columns="adapter", values="text")
+    worst = found.groupby(key)["accuracy"].mean().nsmallest(count).index
+    texts = found.pivot(index=key, columns="adapter", values="text")
     texts = texts.reindex(worst, columns=summary.adapters).fillna(NONE)
     names = [f"{dataset}: {name}" if dataset else name for dataset, name, _ in worst]
     return list(zip(names, texts.to_numpy().tolist(), strict=True))
@@ -149,8 +145,7 @@ def notes(summary: Summary) -> list[str]:
     """Sentences that tell what the table's means are over."""
     said, seeds = [], summary.segments["seed"].nunique()
     if len(summary.severities) > 1:
-        shown = ", ".join(map(str, summary.severities))
-        said.append(f"Each {summary.noun} is the mean over severities {shown}.")
+        said.append(f"Each {summary.noun} is the mean over severities {some(summary.severities)}.")
     if len(summary.averaged) < len(summary.corruptions):
         said.append("The mean excludes clean images.")
     if seeds > 1:

@@ -14,7 +14,7 @@ from jaxtta.evaluate.store import load_predictions
 from jaxtta.io import atomic_write, write_text
 from jaxtta.report import plots, text
 from jaxtta.report.examples import Example, draw_examples
-from jaxtta.report.render import render
+from jaxtta.report.render import png, render
 from jaxtta.report.summary import Summary, summarise
 
 TRIES = 20  # number of images tried for the samples
@@ -74,7 +74,7 @@ def _write(
     write_text(folder / "table.txt", table + "\n")
     for name, figure in drawn.items():
         with atomic_write(folder / f"{name}.png") as temporary:
-            figure.savefig(temporary, format="png", dpi=150)
+            temporary.write_bytes(png(figure))
     several = [(f"{name}: " if name else "", each) for name, each in summaries.items()]
     said = [name + text.answer(each) for name, each in several]
     warned = [name + line for name, each in several for line in text.warnings(each)]
