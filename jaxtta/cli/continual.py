@@ -102,7 +102,7 @@ def run(options: Options) -> None:
                 failed.append(str(error))
     if found:
         rows = pd.concat(found)
-        rows = pd.concat([rows[rows.method == name] for name in options.methods])
+        rows = pd.concat([rows.query("method == @name") for name in options.methods])
         named = rows, [task.name for task in tasks], [task.name for task in retention]
         where = " on validation images" if options.validate else ""
         heading = f"accuracy in %{where} after the last task, mean over {rows.seed.nunique()} seeds"
@@ -132,7 +132,7 @@ def open_tasks(options: Options) -> list[TaskData]:
     names = [name for given in options.tasks for name in MTIL_ORDERS.get(given, (given,))]
     tasks = [open_task(name, options.data) for name in names]
     for number, task in enumerate(tasks):
-        if options.validate:
+        if options.validate and task.train is not None:
             tuning = every_nth(task.train.labels, TUNING)
             parts = (data.Subset(task.train, np.flatnonzero(mask)) for mask in (~tuning, tuning))
             tasks[number] = TaskData(task.name, task.template, *parts)
@@ -142,7 +142,7 @@ def open_tasks(options: Options) -> list[TaskData]:
 def open_reference(options: Options) -> tuple[list[TaskData], TaskData]:
     """The retention sets and the reference images."""
     bundled = options.reference is None
-    given = f"folder={assets.IMAGES}" if bundled else options.reference
+    given = options.reference or f"folder={assets.IMAGES}"
     images, template = open_layout("--reference", given)
     count = options.reference_classes
     if count is None:
@@ -187,7 +187,7 @@ def table(rows: pd.DataFrame, tasks: list[str], retention: list[str]) -> str:
     "last" is the mean over the tasks, "average" their mean over all steps. The kept share is
     (method − fine-tuning) / (start − fine-tuning), if fine-tuning was run, over the common seeds.
     """
-    start = rows[rows.step == 0].drop_duplicates(["seed", "set"]).assign(method="before")
+    start = rows.query("step == 0").drop_duplicates(["seed", "set"]).assign(method="before")
     ends = pd.concat([start, rows[rows.step == len(tasks)]])
     methods, gap = ends.method.unique(), metrics.ALIGNMENT[0]
     ends = 100 * ends.pivot(index=["method", "seed"], columns="set", values="value")
