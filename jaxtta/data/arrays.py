@@ -53,19 +53,15 @@ class ArrayDataset:
         array, count = self._array, len(self.labels)
         place = self.what if isinstance(self.images, np.ndarray) else self.images
         if array.ndim != 4 or array.shape[-1] != 3 or array.dtype != np.uint8:
-            raise ValueError(
-                f"{place}: is {array.dtype} of shape {array.shape}, expected uint8 of shape "
-                "(images, height, width, 3)"
-            )
+            found = f"{place}: is {array.dtype} of shape {array.shape}"
+            raise ValueError(f"{found}, expected uint8 of shape (images, height, width, 3)")
         expected = count * SEVERITIES if self.severity else count
         if len(array) != expected:
             severities = f" at {SEVERITIES} severities" if self.severity else ""
             layout = {count: "arrays", SEVERITIES * count: "cifar-c"}.get(len(array))
             hint = f"; use --layout {layout}" if layout and isinstance(self.images, Path) else ""
-            raise ValueError(
-                f"{place}: has {len(array)} images, expected {expected} for {count} "
-                f"labels{severities}{hint}"
-            )
+            found = f"{place}: has {len(array)} images, expected {expected} for {count} labels"
+            raise ValueError(f"{found}{severities}{hint}")
 
     def _row(self, number: int) -> int:
         return max(self.severity - 1, 0) * len(self.labels) + number
@@ -97,9 +93,8 @@ def _load(path: Path, **options: Any) -> Any:
 def check_labels(path: object, labels: np.ndarray, classes: int | None = None) -> None:
     """Raise a ValueError if they are not integers from 0 to below the number of classes."""
     if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
-        raise ValueError(
-            f"{path}: labels are {labels.dtype} of shape {labels.shape}, expected integers"
-        )
+        kind = f"{labels.dtype} of shape {labels.shape}"
+        raise ValueError(f"{path}: labels are {kind}, expected integers")
     if not len(labels):
         raise ValueError(f"{path}: has no labels")
     low, high = labels.min(), labels.max()
@@ -148,11 +143,11 @@ def open_arrays(
         images = len(_mapped(first)) if first else 0
         if images != SEVERITIES * len(labels):
             if not repeated:
-                hint = "; use --layout arrays for images of one severity"
+                one = images == len(labels)
+                hint = "; use --layout arrays for images of one severity" if one else ""
                 raise ValueError(
                     f"{place}: has {len(labels)} labels, expected one for each image of "
-                    f"{SEVERITIES} severities in the same order, or for each image of one severity"
-                    f"{hint if images == len(labels) else ''}"
+                    f"{SEVERITIES} severities in the same order, or of one severity{hint}"
                 )
             labels = labels[: len(labels) // SEVERITIES]
     elif repeated:

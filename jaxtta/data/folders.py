@@ -50,10 +50,8 @@ class ImageFolder:
         pixels = np.asarray(open_image(self.root / self.paths[number], raw=self.raw))
         height, width, _ = pixels.shape
         if min(height, width) <= 2 * self.border:
-            raise images.UnreadableImageError(
-                f"{self.name(number)}: {width}×{height} pixels leave nothing within a border of "
-                f"{self.border}"
-            )
+            inside = f"{width}×{height} pixels leave nothing within a border of {self.border}"
+            raise images.UnreadableImageError(f"{self.name(number)}: {inside}")
         return pixels[self.border : height - self.border, self.border : width - self.border]
 
     def name(self, number: int) -> str:
@@ -214,10 +212,8 @@ def imagenet_c(
                 if domains.setdefault(domain, place) != place:
                     raise ValueError(f"{root}: {domain} is in {domains[domain]} and in {place}")
     if not domains:
-        raise ValueError(
-            f"{root}: has no <corruption>/<severity 1 to {SEVERITIES}> folders"
-            f"{hints(root, folders)}"
-        )
+        wanted = f"<corruption>/<severity 1 to {SEVERITIES}>"
+        raise ValueError(f"{root}: has no {wanted} folders{hints(root, folders)}")
     classes = {place: {path.name for path in folders_in(place)} for place in domains.values()}
     places = sorted(classes, key=lambda place: -len(classes[place]))  # stable: the first of equals
     known = set().union(*classes.values())

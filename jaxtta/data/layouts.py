@@ -38,9 +38,8 @@ def _names_of_wnids(root: Path, wnids: Sequence[str]) -> list[str]:
     names = tables.imagenet_classes()
     for wnid in wnids:
         if wnid not in names:
-            raise ValueError(
-                f"{root}: folder {wnid} is not one of ImageNet's 1,000 wnids (such as n01440764)"
-            )
+            known = "ImageNet's 1,000 wnids (such as n01440764)"
+            raise ValueError(f"{root}: folder {wnid} is not one of {known}")
     return [names[wnid] for wnid in wnids]
 
 
