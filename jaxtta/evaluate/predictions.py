@@ -101,8 +101,8 @@ class Predictions:
 
     def segment(self, number: int) -> pd.DataFrame:
         """One segment's rows with a column `top1`, sorted by image so that adapters pair up."""
-        rows = self.rows.assign(top1=self.top1)
-        return rows[rows["segment"] == number].sort_values("image", ignore_index=True)
+        rows = self.rows.assign(top1=self.top1).query(f"segment == {number}")
+        return rows.sort_values("image", ignore_index=True)
 
     def save(self, path: str | Path) -> None:
         """Write the file, atomically."""

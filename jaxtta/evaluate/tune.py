@@ -71,8 +71,8 @@ def tune_learning_rate(
     top1: dict[float, list[float]] = {rate: [] for rate in texts.values()}
     for result in sweep(spec, list(texts), model, params, folder, **options):
         for number in range(len(result.domains)):
-            rows = result.segment(number)
-            top1[texts[result.adapter]].append(float(rows["top1"][rows["seen"]].mean()))
+            rows = result.segment(number).query("seen")
+            top1[texts[result.adapter]].append(float(np.mean(rows["top1"])))
     accuracies = {rate: float(np.mean(values)) for rate, values in top1.items()}
     images = len(np.unique(spec.streams[0].items[:, 1]))
     chosen_on = f"{', '.join(sorted(shown))}; {images} images each"
