@@ -20,14 +20,9 @@ STEPS = ("seconds", "skipped")
 
 
 class Scores(NamedTuple):
-    """Scores of each image's prediction, all (images,).
+    """Scores of each image's prediction, (images,) each; `nll` in nats.
 
-    Attributes:
-        prediction: the class of the highest logit, the lowest of equal ones; -1 if one is NaN.
-        confidence: the highest probability.
-        nll: negative log-likelihood of the label, in nats.
-        brier: Brier score.
-        top5: whether the label is among the five highest.
+    `prediction` is the class of the highest logit, the lowest of equal ones; -1 if one is NaN.
     """
 
     prediction: Any
@@ -64,8 +59,7 @@ class Predictions:
 
     Attributes:
         adapter: its name in tables.
-        stream: the stream's name.
-        seed: the stream's seed.
+        stream: the stream's name; `seed` is its seed.
         setting: the stream setting, or "datasets" where each domain is a dataset of its own.
         domains: the stream's segments; a domain may occur twice.
         class_names: of the labels.
