@@ -130,14 +130,16 @@ def measured(settings: Settings, row: Row) -> dict[str, Any]:
 def table(rows: pd.DataFrame) -> str:
     """All rows, with ratios to the reference implementation in PyTorch."""
     rows = rows.assign(best=rows.seconds.map(min))
-    shown = rows[["adapter", "library", "prompts"]].assign(**{
-        "s/step": rows.best,
-        "median": rows.seconds.map(np.median),
-        "images/s": rows.images / rows.best,
-        "peak GB": rows.peak_memory_gb,
-        "GFLOP": rows.gflop,
-        "% of peak": 100 * rows.gflop / rows.best / rows.matmul_gflop_per_second,
-    })
+    shown = rows[["adapter", "library", "prompts"]].assign(
+        **{
+            "s/step": rows.best,
+            "median": rows.seconds.map(np.median),
+            "images/s": rows.images / rows.best,
+            "peak GB": rows.peak_memory_gb,
+            "GFLOP": rows.gflop,
+            "% of peak": 100 * rows.gflop / rows.best / rows.matmul_gflop_per_second,
+        }
+    )
     reference = rows[rows.prompts == "77 tokens"].set_index("adapter")
     ratios = {"faster": "best", "less memory": "peak_memory_gb", "fewer FLOPs": "gflop"}
     for name, column in ratios.items():
