@@ -159,7 +159,9 @@ def severity(summary: Summary) -> Figure:
     names = [name for name in summary.averaged if name != CLEAN]
     own = summary.segments[summary.segments["corruption"].isin(names)]
     tops = own.pivot_table("top1", ["corruption", "severity"], "adapter")
-    panels = {"mean": tops.groupby("severity").mean()} if len(names) > 1 else {}
+    panels: dict[str, Any] = {}
+    if len(names) > 1:
+        panels["mean"] = tops.groupby("severity").mean()
     panels |= {name: tops.loc[name] for name in names}
     figure, grid = _grid(len(panels), 2.4, 2.3)
     for axes, (name, values) in zip(grid, panels.items(), strict=True):

@@ -23,12 +23,13 @@ MEASURES = {
     "peak_memory_gb": ("peak memory (GB)", 1, 2),
 }
 """Columns of the means beside accuracy: name, factor and decimals."""
-Entries = list[tuple[str, list[pd.Series | None]]]
+Entries = list[tuple[str, list[Any]]]
 
 
 def answer(summary: Summary) -> str:
     """Summarise in two sentences which adapter is best, and where each helps or harms."""
-    means, base, count = summary.means, summary.baseline, len(summary.averaged)
+    means, count = summary.means, len(summary.averaged)
+    base: Any = summary.baseline
     known = means["top1"].dropna()
     if known.empty:
         return "No images were processed."
@@ -38,7 +39,8 @@ def answer(summary: Summary) -> str:
     if not summary.compared:
         rest = "No other adapter was run" if base else "There is no baseline to compare with"
         return f"{where}, {known.idxmax()} has an accuracy of {points(known.max())} %. {rest}."
-    best, share = means["gain"].idxmax(), f"{points(means['top1'][base])} %"
+    best: Any = means["gain"].idxmax()
+    share = f"{points(means['top1'][base])} %"
     top, entry = points(means["top1"][best]), means.loc[best]
     gain = f"{points(entry['gain'], '+')} points {interval(entry)}"
     said = {
@@ -166,7 +168,7 @@ def warnings(summary: Summary) -> list[str]:
     for adapter, own in summary.segments.groupby("adapter", sort=False):
         hit = own[own["skipped_steps"] > 0].drop_duplicates(["stream", "seed"])
         if len(hit):
-            steps = counted(hit["skipped_steps"].sum(), "step")
+            steps = counted(int(hit["skipped_steps"].sum()), "step")
             where = [f"{line.stream} (seed {line.seed})" for line in hit.itertuples()]
             said.append(
                 f"{adapter}: {steps} skipped because the loss or the update was not finite, on "
