@@ -7,7 +7,7 @@ import runpy
 import jax
 import jax.numpy as jnp
 import pytest
-from conftest import EXPERIMENTS
+from conftest import EXPERIMENTS, bundled_image
 
 import jaxtta
 from jaxtta import assets, io
