@@ -39,7 +39,7 @@ parity: $(VENV)/torch  ## Install PyTorch and compare with it and with reference
 	$(OFFLINE) $(VENV)/bin/python -m pytest -m parity
 
 bench: $(VENV)/torch  ## Time the adapters on ViT-B/16, beside PyTorch
-	$(OFFLINE) $(VENV)/bin/python experiments/benchmark.py
+	$(OFFLINE) $(VENV)/bin/python benchmarks/run.py
 
 lint: venv  ## Check style and types
 	$(VENV)/bin/ruff check .

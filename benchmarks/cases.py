@@ -26,38 +26,22 @@ MODELS = {  # the two towers, image size, patch size and projection
 class Settings:
     """Benchmark settings."""
 
-    model: Literal["ViT-B/16", "ViT-B/32", "ViT-L/14", "tiny"] = "ViT-B/16"
-    """Size of the model; tiny only checks that everything runs."""
-    classes: int = 100
-    """Number of classes, with one prompt per class."""
-    batch: int = 16
-    """Images per step (TNT: always one)."""
-    views: int = 64
-    """Views per image (TNT)."""
-    views_per_chunk: int = 8
-    """Views encoded at once (TNT's JAX rows); use more on an accelerator."""
-    adapters: tuple[str, ...] = ("zero_shot", "tent", "batclip")
-    """Adapters to measure: these, tnt, tnt:steps=N, or mgtta (JAX only)."""
-    frameworks: tuple[Literal["jax", "torch"], ...] = ("jax", "torch")
-    """Libraries to measure; an adapter has a row in JAX and two in PyTorch (TNT one)."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of the matrix products; the parameters are float32."""
-    remat: bool = False
-    """Recompute activations in the backward pass (JAX rows only): less memory, more time."""
-    steps: int = 3
-    """Measured steps per row, after one warm-up step."""
-    memory_limit_gb: float | None = None
-    """Stop a row whose process uses more main memory than this (Linux only)."""
-    reading: str | None = None
-    """Class folders of images: also time reading and corrupting them, without a model."""
-    workers: int = 2
-    """Processes that read images."""
-    projectors: bool = False
-    """Also time what GNSP adds to training: projectors, beside full SVDs in PyTorch, and a step."""
-    output: str | None = None
-    """JSON file for settings and rows, rewritten after each row."""
-    debug: bool = False
-    """Show the traceback of an error."""
+    model: Literal["ViT-B/16", "ViT-B/32", "ViT-L/14", "tiny"] = "ViT-B/16"  # size; tiny is a test
+    classes: int = 100  # number of classes, with one prompt per class
+    batch: int = 16  # images per step (TNT: always one)
+    views: int = 64  # views per image (TNT)
+    views_per_chunk: int = 8  # views encoded at once (TNT in JAX); use more on an accelerator
+    adapters: tuple[str, ...] = ("zero_shot", "tent", "batclip")  # also tnt, tnt:steps=N, mgtta
+    frameworks: tuple[Literal["jax", "torch"], ...] = ("jax", "torch")  # libraries to measure
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the products; parameters are float32
+    remat: bool = False  # recompute activations in the backward pass (JAX): less memory, more time
+    steps: int = 3  # measured steps per row, after one warm-up step
+    memory_limit_gb: float | None = None  # stop a row that uses more main memory (Linux)
+    reading: str | None = None  # class folders: also time reading and corrupting their images
+    workers: int = 2  # processes that read images
+    projectors: bool = False  # also time what GNSP adds to training
+    output: str | None = None  # JSON file for settings and rows, rewritten after each row
+    debug: bool = False  # show the traceback of an error
 
 
 def tnt_steps(adapter: str) -> int:

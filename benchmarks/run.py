@@ -92,10 +92,7 @@ def plan(settings: Settings) -> list[Row]:
     """The rows that can be measured here, grouped by adapter."""
     torch = importlib.util.find_spec("torch") is not None
     if "torch" in settings.frameworks and not torch:
-        message = "PyTorch is not installed, so its rows are skipped: `make parity` installs it"
-        if settings.frameworks == ("torch",):
-            raise ValueError(message)
-        print(message, file=sys.stderr)
+        print("PyTorch is not installed: `make parity` installs it", file=sys.stderr)
     forms = [("jax", "packed"), *[("torch", "77 tokens"), ("torch", "cut")] * torch]
     return [
         Row(name, framework, form)
@@ -130,14 +127,16 @@ def measured(settings: Settings, row: Row) -> dict[str, Any]:
 def table(rows: pd.DataFrame) -> str:
     """All rows, with ratios to the reference implementation in PyTorch."""
     rows = rows.assign(best=rows.seconds.map(min))
-    shown = rows[["adapter", "library", "prompts"]].assign(**{
-        "s/step": rows.best,
-        "median": rows.seconds.map(np.median),
-        "images/s": rows.images / rows.best,
-        "peak GB": rows.peak_memory_gb,
-        "GFLOP": rows.gflop,
-        "% of peak": 100 * rows.gflop / rows.best / rows.matmul_gflop_per_second,
-    })
+    shown = rows[["adapter", "library", "prompts"]].assign(
+        **{
+            "s/step": rows.best,
+            "median": rows.seconds.map(np.median),
+            "images/s": rows.images / rows.best,
+            "peak GB": rows.peak_memory_gb,
+            "GFLOP": rows.gflop,
+            "% of peak": 100 * rows.gflop / rows.best / rows.matmul_gflop_per_second,
+        }
+    )
     reference = rows[rows.prompts == "77 tokens"].set_index("adapter")
     ratios = {"faster": "best", "less memory": "peak_memory_gb", "fewer FLOPs": "gflop"}
     for name, column in ratios.items():

@@ -15,7 +15,7 @@ import math
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ from PIL import Image
 from tqdm import tqdm
 from transformers import AutoTokenizer, CLIPConfig
 
-from jaxtta import assets, cli, data, io, models
+from jaxtta import assets, cli, data, evaluate, io, models
 
 Array = jax.Array
 TEST_TEMPLATE = "a photo of a {}."
@@ -69,14 +69,6 @@ class Config:
     debug: bool = False  # show the traceback of an error
 
 
-class State(NamedTuple):
-    """What a training step changes."""
-
-    params: dict
-    optimizer: optax.OptState
-    step: Array
-
-
 def run(config: Config) -> None:
     """Train, and write the results after every epoch."""
     check(config)
@@ -96,7 +88,7 @@ def run(config: Config) -> None:
     init_key, train_key = jax.random.split(jax.random.key(config.seed))
     params = jax.jit(model.init)(init_key)
     params["logit_scale"] = jnp.float32(FIRST_LOGIT_SCALE)
-    state = State(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+    state = params, optimizer.init(params), jnp.zeros((), jnp.int32)
     history: dict[str, list[float]] = {"loss": [], "train_accuracy": [], "test_accuracy": []}
     for epoch in range(config.epochs):
         order = np.random.default_rng((config.seed, epoch)).permutation(len(train))
@@ -114,9 +106,9 @@ def run(config: Config) -> None:
             # The last batch is filled with the first images, so that one shape is compiled.
             rows = np.arange(math.ceil(len(test) / config.batch) * config.batch) % len(test)
             batches = test.images[rows.reshape(-1, config.batch)]
-            found = np.concatenate([predict(state.params, images) for images in batches])
+            found = np.concatenate([predict(state[0], images) for images in batches])
             history["test_accuracy"].append(float(np.mean(found[: len(test)] == test.labels)))
-        write(config, model, state.params, history)
+        write(config, model, state[0], history)
         last = [f"{name} {values[-1]:.4f}" for name, values in history.items() if values]
         print(f"epoch {epoch + 1}/{config.epochs}: {', '.join(last)}")
     print(f"{config.output} holds the checkpoint")
@@ -124,18 +116,18 @@ def run(config: Config) -> None:
 
 def check(config: Config) -> None:
     """Raise a ValueError for invalid options, a FileExistsError for an earlier checkpoint."""
-    for name, value in vars(config).items():
-        least, most = 1e-12, math.inf
-        if name in ("warmup", "cutmix", "label_smoothing", "seed", "padding", "weight_decay"):
-            least, most = 0, math.inf if name in ("seed", "padding", "weight_decay") else 1
-        for number in value if isinstance(value, tuple) else (value,):
-            if type(number) in (int, float) and not least <= number <= most:
-                expected = (
-                    f"{least:g} to {most:g}"
-                    if most == 1
-                    else ("positive", "at least 0")[least == 0]
-                )
-                raise ValueError(f"--{name.replace('_', '-')} is {number}, expected {expected}")
+    counts = ("epochs", "batch", "max_images", "embedding", "image_size", "patch_size")
+    least = {name: (getattr(config, name), 1) for name in (*counts, "text_length")}
+    least |= {"vision": (min(config.vision), 1), "text": (min(config.text), 1)}
+    for name in ("seed", "padding", "weight_decay"):
+        least[name] = getattr(config, name), 0
+    evaluate.require_at_least(**least)
+    evaluate.require_positive(learning_rate=[config.learning_rate], clip_norm=[config.clip_norm])
+    for name in ("warmup", "cutmix", "label_smoothing"):
+        if not 0 <= getattr(config, name) <= 1:
+            raise ValueError(
+                f"--{name.replace('_', '-')} is {getattr(config, name)}, expected 0 to 1"
+            )
     for name, (_, width, heads) in (("vision", config.vision), ("text", config.text)):
         if width % heads:
             raise ValueError(f"--{name} has {heads} heads, expected a divisor of its width {width}")
@@ -232,7 +224,10 @@ def make_optimizer(config: Config, steps: int) -> optax.GradientTransformation:
 def make_train_step(
     config: Config, model: models.CLIP, optimizer: Any, names: tuple[str, ...]
 ) -> Any:
-    """Make the jitted `step(state, key, images, labels) -> (state, (loss, accuracy))`."""
+    """Make the jitted `step(state, key, images, labels) -> (state, (loss, accuracy))`.
+
+    A state is the parameters, the optimiser's state and the number of steps.
+    """
     task = models.zero_shot_task(model, names, TEMPLATES)
     model.prompts(task)  # raises if a prompt is too long for the model
     # Padded rather than packed prompts: the templates share one shape and so one program.
@@ -246,16 +241,17 @@ def make_train_step(
         targets = optax.smooth_labels(targets, config.label_smoothing)
         return optax.softmax_cross_entropy(logits, targets).mean(), correct.mean()
 
-    def step(state: State, key: Array, images: Array, labels: Array) -> tuple[State, Any]:
-        augment_key, template_key = jax.random.split(jax.random.fold_in(key, state.step))
+    def step(state: tuple, key: Array, images: Array, labels: Array) -> tuple[tuple, Any]:
+        params, optimizer_state, count = state
+        augment_key, template_key = jax.random.split(jax.random.fold_in(key, count))
         targets = jax.nn.one_hot(labels, len(names))
         images, targets = augment(augment_key, images, targets, config.padding, config.cutmix)
         differentiated = jax.value_and_grad(loss_of, has_aux=True)
-        figures, gradients = differentiated(state.params, template_key, images, targets)
-        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
-        params = optax.apply_updates(state.params, updates)
+        figures, gradients = differentiated(params, template_key, images, targets)
+        updates, optimizer_state = optimizer.update(gradients, optimizer_state, params)
+        params = optax.apply_updates(params, updates)
         params["logit_scale"] = jnp.minimum(params["logit_scale"], HIGHEST_LOGIT_SCALE)
-        return State(params, optimizer_state, state.step + 1), figures
+        return (params, optimizer_state, count + 1), figures
 
     return jax.jit(step, donate_argnums=0)
 

@@ -66,11 +66,16 @@ def entries_of(folder: str | Path) -> list[os.DirEntry[str]]:
     return sorted(shown, key=lambda entry: entry.name)
 
 
+def lone_images(folder: str | Path) -> list[str]:
+    """The names of the images that lie in a folder itself, sorted."""
+    return [entry.name for entry in entries_of(folder) if is_image(entry) and not is_folder(entry)]
+
+
 def find_images(folder: str | Path, outside: str | Path = "") -> tuple[list[str], Counter[str]]:
     """Find the images in a folder and below; links are followed, but no folder is entered twice.
 
     Args:
-        folder: the folder.
+        folder: the folder; may be missing.
         outside: a folder that is not entered by a link.
 
     Returns:
@@ -78,7 +83,7 @@ def find_images(folder: str | Path, outside: str | Path = "") -> tuple[list[str]
     """
     images, others = [], Counter[str]()
     seen = {os.path.realpath(outside)} - {os.path.realpath(folder)} if outside else set()
-    for path, entry in _walk(folder, "", seen):
+    for path, entry in _walk(folder, "", seen) if Path(folder).is_dir() else ():
         if is_image(entry):
             images.append(path)
         else:

@@ -229,7 +229,7 @@ def test_the_bundled_images_are_balanced_and_real():
     ("change", "message"),
     [
         ({"labels": np.array([0, 1, 2, 0])}, "run from 0 to 2, expected 0 to 1 for 2 classes"),
-        ({"labels": np.array([0, 1])}, "has 4 images and 2 labels"),
+        ({"labels": np.array([0, 1])}, "has 4 images, expected 2 for 2 labels$"),
         ({"images": PIXELS[..., 0]}, r"uint8 of shape \(4, 40, 44\), expected"),
         ({"class_names": None}, "expected images, labels and class_names"),
         (None, "expected images, labels and class_names"),
@@ -241,7 +241,7 @@ def test_bad_files_of_images_are_refused(tmp_path, change, message):
     np.savez(path, **{k: v for k, v in (content | (change or {})).items() if v is not None})
     if change is None:
         path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(ValueError, match=rf"some\.npz: .*{message}"):
+    with pytest.raises(ValueError, match=rf"some\.npz.*: .*{message}"):
         data.open_dataset("folder", path)
     with pytest.raises(FileNotFoundError, match=r"other\.npz: no such file"):
         data.open_dataset("folder", tmp_path / "other.npz")

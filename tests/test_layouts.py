@@ -576,7 +576,7 @@ def png(pixels):
     [
         ("no_such_set", "test", ValueError, "has no dataset 'no_such_set' in .*not found"),
         ("No Such:", "test", ValueError, "has no dataset 'No Such:'"),
-        ("tiny_pictures", "val", ValueError, "unknown split 'val', expected one of test$"),
+        ("tiny_pictures", "val", ValueError, "split 'val' cannot be read .* has the splits test$"),
         ("tiny_pictures", "test[:x", ValueError, r"split 'test\[:x' cannot be read"),
         (
             "cifar10",
@@ -642,7 +642,6 @@ def test_tables():
     assert len(cifar100_classes()) == len(set(cifar100_classes())) == 100
     for layout in data.LAYOUTS:
         assert all(template.count("{}") == 1 for template in data.templates_for(layout))
-    assert set(data.TEMPLATES) < set(data.LAYOUTS)
     assert data.templates_for("dtd") == ("{} texture.",)
     assert data.templates_for("imagenet-c") == ("a photo of a {}.",)
 

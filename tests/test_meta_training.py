@@ -1,13 +1,18 @@
-"""Meta-training differentiates what it says it does, and makes losses smaller."""
+"""Meta-training differentiates what it says it does; jaxtta pretrain-mgg trains and resumes."""
+
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import errors_in, save_vit, write_images
+from PIL import Image
 
-from jaxtta import optim
-from jaxtta.optim import begin_epoch, init_meta_training, meta_step
+import jaxtta
+from jaxtta import evaluate, optim
+from jaxtta.optim import EpochMetrics, begin_epoch, best_epoch, init_meta_training, meta_step
 
 RATE = 0.05
 TARGETS = jnp.asarray(np.random.default_rng(0).normal(size=(9, 4)), jnp.float32)
@@ -104,3 +109,139 @@ def test_training_makes_the_losses_smaller(phi):
         for start in range(1, 20):
             state, _ = step(state, 1 + epoch[start : start + 1])
     assert steady(state.phi) < 0.5 * steady(phi)
+
+
+def test_the_best_epoch_is_the_first_of_equal_ones():
+    history = [
+        EpochMetrics(3.0, 1.0, 0.5),
+        EpochMetrics(1.0, 2.0, 0.7),
+        EpochMetrics(1.0, 1.0, 0.7),
+    ]
+    assert best_epoch(history, "accuracy") == 1
+    assert best_epoch(history, "loss") == 0
+    assert best_epoch([epoch._replace(val_loss=None) for epoch in history], "loss") == 1
+
+
+SMALL = [
+    *("--workers", "0", "--images", "8", "--val-images", "6", "--test-batch", "3"),
+    *("--source-images", "6", "--severity", "1", "--hidden", "2"),
+]
+
+
+def test_a_generator_is_trained_and_a_killed_run_goes_on(run_jaxtta, short, tmp_path, monkeypatch):
+    options = ["pretrain-mgg", *SMALL, "--model", short, "--epochs", "2"]
+    options += ["--corruptions", "speckle_noise", "saturate", "--output"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    code, out, _ = run_jaxtta(*options, whole)
+    assert code == 0
+    record = json.loads((whole / "training.json").read_text())
+    accuracies = [epoch["accuracy"] for epoch in record["epochs"]]
+    best = record["selected_epoch"]
+    assert len(accuracies) == 2
+    assert accuracies[best - 1] == max(accuracies)
+    assert f"epoch {best} of 2, selected by accuracy: loss" in out
+    phi, about = optim.load_mgg(whole / "phi.safetensors")
+    assert (optim.check_mgg_params(phi), about["epoch"]) == (2, best)
+    assert jaxtta.models.load_statistics(whole / "statistics.safetensors")[0].count == 6
+    assert Image.open(whole / "training.png").size[0] > 500
+
+    # killed in the second epoch, between weights and checkpoint; then the same command again
+    def stop(folder, step, *arguments):
+        if step == 2:
+            raise KeyboardInterrupt
+        return evaluate.checkpoint.save_checkpoint(folder, step, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "save_checkpoint", stop)
+        assert run_jaxtta(*options, parts)[0] == 130
+    assert run_jaxtta(*options, parts)[0] == 0
+    for file in ("phi.safetensors", "statistics.safetensors"):
+        assert (parts / file).read_bytes() == (whole / file).read_bytes()
+    again = json.loads((parts / "training.json").read_text())
+    assert (again["epochs"], again["before"]) == (record["epochs"], record["before"])
+    code, _, err = run_jaxtta(*options, parts, "--seed", "1")
+    assert code == 1
+    assert "parts: has results with training.seed 0 (this run: 1)" in err
+
+
+def test_the_papers_table_of_mgtta_on_a_supervised_vit(run_jaxtta, tmp_path):
+    """The README's two commands: a generator and statistics, then no adaptation, TENT, MGTTA."""
+    from transformers import ViTConfig
+
+    names = ["cat", "dog", "ship"]
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    config = ViTConfig(
+        **sizes,
+        num_attention_heads=2,
+        image_size=32,
+        patch_size=8,
+        id2label=dict(enumerate(names)),
+        label2id={name: number for number, name in enumerate(names)},
+    )
+    model = jaxtta.models.classifier_from_config(config)
+    save_vit(tmp_path / "vit", config, model.init(jax.random.key(0)))
+    common = ["--model", tmp_path / "vit", "--data", write_images(tmp_path / "images", 6, names)]
+    trained, run = tmp_path / "mgg", tmp_path / "run"
+    options = [*common, *SMALL, "--corruptions", "saturate", "--epochs", "1", "--output", trained]
+    code, _, err = run_jaxtta("pretrain-mgg", *options)
+    assert code == 0, err
+    options = [
+        *("sweep", *common, "--workers", "0", "--adapters", "zero_shot", "tent", "mgtta"),
+        *("--corruptions", "fog", "contrast", "--severities", "1", "--batch-size", "6"),
+        *("--mgtta.phi", trained / "phi.safetensors"),
+        *("--mgtta.statistics", trained / "statistics.safetensors"),
+    ]
+    code, _, err = run_jaxtta(*options, "--output", run)
+    assert code == 0, err
+    assert len(evaluate.load_predictions(run)) == 6
+    # the same classes in another order would give wrong figures: refused
+    for given in (("ship", "cat", "dog"), ("a", "b")):
+        code, _, err = run_jaxtta(*options, "--output", tmp_path / "odd", "--class-names", *given)
+        assert code == 1
+        assert given[0] in err or "2 class names" in err
+
+
+def test_a_generator_for_both_towers_through_several_updates(run_jaxtta, short, tmp_path):
+    common = ["--workers", "0", "--model", short, "--output"]
+    options = [
+        *("--images", "12", "--val-images", "0", "--select-by", "loss", "--source-images", "6"),
+        *("--corruptions", "saturate", "--hidden", "2", "--epochs", "1", "--batch", "2"),
+        *("--truncation", "3", "--tower", "both"),  # five batches after the first: 3 and 2
+    ]
+    code, out, _ = run_jaxtta("pretrain-mgg", *common, tmp_path / "a", *options)
+    assert code == 0
+    assert "no validation images" in out
+    adapters = ["zero_shot", "mgtta", "mgtta:lr=1e-2", "mgtta:optimizer=sgd"]
+    options = ["--max-images", "20", "--batch-size", "10", "--corruptions", "fog", "--adapters"]
+    options += [*adapters, "mgtta:optimizer=adam,lr=1e-2", "--mgtta.tower", "both"]
+    for name in ("phi", "statistics"):
+        options += [f"--mgtta.{name}", tmp_path / "a" / f"{name}.safetensors"]
+    code, _, err = run_jaxtta("sweep", *common, tmp_path / "b", *options)
+    assert code == 0, err
+    found = {each.adapter: each for each in evaluate.load_predictions(tmp_path / "b")}
+    assert found["mgtta"].settings["adapter"]["tower"] == "both"
+    assert "0.01" in found["mgtta:lr=1e-2"].settings["adapter"]["optimizer"]
+    assert "phi" not in found["mgtta:optimizer=sgd"].settings["adapter"]
+    nll = {each.rows["nll"].mean() for each in found.values()}
+    assert len(nll) == len(found) == 5  # every one did something else
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--val-images 0", "--select-by accuracy needs --val-images"),
+        ("--images 2", "--images is 2, expected at least 4"),
+        ("--images 3000", "has 2000 images, expected at least 3256 for --images 3000"),
+        ("--max-images 9", "has 9 images, expected at least 384"),
+        ("--learning-rate -1", "--learning-rate is -1.0, expected a positive number"),
+        ("--corruptions rain", "unknown corruption 'rain'"),
+        ("--source {folder}", "no such folder"),
+    ],
+)
+def test_bad_options_of_meta_training(run_jaxtta, tmp_path, options, message):
+    options = options.format(folder=tmp_path / "nowhere").split()
+    code, _, err = run_jaxtta("pretrain-mgg", "--output", tmp_path / "a", *options)
+    assert code == 1
+    assert message in err
+    assert errors_in(err) == 1
+    assert not (tmp_path / "a").exists()

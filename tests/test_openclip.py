@@ -60,8 +60,7 @@ def test_embeddings_equal_openclips(name):
 
 def test_batclip_on_the_resnet_equals_openclips(resnet, reference, task):
     model, params = resnet
-    setup = evaluate.AdapterConfig("cifar10-c", adapters.TNTConfig(), evaluate.MGTTAConfig())
-    adapter = evaluate.make_adapter("batclip", model, task, setup)
+    adapter = evaluate.make_adapter(evaluate.parse_adapter("batclip"), model, task)
     state, step = adapter.init(params), jax.jit(adapter.step)
     for t, images in enumerate(images_of(model, reference["batclip_images"])):
         state, prediction = step(params, state, images)

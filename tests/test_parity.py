@@ -5,11 +5,10 @@ import zipfile
 
 import jax
 import numpy as np
-import optax
 import pytest
 from conftest import relative
 
-from jaxtta import adapters, data, evaluate, models, report
+from jaxtta import data, evaluate, models
 
 pytestmark = pytest.mark.parity
 
@@ -112,26 +111,16 @@ def test_accuracies_equal_the_reference(shared, tmp_path):
     folder = tmp_path / "cifar10-c-severity5/test"
     model, params = models.load(shared / "weights/tiny-clip-cifar10")
     names = data.CIFAR10_CLASSES
-    source = data.corrupted_arrays(folder, model.preprocessing, names)
-    task = models.zero_shot_task(model, names)
+    benchmark = data.open_benchmark("arrays", folder, model.preprocessing, names)
     streams = data.make_streams(
-        "reset_each_shift", tuple(expected), (0,), source.labels, order="stored"
+        "reset_each_shift", tuple(expected), (0,), data.labels_of(benchmark), order="stored"
     )
-    cells = evaluate.run(
-        {
-            "zero_shot": adapters.zero_shot(model, task),
-            "batclip": adapters.batclip(
-                model, task, optimizer=optax.adamw(1e-3, weight_decay=1e-2)
-            ),
-        },
-        params,
-        data.Batches(source, tuple(streams), 100),
-        evaluate.Results(tmp_path / "results", {}),
-        workers=0,
-        progress=False,
-    )
-    ours = {(cell["adapter"], cell["stream"]): 100 * cell["segments"][0]["top1"] for cell in cells}
-    print(report.table(cells))
+    spec = evaluate.Spec(benchmark, streams, models.zero_shot_task(model, names), 100)
+    named = {"zero_shot": "zero_shot", "batclip": "batclip:lr=1e-3"}
+    results = evaluate.sweep(spec, [*named.values()], model, params, progress=False)
+    top1 = {(result.adapter, result.stream): 100 * result.top1.mean() for result in results}
+    ours = {(name, text): top1[named[name], text] for name in named for text in expected}
+    print(ours)
     for corruption, (zero_shot, _) in expected.items():
         assert ours["zero_shot", corruption] == pytest.approx(zero_shot, abs=0.3), corruption
     common = [name for name in expected if name != "clean"]

@@ -391,7 +391,7 @@ def test_folders_are_put_side_by_side(tmp_path, capsys):
     assert head.index("b") > head.index("a")
     assert row(printed, "a ").split()[-3:] == ["–"] * 3  # the other folder lacks it
     lone = report.text_table(summarise(results_of(corruptions=("fog", "a"))))
-    assert row(printed, "fog").split()[:12] == row(lone, "fog").split()[:12]
+    assert row(printed, "fog").startswith(row(lone, "fog"))
     assert "a: Averaged" in printed
     assert "b: Averaged" in printed
     table = pd.read_csv(tmp_path / "both" / "summary.csv")

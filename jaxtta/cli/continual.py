@@ -102,11 +102,16 @@ def run(options: Options) -> None:
                 failed.append(str(error))
     if found:
         rows = pd.concat(found)
-        rows = pd.concat([rows[rows.method == name] for name in options.methods])
+        rows = pd.concat([rows.query("method == @name") for name in options.methods])
+        named = rows, [task.name for task in tasks], [task.name for task in retention]
         where = " on validation images" if options.validate else ""
-        print(f"accuracy in %{where} after the last task, mean over {rows.seed.nunique()} seeds\n")
-        names = [task.name for task in tasks], [task.name for task in retention]
-        write_report(options.output, rows, *names)
+        heading = f"accuracy in %{where} after the last task, mean over {rows.seed.nunique()} seeds"
+        text = table(*named)
+        io.write_text(options.output / "table.txt", text + "\n")
+        io.write_text(options.output / "results.csv", rows.to_csv(index=False))
+        heat_maps(*named).savefig(options.output / "matrix.png", dpi=150)
+        curves(*named).savefig(options.output / "curves.png", dpi=150)
+        print(f"{heading}\n\n{text}\n\nresults: {options.output}")
     if failed:
         raise FloatingPointError("; ".join(failed))
 
@@ -127,7 +132,7 @@ def open_tasks(options: Options) -> list[TaskData]:
     names = [name for given in options.tasks for name in MTIL_ORDERS.get(given, (given,))]
     tasks = [open_task(name, options.data) for name in names]
     for number, task in enumerate(tasks):
-        if options.validate:
+        if options.validate and task.train is not None:
             tuning = every_nth(task.train.labels, TUNING)
             parts = (data.Subset(task.train, np.flatnonzero(mask)) for mask in (~tuning, tuning))
             tasks[number] = TaskData(task.name, task.template, *parts)
@@ -137,14 +142,14 @@ def open_tasks(options: Options) -> list[TaskData]:
 def open_reference(options: Options) -> tuple[list[TaskData], TaskData]:
     """The retention sets and the reference images."""
     bundled = options.reference is None
-    given = f"folder={assets.IMAGES}" if bundled else options.reference
+    given = options.reference or f"folder={assets.IMAGES}"
     images, template = open_layout("--reference", given)
     count = options.reference_classes
     if count is None:
         count = 5 if bundled else len(images.class_names)
-    if not 1 < count <= len(images.class_names):
-        expected = f"expected 2 to {len(images.class_names)}"
-        raise ValueError(f"--reference-classes is {count}, {expected}")
+    most = len(images.class_names)
+    if not 1 < count <= most:
+        raise ValueError(f"--reference-classes is {count}, expected 2 to {most}")
     shown, measured = images.labels < count, None
     if options.retention:
         measured, caption = open_layout("--retention", options.retention)
@@ -176,23 +181,13 @@ def open_layout(option: str, text: str) -> tuple[data.Dataset, str]:
     return data.open_dataset(layout, root), "a photo of a {}."
 
 
-def write_report(output: Path, rows: pd.DataFrame, tasks: list[str], retention: list[str]) -> None:
-    """Print the table, draw the accuracy on every task, and write everything."""
-    text = table(rows, tasks, retention)
-    io.write_text(output / "table.txt", text + "\n")
-    io.write_text(output / "results.csv", rows.to_csv(index=False))
-    heat_maps(rows, tasks, retention).savefig(output / "matrix.png", dpi=150)
-    curves(rows, tasks, retention).savefig(output / "curves.png", dpi=150)
-    print(f"{text}\n\nresults: {output}")
-
-
 def table(rows: pd.DataFrame, tasks: list[str], retention: list[str]) -> str:
     """Table of methods by tasks and retention sets, after the last task.
 
     "last" is the mean over the tasks, "average" their mean over all steps. The kept share is
     (method − fine-tuning) / (start − fine-tuning), if fine-tuning was run, over the common seeds.
     """
-    start = rows[rows.step == 0].drop_duplicates(["seed", "set"]).assign(method="before")
+    start = rows.query("step == 0").drop_duplicates(["seed", "set"]).assign(method="before")
     ends = pd.concat([start, rows[rows.step == len(tasks)]])
     methods, gap = ends.method.unique(), metrics.ALIGNMENT[0]
     ends = 100 * ends.pivot(index=["method", "seed"], columns="set", values="value")

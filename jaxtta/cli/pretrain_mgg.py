@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from jaxtta import adapters, data, evaluate, io, metrics, models, optim, tree
 from jaxtta.cli.options import DataOptions, ModelOptions, group
+from jaxtta.data import IMAGENET_C_EXTRA
 from jaxtta.models import Batch
 from jaxtta.optim import EpochMetrics
 
@@ -51,12 +52,12 @@ class Options:
         corruptions: of training and validation images; must not be test corruptions.
         severity: 1 to 5 (default: 5; 1 on the bundled images; fixed for arrays).
         epochs: passes over the training images.
-        batch_size: training images per step.
+        batch: training images per step.
         truncation: updates that a step differentiates through; 1 in the paper.
         learning_rate: of Adam on the generator's weights.
         inner_learning_rate: of the generator's updates during training.
-        val_learning_rate: of the generator's updates on the validation images.
-        val_batch_size: validation images per step.
+        test_learning_rate: of the generator's updates on the validation images.
+        test_batch: validation images per step.
         weight: of the discrepancy in the objective.
         hidden: length of each parameter's memory.
         tower: whose normalisation parameters are adapted.
@@ -74,15 +75,15 @@ class Options:
     images: int = 128
     val_images: int = 256
     select_by: Literal["accuracy", "loss"] = "accuracy"
-    corruptions: tuple[str, ...] = data.IMAGENET_C_EXTRA
+    corruptions: tuple[str, ...] = IMAGENET_C_EXTRA
     severity: int | None = None
     epochs: int = 40
-    batch_size: int = 2
+    batch: int = 2
     truncation: int = 1
     learning_rate: float = 1e-2
     inner_learning_rate: float = 1e-4
-    val_learning_rate: float = 1e-3
-    val_batch_size: int = 64
+    test_learning_rate: float = 1e-3
+    test_batch: int = 64
     weight: float = 0.4
     hidden: int = 8
     tower: Literal["image", "both"] = "image"
@@ -94,8 +95,8 @@ class Options:
 
 IDENTITY = (
     *("images", "val_images", "source_images", "select_by", "corruptions", "severity", "tower"),
-    *("batch_size", "truncation", "val_batch_size", "weight", "hidden", "seed"),
-    *("learning_rate", "inner_learning_rate", "val_learning_rate"),
+    *("batch", "truncation", "test_batch", "weight", "hidden", "seed"),
+    *("learning_rate", "inner_learning_rate", "test_learning_rate"),
 )
 """Options that affect the result; of the others the content is compared. Epochs may be added."""
 
@@ -159,15 +160,15 @@ def run(options: Options) -> None:
 
 def check(options: Options) -> None:
     """Raise a ValueError for invalid options."""
-    counts = ("epochs", "batch_size", "val_batch_size", "truncation", "hidden")
+    counts = ("epochs", "batch", "test_batch", "truncation", "hidden")
     least = dict.fromkeys(counts, 1) | {"val_images": 0, "source_images": 2, "workers": 0}
-    least["images"] = 2 * options.batch_size
+    least["images"] = 2 * options.batch
     evaluate.require_distinct(corruptions=options.corruptions)
     evaluate.require_at_least(
         **{name: (getattr(options, name), count) for name, count in least.items()},
         max_images=(options.data.max_images, 1),
     )
-    rates = ("learning_rate", "inner_learning_rate", "val_learning_rate")
+    rates = ("learning_rate", "inner_learning_rate", "test_learning_rate")
     evaluate.require_positive(**{name: (getattr(options, name),) for name in rates})
     if options.select_by == "accuracy" and not options.val_images:
         raise ValueError("--select-by accuracy needs --val-images; --select-by loss does not")
@@ -187,33 +188,32 @@ def read_images(
         data.select(clean, [clean_domain])
     except ValueError as error:
         raise ValueError(f"{error}; set --source to clean images") from error
-    available, wanted = len(data.labels_of(benchmark)), options.images + options.val_images
-    if wanted > available:
+    order = np.random.default_rng(seed).permutation(len(data.labels_of(benchmark)))
+    order, wanted = order[: options.data.max_images], options.images + options.val_images
+    if wanted > len(order):
         raise ValueError(
-            f"{options.data.data}: has {available} images, expected at least {wanted} for "
+            f"{options.data.data}: has {len(order)} images, expected at least {wanted} for "
             f"--images {options.images} and --val-images {options.val_images}"
         )
 
-    def read(benchmark: data.Benchmark, size: int, *streams: data.Stream) -> list:
-        batches = data.Batches(benchmark, streams, size, model.preprocessing)
+    def read(benchmark: data.Benchmark, *streams: data.Stream) -> list[list[data.StreamBatch]]:
+        batches = data.Batches(benchmark, streams, options.test_batch, model.preprocessing)
         reader = data.read_ahead(batches, options.workers)
         found = list(tqdm(reader, "reading", len(batches), unit="batch"))
         return [[found[number] for number in batches.of(n)] for n in range(len(streams))]
 
-    order = np.random.default_rng(seed).permutation(available)[:wanted]
-    turns = np.arange(options.images) % len(domains)
-    stream = data.stream_of("train", domains, order[: options.images], seed, turns)
-    [[train]] = read(benchmark, options.images, stream)
-    if not train.mask.all():
-        log.warning("%d training images could not be read", int((~train.mask).sum()))
-    others = order[options.images :]
-    streams = [data.stream_of(str(domain), [domain], others, seed) for domain in domains]
-    found = read(benchmark, options.val_batch_size, *streams) if len(others) else []
-    val = [[(Batch(b.images, b.mask, b.index), b.labels) for b in part] for part in found]
+    turns, others = np.arange(options.images) % len(domains), order[options.images : wanted]
+    streams = [data.stream_of("train", domains, order[: options.images], seed, turns)]
+    streams += [data.stream_of(str(each), [each], others, seed) for each in domains if len(others)]
+    train, *val = read(benchmark, *streams)
+    images = np.concatenate([batch.images[batch.mask] for batch in train])
+    if len(images) < options.images:
+        log.warning("%d training images could not be read", options.images - len(images))
     order = np.random.default_rng(seed).permutation(len(data.labels_of(clean)))
     stream = data.stream_of("clean", [clean_domain], order[: options.source_images], seed)
-    [source] = read(clean, options.val_batch_size, stream)
-    return train.images[train.mask], val, source
+    [source] = read(clean, stream)
+    pairs = [[(Batch(b.images, b.mask, b.index), b.labels) for b in part] for part in val]
+    return images, pairs, source
 
 
 def prepare(
@@ -236,24 +236,27 @@ def prepare(
         return objective(tree.merge(params, adapted), context, batch)[0]
 
     def adapter_of(frozen: Any, phi: optim.MGGParams) -> adapters.Adapter:
-        generator = optim.meta_gradient_generator(phi, options.val_learning_rate)
+        generator = optim.meta_gradient_generator(phi, options.test_learning_rate)
         return adapters.online(objective, lambda _: frozen[1], trainable, generator)
 
     adapted, _ = tree.partition(params, trainable)
     untrained = optim.init_meta_gradient_generator(jax.random.key(options.seed), options.hidden)
     optimizer, rate = optax.adam(options.learning_rate), options.inner_learning_rate
     state = optim.init_meta_training(untrained, adapted, optimizer)
-    sizes = options.batch_size, options.truncation
+    sizes = options.batch, options.truncation
     train_epoch = optim.make_train_epoch(loss_of, frozen, optimizer, rate, *sizes)
     return state, train_epoch, optim.make_judge(adapter_of, frozen, metrics.top_k, val)
 
 
 def described(epoch: EpochMetrics) -> str:
     """Metrics as text."""
-    texts = {"loss": "loss {:.4f}", "val_loss": "validation loss {:.4f}"}
-    texts["accuracy"] = "accuracy {:.2%}"
-    found = {name: value for name, value in epoch._asdict().items() if value is not None}
-    return ", ".join(texts[name].format(x) for name, x in found.items()) or "no validation images"
+    texts = {
+        "loss {:.4f}": epoch.loss,
+        "validation loss {:.4f}": epoch.val_loss,
+        "accuracy {:.2f} %": epoch.accuracy and 100 * epoch.accuracy,
+    }
+    found = [text.format(value) for text, value in texts.items() if value is not None]
+    return ", ".join(found) or "no validation images"
 
 
 def plot(history: Sequence[EpochMetrics], before: EpochMetrics, best: int) -> Figure:

@@ -23,7 +23,7 @@ from jaxtta.cli.sweep import measure
 
 LAYOUTS = {
     **dict.fromkeys(("imagenet", "imagenet-a", "imagenet-r", "imagenet-sketch"), "imagenet"),
-    **{name: name for name in ("imagenet-v2", "objectnet", *data.TEMPLATES)},
+    **{name: name for name in ("imagenet-v2", "objectnet", *data.CROSS_DATASETS)},
 }
 """Layouts of the known datasets; all others are class folders."""
 

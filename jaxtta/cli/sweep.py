@@ -17,13 +17,14 @@ and counted; the exit code is 0 then too, and 1 if a stream has none that can be
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from jaxtta import data, evaluate, report
 from jaxtta.cli import options as groups
 from jaxtta.cli.estimate import estimate
+from jaxtta.models import Task
 
 CORRUPTED = ("folder", "imagenet", "tfds", "imagenet-c", "cifar-c", "arrays")
 """Layouts whose corruptions are ImageNet-C's by default; the others are shifts by themselves."""
@@ -56,10 +57,8 @@ def run(options: Options) -> None:
     about = evaluate.about(model, data=options.data.data, model=options.model.model)
     adapters = tune(options, model, params, benchmark, about)
     folder, shard = options.run.output, options.run.part
-    wanted = options.save_examples
-    results, samples, examples = measure(
-        options, spec, adapters, model, params, folder, about, shard, wanted
-    )
+    inputs = (spec, adapters, model, params, folder, about)
+    results, samples, examples = measure(options, *inputs, shard, options.save_examples)
     if shard[1] > 1 and results:
         print(f"{len(results)} results in {folder}; when all shards are done, put their folders")
         print("together and run the same command without --shard for the report")
@@ -166,7 +165,8 @@ def measure(
     batches, examples = spec.batches(model, specs), []
     if wanted:
         tnt = next(each for each in specs if each.name == "tnt")
-        inputs: Any = (batches, wanted, model, params, spec.task)
-        tnt_config = evaluate.tnt_config_of(tnt, config)
-        examples = report.find_examples(results, tnt.text, *inputs, tnt_config)
+        settings, task = evaluate.tnt_config_of(tnt, config), cast(Task, spec.task)
+        examples = report.find_examples(
+            results, tnt.text, batches, wanted, model, params, task, settings
+        )
     return results, report.samples_of(batches), examples

@@ -179,7 +179,7 @@ def train(
     params: Params,
     trainable: tree.Trainable,
     batches: Iterable[Any],
-    classes: jax.Array | np.ndarray | Prompts,
+    classes: jax.Array | Prompts,
     pairs: ReferenceBatch | None = None,
     grams: Grams | None = None,
     *,

@@ -8,10 +8,8 @@ from jaxtta.data.batches import canvas_for as canvas_for
 from jaxtta.data.batches import pad_to_canvas as pad_to_canvas
 from jaxtta.data.batches import read_ahead as read_ahead
 from jaxtta.data.class_names import CIFAR10_CLASSES as CIFAR10_CLASSES
-from jaxtta.data.class_names import TEMPLATES as TEMPLATES
-from jaxtta.data.class_names import cifar100_classes as cifar100_classes
+from jaxtta.data.class_names import CROSS_DATASETS as CROSS_DATASETS
 from jaxtta.data.class_names import given_class_names as given_class_names
-from jaxtta.data.class_names import imagenet_classes as imagenet_classes
 from jaxtta.data.class_names import imagenet_templates as imagenet_templates
 from jaxtta.data.class_names import templates_for as templates_for
 from jaxtta.data.corruptions import CLEAN as CLEAN

@@ -20,84 +20,67 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class ArrayDataset:
-    """Images in memory."""
+    """Images in memory, or those of one severity in a `.npy` file, which each process opens."""
 
-    images: np.ndarray  # (images, height, width, 3) uint8
+    images: np.ndarray | Path  # (images, height, width, 3) uint8, or the file that has them
     labels: np.ndarray  # (images,) int32
     class_names: tuple[str, ...]
     what: str = "image"  # an image's name in messages, before its index
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, number: int) -> np.ndarray:
-        return self.images[number]
-
-    def name(self, number: int) -> str:
-        """An image's name for messages."""
-        return f"{self.what} {number}"
-
-    def content(self) -> str:
-        """A digest of the images."""
-        return digest_array(self.images)
-
-
-@dataclasses.dataclass(frozen=True)
-class ArrayFile:
-    """The rows of one severity in a `.npy` file, which every process opens for itself."""
-
-    path: Path
-    labels: np.ndarray  # (images,) int32
-    class_names: tuple[str, ...]
     severity: int = 0  # which of the file's five severities; 0 if it has one
 
+    @property
+    def _array(self) -> np.ndarray:
+        return self.images if isinstance(self.images, np.ndarray) else _mapped(self.images)
+
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, number: int) -> np.ndarray:
-        return _mapped(*_version(self.path))[self._row(number)]
+        return self._array[self._row(number)]
 
     def name(self, number: int) -> str:
-        """The image's file and row."""
-        return f"{self.path} row {self._row(number)}"
+        """The image's row, for messages."""
+        return f"{self.what} {self._row(number)}"
 
     def content(self) -> str:
-        """A digest of the file."""
-        return _digest(*_version(self.path))
+        """A digest of the array or file."""
+        if isinstance(self.images, np.ndarray):
+            return digest_array(self.images)
+        return _digest(self.images, self.images.stat().st_mtime_ns, self.images.stat().st_size)
 
     def check(self) -> None:
-        """Raise a ValueError if the file is not as expected, or does not fit the labels."""
-        images, count = len(_mapped(*_version(self.path))), len(self.labels)
+        """Raise a ValueError if the array is not as expected, or does not fit the labels."""
+        array, count = self._array, len(self.labels)
+        place = self.what if isinstance(self.images, np.ndarray) else self.images
+        if array.ndim != 4 or array.shape[-1] != 3 or array.dtype != np.uint8:
+            found = f"{place}: is {array.dtype} of shape {array.shape}"
+            raise ValueError(f"{found}, expected uint8 of shape (images, height, width, 3)")
         expected = count * SEVERITIES if self.severity else count
-        if images != expected:
+        if len(array) != expected:
             severities = f" at {SEVERITIES} severities" if self.severity else ""
-            layout = {count: "arrays", SEVERITIES * count: "cifar-c"}.get(images)
-            raise ValueError(
-                f"{self.path}: has {images} images, expected {expected} for {count} "
-                f"labels{severities}{f'; use --layout {layout}' if layout else ''}"
-            )
+            layout = {count: "arrays", SEVERITIES * count: "cifar-c"}.get(len(array))
+            hint = f"; use --layout {layout}" if layout and isinstance(self.images, Path) else ""
+            found = f"{place}: has {len(array)} images, expected {expected} for {count} labels"
+            raise ValueError(f"{found}{severities}{hint}")
 
     def _row(self, number: int) -> int:
         return max(self.severity - 1, 0) * len(self.labels) + number
 
 
-def _version(path: Path) -> tuple[Path, int, int]:
-    """A file, and what another one under its name differs in."""
-    return path, path.stat().st_mtime_ns, path.stat().st_size
-
-
 @functools.lru_cache(maxsize=256)  # all severities in a file have the same
-def _digest(path: Path, *version: int) -> str:
-    del version
+def _digest(path: Path, changed: int, size: int) -> str:
+    del changed, size
     return digest_files([path])
 
 
+def _mapped(path: Path) -> np.ndarray:
+    return _mapped_once(path, path.stat().st_mtime_ns, path.stat().st_size)
+
+
 @functools.lru_cache(maxsize=32)  # open files, not images
-def _mapped(path: Path, *version: int) -> np.ndarray:
-    del version
-    array = _load(path, mmap_mode="r")
-    _check_images(path, array)
-    return array
+def _mapped_once(path: Path, changed: int, size: int) -> np.ndarray:
+    del changed, size  # another file under the same name is opened anew
+    return _load(path, mmap_mode="r")
 
 
 def _load(path: Path, **options: Any) -> Any:
@@ -107,20 +90,11 @@ def _load(path: Path, **options: Any) -> Any:
         raise ValueError(f"{path}: cannot be read as an array ({error})") from error
 
 
-def _check_images(path: Path, array: np.ndarray) -> None:
-    if array.ndim != 4 or array.shape[-1] != 3 or array.dtype != np.uint8:
-        raise ValueError(
-            f"{path}: is {array.dtype} of shape {array.shape}, expected uint8 of shape (images, "
-            "height, width, 3)"
-        )
-
-
 def check_labels(path: object, labels: np.ndarray, classes: int | None = None) -> None:
     """Raise a ValueError if they are not integers from 0 to below the number of classes."""
     if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
-        raise ValueError(
-            f"{path}: labels are {labels.dtype} of shape {labels.shape}, expected integers"
-        )
+        kind = f"{labels.dtype} of shape {labels.shape}"
+        raise ValueError(f"{path}: labels are {kind}, expected integers")
     if not len(labels):
         raise ValueError(f"{path}: has no labels")
     low, high = labels.min(), labels.max()
@@ -138,17 +112,16 @@ def open_npz(path: Path) -> ArrayDataset:
             images, labels, names = (arrays[k] for k in ("images", "labels", "class_names"))
     except (KeyError, ValueError) as error:
         raise ValueError(f"{path}: expected images, labels and class_names ({error})") from error
-    _check_images(path, images)
     check_labels(path, labels, len(names))
-    if len(images) != len(labels):
-        raise ValueError(f"{path}: has {len(images)} images and {len(labels)} labels")
-    names = tuple(map(str, names))
-    return ArrayDataset(images, labels.astype(np.int32), names, f"{path.name} image")
+    names, what = tuple(map(str, names)), f"{path.name} image"
+    dataset = ArrayDataset(images, labels.astype(np.int32), names, what)
+    dataset.check()
+    return dataset
 
 
 def open_arrays(
     root: str | Path, class_names: Sequence[str], stacked: bool = False
-) -> dict[Domain, ArrayFile]:
+) -> dict[Domain, ArrayDataset]:
     """Open a folder of `<corruption>.npy` files and one `labels.npy`.
 
     Args:
@@ -156,10 +129,6 @@ def open_arrays(
         class_names: names of the classes, in label order.
         stacked: whether every file except the clean one has all images at severity 1, then at 2,
             up to 5, as in the public CIFAR-10-C; its labels may be repeated five times.
-
-    Raises:
-        FileNotFoundError: if the labels are missing.
-        ValueError: if the labels are not integers, are out of range or do not match the files.
     """
     root, names = Path(root), tuple(class_names)
     labels, place = read_labels(root), Path(root) / "labels.npy"
@@ -171,14 +140,14 @@ def open_arrays(
     repeated = np.array_equal(np.tile(labels[: len(labels) // SEVERITIES], SEVERITIES), labels)
     if stacked:
         first = next((path for name, path in found.items() if name != CLEAN), None)
-        images = len(_mapped(*_version(first))) if first else 0
+        images = len(_mapped(first)) if first else 0
         if images != SEVERITIES * len(labels):
             if not repeated:
-                hint = "; use --layout arrays for images of one severity"
+                one = images == len(labels)
+                hint = "; use --layout arrays for images of one severity" if one else ""
                 raise ValueError(
                     f"{place}: has {len(labels)} labels, expected one for each image of "
-                    f"{SEVERITIES} severities in the same order, or for each image of one severity"
-                    f"{hint if images == len(labels) else ''}"
+                    f"{SEVERITIES} severities in the same order, or of one severity{hint}"
                 )
             labels = labels[: len(labels) // SEVERITIES]
     elif repeated:
@@ -188,7 +157,7 @@ def open_arrays(
             place,
         )
     return {
-        Domain(name, severity): ArrayFile(path, labels, names, severity)
+        Domain(name, severity): ArrayDataset(path, labels, names, f"{path} row", severity)
         for name, path in found.items()
         for severity in (range(1, SEVERITIES + 1) if stacked and name != CLEAN else (0,))
     }

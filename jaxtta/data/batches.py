@@ -97,9 +97,8 @@ class Batches:
 def canvas_for(dataset: Dataset, greatest: int = 512, images: int = 50) -> int:
     """Choose a canvas size for a dataset (a benchmark's clean one), independent of the streams.
 
-    Returns:
-        The longest side among so many evenly spaced images, at most `greatest`; `greatest` if none
-        can be read.
+    It is the longest side among so many evenly spaced images, at most `greatest`; `greatest` if
+    none can be read.
     """
     sides: list[int] = []
     for number in np.unique(np.linspace(0, len(dataset) - 1, images).round().astype(int)):
@@ -109,10 +108,9 @@ def canvas_for(dataset: Dataset, greatest: int = 512, images: int = 50) -> int:
 
 
 def pad_to_canvas(original: np.ndarray, canvas: int) -> tuple[np.ndarray, np.ndarray]:
-    """Zero-pad an image (height, width, 3) uint8 to a square; a larger image is shrunk first.
+    """Zero-pad an image (height, width, 3) to a square, shrunk first if it is larger.
 
-    Returns:
-        The canvas (canvas, canvas, 3) uint8, and the image's height and width on it (2,).
+    Returns the canvas (canvas, canvas, 3) uint8, and the image's height and width on it (2,).
     """
     shrink = canvas / max(original.shape[:2])
     if shrink < 1:
@@ -173,9 +171,6 @@ def read_ahead(
     Returns:
         An iterator over the batches, the same for any number of workers. It raises a
         ChildProcessError if a process ends early.
-
-    Raises:
-        RuntimeError: in a process that is importing the script that has started it.
     """
     from absl import flags
 

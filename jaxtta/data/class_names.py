@@ -18,26 +18,21 @@ CIFAR10_CLASSES = (
     *("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
 )
 """CIFAR-10's classes in label order."""
-TEMPLATES = types.MappingProxyType(
-    {
-        "caltech101": ("a photo of a {}.",),
-        "oxford-pets": ("a photo of a {}, a type of pet.",),
-        "stanford-cars": ("a photo of a {}.",),
-        "oxford-flowers": ("a photo of a {}, a type of flower.",),
-        "food101": ("a photo of {}, a type of food.",),
-        "fgvc-aircraft": ("a photo of a {}, a type of aircraft.",),
-        "sun397": ("a photo of a {}.",),
-        "dtd": ("{} texture.",),
-        "eurosat": ("a centered satellite photo of {}.",),
-        "ucf101": ("a photo of a person doing {}.",),
-    }
-)
-"""The usual prompt template of each cross-dataset set, by layout."""
+
+
+def read_table(name: str) -> Any:
+    """One of the package's tables, such as "imagenet-templates"."""
+    return json.loads((TABLES / f"{name}.json").read_text())
+
+
+CROSS_DATASETS = read_table("cross-datasets")
+"""By layout: the dataset's folder, its list of images, the folder that the paths in it are relative
+to, and the usual prompt template."""
 
 
 def templates_for(layout: str) -> tuple[str, ...]:
     """The usual prompt templates of a layout; `imagenet_templates` has ImageNet's ensemble."""
-    return TEMPLATES.get(layout, ("a photo of a {}.",))
+    return (CROSS_DATASETS.get(layout, {"template": "a photo of a {}."})["template"],)
 
 
 @functools.cache
@@ -58,11 +53,6 @@ def cifar100_classes() -> tuple[str, ...]:
     return tuple(read_table("cifar100-class-names"))
 
 
-def read_table(name: str) -> Any:
-    """One of the package's tables, such as "imagenet-templates"."""
-    return json.loads((TABLES / f"{name}.json").read_text())
-
-
 def given_class_names(names: Sequence[str], folders: Sequence[str] = ()) -> tuple[str, ...]:
     """Class names as an option gives them: names in label order, or one file with them.
 
@@ -74,9 +64,6 @@ def given_class_names(names: Sequence[str], folders: Sequence[str] = ()) -> tupl
 
     Returns:
         One name per class; empty if `names` is. Equal names in a file are logged.
-
-    Raises:
-        ValueError: if the file cannot be read, has no name for a folder, or an empty name.
     """
     if len(names) == 1 and Path(names[0]).suffix.lower() in (".json", ".txt"):
         return _read_class_names(Path(names[0]), folders)

@@ -11,6 +11,7 @@ IMAGENET_C = (
 )
 IMAGENET_C_EXTRA = ("speckle_noise", "gaussian_blur", "spatter", "saturate")
 """Held out for hyperparameter selection; never part of a result."""
+CORRUPTIONS = (*IMAGENET_C, *IMAGENET_C_EXTRA)
 CLEAN = "clean"
 SEVERITIES = 5
 SMALLEST = 32  # minimum side in pixels that the library accepts
@@ -31,11 +32,10 @@ def corrupt(image: np.ndarray, name: str, severity: int, seed: int) -> np.ndarra
     Raises:
         ValueError: for an unknown name or severity, or if the image is too small.
     """
-    known = (*IMAGENET_C, *IMAGENET_C_EXTRA, CLEAN)
-    if name not in known:
-        raise ValueError(f"unknown corruption {name!r}, expected one of {', '.join(known)}")
     if name == CLEAN:
         return image
+    if name not in CORRUPTIONS:
+        raise ValueError(f"unknown corruption {name!r}, expected one of {', '.join(CORRUPTIONS)}")
     if severity not in range(1, SEVERITIES + 1):
         raise ValueError(f"severity is {severity}, expected 1 to {SEVERITIES}")
     if min(image.shape[:2]) < SMALLEST:

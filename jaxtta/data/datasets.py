@@ -1,8 +1,9 @@
 """Datasets are sequences of labelled images; a benchmark has one for each domain.
 
-dataset = open_dataset("folder", "images")          # dataset[0]: (height, width, 3) uint8
-benchmark = corrupted(dataset, model.preprocessing)
-benchmark[Domain("fog", 5)][0]
+    dataset = open_dataset("folder", "images")
+    benchmark = corrupted(dataset, model.preprocessing)
+
+`dataset[0]` and `benchmark[Domain("fog", 5)][0]` are images, (height, width, 3) uint8.
 """
 
 import dataclasses
@@ -15,19 +16,9 @@ import numpy as np
 from PIL import Image
 
 from jaxtta.data.class_names import TABLES
-from jaxtta.data.corruptions import (
-    CLEAN,
-    IMAGENET_C,
-    IMAGENET_C_EXTRA,
-    SEVERITIES,
-    SMALLEST,
-    corrupt,
-    image_seed,
-)
+from jaxtta.data.corruptions import CLEAN, CORRUPTIONS, SEVERITIES, SMALLEST, corrupt, image_seed
 from jaxtta.images import UnreadableImageError
 from jaxtta.io import nfc, read_text
-
-IMAGENET_C_5000 = "imagenet-c-5000"
 
 
 class Domain(NamedTuple):
@@ -71,7 +62,7 @@ Benchmark = Mapping[Domain, Dataset]
 
 
 class Preprocess(Protocol):
-    """A model's preprocessing; `jaxtta.models.CLIP.preprocessing` is one."""
+    """A model's preprocessing: resizes and crops to (image_size, image_size, 3) uint8."""
 
     @property
     def image_size(self) -> int:
@@ -79,7 +70,7 @@ class Preprocess(Protocol):
         ...
 
     def __call__(self, image: Image.Image, /) -> np.ndarray:
-        """Resize and crop to (image_size, image_size, 3) uint8."""
+        """Resize and crop."""
         ...
 
 
@@ -102,19 +93,8 @@ class _View:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def name(self, number: int) -> str:
-        """The image's name in the other dataset."""
-        return name_of(self.dataset, self._number(number))
-
-    def content(self) -> str | None:
-        """The other dataset's digest."""
-        return content_of(self.dataset)
-
-    def check(self) -> None:
-        """Check the other dataset."""
-        _check(self.dataset)
-
-    def _number(self, number: int) -> int:
+    def number_in(self, number: int) -> int:
+        """An image's index in the other dataset."""
         return number
 
 
@@ -130,9 +110,10 @@ class Subset(_View):
         return self.dataset.labels[self.numbers]
 
     def __getitem__(self, number: int) -> np.ndarray:
-        return self.dataset[self._number(number)]
+        return self.dataset[self.number_in(number)]
 
-    def _number(self, number: int) -> int:
+    def number_in(self, number: int) -> int:
+        """An image's index in the other dataset."""
         return int(self.numbers[number])
 
 
@@ -151,26 +132,19 @@ class Corrupted(_View):
     seed: int = 0
 
     def __getitem__(self, number: int) -> np.ndarray:
-        return self.corrupt(number, self.seed)
-
-    def corrupt(self, number: int, seed: int) -> np.ndarray:
-        """One image, corrupted with another seed: of its own size if small, else the model's."""
         image = self.dataset[number]
         if min(image.shape[:2]) < SMALLEST:
-            raise UnreadableImageError(f"{self.name(number)}: smaller than {SMALLEST} pixels")
+            raise UnreadableImageError(f"{name_of(self, number)}: smaller than {SMALLEST} pixels")
         if min(image.shape[:2]) >= self.preprocess.image_size:
             image = self.preprocess(Image.fromarray(image))
-        seed = image_seed(seed, self.corruption, self.severity, number)
+        seed = image_seed(self.seed, self.corruption, self.severity, number)
         return corrupt(image, self.corruption, self.severity, seed)
 
     def check(self) -> None:
         """Raise a ValueError if the model's input is too small for corruptions."""
         if self.preprocess.image_size < SMALLEST:
-            raise ValueError(
-                f"the model's input size is {self.preprocess.image_size} pixels, corruptions "
-                f"need at least {SMALLEST}"
-            )
-        super().check()
+            size = f"the model's input size is {self.preprocess.image_size} pixels"
+            raise ValueError(f"{size}, corruptions need at least {SMALLEST}")
 
 
 def read(
@@ -178,45 +152,47 @@ def read(
 ) -> tuple[np.ndarray, np.ndarray]:
     """One image at the model's resolution, and as the dataset gives it (corrupted by the seed)."""
     while isinstance(dataset, Subset):
-        dataset, number = dataset.dataset, int(dataset.numbers[number])
-    if not isinstance(dataset, Corrupted):
-        image = dataset[number]
-    else:
-        image = dataset.corrupt(number, seed)
+        dataset, number = dataset.dataset, dataset.number_in(number)
+    if isinstance(dataset, Corrupted):
+        image = dataclasses.replace(dataset, seed=seed)[number]
         if min(image.shape[:2]) >= preprocess.image_size:  # preprocessed before it was corrupted
             return image, image
+    else:
+        image = dataset[number]
     return preprocess(Image.fromarray(image)), image
 
 
 def name_of(dataset: Dataset, number: int) -> str:
     """An image's name for messages; its index if the dataset has no names."""
+    while isinstance(dataset, _View):
+        dataset, number = dataset.dataset, dataset.number_in(number)
     return getattr(dataset, "name", lambda number: f"image {number}")(number)
 
 
 def content_of(dataset: Dataset) -> str | None:
     """A digest of a dataset's stored images; None if it cannot tell whether they changed."""
+    while isinstance(dataset, _View):
+        dataset = dataset.dataset
     return getattr(dataset, "content", lambda: None)()
 
 
 def _check(dataset: Dataset) -> None:
     getattr(dataset, "check", lambda: None)()
+    if isinstance(dataset, _View):
+        _check(dataset.dataset)
 
 
 def corrupted(dataset: Dataset, preprocess: Preprocess) -> dict[Domain, Dataset]:
     """A benchmark of clean images: as they are, and under every corruption at every severity."""
     return {Domain(CLEAN): dataset} | {
         Domain(name, severity): Corrupted(dataset, name, severity, preprocess)
-        for name in (*IMAGENET_C, *IMAGENET_C_EXTRA)
+        for name in CORRUPTIONS
         for severity in range(1, SEVERITIES + 1)
     }
 
 
 def select(benchmark: Benchmark, domains: Iterable[Domain]) -> None:
-    """Check that a benchmark has some domains, and their datasets.
-
-    Raises:
-        ValueError: for a missing domain, listing those there are; or from a dataset's `check`.
-    """
+    """Raise a ValueError for a domain that a benchmark lacks, or from a dataset's `check`."""
     domains = tuple(dict.fromkeys(domains))
     require_domains(benchmark, domains)
     for domain in domains:
@@ -250,21 +226,14 @@ def subset(benchmark: Benchmark, numbers: np.ndarray) -> dict[Domain, Dataset]:
 
 
 def listed_subset(benchmark: Benchmark, ids: str | Path) -> dict[Domain, Dataset]:
-    """The images of a benchmark that a file lists, in the file's order.
+    """The images of a benchmark in folders that a file lists, in the file's order.
 
-    Args:
-        benchmark: one of images in folders.
-        ids: a text file with a path a line, of which `<class folder>/<file>` counts; or
-            "imagenet-c-5000", RobustBench's 5,000 images of ImageNet-C, which many published tables
-            use.
-
-    Raises:
-        FileNotFoundError: if there is no such list.
-        ValueError: if the benchmark lacks one of the list, or a name is there twice.
+    The file has a path a line, of which `<class folder>/<file>` counts; "imagenet-c-5000" stands
+    for RobustBench's 5,000 images of ImageNet-C, which many published tables use.
     """
     files = next((found for d in benchmark.values() if (found := getattr(d, "files", ()))), ())
     names = [_listed_name(file) for file in files]
-    path = TABLES / f"{ids}.txt" if str(ids) == IMAGENET_C_5000 else Path(ids)
+    path = TABLES / f"{ids}.txt" if str(ids) == "imagenet-c-5000" else Path(ids)
     wanted = [_listed_name(line.strip()) for line in read_text(path).split("\n") if line.strip()]
     numbers = {name: number for number, name in enumerate(names)}
     missing = [name for name in wanted if name not in numbers]

@@ -13,20 +13,11 @@ from pathlib import Path
 
 import numpy as np
 
+from jaxtta import images
 from jaxtta.data.corruptions import CLEAN, SEVERITIES
 from jaxtta.data.datasets import Domain
 from jaxtta.data.recognise import folders_in, hints, refuse_other_layouts
-from jaxtta.images import (
-    UnreadableImageError,
-    count_suffixes,
-    entries_of,
-    find_images,
-    is_folder,
-    is_image,
-    log_passed_over,
-    open_image,
-    printable,
-)
+from jaxtta.images import find_images, open_image, printable
 from jaxtta.io import digest_files, nfc, read_rows
 
 log = logging.getLogger(__name__)
@@ -36,21 +27,15 @@ log = logging.getLogger(__name__)
 class ImageFolder:
     """A dataset of image files.
 
-    Attributes:
-        root: the folder.
-        paths: each image's path in it.
-        labels: (images,) int32, each image's index in `class_names`.
-        class_names: names of the classes.
-        border: pixels to crop from every side of an image.
-        raw: whether images are read as they are stored, as benchmarks are: not turned by their EXIF
-            orientation, and without transparency. Own images are turned upright.
+    Raw images are read as they are stored, as benchmarks are: not turned by their EXIF orientation,
+    and without transparency. Own images are turned upright.
     """
 
     root: Path
-    paths: tuple[str, ...]
-    labels: np.ndarray
+    paths: tuple[str, ...]  # in the folder `root`
+    labels: np.ndarray  # (images,) int32
     class_names: tuple[str, ...]
-    border: int = 0
+    border: int = 0  # pixels to crop from every side of an image
     raw: bool = False
 
     @property
@@ -65,10 +50,8 @@ class ImageFolder:
         pixels = np.asarray(open_image(self.root / self.paths[number], raw=self.raw))
         height, width, _ = pixels.shape
         if min(height, width) <= 2 * self.border:
-            raise UnreadableImageError(
-                f"{self.name(number)}: {width}×{height} pixels leave nothing within a border of "
-                f"{self.border}"
-            )
+            inside = f"{width}×{height} pixels leave nothing within a border of {self.border}"
+            raise images.UnreadableImageError(f"{self.name(number)}: {inside}")
         return pixels[self.border : height - self.border, self.border : width - self.border]
 
     def name(self, number: int) -> str:
@@ -115,22 +98,19 @@ def list_folders(
         folders: one per class, in label order.
         class_names: the name of each class.
         raw: whether images are read as they are stored.
-
-    Raises:
-        ValueError: if a folder has no image.
     """
     root = Path(root)
     paths, labels, others, nested = [], [], Counter[str](), []
     for label, folder in enumerate(folders):
         listed, passed = find_images(folder, root)
         if not listed:
-            also = f", it has {count_suffixes(passed)}, which cannot be read here" if passed else ""
-            raise ValueError(f"{folder}: class folder without images{also}")
+            others = f", it has {images.count_suffixes(passed)}, which cannot be read here"
+            raise ValueError(f"{folder}: class folder without images{others if passed else ''}")
         paths += listed if folder == root else [f"{folder.name}/{path}" for path in listed]
         labels += [label] * len(listed)
         others += passed
         nested += [folder / path for path in listed if "/" in path]
-    log_passed_over(root, others)
+    images.log_passed_over(root, others)
     if nested and len(folders) > 1:
         log.warning(
             "%s: %d of %d images lie in sub-folders of the class folders, such as %s, and are of "
@@ -144,8 +124,7 @@ def list_folders(
 def image_folder(root: str | Path) -> ImageFolder:
     """List the images of `root/<class>/…`, to be opened upright; see `class_folders`."""
     folders = class_folders(root)
-    alone = sum(is_image(entry) for entry in entries_of(root) if not is_folder(entry))
-    if alone:
+    if alone := len(images.lone_images(root)):
         log.warning("%s: %d images outside the class folders passed over", printable(root), alone)
     return list_folders(root, folders, [nfc(folder.name) for folder in folders])
 
@@ -155,11 +134,6 @@ def captioned_folder(root: str | Path) -> ImageFolder:
 
     The file has columns file and caption, separated by commas, semicolons or tabs; its paths are
     relative to the folder.
-
-    Raises:
-        FileNotFoundError: if there is no such folder.
-        ValueError: if the file is missing, not UTF-8, has other columns, lists a missing image, has
-            an image without a caption, or one caption for all.
     """
     root = Path(root)
     if not root.is_dir():
@@ -187,15 +161,10 @@ def captioned_folder(root: str | Path) -> ImageFolder:
 
 @dataclasses.dataclass(frozen=True)
 class DomainFolder(ImageFolder):
-    """One domain's images in ImageNet-C's layout; those that its folder lacks are unreadable.
+    """One domain's images in ImageNet-C's layout; those that its folder lacks are unreadable."""
 
-    Attributes:
-        clean: whether it may have more images than are listed: some may not have been corrupted.
-        others: the folders of all domains.
-    """
-
-    clean: bool = False
-    others: tuple[Path, ...] = ()
+    clean: bool = False  # then it may have more images than are listed: some were not corrupted
+    others: tuple[Path, ...] = ()  # the folders of all domains
 
     def check(self) -> None:
         """Log which images are missing, once, and refuse a corruption with others than listed."""
@@ -203,11 +172,9 @@ class DomainFolder(ImageFolder):
 
     @functools.cached_property
     def _compared(self) -> bool:
-        stored, listed = (
-            {path for path in find_images(self.root)[0] if "/" in path},
-            set(self.paths),
-        )
-        missing, more = [path for path in self.paths if path not in stored], sorted(stored - listed)
+        stored = {path for path in find_images(self.root)[0] if "/" in path}
+        missing = [path for path in self.paths if path not in stored]
+        more = sorted(stored.difference(self.paths))
         if more and not self.clean:
             poor = next(place for place in self.others if not os.path.lexists(place / more[0]))
             raise ValueError(
@@ -220,7 +187,7 @@ class DomainFolder(ImageFolder):
         ):
             if paths:
                 message = f"%s: {what}, such as %s"
-                log.warning(message, self.root, len(paths), len(listed), printable(paths[0]))
+                log.warning(message, self.root, len(paths), len(self), printable(paths[0]))
         return True
 
 
@@ -236,11 +203,6 @@ def imagenet_c(
         root: contains `<corruption>/<severity>/<class>/…`, or folders that do (`noise/`, `blur/`,
             as in the public archives), and optionally `clean/<class>/…` with the same names.
         names_of: class names from the names of the class folders, which it gets in label order.
-
-    Raises:
-        FileNotFoundError: if there is no such folder.
-        ValueError: if the layout is different, a domain is there twice, there are fewer than two
-            classes, or a class has no image in any domain.
     """
     root = Path(root)
     domains, folders = _domains(root), folders_in(root)
@@ -250,22 +212,17 @@ def imagenet_c(
                 if domains.setdefault(domain, place) != place:
                     raise ValueError(f"{root}: {domain} is in {domains[domain]} and in {place}")
     if not domains:
-        raise ValueError(
-            f"{root}: has no <corruption>/<severity 1 to {SEVERITIES}> folders"
-            f"{hints(root, folders)}"
-        )
+        wanted = f"<corruption>/<severity 1 to {SEVERITIES}>"
+        raise ValueError(f"{root}: has no {wanted} folders{hints(root, folders)}")
     classes = {place: {path.name for path in folders_in(place)} for place in domains.values()}
     places = sorted(classes, key=lambda place: -len(classes[place]))  # stable: the first of equals
     known = set().union(*classes.values())
     if len(known) < 2:
         raise ValueError(f"{places[0]}: has {len(known)} class folders, expected at least two")
-    folders = []
-    for name in known:  # each from the first domain that has images of it
-        having = (
-            place for place in places if (place / name).is_dir() and find_images(place / name)[0]
-        )
-        folders.append(next(having, places[0]) / name)
-    folders = _in_class_order(folders)
+    having = {  # the first domain with images of a class
+        name: next((p for p in places if find_images(p / name)[0]), places[0]) for name in known
+    }
+    folders = _in_class_order(place / name for name, place in having.items())
     listed = list_folders(root, folders, names_of([nfc(folder.name) for folder in folders]))
     fields = {"raw": True, "others": tuple(domains.values())}
     shared = listed.paths, listed.labels, listed.class_names

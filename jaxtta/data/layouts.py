@@ -26,21 +26,6 @@ from jaxtta.io import read_json, read_text
 
 log = logging.getLogger(__name__)
 
-# Layout: the dataset's folder, its list of images, the folder that paths in it are relative to.
-_CROSS_DATASET = {
-    "caltech101": ("caltech-101", "split_zhou_Caltech101.json", "101_ObjectCategories"),
-    "oxford-pets": ("oxford_pets", "split_zhou_OxfordPets.json", "images"),
-    "stanford-cars": ("stanford_cars", "split_zhou_StanfordCars.json", ""),
-    "oxford-flowers": ("oxford_flowers", "split_zhou_OxfordFlowers.json", "jpg"),
-    "food101": ("food-101", "split_zhou_Food101.json", "images"),
-    "sun397": ("sun397", "split_zhou_SUN397.json", "SUN397"),
-    "dtd": ("dtd", "split_zhou_DescribableTextures.json", "images"),
-    "eurosat": ("eurosat", "split_zhou_EuroSAT.json", "2750"),
-    "ucf101": ("ucf101", "split_zhou_UCF101.json", "UCF-101-midframes"),
-    "fgvc-aircraft": ("fgvc_aircraft", "variants.txt", "images"),
-}
-_OBJECTNET_BORDER = 2  # ObjectNet images have a 2-px red border
-
 
 def _imagenet(root: Path) -> ImageFolder:
     """`root/<wnid>/…`: ImageNet's train or val folder, ImageNet-A, -R or -Sketch."""
@@ -53,9 +38,8 @@ def _names_of_wnids(root: Path, wnids: Sequence[str]) -> list[str]:
     names = tables.imagenet_classes()
     for wnid in wnids:
         if wnid not in names:
-            raise ValueError(
-                f"{root}: folder {wnid} is not one of ImageNet's 1,000 wnids (such as n01440764)"
-            )
+            known = "ImageNet's 1,000 wnids (such as n01440764)"
+            raise ValueError(f"{root}: folder {wnid} is not one of {known}")
     return [names[wnid] for wnid in wnids]
 
 
@@ -82,15 +66,11 @@ def _objectnet(root: Path) -> ImageFolder:
         raise ValueError(f"{root / 'images'}: has no folder of a class that is in ImageNet")
     names = [labels[folder.name] for folder in folders]
     listed = list_folders(root / "images", folders, names, raw=True)
-    return dataclasses.replace(listed, border=_OBJECTNET_BORDER)
+    return dataclasses.replace(listed, border=2)  # they have a red border
 
 
 def listed_split(path: Path, images: Path, split: str = "test") -> ImageFolder:
-    """List the images of a `split_zhou_….json`, the format of prompt-learning benchmarks.
-
-    The file is `{"train": [[path, label, class name], …], "val": …, "test": …}`, with paths
-    relative to `images`; the classes are those of all lists.
-    """
+    """Images of a `split_zhou_….json`: `{"train": [[path in images, label, class name], …], …}`."""
     lists = read_json(path)
     if not all(isinstance(entries, list) for entries in lists.values()):
         raise ValueError(f"{path}: expected a list of images under each of {_few(lists)}")
@@ -134,7 +114,7 @@ _CLEAN: Mapping[str, Callable[[Path], Dataset]] = {
     "objectnet": _objectnet,
 }
 _STORED = ("imagenet-c", "cifar-c", "arrays")
-LAYOUTS = (*_CLEAN, *_CROSS_DATASET, *_STORED, "tfds")
+LAYOUTS = (*_CLEAN, *tables.CROSS_DATASETS, *_STORED, "tfds")
 """The layouts that `open_dataset` and `open_benchmark` can open."""
 
 
@@ -178,11 +158,11 @@ def open_dataset(
         if match is None:
             raise ValueError(f"{str(root)!r} is not a dataset's name")
         images = open_tfds(match[1], match[2] or split, data_dir)
-    elif layout in _CROSS_DATASET:
-        own, listed, folder = _CROSS_DATASET[layout]
-        place = Path(root) / own if (Path(root) / own).is_dir() else Path(root)
+    elif layout in tables.CROSS_DATASETS:
+        own, place = tables.CROSS_DATASETS[layout], Path(root)
+        place = place / own["folder"] if (place / own["folder"]).is_dir() else place
         opened = _fgvc_aircraft if layout == "fgvc-aircraft" else listed_split
-        images = opened(place / listed, place / folder, split)
+        images = opened(place / own["list"], place / own["images"], split)
     else:
         images = _CLEAN[layout](Path(root))
     folders = images.class_names if layout == "folder" else ()
@@ -243,17 +223,11 @@ def _class_names(
 
 
 def require_meaning(names: Sequence[str], folders: Sequence[str] = ()) -> None:
-    """Check that class names that were not given mean something to a model.
-
-    Raises:
-        ValueError: for wnids; for folders on disk that are numbers or no text.
-    """
+    """Refuse class names that mean nothing to a model: wnids; numbers or no text on disk."""
     for name in names:  # "a photo of a n01440764." or of "a 3." means nothing to a model
         if re.fullmatch(r"n\d{8}", name):
-            raise ValueError(
-                f"class folder {name} is a wnid: use layout imagenet if all are "
-                "ImageNet's, or set the class names"
-            )
+            hint = "use layout imagenet if all are ImageNet's, or set the class names"
+            raise ValueError(f"class folder {name} is a wnid: {hint}")
     for folder in folders:
         number = re.fullmatch(r"-?\d+([.,]\d+)?", folder)
         if number or folder != printable(folder):

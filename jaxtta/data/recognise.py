@@ -4,8 +4,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from jaxtta.data.corruptions import IMAGENET_C, IMAGENET_C_EXTRA, SEVERITIES
-from jaxtta.images import SUFFIXES, entries_of, is_folder
+from jaxtta.data.corruptions import CORRUPTIONS, SEVERITIES
+from jaxtta.images import entries_of, is_folder, lone_images
 
 _SPLIT = re.compile(
     r"((seg|img|images?)[-_ ])?(train|training|trainval|val|valid|validation|test|testing|dev|eval)"
@@ -61,15 +61,13 @@ def _is_corruption(folder: Path) -> bool:
     if not {path.name for path in severities} <= {*map(str, range(1, SEVERITIES + 1))}:
         return False
     classes = _folders_alone(severities[0]) if severities else []
-    known = folder.name in (*IMAGENET_C, *IMAGENET_C_EXTRA)
+    known = folder.name in CORRUPTIONS
     return any(known or re.fullmatch(r"n\d{8}", path.name) for path in classes)
 
 
 def _folders_alone(folder: Path) -> list[Path]:
     """Its sub-folders if it has no image of its own."""
-    entries = entries_of(folder)
-    alone = not any(e.name.lower().endswith(SUFFIXES) and not is_folder(e) for e in entries)
-    return [Path(entry) for entry in entries if alone and is_folder(entry)]
+    return [] if lone_images(folder) else folders_in(folder)
 
 
 def hints(root: Path, folders: Sequence[Path]) -> str:
@@ -82,7 +80,6 @@ def hints(root: Path, folders: Sequence[Path]) -> str:
         if any(name.endswith(suffix) or f"{suffix}-" in name for name in names)  # also shards
     )
     found = [*known][:1]
-    alone = sum(entry.name.lower().endswith(SUFFIXES) for entry in entries_of(root))
-    if alone:
+    if alone := len(lone_images(root)):
         found.append(f"{alone} images lie in no class folder")
     return "".join(f"; {hint}" for hint in found)

@@ -23,17 +23,13 @@ ORDERS = ("shuffled", "stored", "correlated", "dirichlet")
 class Stream(NamedTuple):
     """One sequence of images; an adapter is reset at its beginning only.
 
-    Attributes:
-        name: unique among the streams of one seed.
-        seed: random seed of the order and of corruptions made on the fly.
-        segments: the domains that are reported separately; a domain may occur twice.
-        parts: (images, 2) integers each: the segment's index and the image's index in the dataset.
-            No batch crosses the boundary between two parts.
+    A part has the segment's index and the image's index in the dataset, (images, 2). No batch
+    crosses the boundary between two parts.
     """
 
-    name: str
-    seed: int
-    segments: tuple[Domain, ...]
+    name: str  # unique among the streams of one seed
+    seed: int  # of the order and of corruptions made on the fly
+    segments: tuple[Domain, ...]  # reported separately; a domain may occur twice
     parts: tuple[np.ndarray, ...]
 
     @property
@@ -67,9 +63,6 @@ def make_streams(
         seed: random seed.
         limit: use at most this many images: the first in stored order, otherwise a sample.
         concentration: of the Dirichlet order; smaller values are closer to sorted by class.
-
-    Raises:
-        ValueError: for an unknown setting or order, or invalid numbers.
 
     References:
         Yuan et al. 2023 (Dirichlet order), https://arxiv.org/abs/2303.13899

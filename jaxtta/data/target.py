@@ -9,8 +9,8 @@ import numpy as np
 from jaxtta.data.class_names import given_class_names
 from jaxtta.data.folders import ImageFolder, image_folder, list_folders
 from jaxtta.data.layouts import require_meaning
-from jaxtta.data.recognise import entries_of, folders_in, is_folder
-from jaxtta.images import SUFFIXES, printable
+from jaxtta.data.recognise import folders_in
+from jaxtta.images import lone_images, printable
 from jaxtta.io import nfc, read_rows
 
 
@@ -30,10 +30,7 @@ def target_folder(
         ValueError: for images beside class folders, no images, fewer than two classes, or a folder
             or label that is not one of them.
     """
-    files = (
-        [entry.name for entry in entries_of(root) if not is_folder(entry)] if root.is_dir() else []
-    )
-    lone = sorted(name for name in files if name.lower().endswith(SUFFIXES))
+    lone = lone_images(root) if root.is_dir() else []
     if labelled := bool(folders_in(root)):
         if lone:
             first = printable(lone[0])

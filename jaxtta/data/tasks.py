@@ -31,12 +31,7 @@ MTIL_ORDERS = {
 FROM_TFDS = ("cifar100", "mnist")
 MNIST = 'a photo of the number: "{}".'  # CLIP's own prompt
 DIGIT = "a photo of the digit {}."
-SMALL = {
-    "textile": "a photo of a textile with {}.",
-    "digits": DIGIT,
-    "turned-digits": DIGIT,
-}
-"""Small tasks' prompt templates, by name."""
+SMALL = {"textile": "a photo of a textile with {}.", "digits": DIGIT, "turned-digits": DIGIT}
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
@@ -56,11 +51,6 @@ def open_task(name: str, root: str | Path | None = None) -> TaskData:
         name: one of MTIL's, "textile", "digits", "turned-digits", or NAME=FOLDER with a folder that
             holds `train/<class>/…` and `test/<class>/…`.
         root: the folder that contains the MTIL sets; needed for these only.
-
-    Raises:
-        FileNotFoundError: if there is no such folder.
-        ValueError: for an unknown task, one with a single class, or one with different training and
-            test classes.
     """
     own, equals, folder = name.partition("=")
     if name in SMALL:
@@ -80,10 +70,7 @@ def open_task(name: str, root: str | Path | None = None) -> TaskData:
         known = ", ".join((*MTIL_ORDERS, *MTIL_ORDERS["order-1"], *SMALL))
         raise ValueError(f"unknown task {name!r}, expected NAME=FOLDER or one of {known}")
     try:
-        train, test = (
-            open_dataset(*place, split=split)
-            for place, split in zip(places, ("train", "test"), strict=True)
-        )
+        train, test = (open_dataset(*places[i], split=s) for i, s in enumerate(("train", "test")))
     except ValueError as error:
         raise ValueError(f"the task {own}: {error}") from error
     if len(train.class_names) < 2:

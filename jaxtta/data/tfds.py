@@ -14,37 +14,20 @@ from typing import Any
 
 from jaxtta.data.class_names import imagenet_classes
 from jaxtta.data.sequences import SequenceDataset, from_sequence
-from jaxtta.io import digest_files
 
 
-@dataclasses.dataclass(frozen=True)
-class TfdsImages(SequenceDataset):
-    """One split of a prepared dataset, whose files are in `folder`."""
-
-    folder: Path = Path()
-
-    def content(self) -> str:
-        """A digest of the dataset's files, with the split of them."""
-        files = sorted(path for path in self.folder.iterdir() if path.is_file())
-        return f"{self.what} {digest_files(files)}"
-
-
-def open_tfds(name: str, split: str = "test", data_dir: str | Path | None = None) -> TfdsImages:
+def open_tfds(
+    name: str, split: str = "test", data_dir: str | Path | None = None
+) -> SequenceDataset:
     """Open one split of a dataset that tensorflow-datasets has prepared.
+
+    Wnids among its classes become ImageNet's class names, underscores spaces. The labels are read,
+    no image is decoded.
 
     Args:
         name: the dataset, as `tfds.builder` takes it ("cifar10", "imagenet_v2/topimages").
         split: as tensorflow-datasets writes it ("test", "test[:50%]").
         data_dir: folder of prepared datasets; None for the default.
-
-    Returns:
-        The images, with the dataset's classes; wnids are replaced by ImageNet's class names and
-        underscores by spaces. The labels are read, no image is decoded.
-
-    Raises:
-        FileNotFoundError: if the dataset is not prepared as array_record files.
-        ImportError: if tensorflow-datasets is not installed.
-        ValueError: if there is no such dataset or split, or one without an image and a class label.
     """
     try:
         import importlib_resources  # noqa: F401 (an undeclared dependency of tensorflow-datasets)
@@ -70,13 +53,22 @@ def open_tfds(name: str, split: str = "test", data_dir: str | Path | None = None
     try:
         records = tfds.data_source(name, split=split, **place, **options)
         dataset = from_sequence(records, image, label, names)
-    except Exception as error:
-        raise _explained(builder, name, split, place, error) from error
-    return TfdsImages(
-        *(records, image, dataset.labels, names, f"{name} {split} image"),
-        raw=True,
-        folder=Path(builder.data_path),
-    )
+    except Exception as error:  # tensorflow-datasets may raise any exception here too
+        if not builder.is_prepared() or isinstance(error, NotImplementedError):
+            state = builder.info.file_format.value if builder.is_prepared() else "none"
+            arguments = "".join(f"{key}={value!r}, " for key, value in place.items())
+            raise FileNotFoundError(
+                f"{name}: expected array_record files in {builder.data_dir}, which has {state}; "
+                f"preparing them needs TensorFlow: tfds.builder({name!r}, {arguments}"
+                "file_format='array_record').download_and_prepare()"
+            ) from error
+        raise ValueError(
+            f"{name}: split {split!r} cannot be read ({_first_line(error)}); it has the splits "
+            f"{', '.join(builder.info.splits)}"
+        ) from error
+    files = tuple(sorted(path for path in Path(builder.data_path).glob("*") if path.is_file()))
+    what = f"{name} {split} image"
+    return dataclasses.replace(dataset, what=what, raw=True, stored_in=files)
 
 
 def _keys(tfds: ModuleType, builder: Any) -> tuple[str, str]:
@@ -91,25 +83,6 @@ def _keys(tfds: ModuleType, builder: Any) -> tuple[str, str]:
             f"{', '.join(f'{key} ({type(value).__name__})' for key, value in features.items())}"
         )
     return keys
-
-
-def _explained(
-    builder: Any, name: str, split: str, place: dict[str, str], error: Exception
-) -> Exception:
-    """The error for a dataset that could not be opened."""
-    if not builder.is_prepared() or isinstance(error, NotImplementedError):
-        state = builder.info.file_format.value if builder.is_prepared() else "none"
-        options = "".join(f"{key}={value!r}, " for key, value in place.items())
-        return FileNotFoundError(
-            f"{name}: expected array_record files in {builder.data_dir}, which has {state}; "
-            f"preparing them needs TensorFlow: tfds.builder({name!r}, {options}"
-            "file_format='array_record').download_and_prepare()"
-        )
-    if split.partition("[")[0] in builder.info.splits:
-        return ValueError(f"{name}: split {split!r} cannot be read ({_first_line(error)})")
-    return ValueError(
-        f"{name}: unknown split {split!r}, expected one of {', '.join(builder.info.splits)}"
-    )
 
 
 def _first_line(error: Exception) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 from flax.traverse_util import flatten_dict
@@ -35,7 +36,7 @@ WISE, WISE_TRAINING = "wise-ft", "fine-tuning"
 GRAM_BATCH = 16
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(eq=False)
 class Experiment:
     """What methods are compared on, with one seed; what they share is computed when first used.
 
@@ -48,6 +49,9 @@ class Experiment:
         config: the training settings.
         seed: of the order, the crops and the reference.
         content: digest of the stored images; None to trust earlier results.
+        drawn: indices of the reference images of this seed.
+        shown: the classes of these images.
+        classes: class prompts of every set; of the reference, those of the classes shown.
     """
 
     model: models.CLIP
@@ -60,43 +64,26 @@ class Experiment:
     content: str | None = None
 
     def __post_init__(self) -> None:
-        """Validate the settings."""
+        """Validate the settings, and draw the reference images."""
         continual.check_tower(self.model)
-        names = [*(task.name for task in self.sets), *metrics.ALIGNMENT]
+        sets, images = [*self.tasks, *self.retention, self.reference], self.reference.test
+        names = [*(task.name for task in sets), *metrics.ALIGNMENT]
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"the name {name} is used twice, rename the task")
+        order = np.random.default_rng(self.seed).permutation(len(images.labels))
+        self.drawn = order[: self.config.reference_images]
+        self.shown = np.unique(images.labels[self.drawn])
         if len(self.shown) < 2:
             raise ValueError(
                 f"the {len(self.drawn)} --reference-images of seed {self.seed} are of one class, "
                 "expected two or more; increase their number"
             )
-
-    @property
-    def sets(self) -> tuple[TaskData, ...]:
-        """Tasks, retention sets, and last the reference."""
-        return (*self.tasks, *self.retention, self.reference)
-
-    @functools.cached_property
-    def drawn(self) -> np.ndarray:
-        """Indices of the reference images."""
-        images = len(self.reference.test.labels)
-        return np.random.default_rng(self.seed).permutation(images)[: self.config.reference_images]
-
-    @functools.cached_property
-    def shown(self) -> np.ndarray:
-        """The classes of the reference images."""
-        return np.unique(self.reference.test.labels[self.drawn])
-
-    @functools.cached_property
-    def classes(self) -> dict[str, models.Task]:
-        """Class prompts by set; of the reference, those of the classes that are shown."""
-        reference = self.reference.test.class_names
-        names = {task.name: task.test.class_names for task in self.sets}
-        names[self.reference.name] = tuple(reference[label] for label in self.shown)
-        return {
-            task.name: models.zero_shot_task(self.model, names[task.name], [task.template])
-            for task in self.sets
+        classes = [*(task.test.class_names for task in sets[:-1])]
+        classes.append(tuple(images.class_names[label] for label in self.shown))
+        self.classes = {
+            task.name: models.zero_shot_task(self.model, names, [task.template])
+            for task, names in zip(sets, classes, strict=True)
         }
 
     def texts(self, params: Params) -> Texts:
@@ -160,17 +147,18 @@ def train_task(
     if task.train is None:
         raise ValueError(f"{task.name} has no training images")
     if method.projection != "none" and (number or config.task_zero):
-        earlier, numbers = experiment.reference, experiment.drawn
-        if number:
-            earlier = experiment.tasks[number - 1]
-            numbers = np.random.default_rng([seed, number - 1, 1])
-            numbers = numbers.permutation(len(earlier.train.labels))[: config.gram_images]
+        earlier = experiment.tasks[number - 1] if number else experiment.reference
+        images, numbers = earlier.test, experiment.drawn
+        if number and earlier.train is not None:
+            rng, images = np.random.default_rng([seed, number - 1, 1]), earlier.train
+            numbers = rng.permutation(len(images.labels))[: config.gram_images]
         desc = f"{name} seed {seed}: Gram matrices of {earlier.name}"
-        batches = experiment.read(earlier.train or earlier.test, numbers, desc, GRAM_BATCH)
+        batches = experiment.read(images, numbers, desc, GRAM_BATCH)
         key = jax.random.fold_in(jax.random.key(seed), 999 + number)
         found = continual.augmented_grams(model, params, batches, key)
         grams = continual.combine_grams(grams, found)
-    classes, pairs, trainable = texts[task.name], None, continual.gnsp_kernels
+    pairs, trainable = None, continual.gnsp_kernels
+    classes: Any = texts[task.name]
     if method.uses_pairs:
         captions = texts[experiment.reference.name][experiment.pairs.labels]
         pairs = experiment.pairs._replace(texts=captions)
@@ -247,15 +235,17 @@ def run_sequence(experiment: Experiment, name: str, output: Path, **places: str)
     if saved := restore_checkpoint(folder / "checkpoints"):
         done, arrays, rows = saved
         params = tree.merge(first, arrays["changed"])
-        grams = flatten_dict(arrays.get("grams", {}), sep="/")
+        stored = flatten_dict(arrays.get("grams", {}), sep="/")
+        grams = {path: jnp.asarray(gram) for path, gram in stored.items()}
     for step in range(done + 1, len(experiment.tasks) + 1):
         if step:
             texts = experiment.texts(params)
             params, grams = train_task(experiment, params, step - 1, name, texts, grams)
         measured = {name: params}
         if name == WISE_TRAINING:
-            ends = (tree.partition(weights, changed)[0] for weights in (first, params))
-            measured[WISE] = tree.merge(first, continual.wise_ft(*ends, config.wise_share))
+            start, end = (tree.partition(weights, changed)[0] for weights in (first, params))
+            average = continual.wise_ft(start, end, config.wise_share)
+            measured[WISE] = tree.merge(first, average)
         for method, weights in measured.items():
             values = experiment.before
             if step:
@@ -274,6 +264,7 @@ def _settings(experiment: Experiment, name: str) -> dict[str, Any]:
     config, method = experiment.config, VARIANTS[name]
     projects, uses_pairs = method.projection != "none", method.uses_pairs
     uses_reference = uses_pairs or (projects and config.task_zero) or not experiment.retention
+    reference = [experiment.reference] if uses_reference else []
     used = {
         **dict.fromkeys(("rho", "gram_images", "task_zero"), projects),
         **{"reference_images": uses_reference, "reference_batch": uses_pairs},
@@ -292,7 +283,7 @@ def _settings(experiment: Experiment, name: str) -> dict[str, Any]:
                 for images in (task.train, task.test)
                 if images is not None
             ]
-            for task in (experiment.sets if uses_reference else experiment.sets[:-1])
+            for task in (*experiment.tasks, *experiment.retention, *reference)
         },
         "training": {option: x for option, x in training.items() if used.get(option, True)},
     }

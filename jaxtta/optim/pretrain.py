@@ -174,6 +174,6 @@ def best_epoch(
 ) -> int:
     """Index of the epoch with the highest accuracy or the lowest loss; the first of equal ones."""
     if select_by == "accuracy":
-        return int(np.argmax([epoch.accuracy for epoch in history]))
-    losses = [epoch.loss if epoch.val_loss is None else epoch.val_loss for epoch in history]
+        return max(range(len(history)), key=lambda number: history[number].accuracy or 0)
+    losses: list[Any] = [e.loss if e.val_loss is None else e.val_loss for e in history]
     return int(np.argmin(losses))

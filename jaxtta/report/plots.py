@@ -77,36 +77,25 @@ def dots(summaries: Mapping[str, Summary]) -> Figure:
 
 
 def running(summary: Summary) -> Figure:
-    """Draw cumulative accuracy along the stream, and below it the cumulative gain.
-
-    Streams of one segment are averaged; each longer stream has its own panels.
-    """
-    groups: dict[str, list[Predictions]] = {}
-    for result in summary.results:
-        groups.setdefault(result.stream if len(result.domains) > 1 else "", []).append(result)
-    kinds = 2 if summary.compared else 1
-    figure = Figure(figsize=(9, (1.2 + 2.5 * kinds) * len(groups)), layout="constrained")
-    grid = figure.subplots(len(groups) * kinds, squeeze=False)[:, 0].reshape(-1, kinds)
-    for panels, (name, results) in zip(grid, groups.items(), strict=True):
-        curves = _mean_curves(results)
-        for adapter, look in styles(summary.adapters, summary.baseline).items():
-            look |= {"marker": "", "linewidth": 1.8}
-            if adapter in curves:
-                panels[0].plot(curves[adapter], **look)
-            if kinds > 1 and {adapter, summary.baseline} <= {*curves}:
-                panels[1].plot(curves[adapter] - curves[summary.baseline], **look)
-        for axes in panels:
-            if late := [line.get_ydata()[POINTS // 10 :] for line in axes.lines]:
-                margin = 0.08 * np.ptp(late) + 0.3  # the first images fluctuate strongly
-                axes.set_ylim(np.min(late) - margin, np.max(late) + margin)
-            finish(axes, "", "accuracy so far (%)", legend=False)
-            _mark_segments(axes, results[0], named=axes is panels[0])
-        if kinds > 1:
-            panels[1].set_ylabel(f"gain over {label(summary.baseline or '')}\n(points)")
-        panels[-1].set_xlabel("images seen since the start of the stream")
-        if len(groups) > 1:
-            panels[0].set_title(label(name), loc="left", fontsize=10)
-    return _with_legend(figure, grid.flat)
+    """Draw cumulative accuracy along the streams, averaged, and below it the cumulative gain."""
+    curves, kinds = _mean_curves(summary.results), 2 if summary.compared else 1
+    figure = Figure(figsize=(9, 1.2 + 2.5 * kinds), layout="constrained")
+    panels = figure.subplots(kinds, squeeze=False)[:, 0]
+    for adapter, look in styles(summary.adapters, summary.baseline).items():
+        look |= {"marker": "", "linewidth": 1.8}
+        if adapter in curves:
+            panels[0].plot(curves[adapter], **look)
+        if kinds > 1 and {adapter, summary.baseline} <= {*curves}:
+            panels[1].plot(curves[adapter] - curves[summary.baseline], **look)
+    for axes in panels:
+        if late := [line.get_ydata()[POINTS // 10 :] for line in axes.lines]:
+            margin = 0.08 * np.ptp(late) + 0.3  # the first images fluctuate strongly
+            axes.set_ylim(np.min(late) - margin, np.max(late) + margin)
+        finish(axes, "", f"gain over {label(summary.baseline or '')}\n(points)", legend=False)
+        _mark_segments(axes, summary.results[0], named=axes is panels[0])
+    panels[0].set_ylabel("accuracy so far (%)")
+    panels[-1].set_xlabel("images seen since the start of the stream")
+    return _with_legend(figure, panels)
 
 
 def _mean_curves(results: Iterable[Predictions]) -> pd.DataFrame:

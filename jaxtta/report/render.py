@@ -100,8 +100,11 @@ def commands(abouts: Iterable[Mapping[str, Any]]) -> list[tuple[str, str]]:
 def flatten(mappings: Iterable[Mapping[str, Any]]) -> dict[str, str]:
     """All values of each setting as text; one within another is named "outer: inner"."""
     found: dict[str, dict[str, None]] = {}
-    for mapping in filter(None, mappings):
-        row = pd.json_normalize(dict(mapping), sep=": ").astype(object).iloc[0]
-        for name, value in row.drop(REPEATED, errors="ignore").items():
-            found.setdefault(str(name), {})[str(value)] = None
+    waiting = [("", mapping) for mapping in mappings]
+    for before, mapping in waiting:  # grows
+        for name, value in mapping.items():
+            if isinstance(value, Mapping):
+                waiting.append((f"{before}{name}: ", value))
+            elif before or name not in REPEATED:
+                found.setdefault(before + name, {})[NONE if value is None else str(value)] = None
     return {name: " / ".join(texts) for name, texts in found.items()}

@@ -1,0 +1,88 @@
+"""The benchmarks of speed, on a tiny model."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+from conftest import EXPERIMENTS, errors_in
+
+BENCHMARKS = EXPERIMENTS.with_name("benchmarks")
+RUN = "../benchmarks/run.py"
+TINY = {"model": "tiny", "classes": 10, "steps": 1, "views": 4}
+
+
+@pytest.fixture(autouse=True)
+def importable(monkeypatch):
+    """The files import each other as modules of their folder."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+
+
+@pytest.mark.slow
+def test_each_row_is_measured_in_a_process_of_its_own(run_script, tmp_path):
+    options = [part for name, value in TINY.items() for part in (f"--{name}", value)]
+    adapters = ["zero_shot", "mgtta", "tnt:steps=3"]
+    options += ["--frameworks", "jax", "--projectors", "--output", tmp_path / "rows.json"]
+    code, out, _ = run_script(RUN, *options, "--adapters", *adapters)
+    assert code == 0
+    assert out.count("packed") == len(adapters)
+    for name in ("5 projectors on the host", "5 projectors on the device", "with projection"):
+        assert name in out
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert [row["adapter"] for row in rows] == adapters
+    assert all(min(row["gflop"], row["peak_memory_gb"], *row["seconds"]) > 0 for row in rows)
+    assert [row["images"] for row in rows] == [16, 16, 1]
+    assert rows[1]["optimizer_mb"] > 0
+
+
+@pytest.mark.slow
+def test_steps_run_without_the_harness_libraries():
+    hidden = "import sys; sys.modules.update(dict.fromkeys(['tyro', 'grain', 'pandas'])); "
+    code = hidden + "import runpy; runpy.run_path(sys.argv.pop(1), run_name='__main__')"
+    script = BENCHMARKS / "jax_steps.py"
+    command = [sys.executable, "-c", code, str(script), "batclip", "packed", json.dumps(TINY)]
+    done = subprocess.run(command, cwd=BENCHMARKS, capture_output=True, check=True)
+    assert json.loads(done.stdout)["gflop"] == pytest.approx(0.0935, rel=0.01)
+
+
+def test_a_row_that_fails_is_an_error_in_the_table():
+    import run
+    from cases import Settings
+
+    row = run.Row("zero_shot", "jax", "packed")
+    stopped = run.measured(Settings(memory_limit_gb=1e-3), row)
+    assert stopped == {"error": "stopped at more than 0.001 GB"}
+    failed = run.measured(Settings(**TINY), run.Row("unknown", "jax", "packed"))
+    assert "AttributeError" in failed["error"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--classes", "1"], "--classes is 1, expected at least 2"),
+        (["--adapters", "tnt-3"], "'tnt-3', expected zero_shot"),
+        (["--frameworks"], "--frameworks needs one or more"),
+        (["--memory-limit-gb", "0"], "--memory-limit-gb is 0.0, expected a positive"),
+        (["--reading", "nowhere"], "nowhere"),
+    ],
+)
+def test_bad_options_of_the_benchmark(run_script, options, message):
+    code, _, err = run_script(RUN, *options)
+    assert code == 1
+    assert message in err
+    assert errors_in(err) == 1
+
+
+def test_operations_are_counted_with_all_turns_of_a_loop():
+    from jax_steps import count_flops
+
+    @jax.jit
+    def program(a, b):
+        turned = jax.lax.scan(lambda c, _: (jnp.tanh(c @ b), None), a, length=5)[0]
+        mapped = jax.lax.map(lambda row: b @ row, turned)
+        return jax.checkpoint(lambda x: jnp.einsum("nij,njk->nik", x, x))(jnp.stack([b, b])), mapped
+
+    traced = program.trace(jnp.ones((3, 4)), jnp.ones((4, 4)))
+    assert count_flops(traced.jaxpr.jaxpr) == 5 * 2 * 3 * 4 * 4 + 3 * 2 * 4 * 4 + 2 * 2 * 4 * 4 * 4
