@@ -546,10 +546,6 @@ EYE, LABELS = jnp.eye(40), [0, 1, 2, 0, 1, 2]
 SMALL = GOOD[:, :4]
 prune, pruned = diagnose.prune_directions, diagnose.pruned_accuracy
 detect = diagnose.concept_detectors
-    diagnose.prune_directions,
-    diagnose.pruned_accuracy,
-    diagnose.concept_detectors,
-)
 rank, distances = diagnose.privileged_directions, diagnose.neighbour_distances
 
 

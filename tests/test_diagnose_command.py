@@ -369,7 +369,7 @@ def test_images_and_models_without_a_diagnosis(run, tmp_path, embedded):
         ("--reference-points {points}", "points.csv: an accuracy is 60.0, expected a number"),
         ("--reference-points {words}", "words.json: expected base and shifted of each model"),
         ("--reference-points {nowhere}", "nowhere: no such file"),
-        ("--reference-points published", "published .*--layout imagenet"),
+        ("--reference-points published", "published: .*--layout imagenet"),
         (
             "--reference-points published --layout imagenet --corruptions",
             "--reference-points published: no shifted sets, expected some of imagenet-v2",
