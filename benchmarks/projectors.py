@@ -28,16 +28,15 @@ def projection_times(settings: cases.Settings) -> pd.Series:
     for backend, name in (("host", "on the host, float64"), ("device", "on the device")):
         make = functools.partial(continual.null_space_projectors, backend=backend)
         jax.block_until_ready(make(identities))  # load the libraries and compile
-        seconds[f"{len(grams)} projectors {name}"], projectors = once(lambda: make(grams))  # noqa: B023
+        seconds[f"{len(grams)} projectors {name}"], projectors = once(make, grams)
     if importlib.util.find_spec("torch"):
         import torch
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
         matrices = [torch.from_numpy(np.array(gram)).to(device) for gram in grams.values()]
         torch.linalg.svd(torch.eye(8, device=device))
-        seconds["full SVDs in PyTorch"], _ = once(
-            lambda: [torch.linalg.svd(matrix)[1].cpu() for matrix in matrices]
-        )
+        sizes = (torch.linalg.svd(matrix)[1].cpu() for matrix in matrices)
+        seconds["full SVDs in PyTorch"], _ = once(list, sizes)
 
     images = jnp.asarray(cases.random_images(settings.batch, settings.model))
     labels = jnp.arange(settings.batch) % settings.classes
@@ -61,8 +60,8 @@ def projection_times(settings: cases.Settings) -> pd.Series:
     return pd.Series(seconds, name="seconds")
 
 
-def once(make: Callable[[], Any]) -> tuple[float, Any]:
+def once(make: Callable[..., Any], inputs: Any) -> tuple[float, Any]:
     """Seconds to make something, and what is made."""
     start = time.perf_counter()
-    made = jax.block_until_ready(make())
+    made = jax.block_until_ready(make(inputs))
     return time.perf_counter() - start, made

@@ -26,7 +26,7 @@ from PIL import Image
 from tqdm import tqdm
 from transformers import AutoTokenizer, CLIPConfig
 
-from jaxtta import assets, cli, data, io, models
+from jaxtta import assets, cli, data, evaluate, io, models
 
 Array = jax.Array
 TEST_TEMPLATE = "a photo of a {}."
@@ -116,18 +116,18 @@ def run(config: Config) -> None:
 
 def check(config: Config) -> None:
     """Raise a ValueError for invalid options, a FileExistsError for an earlier checkpoint."""
-    for name, value in vars(config).items():
-        least, most = 1e-12, math.inf
-        if name in ("warmup", "cutmix", "label_smoothing", "seed", "padding", "weight_decay"):
-            least, most = 0, math.inf if name in ("seed", "padding", "weight_decay") else 1
-        for number in value if isinstance(value, tuple) else (value,):
-            if type(number) in (int, float) and not least <= number <= most:
-                expected = (
-                    f"{least:g} to {most:g}"
-                    if most == 1
-                    else ("positive", "at least 0")[least == 0]
-                )
-                raise ValueError(f"--{name.replace('_', '-')} is {number}, expected {expected}")
+    counts = ("epochs", "batch", "max_images", "embedding", "image_size", "patch_size")
+    least = {name: (getattr(config, name), 1) for name in (*counts, "text_length")}
+    least |= {"vision": (min(config.vision), 1), "text": (min(config.text), 1)}
+    for name in ("seed", "padding", "weight_decay"):
+        least[name] = getattr(config, name), 0
+    evaluate.require_at_least(**least)
+    evaluate.require_positive(learning_rate=[config.learning_rate], clip_norm=[config.clip_norm])
+    for name in ("warmup", "cutmix", "label_smoothing"):
+        if not 0 <= getattr(config, name) <= 1:
+            raise ValueError(
+                f"--{name.replace('_', '-')} is {getattr(config, name)}, expected 0 to 1"
+            )
     for name, (_, width, heads) in (("vision", config.vision), ("text", config.text)):
         if width % heads:
             raise ValueError(f"--{name} has {heads} heads, expected a divisor of its width {width}")

@@ -70,6 +70,7 @@ def main(options: Options) -> None:
     if kept > count - 2:
         raise ValueError(f"--protect-images is {kept}, expected at most {count - 2} of {count}")
     severity = evaluate.default_severity(given.layout, given.data, options.severity)
+    data.select(benchmark, [clean, *(data.Domain(name, severity) for name in options.corruptions)])
     templates = options.model.templates_for(given.layout)
     task = evaluate.task_for(model, data.class_names_of(benchmark), templates)
     start, _ = tree.partition(params, tree.normalisation_parameters("both"))
@@ -92,18 +93,9 @@ def main(options: Options) -> None:
         images = np.concatenate(read)
         basis = continual.output_gradient_basis(logits, context, start, images, max(options.ranks))
 
-        def protect(
-            model: models.CLIP, task: models.Task, rank: int, basis: Any = basis
-        ) -> adapters.Adapter:
-            optimizer = adapters.BATCLIP_PRESETS[options.preset].optimizer()
-            if options.learning_rate:
-                optimizer = optax.adamw(options.learning_rate, weight_decay=1e-2)
-            if rank:
-                directions = jax.tree.map(lambda leaf: leaf[:rank], basis)
-                optimizer = optax.chain(optimizer, optim.project_out(directions))
-            adapter = adapters.batclip(model, task, optimizer=optimizer)
-            return freeze_after(adapter, math.ceil(len(halves[0]) / size))  # noqa: B023
-
+        steps = math.ceil(len(halves[0]) / size)
+        protect = functools.partial(protected_batclip, options, basis, steps)
+        functools.update_wrapper(protect, protected_batclip)  # its source identifies results
         specs = [evaluate.parse_adapter("zero_shot")] + [
             evaluate.AdapterSpec(f"batclip, {rank} directions", "protect", {"rank": rank}, protect)
             for rank in (0, *options.ranks)
@@ -122,6 +114,19 @@ def forward(model: models.CLIP, context: tuple, adapted: Any, images: jax.Array)
     """Logits of images, with adapted parameters merged in."""
     params, prompts = context
     return model(tree.merge(params, adapted), prompts, images).logits
+
+
+def protected_batclip(
+    options: Options, basis: Any, steps: int, model: models.CLIP, task: models.Task, rank: int
+) -> adapters.Adapter:
+    """BATCLIP that keeps `rank` directions of the basis, and its state after so many steps."""
+    optimizer = adapters.BATCLIP_PRESETS[options.preset].optimizer()
+    if options.learning_rate:
+        optimizer = optax.adamw(options.learning_rate, weight_decay=1e-2)
+    if rank:
+        directions = jax.tree.map(lambda leaf: leaf[:rank], basis)
+        optimizer = optax.chain(optimizer, optim.project_out(directions))
+    return freeze_after(adapters.batclip(model, task, optimizer=optimizer), steps)
 
 
 def freeze_after(adapter: adapters.Adapter, steps: int) -> adapters.Adapter:

@@ -46,7 +46,7 @@ def test_a_small_clip_is_trained_and_loads(run_script, tmp_path):
     ("options", "message"),
     [
         ([], "nowhere"),
-        (["--batch", "0"], "--batch is 0, expected a positive number"),
+        (["--batch", "0"], "--batch is 0, expected at least 1"),
         (["--cutmix", "1.5"], "--cutmix is 1.5, expected 0 to 1"),
         (["--vision", "1", "25", "2"], "--vision has 2 heads, expected a divisor of"),
         (["--tokenizer", "none"], "none: no such tokenizer folder"),

@@ -47,10 +47,15 @@ def repetitions(files):
 
 
 def test_the_code_is_small():
-    files = lines_by_file()
-    assert sum(map(len, files.values())) <= TOTAL
-    assert {name: len(lines) for name, lines in files.items() if len(lines) > LONGEST} == {}
-    assert repetitions(files) == []
+    assert sum(map(len, lines_by_file().values())) <= TOTAL
+
+
+def test_files_are_short():
+    assert {name: len(x) for name, x in lines_by_file().items() if len(x) > LONGEST} == {}
+
+
+def test_nothing_stands_twice():
+    assert repetitions(lines_by_file()) == []
 
 
 def test_repetitions_are_found():
