@@ -227,12 +227,12 @@ def test_pairs_of_images_and_captions_are_a_reference(run_jaxtta, short, tmp_pat
     for lines, message in (
         ([], "has no captions.csv, with columns file and caption"),
         (["image,text"], "captions.csv: has no columns file and caption"),
-        (["file,caption"], "captions.csv: has 0 different captions, expected at least two"),
+        (["file,caption"], "has 0 different captions, expected at least two"),
         (["file,caption", "no.jpg,a cat"], "line 2: no such image: 'no.jpg'"),
         (["file,caption", "0.jpg,"], "captions.csv: 0.jpg has no caption"),
         (
             ["file,caption", "0.jpg,a cat"],
-            "captions.csv: has 1 different captions, expected at least two",
+            "has 1 different captions, expected at least two",
         ),
     ):
         if lines:
