@@ -50,18 +50,18 @@ def _environment() -> jinja2.Environment:
     return environment
 
 
-def number(value: float | None, digits: int = 2, sign: str = "") -> str:
+def number(value: Any, digits: int = 2, sign: str = "") -> str:
     """Format a number; a dash if it is missing."""
     missing = value is None or pd.isna(value)
     return NONE if missing else f"{value:{sign},.{digits}f}".replace("-", "−")
 
 
-def percent(value: float | None, digits: int = 2) -> str:
+def percent(value: Any, digits: int = 2) -> str:
     """Format a fraction in per cent."""
     return number(None if value is None else 100 * value, digits)
 
 
-def signed(value: float | None, digits: int = 2) -> str:
+def signed(value: Any, digits: int = 2) -> str:
     """Format a difference with its sign."""
     return number(value, digits, "+")
 
@@ -87,7 +87,7 @@ def data_uri(picture: Figure | np.ndarray) -> Markup:
 
 def commands(abouts: Iterable[Mapping[str, Any]]) -> list[tuple[str, str]]:
     """Each command that made results, with a note on date, commit and preprocessing."""
-    frame = pd.DataFrame(abouts, columns=REPEATED).dropna(subset="command").fillna("")
+    frame = pd.DataFrame([*map(dict, abouts)], columns=REPEATED).dropna(subset="command").fillna("")
     listed = []
     for key, dates in frame.groupby([*REPEATED[:3]], sort=False)["date"]:
         first, last = dates.min()[:16], dates.max()[:16]
