@@ -227,10 +227,13 @@ def test_pairs_of_images_and_captions_are_a_reference(run_jaxtta, short, tmp_pat
     for lines, message in (
         ([], "has no captions.csv, with columns file and caption"),
         (["image,text"], "captions.csv: has no columns file and caption"),
-        (["file,caption"], "captions.csv: lists no image"),
+        (["file,caption"], "has 0 different captions, expected at least two"),
         (["file,caption", "no.jpg,a cat"], "line 2: no such image: 'no.jpg'"),
         (["file,caption", "0.jpg,"], "captions.csv: 0.jpg has no caption"),
-        (["file,caption", "0.jpg,a cat"], "has one caption for all images, expected at least"),
+        (
+            ["file,caption", "0.jpg,a cat"],
+            "has 1 different captions, expected at least two",
+        ),
     ):
         if lines:
             table.write_text("\n".join(lines))
@@ -253,7 +256,7 @@ def test_pairs_of_images_and_captions_are_a_reference(run_jaxtta, short, tmp_pat
 
 def images_of(dataset):
     """Which images a dataset has."""
-    return {dataset.name(number) for number in range(len(dataset))}
+    return {data.name_of(dataset, number) for number in range(len(dataset))}
 
 
 def test_no_image_serves_two_ends():
