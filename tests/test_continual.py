@@ -19,6 +19,7 @@ import jaxtta
 from jaxtta import continual, metrics
 from jaxtta.continual import gnsp
 from jaxtta.continual.gram import PROJECTION, _with_jax, _with_lapack, scaled
+from jaxtta.data import StreamBatch
 from jaxtta.optim import null_space_projection, project_out
 
 PRECISIONS = [("float32", 1e-5), ("float64", 1e-9)]
@@ -374,6 +375,32 @@ def test_a_task_is_learnt(tiny, lesson, name):
     kept = inputs.reshape(-1, len(before)) @ (np.eye(len(before)) - kept.matrix())
     change = relative(kept @ after, kept @ before)
     assert change < 1e-5 if name == "gnsp-after" else change > 1e-3
+
+
+def test_unreadable_images_are_passed_over(tiny, lesson):
+    """Others of the batch stand in for them, whatever their pixels and labels are."""
+    model, params = tiny
+    examples, _ = lesson
+    images, labels = np.array(examples.images), np.array(examples.labels)
+    images[1], labels[1] = np.nan, -1
+    mask = np.arange(len(images)) != 1
+    config = continual.TrainingConfig(iterations=2, learning_rate=1e-3)
+    fixed = model, config, continual.VARIANTS["fine-tuning"], params, continual.gnsp_kernels
+
+    def train(mask):
+        batch = StreamBatch(images, mask, labels, labels, labels, labels)
+        draws = {"rng": np.random.default_rng(0), "key": jax.random.key(0)}
+        return continual.train(*fixed, [batch] * 2, examples.classes, **draws)
+
+    trained = train(mask)
+    assert jaxtta.tree.all_finite(trained)
+    before = flatten_dict(params, sep="/")
+    moved = {
+        path for path, x in flatten_dict(trained, sep="/").items() if (x != before[path]).any()
+    }
+    assert moved == set(filter(continual.gnsp_kernels, before))
+    with pytest.raises(ValueError, match="none of the images"):
+        train(np.zeros_like(mask))
 
 
 @pytest.mark.parametrize(("iterations", "warmup"), [(12, 4), (5, 5), (4, 0)])

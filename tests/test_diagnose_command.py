@@ -131,7 +131,7 @@ def test_metrics_are_those_of_direct_calls(run, tmp_path, embedded):
     np.testing.assert_allclose([*found["robustness"]["values"].values()], robust)
     (pair,) = found["pairs"]
     rows, _ = features_of(*jaxtta.load(noisy), "clean")
-    assert pair["cka"] == pytest.approx(diagnose.linear_cka(clean, rows), rel=1e-4)
+    assert pair["linear_cka"] == pytest.approx(diagnose.linear_cka(clean, rows), rel=1e-4)
     first, second = (set(m["base"]["detected"]) for m in (mine, other))
     assert set(pair["detected_by_both"]) == first & second
     assert set(pair["only_by_first"]) == first - second

@@ -7,7 +7,7 @@ batch, made by a learned optimiser, on
     L = mean_i H(p_i) + weight/64 · Σ_l (‖s_l − S_l‖² + ‖m_l − M_l‖²).
 
     statistics = jaxtta.models.feature_statistics(model, params, clean_batches)
-    phi, _ = jaxtta.optim.load_mgg("mgg.safetensors")        # from experiments/pretrain_mgg.py
+    phi, _ = jaxtta.optim.load_mgg("mgg.safetensors")        # from jaxtta pretrain-mgg
     optimizer = jaxtta.optim.meta_gradient_generator(phi, 1e-3)
     adapter = jaxtta.adapters.mgtta(model, task, optimizer=optimizer, statistics=statistics)
 

@@ -177,8 +177,8 @@ def run(options: Options) -> None:
     points, found, features = points_of(options), {}, {}
     for model in models_of(options):
         sets, name = labelled_sets(options, model), model.name
-        found[name], features[name] = diagnose.diagnose_model(name, sets, options.measured)
-        found[name] = dataclasses.replace(found[name], preprocessing=model.prepared)
+        one = diagnose.diagnose_model(name, sets, options.measured, model.prepared)
+        found[name], features[name] = one
     names = dict(zip(options.models, found, strict=True))
     references = [names[given] for given in options.shifts.references]
     robustness = diagnose.measure_robustness(found, points, references)
@@ -257,8 +257,7 @@ def names_for(options: Options, layout: str, root: str) -> tuple[str, ...]:
         return ()
     by_folder = Path(own.class_names[0]).suffix == ".json"
     if layout == own.layout == "folder" and not by_folder:
-        both = ({folder.name for folder in class_folders(place)} for place in (root, own.data))
-        if odd := sorted(set.symmetric_difference(*both)):
+        if odd := sorted(class_names_in(root) ^ class_names_in(own.data)):
             raise ValueError(
                 f"{root}: its class folders are not those of {own.data}, {diagnose.truncate(odd)} "
                 "being in one of them, so --class-names must be a .json by folder name"
@@ -266,18 +265,23 @@ def names_for(options: Options, layout: str, root: str) -> tuple[str, ...]:
     return groups.class_names_of(own.class_names, layout, root)
 
 
+def class_names_in(root: str) -> set[str]:
+    """Names of a folder's class folders, or of the classes in a file of images."""
+    if Path(root).is_dir():
+        return {folder.name for folder in class_folders(root)}
+    return {*data.open_dataset("folder", root).class_names}
+
+
 def points_of(options: Options) -> Sequence[tuple[float, float]]:
     """Base and shifted accuracies of the reference models, if given."""
     given, shifts = options.shifts.reference_points, options.shifts
     if given is None:
         return ()
-    if given == "published" and (options.data.layout != "imagenet" or shifts.corruptions):
-        raise ValueError(
-            "--reference-points published needs --layout imagenet and empty --corruptions"
-        )
+    published = given == "published"
     with error_context(f"--reference-points {given}"):
+        if published and (options.data.layout != "imagenet" or shifts.corruptions):
+            raise ValueError("needs --layout imagenet and empty --corruptions")
         names = [text.partition("=")[0] for text in shifts.shifted]
-        published = given == "published"
         points = data.reference_points(names) if published else read_reference_points(Path(given))
         diagnose.fit_baseline(*np.reshape(points, (-1, 2)).T)
     return points

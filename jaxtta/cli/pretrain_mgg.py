@@ -250,10 +250,13 @@ def prepare(
 
 def described(epoch: EpochMetrics) -> str:
     """Metrics as text."""
-    texts = {"loss": "loss {:.4f}", "val_loss": "validation loss {:.4f}"}
-    texts["accuracy"] = "accuracy {:.2%}"
-    found = {name: value for name, value in epoch._asdict().items() if value is not None}
-    return ", ".join(texts[name].format(x) for name, x in found.items()) or "no validation images"
+    texts = {
+        "loss {:.4f}": epoch.loss,
+        "validation loss {:.4f}": epoch.val_loss,
+        "accuracy {:.2f} %": epoch.accuracy and 100 * epoch.accuracy,
+    }
+    found = [text.format(value) for text, value in texts.items() if value is not None]
+    return ", ".join(found) or "no validation images"
 
 
 def plot(history: Sequence[EpochMetrics], before: EpochMetrics, best: int) -> Figure:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from jaxtta.data.arrays import check_labels
 from jaxtta.images import UnreadableImageError, open_image, printable, to_rgb
-from jaxtta.io import nfc
+from jaxtta.io import digest_files, nfc
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +24,7 @@ class SequenceDataset:
     class_names: tuple[str, ...]
     what: str = "image"
     raw: bool = False  # as `jaxtta.data.ImageFolder.raw`
+    stored_in: tuple[Path, ...] = ()  # files, if they are known
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -53,6 +54,10 @@ class SequenceDataset:
         """An image's name for messages."""
         return f"{self.what} {number}"
 
+    def content(self) -> str | None:
+        """A digest of the files that the images are stored in, if they are known."""
+        return f"{self.what} {digest_files(self.stored_in)}" if self.stored_in else None
+
 
 def from_sequence(
     ds: Any,
@@ -68,10 +73,6 @@ def from_sequence(
         image: the key of an item's image; torchvision's items are tuples, their images are 0.
         label: the key of its label; torchvision's is 1.
         class_names: names of the classes, in label order; None for those that `ds` has.
-
-    Raises:
-        ValueError: if the items lack the keys, the labels do not fit the class names, or there are
-            no class names.
     """
     if not len(ds):
         raise ValueError("the dataset has no images")

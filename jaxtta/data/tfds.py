@@ -14,22 +14,11 @@ from typing import Any
 
 from jaxtta.data.class_names import imagenet_classes
 from jaxtta.data.sequences import SequenceDataset, from_sequence
-from jaxtta.io import digest_files
 
 
-@dataclasses.dataclass(frozen=True)
-class TfdsImages(SequenceDataset):
-    """One split of a prepared dataset, whose files are in `folder`."""
-
-    folder: Path = Path()
-
-    def content(self) -> str:
-        """A digest of the dataset's files, with the split of them."""
-        files = sorted(path for path in self.folder.iterdir() if path.is_file())
-        return f"{self.what} {digest_files(files)}"
-
-
-def open_tfds(name: str, split: str = "test", data_dir: str | Path | None = None) -> TfdsImages:
+def open_tfds(
+    name: str, split: str = "test", data_dir: str | Path | None = None
+) -> SequenceDataset:
     """Open one split of a dataset that tensorflow-datasets has prepared.
 
     Wnids among its classes become ImageNet's class names, underscores spaces. The labels are read,
@@ -77,11 +66,9 @@ def open_tfds(name: str, split: str = "test", data_dir: str | Path | None = None
             f"{name}: split {split!r} cannot be read ({_first_line(error)}); it has the splits "
             f"{', '.join(builder.info.splits)}"
         ) from error
-    return TfdsImages(
-        *(records, image, dataset.labels, names, f"{name} {split} image"),
-        raw=True,
-        folder=Path(builder.data_path),
-    )
+    files = tuple(sorted(path for path in Path(builder.data_path).glob("*") if path.is_file()))
+    what = f"{name} {split} image"
+    return dataclasses.replace(dataset, what=what, raw=True, stored_in=files)
 
 
 def _keys(tfds: ModuleType, builder: Any) -> tuple[str, str]:

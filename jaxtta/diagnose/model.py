@@ -171,14 +171,14 @@ class ModelPair:
 
     Attributes:
         models: their names.
-        cka: linear CKA of their features.
+        linear_cka: of their features.
         detected_by_both: names of the classes that a direction of either detects.
         only_by_first: names of those that only the first model's directions detect.
         only_by_second: names of those that only the second's do.
     """
 
     models: tuple[str, str]
-    cka: float
+    linear_cka: float
     detected_by_both: list[str]
     only_by_first: list[str]
     only_by_second: list[str]

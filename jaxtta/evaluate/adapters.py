@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import optax
 
@@ -158,7 +158,7 @@ def _import_function(module: str, name: str) -> Callable[..., Adapter]:
         raise ValueError(f"{module}:{name}: the module cannot be imported ({error!r})") from error
     if not callable(found):
         raise ValueError(f"{module}:{name}: the module has no function of this name")
-    return found
+    return cast(Callable[..., Adapter], found)
 
 
 def specs_of(

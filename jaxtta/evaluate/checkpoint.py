@@ -13,13 +13,13 @@ from jaxtta.io import load_arrays, load_state, save_state
 
 
 def save_checkpoint(folder: Path, step: int, tree: Any, note: Any = None) -> None:
-    """Save a checkpoint, written whole; only the newest is kept.
+    """Save any tree of arrays and a JSON value, written whole; only the newest step is kept.
 
     Args:
         folder: for this run only; created if missing.
         step: the number of finished steps.
-        tree: any tree of arrays.
-        note: any JSON value.
+        tree: the arrays.
+        note: the JSON value.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step-{step}.safetensors"
@@ -30,15 +30,12 @@ def save_checkpoint(folder: Path, step: int, tree: Any, note: Any = None) -> Non
 
 
 def restore_checkpoint(folder: Path, like: Any = None) -> tuple[int, Any, Any] | None:
-    """Restore the newest checkpoint.
+    """Restore the newest step, its tree and its note; None without a checkpoint.
 
     Args:
         folder: of the run.
         like: a tree of the same structure; what the checkpoint has beside it is left out. None for
             nested dicts of numpy arrays, one level for each part of a leaf's path.
-
-    Returns:
-        Step, tree and note; None without a checkpoint.
 
     Raises:
         ValueError: if it is damaged, or of another structure.

@@ -61,25 +61,25 @@ def paired_gain(adapter: Outcomes, baseline: Outcomes, datasets: Sequence[str] =
 
 def _outcomes(pairs: list[tuple[pd.DataFrame, pd.DataFrame]]) -> tuple[np.ndarray, np.ndarray]:
     """How often each image was right, and how often both saw it; (images, 2) each."""
-    images = 1 + max(int(rows["image"].max()) for pair in pairs for rows in pair)
+    images = 1 + max(int(np.max(rows["image"])) for pair in pairs for rows in pair)
     right, seen = np.zeros((2, images, 2))
     for pair in pairs:
-        flags = np.zeros((2, 2, images), bool)
-        for (own_seen, own_right), rows in zip(flags, pair, strict=True):
-            own_seen[rows["image"]], own_right[rows["image"]] = rows["seen"], rows["top1"]
-        both = flags[:, 0].all(0)
-        seen += both[:, None]
-        right += (flags[:, 1] & both).T
+        flags = np.zeros((2, images, 2), bool)  # seen and right, by image and adapter
+        for column, rows in enumerate(pair):
+            flags[:, rows["image"], column] = rows["seen"], rows["top1"]
+        both = flags[0].all(1, keepdims=True)
+        seen += both
+        right += flags[1] & both
     return right, seen
 
 
 def mean_intervals(rows: pd.DataFrame) -> dict[str, Interval]:
     """The 95 % intervals of top1, top5, nll and brier of a segment's rows, from `segment`."""
-    rows = rows[rows["seen"]]
-    finite = rows[np.isfinite(rows["nll"])]  # the others have no likelihood
+    seen = rows["seen"].to_numpy()
+    finite = seen & np.isfinite(rows["nll"])  # the others have no likelihood
     intervals: dict[str, Interval] = {}
-    for names, source in ((["top1", "top5"], rows), (["nll", "brier"], finite)):
-        values = source[names].to_numpy(float)
+    for names, kept in ((["top1", "top5"], seen), (["nll", "brier"], finite)):
+        values = rows[names].to_numpy(float)[kept]
         means = bootstrap(values, np.ones_like(values)) if len(values) else None
         for column, name in enumerate(names):
             intervals[name] = None if means is None else interval(means[:, column])

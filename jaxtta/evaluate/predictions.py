@@ -20,14 +20,9 @@ STEPS = ("seconds", "skipped")
 
 
 class Scores(NamedTuple):
-    """Scores of each image's prediction, all (images,).
+    """Scores of each image's prediction, (images,) each; `nll` in nats.
 
-    Attributes:
-        prediction: the class of the highest logit, the lowest of equal ones; -1 if one is NaN.
-        confidence: the highest probability.
-        nll: negative log-likelihood of the label, in nats.
-        brier: Brier score.
-        top5: whether the label is among the five highest.
+    `prediction` is the class of the highest logit, the lowest of equal ones; -1 if one is NaN.
     """
 
     prediction: Any
@@ -64,8 +59,7 @@ class Predictions:
 
     Attributes:
         adapter: its name in tables.
-        stream: the stream's name.
-        seed: the stream's seed.
+        stream: the stream's name; `seed` is its seed.
         setting: the stream setting, or "datasets" where each domain is a dataset of its own.
         domains: the stream's segments; a domain may occur twice.
         class_names: of the labels.
@@ -101,8 +95,8 @@ class Predictions:
 
     def segment(self, number: int) -> pd.DataFrame:
         """One segment's rows with a column `top1`, sorted by image so that adapters pair up."""
-        rows = self.rows.assign(top1=self.top1)
-        return rows[rows["segment"] == number].sort_values("image", ignore_index=True)
+        rows = self.rows.assign(top1=self.top1).query(f"segment == {number}")
+        return rows.sort_values("image", ignore_index=True)
 
     def save(self, path: str | Path) -> None:
         """Write the file, atomically."""

@@ -17,11 +17,13 @@ from tqdm import tqdm
 from jaxtta.adapters import Adapter
 from jaxtta.data import Batches, StreamBatch, class_names_of, labels_of, name_of
 from jaxtta.evaluate.checkpoint import restore_checkpoint, save_checkpoint
-from jaxtta.evaluate.predictions import STEPS, Predictions, Scores, score
+from jaxtta.evaluate.predictions import Predictions, Scores, score
 from jaxtta.models import Batch
 
 log = logging.getLogger(__name__)
-KINDS = Scores(np.int32, np.float32, np.float32, np.float32, bool)
+IMAGE: dict[str, Any] = Scores(np.int32, np.float32, np.float32, np.float32, bool)._asdict()
+IMAGE["seen"] = bool
+BATCH: dict[str, Any] = {"seconds": np.float32, "skipped": bool}
 
 
 class StreamRun:
@@ -50,9 +52,8 @@ class StreamRun:
     def _begin(self) -> None:
         images, batches = len(self.stream.items), len(self.places)
         for name in self.settings:
-            record = {key: np.zeros(images, kind) for key, kind in KINDS._asdict().items()}
-            record |= {"seen": np.zeros(images, bool), "skipped": np.zeros(batches, bool)}
-            record["seconds"] = np.zeros(batches, np.float32)
+            record = {key: np.zeros(images, kind) for key, kind in IMAGE.items()}
+            record |= {key: np.zeros(batches, kind) for key, kind in BATCH.items()}
             state = self.made[name].init(self.params, jax.random.key(self.stream.seed))
             self.tree[name] = {"state": state, "record": record}
 
@@ -129,7 +130,7 @@ class StreamRun:
         record = self.tree[name]["record"]
         segments, images = self.stream.items.T
         rows = {"segment": segments, "image": images, "label": self.labels}
-        rows |= {key: record[key] for key in (*KINDS._fields, "seen")}
+        rows |= {key: record[key] for key in IMAGE}
         unreadable = tuple(
             name_of(self.benchmark[self.stream.segments[segment]], image)
             for segment, image in self.stream.items[~record["seen"]].tolist()
@@ -144,7 +145,7 @@ class StreamRun:
             domains=self.stream.segments,
             class_names=tuple(class_names_of(self.benchmark)),
             rows=pd.DataFrame(rows),
-            steps=pd.DataFrame({key: record[key] for key in STEPS}),
+            steps=pd.DataFrame({key: record[key] for key in BATCH}),
             unreadable=unreadable,
             settings=self.settings[name],
             about=about,

@@ -127,11 +127,7 @@ def _refuse_earlier_version(*folders: Path) -> None:
 
 
 def agree_on_images(path: Path, content: str | None) -> None:
-    """Write a digest of a folder's images, or check that it matches the existing one.
-
-    Args:
-        path: the file in the folder.
-        content: the digest; None where the images are trusted to be those of earlier results.
+    """Write a digest of a folder's images, or check that it matches; None is not checked.
 
     Raises:
         ValueError: if the folder has results of other images, or the file is damaged.

@@ -120,7 +120,7 @@ def sweep(
         batches = spec.batches(model, specs)
         data.select(spec.benchmark, dict.fromkeys(d for s in spec.streams for d in s.segments))
         own = {each.text: identity_of(each, config, batches.canvas) for each in specs}
-        about = json.loads(json.dumps(provenance.about(model) if about is None else about))
+        told = json.loads(json.dumps(provenance.about(model) if about is None else about))
         store = Store(Path(folder), settings)
         stack.enter_context(store.lock(shard))
 
@@ -160,7 +160,7 @@ def sweep(
                 run.finish(steps, originals, source, bar)
                 for name in run.settings:
                     order = {"place": [run.number, list(own).index(name)]}
-                    result = run.result(name, spec.setting, about | order)
+                    result = run.result(name, spec.setting, told | order)
                     result.save(store.path(name, result.stream, result.seed))
                     results[run.number, name] = result
                     if log is not None:

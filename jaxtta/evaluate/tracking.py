@@ -41,14 +41,9 @@ def loggers(names: Sequence[str], folder: Path, settings: Mapping[str, Any]) -> 
 
     def log(result: Predictions) -> None:
         for number, domain in enumerate(result.domains):
-            rows = result.segment(number)
-            rows = rows[rows["seen"]]
-            values = {
-                "top1": float(rows["top1"].mean()),
-                "top5": float(rows["top5"].mean()),
-                "nll": float(rows["nll"][np.isfinite(rows["nll"])].mean()),
-                "seconds_per_batch": float(result.steps["seconds"].mean()),
-            }
+            rows = result.segment(number).query("seen")
+            values = {name: float(np.mean(rows[name])) for name in ("top1", "top5", "nll")}
+            values["seconds_per_batch"] = float(np.mean(result.steps["seconds"]))
             for tracker in trackers:
                 tracker(result, str(domain), values)
 

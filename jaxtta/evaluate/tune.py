@@ -13,13 +13,7 @@ from jaxtta.models import Classifier, Params
 
 
 class Choice(NamedTuple):
-    """A selected learning rate.
-
-    Attributes:
-        rate: the selected learning rate.
-        accuracies: mean top-1 accuracy by rate, in [0, 1].
-        chosen_on: the corruptions and the number of images of each.
-    """
+    """A selected learning rate, the mean top-1 accuracy by rate, and what it was chosen on."""
 
     rate: float
     accuracies: dict[float, float]
@@ -55,10 +49,10 @@ def tune_learning_rate(
         adapter: its text, to which `lr` is added; a function of your own may have that setting too.
         rates: the candidates; of equally good ones the smallest is selected.
         spec: streams of these corruptions only.
-        model: the model.
-        params: its frozen parameters.
-        folder: for these runs; existing results are reused.
-        options: for `sweep`.
+        model: the model; this and the others as for `sweep`.
+        params: its parameters.
+        folder: for these runs.
+        options: further ones.
 
     Raises:
         ValueError: if a stream has other corruptions.
@@ -71,8 +65,8 @@ def tune_learning_rate(
     top1: dict[float, list[float]] = {rate: [] for rate in texts.values()}
     for result in sweep(spec, list(texts), model, params, folder, **options):
         for number in range(len(result.domains)):
-            rows = result.segment(number)
-            top1[texts[result.adapter]].append(float(rows["top1"][rows["seen"]].mean()))
+            rows = result.segment(number).query("seen")
+            top1[texts[result.adapter]].append(float(np.mean(rows["top1"])))
     accuracies = {rate: float(np.mean(values)) for rate, values in top1.items()}
     images = len(np.unique(spec.streams[0].items[:, 1]))
     chosen_on = f"{', '.join(sorted(shown))}; {images} images each"

@@ -17,9 +17,10 @@ from jaxtta.evaluate.adapters import SETTINGS
 from jaxtta.images import printable
 from jaxtta.io import atomic_write, write_json, write_text
 from jaxtta.report.diagnosis_plots import diagnosis_plots, draw_predictions
-from jaxtta.report.render import NONE, percent, render
+from jaxtta.report.render import NONE, percent, png, render
 from jaxtta.report.summary import Summary
-from jaxtta.report.text import aligned, answer, counted, interval, points
+from jaxtta.report.text import aligned, answer, counted, points
+from jaxtta.report.write import optimizer_of
 
 UNSURE, THUMBNAIL = 12, 160  # images shown of a model, and pixels of their longer side
 Tables = dict[str, pd.DataFrame]
@@ -69,7 +70,10 @@ def write_check(
         content[model] = dataclasses.asdict(check) | {"trial": rows}
     write_json(folder / "result.json", {"models": content} | made)
     models, said = {name: check for name, (check, *_) in found.items()}, check_sentences(found)
-    _write(folder, title, models, made, said, tables=tables, plots=drawn, strips=strips)
+    trials = [result for _, _, trial in found.values() if trial for result in trial.results]
+    optimizers = {result.adapter: optimizer_of(result) for result in trials}
+    shown = {"tables": tables, "plots": drawn, "strips": strips, "optimizers": optimizers}
+    _write(folder, title, models, made, said, **shown)
 
 
 def _write(
@@ -89,7 +93,7 @@ def _write(
     write_text(folder / "table.txt", "\n\n".join(blocks) + "\n")
     for name, figure in shown["plots"].items():
         with atomic_write(folder / f"{name.replace('/', '-')}.png") as temporary:
-            figure.savefig(temporary, format="png", dpi=150)
+            temporary.write_bytes(png(figure))
     prepared = "; ".join(f"{name}: {model.preprocessing}" for name, model in models.items())
     about = [made["about"] | {"preprocessing": prepared}]
     how = {"abouts": about, "settings": [made["settings"]], "sentences": said, "title": title}
@@ -112,15 +116,15 @@ def sentences(template: str, **found: Any) -> list[str]:
     return [" ".join(text.split()) for text in paragraphs if text.strip()]
 
 
-def bounded(share: float, bounds: Sequence[float]) -> str:
-    """Format a share and its interval in per cent."""
-    return f"{points(share)} [{', '.join(map(points, bounds))}]"
+def bounded(share: float, bounds: Sequence[float], sign: str = "") -> str:
+    """Format a share and its interval in per cent, or a gain in points."""
+    return f"{points(share, sign)} [{', '.join(points(bound, sign) for bound in bounds)}]"
 
 
 def fields(found: Any, *omitted: str) -> dict[str, str]:
     """The fields of a dataclass as rows of a table, without those omitted."""
-    items = vars(found).items()
-    return {name.replace("_", " "): entry(x) for name, x in items if name not in omitted}
+    shown = {name: entry(x) for name, x in vars(found).items() if name not in omitted}
+    return {name.replace("_", " ").replace("mmd", "MMD"): text for name, text in shown.items()}
 
 
 def entry(value: Any) -> str:
@@ -175,7 +179,7 @@ def check_tables(model: str, check: TargetCheck, trial: Summary | None) -> Table
         heads, rows = ["accuracy (%)", "gain (points)", "calibration error (%)"], {}
         for result in trial.results:
             right, mean = result.top1[result.rows["seen"]], trial.means.loc[result.adapter]
-            gained = f"{points(mean['gain'], '+')} {interval(mean)}"
+            gained = bounded(mean["gain"], mean[["low", "high"]], "+")
             rows[result.adapter] = (
                 bounded(right.mean(), accuracy_interval(right)),
                 gained if result.adapter in trial.compared else NONE,

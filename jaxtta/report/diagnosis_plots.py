@@ -32,6 +32,7 @@ def diagnosis_plots(found: Diagnosis, fractions: Sequence[float]) -> dict[str, F
             pruning.plot(*means, ".", color=looks[name]["color"])
     for axes, level in ((kurtosis, 3), (importance, 1)):
         axes.axhline(level, color="black", linestyle="--", linewidth=1)
+    kurtosis.margins(y=0.2)  # for the legend
     pruning.set_ylim(0, 100)
     finish(kurtosis, "", "kurtosis of the features")
     finish(importance, "rank of the direction", "importance / mean")

@@ -87,7 +87,7 @@ def _write(
         warnings=warned,
         abouts=[result.about for result in results],
         settings=[result.settings for result in results],
-        optimizers={result.adapter: _optimizer(result) for result in results},
+        optimizers={result.adapter: optimizer_of(result) for result in results},
         summaries=summaries,
         adapters=adapters,
         rows=text.entries(summaries.values()),
@@ -103,7 +103,8 @@ def _write(
     print(*said, *warned, f"results: {folder / 'report.html'}", sep="\n")
 
 
-def _optimizer(result: Predictions) -> str:
+def optimizer_of(result: Predictions) -> str:
+    """An adapter's optimiser and learning rate, for the page."""
     adapter = result.settings.get("adapter", {})
     if tnt := adapter.get("tnt"):
         steps = text.counted(tnt["steps"], "step")
