@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from conftest import relative
 
-from jaxtta import data, diagnose
+from jaxtta import data, diagnose, losses
 from jaxtta.diagnose import RunningMean
+from jaxtta.diagnose.check import answers_to
 
 SEEDS = st.integers(0, 2**31 - 1)
 
@@ -22,9 +23,13 @@ def normal(seed, *shape):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
+def doubles(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape)
+
+
 def rotation(seed, size):
     """An orthogonal matrix."""
-    return np.linalg.qr(np.random.default_rng(seed).normal(size=(size, size)))[0]
+    return np.linalg.qr(doubles(seed, size, size))[0]
 
 
 def in_pieces(of_batch, *arrays, sizes=(1, 7, 0, 5)):
@@ -388,6 +393,121 @@ def test_the_modality_gap_is_the_planted_offset():
     assert float(diagnose.modality_gap(streamed, texts)) == pytest.approx(gap, rel=1e-5)
 
 
+# --- distribution shift
+
+
+def plain_discrepancy(x, y, bandwidth):
+    """The definition, sum by sum."""
+
+    def k(a, b):
+        return np.exp(-((a - b) ** 2).sum() / (2 * bandwidth**2))
+
+    n, m = len(x), len(y)
+    within = sum(k(x[i], x[j]) for i in range(n) for j in range(n) if i != j) / (n * (n - 1))
+    others = sum(k(y[i], y[j]) for i in range(m) for j in range(m) if i != j) / (m * (m - 1))
+    return within + others - 2 * sum(k(a, b) for a in x for b in y) / (n * m)
+
+
+@hypothesis.given(SEEDS)
+def test_the_discrepancy_is_its_definition(seed):
+    x, y = doubles(seed, 9, 4), doubles(seed + 1, 6, 4) + 0.5
+    both = np.concatenate([x, y])
+    distance = pytest.importorskip("scipy.spatial.distance")
+    found = diagnose.mmd(x, y, permutations=50)
+    assert found.bandwidth == pytest.approx(np.median(distance.pdist(both)), rel=1e-9)
+    assert found.squared == pytest.approx(plain_discrepancy(x, y, found.bandwidth), abs=1e-12)
+    # the permutations are the estimate for other deals
+    rng = np.random.default_rng(0)
+    for value in found.permuted[:3]:
+        order = rng.permutation(15)
+        dealt = np.isin(np.arange(15), order[:9])
+        again = diagnose.mmd(both[dealt], both[~dealt], bandwidth=found.bandwidth, permutations=1)
+        assert value == pytest.approx(again.squared, abs=1e-12)
+    # either set may come first; place and, with the bandwidth, scale are nothing to it
+    for a, b in ((y, x), (10 + 3 * x, 10 + 3 * y)):
+        other = diagnose.mmd(a, b, permutations=1)
+        assert other.squared == pytest.approx(found.squared, abs=1e-9)
+
+
+def test_the_p_value_finds_what_is_there_and_nothing_else():
+    p = [diagnose.mmd(*doubles(s, 2, 30, 5), permutations=99).p_value for s in range(99)]
+    assert 0 <= np.mean(np.array(p) <= 0.1) <= 0.2  # uniform if nothing is there
+    assert 0.4 <= np.mean(p) <= 0.6
+    wider = diagnose.mmd(doubles(0, 60, 5), 2 * doubles(1, 60, 5))
+    moved = diagnose.mmd(doubles(0, 60, 5), doubles(1, 60, 5) + 1)
+    assert wider.p_value == moved.p_value == 1 / 501
+    assert wider.squared > wider.null_quantile
+
+
+@pytest.mark.parametrize(("images", "most", "drawn"), [(30, 1000, 30), (90, 1000, 40), (90, 7, 7)])
+def test_a_half_of_the_reference_is_the_yardstick(images, most, drawn, monkeypatch):
+    sizes = []
+    whole = diagnose.target.mmd
+
+    def spy(x, y, **options):
+        sizes.append((len(x), len(y)))
+        assert not {tuple(row) for row in x} & {tuple(row) for row in y}
+        return whole(x, y, **options)
+
+    monkeypatch.setattr(diagnose.target, "mmd", spy)
+    target, half = diagnose.mmd_to_reference(
+        doubles(0, images, 6) + 1, doubles(1, 80, 6), most=most
+    )
+    assert sizes == [(drawn, drawn)] * 2
+    assert target.bandwidth == half.bandwidth
+    assert target.squared > half.squared
+    assert target.p_value < half.p_value
+
+
+@hypothesis.given(SEEDS)
+def test_confused_classes_are_counted(seed):
+    probabilities = np.random.default_rng(seed).dirichlet(np.ones(5), 40)
+    found = diagnose.confused_classes(probabilities)
+    counts: dict[tuple[int, int], list[float]] = {}
+    for row in probabilities:
+        second, first = np.argsort(row)[-2:]
+        pair = min(first, second), max(first, second)
+        counts.setdefault(pair, []).append(row[first] - row[second])
+    assert len(found.classes) == len(counts)
+    doubts = found.shares * (1 - found.margins)
+    assert (np.diff(doubts) <= 1e-12).all()
+    for pair, share, margin in zip(*found, strict=True):
+        margins = counts[tuple(pair)]
+        assert share == pytest.approx(len(margins) / 40)
+        assert margin == pytest.approx(np.mean(margins))
+
+
+@hypothesis.given(SEEDS)
+def test_the_distance_of_an_image_is_that_of_a_near_one(seed):
+    distance = pytest.importorskip("scipy.spatial.distance")
+    target, reference = doubles(seed, 9, 4), doubles(seed + 1, 6, 4)
+    every = np.sort(distance.cdist(target, reference), 1)
+    for k in (1, 3, 6):
+        found = diagnose.neighbour_distances(target, reference, neighbour=k)
+        np.testing.assert_allclose(found, every[:, k - 1], rtol=1e-4, atol=1e-3)
+    many = np.tile(target, (300, 1))  # in parts
+    again = diagnose.neighbour_distances(many, reference, neighbour=6)
+    np.testing.assert_allclose(again, np.tile(every[:, -1], 300), rtol=1e-4, atol=1e-3)
+
+
+def test_answers_have_the_order_of_the_dataset():
+    rows, reference = doubles(0, 5, 4), doubles(1, 20, 4)
+    logits, others = doubles(2, 5, 3), doubles(3, 20, 3)
+    features = diagnose.FeatureSet(rows, np.zeros(5, int), [], np.array([7, 2, 9, 0, 4]))
+    found = answers_to(features, logits, reference, others)
+    order = [3, 1, 4, 0, 2]
+    assert found.numbers.tolist() == [0, 2, 4, 7, 9]
+    np.testing.assert_array_equal(found.labels, logits.argmax(1)[order])
+    entropies = np.asarray(losses.entropy(logits))[order]
+    np.testing.assert_allclose(found.entropies, entropies)
+    assert found.least_sure(2).tolist() == np.argsort(-entropies)[:2].tolist()
+    assert len(found.reference_entropies) == 20
+    for near, k in ((reference, 10), (reference[:3], 3)):  # of few the farthest is taken
+        found = answers_to(features, logits, near, others)
+        distances = diagnose.neighbour_distances(rows, near, neighbour=k)
+        np.testing.assert_allclose(found.distances, distances[order])
+
+
 # --- bad input
 
 GOOD = normal(0, 6, 40)
@@ -421,6 +541,12 @@ def test_features_without_a_value(value):
 
 LINE = diagnose.LogitLinearBaseline(1.0, 0.0)
 SOME = some_concepts(0, 6, 3)
+SECOND = np.array([False, True, False])
+EYE, LABELS = jnp.eye(40), [0, 1, 2, 0, 1, 2]
+SMALL = GOOD[:, :4]
+prune, pruned = diagnose.prune_directions, diagnose.pruned_accuracy
+detect = diagnose.concept_detectors
+rank, distances = diagnose.privileged_directions, diagnose.neighbour_distances
 
 
 @pytest.mark.parametrize(
@@ -432,45 +558,24 @@ SOME = some_concepts(0, 6, 3)
         (lambda: diagnose.outlier_features(GOOD, threshold=0.0), "threshold is 0.0, expected a"),
         (lambda: diagnose.outlier_features(GOOD, share=0.0), "share is 0.0, expected a number abo"),
         (lambda: diagnose.outlier_features(GOOD[:0]), "a mean over no images"),
-        (lambda: diagnose.privileged_directions(HEAD, GOOD[:0]), "a mean over no images"),
-        (lambda: diagnose.privileged_directions(HEAD[:1], GOOD), r"the head has shape \(1, 40\)"),
-        (lambda: diagnose.privileged_directions(0 * HEAD, GOOD), "the head is zero or has"),
-        (lambda: diagnose.privileged_directions(np.nan * HEAD, GOOD), "the head is zero or has"),
+        (lambda: rank(HEAD, GOOD[:0]), "a mean over no images"),
+        (lambda: rank(HEAD[:1], GOOD), r"the head has shape \(1, 40\)"),
+        (lambda: rank(0 * HEAD, GOOD), "the head is zero or has"),
+        (lambda: rank(np.nan * HEAD, GOOD), "the head is zero or has"),
+        (lambda: rank(HEAD, GOOD[:, 1:]), r"have shape \(6, 39\), expected \(images, 40\)"),
+        (lambda: rank(HEAD, GOOD, [0, 40]), r"axes \[0, 40\] are not all below 40"),
+        (lambda: rank(HEAD, GOOD, [-1]), r"axes \[-1\] are not all"),
+        (lambda: prune(HEAD, EYE), "count or a fraction"),
+        (lambda: prune(HEAD, EYE, count=1, fraction=0.5), "either a count or a fraction"),
         (
-            lambda: diagnose.privileged_directions(HEAD, GOOD[:, 1:]),
-            r"features have shape \(6, 39\), expected \(images, 40\)",
+            lambda: prune(HEAD, jnp.eye(39), count=1),
+            r"\(3, 40\) does not match dir.* \(39, 39",
         ),
-        (
-            lambda: diagnose.privileged_directions(HEAD, GOOD, [0, 40]),
-            r"axes \[0, 40\] are not all below 40",
-        ),
-        (lambda: diagnose.privileged_directions(HEAD, GOOD, [-1]), r"axes \[-1\] are not all"),
-        (lambda: diagnose.prune_directions(HEAD, jnp.eye(40)), "count or a fraction"),
-        (
-            lambda: diagnose.prune_directions(HEAD, jnp.eye(40), count=1, fraction=0.5),
-            "either a count or a fraction",
-        ),
-        (
-            lambda: diagnose.prune_directions(HEAD, jnp.eye(39), count=1),
-            r"a head \(3, 40\) does not match directions \(39, 39\)",
-        ),
-        (lambda: diagnose.prune_directions(HEAD, jnp.eye(40), count=0), "count is 0, expected 1 t"),
-        (
-            lambda: diagnose.pruned_accuracy(HEAD, jnp.eye(40), GOOD, [0, 1, 2, 0, 1, 2], [1.5]),
-            "fraction is 1.5, expected a number above 0, at most 1",
-        ),
-        (
-            lambda: diagnose.pruned_accuracy(HEAD, jnp.eye(40), GOOD, [0, 1, 2]),
-            r"labels \(3,\) do not match 6 images",
-        ),
-        (
-            lambda: diagnose.pruned_accuracy(HEAD, jnp.eye(40), GOOD, [0, 1, 2, 3, -1, 0]),
-            "2 of 6 images have a label outside 0 to 2",
-        ),
-        (
-            lambda: diagnose.pruned_accuracy(HEAD, jnp.eye(40), GOOD[:0], np.zeros(0, int)),
-            "a mean over no images",
-        ),
+        (lambda: prune(HEAD, EYE, count=0), "count is 0, expected 1 t"),
+        (lambda: pruned(HEAD, EYE, GOOD, LABELS, [1.5]), "is 1.5, expected .* above 0, at most 1"),
+        (lambda: pruned(HEAD, EYE, GOOD, LABELS[:3]), r"labels \(3,\) do not match 6 images"),
+        (lambda: pruned(HEAD, EYE, GOOD, [0, 1, 2, 3, -1, 0]), "2 of 6 .* a label outside 0 to 2"),
+        (lambda: pruned(HEAD, EYE, GOOD[:0], np.zeros(0, int)), "a mean over no images"),
         (lambda: diagnose.fit_baseline([0.5], [0.4]), "at least two reference points"),
         (lambda: diagnose.fit_baseline([0.5, 0.5], [0.4, 0.3]), "at least two reference points"),
         (lambda: diagnose.fit_baseline([], []), "at least two reference points"),
@@ -479,29 +584,32 @@ SOME = some_concepts(0, 6, 3)
         (lambda: diagnose.effective_robustness(0.5, 0.0, LINE), "an accuracy is 0.0, expected a"),
         (lambda: diagnose.effective_robustness([63.2], [0.4], LINE), "an accuracy is 63.2, expect"),
         (lambda: LINE.predict(np.nan), "an accuracy is nan, expected a number between 0 and 1"),
-        (
-            lambda: diagnose.concept_detectors(GOOD, SOME[:5]),
-            r"labels \(5, 3\) do not match scores \(6, 40\)",
-        ),
-        (lambda: diagnose.concept_detectors(GOOD, SOME[:, 0]), r"labels \(6,\) do not match"),
-        (lambda: diagnose.concept_detectors(GOOD, 2 * SOME), "neither true nor false"),
-        (
-            lambda: diagnose.concept_detectors(GOOD, SOME | np.array([False, True, False])),
-            r"concepts \[1\] are in all images or in none",
-        ),
-        (
-            lambda: diagnose.concept_detectors(GOOD, SOME & np.array([False, True, False])),
-            r"concepts \[0, 2\] are in all images or in none",
-        ),
-        (
-            lambda: diagnose.concept_detectors(spoilt(np.nan), SOME),
-            "scores of direction 0 are not finite",
-        ),
+        (lambda: detect(GOOD, SOME[:5]), r"labels \(5, 3\) do not match scores \(6, 40\)"),
+        (lambda: detect(GOOD, SOME[:, 0]), r"labels \(6,\) do not match"),
+        (lambda: detect(GOOD, 2 * SOME), "neither true nor false"),
+        (lambda: detect(GOOD, SOME | SECOND), r"concepts \[1\] are in all images or in none"),
+        (lambda: detect(GOOD, SOME & SECOND), r"concepts \[0, 2\] are in all images or in none"),
+        (lambda: detect(spoilt(np.nan), SOME), "scores of direction 0 are not finite"),
         (lambda: diagnose.shared_concepts(SOME[0], SOME[0, :2]), r"concepts \(3,\) do not match"),
         (lambda: diagnose.linear_cka(GOOD, GOOD[1:]), "features of 6 and of 5 images do not"),
         (lambda: diagnose.linear_cka(GOOD[:0], GOOD[:0]), "similarity over 0 images, expected"),
         (lambda: diagnose.linear_cka(GOOD[:1], GOOD[:1]), "similarity over 1 images, expected"),
         (lambda: diagnose.linear_cka(GOOD, np.full((6, 3), 0.1)), "the same for all images"),
+        (lambda: diagnose.mmd(SMALL, SMALL[:1]), r"\(6, 4\) and \(1, 4\), expected two"),
+        (lambda: diagnose.mmd(SMALL, SMALL[:, 1:]), r"\(6, 4\) and \(6, 3\), expected two"),
+        (lambda: diagnose.mmd(SMALL, SMALL[0]), r"\(6, 4\) and \(4,\), expected two"),
+        (lambda: diagnose.mmd(SMALL, np.nan * SMALL), "entries that are not finite"),
+        (lambda: diagnose.mmd(0 * SMALL, 0 * SMALL), "the same for most images"),
+        (lambda: diagnose.mmd(SMALL, SMALL, bandwidth=0), "bandwidth is 0, expected a"),
+        (lambda: diagnose.mmd(SMALL, SMALL, permutations=0), "permutations is 0, exp"),
+        (lambda: diagnose.mmd_to_reference(SMALL, SMALL[:3]), r"\(1, 4\) and \(1, 4\), expected"),
+        (lambda: distances(SMALL, SMALL[:, 1:]), r"\(6, 4\) and \(6, 3\), expected"),
+        (lambda: distances(SMALL, SMALL), "neighbour is 10, expected 1 to 6"),
+        (lambda: distances(np.nan * SMALL, SMALL, neighbour=1), "not finite"),
+        (lambda: diagnose.confused_classes(SMALL[:, :1]), r"shape \(6, 1\), expected \(images, c"),
+        (lambda: diagnose.confused_classes(SMALL[:0]), r"shape \(0, 4\), expected \(images, cl"),
+        (lambda: diagnose.confused_classes(np.nan * SMALL), "probabilities are not all in"),
+        (lambda: diagnose.confused_classes(np.array([[3.0, 1.0]])), r"not all in \[0, 1\]: jax.nn"),
     ],
 )
 def test_bad_input_is_one_sentence(call, message):

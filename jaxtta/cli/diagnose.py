@@ -256,12 +256,13 @@ def names_for(options: Options, layout: str, root: str) -> tuple[str, ...]:
     if not own.class_names or layout not in ("folder", "arrays"):
         return ()
     by_folder = Path(own.class_names[0]).suffix == ".json"
-    if layout == own.layout == "folder" and not by_folder:
-        if odd := sorted(class_names_in(root) ^ class_names_in(own.data)):
-            raise ValueError(
-                f"{root}: its class folders are not those of {own.data}, {diagnose.truncate(odd)} "
-                "being in one of them, so --class-names must be a .json by folder name"
-            )
+    same_layout = layout == own.layout == "folder" and not by_folder
+    odd = sorted(class_names_in(root) ^ class_names_in(own.data)) if same_layout else []
+    if odd:
+        raise ValueError(
+            f"{root}: its class folders are not those of {own.data}, {diagnose.truncate(odd)} "
+            "being in one of them, so --class-names must be a .json by folder name"
+        )
     return groups.class_names_of(own.class_names, layout, root)
 
 

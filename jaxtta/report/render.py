@@ -87,7 +87,8 @@ def data_uri(picture: Figure | np.ndarray) -> Markup:
 
 def commands(abouts: Iterable[Mapping[str, Any]]) -> list[tuple[str, str]]:
     """Each command that made results, with a note on date, commit and preprocessing."""
-    frame = pd.DataFrame([*map(dict, abouts)], columns=REPEATED).dropna(subset="command").fillna("")
+    texts = [[printable(about.get(name) or "") for name in REPEATED] for about in abouts]
+    frame = pd.DataFrame(texts, columns=[*REPEATED]).query("command != ''")
     listed = []
     for key, dates in frame.groupby([*REPEATED[:3]], sort=False)["date"]:
         first, last = dates.min()[:16], dates.max()[:16]
