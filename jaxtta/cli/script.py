@@ -53,7 +53,7 @@ def run_script(
         if sys.stdout is not None:
             sys.stdout.flush()  # here, so that an error is handled
     except KeyboardInterrupt:
-        sys.exit(_say("interrupted; finished results are saved", 130))
+        code = _say("interrupted; finished results are saved", 130)
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         if isinstance(error, BrokenPipeError) and _output_is_closed():
             sys.exit(141)  # as the shell says for programs that this ends
@@ -63,6 +63,10 @@ def run_script(
         if isinstance(error, OSError) and error.filename and error.strerror:
             sentence = f"{error.filename}: {error.strerror}"
         sys.exit(_say(" ".join(sentence.split()), 1))
+    if code == 130:  # Python may crash at its end while threads that read images still run
+        for thread in threading.enumerate():
+            if thread is not threading.current_thread():
+                thread.join(2)
     if code:
         sys.exit(code)
 
