@@ -48,7 +48,7 @@ class Options:
 
     Attributes:
         images: images or folders of images, before --class-names, which takes all words after it.
-        class_names: names for the prompts, or one .json or .txt file with them.
+        class_names: for the prompts, or a .json or .txt file of them (default: the demo model's).
         adapter: zero_shot, or any adapter as in jaxtta sweep --adapters.
         top_k: labels per image.
         format: text, JSON lines or CSV.
@@ -124,16 +124,14 @@ def label(
 
 
 def batch_of(model: Any, images: Sequence[Image.Image], size: int, seen: int, full: bool) -> Batch:
-    """A batch padded with its last image; of full-size images for methods that make views."""
-    places, sizes = np.arange(size, dtype=np.int32), None
-    rows = np.minimum(places, len(images) - 1)
-    if full:
-        rgb = [np.asarray(model.preprocessing.rgb(image)) for image in images]
-        padded = [data.pad_to_canvas(image, CANVAS) for image in rgb]
-        pixels, sizes = (np.stack(arrays)[rows] for arrays in zip(*padded, strict=True))
-    else:
-        pixels = model.preprocess(images)[rows]
-    return Batch(pixels, places < len(images), seen + places, sizes)
+    """A padded batch; of full-size images for methods that make their own views."""
+    if not full:
+        return Batch.padded(model.preprocess(images), size, seen)
+    rgb = [np.asarray(model.preprocessing.rgb(image)) for image in images]
+    pairs = [data.pad_to_canvas(image, CANVAS) for image in rgb]
+    pixels, sizes = (np.stack(arrays) for arrays in zip(*pairs, strict=True))
+    sizes = np.pad(sizes, ((0, size - len(images)), (0, 0)), constant_values=1)
+    return Batch.padded(pixels, size, seen)._replace(sizes=sizes)
 
 
 def writer(

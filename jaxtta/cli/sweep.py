@@ -121,10 +121,10 @@ def tune(options: Options, loaded: Any, benchmark: data.Benchmark, about: dict) 
         benchmark = options.data.open(loaded[0], options.tune.validation)
     spec = spec_of(options, loaded[0], benchmark, "reset_each_shift", data.IMAGENET_C_EXTRA)
     named = {"config": options.adapters.config, **options.run.how}
+    inputs: Any = (rates, spec, *loaded, options.run.output / "validation")
     whose = "separate images" if options.tune.validation else "the test images"
     for text in options.tune.tune_adapters or [*filter(evaluate.has_rate, adapters)]:
-        folder = options.run.output / "validation"
-        choice = evaluate.tune_learning_rate(text, rates, spec, *loaded, folder, **named)
+        choice = evaluate.tune_learning_rate(text, *inputs, **named)
         choice = choice._replace(chosen_on=f"{choice.chosen_on}; {whose}, with their labels")
         top1 = {f"{rate:g}": f"{100 * top1:.2f} %" for rate, top1 in choice.accuracies.items()}
         said = ", ".join(f"{rate}: {value}" for rate, value in top1.items())
