@@ -86,7 +86,8 @@ def test_a_report_is_made_again_and_sweeps_are_compared(run_jaxtta, short, tmp_p
     assert code == 0
     assert {name: (tmp_path / "a" / name).read_text() for name in files} == files
     assert (tmp_path / "a" / "report.html").exists()
-    code, out, _ = run_jaxtta("report", tmp_path / "a", tmp_path / "b")
+    both = (tmp_path / "a", tmp_path / "b", "--output", tmp_path / "both")
+    code, out, _ = run_jaxtta("report", *both)
     assert code == 0
     assert "tent:lr=0.01" in out and "batclip" in out
     code, _, err = run_jaxtta("report", tmp_path / "nowhere")
