@@ -62,7 +62,8 @@ def run_script(
         sentence = str(error)
         if isinstance(error, OSError) and error.filename and error.strerror:
             sentence = f"{error.filename}: {error.strerror}"
-        sys.exit(f"error: {' '.join(sentence.split())}")
+        print(f"error: {' '.join(sentence.split())}", file=sys.stderr)
+        code = 1
     if code == 130:  # Python may crash at its end while threads that read images still run
         for thread in threading.enumerate():
             if thread is not threading.current_thread():

@@ -97,6 +97,7 @@ def spec_of(
     severities = (1, 2, 3, 4, 5) if setting == "gradual" else options.streams.severities or (usual,)
     labels, limit = data.labels_of(benchmark), options.data.max_images
     streams = options.streams.streams(limit, setting, corruptions, severities, labels)
+    data.select(benchmark, dict.fromkeys(x for stream in streams for x in stream.segments))
     templates = options.model.templates_for(options.data.layout)
     return evaluate.Spec(
         benchmark,
