@@ -146,10 +146,11 @@ def freeze_after(adapter: adapters.Adapter, steps: int) -> adapters.Adapter:
 
 def write_results(output: Path, rows: pd.DataFrame) -> None:
     """Print, write and draw each adapter's accuracy on the corruptions and on clean images."""
-    table = rows.pivot_table(["adapting", "clean after"], "adapter", "corruption", sort=False) * 100
-    means = table.T.groupby(level=0).mean().T
-    table[[(name, "mean") for name in means]] = means.to_numpy()
-    text = table.to_string(float_format="{:.2f}".format)
+    columns = ["adapting", "clean after"]
+    table = 100 * rows.groupby(["adapter", "corruption"], sort=False)[columns].mean()
+    means = table.groupby("adapter", sort=False).mean()
+    parts = table.unstack(sort=False), means.add_prefix("mean ")
+    text = "\n\n".join(part.to_string(float_format="{:.2f}".format) for part in parts)
     io.write_text(output / "table.txt", text + "\n")
     figure = Figure(figsize=(5.6, 4.2), layout="constrained")
     axes = figure.subplots()

@@ -220,6 +220,12 @@ def write_images(folder, per_class=4, names=None):
     return folder
 
 
+def bundled_image(name, number):
+    """One of the bundled images, by its class and number there, as a PIL image."""
+    bundled = jaxtta.data.open_dataset("folder", jaxtta.assets.IMAGES)
+    return Image.fromarray(bundled[200 * bundled.class_names.index(name) + number])
+
+
 def golden(name):
     """Open a golden file."""
     return np.load(GOLDEN / f"{name}.npz")

@@ -4,16 +4,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import bundled_image
 from PIL import Image, ImageOps
 
-from jaxtta import assets, augmix
-
-FILES = sorted((assets.IMAGES / "ship").iterdir())
+from jaxtta import augmix
 
 
 @pytest.fixture(params=[0, 7])
 def image(request):
-    return Image.open(FILES[request.param]).convert("RGB").resize((40, 36))
+    return bundled_image("ship", request.param).resize((40, 36))
 
 
 def ours(function, image, *arguments):

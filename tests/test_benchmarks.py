@@ -39,7 +39,7 @@ def test_each_row_is_measured_in_a_process_of_its_own(run_script, tmp_path):
 
 @pytest.mark.slow
 def test_steps_run_without_the_harness_libraries():
-    hidden = "import sys; sys.modules.update(dict.fromkeys(['tyro', 'grain', 'pandas'])); "
+    hidden = "import sys; sys.modules.update(dict.fromkeys(['tyro', 'grain', 'pandas', 'ftfy'])); "
     code = hidden + "import runpy; runpy.run_path(sys.argv.pop(1), run_name='__main__')"
     script = BENCHMARKS / "jax_steps.py"
     command = [sys.executable, "-c", code, str(script), "batclip", "packed", json.dumps(TINY)]

@@ -1,10 +1,9 @@
-"""jaxtta continual, run as a user runs it; protect_batclip.py; and their images."""
+"""jaxtta continual, run as a user runs it, and its images."""
 
 import json
 import shutil
 from pathlib import Path
 
-import jax
 import numpy as np
 import pandas as pd
 import pytest
@@ -15,7 +14,6 @@ import jaxtta
 from jaxtta import data, metrics
 from jaxtta.cli import continual as command
 from jaxtta.data.tasks import every_nth
-from jaxtta.optim import project_out
 
 SMALL = [
     *("--iterations", "2", "--batch-size", "8", "--reference-images", "24"),
@@ -227,10 +225,13 @@ def test_pairs_of_images_and_captions_are_a_reference(run_jaxtta, short, tmp_pat
     for lines, message in (
         ([], "has no captions.csv, with columns file and caption"),
         (["image,text"], "captions.csv: has no columns file and caption"),
-        (["file,caption"], "captions.csv: lists no image"),
+        (["file,caption"], "has 0 different captions, expected at least two"),
         (["file,caption", "no.jpg,a cat"], "line 2: no such image: 'no.jpg'"),
         (["file,caption", "0.jpg,"], "captions.csv: 0.jpg has no caption"),
-        (["file,caption", "0.jpg,a cat"], "has one caption for all images, expected at least"),
+        (
+            ["file,caption", "0.jpg,a cat"],
+            "has 1 different captions, expected at least two",
+        ),
     ):
         if lines:
             table.write_text("\n".join(lines))
@@ -253,7 +254,7 @@ def test_pairs_of_images_and_captions_are_a_reference(run_jaxtta, short, tmp_pat
 
 def images_of(dataset):
     """Which images a dataset has."""
-    return {dataset.name(number) for number in range(len(dataset))}
+    return {data.name_of(dataset, number) for number in range(len(dataset))}
 
 
 def test_no_image_serves_two_ends():
@@ -292,51 +293,3 @@ def test_retrieval_and_gap_of_retention_images():
     gap = np.linalg.norm(images.mean(0) - texts[labels].mean(0))
     expected = dict(zip(metrics.ALIGNMENT, (gap, 2 / 3, 1.0), strict=True))
     assert found == pytest.approx(expected)
-
-
-def test_what_protection_costs_and_keeps(run_script, short, tmp_path, monkeypatch):
-    options = ["--limit", "20", "--batch-size", "10", "--protecting", "6", "--workers", "0"]
-    options += ["--corruptions", "fog", "--ranks", "2", "6", "--model", short]
-    options += ["--output", tmp_path / "a"]
-    real, shown, bases = data.stream_of, {}, []
-
-    def remember(name, domains, images, seed):
-        shown.setdefault((name, len(images)), set()).update(images.tolist())
-        return real(name, domains, images, seed)
-
-    def protect(basis):
-        bases.append(basis)
-        return project_out(basis)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(data, "stream_of", remember)
-        patch.setattr(jaxtta.optim, "project_out", protect)
-        code, out, _ = run_script("protect_batclip.py", *options)
-    assert code == 0
-    assert [len(jax.tree.leaves(basis)[0]) for basis in bases] == [2, 6]
-    parts = [shown["clean", 6], shown["clean", 20], shown["fog", 20]]
-    assert len(set().union(*parts)) == 46  # protecting, tested and adapted to: all different
-    saved = tmp_path / "a" / "rows.json"
-    rows = json.loads(saved.read_text())
-    assert [row[2] for row in rows] == [-1, 0, 2, 6]
-    assert all(0 <= share <= 1 for row in rows for share in row[3:])
-    assert Image.open(tmp_path / "a" / "clean.png").size[0] > 500
-    saved.write_text(json.dumps(rows + [["fog", 9, row[2], 0.0, 0.0] for row in rows]))
-    again = run_script("protect_batclip.py", *options)
-    assert again[:2] == (0, out)  # from what is saved, without the seed that is not asked for
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--ranks", "257"], "--ranks has 257, expected at most the --protecting 256 images"),
-        (["--severity", "0"], "--severity is 0, expected at least 1"),
-        (["--protecting", "1999"], "expected at least two less than the 2000 images"),
-        (["--layout", "arrays", "--severity", "3"], "--layout arrays has a fixed severity"),
-    ],
-)
-def test_bad_options_of_protection(run_script, tmp_path, options, message):
-    code, _, err = run_script("protect_batclip.py", "--output", tmp_path / "a", *options)
-    assert code == 1
-    assert message in err
-    assert errors_in(err) == 1

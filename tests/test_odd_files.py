@@ -393,10 +393,10 @@ def test_a_folder_with_one_of_everything(tmp_path, said):
     assert (batch.images[read].std((1, 2, 3)) > 5).all()  # none is black or white
 
 
-def test_serving_a_folder_with_one_of_everything(tmp_path, run_script, short):
+def test_classifying_a_folder_with_one_of_everything(tmp_path, run_jaxtta, short):
     expected = write_everything(tmp_path / "images")
     command = ("--model", short, "--adapter", "zero_shot", "--batch-size", 8)
-    code, out, err = run_script("serve.py", tmp_path / "images", *command)
+    code, out, err = run_jaxtta("classify", tmp_path / "images", *command)
     assert code == 3  # as documented: some images could not be read
     assert len(out.splitlines()) == sum(expected.values())
     for name in ("empty.png", "gone.png", "nan.tif", "negative.tif", r"short\xff.jpg"):

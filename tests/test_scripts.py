@@ -7,8 +7,7 @@ import runpy
 import jax
 import jax.numpy as jnp
 import pytest
-from conftest import EXPERIMENTS
-from PIL import Image
+from conftest import EXPERIMENTS, bundled_image
 
 import jaxtta
 from jaxtta import assets, io
@@ -45,7 +44,7 @@ def test_a_small_clip_is_trained_and_loads(run_script, tmp_path):
     assert "test accuracy" in out
     model, params = jaxtta.load(tmp_path / "model")
     adapter = jaxtta.adapters.zero_shot(model, jaxtta.zero_shot_task(model, ["cat", "dog"]))
-    images = [Image.open(f) for f in sorted((assets.IMAGES / "cat").iterdir())[:2]]
+    images = [bundled_image("cat", number) for number in range(2)]
     _, prediction = adapter.step(params, adapter.init(params), model.preprocess(images))
     assert prediction.logits.shape == (2, 2)
     record = json.loads((tmp_path / "model" / "training.json").read_text())

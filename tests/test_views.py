@@ -6,19 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import bundled_image
 from PIL import Image
 
-from jaxtta import assets, views
+from jaxtta import views
 from jaxtta.models.preprocess import Preprocessing
-
-FILES = sorted((assets.IMAGES / "ship").iterdir())
 
 
 def photograph(number, height, width):
     """A real image of some size."""
-    return (
-        Image.open(FILES[number]).convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
-    )
+    return bundled_image("ship", number).resize((width, height), Image.Resampling.BICUBIC)
 
 
 def on_canvas(image, side):

@@ -109,8 +109,8 @@ def run(options: Options) -> None:
         text = table(*named)
         io.write_text(options.output / "table.txt", text + "\n")
         io.write_text(options.output / "results.csv", rows.to_csv(index=False))
-        heat_maps(*named).savefig(options.output / "matrix.png", dpi=150)
-        curves(*named).savefig(options.output / "curves.png", dpi=150)
+        for name, figure in zip(("matrix", "curves"), draw(*named), strict=True):
+            figure.savefig(options.output / f"{name}.png", dpi=150)
         print(f"{heading}\n\n{text}\n\nresults: {options.output}")
     if failed:
         raise FloatingPointError("; ".join(failed))
@@ -214,12 +214,14 @@ def table(rows: pd.DataFrame, tasks: list[str], retention: list[str]) -> str:
     return text.loc[methods, columns].rename_axis(index=None, columns="method").to_string()
 
 
-def heat_maps(rows: pd.DataFrame, tasks: list[str], retention: list[str]) -> Figure:
-    """Accuracy on every task before the first and after each, one heat map per method."""
-    columns, methods = [*tasks, *retention], rows.method.unique()
-    size = (1.6 + 0.75 * len(columns)) * len(methods), 1.6 + 0.45 * (len(tasks) + 1)
-    figure = Figure(figsize=size, layout="constrained")
-    grid = figure.subplots(1, len(methods), squeeze=False)[0]
+def draw(rows: pd.DataFrame, tasks: list[str], retention: list[str]) -> tuple[Figure, Figure]:
+    """Heat maps of the accuracy before the first task and after each, and curves over the tasks."""
+    methods, gap, size = rows.method.unique(), metrics.ALIGNMENT[0], len(tasks) + 1
+    columns, names = [*tasks, *retention], [*(retention or tasks[:1]), gap]
+    width, height = (1.6 + 0.75 * len(columns)) * len(methods), 1.6 + 0.45 * size
+    maps = Figure(figsize=(width, height), layout="constrained")
+    curves = Figure(figsize=(3.4 * len(names), 3.2), layout="constrained")
+    grid = maps.subplots(1, len(methods), squeeze=False)[0]
     for axes, method in zip(grid, methods, strict=True):
         runs = rows[rows.method == method]
         matrix = 100 * runs.pivot_table("value", "step", "set")[columns].to_numpy()
@@ -229,23 +231,14 @@ def heat_maps(rows: pd.DataFrame, tasks: list[str], retention: list[str]) -> Fig
             axes.text(j, i, f"{value:.0f}", ha="center", va="center", color=colour, fontsize=8)
         axes.set_title(method, fontsize=10)
         axes.set_xticks(range(len(columns)), columns, rotation=40, ha="right", fontsize=8)
-        axes.set_yticks(range(len(tasks) + 1), ["before", *tasks], fontsize=8)
+        axes.set_yticks(range(size), ["before", *tasks], fontsize=8)
     grid[0].set_ylabel("after")
-    return figure
-
-
-def curves(rows: pd.DataFrame, tasks: list[str], retention: list[str]) -> Figure:
-    """Accuracy on the retention sets and the modality gap, over the tasks."""
-    gap, methods = metrics.ALIGNMENT[0], rows.method.unique()
-    names = [*(retention or tasks[:1]), gap]
-    figure = Figure(figsize=(3.4 * len(names), 3.2), layout="constrained")
-    grid = figure.subplots(1, len(names), squeeze=False)[0]
+    grid = curves.subplots(1, len(names), squeeze=False)[0]
     for axes, name in zip(grid, names, strict=True):
-        means = rows[rows.set == name].pivot_table("value", "step", "method")[methods]
-        scale = 1 if name == gap else 100
-        axes.plot(means.index, scale * means.to_numpy(), marker=".", label=methods)
+        means = rows[rows.set == name].pivot_table("value", "step", "method")[methods].to_numpy()
+        axes.plot(means if name == gap else 100 * means, marker=".", label=methods)
         axes.set_title(name if name == gap else f"{name} (%)", fontsize=10)
-        axes.set_xticks(range(len(tasks) + 1), ["before", *tasks], rotation=40, ha="right")
+        axes.set_xticks(range(size), ["before", *tasks], rotation=40, ha="right")
         axes.spines[["top", "right"]].set_visible(False)
     grid[0].legend(frameon=False, fontsize=8)
-    return figure
+    return maps, curves

@@ -65,14 +65,11 @@ def given_class_names(names: Sequence[str], folders: Sequence[str] = ()) -> tupl
     Returns:
         One name per class; empty if `names` is. Equal names in a file are logged.
     """
-    if len(names) == 1 and Path(names[0]).suffix.lower() in (".json", ".txt"):
-        return _read_class_names(Path(names[0]), folders)
-    if len(names) == 1 and Path(names[0]).is_file():
-        raise ValueError(f"{names[0]}: expected class names in a .txt or .json file")
-    return tuple(map(nfc, names))
-
-
-def _read_class_names(path: Path, folders: Sequence[str]) -> tuple[str, ...]:
+    path = Path(names[0] if len(names) == 1 else "")
+    if path.suffix.lower() not in (".json", ".txt"):
+        if path.is_file():
+            raise ValueError(f"{path}: expected class names in a .txt or .json file")
+        return tuple(map(nfc, names))
     try:
         text = read_text(path)
         names = json.loads(text) if path.suffix.lower() == ".json" else text.rstrip().split("\n")

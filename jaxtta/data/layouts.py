@@ -27,29 +27,32 @@ from jaxtta.io import read_json, read_text
 log = logging.getLogger(__name__)
 
 
+_NUMBERS = "a class number from 0 to 999"
+_WNIDS = "one of ImageNet's 1,000 wnids (such as n01440764)"
+
+
 def _imagenet(root: Path) -> ImageFolder:
     """`root/<wnid>/…`: ImageNet's train or val folder, ImageNet-A, -R or -Sketch."""
-    folders = class_folders(root)
-    names = _names_of_wnids(root, [folder.name for folder in folders])
-    return list_folders(root, folders, names, raw=True)
-
-
-def _names_of_wnids(root: Path, wnids: Sequence[str]) -> list[str]:
-    names = tables.imagenet_classes()
-    for wnid in wnids:
-        if wnid not in names:
-            known = "ImageNet's 1,000 wnids (such as n01440764)"
-            raise ValueError(f"{root}: folder {wnid} is not one of {known}")
-    return [names[wnid] for wnid in wnids]
+    return _named_folders(root, tables.imagenet_classes(), _WNIDS)
 
 
 def _imagenet_v2(root: Path) -> ImageFolder:
     """`root/<0 to 999>/…`, folders named by the index of ImageNet's wnid."""
-    folders, names = class_folders(root), tuple(tables.imagenet_classes().values())
+    names = enumerate(tables.imagenet_classes().values())
+    return _named_folders(root, {str(number): name for number, name in names}, _NUMBERS)
+
+
+def _named_folders(root: Path, names: Mapping[str, str], what: str) -> ImageFolder:
+    folders = class_folders(root)
+    own = _names_of(root, [folder.name for folder in folders], names, what)
+    return list_folders(root, folders, own, raw=True)
+
+
+def _names_of(root: Path, folders: Sequence[str], names: Mapping[str, str], what: str) -> list[str]:
     for folder in folders:
-        if not re.fullmatch("0|[1-9][0-9]{0,2}", folder.name):
-            raise ValueError(f"{root}: folder {folder.name} is not a class number from 0 to 999")
-    return list_folders(root, folders, [names[int(folder.name)] for folder in folders], raw=True)
+        if folder not in names:
+            raise ValueError(f"{root}: folder {folder} is not {what}")
+    return [names[folder] for folder in folders]
 
 
 def _objectnet(root: Path) -> ImageFolder:
@@ -192,7 +195,7 @@ def _open_stored(layout: str, root: Path, given: Sequence[str]) -> Benchmark:
     def names_of(folders: Sequence[str]) -> Sequence[str]:
         if given or not any(folder in tables.imagenet_classes() for folder in folders):
             return _class_names(folders, given, folders)
-        return _names_of_wnids(root, folders)
+        return _names_of(root, folders, tables.imagenet_classes(), _WNIDS)
 
     if layout == "imagenet-c":
         return imagenet_c(root, names_of)

@@ -38,7 +38,6 @@ OPTIMIZERS = {
     "adam": partial(optax.adam),
     "adamw": partial(optax.adamw, weight_decay=1e-2),
 }
-USUAL_OPTIMIZER = {"tent": "sgd", "batclip": "adamw"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,14 +184,7 @@ def make_adapter(
     config: AdapterConfig = AdapterConfig(),
     weights: str | None = None,
 ) -> Adapter:
-    """Make an adapter.
-
-    Args:
-        spec: from `parse_adapter`.
-        model: the model.
-        task: the classes.
-        config: settings that the spec does not say.
-        weights: the model's, as `fingerprints` has them, to check that MGTTA's files are for it.
+    """Make an adapter; `weights`, from `fingerprints`, tell whether MGTTA's files are the model's.
 
     Raises:
         FileNotFoundError: if one of MGTTA's files is missing.
@@ -261,8 +253,7 @@ def _replaced(spec: AdapterSpec, config: Any, settings: Mapping[str, Any]) -> An
 def _optimizer_of(spec: AdapterSpec, config: AdapterConfig) -> partial:
     """Makes the optimiser of an adapter that has one; its first argument is the learning rate."""
     rate, kind = spec.settings.get("lr"), spec.settings.get("optimizer")
-    number = isinstance(rate, int | float) and 0 < rate < math.inf
-    if rate is not None and not number:
+    if rate is not None and not (isinstance(rate, int | float) and 0 < rate < math.inf):
         raise ValueError(f"{spec.text}: lr is {rate}, expected a positive number")
     kinds = [*OPTIMIZERS, *(("mgg",) if spec.name == "mgtta" else ())]
     if kind is not None and kind not in kinds:
@@ -270,11 +261,12 @@ def _optimizer_of(spec: AdapterSpec, config: AdapterConfig) -> partial:
     if spec.name == "mgtta":
         make = OPTIMIZERS.get(kind or "mgg", partial(meta_gradient_generator))
         return partial(make, rate or PAPER_LEARNING_RATE)
-    presets = TENT_PRESETS if spec.name == "tent" else BATCLIP_PRESETS
+    tent = spec.name == "tent"
+    usual, presets = ("sgd", TENT_PRESETS) if tent else ("adamw", BATCLIP_PRESETS)
     preset = presets[config.preset].optimizer
     if rate is None and kind is None:
         return preset
-    return partial(OPTIMIZERS[kind or USUAL_OPTIMIZER[spec.name]], rate or preset.args[0])
+    return partial(OPTIMIZERS[kind or usual], rate or preset.args[0])
 
 
 def identity_of(

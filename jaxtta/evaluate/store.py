@@ -50,7 +50,7 @@ class Store(NamedTuple):
                         pass
             agree(self.root / "settings.json", self.settings)
             held = _acquire(own)
-            own.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+            _holder(own).write_text(f"process {os.getpid()} on {socket.gethostname()}")
         with held:
             yield
 
@@ -60,15 +60,13 @@ class Store(NamedTuple):
         return self.root / "predictions" / f"{name}.safetensors"
 
     def read(
-        self,
-        adapter: str,
-        stream: str,
-        seed: int,
-        settings: Mapping[str, Any],
-        content: str | None = None,
+        self, key: tuple[str, str, int], settings: Mapping[str, Any], content: str | None
     ) -> Predictions | None:
-        """A finished result, or None if it has to be computed; `content` None is not compared."""
-        path = self.path(adapter, stream, seed)
+        """A finished result, or None if it has to be computed.
+
+        `key` is the adapter, the stream and its seed; `content` None is not compared.
+        """
+        path = self.path(*key)
         if not path.exists():
             return None
         try:
@@ -76,9 +74,9 @@ class Store(NamedTuple):
         except ValueError as error:
             log.warning("%s; recomputing", error)
             return None
-        if (found.adapter, found.stream, found.seed) != (adapter, stream, seed):
-            other = f"{found.adapter} on {found.stream}, seed {found.seed}"
-            raise ValueError(f"{path}: has the predictions of {other}, not of {adapter}, {stream}")
+        own = (found.adapter, found.stream, found.seed)
+        if own != key:
+            raise ValueError(f"{path}: has the predictions of {own}, expected those of {key}")
         if found.settings != settings:
             said = differences(found.settings, settings)
             raise ValueError(f"{path}: was made with {said}; choose another folder")
@@ -91,9 +89,13 @@ def _acquire(path: Path) -> AcquireReturnProxy:
     try:
         return FileLock(path).acquire(timeout=0)
     except Timeout:
-        holder = path.read_text().strip() or "another process"
-        said = f"{path.parent}: another run is writing to this folder ({holder})"
-        raise ValueError(said) from None
+        said = f"another run is writing to this folder ({_holder(path).read_text()})"
+        raise ValueError(f"{path.parent}: {said}") from None
+
+
+def _holder(lock: Path) -> Path:
+    """The file that says who holds a lock, which some versions of filelock empty."""
+    return lock.with_name(lock.name.replace("lock", "holder"))
 
 
 def load_predictions(folder: str | Path) -> list[Predictions]:

@@ -132,7 +132,8 @@ def sweep(
             stream, missing = batches.streams[number], {}
             for name, adapter in own.items():
                 identity = _identity_of(settings, stream, adapter)
-                found = store.read(name, stream.name, stream.seed, identity, contents[number])
+                key = (name, stream.name, stream.seed)
+                found = store.read(key, identity, contents[number])
                 if found is None:
                     missing[name] = identity
                 else:

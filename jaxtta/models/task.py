@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-import ftfy
 import numpy as np
 
 from jaxtta.models.checkpoints.files import (
@@ -39,6 +38,8 @@ def mend_text(text: str) -> str:
         Radford et al., "Learning Transferable Visual Models From Natural Language Supervision",
         2021 (`clip/simple_tokenizer.py`).
     """
+    import ftfy  # here, since ready token ids need none
+
     return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split())
 
 

@@ -45,7 +45,7 @@ def dots(summaries: Mapping[str, Summary]) -> Figure:
     looks = styles(name for each in summaries.values() for name in each.adapters)
     height = (len(names) + 1) * (0.16 + 0.1 * len(looks)) + 1.4
     figure = Figure(figsize=(1.8 + max(5.2, 3.2 * len(summaries)), height), layout="constrained")
-    panels = figure.subplots(1, len(summaries), squeeze=False, sharey=True)[0]
+    panels = figure.subplots(1, len(summaries), squeeze=False, sharex=True, sharey=True)[0]
     places = np.array([*range(len(names)), len(names) + 0.4])
     for axes, (heading, summary) in zip(panels, summaries.items(), strict=True):
         shown = summary.compared if gains else summary.adapters
@@ -159,12 +159,14 @@ def severity(summary: Summary) -> Figure:
     names = [name for name in summary.averaged if name != CLEAN]
     own = summary.segments[summary.segments["corruption"].isin(names)]
     tops = own.pivot_table("top1", ["corruption", "severity"], "adapter")
-    panels = {"mean": tops.groupby("severity").mean()} if len(names) > 1 else {}
+    panels: dict[str, Any] = {}
+    if len(names) > 1:
+        panels["mean"] = tops.groupby("severity").mean()
     panels |= {name: tops.loc[name] for name in names}
     figure, grid = _grid(len(panels), 2.4, 2.3)
     for axes, (name, values) in zip(grid, panels.items(), strict=True):
         for adapter, look in styles(summary.adapters, summary.baseline).items():
-            axes.plot(100 * values.get(adapter, values.index * np.nan), **look, markersize=3)
+            axes.plot(100 * values.reindex(columns=[adapter])[adapter], **look, markersize=3)
         axes.set_title(label(name), fontsize=9, fontweight="bold" if axes is grid[0] else "normal")
         finish(axes, "severity", "", legend=False)
         axes.set_xticks(summary.severities)
@@ -179,7 +181,7 @@ def _grid(count: int, width: float, height: float) -> tuple[Figure, Sequence[Axe
     panels = figure.subplots(rows, columns, squeeze=False, sharey=True).flat
     for axes in panels[count:]:
         axes.set_visible(False)
-    return figure, panels[:count]
+    return figure, [*panels[:count]]
 
 
 def figures(summary: Summary) -> dict[str, Figure]:

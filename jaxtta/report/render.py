@@ -50,18 +50,18 @@ def _environment() -> jinja2.Environment:
     return environment
 
 
-def number(value: float | None, digits: int = 2, sign: str = "") -> str:
+def number(value: Any, digits: int = 2, sign: str = "") -> str:
     """Format a number; a dash if it is missing."""
     missing = value is None or pd.isna(value)
     return NONE if missing else f"{value:{sign},.{digits}f}".replace("-", "−")
 
 
-def percent(value: float | None, digits: int = 2) -> str:
+def percent(value: Any, digits: int = 2) -> str:
     """Format a fraction in per cent."""
     return number(None if value is None else 100 * value, digits)
 
 
-def signed(value: float | None, digits: int = 2) -> str:
+def signed(value: Any, digits: int = 2) -> str:
     """Format a difference with its sign."""
     return number(value, digits, "+")
 

@@ -102,8 +102,8 @@ def summarise(results: Sequence[Predictions], baseline: str = BASELINE) -> Summa
     frames = {_key(r): [r.segment(n) for n in range(len(r.domains))] for r in results}
     lines, counts, pairs = [], [], []
     for result in results:
-        adapter, *stream = _key(result)
-        others = [] if adapter == baseline else frames.get((baseline, *stream), [])
+        adapter, stream, seed = _key(result)
+        others = [] if adapter == baseline else frames.get((baseline, stream, seed), [])
         for number, rows in enumerate(frames[_key(result)]):
             domain = result.domains[number]
             pair = [(adapter, domain.corruption, rows, own) for own in others[number : number + 1]]

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import pandas as pd
 
@@ -22,12 +23,13 @@ MEASURES = {
     "peak_memory_gb": ("peak memory (GB)", 1, 2),
 }
 """Columns of the means beside accuracy: name, factor and decimals."""
-Entries = list[tuple[str, list[pd.Series | None]]]
+Entries = list[tuple[str, list[Any]]]
 
 
 def answer(summary: Summary) -> str:
     """Summarise in two sentences which adapter is best, and where each helps or harms."""
-    means, base, count = summary.means, summary.baseline, len(summary.averaged)
+    means, count = summary.means, len(summary.averaged)
+    base: Any = summary.baseline
     known = means["top1"].dropna()
     if known.empty:
         return "No images were processed."
@@ -37,8 +39,10 @@ def answer(summary: Summary) -> str:
     if not summary.compared:
         rest = "No other adapter was run" if base else "There is no baseline to compare with"
         return f"{where}, {known.idxmax()} has an accuracy of {points(known.max())} %. {rest}."
-    best, share = means["gain"].idxmax(), f"{points(means['top1'][base])} %"
-    top, gain = points(means["top1"][best]), _gain(means.loc[best]).replace(" ", " points ", 1)
+    best: Any = means["gain"].idxmax()
+    share = f"{points(means['top1'][base])} %"
+    top, entry = points(means["top1"][best]), means.loc[best]
+    gain = f"{points(entry['gain'], '+')} points {interval(entry)}"
     said = {
         1: f"{best} is best with {top} %, {gain} over {base}'s {share}",
         0: f"no adapter is clearly better than {base} with {share}: the highest, {best}, has "
@@ -96,16 +100,18 @@ def text_table(summaries: Summary | Mapping[str, Summary]) -> str:
 def _entry(entry: pd.Series | None) -> str:
     if entry is None:
         return NONE
-    text = points(entry["top1"]) + ("" if pd.isna(entry["gain"]) else f" {_gain(entry)}")
+    text = points(entry["top1"])
+    if not pd.isna(entry["gain"]):
+        text += f" {points(entry['gain'], '+')} {interval(entry)}"
     return f"{text} !" if entry["significance"] < 0 else text
 
 
-def _gain(entry: pd.Series) -> str:
-    gain, low, high = (points(entry[name], "+") for name in ("gain", "low", "high"))
-    return f"{gain} [{low}, {high}]"
+def interval(entry: pd.Series) -> str:
+    """Format a gain's interval in points."""
+    return f"[{points(entry['low'], '+')}, {points(entry['high'], '+')}]"
 
 
-def points(share: float, sign: str = "") -> str:
+def points(share: Any, sign: str = "") -> str:
     """Format a share in per cent, or a difference in points."""
     return NONE if pd.isna(share) else f"{100 * share:{sign}.2f}"
 
@@ -162,7 +168,7 @@ def warnings(summary: Summary) -> list[str]:
     for adapter, own in summary.segments.groupby("adapter", sort=False):
         hit = own[own["skipped_steps"] > 0].drop_duplicates(["stream", "seed"])
         if len(hit):
-            steps = counted(hit["skipped_steps"].sum(), "step")
+            steps = counted(int(hit["skipped_steps"].sum()), "step")
             where = [f"{line.stream} (seed {line.seed})" for line in hit.itertuples()]
             said.append(
                 f"{adapter}: {steps} skipped because the loss or the update was not finite, on "

@@ -121,10 +121,9 @@ def samples_of(batches: Batches) -> dict[str, np.ndarray]:
     Returns:
         (size, size, 3) uint8 by the domain's name; empty if none of the first images can be read.
     """
-    stream, strongest = batches.streams[0], {}
-    for domain in (domain for each in batches.streams for domain in each.segments):
-        if domain.severity >= strongest.get(domain.corruption, domain).severity:
-            strongest[domain.corruption] = domain
+    stream = batches.streams[0]
+    domains = {domain for each in batches.streams for domain in each.segments}
+    strongest = {domain.corruption: domain for domain in sorted(domains, key=lambda d: d[::-1])}
     for image in stream.items[:TRIES, 1].tolist():
         try:
             return {
