@@ -133,7 +133,7 @@ def bounded(share: float, bounds: Sequence[float], sign: str = "") -> str:
 def fields(found: Any, *omitted: str) -> dict[str, str]:
     """The fields of a dataclass as rows of a table, without those omitted."""
     shown = {name: entry(x) for name, x in vars(found).items() if name not in omitted}
-    return {LABELS.get(name, name.replace("_", " ")): text for name, text in shown.items()}
+    return {LABELS.get(name) or name.replace("_", " "): text for name, text in shown.items()}
 
 
 def entry(value: Any) -> str:
@@ -188,7 +188,8 @@ def check_tables(model: str, check: TargetCheck, trial: Summary | None) -> Table
         heads, rows = ["accuracy (%)", "gain (points)", "calibration error (%)"], {}
         for result in trial.results:
             right, mean = result.top1[result.rows["seen"]], trial.means.loc[result.adapter]
-            gained = bounded(mean["gain"], mean[["low", "high"]], "+")
+            low, high = float(mean["low"]), float(mean["high"])
+            gained = bounded(float(mean["gain"]), (low, high), "+")
             rows[result.adapter] = (
                 bounded(right.mean(), accuracy_interval(right)),
                 gained if result.adapter in trial.compared else NONE,
