@@ -11,7 +11,6 @@ A group's name is its title in the help text and no part of its options: `--mode
 
 import dataclasses
 import typing
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -21,7 +20,6 @@ import tyro
 from jaxtta import assets, data, evaluate, report
 from jaxtta.adapters import TNTConfig
 from jaxtta.data import Benchmark
-from jaxtta.data.folders import class_folders
 from jaxtta.models import Params, load
 
 Group = TypeVar("Group")
@@ -93,15 +91,8 @@ class DataOptions:
     def open(self, model: Any, root: str | None = None) -> Benchmark:
         """The images by domain; `root` is another folder of the same layout."""
         root = root or self.data
-        names = class_names_of(self.class_names, self.layout, root)
-        found = data.open_benchmark(self.layout, root, model.preprocessing, names)
+        found = data.open_benchmark(self.layout, root, model.preprocessing, self.class_names)
         return data.listed_subset(found, self.ids) if self.ids else found
-
-
-def class_names_of(given: Sequence[str], layout: str, root: str) -> tuple[str, ...]:
-    """The class names of an option, or of its file; empty for the layout's own."""
-    folders = class_folders(root) if given and layout == "folder" and Path(root).is_dir() else ()
-    return data.given_class_names(given, [folder.name for folder in folders])
 
 
 @group
