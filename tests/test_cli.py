@@ -293,7 +293,7 @@ def test_natural_shifts_end_to_end(run_jaxtta, short, tmp_path, monkeypatch):
         ("shifts --datasets a=x a=y", "--datasets names a twice"),
         ("shifts --datasets imagenet-a=/nowhere", "/nowhere: no such folder"),
         ("shifts --adapters tnt --save-examples 1", "compares tnt with zero_shot: run both"),
-        ("shifts --tnt.online --save-examples 1", "omit TNT's online"),
+        ("shifts --tnt.online --save-examples 1", "omit --tnt.online"),
     ],
 )
 def test_bad_options_are_one_sentence(run_jaxtta, tmp_path, options, message):

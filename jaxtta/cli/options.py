@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import jax.numpy as jnp
 import tyro
 
-from jaxtta import assets, data, evaluate, report
+from jaxtta import assets, data, evaluate
 from jaxtta.adapters import TNTConfig
 from jaxtta.data import Benchmark
 from jaxtta.models import Params, load
@@ -160,14 +160,6 @@ class AdapterOptions:
     def config(self) -> evaluate.AdapterConfig:
         """The settings of the adapters."""
         return evaluate.AdapterConfig(self.preset, self.tnt, self.mgtta)
-
-    def check(self, examples: int = 0) -> None:
-        """Raise a ValueError for invalid options, with so many examples."""
-        evaluate.require_distinct(adapters=self.adapters)
-        evaluate.require_at_least(canvas=(self.canvas, 1), save_examples=(examples, 0))
-        specs = [evaluate.parse_adapter(text) for text in self.adapters]
-        if examples:
-            report.check_examples(specs, self.config)
 
 
 @group

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from jaxtta import assets, data, evaluate, report
 from jaxtta.cli import options as groups
-from jaxtta.cli.sweep import measure
+from jaxtta.cli.sweep import check_adapters, measure
 
 LAYOUTS = {
     **dict.fromkeys(("imagenet", "imagenet-a", "imagenet-r", "imagenet-sketch"), "imagenet"),
@@ -48,7 +48,7 @@ class Options:
 
 def run(options: Options) -> None:
     """Run every dataset and report."""
-    options.adapters.check(options.save_examples)
+    check_adapters(options)
     places, (number, count) = folders_of(options.datasets), options.run.part
     model, params = options.model.load()
     layouts = {name: LAYOUTS.get(name, "folder") for name in [*places][number::count]}

@@ -69,9 +69,19 @@ def run(options: Options) -> None:
         report.write_report(results, folder, title, samples, examples)
 
 
+def check_adapters(options: Any) -> None:
+    """Raise a ValueError for invalid adapters; also of natural shifts."""
+    given = options.adapters
+    evaluate.require_distinct(adapters=given.adapters)
+    evaluate.require_at_least(canvas=(given.canvas, 1), save_examples=(options.save_examples, 0))
+    specs = [evaluate.parse_adapter(text) for text in given.adapters]
+    if options.save_examples:
+        report.check_examples(specs, given.config)
+
+
 def check(options: Options) -> None:
     """Raise a ValueError for invalid options."""
-    options.adapters.check(options.save_examples)
+    check_adapters(options)
     given, rates = options.streams, options.tune.tune_learning_rates
     for name in ("corruptions", "severities"):
         if getattr(given, name):

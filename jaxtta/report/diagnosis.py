@@ -185,11 +185,11 @@ def check_tables(model: str, check: TargetCheck, trial: Summary | None) -> Table
         f"Classes that {model} confuses": pd.DataFrame(confused, heads).map(percent).T,
     }
     if trial:
+        means = trial.means.to_dict("index")
         heads, rows = ["accuracy (%)", "gain (points)", "calibration error (%)"], {}
         for result in trial.results:
-            right, mean = result.top1[result.rows["seen"]], trial.means.loc[result.adapter]
-            low, high = float(mean["low"]), float(mean["high"])
-            gained = bounded(float(mean["gain"]), (low, high), "+")
+            right, mean = result.top1[result.rows["seen"]], means[result.adapter]
+            gained = bounded(mean["gain"], (mean["low"], mean["high"]), "+")
             rows[result.adapter] = (
                 bounded(right.mean(), accuracy_interval(right)),
                 gained if result.adapter in trial.compared else NONE,
