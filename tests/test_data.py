@@ -492,19 +492,6 @@ def test_a_name_that_is_there_twice_is_not_guessed(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("a.json", '{"n2": "dog", "n1": "cat"}'),
-        ("b.json", '["cat", "dog"]'),
-        ("c.txt", "cat\ndog\n"),
-    ],
-)
-def test_class_names_from_a_file(tmp_path, name, content):
-    (tmp_path / name).write_text(content)
-    assert data.given_class_names([str(tmp_path / name)], ["n1", "n2"]) == NAMES
-
-
-@pytest.mark.parametrize(
     ("content", "message"),
     [
         ("{", "cannot be read as class names"),

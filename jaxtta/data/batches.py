@@ -98,10 +98,9 @@ class Batches:
 
 
 def canvas_for(dataset: Dataset, greatest: int = 512, images: int = 50) -> int:
-    """Choose a canvas size for a dataset (a benchmark's clean one), independent of the streams.
+    """A canvas size for a dataset: the longest side of so many evenly spaced images.
 
-    It is the longest side among so many evenly spaced images, at most `greatest`; `greatest` if
-    none can be read.
+    It is at most `greatest`, also if none can be read.
     """
     sides: list[int] = []
     for number in np.unique(np.linspace(0, len(dataset) - 1, images).round().astype(int)):
@@ -126,23 +125,14 @@ def pad_to_canvas(original: np.ndarray, canvas: int) -> tuple[np.ndarray, np.nda
     return filled, np.array([height, width], np.int32)
 
 
-@dataclasses.dataclass(frozen=True)
-class _FromFile:
-    """Reads batches that are pickled in a file, which each process opens for itself.
+@functools.lru_cache(maxsize=1)
+def _unpickled(path: str) -> tuple[Batches, Sequence[int]]:
+    return pickle.loads(Path(path).read_bytes())
 
-    Python writes what a new process gets into a pipe and waits for it to be read; if there is more
-    than fits the pipe and the process ends before it reads, it waits for ever.
-    """
 
-    path: str
-
-    @functools.cached_property
-    def content(self) -> tuple[Batches, Sequence[int]]:
-        return pickle.loads(Path(self.path).read_bytes())
-
-    def __call__(self, index: int) -> StreamBatch:
-        batches, numbers = self.content
-        return batches[numbers[index]]
+def _read_from(path: str, index: int) -> StreamBatch:
+    batches, numbers = _unpickled(path)
+    return batches[numbers[index]]
 
 
 def _follow_the_parent(worker: int, workers: int) -> None:
@@ -198,11 +188,13 @@ def _read_in_processes(
     import cloudpickle  # as Grain does: a dataset may be defined in a notebook
     import grain
 
+    # In a file: Python writes what a new process gets into a pipe and waits for it to be read, for
+    # ever if it is more than fits the pipe and the process has ended.
     with tempfile.NamedTemporaryFile(suffix=".pickle") as file:
         cloudpickle.dump((batches, numbers), file)
         file.flush()
         options = grain.MultiprocessingOptions(workers, 2)
-        dataset = _dataset(len(numbers), _FromFile(file.name))
+        dataset = _dataset(len(numbers), functools.partial(_read_from, file.name))
         dataset = dataset.mp_prefetch(options, worker_init_fn=_follow_the_parent)
         # By pipe: Grain frees shared memory so late that Python reports a leak at exit.
         by_pipe = grain.experimental.DatasetOptions(min_shm_size=2**40)

@@ -153,7 +153,6 @@ def captioned_folder(root: str | Path) -> ImageFolder:
 class DomainFolder(ImageFolder):
     """One domain's images in ImageNet-C's layout; those that its folder lacks are unreadable."""
 
-    clean: bool = False  # then it may have more images than are listed: some were not corrupted
     others: tuple[Path, ...] = ()  # the folders of all domains
 
     def check(self) -> None:
@@ -165,7 +164,7 @@ class DomainFolder(ImageFolder):
         stored = {path for path in find_images(self.root)[0] if "/" in path}
         missing = [path for path in self.paths if path not in stored]
         more = sorted(stored.difference(self.paths))
-        if more and not self.clean:
+        if more and self.root.name != CLEAN:  # of clean images, some may not have been corrupted
             poor = next(place for place in self.others if not os.path.lexists(place / more[0]))
             raise ValueError(
                 f"{self.root}: has {len(more)} images that {poor} lacks, such as "
@@ -211,10 +210,10 @@ def imagenet_c(
     }
     folders = _in_class_order(place / name for name, place in having.items())
     listed = list_folders(root, folders, names_of([nfc(folder.name) for folder in folders]))
-    fields = {"raw": True, "others": tuple(domains.values())}
     shared = listed.paths, listed.labels, listed.class_names
+    others = tuple(domains.values())
     benchmark = {
-        domain: DomainFolder(place, *shared, **fields, clean=domain.corruption == CLEAN)
+        domain: DomainFolder(place, *shared, raw=True, others=others)
         for domain, place in domains.items()
     }
     for dataset in benchmark.values():

@@ -126,14 +126,10 @@ def open_dataset(
             that prompt-learning benchmarks use; "tfds" for tensorflow-datasets.
         root: the folder; for a cross-dataset set its own or the parent folder; for "tfds" a name,
             with a split after a colon if it is not the test split ("cifar10:train").
-        class_names: class names to use instead of the layout's, or one file with them.
+        class_names: class names to use instead of the layout's, or one file with them; needed
+            where the class folders are called by numbers.
         split: the split of a cross-dataset set, or of a tfds name without one.
         data_dir: folder of prepared datasets for "tfds"; None for the default.
-
-    Raises:
-        FileNotFoundError: if a folder or file of the layout is missing.
-        ValueError: for data in a different format, class folders whose names mean nothing to a
-            model (wnids, numbers) without class names, or another number of class names.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"unknown layout {layout!r}, expected one of {', '.join(LAYOUTS)}")

@@ -1,11 +1,8 @@
 """Streams of images with distribution shifts, in padded batches.
 
-    streams = make_streams("continual", ("fog", "snow"), (5,), labels, order="shuffled", seed=1)
-    for batch in read_ahead(Batches(benchmark, streams, 64, model.preprocessing), workers=2):
-        ...
-
-The settings have their usual names in the literature. The order of the images in a stream is a
-separate option and can be combined with any setting.
+streams = make_streams("continual", ("fog", "snow"), (5,), labels, order="shuffled", seed=1)
+for batch in read_ahead(Batches(benchmark, tuple(streams), 64, model.preprocessing)):
+    ...
 """
 
 from collections.abc import Sequence
@@ -52,9 +49,9 @@ def make_streams(
     """Make the streams of one seed.
 
     Args:
-        setting: `reset_each_shift`, one stream per domain; `continual`, one stream through all
-            corruptions at one severity; `gradual`, one stream that takes every corruption from
-            severity 1 to 5 and back; `mixed`, one stream of all corruptions interleaved.
+        setting: `reset_each_shift`, a stream per domain; `continual`, one through all corruptions
+            at one severity; `gradual`, one that takes every corruption from severity 1 to 5 and
+            back; `mixed`, one of all corruptions interleaved.
         corruptions: their names, in order.
         severities: those to include; (0,) for data with a fixed one. Gradual needs 1 to 5.
         labels: (images,) the benchmark's labels.

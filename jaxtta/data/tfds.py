@@ -1,7 +1,6 @@
 """Images of tensorflow-datasets, read without TensorFlow.
 
-Preparing a dataset (downloading it and writing its records) needs TensorFlow; reading the records
-does not. The first line can run once in another environment that has TensorFlow:
+Preparing a dataset needs TensorFlow, once, in whatever environment has it:
 
     tfds.builder("cifar10", file_format="array_record").download_and_prepare()
     dataset = open_dataset("tfds", "cifar10")
@@ -19,14 +18,9 @@ from jaxtta.data.sequences import SequenceDataset, from_sequence
 def open_tfds(
     name: str, split: str = "test", data_dir: str | Path | None = None
 ) -> SequenceDataset:
-    """Open one split of a dataset that tensorflow-datasets has prepared.
+    """Open a split ("test", "test[:50%]") of a prepared dataset ("imagenet_v2/topimages").
 
     Wnids among its classes become ImageNet's class names, underscores spaces.
-
-    Args:
-        name: the dataset, as `tfds.builder` takes it ("cifar10", "imagenet_v2/topimages").
-        split: as tensorflow-datasets writes it ("test", "test[:50%]").
-        data_dir: folder of prepared datasets; None for the default.
     """
     try:
         import importlib_resources  # noqa: F401 (an undeclared dependency of tensorflow-datasets)
