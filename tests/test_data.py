@@ -252,6 +252,16 @@ def test_bad_files_of_images_are_refused(tmp_path, change, message):
         data.open_dataset("folder", tmp_path / "other.npz")
 
 
+def test_a_file_of_images_may_have_its_names_in_bytes_but_is_no_npy(tmp_path):
+    path = tmp_path / "some.npz"
+    np.savez(path, images=PIXELS, labels=LABELS, class_names=np.array([b"cat", b"dog"]))
+    assert data.open_dataset("folder", path).class_names == NAMES
+    with path.open("wb") as file:
+        np.save(file, PIXELS)
+    with pytest.raises(ValueError, match=r"some\.npz: expected images, labels and class_names"):
+        data.open_dataset("folder", path)
+
+
 DICTS = [{"image": Image.fromarray(x), "label": y} for x, y in zip(PIXELS, LABELS, strict=True)]
 PAIRS = [(image["image"], image["label"]) for image in DICTS]
 

@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 import subprocess
 import sys
+import threading
 
 import hypothesis
 import hypothesis.strategies as st
@@ -248,6 +249,16 @@ def test_a_guarded_script_reads_in_processes(tmp_path):
     script.write_text(f'{READER}\nif __name__ == "__main__":\n{guarded}')
     done = run_python(script)
     assert (done.returncode, done.stdout.split()) == (0, ["8", "10", "11"])
+
+
+def test_a_dataset_that_no_process_can_open_is_said():
+    dataset = Fake(Domain("a"))
+    dataset.lock = threading.Lock()
+    stream = data.stream_of("a", [dataset.domain], np.arange(3), 0)
+    batches = data.Batches({dataset.domain: dataset}, (stream,), 2, PREPROCESS)
+    assert len(list(data.read_ahead(batches))) == 2
+    with pytest.raises(TypeError, match=r"no other process can read these .*lock.*: use 0 workers"):
+        next(data.read_ahead(batches, 1))
 
 
 def test_no_library_function_starts_processes_unasked():

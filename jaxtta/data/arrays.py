@@ -121,10 +121,10 @@ def open_npz(path: Path) -> ArrayDataset:
     try:
         with _load(path) as arrays:
             images, labels, names = (arrays[k] for k in ("images", "labels", "class_names"))
-    except (KeyError, ValueError) as error:
+    except (KeyError, TypeError, ValueError) as error:  # a TypeError: of a .npy file
         raise ValueError(f"{path}: expected images, labels and class_names ({error})") from error
     check_labels(path, labels, len(names))
-    names, what = tuple(map(str, names)), f"{path.name} image"
+    names, what = tuple(names.astype(str).tolist()), f"{path.name} image"  # also of bytes
     dataset = ArrayDataset(images, labels.astype(np.int32), names, what)
     dataset.check()
     return dataset

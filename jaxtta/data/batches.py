@@ -191,7 +191,12 @@ def _read_in_processes(
     # In a file: Python writes what a new process gets into a pipe and waits for it to be read, for
     # ever if it is more than fits the pipe and the process has ended.
     with tempfile.NamedTemporaryFile(suffix=".pickle") as file:
-        cloudpickle.dump((batches, numbers), file)
+        try:
+            cloudpickle.dump((batches, numbers), file)
+        except (TypeError, pickle.PicklingError) as error:
+            raise TypeError(
+                f"no other process can read these images ({error}): use 0 workers"
+            ) from error
         file.flush()
         options = grain.MultiprocessingOptions(workers, 2)
         dataset = _dataset(len(numbers), functools.partial(_read_from, file.name))
