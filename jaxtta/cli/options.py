@@ -120,6 +120,11 @@ class OrderOptions:
         made = [data.make_streams(*arguments, seed=seed, **named) for seed in self.seeds]
         return [stream for streams in made for stream in streams]
 
+    def settings(self, limit: int | None) -> dict[str, Any]:
+        """What identifies the order in a result."""
+        used = {"concentration": self.concentration} if self.order == "dirichlet" else {}
+        return {"order": self.order, "max_images": limit, **used}
+
 
 @group
 class StreamOptions(OrderOptions):

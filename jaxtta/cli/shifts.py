@@ -64,7 +64,7 @@ def run(options: Options) -> None:
             options.streams.batch_size,
             options.adapters.canvas,
             "datasets",
-            {"order": options.streams.order, "max_images": limit},
+            options.streams.settings(limit),
             templates,
         )
         about = evaluate.about(model, data=places[name], model=options.model.model)

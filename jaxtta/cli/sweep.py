@@ -116,7 +116,7 @@ def spec_of(
         options.streams.batch_size,
         options.adapters.canvas,
         setting,
-        {"layout": options.data.layout, "order": options.streams.order, "max_images": limit},
+        {"layout": options.data.layout, **options.streams.settings(limit)},
         templates,
     )
 

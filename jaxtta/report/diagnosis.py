@@ -10,10 +10,10 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
+from jaxtta.adapters.by_name import SETTINGS
 from jaxtta.bootstrap import accuracy_interval
 from jaxtta.data import Dataset
 from jaxtta.diagnose import Answers, Diagnosis, ModelDiagnosis, TargetCheck, truncate
-from jaxtta.evaluate.adapters import SETTINGS
 from jaxtta.images import printable
 from jaxtta.io import atomic_write, write_json, write_text
 from jaxtta.report.diagnosis_plots import diagnosis_plots, draw_predictions
