@@ -13,6 +13,7 @@ from tqdm import tqdm
 from jaxtta import data
 from jaxtta.adapters import Adapter, AdapterConfig, AdapterSpec, make_adapter, parse_adapter
 from jaxtta.data import Batches, Domain, Stream
+from jaxtta.data.datasets import stored_in
 from jaxtta.evaluate import provenance
 from jaxtta.evaluate.predictions import Predictions
 from jaxtta.evaluate.run import StreamRun
@@ -105,11 +106,11 @@ def sweep(
         if folder is None:
             folder, trust_data = stack.enter_context(tempfile.TemporaryDirectory()), True
         specs = specs_of(adapters)
+        data.select(spec.benchmark, dict.fromkeys(d for s in spec.streams for d in s.segments))
         settings = _settings_of(spec, model, params)
         how = (model, spec.task, config, settings["model"]["weights"])
         made = {each.text: (each, make_adapter(each, *how)) for each in specs}
         batches = spec.batches(model, specs)
-        data.select(spec.benchmark, dict.fromkeys(d for s in spec.streams for d in s.segments))
         own = {each.text: provenance.identity_of(each, config, batches.canvas) for each in specs}
         told = provenance.as_json(provenance.about(model) if about is None else about)
         store = Store(Path(folder), settings)
@@ -133,7 +134,7 @@ def sweep(
                 kept = store.checkpoints(stream.name, stream.seed)
                 runs.append(StreamRun(*inputs, kept, checkpoint_every))
         if results and not trust_data and None in contents.values():
-            dataset = _stored(batches.benchmark[batches.streams[0].segments[0]])
+            dataset = stored_in(batches.benchmark[batches.streams[0].segments[0]])
             _log.warning(
                 "%s: earlier results are taken as they are, since %s cannot tell whether its "
                 "images have changed: it has no content()",
@@ -203,20 +204,13 @@ def _identity_of(
     return provenance.as_json({**shared, "streams": streams, "adapter": adapter})
 
 
-def _stored(dataset: data.Dataset) -> data.Dataset:
-    """The dataset that a corruption or subset reads."""
-    while isinstance(dataset, data.Corrupted | data.Subset):
-        dataset = dataset.dataset
-    return dataset
-
-
 def _contents(batches: Batches, share: range, progress: bool) -> dict[int, str | None]:
     """One digest of the stored images of each stream; None where a dataset cannot tell."""
     known, found = {}, {}
     for number in tqdm(share, desc="checking the images", leave=False, disable=not progress):
         parts = []
         for domain in batches.streams[number].segments:
-            dataset = _stored(batches.benchmark[domain])
+            dataset = stored_in(batches.benchmark[domain])
             if id(dataset) not in known:
                 known[id(dataset)] = data.content_of(dataset)
             parts.append(known[id(dataset)])

@@ -13,8 +13,8 @@ import numpy as np
 import pandas as pd
 
 from jaxtta import metrics
+from jaxtta.corruptions import CLEAN
 from jaxtta.data import Domain
-from jaxtta.data.corruptions import CLEAN
 from jaxtta.evaluate.gains import mean_intervals, paired_gain
 from jaxtta.evaluate.predictions import Predictions
 from jaxtta.images import printable
