@@ -114,11 +114,11 @@ def sweep(
         if folder is None:
             folder, trust_data = stack.enter_context(tempfile.TemporaryDirectory()), True
         specs = specs_of(adapters)
+        data.select(spec.benchmark, dict.fromkeys(d for s in spec.streams for d in s.segments))
         settings = _settings_of(spec, model, params)
         how = (model, spec.task, config, settings["model"]["weights"])
         made = {each.text: make_adapter(each, *how) for each in specs}
         batches = spec.batches(model, specs)
-        data.select(spec.benchmark, dict.fromkeys(d for s in spec.streams for d in s.segments))
         own = {each.text: identity_of(each, config, batches.canvas) for each in specs}
         told = json.loads(json.dumps(provenance.about(model) if about is None else about))
         store = Store(Path(folder), settings)
