@@ -40,7 +40,13 @@ FORMS = (("jax", "packed"), ("torch", "77 tokens"), ("torch", "cut"))  # framewo
 
 def main(settings: Settings) -> None:
     """Measure every row and print the table."""
-    check(settings)
+    evaluate.require_distinct(adapters=settings.adapters, frameworks=settings.frameworks)
+    for name in settings.adapters:
+        if not re.fullmatch(r"zero_shot|tent|batclip|mgtta|tnt(:steps=[1-9]\d*)?", name):
+            known = "zero_shot, tent, batclip, tnt, tnt:steps=N or mgtta"
+            raise ValueError(f"--adapters has {name!r}, expected {known}")
+    least = {"classes": 2, "batch": 1, "views": 1, "views_per_chunk": 1, "steps": 1}
+    evaluate.require_at_least(**{name: (getattr(settings, name), n) for name, n in least.items()})
     frameworks = [*settings.frameworks]
     if "torch" in frameworks and not importlib.util.find_spec("torch"):
         print("PyTorch is not installed: `make parity` installs it", file=sys.stderr)
@@ -72,17 +78,6 @@ def main(settings: Settings) -> None:
         from projectors import projection_times
 
         print(projection_times(settings).to_string())
-
-
-def check(settings: Settings) -> None:
-    """Raise a ValueError for invalid options."""
-    evaluate.require_distinct(adapters=settings.adapters, frameworks=settings.frameworks)
-    for name in settings.adapters:
-        if not re.fullmatch(r"zero_shot|tent|batclip|mgtta|tnt(:steps=[1-9]\d*)?", name):
-            known = "zero_shot, tent, batclip, tnt, tnt:steps=N or mgtta"
-            raise ValueError(f"--adapters has {name!r}, expected {known}")
-    least = {"classes": 2, "batch": 1, "views": 1, "views_per_chunk": 1, "steps": 1}
-    evaluate.require_at_least(**{name: (getattr(settings, name), n) for name, n in least.items()})
 
 
 def measured(settings: Settings, name: str, framework: str, prompts: str) -> dict[str, Any]:
