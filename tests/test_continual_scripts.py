@@ -154,6 +154,27 @@ def test_table():
     assert set(cells[6]) == {"0.500"}  # the modality gap
 
 
+def test_a_task_has_any_other_name():
+    """The table's own columns are not confused with sets of their names."""
+    rows = pd.DataFrame(
+        [
+            {"method": "gnsp", "seed": 1, "step": step, "set": set_, "value": 0.25}
+            for step in range(2)
+            for set_ in ("method", "seed", *metrics.ALIGNMENT)
+        ]
+    )
+    assert "25.00" in command.table(rows, ["method"], ["seed"])
+
+
+def test_settings_name_fields_and_options():
+    with pytest.raises(ValueError, match=r"^rho is 2, expected"):
+        jaxtta.continual.TrainingConfig(rho=2)
+    with pytest.raises(ValueError, match=r"^first_task is 'none', expected same or all"):
+        jaxtta.continual.TrainingConfig(first_task="none")
+    with pytest.raises(ValueError, match=r"^--max-images is 0, expected at least 1"):
+        command.TrainingOptions(max_images=0)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -200,7 +221,7 @@ def test_tasks_that_cannot_be_learnt_are_named(run_jaxtta, tmp_path):
         assert errors_in(err) == 1
     shutil.copytree(tmp_path / "two" / "train", tmp_path / "two" / "test", dirs_exist_ok=True)
     shutil.rmtree(tmp_path / "two" / "test" / "ship")
-    for name in ("digits", "reference"):
+    for name in ("digits", "reference", "average", "modality gap"):
         code, _, err = run_jaxtta(*options, "digits", f"{name}={tmp_path}/two")
         assert code == 1
         assert f"{name} is used twice" in err
