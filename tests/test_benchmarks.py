@@ -1,6 +1,7 @@
 """The benchmarks of speed, on a tiny model."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -86,3 +87,14 @@ def test_operations_are_counted_with_all_turns_of_a_loop():
 
     traced = program.trace(jnp.ones((3, 4)), jnp.ones((4, 4)))
     assert count_flops(traced.jaxpr.jaxpr) == 5 * 2 * 3 * 4 * 4 + 3 * 2 * 4 * 4 + 2 * 2 * 4 * 4 * 4
+
+
+def test_a_diagnosis_of_synthetic_features_is_timed(run_script):
+    sizes = ("--images", 1000, "--classes", 51, "--size", 128)  # odd: halves have all classes
+    code, out, _ = run_script("../benchmarks/diagnosis.py", *sizes)
+    assert code == 0
+    found = re.match(
+        r"outlier axes \[0\], accuracy (.*), CKA (.*), p-value (.*): [\d.]+ s, [\d.]+ GB", out
+    )
+    accuracy, cka, p_value = map(float, found.groups())
+    assert 0.2 < accuracy <= 1 and 0.1 < cka < 0.99 and p_value > 0.01

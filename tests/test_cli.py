@@ -2,6 +2,7 @@
 
 import csv
 import importlib
+import json
 import logging
 import re
 import subprocess
@@ -15,7 +16,7 @@ from conftest import GOLDEN, errors_in, write_images
 from PIL import Image
 
 import jaxtta
-from jaxtta import assets, data, evaluate, report
+from jaxtta import assets, data, evaluate, io, report
 from jaxtta.cli import script
 from jaxtta.cli.main import COMMANDS
 
@@ -85,7 +86,8 @@ def test_a_report_is_made_again_and_sweeps_are_compared(run_jaxtta, short, tmp_p
     assert code == 0
     assert {name: (tmp_path / "a" / name).read_text() for name in files} == files
     assert (tmp_path / "a" / "report.html").exists()
-    code, out, _ = run_jaxtta("report", tmp_path / "a", tmp_path / "b")
+    both = (tmp_path / "a", tmp_path / "b", "--output", tmp_path / "both")
+    code, out, _ = run_jaxtta("report", *both)
     assert code == 0
     assert "tent:lr=0.01" in out and "batclip" in out
     code, _, err = run_jaxtta("report", tmp_path / "nowhere")
@@ -291,7 +293,7 @@ def test_natural_shifts_end_to_end(run_jaxtta, short, tmp_path, monkeypatch):
         ("shifts --datasets a=x a=y", "--datasets names a twice"),
         ("shifts --datasets imagenet-a=/nowhere", "/nowhere: no such folder"),
         ("shifts --adapters tnt --save-examples 1", "compares tnt with zero_shot: run both"),
-        ("shifts --tnt.online --save-examples 1", "omit TNT's online"),
+        ("shifts --tnt.online --save-examples 1", "omit --tnt.online"),
     ],
 )
 def test_bad_options_are_one_sentence(run_jaxtta, tmp_path, options, message):
@@ -344,3 +346,12 @@ def test_what_the_package_logs_is_printed_once(capsys):
         log.info("a note")
         logging.root.removeHandler(handler)
     assert (capsys.readouterr().err, others.getvalue()) == ("a note\n", "")
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "deep" / "row.json"
+    io.write_json(path, {"a": 1})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        io.write_json(path, {"a": float("nan")})
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert [p.name for p in path.parent.iterdir()] == ["row.json"]

@@ -10,8 +10,8 @@ from conftest import write_images
 from PIL import Image
 
 from jaxtta import assets, data
+from jaxtta.corruptions import image_seed
 from jaxtta.data import Domain, arrays
-from jaxtta.data.corruptions import image_seed
 from jaxtta.io import digest_files
 from jaxtta.models.preprocess import Preprocessing
 
@@ -142,9 +142,12 @@ def test_domains_that_are_not_there_are_refused(folder):
     assert len(benchmark) == 1 + 19 * 5
     data.select(benchmark, [CLEAN, *(Domain(name, 5) for name in data.IMAGENET_C)])
     for domain, message in (
-        (Domain("rain", 3), "unknown corruption 'rain', expected one of clean, gaussian_"),
-        (Domain("fog", 6), "severity of fog is 6, expected 1 or 2 or 3 or 4 or 5"),
-        (Domain("fog"), "severity of fog is 0, expected 1"),
+        (
+            Domain("rain", 3),
+            f"unknown corruption 'rain' in {folder}, expected one of clean, gaussian_",
+        ),
+        (Domain("fog", 6), f"severity of fog in {folder} is 6, expected 1 or 2 or 3 or 4 or 5"),
+        (Domain("fog"), "severity of fog in .* is 0, expected 1"),
     ):
         with pytest.raises(ValueError, match=message):
             data.select(benchmark, [CLEAN, domain])
@@ -161,7 +164,9 @@ def test_a_natural_shift_is_a_domain_of_its_own_name(folder):
     shop = {Domain("shop"): dataset}
     batch = batch_of(shop, Domain("shop"), PREPROCESS, [1])
     np.testing.assert_array_equal(batch.images[0], PREPROCESS(Image.fromarray(dataset[1])))
-    with pytest.raises(ValueError, match="unknown corruption 'clean', expected one of shop"):
+    with pytest.raises(
+        ValueError, match=f"unknown corruption 'clean' in {folder}, expected one of shop"
+    ):
         data.select(shop, [CLEAN])
 
 
@@ -316,16 +321,88 @@ def test_images_of_sequences_may_be_files_or_grey(folder):
     [
         ([], {}, "no images"),
         (DICTS, {}, "no names for its labels: set class_names"),
-        (DICTS, {"image": "img"}, "items have no 'img' but image, label"),
-        (PAIRS, {}, "items have no .* but 0, 1"),
+        (DICTS, {"image": "img"}, "items have image, label, not 'img': set image and label"),
+        (PAIRS, {}, "items have 0, 1, not 'image'"),
         (DICTS, {"class_names": ["cat"]}, "labels run from 0 to 1, expected 0 to 0 for 1 class"),
         ([{"image": 0, "label": "emu"}], {"class_names": NAMES}, "label 'emu' is none of the 2"),
         ([{"image": 0, "label": 0.5}], {"class_names": NAMES}, "labels are float64 of"),
+        ([(0, "cat"), (0, None)], KEYS, "the label of item 1 is None, expected an index or a name"),
+        ([(0, 1), (0, None)], {"class_names": NAMES, **KEYS}, "the label of item 1 is None"),
+        (Torchvision(), {"class_names": [*NAMES, "emu"], **KEYS}, "3 class names for 2 classes"),
+        ({"train": DICTS}, {}, "sequence of images and labels, not a dict of train: give one"),
+        (iter(DICTS), {}, "sequence of images and labels, not a list_iterator"),
     ],
 )
 def test_bad_sequences_are_refused(items, options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         data.from_sequence(items, **options)
+
+
+class Broken(Torchvision):
+    """Its first file is damaged; its classes have synonyms, as ImageNet's in torchvision."""
+
+    features = np.zeros(4)
+    classes = tuple((name, "synonym") for name in NAMES)
+
+    def __getitem__(self, number):
+        if number == 0:
+            raise OSError("cannot identify image file")
+        return PAIRS[number]
+
+
+def test_a_damaged_image_of_a_sequence_is_unreadable_and_not_the_end():
+    dataset = data.from_sequence(Broken(), **KEYS)
+    assert (dataset.class_names, list(dataset.labels)) == (NAMES, LABELS)
+    with pytest.raises(data.UnreadableImageError, match="image 0: cannot be read"):
+        dataset[0]
+    with pytest.raises(data.UnreadableImageError, match=r"image 1: cannot be read \(is missing\)"):
+        data.from_sequence([(PIXELS[0], 0), (None, 1)], 0, 1, NAMES)[1]
+    dataset.items.target_transform = int  # then labels are those of the items
+    with pytest.raises(ValueError, match=r"item 0, whose label is needed, cannot be read \(cannot"):
+        data.from_sequence(dataset.items, **KEYS)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGBA", "CMYK", "I;16", "I", "F"])
+def test_images_of_sequences_are_of_any_mode(mode):
+    grey = {"I;16": np.uint16, "I": np.int32, "F": np.float32}.get(mode)
+    image = Image.fromarray(PIXELS[0])
+    if grey is None:
+        image = (image.convert("P") if mode == "PA" else image).convert(mode)
+    else:
+        image = Image.fromarray(PIXELS[0, ..., 0].astype(grey) * (257 if mode == "I;16" else 1))
+    read = data.from_sequence([(image, "cat")], 0, 1)[0]
+    assert (read.shape, read.dtype) == ((40, 44, 3), np.uint8)
+    assert read.std() > 40
+
+
+def test_class_names_of_sequences_may_be_in_a_file(tmp_path):
+    (tmp_path / "names.txt").write_text("cat\ndog\n")
+    for names in (tmp_path / "names.txt", str(tmp_path / "names.txt"), [tmp_path / "names.txt"]):
+        assert data.from_sequence(DICTS, class_names=names).class_names == NAMES
+
+
+def test_datasets_are_python_sequences(tmp_path, stored):
+    """Also past their last image: the next one in a file of severities is of another severity."""
+    images = np.concatenate([PIXELS[:, :32, :32] + np.uint8(s) for s in range(5)])
+    np.save(stored / "fog.npy", images)
+    fog = data.open_benchmark("cifar-c", stored, PREPROCESS, NAMES)[Domain("fog", 2)]
+    source = data.from_sequence(grain.MapDataset.source(DICTS), class_names=NAMES)
+    noise = data.Corrupted(source, "gaussian_noise", 3, PREPROCESS)
+    for dataset in (fog, source, noise, data.Subset(source, [3, 1])):
+        read = [*dataset]
+        assert len(read) == len(dataset)
+        np.testing.assert_array_equal(dataset[-1], read[-1])
+    np.testing.assert_array_equal([*fog], images[4:8])
+
+
+def test_subsets_may_be_masks():
+    clean = {CLEAN: data.ArrayDataset(PIXELS, np.array(LABELS), NAMES)}
+    dogs = data.subset(clean, clean[CLEAN].labels == 1)
+    assert list(data.labels_of(dogs)) == [1, 1]
+    np.testing.assert_array_equal([*dogs[CLEAN]], PIXELS[2:])
+    assert len(data.Subset(clean[CLEAN], [])) == 0
+    with pytest.raises(IndexError, match="4 is out of bounds"):
+        data.subset(clean, [4])
 
 
 def imagenet_c(root):
@@ -391,6 +468,9 @@ def test_a_list_of_images_chooses_them_in_its_order(tmp_path):
         data.listed_subset(benchmark, listed)
     with pytest.raises(ValueError, match="lists 5000 images"):
         data.listed_subset(benchmark, "imagenet-c-5000")
+    bundled = data.open_benchmark("folder", assets.IMAGES, PREPROCESS)
+    with pytest.raises(ValueError, match=r"list\.txt: lists files, but the images are not files"):
+        data.listed_subset(bundled, listed)
 
 
 def test_a_name_that_is_there_twice_is_not_guessed(tmp_path):

@@ -435,7 +435,8 @@ def test_names_hold_for_shifted_folders_and_arrays(target, tmp_path):
     file = tmp_path / "names.json"
     file.write_text('{"felines": "cat", "dog": "hound", "ships": "ship"}')
     options = options_of(class_names=(str(file),), data="base")
-    assert command.names_for(options, "folder", target / "labelled") == ("hound", "cat")
+    names = command.names_for(options, "folder", target / "labelled")
+    assert data.open_dataset("folder", target / "labelled", names).class_names == ("hound", "cat")
     assert command.names_for(options_of(), "folder", target / "labelled") == ()
 
 

@@ -18,6 +18,7 @@ from PIL import Image
 
 from jaxtta import assets, data, evaluate, optim
 from jaxtta.adapters import TNTConfig
+from jaxtta.evaluate import provenance
 from jaxtta.models import task_from_token_ids
 
 NAMES = ("cat", "dog")
@@ -141,7 +142,7 @@ def test_rates_are_chosen_anew_for_other_settings_of_the_adapter(run_jaxtta, tmp
 def test_adapters_are_identified_by_what_decides_their_results(tmp_path):
     def identity(text, canvas=None, **config):
         spec = evaluate.parse_adapter(text)
-        return evaluate.adapters.identity_of(spec, evaluate.AdapterConfig(**config), canvas)
+        return provenance.identity_of(spec, evaluate.AdapterConfig(**config), canvas)
 
     assert identity("zero_shot", preset="imagenet-c") == identity("zero_shot")
     assert identity("tent") == identity("tent:lr=1e-3") == identity("tent:optimizer=sgd")

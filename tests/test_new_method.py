@@ -11,6 +11,8 @@ from conftest import golden
 
 import jaxtta
 from jaxtta import evaluate
+from jaxtta.evaluate import provenance
+from jaxtta.evaluate.sweep import specs_of
 
 
 def diversity(model, weight=1.0):
@@ -94,7 +96,7 @@ def test_another_version_of_a_method_is_another_adapter(tmp_path, monkeypatch):
     for version in range(2):
         (tmp_path / "own_method.py").write_text(f"def make(model, task): return {version}\n")
         spec = evaluate.parse_adapter("own_method:make")
-        prints.append(evaluate.adapters.identity_of(spec, evaluate.AdapterConfig()))
+        prints.append(provenance.identity_of(spec, evaluate.AdapterConfig()))
     assert prints[0] != prints[1]
     assert prints[0]["name"] == "own_method:make"
     with pytest.raises(TypeError, match="own_method:make: gives a int, expected an Adapter"):
@@ -140,7 +142,7 @@ def test_settings_of_adapters_are_read():
     }
     assert not evaluate.parse_adapter("tent:lr=1e-4").needs_originals
     with pytest.raises(ValueError, match=re.escape("distinct names, not ['tent', 'tent']")):
-        evaluate.adapters.specs_of(["tent", "tent"])
+        specs_of(["tent", "tent"])
 
 
 class Linear:

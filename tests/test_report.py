@@ -12,9 +12,9 @@ import pandas as pd
 import pytest
 
 from jaxtta import report
+from jaxtta.adapters import AdapterConfig, parse_adapter
 from jaxtta.data import Domain
 from jaxtta.data.streams import make_streams
-from jaxtta.evaluate.adapters import AdapterConfig, parse_adapter
 from jaxtta.evaluate.predictions import Predictions, score
 from jaxtta.metrics import ALEXNET_ERRORS
 from jaxtta.report import plots, text

@@ -2,6 +2,14 @@
 
 from jaxtta.adapters.base import Adapter, Metrics, Objective, Prediction, Preset, State
 from jaxtta.adapters.batclip import BATCLIP_PRESETS, adam_with_l2, batclip, batclip_objective
+from jaxtta.adapters.by_name import (
+    AdapterConfig,
+    AdapterSpec,
+    MGTTAConfig,
+    make_adapter,
+    parse_adapter,
+    tnt_config_of,
+)
 from jaxtta.adapters.mgtta import MGTTAContext, mgtta, mgtta_objective
 from jaxtta.adapters.online import online
 from jaxtta.adapters.tent import TENT_PRESETS, tent, tent_objective
@@ -15,6 +23,9 @@ __all__ = [
     "TENT_PRESETS",
     "TNT_PRESETS",
     "Adapter",
+    "AdapterConfig",
+    "AdapterSpec",
+    "MGTTAConfig",
     "MGTTAContext",
     "Metrics",
     "Objective",
@@ -28,14 +39,17 @@ __all__ = [
     "batclip",
     "batclip_objective",
     "load_noise",
+    "make_adapter",
     "mgtta",
     "mgtta_objective",
     "online",
     "optimize_noise",
+    "parse_adapter",
     "save_noise",
     "tent",
     "tent_objective",
     "tnt",
+    "tnt_config_of",
     "tnt_image",
     "zero_shot",
 ]

@@ -5,10 +5,9 @@ r"""Label images with zero-shot CLIP or any adapter.
     jaxtta classify FOLDER --adapter batclip --format csv > labels.csv
 
 prints one line per image: its labels, their probabilities, and for an adapter how many updates of
-the model the answer had. Class names and model default to the bundled demo model's. A batch is
-predicted before the model adapts to it. TENT's and BATCLIP's losses are averages over a batch: on
-the demo model BATCLIP lost 21 points with one image per batch and gained with four or more, so
-batches of fewer than `--min-adapt` images are answered but not adapted to.
+the model the answer had. A batch is predicted before the model adapts to it. TENT's and BATCLIP's
+losses are averages over a batch: on the demo model BATCLIP lost 21 points with one image per batch
+and gained with four or more, so batches of fewer than `--min-adapt` images are not adapted to.
 
 Exit codes: 0 if every image has a label; 1 for an error, also if no image could be read; 2 for
 options that cannot be parsed; 3 if some images could not be read (they are named on stderr) or have
@@ -31,7 +30,8 @@ import numpy as np
 import tyro
 from PIL import Image
 
-from jaxtta import adapters, data, evaluate
+from jaxtta import data, evaluate
+from jaxtta.adapters import TNTConfig, tnt
 from jaxtta.cli.options import ModelOptions, group
 from jaxtta.images import SUFFIXES, printable
 from jaxtta.models import Batch
@@ -48,7 +48,7 @@ class Options:
 
     Attributes:
         images: images or folders of images, before --class-names, which takes all words after it.
-        class_names: names for the prompts, or one .json or .txt file with them.
+        class_names: for the prompts, or a .json or .txt file of them (default: the demo model's).
         adapter: zero_shot, or any adapter as in jaxtta sweep --adapters.
         top_k: labels per image.
         format: text, JSON lines or CSV.
@@ -74,19 +74,9 @@ def run(options: Options) -> int:
 
 
 def label(
-    options: Options,
-    command: str,
-    config: adapters.TNTConfig = adapters.TNTConfig(),  # noqa: B008
-    noise: Any = None,
+    options: Options, command: str, config: TNTConfig | None = None, noise: Any = None
 ) -> tuple[int, Any]:
-    """Print one line per image; return the exit code and the adapter's last state.
-
-    Args:
-        options: what to label.
-        command: its name, for messages.
-        config: TNT's settings.
-        noise: TNT's initial map.
-    """
+    """Print one line per image; return the exit code and the adapter's last state."""
     size, spec = options.batch_size, evaluate.parse_adapter(options.adapter)
     files, per_image = list_images(options, command), spec.name == "tnt"
     limits = {name: (getattr(options, name), 1) for name in ("batch_size", "min_adapt", "top_k")}
@@ -99,11 +89,12 @@ def label(
     model, params = options.model.load()
     names = names or getattr(model, "class_names", ()) or data.CIFAR10_CLASSES
     task = evaluate.task_for(model, names, options.model.templates_for("folder"))
-    settings = evaluate.AdapterConfig(tnt=config)
-    adapter, steps = evaluate.make_adapter(spec, model, task, settings), 1
+    settings = evaluate.AdapterConfig(tnt=config or TNTConfig())
+    adapter, steps, kept = evaluate.make_adapter(spec, model, task, settings), 1, False
     if per_image:
         config = evaluate.tnt_config_of(spec, settings)
-        adapter, steps = adapters.tnt(model, task, config=config, noise=noise), config.steps
+        steps, kept = config.steps, config.online
+        adapter = tnt(model, task, config=config, noise=noise)
     say = writer(options, files, names, counted=spec.name != "zero_shot" and steps > 0)
     # The state is not donated: it is kept where a batch is too small to adapt to.
     state, step, seen, updates, unanswered = adapter.init(params), jax.jit(adapter.step), 0, 0, 0
@@ -117,7 +108,7 @@ def label(
         for (file, _), logits in zip(batch, np.asarray(prediction.logits), strict=False):
             finite = bool(np.isfinite(logits).all())
             if per_image:  # each image has its own map, unless one is learnt over all
-                updates = updates * config.online + steps * finite
+                updates = updates * kept + steps * finite
             say(file, np.asarray(jax.nn.softmax(logits)) if finite else np.zeros(0), updates)
             unanswered += not finite
         if len(batch) >= least:
@@ -133,16 +124,14 @@ def label(
 
 
 def batch_of(model: Any, images: Sequence[Image.Image], size: int, seen: int, full: bool) -> Batch:
-    """A batch padded with its last image; of full-size images for methods that make views."""
-    places, sizes = np.arange(size, dtype=np.int32), None
-    rows = np.minimum(places, len(images) - 1)
-    if full:
-        rgb = [np.asarray(model.preprocessing.rgb(image)) for image in images]
-        padded = [data.pad_to_canvas(image, CANVAS) for image in rgb]
-        pixels, sizes = (np.stack(arrays)[rows] for arrays in zip(*padded, strict=True))
-    else:
-        pixels = model.preprocess(images)[rows]
-    return Batch(pixels, places < len(images), seen + places, sizes)
+    """A padded batch; of full-size images for methods that make their own views."""
+    if not full:
+        return Batch.padded(model.preprocess(images), size, seen)
+    rgb = [np.asarray(model.preprocessing.rgb(image)) for image in images]
+    pairs = [data.pad_to_canvas(image, CANVAS) for image in rgb]
+    pixels, sizes = (np.stack(arrays) for arrays in zip(*pairs, strict=True))
+    sizes = np.pad(sizes, ((0, size - len(images)), (0, 0)), constant_values=1)
+    return Batch.padded(pixels, size, seen)._replace(sizes=sizes)
 
 
 def writer(
@@ -158,15 +147,16 @@ def writer(
 
     def say(file: Path, scores: np.ndarray, updates: int) -> None:
         best = np.argsort(-scores, kind="stable")[:places]
-        labels, probabilities = [names[n] for n in best], [float(scores[n]) for n in best]
+        pairs = [(names[n], float(scores[n])) for n in best]
         if options.format == "jsonl":
+            labels, probabilities = ([pair[n] for pair in pairs] for n in (0, 1))
             line = {"file": str(file), "labels": labels, "scores": probabilities}
             print(json.dumps(line | ({"updates": updates} if counted else {})))
         elif options.format == "csv":
-            pairs = [*zip(labels, probabilities, strict=True)] or [("", "")] * places
-            table.writerow([file, *itertools.chain(*pairs), *[updates] * counted])
+            cells = itertools.chain(*pairs or [("", "")] * places)
+            table.writerow([file, *cells, *[updates] * counted])
         else:
-            pairs = [*zip(labels, probabilities, strict=True)] or [("(not finite)", math.nan)]
+            pairs = pairs or [("(not finite)", math.nan)]
             words = [f"{printable(name):<16}  {score:6.1%}" for name, score in pairs]
             words += [f"updates {updates}"] * counted
             print("  ".join([f"{printable(file):<{width}}", *words]))

@@ -263,7 +263,7 @@ def names_for(options: Options, layout: str, root: str) -> tuple[str, ...]:
             f"{root}: its class folders are not those of {own.data}, {diagnose.truncate(odd)} "
             "being in one of them, so --class-names must be a .json by folder name"
         )
-    return groups.class_names_of(own.class_names, layout, root)
+    return own.class_names
 
 
 def class_names_in(root: str) -> set[str]:

@@ -1,5 +1,6 @@
 """What a sweep would compute: the `--dry-run` of `sweep` and `shifts`."""
 
+import contextlib
 import time
 from collections.abc import Sequence
 from datetime import timedelta
@@ -9,25 +10,32 @@ from typing import Any
 import jax
 
 from jaxtta import evaluate
+from jaxtta.evaluate import AdapterSpec, Spec
 from jaxtta.models import Batch
 
 
 def estimate(
-    spec: evaluate.Spec,
-    adapters: Sequence[evaluate.AdapterSpec],
-    model: Any,
-    params: Any,
-    config: evaluate.AdapterConfig,
+    options: Any,
+    spec: Spec,
+    adapters: Sequence[AdapterSpec],
+    loaded: tuple[Any, Any],
     folder: Path,
-    workers: int,
     shard: tuple[int, int],
 ) -> None:
     """Print streams, images and steps, and an estimate of time and memory from one step each."""
-    batches, share = spec.batches(model, adapters), range(shard[0], len(spec.streams), shard[1])
+<<<<<<< HEAD
+    model, params = loaded
+    batches = spec.batches(model, adapters)
     stored = evaluate.load_predictions(folder) if (folder / "predictions").is_dir() else []
+=======
+    batches, share = spec.batches(model, adapters), range(shard[0], len(spec.streams), shard[1])
+    stored = []
+    with contextlib.suppress(FileNotFoundError):  # nothing is finished yet
+        stored = evaluate.load_predictions(folder)
+>>>>>>> wt-r2
     done = {(result.adapter, result.stream, result.seed) for result in stored}
     left, to_read = dict.fromkeys((each.text for each in adapters), 0), 0
-    for number in share:
+    for number in range(shard[0], len(spec.streams), shard[1]):
         stream, steps = batches.streams[number], len(batches.of(number))
         missing = [name for name in left if (name, stream.name, stream.seed) not in done]
         left |= {name: left[name] + steps for name in missing}
@@ -38,12 +46,12 @@ def estimate(
     batches[0]  # the first imports what it needs
     start = time.perf_counter()
     batch: Any = batches[len(batches) - 1]
-    reading = (time.perf_counter() - start) * to_read / max(workers, 1)
+    reading = (time.perf_counter() - start) * to_read / max(options.run.workers, 1)
     total = peak = 0.0
     for each in adapters:
         if not left[each.text]:
             continue
-        adapter = evaluate.make_adapter(each, model, spec.task, config)
+        adapter = evaluate.make_adapter(each, model, spec.task, options.adapters.config)
         state, inputs = adapter.init(params), Batch(batch.images, batch.mask, batch.index)
         if each.needs_originals:
             inputs = Batch(batch.originals, batch.mask, batch.index, batch.sizes)
@@ -56,7 +64,5 @@ def estimate(
         total, peak = total + seconds * left[each.text], max(peak, used)
         print(f"{each.text}: {left[each.text]} steps of {seconds:.2g} s, {used:.2g} GB")
     times = [timedelta(seconds=round(x)) for x in (max(reading, total), reading, total)]
-    print(
-        "estimate for what is not computed yet, from one step each, without compilation: ", end=""
-    )
+    print("estimate for what is left, from one step each and without compilation:")
     print(f"{times[0]} (reading {times[1]} beside steps of {times[2]}), {peak:.2g} GB")

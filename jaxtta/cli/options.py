@@ -11,17 +11,15 @@ A group's name is its title in the help text and no part of its options: `--mode
 
 import dataclasses
 import typing
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import jax.numpy as jnp
 import tyro
 
-from jaxtta import assets, data, evaluate, report
+from jaxtta import assets, data, evaluate
 from jaxtta.adapters import TNTConfig
 from jaxtta.data import Benchmark
-from jaxtta.data.folders import class_folders
 from jaxtta.models import Params, load
 
 Group = TypeVar("Group")
@@ -30,20 +28,17 @@ Group = TypeVar("Group")
 @typing.dataclass_transform(frozen_default=True)
 def group(cls: type[Group]) -> type[Group]:
     """Make a frozen dataclass of options without a prefix; "Attributes:" is their help text."""
-    kinds = cls.__annotations__
-    for name, kind in kinds.items():
-        metavar = None
-        if type(None) in typing.get_args(kind):
-            metavar = typing.get_args(kind)[0].__name__.upper()
-        hint = _default if name in vars(cls) else None  # else required
+
+    def default(text: str) -> str:  # empty ones and paths are left out
+        return "" if text in ("", "None", "False") or "/" in text else f"(default: {text})"
+
+    for name, kind in cls.__annotations__.items():
+        first, *others = *typing.get_args(kind), None
+        metavar = first.__name__.upper() if type(None) in others else None
+        hint = default if name in vars(cls) else None  # else required
         shown = tyro.conf.arg(prefix_name=False, metavar=metavar, help_behavior_hint=hint)
-        kinds[name] = Annotated[kind, shown]
+        cls.__annotations__[name] = Annotated[kind, shown]
     return dataclasses.dataclass(frozen=True)(cls)
-
-
-def _default(text: str) -> str:
-    """A default in the help text; empty ones and paths are left out."""
-    return "" if text in ("", "None", "False") or "/" in text else f"(default: {text})"
 
 
 @group
@@ -51,10 +46,9 @@ class ModelOptions:
     """The model and its prompts.
 
     Attributes:
-        model: folder or hub id of a CLIP, SigLIP or supervised ViT (default: the bundled demo
-            model).
-        templates: prompt templates, with {} for the class; several are averaged. "imagenet" are
-            CLIP's 80, "usual" those of the layout (default).
+        model: folder or hub id of a CLIP, SigLIP or supervised ViT (default: the demo model).
+        templates: prompts with {} for the class, averaged; "imagenet" are CLIP's 80, "usual" those
+            of the layout (default).
         compute_dtype: dtype of the matrix products.
     """
 
@@ -78,13 +72,11 @@ class DataOptions:
     """The images.
 
     Attributes:
-        data: folder of images, or NAME:SPLIT for tensorflow-datasets (default: 2,000 bundled
-            CIFAR-10 test images).
+        data: a folder, or NAME:SPLIT of tensorflow-datasets (default: bundled CIFAR-10 images).
         layout: folder (clean images by class), imagenet, imagenet-c, cifar-c, arrays
-            (<corruption>.npy and labels.npy), tfds or the name of another dataset; an unknown name
-            lists all. Clean images are corrupted as they are read.
-        class_names: names for the prompts in label order, or a .json or .txt file; arrays have none
-            of their own.
+            (<corruption>.npy and labels.npy), tfds, …; an unknown name lists all. Clean images are
+            corrupted as they are read.
+        class_names: for the prompts, in label order, or a .json or .txt file of them.
         ids: use only the images of a list: a file with a CLASS_FOLDER/FILE a line, or
             imagenet-c-5000, RobustBench's.
         max_images: use at most so many images, sampled with the seed.
@@ -99,15 +91,8 @@ class DataOptions:
     def open(self, model: Any, root: str | None = None) -> Benchmark:
         """The images by domain; `root` is another folder of the same layout."""
         root = root or self.data
-        names = class_names_of(self.class_names, self.layout, root)
-        found = data.open_benchmark(self.layout, root, model.preprocessing, names)
+        found = data.open_benchmark(self.layout, root, model.preprocessing, self.class_names)
         return data.listed_subset(found, self.ids) if self.ids else found
-
-
-def class_names_of(given: Sequence[str], layout: str, root: str) -> tuple[str, ...]:
-    """The class names of an option, or of its file; empty for the layout's own."""
-    folders = class_folders(root) if given and layout == "folder" and Path(root).is_dir() else ()
-    return data.given_class_names(given, [folder.name for folder in folders])
 
 
 @group
@@ -135,14 +120,18 @@ class OrderOptions:
         made = [data.make_streams(*arguments, seed=seed, **named) for seed in self.seeds]
         return [stream for streams in made for stream in streams]
 
+    def settings(self, limit: int | None) -> dict[str, Any]:
+        """What identifies the order in a result."""
+        used = {"concentration": self.concentration} if self.order == "dirichlet" else {}
+        return {"order": self.order, "max_images": limit, **used}
+
 
 @group
 class StreamOptions(OrderOptions):
     """The streams of images.
 
     Attributes:
-        corruptions: corruptions to run, clean among them (default: the 15 of ImageNet-C; clean for
-            layouts of natural shifts).
+        corruptions: may include clean (default: ImageNet-C's 15; clean for natural shifts).
         severities: 1 to 5 (default: 5; 1 on the bundled images, which are small).
         setting: reset at each corruption; one stream through all of them; the same with a severity
             that rises and falls; one stream of all mixed.
@@ -163,8 +152,7 @@ class AdapterOptions:
         preset: optimiser settings of TENT's and BATCLIP's papers.
         tnt: TNT's settings.
         mgtta: MGTTA's settings; the default files are for the bundled demo model.
-        canvas: side in pixels to which TNT's full-size images are padded or shrunk (default: the
-            longest side in a sample, at most 512).
+        canvas: side to which TNT's full-size images are padded or shrunk (default: at most 512).
     """
 
     adapters: tuple[str, ...] = ("zero_shot", "tent", "batclip")
@@ -178,14 +166,6 @@ class AdapterOptions:
         """The settings of the adapters."""
         return evaluate.AdapterConfig(self.preset, self.tnt, self.mgtta)
 
-    def check(self, examples: int = 0) -> None:
-        """Raise a ValueError for invalid options, with so many `--save-examples`."""
-        evaluate.require_distinct(adapters=self.adapters)
-        evaluate.require_at_least(canvas=(self.canvas, 1), save_examples=(examples, 0))
-        specs = [evaluate.parse_adapter(text) for text in self.adapters]
-        if examples:
-            report.check_examples(specs, self.config)
-
 
 @group
 class TuneOptions:
@@ -194,8 +174,7 @@ class TuneOptions:
     Attributes:
         tune_learning_rates: candidates; each adapter gets the one of the highest accuracy.
         tune_adapters: select for these adapters only (default: all with a learning rate).
-        validation: other images of the same layout to select on (default: the test images, with
-            their labels).
+        validation: other images of the same layout to select on (default: the test images).
     """
 
     tune_learning_rates: tuple[float, ...] = ()
@@ -210,8 +189,7 @@ class RunOptions:
     Attributes:
         output: folder for the results; a run that was stopped goes on where it was.
         workers: processes that read images; 0 to read in the main process.
-        shard: this machine's part of the streams, such as 0/4; put the folders together
-            afterwards, and run once more without it.
+        shard: this machine's part, such as 0/4; put the folders together afterwards.
         checkpoint_every: batches between two checkpoints within a stream.
         trust_data: take earlier results without checking that the images are unchanged.
         log: log every result there too.

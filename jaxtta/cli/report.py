@@ -34,5 +34,5 @@ def run(options: Options) -> None:
         raise ValueError("give one folder of results or more")
     if len(options.folders) > 1:
         return report.compare(options.folders, options.output)
-    for folder in options.folders:
-        report.write_report(evaluate.load_predictions(folder), folder, folder.resolve().name)
+    (folder,) = map(Path, options.folders)
+    report.write_report(evaluate.load_predictions(folder), folder, folder.resolve().name)

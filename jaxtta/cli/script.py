@@ -32,8 +32,7 @@ def run_script(
     as file names that are not UTF-8, is printed escaped.
 
     Args:
-        options: a dataclass with a field `debug`, or one of `RunOptions` named `run`; its attribute
-            docstrings are the help text.
+        options: a dataclass with a field `debug`, or `run` of `RunOptions`; documented.
         main: does the work; returns None or the exit code.
         doc: the script's docstring, shown above the options.
         arguments: the command line; None for that of this process.
@@ -53,7 +52,8 @@ def run_script(
         if sys.stdout is not None:
             sys.stdout.flush()  # here, so that an error is handled
     except KeyboardInterrupt:
-        sys.exit(_say("interrupted; finished results are saved", 130))
+        print("interrupted; finished results are saved", file=sys.stderr)
+        code = 130
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         if isinstance(error, BrokenPipeError) and _output_is_closed():
             sys.exit(141)  # as the shell says for programs that this ends
@@ -62,7 +62,12 @@ def run_script(
         sentence = str(error)
         if isinstance(error, OSError) and error.filename and error.strerror:
             sentence = f"{error.filename}: {error.strerror}"
-        sys.exit(_say(" ".join(sentence.split()), 1))
+        print(f"error: {' '.join(sentence.split())}", file=sys.stderr)
+        code = 1
+    if code == 130:  # Python may crash at its end while threads that read images still run
+        for thread in threading.enumerate():
+            if thread is not threading.current_thread():
+                thread.join(2)
     if code:
         sys.exit(code)
 
@@ -117,8 +122,3 @@ def _insistent_interrupts() -> Iterator[None]:
         signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _say(sentence: str, code: int) -> int:
-    print(f"error: {sentence}" if code == 1 else sentence, file=sys.stderr)
-    return code

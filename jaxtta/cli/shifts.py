@@ -4,14 +4,12 @@ r"""Measure how much adapters gain on natural distribution shifts.
 
 runs zero-shot CLIP and TNT on bundled CIFAR-10 images with the bundled demo model, with crops of at
 least half an image, since smaller crops of 32 pixels show little. Your own images in class folders,
-beside a known dataset:
+beside a known dataset (docs/published.md has the usual ones):
 
     jaxtta shifts --datasets shop=FOLDER imagenet-a=DATA/imagenet-a --output runs/own
 
-docs/published.md has the commands for the usual datasets. Every dataset has its own folder in the
-output and is computed once: with --shard each machine runs some of the datasets, and the same
-command with all folders present writes the report. TNT adapts to single images; the other adapters
-take one step per batch. Images that cannot be read are left out, named and counted.
+Every dataset has its own folder in the output and is computed once: with --shard each machine runs
+some of them, and the same command with all folders present writes the report.
 """
 
 import re
@@ -19,7 +17,7 @@ from pathlib import Path
 
 from jaxtta import assets, data, evaluate, report
 from jaxtta.cli import options as groups
-from jaxtta.cli.sweep import measure
+from jaxtta.cli.sweep import check_adapters, measure
 
 LAYOUTS = {
     **dict.fromkeys(("imagenet", "imagenet-a", "imagenet-r", "imagenet-sketch"), "imagenet"),
@@ -50,7 +48,7 @@ class Options:
 
 def run(options: Options) -> None:
     """Run every dataset and report."""
-    options.adapters.check(options.save_examples)
+    check_adapters(options)
     places, (number, count) = folders_of(options.datasets), options.run.part
     model, params = options.model.load()
     layouts = {name: LAYOUTS.get(name, "folder") for name in [*places][number::count]}
@@ -66,13 +64,13 @@ def run(options: Options) -> None:
             options.streams.batch_size,
             options.adapters.canvas,
             "datasets",
-            {"order": options.streams.order, "max_images": limit},
+            options.streams.settings(limit),
             templates,
         )
         about = evaluate.about(model, data=places[name], model=options.model.model)
         wanted = -(-(options.save_examples - len(examples)) // (len(datasets) - place))
-        inputs = (spec, list(options.adapters.adapters), model, params)
-        found = measure(options, *inputs, options.run.output / name, about, wanted=wanted)
+        inputs = (spec, options.adapters.adapters, (model, params), options.run.output / name)
+        found = measure(options, *inputs, about, wanted)
         results, samples, examples = results + found[0], samples | found[1], examples + found[2]
     if results and count == 1:
         title = f"{Path(options.model.model).name} on {', '.join(places)}"

@@ -16,15 +16,15 @@ and counted; the exit code is 0 then too, and 1 if a stream has none that can be
 """
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
 from jaxtta import data, evaluate, report
 from jaxtta.cli import options as groups
 from jaxtta.cli.estimate import estimate
-from jaxtta.models import Task
 
 CORRUPTED = ("folder", "imagenet", "tfds", "imagenet-c", "cifar-c", "arrays")
 """Layouts whose corruptions are ImageNet-C's by default; the others are shifts by themselves."""
@@ -50,15 +50,15 @@ class Options:
 def run(options: Options) -> None:
     """Run the sweep and report."""
     check(options)
-    model, params = options.model.load()
-    benchmark, given = options.data.open(model), options.streams
+    loaded, given = options.model.load(), options.streams
+    benchmark = options.data.open(loaded[0])
     usual = data.IMAGENET_C if options.data.layout in CORRUPTED else (data.CLEAN,)
-    spec = spec_of(options, model, benchmark, given.setting, given.corruptions or usual)
-    about = evaluate.about(model, data=options.data.data, model=options.model.model)
-    adapters = tune(options, model, params, benchmark, about)
+    spec = spec_of(options, loaded[0], benchmark, given.setting, given.corruptions or usual)
+    about = evaluate.about(loaded[0], data=options.data.data, model=options.model.model)
+    adapters = tune(options, loaded, benchmark, about)
     folder, shard = options.run.output, options.run.part
-    inputs = (spec, adapters, model, params, folder, about)
-    results, samples, examples = measure(options, *inputs, shard, options.save_examples)
+    inputs = (spec, adapters, loaded, folder, about, options.save_examples)
+    results, samples, examples = measure(options, *inputs, shard)
     if shard[1] > 1 and results:
         print(f"{len(results)} results in {folder}; when all shards are done, put their folders")
         print("together and run the same command without --shard for the report")
@@ -69,9 +69,19 @@ def run(options: Options) -> None:
         report.write_report(results, folder, title, samples, examples)
 
 
+def check_adapters(options: Any) -> None:
+    """Raise a ValueError for invalid adapters; also of natural shifts."""
+    given = options.adapters
+    evaluate.require_distinct(adapters=given.adapters)
+    evaluate.require_at_least(canvas=(given.canvas, 1), save_examples=(options.save_examples, 0))
+    specs = [evaluate.parse_adapter(text) for text in given.adapters]
+    if options.save_examples:
+        report.check_examples(specs, given.config)
+
+
 def check(options: Options) -> None:
     """Raise a ValueError for invalid options."""
-    options.adapters.check(options.save_examples)
+    check_adapters(options)
     given, rates = options.streams, options.tune.tune_learning_rates
     for name in ("corruptions", "severities"):
         if getattr(given, name):
@@ -97,6 +107,7 @@ def spec_of(
     severities = (1, 2, 3, 4, 5) if setting == "gradual" else options.streams.severities or (usual,)
     labels, limit = data.labels_of(benchmark), options.data.max_images
     streams = options.streams.streams(limit, setting, corruptions, severities, labels)
+    data.select(benchmark, dict.fromkeys(x for stream in streams for x in stream.segments))
     templates = options.model.templates_for(options.data.layout)
     return evaluate.Spec(
         benchmark,
@@ -105,29 +116,26 @@ def spec_of(
         options.streams.batch_size,
         options.adapters.canvas,
         setting,
-        {"layout": options.data.layout, "order": options.streams.order, "max_images": limit},
+        {"layout": options.data.layout, **options.streams.settings(limit)},
         templates,
     )
 
 
-def tune(
-    options: Options, model: Any, params: Any, benchmark: data.Benchmark, about: dict[str, Any]
-) -> list[str]:
+def tune(options: Options, loaded: Any, benchmark: data.Benchmark, about: dict) -> list[str]:
     """The adapters, with the learning rates that are selected for them."""
     adapters, rates = list(options.adapters.adapters), options.tune.tune_learning_rates
-    if not rates:
-        return adapters
-    if options.run.dry_run:
+    if rates and options.run.dry_run:
         print("not estimated: learning rates are selected first")
+    if not rates or options.run.dry_run:
         return adapters
     if options.tune.validation:
-        benchmark = options.data.open(model, options.tune.validation)
-    spec = spec_of(options, model, benchmark, "reset_each_shift", data.IMAGENET_C_EXTRA)
-    inputs = (spec, model, params, options.run.output / "validation")
+        benchmark = options.data.open(loaded[0], options.tune.validation)
+    spec = spec_of(options, loaded[0], benchmark, "reset_each_shift", data.IMAGENET_C_EXTRA)
+    named = {"config": options.adapters.config, **options.run.how}
+    inputs: Any = (rates, spec, *loaded, options.run.output / "validation")
     whose = "separate images" if options.tune.validation else "the test images"
     for text in options.tune.tune_adapters or [*filter(evaluate.has_rate, adapters)]:
-        config = options.adapters.config
-        choice = evaluate.tune_learning_rate(text, rates, *inputs, config=config, **options.run.how)
+        choice = evaluate.tune_learning_rate(text, *inputs, **named)
         choice = choice._replace(chosen_on=f"{choice.chosen_on}; {whose}, with their labels")
         top1 = {f"{rate:g}": f"{100 * top1:.2f} %" for rate, top1 in choice.accuracies.items()}
         said = ", ".join(f"{rate}: {value}" for rate, value in top1.items())
@@ -140,13 +148,12 @@ def tune(
 def measure(
     options: Any,
     spec: evaluate.Spec,
-    adapters: list[str],
-    model: Any,
-    params: Any,
+    adapters: Sequence[str],
+    loaded: tuple[Any, Any],
     folder: Path,
     about: dict[str, Any],
+    wanted: int,
     shard: tuple[int, int] = (0, 1),
-    wanted: int = 0,
 ) -> tuple[list[evaluate.Predictions], dict[str, np.ndarray], list[report.Example]]:
     """Run adapters, or estimate what that takes; also for natural shifts.
 
@@ -155,18 +162,16 @@ def measure(
     """
     specs, config = [evaluate.parse_adapter(text) for text in adapters], options.adapters.config
     if options.run.dry_run:
-        estimate(spec, specs, model, params, config, folder, options.run.workers, shard)
+        estimate(options, spec, specs, loaded, folder, shard)
         return [], {}, []
     log = None
     if options.run.log:
         log = evaluate.loggers(options.run.log, folder, dataclasses.asdict(options))
     named = {"config": config, "shard": shard, "log": log, "about": about}
-    results = evaluate.sweep(spec, adapters, model, params, folder, **named, **options.run.how)
-    batches, examples = spec.batches(model, specs), []
+    results = evaluate.sweep(spec, adapters, *loaded, folder, **named, **options.run.how)
+    batches, examples = spec.batches(loaded[0], specs), []
     if wanted:
         tnt = next(each for each in specs if each.name == "tnt")
-        settings, task = evaluate.tnt_config_of(tnt, config), cast(Task, spec.task)
-        examples = report.find_examples(
-            results, tnt.text, batches, wanted, model, params, task, settings
-        )
+        inputs: Any = (batches, wanted, *loaded, spec.task, evaluate.tnt_config_of(tnt, config))
+        examples = report.find_examples(results, tnt.text, *inputs)
     return results, report.samples_of(batches), examples

@@ -1,5 +1,9 @@
 """Datasets of images, benchmarks of corrupted ones, and streams of numpy batches."""
 
+from jaxtta.corruptions import CLEAN as CLEAN
+from jaxtta.corruptions import IMAGENET_C as IMAGENET_C
+from jaxtta.corruptions import IMAGENET_C_EXTRA as IMAGENET_C_EXTRA
+from jaxtta.corruptions import corrupt as corrupt
 from jaxtta.data.arrays import ArrayDataset as ArrayDataset
 from jaxtta.data.baselines import reference_points as reference_points
 from jaxtta.data.batches import Batches as Batches
@@ -12,10 +16,6 @@ from jaxtta.data.class_names import CROSS_DATASETS as CROSS_DATASETS
 from jaxtta.data.class_names import given_class_names as given_class_names
 from jaxtta.data.class_names import imagenet_templates as imagenet_templates
 from jaxtta.data.class_names import templates_for as templates_for
-from jaxtta.data.corruptions import CLEAN as CLEAN
-from jaxtta.data.corruptions import IMAGENET_C as IMAGENET_C
-from jaxtta.data.corruptions import IMAGENET_C_EXTRA as IMAGENET_C_EXTRA
-from jaxtta.data.corruptions import corrupt as corrupt
 from jaxtta.data.datasets import Benchmark as Benchmark
 from jaxtta.data.datasets import Corrupted as Corrupted
 from jaxtta.data.datasets import Dataset as Dataset

@@ -4,13 +4,13 @@ import dataclasses
 import functools
 import logging
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jaxtta.data.corruptions import CLEAN, SEVERITIES
+from jaxtta.corruptions import CLEAN, SEVERITIES
 from jaxtta.data.datasets import Domain
 from jaxtta.images import is_system
 from jaxtta.io import digest_array, digest_files
@@ -29,32 +29,42 @@ class ArrayDataset:
     severity: int = 0  # which of the file's five severities; 0 if it has one
 
     @property
+    def root(self) -> Path | None:
+        """The folder of the file."""
+        return self.images.parent if isinstance(self.images, Path) else None
+
+    @property
     def _array(self) -> np.ndarray:
-        return self.images if isinstance(self.images, np.ndarray) else _mapped(self.images)
+        return _once(_mapped, self.images) if isinstance(self.images, Path) else self.images
+
+    @property
+    def _first(self) -> int:
+        return max(self.severity - 1, 0) * len(self.labels)
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, number: int) -> np.ndarray:
-        return self._array[self._row(number)]
+        return self._array[self._first :][: len(self)][number]
 
     def name(self, number: int) -> str:
         """The image's row, for messages."""
-        return f"{self.what} {self._row(number)}"
+        return f"{self.what} {self._first + number}"
 
     def content(self) -> str:
         """A digest of the array or file."""
-        if isinstance(self.images, np.ndarray):
-            return digest_array(self.images)
-        return _digest(self.images, self.images.stat().st_mtime_ns, self.images.stat().st_size)
+        if isinstance(self.images, Path):
+            return _once(_digest, self.images)
+        return digest_array(self.images)
 
     def check(self) -> None:
         """Raise a ValueError if the array is not as expected, or does not fit the labels."""
         array, count = self._array, len(self.labels)
-        place = self.what if isinstance(self.images, np.ndarray) else self.images
+        place = self.images if isinstance(self.images, Path) else self.what
         if array.ndim != 4 or array.shape[-1] != 3 or array.dtype != np.uint8:
             found = f"{place}: is {array.dtype} of shape {array.shape}"
             raise ValueError(f"{found}, expected uint8 of shape (images, height, width, 3)")
+        check_labels(place, np.asarray(self.labels), len(self.class_names))
         expected = count * SEVERITIES if self.severity else count
         if len(array) != expected:
             severities = f" at {SEVERITIES} severities" if self.severity else ""
@@ -63,29 +73,32 @@ class ArrayDataset:
             found = f"{place}: has {len(array)} images, expected {expected} for {count} labels"
             raise ValueError(f"{found}{severities}{hint}")
 
-    def _row(self, number: int) -> int:
-        return max(self.severity - 1, 0) * len(self.labels) + number
+
+def _once(function: Callable[[Path], Any], path: Path) -> Any:
+    """What a function made of a file, until the file changes."""
+    status = path.stat()
+    return _remembered(function, path, status.st_mtime_ns, status.st_size)
 
 
-@functools.lru_cache(maxsize=256)  # all severities in a file have the same
-def _digest(path: Path, changed: int, size: int) -> str:
+@functools.lru_cache(maxsize=64)  # open files, not images
+def _remembered(function: Callable[[Path], Any], path: Path, changed: int, size: int) -> Any:
     del changed, size
+    return function(path)
+
+
+def _digest(path: Path) -> str:
     return digest_files([path])
 
 
 def _mapped(path: Path) -> np.ndarray:
-    return _mapped_once(path, path.stat().st_mtime_ns, path.stat().st_size)
-
-
-@functools.lru_cache(maxsize=32)  # open files, not images
-def _mapped_once(path: Path, changed: int, size: int) -> np.ndarray:
-    del changed, size  # another file under the same name is opened anew
     return _load(path, mmap_mode="r")
 
 
 def _load(path: Path, **options: Any) -> Any:
     try:
         return np.load(path, allow_pickle=False, **options)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path}: no such file") from error
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path}: cannot be read as an array ({error})") from error
 
@@ -105,8 +118,6 @@ def check_labels(path: object, labels: np.ndarray, classes: int | None = None) -
 
 def open_npz(path: Path) -> ArrayDataset:
     """Open an `.npz` file with images (images, height, width, 3) uint8, labels and class_names."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
     try:
         with _load(path) as arrays:
             images, labels, names = (arrays[k] for k in ("images", "labels", "class_names"))
@@ -120,18 +131,14 @@ def open_npz(path: Path) -> ArrayDataset:
 
 
 def open_arrays(
-    root: str | Path, class_names: Sequence[str], stacked: bool = False
+    root: Path, class_names: Sequence[str], stacked: bool = False
 ) -> dict[Domain, ArrayDataset]:
-    """Open a folder of `<corruption>.npy` files and one `labels.npy`.
+    """Open a folder of `<corruption>.npy` and `clean.npy` files, and one `labels.npy` for them.
 
-    Args:
-        root: the folder; the same images in the same order in every file; "clean" is `clean.npy`.
-        class_names: names of the classes, in label order.
-        stacked: whether every file except the clean one has all images at severity 1, then at 2,
-            up to 5, as in the public CIFAR-10-C; its labels may be repeated five times.
+    If they are `stacked`, every file except the clean one has all images at severity 1, then at 2,
+    up to 5, as in the public CIFAR-10-C; the labels may be repeated five times.
     """
-    root, names = Path(root), tuple(class_names)
-    labels, place = read_labels(root), Path(root) / "labels.npy"
+    labels, place, names = read_labels(root), root / "labels.npy", tuple(class_names)
     check_labels(place, labels, len(names))
     found = {path.stem: path for path in sorted(root.glob("*.npy")) if not is_system(path.name)}
     del found["labels"]
@@ -140,7 +147,7 @@ def open_arrays(
     repeated = np.array_equal(np.tile(labels[: len(labels) // SEVERITIES], SEVERITIES), labels)
     if stacked:
         first = next((path for name, path in found.items() if name != CLEAN), None)
-        images = len(_mapped(first)) if first else 0
+        images = len(_once(_mapped, first)) if first else 0
         if images != SEVERITIES * len(labels):
             if not repeated:
                 one = images == len(labels)
@@ -166,8 +173,6 @@ def open_arrays(
 def read_labels(root: str | Path) -> np.ndarray:
     """Read a folder's `labels.npy`: (labels,) int32, none below 0."""
     path = Path(root) / "labels.npy"
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file")
     labels = _load(path)
     check_labels(path, labels)
     return labels.astype(np.int32)

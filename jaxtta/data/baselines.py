@@ -9,16 +9,11 @@ from jaxtta.io import read_rows, read_text
 
 
 def reference_points(shifted: Sequence[str]) -> list[tuple[float, float]]:
-    """Accuracies of classifiers trained on ImageNet with standard supervision.
+    """Top-1 accuracy on ImageNet, and mean accuracy on shifted sets, of supervised classifiers.
 
-    Args:
-        shifted: the sets to average: imagenet-v2, imagenet-r, imagenet-sketch, imagenet-a.
-
-    Returns:
-        For each model, its top-1 accuracy on ImageNet and its mean accuracy on these sets, both in
-        (0, 1), for `jaxtta.diagnose.fit_baseline`. On ImageNet-R and -A only their 200 classes
-        are predicted. Models with a mean of 0 are omitted: ResNet-50 on ImageNet-A alone, whose
-        images were selected to be misclassified by it.
+    The sets are some of imagenet-v2, -r, -sketch and -a; of -r and -a only their 200 classes are
+    predicted. Models with a mean of 0 are omitted: ResNet-50 on ImageNet-A alone, whose images were
+    selected to be misclassified by it.
 
     References:
         Published by timm, https://github.com/huggingface/pytorch-image-models, in `results`; the

@@ -12,14 +12,17 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from jaxtta.data.datasets import Benchmark, Dataset, Preprocess, labels_of, read, require_domains
+from jaxtta.data.datasets import Benchmark, Dataset, labels_of, read, require_domains
 from jaxtta.data.streams import Stream
 from jaxtta.images import UnreadableImageError
+
+if TYPE_CHECKING:
+    from jaxtta.models.preprocess import Preprocessing
 
 
 class StreamBatch(NamedTuple):
@@ -45,7 +48,7 @@ class Batches:
     benchmark: Benchmark
     streams: tuple[Stream, ...]
     size: int  # images per batch
-    preprocess: Preprocess
+    preprocess: "Preprocessing"
     canvas: int | None = None  # side to which originals are padded; None for no originals
 
     def __post_init__(self) -> None:
@@ -146,20 +149,14 @@ def _follow_the_parent(worker: int, workers: int) -> None:
     """Ignore SIGINT; exit with the parent."""
     del worker, workers
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-
-    def end() -> None:
-        if parent is not None:
-            parent.join()
-            os._exit(1)
-
-    threading.Thread(target=end, daemon=True).start()
+    parent: Any = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def read_ahead(
     batches: Batches, workers: int = 0, numbers: Sequence[int] | None = None
 ) -> Iterator[StreamBatch]:
-    """Prefetch batches in order.
+    """Prefetch batches in order, the same for any number of workers.
 
     Args:
         batches: the batches to read.
@@ -168,9 +165,8 @@ def read_ahead(
             `if __name__ == "__main__":`.
         numbers: indices of the batches to read, for example to resume; None for all.
 
-    Returns:
-        An iterator over the batches, the same for any number of workers. It raises a
-        ChildProcessError if a process ends early.
+    Raises:
+        ChildProcessError: if a process ends early, as the batches are read.
     """
     from absl import flags
 

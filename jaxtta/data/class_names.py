@@ -35,7 +35,6 @@ def templates_for(layout: str) -> tuple[str, ...]:
     return (CROSS_DATASETS.get(layout, {"template": "a photo of a {}."})["template"],)
 
 
-@functools.cache
 def imagenet_templates() -> tuple[str, ...]:
     """CLIP's 80 prompt templates for ImageNet."""
     return tuple(read_table("imagenet-templates"))
@@ -47,7 +46,6 @@ def imagenet_classes() -> types.MappingProxyType[str, str]:
     return types.MappingProxyType(dict(sorted(read_table("imagenet-class-names").items())))
 
 
-@functools.cache
 def cifar100_classes() -> tuple[str, ...]:
     """CIFAR-100's fine classes in label order."""
     return tuple(read_table("cifar100-class-names"))
@@ -57,14 +55,12 @@ def given_class_names(names: Sequence[str], folders: Sequence[str] = ()) -> tupl
     """Class names as an option gives them: names in label order, or one file with them.
 
     Args:
-        names: the option's values; may be empty. A file is plain text (.txt) with one name per
-            line, or a JSON list (.json), both in label order (folder order, in which numbers are
-            sorted as numbers), or a JSON object from folder name to class name.
+        names: may be empty. A file is plain text (.txt) with one name per line, or a JSON list
+            (.json), both in label order (folder order, in which numbers are sorted as numbers), or
+            a JSON object from folder name to class name. Equal names in a file are logged.
         folders: the class folders' names; may be empty if the file has a list.
-
-    Returns:
-        One name per class; empty if `names` is. Equal names in a file are logged.
     """
+    names = [str(names)] if isinstance(names, str | Path) else names
     path = Path(names[0] if len(names) == 1 else "")
     if path.suffix.lower() not in (".json", ".txt"):
         if path.is_file():

@@ -7,18 +7,22 @@
 """
 
 import dataclasses
+import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 from PIL import Image
 
+from jaxtta.corruptions import CLEAN, CORRUPTIONS, SEVERITIES, SMALLEST, corrupt, image_seed
 from jaxtta.data.class_names import TABLES
-from jaxtta.data.corruptions import CLEAN, CORRUPTIONS, SEVERITIES, SMALLEST, corrupt, image_seed
 from jaxtta.images import UnreadableImageError
 from jaxtta.io import nfc, read_text
+
+if TYPE_CHECKING:
+    from jaxtta.models.preprocess import Preprocessing
 
 
 class Domain(NamedTuple):
@@ -37,9 +41,9 @@ class Domain(NamedTuple):
 class Dataset(Protocol):
     """Labelled images, read by index: (height, width, 3) uint8, or an UnreadableImageError.
 
-    It may also have `name(number)`, an image's name for messages; `content()`, a digest by which a
-    run notices that the stored images changed; and `check()`, which raises a ValueError if the
-    images are not as expected, before a run.
+    It may also have `name(number)`, an image's name for messages; `root`, where they lie, for
+    messages; `content()`, a digest by which a run notices that the stored images changed; and
+    `check()`, which raises a ValueError if the images are not as expected, before a run.
     """
 
     @property
@@ -61,19 +65,6 @@ Benchmark = Mapping[Domain, Dataset]
 """The same images under several domains: equal labels, class names and numbers of images."""
 
 
-class Preprocess(Protocol):
-    """A model's preprocessing: resizes and crops to (image_size, image_size, 3) uint8."""
-
-    @property
-    def image_size(self) -> int:
-        """Side of the model's input in pixels."""
-        ...
-
-    def __call__(self, image: Image.Image, /) -> np.ndarray:
-        """Resize and crop."""
-        ...
-
-
 @dataclasses.dataclass(frozen=True)
 class _View:
     """A dataset of another's images."""
@@ -93,16 +84,16 @@ class _View:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def number_in(self, number: int) -> int:
-        """An image's index in the other dataset."""
-        return number
-
 
 @dataclasses.dataclass(frozen=True)
 class Subset(_View):
-    """Some images of a dataset, with all of its classes; `numbers` are their indices."""
+    """Some images of a dataset, with all of its classes; `numbers` are indices or a mask."""
 
     numbers: np.ndarray
+
+    def __post_init__(self) -> None:
+        numbers = np.asarray(self.numbers, None if len(self.numbers) else int)
+        object.__setattr__(self, "numbers", np.arange(len(self.dataset))[numbers])
 
     @property
     def labels(self) -> np.ndarray:
@@ -110,11 +101,7 @@ class Subset(_View):
         return self.dataset.labels[self.numbers]
 
     def __getitem__(self, number: int) -> np.ndarray:
-        return self.dataset[self.number_in(number)]
-
-    def number_in(self, number: int) -> int:
-        """An image's index in the other dataset."""
-        return int(self.numbers[number])
+        return self.dataset[int(self.numbers[number])]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,10 +115,11 @@ class Corrupted(_View):
 
     corruption: str
     severity: int
-    preprocess: Preprocess
+    preprocess: "Preprocessing"
     seed: int = 0
 
     def __getitem__(self, number: int) -> np.ndarray:
+        number = range(len(self))[number]
         image = self.dataset[number]
         if min(image.shape[:2]) < SMALLEST:
             raise UnreadableImageError(f"{name_of(self, number)}: smaller than {SMALLEST} pixels")
@@ -148,11 +136,11 @@ class Corrupted(_View):
 
 
 def read(
-    dataset: Dataset, number: int, seed: int, preprocess: Preprocess
+    dataset: Dataset, number: int, seed: int, preprocess: "Preprocessing"
 ) -> tuple[np.ndarray, np.ndarray]:
     """One image at the model's resolution, and as the dataset gives it (corrupted by the seed)."""
     while isinstance(dataset, Subset):
-        dataset, number = dataset.dataset, dataset.number_in(number)
+        dataset, number = dataset.dataset, int(dataset.numbers[number])
     if isinstance(dataset, Corrupted):
         image = dataclasses.replace(dataset, seed=seed)[number]
         if min(image.shape[:2]) >= preprocess.image_size:  # preprocessed before it was corrupted
@@ -165,24 +153,21 @@ def read(
 def name_of(dataset: Dataset, number: int) -> str:
     """An image's name for messages; its index if the dataset has no names."""
     while isinstance(dataset, _View):
-        dataset, number = dataset.dataset, dataset.number_in(number)
+        number = int(dataset.numbers[number]) if isinstance(dataset, Subset) else number
+        dataset = dataset.dataset
     return getattr(dataset, "name", lambda number: f"image {number}")(number)
 
 
 def content_of(dataset: Dataset) -> str | None:
     """A digest of a dataset's stored images; None if it cannot tell whether they changed."""
-    while isinstance(dataset, _View):
-        dataset = dataset.dataset
-    return getattr(dataset, "content", lambda: None)()
+    return getattr(_stored(dataset), "content", lambda: None)()
 
 
-def _check(dataset: Dataset) -> None:
-    getattr(dataset, "check", lambda: None)()
-    if isinstance(dataset, _View):
-        _check(dataset.dataset)
+def _stored(dataset: Dataset) -> Any:
+    return _stored(dataset.dataset) if isinstance(dataset, _View) else dataset
 
 
-def corrupted(dataset: Dataset, preprocess: Preprocess) -> dict[Domain, Dataset]:
+def corrupted(dataset: Dataset, preprocess: "Preprocessing") -> dict[Domain, Dataset]:
     """A benchmark of clean images: as they are, and under every corruption at every severity."""
     return {Domain(CLEAN): dataset} | {
         Domain(name, severity): Corrupted(dataset, name, severity, preprocess)
@@ -196,18 +181,23 @@ def select(benchmark: Benchmark, domains: Iterable[Domain]) -> None:
     domains = tuple(dict.fromkeys(domains))
     require_domains(benchmark, domains)
     for domain in domains:
-        _check(benchmark[domain])
+        dataset: Any = benchmark[domain]
+        while dataset is not None:
+            getattr(dataset, "check", lambda: None)()
+            dataset = dataset.dataset if isinstance(dataset, _View) else None
 
 
 def require_domains(benchmark: Benchmark, domains: Iterable[Domain]) -> None:
     """Raise a ValueError for a missing domain, without looking at the datasets."""
     for corruption, severity in (domain for domain in domains if domain not in benchmark):
+        roots: list[Any] = [getattr(_stored(d), "root", None) for d in benchmark.values()]
+        place = f" in {os.path.commonpath(map(os.path.abspath, roots))}" if all(roots) else ""
         severities = [str(domain.severity) for domain in benchmark if domain[0] == corruption]
         if severities:
-            expected = " or ".join(severities)
-            raise ValueError(f"severity of {corruption} is {severity}, expected {expected}")
+            expected = f"{severity}, expected {' or '.join(severities)}"
+            raise ValueError(f"severity of {corruption}{place} is {expected}")
         known = ", ".join(dict.fromkeys(domain.corruption for domain in benchmark))
-        raise ValueError(f"unknown corruption {corruption!r}, expected one of {known}")
+        raise ValueError(f"unknown corruption {corruption!r}{place}, expected one of {known}")
 
 
 def labels_of(benchmark: Benchmark) -> np.ndarray:
@@ -221,8 +211,8 @@ def class_names_of(benchmark: Benchmark) -> tuple[str, ...]:
 
 
 def subset(benchmark: Benchmark, numbers: np.ndarray) -> dict[Domain, Dataset]:
-    """The same images of every domain, by their indices (images,)."""
-    return {domain: Subset(data, np.asarray(numbers)) for domain, data in benchmark.items()}
+    """The same images of every domain, by their indices or a mask (images,)."""
+    return {domain: Subset(data, numbers) for domain, data in benchmark.items()}
 
 
 def listed_subset(benchmark: Benchmark, ids: str | Path) -> dict[Domain, Dataset]:
@@ -231,10 +221,12 @@ def listed_subset(benchmark: Benchmark, ids: str | Path) -> dict[Domain, Dataset
     The file has a path a line, of which `<class folder>/<file>` counts; "imagenet-c-5000" stands
     for RobustBench's 5,000 images of ImageNet-C, which many published tables use.
     """
-    files = next((found for d in benchmark.values() if (found := getattr(d, "files", ()))), ())
-    names = [_listed_name(file) for file in files]
     path = TABLES / f"{ids}.txt" if str(ids) == "imagenet-c-5000" else Path(ids)
     wanted = [_listed_name(line.strip()) for line in read_text(path).split("\n") if line.strip()]
+    files = next((found for d in benchmark.values() if (found := getattr(d, "files", ()))), ())
+    if not files:
+        raise ValueError(f"{path}: lists files, but the images are not files in class folders")
+    names = [_listed_name(file) for file in files]
     numbers = {name: number for number, name in enumerate(names)}
     missing = [name for name in wanted if name not in numbers]
     if missing or not wanted:

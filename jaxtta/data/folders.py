@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxtta import images
-from jaxtta.data.corruptions import CLEAN, SEVERITIES
+from jaxtta.corruptions import CLEAN, SEVERITIES
 from jaxtta.data.datasets import Domain
 from jaxtta.data.recognise import folders_in, hints, refuse_other_layouts
 from jaxtta.images import find_images, open_image, printable
@@ -41,7 +41,7 @@ class ImageFolder:
     @property
     def files(self) -> tuple[Path, ...]:
         """Every image's path."""
-        return tuple(self.root / path for path in self.paths)
+        return tuple(map(self.root.joinpath, self.paths))
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -88,16 +88,10 @@ def _in_class_order(folders: Iterable[Path]) -> list[Path]:
 def list_folders(
     root: str | Path, folders: Sequence[Path], class_names: Sequence[str], raw: bool = False
 ) -> ImageFolder:
-    """List the images of class folders, without opening them.
+    """List the images of class folders in label order, without opening them.
 
     Files of other formats are logged by suffix, and how many images lie in sub-folders of the class
-    folders; these are of the class folder's class.
-
-    Args:
-        root: the dataset's folder, which contains the class folders (or is the only one).
-        folders: one per class, in label order.
-        class_names: the name of each class.
-        raw: whether images are read as they are stored.
+    folders; these are of the class folder's class. `root` contains the folders, or is the only one.
     """
     root = Path(root)
     paths, labels, others, nested = [], [], Counter[str](), []
@@ -132,13 +126,9 @@ def image_folder(root: str | Path) -> ImageFolder:
 def captioned_folder(root: str | Path) -> ImageFolder:
     """List the images in a folder's `captions.csv`, to be opened upright, with a class per caption.
 
-    The file has columns file and caption, separated by commas, semicolons or tabs; its paths are
-    relative to the folder.
+    The file has columns file and caption; its paths are relative to the folder.
     """
-    root = Path(root)
-    if not root.is_dir():
-        raise FileNotFoundError(f"{root}: no such folder")
-    table = root / "captions.csv"
+    root, table = Path(root), Path(root) / "captions.csv"
     if not table.is_file():
         raise ValueError(f"{root}: has no captions.csv, with columns file and caption")
     captions: list[tuple[str, str]] = []
@@ -194,15 +184,12 @@ class DomainFolder(ImageFolder):
 def imagenet_c(
     root: str | Path, names_of: Callable[[Sequence[str]], Sequence[str]] = tuple
 ) -> dict[Domain, DomainFolder]:
-    """Open a folder in ImageNet-C's layout.
+    """Open a folder with `<corruption>/<severity>/<class>/…` and optionally `clean/<class>/…`.
 
-    The classes are those of all domains. The images of a class are listed from the domain with the
-    most classes that has any; the others have the same file names.
-
-    Args:
-        root: contains `<corruption>/<severity>/<class>/…`, or folders that do (`noise/`, `blur/`,
-            as in the public archives), and optionally `clean/<class>/…` with the same names.
-        names_of: class names from the names of the class folders, which it gets in label order.
+    These may also be in folders of the root (`noise/`, `blur/`), as in ImageNet-C's archives. The
+    classes are those of all domains. The images of a class are listed from the domain with the most
+    classes that has any; the others have the same file names. `names_of` makes class names from the
+    names of the class folders in label order.
     """
     root = Path(root)
     domains, folders = _domains(root), folders_in(root)

@@ -8,41 +8,35 @@ own images (the layout "folder") are turned upright and laid over white.
 import dataclasses
 import logging
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from jaxtta.corruptions import CLEAN
 from jaxtta.data import class_names as tables
 from jaxtta.data.arrays import check_labels, open_arrays, open_npz, read_labels
 from jaxtta.data.class_names import given_class_names
-from jaxtta.data.corruptions import CLEAN
-from jaxtta.data.datasets import Benchmark, Dataset, Domain, Preprocess, corrupted
+from jaxtta.data.datasets import Benchmark, Dataset, Domain, corrupted
 from jaxtta.data.folders import ImageFolder, class_folders, image_folder, imagenet_c, list_folders
 from jaxtta.data.tfds import open_tfds
 from jaxtta.images import printable
 from jaxtta.io import read_json, read_text
 
+if TYPE_CHECKING:
+    from jaxtta.models.preprocess import Preprocessing
+
 log = logging.getLogger(__name__)
-
-
-_NUMBERS = "a class number from 0 to 999"
 _WNIDS = "one of ImageNet's 1,000 wnids (such as n01440764)"
 
 
-def _imagenet(root: Path) -> ImageFolder:
-    """`root/<wnid>/…`: ImageNet's train or val folder, ImageNet-A, -R or -Sketch."""
-    return _named_folders(root, tables.imagenet_classes(), _WNIDS)
-
-
-def _imagenet_v2(root: Path) -> ImageFolder:
-    """`root/<0 to 999>/…`, folders named by the index of ImageNet's wnid."""
-    names = enumerate(tables.imagenet_classes().values())
-    return _named_folders(root, {str(number): name for number, name in names}, _NUMBERS)
-
-
-def _named_folders(root: Path, names: Mapping[str, str], what: str) -> ImageFolder:
+def _named_folders(root: Path, layout: str) -> ImageFolder:
+    """Class folders named by wnid, or in ImageNet-V2 by the wnid's index."""
+    names, what = tables.imagenet_classes(), _WNIDS
+    if layout == "imagenet-v2":
+        names = {str(number): name for number, name in enumerate(names.values())}
+        what = "a class number from 0 to 999"
     folders = class_folders(root)
     own = _names_of(root, [folder.name for folder in folders], names, what)
     return list_folders(root, folders, own, raw=True)
@@ -105,17 +99,11 @@ def _fgvc_aircraft(variants: Path, images: Path, split: str) -> ImageFolder:
     if not pairs:
         raise ValueError(f"{listed}: lists no images")
     labels = np.asarray([names.index(variant) for _, variant in pairs], np.int32)
-    return ImageFolder(
-        images, tuple(f"{file}.jpg" for file, _ in pairs), labels, (*names,), raw=True
-    )
+    paths = tuple(f"{file}.jpg" for file, _ in pairs)
+    return ImageFolder(images, paths, labels, tuple(names), raw=True)
 
 
-_CLEAN: Mapping[str, Callable[[Path], Dataset]] = {
-    "folder": lambda root: open_npz(root) if root.suffix == ".npz" else image_folder(root),
-    "imagenet": _imagenet,
-    "imagenet-v2": _imagenet_v2,
-    "objectnet": _objectnet,
-}
+_CLEAN = ("folder", "imagenet", "imagenet-v2", "objectnet")
 _STORED = ("imagenet-c", "cifar-c", "arrays")
 LAYOUTS = (*_CLEAN, *tables.CROSS_DATASETS, *_STORED, "tfds")
 """The layouts that `open_dataset` and `open_benchmark` can open."""
@@ -144,15 +132,14 @@ def open_dataset(
 
     Raises:
         FileNotFoundError: if a folder or file of the layout is missing.
-        ImportError: for "tfds" if tensorflow-datasets is not installed.
-        ValueError: for an unknown layout, data in a different format, class folders whose names
-            mean nothing to a model (wnids, numbers) if no class names are given, or a number of
-            class names that is not the number of classes.
+        ValueError: for data in a different format, class folders whose names mean nothing to a
+            model (wnids, numbers) without class names, or another number of class names.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"unknown layout {layout!r}, expected one of {', '.join(LAYOUTS)}")
+    place = Path(root)
     if layout in _STORED:
-        benchmark = _open_stored(layout, Path(root), class_names)
+        benchmark = _open_stored(layout, place, class_names)
         if Domain(CLEAN) not in benchmark:
             raise ValueError(f"{root}: has no clean images, only {_few(benchmark)}")
         return benchmark[Domain(CLEAN)]
@@ -162,28 +149,31 @@ def open_dataset(
             raise ValueError(f"{str(root)!r} is not a dataset's name")
         images = open_tfds(match[1], match[2] or split, data_dir)
     elif layout in tables.CROSS_DATASETS:
-        own, place = tables.CROSS_DATASETS[layout], Path(root)
+        own = tables.CROSS_DATASETS[layout]
         place = place / own["folder"] if (place / own["folder"]).is_dir() else place
         opened = _fgvc_aircraft if layout == "fgvc-aircraft" else listed_split
         images = opened(place / own["list"], place / own["images"], split)
+    elif layout == "objectnet":
+        images = _objectnet(place)
+    elif layout != "folder":
+        images = _named_folders(place, layout)
     else:
-        images = _CLEAN[layout](Path(root))
+        images = open_npz(place) if place.suffix == ".npz" else image_folder(place)
     folders = images.class_names if layout == "folder" else ()
     names = _class_names(images.class_names, class_names, folders)
-    return dataclasses.replace(images, class_names=names)  # pyright: ignore[reportArgumentType]
+    return dataclasses.replace(images, class_names=names)
 
 
 def open_benchmark(
     layout: str,
     root: str | Path,
-    preprocess: Preprocess,
+    preprocess: "Preprocessing",
     class_names: Sequence[str] = (),
     data_dir: str | Path | None = None,
     split: str = "test",
 ) -> Benchmark:
-    """Open a dataset under all its domains, by the name of its layout.
+    """Open a dataset under all its domains: those stored, or clean images corrupted on the fly.
 
-    The domains are those that are stored; layouts with clean images only are corrupted on the fly.
     Arguments and errors are those of `open_dataset`, with the model's preprocessing.
     """
     if layout in _STORED:

@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from jaxtta.data.corruptions import CORRUPTIONS, SEVERITIES
+from jaxtta.corruptions import CORRUPTIONS, SEVERITIES
 from jaxtta.images import entries_of, is_folder, lone_images
 
 _SPLIT = re.compile(

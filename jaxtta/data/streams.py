@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxtta.data.corruptions import CLEAN
+from jaxtta.corruptions import CLEAN
 from jaxtta.data.datasets import Domain
 
 SETTINGS = ("reset_each_shift", "continual", "gradual", "mixed")
@@ -56,11 +56,11 @@ def make_streams(
             corruptions at one severity; `gradual`, one stream that takes every corruption from
             severity 1 to 5 and back; `mixed`, one stream of all corruptions interleaved.
         corruptions: their names, in order.
-        severities: severities to include; (0,) for data with a fixed one. Gradual needs 1 to 5.
+        severities: those to include; (0,) for data with a fixed one. Gradual needs 1 to 5.
         labels: (images,) the benchmark's labels.
         order: `shuffled`, `stored`, `correlated` (sorted by class) or `dirichlet` (each class
             split by a Dirichlet sample over as many time slots as classes).
-        seed: random seed.
+        seed: of the order, and of corruptions made on the fly.
         limit: use at most this many images: the first in stored order, otherwise a sample.
         concentration: of the Dirichlet order; smaller values are closer to sorted by class.
 
@@ -116,7 +116,7 @@ def stream_of(
     seed: int,
     segments: np.ndarray | None = None,
 ) -> Stream:
-    """A stream of the given images (images,), in this order and in one part.
+    """A stream of these images (images,), in this order and in one part.
 
     `segments` (images,) are the images' indices in `domains`; None for all 0.
     """

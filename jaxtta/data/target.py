@@ -24,11 +24,6 @@ def target_folder(
         class_names: of the classes, or a file with them; FOLDER=NAME where a class folder, or a
             class in `labels`, has another name. May be empty with class folders.
         labels: a .csv with columns image (path in the folder) and class, without class folders.
-
-    Raises:
-        FileNotFoundError: if the folder or file is missing.
-        ValueError: for images beside class folders, no images, fewer than two classes, or a folder
-            or label that is not one of them.
     """
     lone = lone_images(root) if root.is_dir() else []
     if labelled := bool(folders_in(root)):

@@ -1,9 +1,4 @@
-"""Tasks for continual learning: the MTIL sequences, small real datasets, and folders.
-
-task = open_task("dtd", DATA)
-task = open_task("digits")
-task = open_task("own=FOLDER")   # with train/<class> and test/<class>
-"""
+"""Tasks for continual learning: the MTIL sequences, small real datasets, and folders."""
 
 import dataclasses
 from pathlib import Path

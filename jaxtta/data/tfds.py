@@ -21,8 +21,7 @@ def open_tfds(
 ) -> SequenceDataset:
     """Open one split of a dataset that tensorflow-datasets has prepared.
 
-    Wnids among its classes become ImageNet's class names, underscores spaces. The labels are read,
-    no image is decoded.
+    Wnids among its classes become ImageNet's class names, underscores spaces.
 
     Args:
         name: the dataset, as `tfds.builder` takes it ("cifar10", "imagenet_v2/topimages").
@@ -47,7 +46,7 @@ def open_tfds(
         ) from error
     image, label = _keys(tfds, builder)
     wnids, names = imagenet_classes(), builder.info.features[label].names
-    names = tuple(wnids.get(class_name, class_name).replace("_", " ") for class_name in names)
+    names = [wnids.get(class_name, class_name).replace("_", " ") for class_name in names]
     # Images are decoded by Pillow, as files are, so that OpenCV is not needed.
     options = {"download": False, "decoders": {image: tfds.decode.SkipDecoding()}}
     try:

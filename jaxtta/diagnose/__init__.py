@@ -5,6 +5,12 @@ single row (1, d).
 """
 
 from jaxtta.diagnose.check import Answers, TargetCheck, check_target
+from jaxtta.diagnose.compare import (
+    Diagnosis,
+    Robustness,
+    compare_models,
+    measure_robustness,
+)
 from jaxtta.diagnose.concepts import (
     ConceptDetectors,
     concept_detectors,
@@ -22,16 +28,7 @@ from jaxtta.diagnose.directions import (
     rank_directions,
 )
 from jaxtta.diagnose.features import FeatureSet, error_context, head_of, read_features, truncate
-from jaxtta.diagnose.model import (
-    Diagnosis,
-    LabelledSet,
-    ModelDiagnosis,
-    Robustness,
-    Settings,
-    compare_models,
-    diagnose_model,
-    measure_robustness,
-)
+from jaxtta.diagnose.model import LabelledSet, ModelDiagnosis, Settings, diagnose_model
 from jaxtta.diagnose.outliers import (
     OutlierFeatures,
     activation_kurtosis,

@@ -225,17 +225,7 @@ def labelled_metrics(features: FeatureSet, logits: jax.Array) -> LabelledMetrics
 def answers_to(
     target: FeatureSet, logits: jax.Array, reference: np.ndarray, reference_logits: jax.Array
 ) -> Answers:
-    """What a model says of every image.
-
-    Args:
-        target: features of the images.
-        logits: (images, classes).
-        reference: (other images, d), features.
-        reference_logits: (other images, classes).
-
-    Returns:
-        The answers.
-    """
+    """What a model says of every image, and its entropies on the reference; see `check_target`."""
     order = np.argsort(target.numbers)
     probabilities = np.asarray(jax.nn.softmax(logits))
     nearest = min(NEIGHBOUR, len(reference))

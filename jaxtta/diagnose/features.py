@@ -3,7 +3,7 @@
 import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,39 +28,15 @@ class FeatureSet(NamedTuple):
     numbers: np.ndarray = np.zeros(0, int)
 
 
-class ImageBatch(Protocol):
-    """A batch of images that know their labels and numbers, as `data.Batches` makes them."""
-
-    @property
-    def images(self) -> np.ndarray:
-        """(batch, height, width, 3)."""
-        ...
-
-    @property
-    def mask(self) -> np.ndarray:
-        """(batch,) bool, false for padding and unreadable images."""
-        ...
-
-    @property
-    def labels(self) -> np.ndarray:
-        """(batch,) integers."""
-        ...
-
-    @property
-    def source_index(self) -> np.ndarray:
-        """(batch,) integers, the image's number in its dataset; -1 for padding."""
-        ...
-
-
 def read_features(
-    model: CLIP, params: Params, batches: Iterable[ImageBatch], name_of: Callable[[int], str]
+    model: CLIP, params: Params, batches: Iterable[Any], name_of: Callable[[int], str]
 ) -> FeatureSet:
     """Encode a set of images.
 
     Args:
         model: the model.
         params: its parameters.
-        batches: of the images.
+        batches: of the images, as `data.Batches` makes them.
         name_of: gives the name of an image by its number, for those that cannot be read.
 
     Returns:

@@ -1,12 +1,12 @@
-"""The diagnosis of models: on a base set, and on shifted sets of the same or other images.
+"""The diagnosis of one model: on a base set, and on shifted sets of the same or other images.
 
-found, base_features = diagnose_model(sets, Settings(), preprocessing="…")
+found, base_features = diagnose_model("CLIP", sets, Settings())
 found.sets["clean"].accuracy, found.base.outlier_axes, found.shifted.accuracy
 """
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
 
 import jax
@@ -15,12 +15,10 @@ import numpy as np
 
 from jaxtta import metrics
 from jaxtta.bootstrap import accuracy_interval
-from jaxtta.diagnose.concepts import concept_detectors, shared_concepts, unique_concepts
+from jaxtta.diagnose.concepts import concept_detectors
 from jaxtta.diagnose.directions import privileged_directions, pruned_accuracy
 from jaxtta.diagnose.features import FeatureSet, error_context, logits_of
 from jaxtta.diagnose.outliers import activation_kurtosis, outlier_features
-from jaxtta.diagnose.robustness import LogitLinearBaseline, effective_robustness, fit_baseline
-from jaxtta.diagnose.similarity import linear_cka
 
 TOLERANCE = 0.01  # accuracy that a sufficient pruned head may lose
 LARGEST = 5  # number of axes of the top direction to list
@@ -165,51 +163,6 @@ class ModelDiagnosis:
         return min([*self.sets][1:], key=lambda name: self.sets[name].accuracy)
 
 
-@dataclasses.dataclass(frozen=True)
-class ModelPair:
-    """Similarity of two models on the base set.
-
-    Attributes:
-        models: their names.
-        linear_cka: of their features.
-        detected_by_both: names of the classes that a direction of either detects.
-        only_by_first: names of those that only the first model's directions detect.
-        only_by_second: names of those that only the second's do.
-    """
-
-    models: tuple[str, str]
-    linear_cka: float
-    detected_by_both: list[str]
-    only_by_first: list[str]
-    only_by_second: list[str]
-
-
-@dataclasses.dataclass(frozen=True)
-class Robustness:
-    """Effective robustness by model, or the reason why there is none.
-
-    Attributes:
-        values: by model.
-        line: the baseline that was fitted to the points.
-        points: base and shifted accuracies of the reference models.
-        reason: why there are no values; empty if there are.
-    """
-
-    values: dict[str, float] = dataclasses.field(default_factory=dict)
-    line: LogitLinearBaseline | None = None
-    points: Sequence[tuple[float, float]] = ()
-    reason: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
-class Diagnosis:
-    """The diagnosis of one or more models: by model, by pair, and their effective robustness."""
-
-    models: dict[str, ModelDiagnosis]
-    pairs: list[ModelPair]
-    robustness: Robustness
-
-
 def diagnose_model(
     name: str, sets: Iterable[LabelledSet], settings: Settings, preprocessing: str = ""
 ) -> tuple[ModelDiagnosis, np.ndarray]:
@@ -257,16 +210,7 @@ def _means(shifts: Sequence[SetMetrics]) -> ShiftedMeans | None:
 def base_metrics(
     head: jax.Array, features: FeatureSet, class_names: Sequence[str], settings: Settings
 ) -> tuple[BaseMetrics, jax.Array]:
-    """Metrics that depend on the head and the base set only.
-
-    Args:
-        head: (classes, d).
-        features: of the base set.
-        class_names: names of the classes.
-        settings: of the diagnosis.
-
-    Returns:
-        The metrics, and the head's directions (r, d), the most important first.
+    """Metrics of the head and the base set, and the head's directions (r, d) by importance.
 
     Raises:
         ValueError: if all images are of one class, or features are constant or not finite.
@@ -302,17 +246,7 @@ def base_metrics(
 def set_metrics(
     head: jax.Array, directions: jax.Array, features: FeatureSet, fractions: Sequence[float]
 ) -> SetMetrics:
-    """Metrics of one set.
-
-    Args:
-        head: (classes, d).
-        directions: (r, d), its directions, the most important first.
-        features: of the set.
-        fractions: shares of the directions to keep, in (0, 1].
-
-    Returns:
-        The metrics.
-    """
+    """Metrics of one set, for a head and its directions (r, d), the most important first."""
     rows, labels = features.rows, features.labels
     kurtosis = activation_kurtosis(rows)
     right = np.asarray(metrics.top_k(logits_of(rows, head), jnp.asarray(labels)))
@@ -337,72 +271,8 @@ def sufficient_fraction(
         accuracies: (prunings,), of the pruned heads.
 
     Returns:
-        The fraction; None if the largest fraction is not sufficient.
+        None if the largest fraction is not sufficient.
     """
     pairs = sorted(zip(fractions, accuracies, strict=True), reverse=True)
     good = itertools.takewhile(lambda pair: pair[1] >= accuracy - TOLERANCE, pairs)
     return min((fraction for fraction, _ in good), default=None)
-
-
-def compare_models(
-    models: Mapping[str, ModelDiagnosis], features: Mapping[str, np.ndarray]
-) -> list[ModelPair]:
-    """Compare every two models.
-
-    Args:
-        models: diagnoses by model, on the same base set.
-        features: of the base set by model, (images, d).
-
-    Returns:
-        The similarity of each pair.
-    """
-    pairs = []
-    for a, b in itertools.combinations(models, 2):
-        classes = np.array(models[a].base.classes)
-        first, second = (np.isin(classes, models[name].base.detected) for name in (a, b))
-        with error_context(f"{a} and {b}"):
-            cka = linear_cka(features[a], features[b])
-        found = (
-            shared_concepts(first, second),
-            unique_concepts(first, second),
-            unique_concepts(second, first),
-        )
-        pairs.append(ModelPair((a, b), cka, *(classes[chosen].tolist() for chosen in found)))
-    return pairs
-
-
-def measure_robustness(
-    models: Mapping[str, ModelDiagnosis],
-    points: Sequence[tuple[float, float]] = (),
-    references: Sequence[str] = (),
-) -> Robustness:
-    """Effective robustness by model.
-
-    Args:
-        models: diagnoses by model.
-        points: base and shifted accuracies of models that are not robust.
-        references: instead of points, names of those models that are not robust.
-
-    Returns:
-        The values, the baseline and its points; or the reason why there are none.
-    """
-    pairs = {
-        name: (each.base_accuracy, each.shifted.accuracy)
-        for name, each in models.items()
-        if each.shifted
-    }
-    if len(pairs) < len(models):
-        return Robustness(reason="there are no shifted sets")
-    points = points or [pairs[name] for name in references]
-    if not points:
-        return Robustness(
-            reason="it takes models that are not robust, by --reference-points or --references"
-        )
-    try:
-        base, shifted = np.transpose(points)
-        line = fit_baseline(base, shifted)
-        base, shifted = np.transpose([*pairs.values()])
-        values = effective_robustness(base, shifted, line)
-    except ValueError as error:  # report the other metrics
-        return Robustness(reason=str(error))
-    return Robustness(dict(zip(pairs, values.tolist(), strict=True)), line, points)

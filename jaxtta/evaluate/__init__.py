@@ -1,20 +1,17 @@
 """Running adapters over streams: predictions, their store, and what is computed from them."""
 
-from jaxtta.bootstrap import bootstrap as bootstrap
-from jaxtta.bootstrap import interval as interval
-from jaxtta.evaluate.adapters import AdapterConfig as AdapterConfig
-from jaxtta.evaluate.adapters import AdapterSpec as AdapterSpec
-from jaxtta.evaluate.adapters import MGTTAConfig as MGTTAConfig
-from jaxtta.evaluate.adapters import make_adapter as make_adapter
-from jaxtta.evaluate.adapters import parse_adapter as parse_adapter
-from jaxtta.evaluate.adapters import tnt_config_of as tnt_config_of
+from jaxtta.adapters import AdapterConfig as AdapterConfig
+from jaxtta.adapters import AdapterSpec as AdapterSpec
+from jaxtta.adapters import MGTTAConfig as MGTTAConfig
+from jaxtta.adapters import make_adapter as make_adapter
+from jaxtta.adapters import parse_adapter as parse_adapter
+from jaxtta.adapters import tnt_config_of as tnt_config_of
 from jaxtta.evaluate.checkpoint import restore_checkpoint as restore_checkpoint
 from jaxtta.evaluate.checkpoint import save_checkpoint as save_checkpoint
 from jaxtta.evaluate.checks import default_severity as default_severity
 from jaxtta.evaluate.checks import require_at_least as require_at_least
 from jaxtta.evaluate.checks import require_distinct as require_distinct
 from jaxtta.evaluate.checks import require_positive as require_positive
-from jaxtta.evaluate.gains import Gain as Gain
 from jaxtta.evaluate.gains import mean_intervals as mean_intervals
 from jaxtta.evaluate.gains import paired_gain as paired_gain
 from jaxtta.evaluate.predictions import Predictions as Predictions
@@ -29,9 +26,7 @@ from jaxtta.evaluate.store import agree_on_images as agree_on_images
 from jaxtta.evaluate.store import load_predictions as load_predictions
 from jaxtta.evaluate.sweep import Spec as Spec
 from jaxtta.evaluate.sweep import sweep as sweep
-from jaxtta.evaluate.tracking import Logger as Logger
 from jaxtta.evaluate.tracking import loggers as loggers
-from jaxtta.evaluate.tune import Choice as Choice
 from jaxtta.evaluate.tune import has_rate as has_rate
 from jaxtta.evaluate.tune import tune_learning_rate as tune_learning_rate
 from jaxtta.evaluate.tune import with_rate as with_rate

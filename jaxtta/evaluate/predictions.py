@@ -1,7 +1,6 @@
 """Per-image predictions of one adapter on one stream: the result that all metrics come from."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +11,7 @@ import pandas as pd
 
 from jaxtta import metrics
 from jaxtta.data import Domain
-from jaxtta.evaluate.provenance import digest_of
+from jaxtta.evaluate.provenance import as_json, digest_of
 from jaxtta.io import load_arrays, save_arrays
 
 ROWS = ("segment", "image", "label", "prediction", "confidence", "nll", "brier", "top5", "seen")
@@ -107,7 +106,7 @@ class Predictions:
             for field in dataclasses.fields(self)
             if field.name not in ("rows", "steps")
         }
-        header = json.loads(json.dumps(header))
+        header = as_json(header)
         save_arrays(path, arrays, {"predictions": header, "digest": digest_of([header, arrays])})
 
     @classmethod

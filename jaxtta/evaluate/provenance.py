@@ -1,8 +1,10 @@
-"""What identifies the inputs of a run, and how to repeat it, for the result files."""
+"""What identifies a result: model, images and adapter; and how to repeat the run."""
 
 import dataclasses
 import datetime
+import functools
 import hashlib
+import inspect
 import json
 import platform
 import shlex
@@ -14,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from jaxtta.adapters import AdapterConfig, AdapterSpec, tnt_config_of
+from jaxtta.adapters.by_name import mgtta_config_of, optimizer_of
 from jaxtta.data import Dataset, Subset
 from jaxtta.io import digest_array
 from jaxtta.models import Params, Task, describe_preprocessing
@@ -25,6 +28,7 @@ PACKAGES = ("jaxtta", "jax", "jaxlib", "flax", "optax", "transformers", "numpy",
 _NO_MATTER = ("source", "remat", "class_names", "preprocessing_origin")
 """Fields of a model that change no result: its folder, memory for time, and names, which the
 labels' names stand for."""
+_SPEED_ONLY = ("views_per_chunk", "images_per_map")  # of TNT
 
 
 def fingerprints(
@@ -37,55 +41,113 @@ def fingerprints(
     weights = hashlib.blake2b(digest_size=8)
     for leaf in jax.tree.leaves(params):
         weights.update(np.asarray(leaf).tobytes())
-    images = f"{len(dataset)}, labels {_digest(dataset.labels)}"
+    images = f"{len(dataset)}, labels {digest_array(np.asarray(dataset.labels, np.int32))}"
     inner: Any = dataset
     while inner is not None:  # a subset may be within a corruption
         if isinstance(inner, Subset):
-            images += f", numbers {_digest(np.asarray(inner.numbers, np.int64))}"
+            images += f", numbers {digest_array(np.asarray(inner.numbers, np.int64))}"
         inner = getattr(inner, "dataset", None)
-    found: dict[str, Any] = {
-        "images": images,
-        "class_names": dataset.class_names,
-        "weights": weights.hexdigest(),
-    }
+    names = dataset.class_names
+    found = {"images": images, "class_names": names, "weights": weights.hexdigest()}
     if model is not None:
         found["model_settings"] = model_settings(model)
     if task is not None:
-        found["tokens"] = _digest(task.token_ids)
+        found["tokens"] = digest_array(task.token_ids)
     return found
 
 
-def _digest(array: np.ndarray) -> str:
-    return hashlib.blake2b(array.tobytes(), digest_size=8).hexdigest()
+def model_settings(model: Any, within: tuple[int, ...] = ()) -> Any:
+    """A model's architecture and preprocessing as JSON values; any other object's settings, too.
 
-
-def model_settings(model: Any) -> Any:
-    """A model's architecture and preprocessing as JSON values.
-
-    Dataclasses and named tuples are listed by field; of an array the digest is listed, of a
-    function the name, of another object the class.
+    Dataclasses and named tuples are listed by field, functions by name and by the values that they
+    enclose; of an array the digest is listed, of another object the class, its numbers and texts.
     """
+    if id(model) in within:  # a function may enclose itself
+        return "itself"
+    tell = functools.partial(model_settings, within=(*within, id(model)))
+    if isinstance(model, Mapping):
+        return {str(name): tell(value) for name, value in model.items()}
+    if isinstance(model, list | tuple) and not hasattr(model, "_fields"):
+        return [tell(value) for value in model]
+    if model is None or isinstance(model, str | int | float):
+        return model
+    if isinstance(model, np.ndarray | np.generic | jax.Array):
+        return digest_array(np.asarray(model))
     if dataclasses.is_dataclass(model) and not isinstance(model, type):
         fields = {field.name: getattr(model, field.name) for field in dataclasses.fields(model)}
-    elif names := getattr(model, "_fields", None):  # a named tuple
-        fields = {name: getattr(model, name) for name in names}
-    elif isinstance(model, Mapping):
-        return {str(name): model_settings(value) for name, value in model.items()}
-    elif isinstance(model, list | tuple):
-        return [model_settings(value) for value in model]
-    elif model is None or isinstance(model, str | int | float):
-        return model
-    elif isinstance(model, np.ndarray | np.generic | jax.Array):
-        return digest_array(np.asarray(model))
-    else:
-        try:
-            return jnp.dtype(model).name
-        except TypeError:
-            kind = model if hasattr(model, "__qualname__") else type(model)  # a function: its name
-            return f"{kind.__module__}.{kind.__qualname__}"
-    # Flax adds parent and name to the fields of its modules.
-    left_out = {*_NO_MATTER, *(("parent", "name") if hasattr(model, "parent") else ())}
-    return {name: model_settings(x) for name, x in fields.items() if name not in left_out}
+        # Flax adds parent and name to the fields of its modules.
+        left_out = {*_NO_MATTER, *(("parent", "name") if hasattr(model, "parent") else ())}
+        return {name: tell(x) for name, x in fields.items() if name not in left_out}
+    if hasattr(model, "_fields"):  # a named tuple
+        return {name: tell(x) for name, x in model._asdict().items() if name not in _NO_MATTER}
+    if isinstance(model, type | np.dtype) and np.dtype(model).kind != "O":
+        return np.dtype(model).name
+    return _told(model, tell)
+
+
+def _told(model: Any, tell: Any) -> Any:
+    """What `model_settings` tells of a function, class or object."""
+    function, values = inspect.unwrap(model), {}
+    if isinstance(model, functools.partial):
+        function, values = model.func, {"given": model.args, **model.keywords}
+    elif inspect.ismethod(model):
+        values = {"self": model.__self__}
+    elif inspect.isfunction(function) and function.__closure__:
+        values = inspect.getclosurevars(function).nonlocals
+    elif not hasattr(model, "__qualname__"):
+        function, own = type(model), getattr(model, "__dict__", {})
+        values = {
+            name: value
+            for name, value in own.items()
+            if isinstance(value, str | int | float) and name[0] != "_" and name not in _NO_MATTER
+        }
+    name = f"{function.__module__}.{getattr(function, '__qualname__', type(function).__qualname__)}"
+    return {"is": name, **tell(values)} if values else name
+
+
+def source_of(function: Any) -> str | None:
+    """A digest of the file that defines a function or class, or of its text in a notebook."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    path = getattr(sys.modules.get(getattr(function, "__module__", "")), "__file__", None)
+    try:
+        text = Path(path).read_bytes() if path else inspect.getsource(function).encode()
+    except (OSError, TypeError):  # typed into an interpreter
+        return None
+    return hashlib.blake2b(text, digest_size=8).hexdigest()
+
+
+def identity_of(
+    spec: AdapterSpec, config: AdapterConfig, canvas: int | None = None
+) -> dict[str, Any]:
+    """What decides an adapter's results: settings, and digests of files and of its source."""
+    own: dict[str, Any] = {"name": spec.name}
+    if spec.needs_originals:
+        own["canvas"] = canvas
+    if spec.function is not None:
+        function, settings = model_settings(spec.function), model_settings(spec.settings)
+        source = source_of(spec.function)
+        return own | {"function": function, "settings": settings, "source": source}
+    if spec.name == "tnt":
+        settings = dataclasses.asdict(tnt_config_of(spec, config))
+        return own | {"tnt": {k: v for k, v in settings.items() if k not in _SPEED_ONLY}}
+    if spec.name == "zero_shot":
+        return own
+    made = optimizer_of(spec, config)
+    given = [str(made.args[0]), *(f"{key}={value}" for key, value in made.keywords.items())]
+    own["optimizer"] = f"{made.func.__name__}({', '.join(given)})"
+    if spec.name == "mgtta":
+        settings = mgtta_config_of(spec, config)
+        own |= {"weight": settings.weight, "tower": settings.tower}
+        learnt = {} if spec.settings.get("optimizer", "mgg") != "mgg" else {"phi": settings.phi}
+        for name, path in {"statistics": settings.statistics, **learnt}.items():
+            own[name] = hashlib.blake2b(Path(path).read_bytes(), digest_size=8).hexdigest()
+    return own
+
+
+def as_json(content: Any) -> Any:
+    """A value as JSON gives it back: tuples are lists, and what it does not know is its text."""
+    return json.loads(json.dumps(content, default=str))
 
 
 def digest_of(content: Any) -> str:
@@ -98,30 +160,24 @@ def about(loaded: Any = None, **places: str) -> dict[str, Any]:
     """How to repeat a run: command line, date, commit, preprocessing, versions and device.
 
     Args:
-        loaded: the model, if it came from `jaxtta.load`.
+        loaded: the model; its preprocessing is told if it came from `jaxtta.load`.
         places: paths of data and model.
     """
-    versions = {"python": platform.python_version()}
     commit = _commit()
-    if loaded is not None:
+    if hasattr(loaded, "preprocessing_origin"):
         places["preprocessing"] = describe_preprocessing(loaded).removeprefix("preprocessing: ")
+    arguments, given = sys.argv[1:], sys.orig_argv[1:]  # with "-m package", which `sys.argv` lacks
+    if given[len(given) - len(arguments) :] != arguments:  # called by another program
+        given = sys.argv
+    versions = {"python": platform.python_version()}
     return {
         **places,
-        "command": _command(),
+        "command": shlex.join(["python", *given]),
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         **({"commit": commit} if commit else {}),
         "versions": versions | {name: version(name) for name in PACKAGES},
         "device": jax.devices()[0].device_kind,
     }
-
-
-def _command() -> str:
-    """This process's command line, as one pastes it into a shell."""
-    arguments = sys.argv[1:]
-    given = sys.orig_argv[1:]  # with "-m package", which `sys.argv` lacks
-    if given[len(given) - len(arguments) :] != arguments:  # called by another program
-        given = sys.argv
-    return shlex.join(["python", *given])
 
 
 def _commit() -> str | None:

@@ -1,11 +1,13 @@
 """One stream of a sweep: the adapters' states and what they predicted so far."""
 
+import dataclasses
+import functools
 import logging
 import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from jaxtta.adapters import Adapter
+from jaxtta.adapters import Adapter, AdapterSpec
 from jaxtta.data import Batches, StreamBatch, class_names_of, labels_of, name_of
 from jaxtta.evaluate.checkpoint import restore_checkpoint, save_checkpoint
 from jaxtta.evaluate.predictions import Predictions, Scores, score
@@ -26,41 +28,26 @@ IMAGE["seen"] = bool
 BATCH: dict[str, Any] = {"seconds": np.float32, "skipped": bool}
 
 
+@dataclasses.dataclass
 class StreamRun:
-    """One stream with the adapters that have not finished it."""
+    """Stream `number` with the adapters that have not finished it, whose `settings` are given."""
 
-    def __init__(
-        self,
-        batches: Batches,
-        number: int,
-        made: Mapping[str, Adapter],
-        params: Any,
-        settings: Mapping[str, dict[str, Any]],
-        content: str | None,
-        root: Path,
-    ) -> None:
-        """Take stream `number`, the adapters, and the settings of those that have not finished."""
-        self.benchmark, self.number, self.content = batches.benchmark, number, content
-        self.made, self.params, self.settings = made, params, settings
-        self.stream, self.places = batches.streams[number], batches.of(number)
-        self.labels = labels_of(batches.benchmark)[self.stream.items[:, 1]]
-        self.folder = root / f"{self.stream.name}--seed{self.stream.seed}"
-        self.every = 0
-        self.tree: dict[str, Any] = {}  # each adapter's state and record
-        self.done = 0
+    batches: Batches
+    number: int
+    adapters: Mapping[str, tuple[AdapterSpec, Adapter]]
+    params: Any
+    settings: Mapping[str, dict[str, Any]]
+    content: str | None
+    folder: Path  # of its checkpoints
+    every: int | None = None  # batches between two of them
+    done: int = 0
+    tree: dict[str, Any] = dataclasses.field(default_factory=dict)  # adapters' states and records
 
-    def _begin(self) -> None:
-        images, batches = len(self.stream.items), len(self.places)
-        for name in self.settings:
-            record = {key: np.zeros(images, kind) for key, kind in IMAGE.items()}
-            record |= {key: np.zeros(batches, kind) for key, kind in BATCH.items()}
-            state = self.made[name].init(self.params, jax.random.key(self.stream.seed))
-            self.tree[name] = {"state": state, "record": record}
-
-    def use_checkpoints(self, every: int) -> None:
-        """Go to the newest checkpoint of these settings, and save one every so many batches."""
-        self.every = every
-        if not self.folder.is_dir():
+    def __post_init__(self) -> None:
+        """Go to the newest checkpoint of these settings."""
+        self.stream = self.batches.streams[self.number]
+        self.places = self.batches.of(self.number)
+        if not self.every or not self.folder.is_dir():
             return
         self._begin()
         try:
@@ -79,13 +66,19 @@ class StreamRun:
             log.warning("%s: ignored, restarting the stream (%s)", self.folder, error)
             self.remove()
 
-    def finish(
-        self,
-        steps: dict[str, Callable],
-        originals: Collection[str],
-        source: Iterator[StreamBatch],
-        bar: tqdm,
-    ) -> None:
+    @functools.cached_property
+    def labels(self) -> np.ndarray:
+        """The labels in stream order, (images,)."""
+        return labels_of(self.batches.benchmark)[self.stream.items[:, 1]]
+
+    def _begin(self) -> None:
+        for name in self.settings:
+            record = {key: np.zeros(len(self.labels), kind) for key, kind in IMAGE.items()}
+            record |= {key: np.zeros(len(self.places), kind) for key, kind in BATCH.items()}
+            state = self.adapters[name][1].init(self.params, jax.random.key(self.stream.seed))
+            self.tree[name] = {"state": state, "record": record}
+
+    def finish(self, steps: dict[str, Callable], source: Iterator[StreamBatch], bar: tqdm) -> None:
         """Step through the rest of the stream; `steps` are the adapters' compiled ones."""
         if not self.tree:
             self._begin()
@@ -97,10 +90,11 @@ class StreamRun:
             plain = Batch(read.images, read.mask, read.index)
             uncut = Batch(read.originals, read.mask, read.index, read.sizes)
             for name, node in self.tree.items():
-                inputs = uncut if name in originals else plain
+                spec, adapter = self.adapters[name]
+                inputs = uncut if spec.needs_originals else plain
                 if name not in steps:  # once per sweep, and not timed
                     bar.set_description(f"compiling {name} …")
-                    step = jax.jit(self.made[name].step, donate_argnums=1)
+                    step = jax.jit(adapter.step, donate_argnums=1)
                     steps[name] = step.lower(self.params, node["state"], inputs).compile()
                     bar.unpause()  # leaves the compilation out of the time per batch
                     bar.set_description(title)
@@ -127,24 +121,23 @@ class StreamRun:
 
     def result(self, name: str, setting: str, about: dict[str, Any]) -> Predictions:
         """The finished stream's predictions of one adapter."""
-        record = self.tree[name]["record"]
+        record, benchmark = self.tree[name]["record"], self.batches.benchmark
         segments, images = self.stream.items.T
-        rows = {"segment": segments, "image": images, "label": self.labels}
-        rows |= {key: record[key] for key in IMAGE}
         unreadable = tuple(
-            name_of(self.benchmark[self.stream.segments[segment]], image)
+            name_of(benchmark[self.stream.segments[segment]], image)
             for segment, image in self.stream.items[~record["seen"]].tolist()
         )
         if len(unreadable) == len(images):
             raise ValueError(f"none of the images could be read, such as {unreadable[0]}")
+        rows = {"segment": segments, "image": images, "label": self.labels}
         return Predictions(
             adapter=name,
             stream=self.stream.name,
             seed=self.stream.seed,
             setting=setting,
             domains=self.stream.segments,
-            class_names=tuple(class_names_of(self.benchmark)),
-            rows=pd.DataFrame(rows),
+            class_names=tuple(class_names_of(benchmark)),
+            rows=pd.DataFrame(rows | {key: record[key] for key in IMAGE}),
             steps=pd.DataFrame({key: record[key] for key in BATCH}),
             unreadable=unreadable,
             settings=self.settings[name],

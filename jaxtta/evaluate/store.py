@@ -9,15 +9,16 @@ import contextlib
 import json
 import logging
 import os
-import re
 import socket
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
 from filelock import AcquireReturnProxy, FileLock, Timeout
 
 from jaxtta.evaluate.predictions import Predictions
+from jaxtta.evaluate.provenance import as_json
 from jaxtta.io import write_json
 
 log = logging.getLogger(__name__)
@@ -26,8 +27,8 @@ VALIDATION = "validation"
 
 
 def safe_name(text: str) -> str:
-    """A text as a part of a file's name."""
-    return re.sub(r"[^\w.,=+-]", "_", text)
+    """A text as a part of a file's name; another one for each text."""
+    return quote(text, safe=",=+")
 
 
 class Store(NamedTuple):
@@ -40,8 +41,8 @@ class Store(NamedTuple):
     def lock(self, shard: tuple[int, int] = (0, 1)) -> Iterator[None]:
         """Lock the folder; only other shards of the same sweep may use it at the same time."""
         number, count = shard
-        (self.root / "predictions").mkdir(parents=True, exist_ok=True)
         _refuse_earlier_version(self.root / "cells")
+        (self.root / "predictions").mkdir(parents=True, exist_ok=True)
         own = self.root / f".lock-{number}-of-{count}"
         with FileLock(self.root / ".lock"):
             for other in self.root.glob(".lock-*-of-*"):
@@ -58,6 +59,10 @@ class Store(NamedTuple):
         """Path of a result; its folder exists while the store is locked."""
         name = safe_name(f"{adapter}--{stream}--seed{seed}")
         return self.root / "predictions" / f"{name}.safetensors"
+
+    def checkpoints(self, stream: str, seed: int) -> Path:
+        """Folder for the checkpoints of a stream."""
+        return self.root / "checkpoints" / safe_name(f"{stream}--seed{seed}")
 
     def read(
         self, key: tuple[str, str, int], settings: Mapping[str, Any], content: str | None
@@ -157,7 +162,7 @@ def agree(path: Path, settings: Mapping[str, Any]) -> None:
     Raises:
         ValueError: if the folder has other settings, or the file is damaged.
     """
-    settings = json.loads(json.dumps(settings))  # tuples are lists there
+    settings = as_json(settings)
     if not path.exists():
         write_json(path, settings)
         return

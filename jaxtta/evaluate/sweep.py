@@ -2,26 +2,19 @@
 
 import contextlib
 import dataclasses
-import json
+import functools
 import logging
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from jaxtta import data
-from jaxtta.adapters import Adapter
+from jaxtta.adapters import Adapter, AdapterConfig, AdapterSpec, make_adapter, parse_adapter
 from jaxtta.data import Batches, Domain, Stream
 from jaxtta.evaluate import provenance
-from jaxtta.evaluate.adapters import (
-    AdapterConfig,
-    AdapterSpec,
-    identity_of,
-    make_adapter,
-    specs_of,
-)
 from jaxtta.evaluate.predictions import Predictions
 from jaxtta.evaluate.run import StreamRun
 from jaxtta.evaluate.store import Store
@@ -58,6 +51,12 @@ class Spec:
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     templates: Sequence[str] = ()
 
+    def __post_init__(self) -> None:
+        """Validate the settings."""
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size is {self.batch_size}, expected at least 1")
+        _require_distinct("streams", [f"{s.name} of seed {s.seed}" for s in self.streams])
+
     def batches(self, model: Classifier, adapters: Sequence[AdapterSpec] = ()) -> Batches:
         """The streams in batches, with full-size images if one of the adapters needs them."""
         canvas = None
@@ -71,7 +70,7 @@ class Spec:
 
 def sweep(
     spec: Spec,
-    adapters: Sequence[str | AdapterSpec] | Mapping[str, Callable[..., Adapter]],
+    adapters: Iterable[str | AdapterSpec] | Mapping[str, Callable[..., Adapter]],
     model: Classifier,
     params: Params,
     folder: str | Path | None = None,
@@ -110,58 +109,65 @@ def sweep(
             or images; if no image of a stream can be read.
         OSError: if the folder cannot be written; finished results are kept.
     """
+    if not 0 <= shard[0] < shard[1]:
+        raise ValueError(f"shard is {shard}, expected (i, n) with i below n")
     with contextlib.ExitStack() as stack:
         if folder is None:
             folder, trust_data = stack.enter_context(tempfile.TemporaryDirectory()), True
         specs = specs_of(adapters)
+        data.select(spec.benchmark, dict.fromkeys(d for s in spec.streams for d in s.segments))
         settings = _settings_of(spec, model, params)
         how = (model, spec.task, config, settings["model"]["weights"])
-        made = {each.text: make_adapter(each, *how) for each in specs}
+        made = {each.text: (each, make_adapter(each, *how)) for each in specs}
         batches = spec.batches(model, specs)
-        data.select(spec.benchmark, dict.fromkeys(d for s in spec.streams for d in s.segments))
+<<<<<<< HEAD
         own = {each.text: identity_of(each, config, batches.canvas) for each in specs}
         told = json.loads(json.dumps(provenance.about(model) if about is None else about))
+=======
+        data.select(spec.benchmark, dict.fromkeys(d for s in spec.streams for d in s.segments))
+        own = {each.text: provenance.identity_of(each, config, batches.canvas) for each in specs}
+        about = provenance.as_json(provenance.about(model) if about is None else about)
+>>>>>>> wt-r2
         store = Store(Path(folder), settings)
         stack.enter_context(store.lock(shard))
 
         share = range(shard[0], len(batches.streams), shard[1])
-        contents = dict.fromkeys(share) if trust_data else _contents(batches, share, progress)
+        contents = dict.fromkeys(share)
+        if not trust_data:
+            contents = _contents(batches, share, progress)
         results: dict[tuple[int, str], Predictions] = {}
         runs = []
         for number in share:
             stream, missing = batches.streams[number], {}
             for name, adapter in own.items():
                 identity = _identity_of(settings, stream, adapter)
-                key = (name, stream.name, stream.seed)
-                found = store.read(key, identity, contents[number])
+                found = store.read((name, stream.name, stream.seed), identity, contents[number])
                 if found is None:
                     missing[name] = identity
                 else:
                     results[number, name] = found
             if missing:
-                kept = store.root / "checkpoints"
-                run = StreamRun(batches, number, made, params, missing, contents[number], kept)
-                if checkpoint_every is not None:
-                    run.use_checkpoints(checkpoint_every)
-                runs.append(run)
+                inputs = (batches, number, made, params, missing, contents[number])
+                kept = store.checkpoints(stream.name, stream.seed)
+                runs.append(StreamRun(*inputs, kept, checkpoint_every))
         if results and not trust_data and None in contents.values():
+            dataset = _stored(batches.benchmark[batches.streams[0].segments[0]])
             _log.warning(
                 "%s: earlier results are taken as they are, since %s cannot tell whether its "
                 "images have changed: it has no content()",
-                *(folder, type(batches.benchmark[batches.streams[0].segments[0]]).__name__),
+                *(folder, type(dataset).__name__),
             )
         places = [place for run in runs for place in run.places[run.done :]]
         total = sum(len(run.places) for run in runs)
         source = iter(data.read_ahead(batches, workers, places)) if runs else iter(())
-        originals = {each.text for each in specs if each.needs_originals}
         steps: dict[str, Callable] = {}  # compiled
         hidden = not progress or not runs
         with tqdm(total=total, initial=total - len(places), unit="batch", disable=hidden) as bar:
             for run in runs:
-                run.finish(steps, originals, source, bar)
+                run.finish(steps, source, bar)
                 for name in run.settings:
-                    order = {"place": [run.number, list(own).index(name)]}
-                    result = run.result(name, spec.setting, told | order)
+                    place = {"place": [run.number, list(own).index(name)]}
+                    result = run.result(name, spec.setting, about | place)
                     result.save(store.path(name, result.stream, result.seed))
                     results[run.number, name] = result
                     if log is not None:
@@ -169,6 +175,31 @@ def sweep(
                 run.remove()
             next(source, None)  # ends the reader processes
     return [results[number, name] for number in share for name in own]
+
+
+def specs_of(
+    given: Iterable[str | AdapterSpec] | Mapping[str, Callable[..., Adapter]],
+) -> list[AdapterSpec]:
+    """The adapters of a sweep, as `sweep` takes them."""
+    if isinstance(given, str | AdapterSpec):
+        raise TypeError(f"adapters is {given!r}, expected a list of adapters")
+    if isinstance(given, Mapping):
+        specs = []
+        for text, make in given.items():
+            settings: Mapping[str, Any] = {}
+            if isinstance(make, functools.partial) and not make.args:
+                make, settings = make.func, make.keywords
+            name = getattr(make, "__qualname__", type(make).__qualname__)
+            specs.append(AdapterSpec(text, name, settings, make))
+    else:
+        specs = [parse_adapter(each) if isinstance(each, str) else each for each in given]
+    _require_distinct("adapters", [spec.text for spec in specs])
+    return specs
+
+
+def _require_distinct(what: str, names: Sequence[str]) -> None:
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"a sweep needs one or more {what} of distinct names, not {names}")
 
 
 def _settings_of(spec: Spec, model: Classifier, params: Params) -> dict[str, Any]:
@@ -182,7 +213,9 @@ def _settings_of(spec: Spec, model: Classifier, params: Params) -> dict[str, Any
     }
     if spec.task is not None:
         groups["model"]["templates"] = spec.templates
-    return json.loads(json.dumps(groups))
+    if not type(model).__module__.startswith("jaxtta."):
+        groups["model"]["source"] = provenance.source_of(type(model))
+    return provenance.as_json(groups)
 
 
 def _identity_of(
@@ -191,10 +224,17 @@ def _identity_of(
     """All settings that decide an adapter's result on a stream."""
     own = {
         "domains": [str(domain) for domain in stream.segments],
-        "images": f"{len(stream.items)}, in order {provenance.digest_of(stream.items)}",
+        "images": f"{len(stream.items)}, in order {provenance.digest_of(stream.parts)}",
     }
-    identity = {**shared, "streams": {**shared["streams"], **own}, "adapter": adapter}
-    return json.loads(json.dumps(identity))
+    streams = {**shared["streams"], **own}
+    return provenance.as_json({**shared, "streams": streams, "adapter": adapter})
+
+
+def _stored(dataset: data.Dataset) -> data.Dataset:
+    """The dataset that a corruption or subset reads."""
+    while isinstance(dataset, data.Corrupted | data.Subset):
+        dataset = dataset.dataset
+    return dataset
 
 
 def _contents(batches: Batches, share: range, progress: bool) -> dict[int, str | None]:
@@ -204,9 +244,7 @@ def _contents(batches: Batches, share: range, progress: bool) -> dict[int, str |
     for number in tqdm(share, desc="checking the images", leave=False, disable=not progress):
         parts = []
         for domain in batches.streams[number].segments:
-            dataset = batches.benchmark[domain]
-            while isinstance(dataset, data.Corrupted | data.Subset):  # of the same images
-                dataset = dataset.dataset
+            dataset = _stored(batches.benchmark[domain])
             if id(dataset) not in known:
                 known[id(dataset)] = data.content_of(dataset)
             parts.append(known[id(dataset)])

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxtta.adapters.by_name import SETTINGS, parse_adapter
 from jaxtta.data import IMAGENET_C_EXTRA
-from jaxtta.evaluate.adapters import SETTINGS, parse_adapter
 from jaxtta.evaluate.sweep import Spec, sweep
 from jaxtta.models import Classifier, Params
 
@@ -28,7 +28,7 @@ def has_rate(text: str) -> bool:
 
 def with_rate(text: str, rate: float) -> str:
     """An adapter's text with a learning rate: tent:lr=0.0001."""
-    return f"{text}{',' if parse_adapter(text).settings else ':'}lr={rate!r}"
+    return f"{text}{',' if parse_adapter(text).settings else ':'}lr={float(rate)!r}"
 
 
 def tune_learning_rate(

@@ -10,10 +10,10 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
+from jaxtta.adapters.by_name import SETTINGS
 from jaxtta.bootstrap import accuracy_interval
 from jaxtta.data import Dataset
 from jaxtta.diagnose import Answers, Diagnosis, ModelDiagnosis, TargetCheck, truncate
-from jaxtta.evaluate.adapters import SETTINGS
 from jaxtta.images import printable
 from jaxtta.io import atomic_write, write_json, write_text
 from jaxtta.report.diagnosis_plots import diagnosis_plots, draw_predictions
@@ -23,6 +23,15 @@ from jaxtta.report.text import aligned, answer, counted, points
 from jaxtta.report.write import optimizer_of
 
 UNSURE, THUMBNAIL = 12, 160  # images shown of a model, and pixels of their longer side
+LABELS = {
+    "detected": "classes detected",
+    "most_by_one_direction": "most classes by one direction",
+    "linear_cka": "linear CKA",
+    "entropy": "mean entropy (nats)",
+    "confidence": "mean confidence",
+    "squared_mmd": "squared MMD to half the reference",
+    "null_quantile": "95 % quantile under the null",
+}
 Tables = dict[str, pd.DataFrame]
 Checked = tuple[TargetCheck, Answers, Summary | None]
 
@@ -124,7 +133,7 @@ def bounded(share: float, bounds: Sequence[float], sign: str = "") -> str:
 def fields(found: Any, *omitted: str) -> dict[str, str]:
     """The fields of a dataclass as rows of a table, without those omitted."""
     shown = {name: entry(x) for name, x in vars(found).items() if name not in omitted}
-    return {name.replace("_", " ").replace("mmd", "MMD"): text for name, text in shown.items()}
+    return {LABELS.get(name) or name.replace("_", " "): text for name, text in shown.items()}
 
 
 def entry(value: Any) -> str:
@@ -176,10 +185,11 @@ def check_tables(model: str, check: TargetCheck, trial: Summary | None) -> Table
         f"Classes that {model} confuses": pd.DataFrame(confused, heads).map(percent).T,
     }
     if trial:
+        means = trial.means.to_dict("index")
         heads, rows = ["accuracy (%)", "gain (points)", "calibration error (%)"], {}
         for result in trial.results:
-            right, mean = result.top1[result.rows["seen"]], trial.means.loc[result.adapter]
-            gained = bounded(mean["gain"], mean[["low", "high"]], "+")
+            right, mean = result.top1[result.rows["seen"]], means[result.adapter]
+            gained = bounded(mean["gain"], (mean["low"], mean["high"]), "+")
             rows[result.adapter] = (
                 bounded(right.mean(), accuracy_interval(right)),
                 gained if result.adapter in trial.compared else NONE,

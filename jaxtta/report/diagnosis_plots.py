@@ -25,7 +25,7 @@ def diagnosis_plots(found: Diagnosis, fractions: Sequence[float]) -> dict[str, F
     for name, model in found.models.items():
         spectrum = np.asarray(model.base.importance)
         importance.plot(1 + np.arange(len(spectrum)), spectrum / spectrum.mean(), **looks[name])
-        base = pd.Series(model.sets[model.base_name].pruned, fractions).sort_index()
+        base = pd.Series(model.sets[model.base_name].pruned, [*fractions]).sort_index()
         pruning.plot(100 * base.index, 100 * base, **looks[name])
         if model.shifted:
             means = 100 * np.array([fractions, model.shifted.pruned])
@@ -83,7 +83,7 @@ def draw_predictions(check: TargetCheck, answers: Answers) -> Figure:
     shares = {"predicted": check.target.predicted}
     shares |= {"labelled": check.labelled.shares} if check.labelled else {}
     frame = 100 * pd.DataFrame(shares, [*map(label, check.classes)]).iloc[check.commonest()]
-    frame.plot.barh(ax=right, width=0.8, color=COLOURS[: len(shares)], legend=False)
+    frame.plot.barh(ax=right, width=0.8, color=[*COLOURS[: len(shares)]], legend=False)
     right.invert_yaxis()
     finish(left, "entropy of a prediction (nats)", "images (%)")
     finish(right, "images (%)", "", grid="x")

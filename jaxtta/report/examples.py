@@ -8,10 +8,9 @@ import jax
 import numpy as np
 from matplotlib.figure import Figure
 
-from jaxtta.adapters import TNTConfig, tnt_image
+from jaxtta.adapters import AdapterConfig, AdapterSpec, TNTConfig, tnt_config_of, tnt_image
 from jaxtta.data import Batches, class_names_of, labels_of, pad_to_canvas
 from jaxtta.data.datasets import read
-from jaxtta.evaluate.adapters import AdapterConfig, AdapterSpec, tnt_config_of
 from jaxtta.evaluate.predictions import Predictions
 from jaxtta.models import CLIP, Params, Task
 from jaxtta.report.plots import COLOURS, GREY, finish, label

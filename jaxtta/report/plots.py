@@ -12,7 +12,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from jaxtta.data.corruptions import CLEAN
+from jaxtta.corruptions import CLEAN
 from jaxtta.evaluate.predictions import Predictions
 from jaxtta.images import printable
 from jaxtta.report.summary import BASELINE, Summary

@@ -13,8 +13,8 @@ import numpy as np
 import pandas as pd
 
 from jaxtta import metrics
+from jaxtta.corruptions import CLEAN
 from jaxtta.data import Domain
-from jaxtta.data.corruptions import CLEAN
 from jaxtta.evaluate.gains import mean_intervals, paired_gain
 from jaxtta.evaluate.predictions import Predictions
 from jaxtta.images import printable
@@ -171,11 +171,10 @@ def _gain(pairs: Sequence[Pair], datasets: bool = False) -> dict[str, float | No
 
 def _speed(result: Predictions) -> dict[str, Any]:
     images, seconds = int(result.rows["seen"].sum()), float(result.steps["seconds"].sum())
-    timed = images and seconds
     return {
         "skipped_steps": int(result.steps["skipped"].sum()),
-        "images_per_second": round(images / seconds, 2) if timed else None,
-        "seconds_per_image": seconds / images if timed else None,
+        "images_per_second": round(images / seconds, 2) if images and seconds else None,
+        "seconds_per_image": seconds / images if images and seconds else None,
         "peak_memory_gb": result.peak_memory_gb or None,
     }
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pandas as pd
 
-from jaxtta.data.corruptions import CLEAN
+from jaxtta.corruptions import CLEAN
 from jaxtta.images import printable
 from jaxtta.report.render import NONE
 from jaxtta.report.summary import Summary

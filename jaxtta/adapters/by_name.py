@@ -8,23 +8,26 @@ import logging
 import math
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple
 
 import optax
 
-from jaxtta import adapters, assets
-from jaxtta.adapters import BATCLIP_PRESETS, TENT_PRESETS, Adapter, TNTConfig
-from jaxtta.adapters.mgtta import PAPER_LEARNING_RATE, check_statistics
-from jaxtta.io import digest_files
+from jaxtta import assets
+from jaxtta.adapters.base import Adapter
+from jaxtta.adapters.batclip import BATCLIP_PRESETS, batclip
+from jaxtta.adapters.mgtta import PAPER_LEARNING_RATE, check_statistics, mgtta
+from jaxtta.adapters.tent import TENT_PRESETS, tent
+from jaxtta.adapters.tnt.adapter import tnt
+from jaxtta.adapters.tnt.config import TNTConfig
+from jaxtta.adapters.zero_shot import zero_shot
 from jaxtta.models import Classifier, Task, load_statistics
 from jaxtta.optim import load_mgg, meta_gradient_generator
 from jaxtta.tree import normalisation_parameters
 
 log = logging.getLogger(__name__)
-SPEED_ONLY = ("views_per_chunk", "images_per_map")
 SETTINGS = {
     "zero_shot": (),
     "tent": ("lr", "optimizer"),
@@ -47,7 +50,7 @@ class MGTTAConfig:
     Attributes:
         phi: file with the generator's weights, from `jaxtta pretrain-mgg`.
         statistics: file with the statistics of clean images' features, from there too.
-        weight: weight of the discrepancy.
+        weight: of the discrepancy.
         tower: image, or both to adapt the text tower too.
     """
 
@@ -77,16 +80,9 @@ class AdapterConfig:
 
 
 class AdapterSpec(NamedTuple):
-    """An adapter to be made.
+    """An adapter to be made: one of `SETTINGS`, or `function(model, task, **settings)`."""
 
-    Attributes:
-        text: its name in tables, as it was given.
-        name: a key of `SETTINGS`, or the function's module and name.
-        settings: by name.
-        function: `function(model, task, **settings) -> Adapter`; None for a named adapter.
-    """
-
-    text: str
+    text: str  # its name in tables
     name: str
     settings: Mapping[str, Any] = {}
     function: Callable[..., Adapter] | None = None
@@ -103,36 +99,44 @@ def parse_adapter(text: str) -> AdapterSpec:
     Args:
         text: `tent`, `tent:lr=1e-4`, `package.module:function` or
             `package.module:function:key=value,…`; modules in the current folder are found.
-
-    Raises:
-        ValueError: for an unknown name or setting, or a function that cannot be imported.
     """
     name, _, rest = text.partition(":")
-    function = None
     if name not in SETTINGS:
-        attribute, _, rest = rest.partition(":")
-        if not re.fullmatch(r"\w+(\.\w+)*", name) or not attribute.isidentifier():
-            raise ValueError(
-                f"unknown adapter {text!r}, expected {', '.join(SETTINGS)}, with settings as in "
-                "tent:lr=1e-4, or MODULE:FUNCTION of your own"
-            )
-        function = _import_function(name, attribute)
-        name = f"{name}:{attribute}"
-    settings = _parse_settings(text, rest)
-    spec = AdapterSpec(text, name, settings, function)
-    if function is not None:
-        signature = inspect.signature(function)
-        try:
-            signature.bind(None, None, **settings)
-        except TypeError as error:
-            called = f"it is called (model, task, **settings) and takes {signature}"
-            raise ValueError(f"{text}: {error}; {called}") from error
-    elif unknown := [key for key in settings if key not in SETTINGS[name]]:
+        return _parse_function(text, name, *rest.partition(":")[::2])
+    spec = AdapterSpec(text, name, _parse_settings(text, rest))
+    if unknown := [key for key in spec.settings if key not in SETTINGS[name]]:
         known = ", ".join(SETTINGS[name]) or "none"
         raise ValueError(f"{text}: unknown setting {unknown[0]!r}, {name} has {known}")
-    else:
-        identity_of(spec, AdapterConfig())  # validates the values
+    if name == "tnt":
+        tnt_config_of(spec, AdapterConfig())
+    elif name != "zero_shot":
+        optimizer_of(spec, AdapterConfig())
+    if name == "mgtta":
+        mgtta_config_of(spec, AdapterConfig())
     return spec
+
+
+def _parse_function(text: str, module: str, name: str, rest: str) -> AdapterSpec:
+    if not re.fullmatch(r"\w+(\.\w+)*", module) or not name.isidentifier():
+        raise ValueError(
+            f"unknown adapter {text!r}, expected {', '.join(SETTINGS)}, with settings as in "
+            "tent:lr=1e-4, or MODULE:FUNCTION of your own"
+        )
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.append(here)
+    try:
+        function = getattr(importlib.import_module(module), name, None)
+    except Exception as error:  # a module of the user's may raise anything
+        raise ValueError(f"{module}:{name}: the module cannot be imported ({error!r})") from error
+    if not callable(function):
+        raise ValueError(f"{module}:{name}: the module has no function of this name")
+    settings, signature = _parse_settings(text, rest), inspect.signature(function)
+    try:
+        signature.bind(None, None, **settings)
+    except TypeError as error:
+        called = f"it is called (model, task, **settings) and takes {signature}"
+        raise ValueError(f"{text}: {error}; {called}") from error
+    return AdapterSpec(text, f"{module}:{name}", settings, function)
 
 
 def _parse_settings(text: str, given: str) -> dict[str, Any]:
@@ -148,35 +152,6 @@ def _parse_settings(text: str, given: str) -> dict[str, Any]:
     return settings
 
 
-def _import_function(module: str, name: str) -> Callable[..., Adapter]:
-    if (here := str(Path.cwd())) not in sys.path:
-        sys.path.append(here)
-    try:
-        found = getattr(importlib.import_module(module), name, None)
-    except Exception as error:  # a module of the user's may raise anything
-        raise ValueError(f"{module}:{name}: the module cannot be imported ({error!r})") from error
-    if not callable(found):
-        raise ValueError(f"{module}:{name}: the module has no function of this name")
-    return cast(Callable[..., Adapter], found)
-
-
-def specs_of(
-    given: Sequence[str | AdapterSpec] | Mapping[str, Callable[..., Adapter]],
-) -> list[AdapterSpec]:
-    """The adapters of a sweep, as `sweep` takes them."""
-    if isinstance(given, Mapping):
-        specs = [
-            AdapterSpec(text, getattr(make, "__qualname__", type(make).__qualname__), {}, make)
-            for text, make in given.items()
-        ]
-    else:
-        specs = [parse_adapter(each) if isinstance(each, str) else each for each in given]
-    names = [spec.text for spec in specs]
-    if not names or len(set(names)) < len(names):
-        raise ValueError(f"a sweep needs one or more adapters of distinct names, not {names}")
-    return specs
-
-
 def make_adapter(
     spec: AdapterSpec,
     model: Classifier,
@@ -184,27 +159,20 @@ def make_adapter(
     config: AdapterConfig = AdapterConfig(),
     weights: str | None = None,
 ) -> Adapter:
-    """Make an adapter; `weights`, from `fingerprints`, tell whether MGTTA's files are the model's.
-
-    Raises:
-        FileNotFoundError: if one of MGTTA's files is missing.
-        TypeError: if a function gives something else.
-        ValueError: if a file is invalid, or for another model.
-    """
+    """Make an adapter; `weights`, a digest, tells whether MGTTA's files are the model's."""
     if spec.function is not None:
         made = spec.function(model, task, **spec.settings)
         if not (hasattr(made, "init") and hasattr(made, "step")):
             raise TypeError(f"{spec.text}: gives a {type(made).__name__}, expected an Adapter")
         return made
     if spec.name == "zero_shot":
-        return adapters.zero_shot(model, task)
+        return zero_shot(model, task)
     if spec.name == "tnt":
-        return adapters.tnt(model, task, config=tnt_config_of(spec, config))
-    make = _optimizer_of(spec, config)
+        return tnt(model, task, config=tnt_config_of(spec, config))
+    make = optimizer_of(spec, config)
     if spec.name != "mgtta":
-        method = adapters.tent if spec.name == "tent" else adapters.batclip
-        return method(model, task, optimizer=make())
-    settings = _mgtta_config_of(spec, config)
+        return {"tent": tent, "batclip": batclip}[spec.name](model, task, optimizer=make())
+    settings = mgtta_config_of(spec, config)
     made_for = "was made with another model; run jaxtta pretrain-mgg to make a file for"
     statistics, about = load_statistics(settings.statistics)
     if weights and about.get("weights", weights) != weights:
@@ -219,13 +187,9 @@ def make_adapter(
             check_statistics(statistics.mean, model.feature_shape)
         except ValueError as error:
             raise ValueError(f"{settings.statistics}: {error}") from error
-    return adapters.mgtta(
-        *(model, task),
-        optimizer=make(),
-        trainable=normalisation_parameters(settings.tower),
-        statistics=statistics,
-        weight=settings.weight,
-    )
+    named = {"statistics": statistics, "weight": settings.weight}
+    trainable = normalisation_parameters(settings.tower)
+    return mgtta(model, task, optimizer=make(), trainable=trainable, **named)
 
 
 def tnt_config_of(spec: AdapterSpec, config: AdapterConfig) -> TNTConfig:
@@ -233,7 +197,8 @@ def tnt_config_of(spec: AdapterSpec, config: AdapterConfig) -> TNTConfig:
     return _replaced(spec, config.tnt, spec.settings)
 
 
-def _mgtta_config_of(spec: AdapterSpec, config: AdapterConfig) -> MGTTAConfig:
+def mgtta_config_of(spec: AdapterSpec, config: AdapterConfig) -> MGTTAConfig:
+    """MGTTA's settings, with those of the adapter's name but for the optimiser's."""
     own = {key: value for key, value in spec.settings.items() if key not in ("lr", "optimizer")}
     files = {key: Path(str(own[key])) for key in ("phi", "statistics") if key in own}
     return _replaced(spec, config.mgtta, own | files)
@@ -250,8 +215,8 @@ def _replaced(spec: AdapterSpec, config: Any, settings: Mapping[str, Any]) -> An
         raise ValueError(f"{spec.text}: {error}") from error
 
 
-def _optimizer_of(spec: AdapterSpec, config: AdapterConfig) -> partial:
-    """Makes the optimiser of an adapter that has one; its first argument is the learning rate."""
+def optimizer_of(spec: AdapterSpec, config: AdapterConfig) -> partial:
+    """Makes the optimiser of TENT, BATCLIP or MGTTA; its first argument is the learning rate."""
     rate, kind = spec.settings.get("lr"), spec.settings.get("optimizer")
     if rate is not None and not (isinstance(rate, int | float) and 0 < rate < math.inf):
         raise ValueError(f"{spec.text}: lr is {rate}, expected a positive number")
@@ -261,42 +226,10 @@ def _optimizer_of(spec: AdapterSpec, config: AdapterConfig) -> partial:
     if spec.name == "mgtta":
         make = OPTIMIZERS.get(kind or "mgg", partial(meta_gradient_generator))
         return partial(make, rate or PAPER_LEARNING_RATE)
-    tent = spec.name == "tent"
-    usual, presets = ("sgd", TENT_PRESETS) if tent else ("adamw", BATCLIP_PRESETS)
+    usual, presets = ("sgd", TENT_PRESETS) if spec.name == "tent" else ("adamw", BATCLIP_PRESETS)
+    if config.preset not in presets:
+        raise ValueError(f"preset is {config.preset!r}, expected {', '.join(presets)}")
     preset = presets[config.preset].optimizer
     if rate is None and kind is None:
         return preset
     return partial(OPTIMIZERS[kind or usual], rate or preset.args[0])
-
-
-def identity_of(
-    spec: AdapterSpec, config: AdapterConfig, canvas: int | None = None
-) -> dict[str, Any]:
-    """What decides an adapter's results: settings, and digests of files and of its source."""
-    own: dict[str, Any] = {"name": spec.name}
-    if spec.needs_originals:
-        own["canvas"] = canvas
-    if spec.function is not None:
-        module = sys.modules.get(getattr(spec.function, "__module__", ""))
-        source = _digest(getattr(module, "__file__", None))
-        return own | {"settings": dict(spec.settings), "source": source}
-    if spec.name == "tnt":
-        settings = dataclasses.asdict(tnt_config_of(spec, config))
-        return own | {"tnt": {k: v for k, v in settings.items() if k not in SPEED_ONLY}}
-    if spec.name == "zero_shot":
-        return own
-    made = _optimizer_of(spec, config)
-    given = [str(made.args[0]), *(f"{key}={value}" for key, value in made.keywords.items())]
-    own["optimizer"] = f"{made.func.__name__}({', '.join(given)})"
-    if spec.name == "mgtta":
-        settings = _mgtta_config_of(spec, config)
-        own |= {"weight": settings.weight, "tower": settings.tower}
-        own["statistics"] = _digest(settings.statistics)
-        if made.func is meta_gradient_generator:
-            own["phi"] = _digest(settings.phi)
-    return own
-
-
-def _digest(path: str | Path | None) -> str | None:
-    """A digest of a file's content; None for a function without a source file."""
-    return digest_files([Path(path)]).partition(" ")[2] if path else None
