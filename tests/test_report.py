@@ -18,7 +18,7 @@ from jaxtta.evaluate.adapters import AdapterConfig, parse_adapter
 from jaxtta.evaluate.predictions import Predictions, score
 from jaxtta.metrics import ALEXNET_ERRORS
 from jaxtta.report import plots, text
-from jaxtta.report.summary import _corruption_error, summarise
+from jaxtta.report.summary import summarise
 
 CLASSES = 7
 LABELS = np.arange(120) % CLASSES
@@ -243,22 +243,44 @@ def test_another_baseline_can_be_chosen():
         summarise([])
 
 
-def test_the_mean_corruption_error_needs_all_of_imagenet_c():
-    segments = pd.DataFrame(
-        [("a", name, severity, 0.1 * severity) for name in ALEXNET_ERRORS for severity in range(6)],
-        columns=["adapter", "corruption", "severity", "top1"],
-    )
+def test_the_mean_corruption_error_needs_all_of_imagenet_c(monkeypatch):
+    monkeypatch.setattr("jaxtta.report.summary.IMAGENET_C_IMAGES", len(LABELS))
+    options = {"severities": (1, 2, 3, 4, 5), "skills": {"zero_shot": 1.5, "tent": 1.6}}
+    results = [
+        dataclasses.replace(result, settings={"streams": {"layout": "imagenet-c"}})
+        for result in results_of("continual", ("clean", *ALEXNET_ERRORS), **options)
+    ]
+    summary = summarise(results)
+    for adapter, own in summary.segments.groupby("adapter"):
+        errors = 1 - own.groupby("corruption")["top1"].mean()
+        expected = np.mean([errors[name] / x for name, x in ALEXNET_ERRORS.items()])
+        assert summary.means["corruption_error"][adapter] == pytest.approx(expected)
+    expected = 100 * summary.means["corruption_error"]["zero_shot"]
+    assert f"{expected:.2f}" in row(report.text_table(summary), "mean corruption error (%)")
+    lone = summarise(results[:1] + results[1::2]).means["corruption_error"]  # tent at one severity
+    assert lone.isna().tolist() == [True, False]
+    other = [dataclasses.replace(result, settings={}) for result in results]
+    for changed in (other, results_of("continual", ("fog",), **options)):
+        assert "corruption error" not in report.text_table(summarise(changed))
+    monkeypatch.undo()
+    assert "corruption error" not in report.text_table(summarise(results))
 
-    def result(images, layout="imagenet-c"):
-        data = {"streams": {"layout": layout}}
-        rows = pd.DataFrame(index=range(images))
-        return dataclasses.replace(results_of()[0], rows=rows, settings=data)
 
-    expected = np.mean(0.7 / np.array([*ALEXNET_ERRORS.values()]))
-    assert _corruption_error("a", segments, [result(50_000)]) == pytest.approx(expected)
-    for changed in (result(50_000, "folder"), result(5_000)):
-        assert _corruption_error("a", segments, [changed]) is None
-    assert _corruption_error("a", segments[:-1], [result(50_000)]) is None
+def test_results_of_several_sweeps_are_not_mixed():
+    """A folder of sweeps has streams of the same name; shards are one sweep."""
+    results = results_of()
+
+    def changed(**streams):
+        return [dataclasses.replace(each, settings={"streams": streams}) for each in results[-3:]]
+
+    assert len(summarise(changed(images="1", domains=[1])).means) == 3
+    for several, said in (
+        ([*results, results[0]], "zero_shot on fog-5 with seed 1 twice"),
+        ([*results, *results_of("continual")], "setting 'reset_each_shift'"),
+        ([*changed(order="stored")[:2], *changed(order="shuffled")[2:]], "order 'stored'"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            summarise(several)
 
 
 def test_what_nobody_saw_is_a_dash(tmp_path):
@@ -326,7 +348,7 @@ def test_the_report_is_one_page_that_needs_nothing_else(tmp_path, capsys):
     about |= {"commit": "abc-dirty", "preprocessing": "224 pixels", "versions": {"jax": "0.0"}}
     tnt = {"adapter": {"tnt": {"steps": 2, "learning_rate": 0.01}}}
     results[2] = dataclasses.replace(results[2], steps=steps, about=about)
-    results[-1] = dataclasses.replace(results[-1], settings=tnt)
+    results[-1] = dataclasses.replace(results[-1], settings=results[-1].settings | tnt)
     samples = {name: np.full((32, 32, 3), 99, np.uint8) for name in CORRUPTIONS}
     report.write_report(results, tmp_path, "fog & <snow>", samples)
     page = (tmp_path / "report.html").read_text()

@@ -135,16 +135,17 @@ def measures(summaries: Iterable[Summary]) -> list[tuple[str, list[str]]]:
 
 def worst_classes(summary: Summary, count: int = 10) -> list[tuple[str, list[str]]]:
     """The classes with the lowest mean accuracy: name, and accuracy and confusion by adapter."""
-    found = summary.classes
-    top, share = (found[name].map(points) for name in ("accuracy", "mistaken_share"))
-    confused = " (" + found["mistaken_for"].fillna("") + ": " + share + ")"
-    found = found.assign(text=top + confused.where(found["mistaken_share"] > 0, ""))
-    key = ["dataset", "class", "label"]
-    worst = found.groupby(key)["accuracy"].mean().nsmallest(count).index
-    texts = found.pivot(index=key, columns="adapter", values="text")
-    texts = texts.reindex(worst, columns=summary.adapters).fillna(NONE)
-    names = [f"{dataset}: {name}" if dataset else name for dataset, name, _ in worst]
-    return list(zip(names, texts.to_numpy().tolist(), strict=True))
+    classes = summary.classes.groupby(["dataset", "class", "label"])
+    rows = []
+    for key in classes["accuracy"].mean().nsmallest(count).index:
+        own = classes.get_group(key).set_index("adapter").reindex(summary.adapters)
+        texts = []
+        for _, entry in own.iterrows():
+            known = not pd.isna(entry["mistaken_share"])
+            confused = f" ({entry['mistaken_for']}: {points(entry['mistaken_share'])})"
+            texts.append(points(entry["accuracy"]) + (confused if known else ""))
+        rows.append((f"{key[0]}: {key[1]}" if key[0] else key[1], texts))
+    return rows
 
 
 def notes(summary: Summary) -> list[str]:
@@ -161,8 +162,15 @@ def notes(summary: Summary) -> list[str]:
 
 
 def warnings(summary: Summary) -> list[str]:
-    """Sentences about unreadable images, skipped steps and predictions that are not finite."""
-    said = []
+    """Sentences about what is missing, skipped or not finite."""
+    said, every = [], {(result.stream, result.seed) for result in summary.results}
+    for adapter in summary.adapters:
+        own = {(r.stream, r.seed) for r in summary.results if r.adapter == adapter}
+        if lacking := [f"{stream} (seed {seed})" for stream, seed in sorted(every - own)]:
+            said.append(
+                f"{adapter}: no results on {some(lacking)}, which other adapters have; its means "
+                "are over fewer streams."
+            )
     if lost := sorted({name for result in summary.results for name in result.unreadable}):
         said.append(f"{counted(len(lost), 'image')} could not be read: {some(lost)}.")
     for adapter, own in summary.segments.groupby("adapter", sort=False):
