@@ -402,6 +402,25 @@ def test_names_of_any_kind_stop_no_report(tmp_path):
     assert plots.label("caf\udce9_$") == r"caf\xe9 \$"
 
 
+def test_functions_of_users_are_told_apart(tmp_path, capsys):
+    """Long names that differ in their last setting; one lacks a seed, as in unfinished sweeps."""
+    names = [f"research.methods.prompts:make:lr={rate}" for rate in ("1e-3", "1e-4")]
+    skills = {"zero_shot": 0.5, names[0]: 0.6, names[1]: 0.9}
+    results = results_of("continual", skills=skills, seeds=(1, 2))[:-1]
+    results = [dataclasses.replace(r, about={"place": [n, 0]}) for n, r in enumerate(results)]
+    summary = report.write_report(results, tmp_path / "new" / "folder", "users")
+    assert summary.compared == names
+    assert len({plots.label(name) for name in names}) == 2
+    printed = capsys.readouterr().out
+    assert f"{names[1]}: no results on continual-5 (seed 2)" in printed
+    assert row(printed, "Mean over 2 seeds").endswith(f"{names[1]} –.")
+    page = " ".join(Outline((tmp_path / "new" / "folder" / "report.html").read_text()).text)
+    assert all(name in page for name in names)
+    assert "place" not in page
+    assert "\\n" not in page
+    assert len(plots.running(summary).legends[0].get_texts()) == 3
+
+
 def test_folders_are_put_side_by_side(tmp_path, capsys):
     for name, seed in (("a", 1), ("b", 2)):
         (tmp_path / name / "predictions").mkdir(parents=True)

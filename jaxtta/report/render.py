@@ -106,6 +106,12 @@ def flatten(mappings: Iterable[Mapping[str, Any]]) -> dict[str, str]:
         for name, value in mapping.items():
             if isinstance(value, Mapping):
                 waiting.append((f"{before}{name}: ", value))
-            elif before or name not in REPEATED:
-                found.setdefault(before + name, {})[NONE if value is None else str(value)] = None
+            elif before or name not in (*REPEATED, "place"):
+                found.setdefault(before + name, {})[_listed(value)] = None
     return {name: " / ".join(texts) for name, texts in found.items()}
+
+
+def _listed(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_listed, value)) or NONE
+    return NONE if value is None else str(value)

@@ -9,7 +9,6 @@ from matplotlib.figure import Figure
 
 from jaxtta.data import Batches, Domain, UnreadableImageError
 from jaxtta.data.datasets import read
-from jaxtta.evaluate.checks import require_distinct
 from jaxtta.evaluate.predictions import Predictions
 from jaxtta.evaluate.store import load_predictions
 from jaxtta.images import printable
@@ -31,12 +30,7 @@ def write_report(
 ) -> Summary:
     """Print the table, and write table, CSV files, plots and page of a sweep.
 
-    Args:
-        results: of the sweep.
-        folder: the output folder.
-        title: the title.
-        samples: an image of each domain by its name, (height, width, 3) uint8.
-        examples: examples of TNT on single images.
+    `samples` are an image of each domain by its name, (height, width, 3) uint8.
     """
     summary = summarise(results)
     drawn = plots.figures(summary)
@@ -50,17 +44,14 @@ def write_report(
 def compare(folders: Sequence[str | Path], output: str | Path = "comparison") -> None:
     """Put sweeps side by side, each with gains over its own zero-shot.
 
-    Args:
-        folders: with the sweeps' results.
-        output: folder for table, CSV file, plot and page.
-
     Raises:
         ValueError: if a folder is given twice.
     """
     names = [printable(Path(folder).resolve().name) for folder in folders]
     if len(set(names)) < len(names):
         names = [printable(folder) for folder in folders]
-    require_distinct(folders=names)
+    if len(set(names)) < len(names):
+        raise ValueError(f"{max(names, key=names.count)}: is given twice")
     summaries = {n: summarise(load_predictions(f)) for n, f in zip(names, folders, strict=True)}
     table = pd.concat({name: each.table for name, each in summaries.items()}, names=["folder"])
     drawn = {"gain": plots.dots(summaries)}
@@ -122,13 +113,9 @@ def optimizer_of(result: Predictions) -> str:
 
 
 def samples_of(batches: Batches) -> dict[str, np.ndarray]:
-    """The same image under every corruption, at the highest severity.
+    """The same image under every corruption, at the highest severity, by the domain's name.
 
-    Args:
-        batches: the streams.
-
-    Returns:
-        (size, size, 3) uint8 by the domain's name; empty if none of the first images can be read.
+    It is (size, size, 3) uint8. The result is empty if none of the first images can be read.
     """
     stream = batches.streams[0]
     strongest: dict[str, Domain] = {}
