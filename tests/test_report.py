@@ -431,6 +431,9 @@ def test_folders_are_put_side_by_side(tmp_path, capsys):
     head = next(line for line in printed.splitlines() if line.split() == ["a", "b"])
     assert head.index("b") > head.index("a")
     assert row(printed, "a ").split()[-3:] == ["–"] * 3  # the other folder lacks it
+    assert "means are over different corruptions" in printed
+    with pytest.raises(ValueError, match="a: is given twice"):
+        report.compare([tmp_path / "a", tmp_path / "a"])
     lone = report.text_table(summarise(results_of(corruptions=("fog", "a"))))
     assert row(printed, "fog").startswith(row(lone, "fog"))
     assert "a: Averaged" in printed

@@ -35,10 +35,9 @@ def styles(names: Iterable[str], baseline: str | None = BASELINE) -> dict[str, d
 
 
 def dots(summaries: Mapping[str, Summary]) -> Figure:
-    """Draw the gain over the baseline with its 95 % interval, per corruption and adapter.
+    """Draw gains over the baseline with their 95 % intervals, or accuracies without a baseline.
 
-    Args:
-        summaries: one per panel, by heading. Without gains, accuracies are drawn.
+    Summaries, by heading, have a panel each, with a row per corruption and a dot per adapter.
     """
     gains = any(each.compared for each in summaries.values())
     names = [*dict.fromkeys(name for each in summaries.values() for name in each.corruptions)]

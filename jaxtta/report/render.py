@@ -21,15 +21,10 @@ REPEATED = ("command", "commit", "preprocessing", "date")  # what `commands` lis
 
 
 def render(template: str, **context: Any) -> str:
-    """Fill in a template.
+    """Fill in a template; all text in it is escaped.
 
-    Args:
-        template: its file name.
-        **context: its variables. Pages need `title` and `sentences`, and may have `warnings`,
-            `abouts` and `settings` (mappings, one per result) and `optimizers` (text by adapter).
-
-    Returns:
-        HTML; all text in it is escaped.
+    Pages need `title` and `sentences`, and may have `warnings`, `abouts` and `settings` (mappings,
+    one per result) and `optimizers` (text by adapter).
     """
     return _environment().get_template(template).render(context)
 

@@ -78,14 +78,7 @@ class Summary(NamedTuple):
 
 
 def summarise(results: Sequence[Predictions], baseline: str = BASELINE) -> Summary:
-    """Compute all tables of a sweep.
-
-    Args:
-        results: of one sweep.
-        baseline: the adapter that gains are relative to, if it was run.
-
-    Returns:
-        The summary; names in it are escaped where they cannot be printed.
+    """Compute all tables of a sweep, with gains over `baseline` if it was run.
 
     Raises:
         ValueError: if there are no results, or they are of several sweeps.
@@ -153,6 +146,7 @@ def _require_one_sweep(results: Sequence[Predictions]) -> None:
         if key in found:
             said = f"{adapter} on {stream} with seed {seed} twice"
         if said:
+            said = said.replace("this run", "another")
             raise ValueError(f"these are results of several sweeps, give one's folder: {said}")
         found.add(key)
 

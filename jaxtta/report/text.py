@@ -73,11 +73,7 @@ def entries(summaries: Iterable[Summary]) -> Entries:
 
 
 def text_table(summaries: Summary | Mapping[str, Summary]) -> str:
-    """Format accuracies in per cent, gains and their intervals in points.
-
-    Args:
-        summaries: one, or several by heading to be put side by side.
-    """
+    """Format accuracies in per cent, gains in points; several summaries, by heading, in columns."""
     if isinstance(summaries, Summary):
         summaries = {"": summaries}
     several = [*summaries.values()]
@@ -91,7 +87,7 @@ def text_table(summaries: Summary | Mapping[str, Summary]) -> str:
     rule = "-" * max(map(len, lines))
     for place in rules:
         lines.insert(place, rule)
-    lines += dict.fromkeys(note for each in several for note in notes(each))
+    lines += notes(*several)
     if any("] !" in line for line in lines):
         lines.append("! Significantly worse than the baseline: the gain's interval is below 0.")
     return "\n".join(lines)
@@ -148,17 +144,20 @@ def worst_classes(summary: Summary, count: int = 10) -> list[tuple[str, list[str
     return rows
 
 
-def notes(summary: Summary) -> list[str]:
+def notes(*summaries: Summary) -> list[str]:
     """Sentences that tell what the table's means are over."""
-    said, seeds = [], summary.segments["seed"].nunique()
-    if len(summary.severities) > 1:
-        said.append(f"Each {summary.noun} is the mean over severities {some(summary.severities)}.")
-    if len(summary.averaged) < len(summary.corruptions):
-        said.append("The mean excludes clean images.")
-    if seeds > 1:
-        texts = ", ".join(f"{name} {points(x)}" for name, x in summary.means["spread"].items())
-        said.append(f"Mean over {seeds} seeds; standard deviation over seeds: {texts}.")
-    return said
+    said = []
+    for each in summaries:
+        if len(each.severities) > 1:
+            said.append(f"Each {each.noun} is the mean over severities {some(each.severities)}.")
+        if len(each.averaged) < len(each.corruptions):
+            said.append("The mean excludes clean images.")
+        if (seeds := each.segments["seed"].nunique()) > 1:
+            texts = ", ".join(f"{name} {points(x)}" for name, x in each.means["spread"].items())
+            said.append(f"Mean over {seeds} seeds; standard deviation over seeds: {texts}.")
+    if len({frozenset(each.averaged) for each in summaries}) > 1:
+        said.append(f"The means are over different {summaries[0].noun}s, do not compare them.")
+    return [*dict.fromkeys(said)]
 
 
 def warnings(summary: Summary) -> list[str]:

@@ -92,7 +92,7 @@ def _write(
         rows=text.entries(summaries.values()),
         measures=text.measures(summaries.values()),
         worst=[] if len(several) > 1 else text.worst_classes(several[0][1]),
-        notes=dict.fromkeys(note for _, each in several for note in text.notes(each)),
+        notes=text.notes(*summaries.values()),
         colours={name: look["color"] for name, look in plots.styles(adapters).items()},
         plots=drawn,
         samples=[(name.replace("_", " "), image) for name, image in samples.items()],
