@@ -23,7 +23,6 @@ MEASURES = {
     "peak_memory_gb": ("peak memory (GB)", 1, 2),
 }
 """Columns of the means beside accuracy: name, factor and decimals."""
-Entries = list[tuple[str, list[Any]]]
 
 
 def answer(summary: Summary) -> str:
@@ -62,13 +61,12 @@ def answer(summary: Summary) -> str:
     return f"{where}, {said}. {differences}."
 
 
-def entries(summaries: Iterable[Summary]) -> Entries:
-    """Rows of the tables, then of the means, by all adapters; None where there is no result."""
+def entries(summaries: Sequence[Summary]) -> list[tuple[str, list[pd.Series]]]:
+    """Rows of the tables, then of the means, by all adapters; NaN where there is no result."""
+    every = dict.fromkeys(name for each in summaries for name in each.corruptions)
     columns = [(each, adapter) for each in summaries for adapter in each.adapters]
-    rows: Entries = [
-        (name, [s.table.loc[(name, a)] if name in s.corruptions else None for s, a in columns])
-        for name in dict.fromkeys(name for each, _ in columns for name in each.corruptions)
-    ]
+    tables = [each.table.xs(a, level="adapter").reindex([*every]) for each, a in columns]
+    rows = [(name, [table.loc[name] for table in tables]) for name in every]
     return [*rows, ("mean", [each.means.loc[adapter] for each, adapter in columns])]
 
 
@@ -93,9 +91,7 @@ def text_table(summaries: Summary | Mapping[str, Summary]) -> str:
     return "\n".join(lines)
 
 
-def _entry(entry: pd.Series | None) -> str:
-    if entry is None:
-        return NONE
+def _entry(entry: pd.Series) -> str:
     text = points(entry["top1"])
     if not pd.isna(entry["gain"]):
         text += f" {points(entry['gain'], '+')} {interval(entry)}"
