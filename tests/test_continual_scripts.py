@@ -11,7 +11,7 @@ from conftest import GOLDEN, errors_in, write_images
 from PIL import Image
 
 import jaxtta
-from jaxtta import data, metrics
+from jaxtta import data, evaluate, metrics
 from jaxtta.cli import continual as command
 from jaxtta.data.tasks import every_nth
 
@@ -28,9 +28,9 @@ def results_of(folder):
     return rows.pivot_table("value", ["method", "step"], "set")
 
 
-def counted(patch, name, stop_at=None):
+def counted(patch, name, stop_at=None, place=jaxtta.continual):
     """Count the calls of one of continual's functions, and interrupt one of them."""
-    real, calls = getattr(jaxtta.continual, name), []
+    real, calls = getattr(place, name), []
 
     def count(*arguments, **options):
         calls.append(arguments)
@@ -38,7 +38,7 @@ def counted(patch, name, stop_at=None):
             raise KeyboardInterrupt
         return real(*arguments, **options)
 
-    patch.setattr(jaxtta.continual, name, count)
+    patch.setattr(place, name, count)
     return calls
 
 
@@ -52,7 +52,7 @@ def test_tasks_are_learnt_one_after_another(run_jaxtta, short, tmp_path, monkeyp
     options += ["--methods", "gnsp", "--output"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     with monkeypatch.context() as patch:
-        gathered, trained = counted(patch, "augmented_grams"), counted(patch, "train")
+        gathered, trained = counted(patch, "task_grams"), counted(patch, "train")
         code, out, err = run_jaxtta(*options, whole)
     assert code == 0
     assert "gnsp seed 1: digits: compiling" in err
@@ -81,7 +81,7 @@ def test_tasks_are_learnt_one_after_another(run_jaxtta, short, tmp_path, monkeyp
     for folder in (parts, parts):  # and once it is finished nothing is computed again
         pd.testing.assert_frame_equal(results_of(folder), found, check_exact=True)
         with monkeypatch.context() as patch:
-            counted(patch, "embed_images", stop_at=1)
+            counted(patch, "evaluate_tasks", 1, evaluate.continual)
             assert run_jaxtta(*options, parts)[0] == 0
     code, _, err = run_jaxtta(*options, parts, "--rho", "0.5")
     assert code == 1
@@ -93,7 +93,7 @@ def test_the_published_first_task_and_the_baselines(run_jaxtta, short, tmp_path,
     options += ["--no-task-zero", "--wise-share", "0", "--output", tmp_path]
     methods = ("distillation", "gnsp", "wise-ft")
     with monkeypatch.context() as patch:
-        gathered = counted(patch, "augmented_grams")
+        gathered = counted(patch, "task_grams")
         code, out, _ = run_jaxtta(*options, "--methods", *methods)
     assert code == 0
     assert gathered == []  # nothing is protected from the first task, and there is no second one
@@ -154,17 +154,38 @@ def test_table():
     assert set(cells[6]) == {"0.500"}  # the modality gap
 
 
+def test_a_task_has_any_other_name():
+    """The table's own columns are not confused with sets of their names."""
+    rows = pd.DataFrame(
+        [
+            {"method": "gnsp", "seed": 1, "step": step, "set": set_, "value": 0.25}
+            for step in range(2)
+            for set_ in ("method", "seed", *metrics.ALIGNMENT)
+        ]
+    )
+    assert "25.00" in command.table(rows, ["method"], ["seed"])
+
+
+def test_settings_name_fields_and_options():
+    with pytest.raises(ValueError, match=r"^rho is 2, expected"):
+        jaxtta.continual.TrainingConfig(rho=2)
+    with pytest.raises(ValueError, match=r"^first_task is 'none', expected same or all"):
+        jaxtta.continual.TrainingConfig(first_task="none")
+    with pytest.raises(ValueError, match=r"^--max-images is 0, expected at least 1"):
+        command.TrainingOptions(max_images=0)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ("--methods magic", "unknown method 'magic', expected one of fine-tuning"),
         ("--tasks chess", "unknown task 'chess', expected NAME=FOLDER or one of order-1"),
         ("--tasks dtd", "dtd needs --data"),
-        ("--rho 1", "rho is 1.0, expected a number between 0 and 1"),
-        ("--warmup 301", "warmup is 301, expected at most the 300 iterations"),
-        ("--learning-rate 0", "learning_rate is 0.0, expected a positive number"),
-        ("--reference-batch 1", "reference_batch is 1, expected at least 2"),
-        ("--wise-share 2", "wise_share is 2.0, expected 0 to 1"),
+        ("--rho 1", "--rho is 1.0, expected a number between 0 and 1"),
+        ("--warmup 301", "--warmup is 301, expected at most the 300 iterations"),
+        ("--learning-rate 0", "--learning-rate is 0.0, expected a positive number"),
+        ("--reference-batch 1", "--reference-batch is 1, expected at least 2"),
+        ("--wise-share 2", "--wise-share is 2.0, expected 0 to 1"),
         ("--reference FOLDER", "--reference is 'FOLDER', expected LAYOUT=FOLDER"),
         ("--retention FOLDER", "--retention is 'FOLDER', expected LAYOUT=FOLDER"),
         ("--tasks own=/nowhere", "/nowhere/train: no such folder"),
@@ -200,7 +221,7 @@ def test_tasks_that_cannot_be_learnt_are_named(run_jaxtta, tmp_path):
         assert errors_in(err) == 1
     shutil.copytree(tmp_path / "two" / "train", tmp_path / "two" / "test", dirs_exist_ok=True)
     shutil.rmtree(tmp_path / "two" / "test" / "ship")
-    for name in ("digits", "reference"):
+    for name in ("digits", "reference", "average", "modality gap"):
         code, _, err = run_jaxtta(*options, "digits", f"{name}={tmp_path}/two")
         assert code == 1
         assert f"{name} is used twice" in err

@@ -12,6 +12,8 @@ from PIL import Image
 
 import jaxtta
 from jaxtta import evaluate, optim
+from jaxtta.cli import pretrain_mgg
+from jaxtta.cli.options import DataOptions
 from jaxtta.optim import EpochMetrics, begin_epoch, best_epoch, init_meta_training, meta_step
 
 RATE = 0.05
@@ -224,6 +226,19 @@ def test_a_generator_for_both_towers_through_several_updates(run_jaxtta, short, 
     assert "phi" not in found["mgtta:optimizer=sgd"].settings["adapter"]
     nll = {each.rows["nll"].mean() for each in found.values()}
     assert len(nll) == len(found) == 5  # every one did something else
+
+
+def test_clean_images_of_imagenet_c_are_those_of_imagenet(tmp_path, tiny):
+    """IMAGENET/val, as in docs/published.md, or a folder of the layout with clean images."""
+    for number, wnid in enumerate(("n01440764", "n01443537")):
+        for place in (tmp_path / "val" / wnid, tmp_path / "c" / "clean" / wnid):
+            place.mkdir(parents=True)
+            Image.new("RGB", (40, 40)).save(place / f"{number}.JPEG")
+    images = DataOptions(layout="imagenet-c", data="IMAGENET-C")
+    for source in ("val", "c"):
+        options = pretrain_mgg.Options(tmp_path, data=images, source=str(tmp_path / source))
+        clean = pretrain_mgg.open_source(options, tiny[0])
+        assert len(clean[jaxtta.data.Domain("clean")]) == 2
 
 
 @pytest.mark.parametrize(

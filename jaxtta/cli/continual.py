@@ -18,7 +18,7 @@ NAME=FOLDER, with FOLDER/train/<class>/… and FOLDER/test/<class>/…. A run th
 after the last finished task.
 """
 
-import functools
+import dataclasses
 from pathlib import Path
 from typing import Annotated
 
@@ -35,6 +35,19 @@ from jaxtta.evaluate.continual import WISE, WISE_TRAINING, Experiment, run_seque
 
 TUNING = 5  # every fifth training and retention image is for --validate
 METHODS = (*VARIANTS, WISE)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingOptions(TrainingConfig):
+    """Training."""
+
+    def __post_init__(self) -> None:
+        """Validate the settings; messages name the options."""
+        try:
+            super().__post_init__()
+        except ValueError as error:
+            name, _, rest = str(error).partition(" ")
+            raise ValueError(f"--{name.replace('_', '-')} {rest}") from error
 
 
 @group
@@ -76,7 +89,7 @@ class Options:
     retention: str | None = None
     validate: bool = False
     seeds: tuple[int, ...] = (1,)
-    training: Annotated[TrainingConfig, tyro.conf.arg(name="")] = TrainingConfig()
+    training: Annotated[TrainingOptions, tyro.conf.arg(name="")] = TrainingOptions()
     trust_data: bool = False
     debug: bool = False
 
@@ -86,15 +99,16 @@ def run(options: Options) -> None:
     check(options)
     loaded = models.load_clip(options.model)
     tasks, (retention, reference) = open_tasks(options), open_reference(options)
-    images = [part for task in (*tasks, *retention, reference) for part in task[2:] if part]
-    content = None if options.trust_data else evaluate.digest_of([*map(data.content_of, images)])
-    sets = tasks, retention, reference
-    prepare = functools.partial(Experiment, *loaded, *sets, options.training, content=content)
-    for seed in options.seeds:
-        prepare(seed=seed)  # all are checked before training
+    sets, content = (*tasks, *retention, reference), None
+    if not options.trust_data:
+        content = {each.name: [data.content_of(part) for part in each[2:] if part] for each in sets}
+    experiments = [
+        Experiment(*loaded, tasks, retention, reference, options.training, seed, content)
+        for seed in options.seeds
+    ]
     found, failed = [], []
-    for seed in options.seeds:
-        experiment = prepare(seed=seed)
+    while experiments:  # each seed's reference images are freed
+        experiment = experiments.pop(0)
         for name in dict.fromkeys(WISE_TRAINING if m == WISE else m for m in options.methods):
             try:
                 found.append(run_sequence(experiment, name, options.output, model=options.model))
@@ -196,7 +210,7 @@ def table(rows: pd.DataFrame, tasks: list[str], retention: list[str]) -> str:
         matrix = steps.pivot(index="step", columns="set", values="value")[tasks].to_numpy()
         ends.loc[run, "average"] = 100 * metrics.average(matrix)
         ends.loc[run, "transfer"] = 100 * metrics.transfer(matrix)
-    means, deviations = (getattr(ends.groupby("method"), how)() for how in ("mean", "std"))
+    means, deviations = (getattr(ends.groupby(level=0), how)() for how in ("mean", "std"))
     text = means.map("{:.2f}".format) + deviations.map(" ± {:.2f}".format)
     text = text.map(lambda cell: cell.removesuffix(" ± nan").replace("nan", "–"))
     text[gap] = (means[gap] / 100).map("{:.3f}".format)

@@ -13,6 +13,7 @@ clean images' features in `statistics.safetensors`, `training.json` and curves i
 run that was stopped resumes after the last finished epoch.
 """
 
+import dataclasses
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,7 +43,8 @@ class Options:
         output: folder for the results.
         model: the model.
         data: the images.
-        source: clean images of the same layout for the source statistics (default: --data).
+        source: clean images of the same layout for the source statistics (default: --data); for
+            imagenet-c, folders by wnid, such as ImageNet's val.
         source_images: at most so many images for the source statistics.
         images: training images; they take the corruptions in turn.
         val_images: validation images for the selection of the epoch, each under all corruptions; 0
@@ -94,7 +96,7 @@ class Options:
 
 
 IDENTITY = (
-    *("images", "val_images", "source_images", "select_by", "corruptions", "severity", "tower"),
+    *("images", "val_images", "source_images", "select_by", "corruptions", "tower"),
     *("batch", "truncation", "test_batch", "weight", "hidden", "seed"),
     *("learning_rate", "inner_learning_rate", "test_learning_rate"),
 )
@@ -106,7 +108,7 @@ def run(options: Options) -> None:
     check(options)
     output, checkpoints = options.output, options.output / "checkpoints"
     model, params = options.model.load()
-    benchmark, clean = options.data.open(model), options.data.open(model, options.source)
+    benchmark, clean = options.data.open(model), open_source(options, model)
     severity = evaluate.default_severity(options.data.layout, options.data.data, options.severity)
     domains = [data.Domain(name, severity) for name in options.corruptions]
     train, val, source = read_images(options, model, benchmark, domains, clean)
@@ -117,7 +119,7 @@ def run(options: Options) -> None:
     images = *(benchmark[domain] for domain in domains), clean[data.Domain(data.CLEAN)]
     found = evaluate.fingerprints(images[0], params, model, task)
     of_source = evaluate.fingerprints(images[-1], {})["images"]
-    training = {name: getattr(options, name) for name in IDENTITY}
+    training = {name: getattr(options, name) for name in IDENTITY} | {"severity": severity}
     settings = {"training": training, "images": found, "source": of_source}
     evaluate.agree(output / "settings.json", settings)
     content = None if options.trust_data else evaluate.digest_of([*map(data.content_of, images)])
@@ -154,7 +156,7 @@ def run(options: Options) -> None:
     io.write_json(output / "training.json", record)
     plot(history, before, best).savefig(output / "training.png", dpi=150)
     print(f"before training: {described(before)}")
-    selected = f"epoch {best + 1} of {options.epochs}, selected by {options.select_by}"
+    selected = f"epoch {best + 1} of {len(history)}, selected by {options.select_by}"
     print(f"{selected}: {described(history[best])}\nweights: {output / 'phi.safetensors'}")
 
 
@@ -172,6 +174,14 @@ def check(options: Options) -> None:
     evaluate.require_positive(**{name: (getattr(options, name),) for name in rates})
     if options.select_by == "accuracy" and not options.val_images:
         raise ValueError("--select-by accuracy needs --val-images; --select-by loss does not")
+
+
+def open_source(options: Options, model: Any) -> data.Benchmark:
+    """Open the images for the source statistics."""
+    images, source = options.data, options.source
+    if source and images.layout == "imagenet-c" and not (Path(source) / data.CLEAN).is_dir():
+        images = dataclasses.replace(images, layout="imagenet")
+    return images.open(model, source)
 
 
 def read_images(
@@ -209,6 +219,13 @@ def read_images(
     images = np.concatenate([batch.images[batch.mask] for batch in train])
     if len(images) < options.images:
         log.warning("%d training images could not be read", options.images - len(images))
+    if len(images) < 2 * options.batch:
+        raise ValueError(
+            f"{options.data.data}: {len(images)} training images can be read, expected at least "
+            f"two batches of --batch {options.batch}"
+        )
+    if not all(any(batch.mask.any() for batch in part) for part in val):
+        raise ValueError(f"{options.data.data}: none of the validation images can be read")
     order = np.random.default_rng(seed).permutation(len(data.labels_of(clean)))
     stream = data.stream_of("clean", [clean_domain], order[: options.source_images], seed)
     [source] = read(clean, stream)

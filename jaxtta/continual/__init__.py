@@ -25,14 +25,7 @@ from jaxtta.continual.gram import (
     task_grams,
 )
 from jaxtta.continual.orthogonal_gradients import output_gradient_basis
-from jaxtta.continual.training import (
-    TrainingConfig,
-    augmented_grams,
-    embed_classes,
-    embed_images,
-    random_crops,
-    train,
-)
+from jaxtta.continual.training import TrainingConfig, random_crops, train
 
 __all__ = [
     "VARIANTS",
@@ -42,14 +35,11 @@ __all__ = [
     "TaskBatch",
     "TrainState",
     "TrainingConfig",
-    "augmented_grams",
     "batch_gram",
     "check_rho",
     "check_tower",
     "combine_grams",
     "continual_loss",
-    "embed_classes",
-    "embed_images",
     "everything_but_logit_scale",
     "gnsp_kernels",
     "kernel_inputs",

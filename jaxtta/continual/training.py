@@ -22,8 +22,8 @@ from jaxtta.continual.gnsp import (
     task_optimizer,
     train_step,
 )
-from jaxtta.continual.gram import Grams, check_rho, null_space_projectors, task_grams
-from jaxtta.models import CLIP, Params, Prompts, l2_normalize
+from jaxtta.continual.gram import Grams, check_rho, null_space_projectors
+from jaxtta.models import CLIP, Params, Prompts
 
 CROP = (0.9, 1.0)  # fraction of the area that the training crop keeps
 
@@ -47,10 +47,7 @@ class TrainingConfig:
         reference_batch: reference pairs per step.
         wise_share: weight of the fine-tuned parameters in wise-ft's average.
         max_images: use at most so many test images of each task.
-        workers: processes that decode images; 0 = main process.
-
-    Raises:
-        ValueError: if a setting is out of range.
+        workers: processes that read images, started for every set; 0 to read in the main process.
     """
 
     iterations: int = 300
@@ -71,6 +68,8 @@ class TrainingConfig:
         """Validate the settings."""
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate is {self.learning_rate}, expected a positive number")
+        if self.first_task not in ("same", "all"):
+            raise ValueError(f"first_task is {self.first_task!r}, expected same or all")
         least = {"warmup": 0, "workers": 0, "reference_images": 2, "reference_batch": 2}
         for name in ("iterations", "batch_size", "gram_images", "max_images", *least):
             value, lowest = getattr(self, name), least.get(name, 1)
@@ -93,15 +92,7 @@ class TrainingConfig:
 
 @jax.jit
 def random_crops(key: jax.Array, images: jax.Array | np.ndarray) -> jax.Array:
-    """The training augmentation: a random crop of each image.
-
-    Args:
-        key: PRNG key.
-        images: (batch, side, side, 3) uint8.
-
-    Returns:
-        The same shape, float in [0, 1].
-    """
+    """The training augmentation: crops of images (batch, side, side, 3) uint8, in [0, 1]."""
     side = images.shape[1]
 
     def crop(key: jax.Array, image: jax.Array) -> jax.Array:
@@ -110,48 +101,6 @@ def random_crops(key: jax.Array, images: jax.Array | np.ndarray) -> jax.Array:
 
     keys = jax.random.split(key, len(images))
     return jax.vmap(crop)(keys, jnp.asarray(images, jnp.float32) / 255)
-
-
-def augmented_grams(model: CLIP, params: Params, batches: Iterable[Any], key: jax.Array) -> Grams:
-    """Gram matrices of images with the training augmentation; see `task_grams`.
-
-    Args:
-        model: the model, after the task.
-        params: its parameters.
-        batches: named tuples with `images` and `mask`.
-        key: PRNG key of the crops.
-    """
-    crops = (
-        batch._replace(images=random_crops(jax.random.fold_in(key, number), batch.images))
-        for number, batch in enumerate(batches)
-    )
-    return task_grams(model, params, crops)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _embed(model: CLIP, params: Params, images: jax.Array) -> jax.Array:
-    return l2_normalize(model.encode_image(params, model.normalize(images)))
-
-
-def embed_images(
-    model: CLIP, params: Params, batches: Iterable[Any]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Embeddings (images, projection) of unit norm, and labels, without what is masked.
-
-    Args:
-        model: the model.
-        params: its parameters.
-        batches: objects with `images`, `labels` and `mask`.
-    """
-    embeddings, labels = [], []
-    for batch in batches:
-        embeddings.append(np.asarray(_embed(model, params, batch.images))[batch.mask])
-        labels.append(batch.labels[batch.mask])
-    return np.concatenate(embeddings), np.concatenate(labels)
-
-
-embed_classes = jax.jit(CLIP.class_embeddings, static_argnums=0)
-"""`embed_classes(model, params, prompts)`: embeddings of classes, of unit norm."""
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=5)
@@ -189,12 +138,12 @@ def train(
     """Train on one task.
 
     Args:
-        model: the model.
+        model: CLIP with a vision transformer.
         config: the training settings.
-        method: terms of the loss, and place of the projection.
+        method: of `VARIANTS`, or another.
         params: the parameters before the task.
         trainable: predicate on the paths of the parameters that are trained.
-        batches: objects with `images`, `labels` and `mask`, one per iteration.
+        batches: such as `StreamBatch`, one per iteration.
         classes: embeddings of the classes, or their prompts if the text tower is trained.
         pairs: reference pairs, for methods with distillation or alignment.
         grams: Gram matrices of what is to be preserved; empty for no projection.
@@ -231,5 +180,5 @@ def train(
         if number % 50 == 0 and not np.isfinite(metrics["loss"]):
             break
     if not np.isfinite(metrics["loss"]):
-        raise FloatingPointError("the loss is no longer finite")
+        raise FloatingPointError("the loss is no longer finite; try a lower learning rate")
     return tree.merge(params, state.trained)

@@ -21,19 +21,26 @@ from flax.traverse_util import flatten_dict
 from tqdm import tqdm
 
 from jaxtta import continual, data, metrics, models, tree
-from jaxtta.continual import VARIANTS, Grams, ReferenceBatch, TrainingConfig
+from jaxtta.continual import VARIANTS, Grams, ReferenceBatch, TrainingConfig, random_crops
 from jaxtta.data.tasks import TaskData
 from jaxtta.evaluate.checkpoint import restore_checkpoint, save_checkpoint
-from jaxtta.evaluate.provenance import about, fingerprints, model_settings
+from jaxtta.evaluate.provenance import about, digest_of, fingerprints, model_settings
 from jaxtta.evaluate.store import agree, agree_on_images
 from jaxtta.io import write_json
 
 Params = models.Params
-Texts = Mapping[str, np.ndarray]
-"""Class embeddings (classes, projection) by set."""
 WISE, WISE_TRAINING = "wise-ft", "fine-tuning"
 """WiSE-FT averages the weights before and after fine-tuning, and is measured in the same run."""
+TABLE_COLUMNS = ("last", "average", "transfer", *metrics.ALIGNMENT)
+"""No task can have the name of one of these."""
 GRAM_BATCH = 16
+
+_embed_classes = jax.jit(models.CLIP.class_embeddings, static_argnums=0)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _embed(model: models.CLIP, params: Params, images: jax.Array) -> jax.Array:
+    return models.l2_normalize(model.encode_image(params, model.normalize(images)))
 
 
 @dataclasses.dataclass(eq=False)
@@ -48,10 +55,7 @@ class Experiment:
         reference: its test images are the reference images.
         config: the training settings.
         seed: of the order, the crops and the reference.
-        content: digest of the stored images; None to trust earlier results.
-        drawn: indices of the reference images of this seed.
-        shown: the classes of these images.
-        classes: class prompts of every set; of the reference, those of the classes shown.
+        content: digest of the stored images of each set, by name; None to trust earlier results.
     """
 
     model: models.CLIP
@@ -61,19 +65,22 @@ class Experiment:
     reference: TaskData
     config: TrainingConfig
     seed: int = 1
-    content: str | None = None
+    content: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         """Validate the settings, and draw the reference images."""
         continual.check_tower(self.model)
         sets, images = [*self.tasks, *self.retention, self.reference], self.reference.test
-        names = [*(task.name for task in sets), *metrics.ALIGNMENT]
+        names = [*(task.name for task in sets), *TABLE_COLUMNS]
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"the name {name} is used twice, rename the task")
-        order = np.random.default_rng(self.seed).permutation(len(images.labels))
+        for task in self.tasks:
+            if task.train is None:
+                raise ValueError(f"{task.name} has no training images")
+        order = np.random.default_rng(self.seed).permutation(len(images))
         self.drawn = order[: self.config.reference_images]
-        self.shown = np.unique(images.labels[self.drawn])
+        self.shown = np.unique(images.labels[self.drawn])  # their classes
         if len(self.shown) < 2:
             raise ValueError(
                 f"the {len(self.drawn)} --reference-images of seed {self.seed} are of one class, "
@@ -86,11 +93,10 @@ class Experiment:
             for task, names in zip(sets, classes, strict=True)
         }
 
-    def texts(self, params: Params) -> Texts:
-        """Class embeddings by set."""
+    def texts(self, params: Params) -> dict[str, np.ndarray]:
+        """Class embeddings (classes, projection) by set; of the reference, those of `shown`."""
         prompts = {name: self.model.prompts(task) for name, task in self.classes.items()}
-        embed = functools.partial(continual.embed_classes, self.model, params)
-        return {name: np.asarray(embed(packed)) for name, packed in prompts.items()}
+        return {n: np.asarray(_embed_classes(self.model, params, p)) for n, p in prompts.items()}
 
     def read(
         self, dataset: data.Dataset, numbers: np.ndarray, desc: str, size: int | None = None
@@ -107,56 +113,74 @@ class Experiment:
                 bar.set_description(desc)
             yield batch
 
+    def embed(
+        self, params: Params, dataset: data.Dataset, numbers: np.ndarray, desc: str
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Embeddings (images, projection), labels and pixels of the images that can be read."""
+        found = []
+        for batch in self.read(dataset, numbers, desc):
+            embeddings = np.asarray(_embed(self.model, params, batch.images))
+            found.append([x[batch.mask] for x in (embeddings, batch.labels, batch.images)])
+        embeddings, labels, images = map(np.concatenate, zip(*found, strict=True))
+        if not len(labels):
+            raise ValueError(f"{desc}: none of the images could be read")
+        return embeddings, labels, images
+
+    def grams(
+        self, params: Params, dataset: data.Dataset, numbers: np.ndarray, step: int, desc: str
+    ) -> Grams:
+        """Gram matrices of images with the training augmentation, before task `step`."""
+        desc += ": Gram matrices"
+        key = jax.random.fold_in(jax.random.key(self.seed), 999 + step)
+        crops = (
+            batch._replace(images=random_crops(jax.random.fold_in(key, number), batch.images))
+            for number, batch in enumerate(self.read(dataset, numbers, desc, GRAM_BATCH))
+        )
+        return continual.task_grams(self.model, params, crops)
+
+    @functools.cached_property
+    def reference_grams(self) -> Grams:
+        """Gram matrices of the reference images."""
+        images, desc = self.reference.test, f"reference of seed {self.seed}"
+        return self.grams(self.params, images, self.drawn, 0, desc)
+
     @functools.cached_property
     def pairs(self) -> ReferenceBatch:
         """Reference pairs in memory, with the initial model's embeddings."""
-        batches = [*self.read(self.reference.test, self.drawn, "reference")]
-        teacher, labels = continual.embed_images(self.model, self.params, batches)
-        labels, name = np.searchsorted(self.shown, labels), self.reference.name
-        images = np.concatenate([batch.images[batch.mask] for batch in batches])
-        captions, texts = self.classes[name].token_ids[labels, 0], self.texts(self.params)[name]
+        images, name = self.reference.test, self.reference.name
+        teacher, labels, images = self.embed(self.params, images, self.drawn, "reference")
+        labels, texts = np.searchsorted(self.shown, labels), self.texts(self.params)[name]
+        captions = self.classes[name].token_ids[labels, 0]
         return ReferenceBatch(images, captions, labels, teacher, texts[labels])
 
     @functools.cached_property
     def before(self) -> dict[str, float]:
         """The figures of the initial model."""
-        return evaluate_tasks(self, self.params, self.texts(self.params))
+        return evaluate_tasks(self, self.params)
 
 
 def train_task(
-    experiment: Experiment, params: Params, number: int, name: str, texts: Texts, grams: Grams
+    experiment: Experiment, params: Params, number: int, name: str, grams: Grams
 ) -> tuple[Params, Grams]:
-    """Train on one task.
+    """Train on task `number` with a method of `jaxtta.continual.VARIANTS`.
 
-    Args:
-        experiment: the tasks and the training settings.
-        params: the parameters before the task.
-        number: index of the task.
-        name: of the method, a key of `jaxtta.continual.VARIANTS`.
-        texts: class embeddings by set with these parameters.
-        grams: sums of Gram matrices, as the previous call returned them.
-
-    Returns:
-        The parameters after the task, and the sums of what it was to preserve.
+    Returns the parameters after the task and the sums of Gram matrices of what it was to preserve,
+    `grams` of the next call; they are empty before the first task.
 
     Raises:
         FloatingPointError: if the loss is no longer finite.
+        ValueError: if no image of a batch could be read.
     """
     config, model, method = experiment.config, experiment.model, VARIANTS[name]
-    seed, task = experiment.seed, experiment.tasks[number]
-    if task.train is None:
-        raise ValueError(f"{task.name} has no training images")
-    if method.projection != "none" and (number or config.task_zero):
-        earlier = experiment.tasks[number - 1] if number else experiment.reference
-        images, numbers = earlier.test, experiment.drawn
-        if number and earlier.train is not None:
-            rng, images = np.random.default_rng([seed, number - 1, 1]), earlier.train
-            numbers = rng.permutation(len(images.labels))[: config.gram_images]
-        desc = f"{name} seed {seed}: Gram matrices of {earlier.name}"
-        batches = experiment.read(images, numbers, desc, GRAM_BATCH)
-        key = jax.random.fold_in(jax.random.key(seed), 999 + number)
-        found = continual.augmented_grams(model, params, batches, key)
+    seed, task, texts = experiment.seed, experiment.tasks[number], experiment.texts(params)
+    if method.projection != "none" and number:
+        earlier = experiment.tasks[number - 1]
+        numbers = np.random.default_rng([seed, number - 1, 1]).permutation(len(earlier.train))
+        desc, numbers = f"{name} seed {seed}: {earlier.name}", numbers[: config.gram_images]
+        found = experiment.grams(params, earlier.train, numbers, number, desc)
         grams = continual.combine_grams(grams, found)
+    elif method.projection != "none" and config.task_zero:
+        grams = experiment.reference_grams
     pairs, trainable = None, continual.gnsp_kernels
     classes: Any = texts[task.name]
     if method.uses_pairs:
@@ -167,7 +191,7 @@ def train_task(
         trainable = continual.everything_but_logit_scale
         pairs = pairs and pairs._replace(texts=None)
     rng = np.random.default_rng([seed, number])
-    images, wanted = len(task.train.labels), config.iterations * config.batch_size
+    images, wanted = len(task.train), config.iterations * config.batch_size
     epochs = [rng.permutation(images) for _ in range(-(-wanted // images))]
     desc = f"{name} seed {seed}: {task.name}"
     batches = experiment.read(task.train, np.concatenate(epochs)[:wanted], desc)
@@ -176,46 +200,42 @@ def train_task(
     try:
         return continual.train(*inputs, rng=rng, key=key), grams
     except FloatingPointError as error:
-        advice = "try a lower --learning-rate and another --output"
-        raise FloatingPointError(f"{desc}: {error}; {advice}") from error
+        raise FloatingPointError(f"{desc}: {error}, and another --output") from error
+    except ValueError as error:
+        raise ValueError(f"{desc}: {error}") from error
 
 
-def evaluate_tasks(experiment: Experiment, params: Params, texts: Texts) -> dict[str, float]:
+def evaluate_tasks(experiment: Experiment, params: Params) -> dict[str, float]:
     """Accuracy on every task and retention set; modality gap and retrieval.
 
-    Args:
-        experiment: the sets.
-        params: the parameters.
-        texts: class embeddings by set with these parameters.
-
-    Returns:
-        Figures by set. Gap and retrieval are of all retention sets, or of the reference pairs.
+    Gap and retrieval are of all retention sets, or of the reference pairs if there are none.
     """
-    figures, parts, config = {}, [], experiment.config
+    figures, parts, texts = {}, [], experiment.texts(params)
     for task in (*experiment.tasks, *experiment.retention):
-        numbers = np.random.default_rng(0).permutation(len(task.test.labels))[: config.max_images]
-        batches = experiment.read(task.test, numbers, f"testing {task.name}")
-        images, labels = continual.embed_images(experiment.model, params, batches)
+        numbers = np.random.default_rng(0).permutation(len(task.test))
+        numbers, desc = numbers[: experiment.config.max_images], f"testing {task.name}"
+        images, labels, _ = experiment.embed(params, task.test, numbers, desc)
         figures[task.name] = float(metrics.top_k(images @ texts[task.name].T, labels).mean())
         if task.train is None:
             parts.append((images, texts[task.name][labels], labels))
     if not parts:
-        numbers = experiment.drawn
-        batches = experiment.read(experiment.reference.test, numbers, "testing the reference")
-        images, labels = continual.embed_images(experiment.model, params, batches)
+        reference, desc = experiment.reference, "testing the reference"
+        images, labels, _ = experiment.embed(params, reference.test, experiment.drawn, desc)
         labels = np.searchsorted(experiment.shown, labels)
-        parts.append((images, texts[experiment.reference.name][labels], labels))
+        parts.append((images, texts[reference.name][labels], labels))
     return figures | metrics.image_text_alignment(*map(np.concatenate, zip(*parts, strict=True)))
 
 
-def run_sequence(experiment: Experiment, name: str, output: Path, **places: str) -> pd.DataFrame:
+def run_sequence(
+    experiment: Experiment, name: str, output: str | Path, **places: str
+) -> pd.DataFrame:
     """Train a method on every task; a run that was stopped resumes after the last finished task.
 
     Args:
-        experiment: the tasks, the model and the settings.
+        experiment: what it is trained and measured on.
         name: a key of `jaxtta.continual.VARIANTS`; fine-tuning is measured as wise-ft, too.
         output: folder of all methods; this one writes to `<name>/seed<seed>`.
-        **places: further information for the result file, such as the model's folder.
+        **places: for the result file, such as the model's folder.
 
     Returns:
         Columns method, seed, step, set and value.
@@ -224,33 +244,33 @@ def run_sequence(experiment: Experiment, name: str, output: Path, **places: str)
         FloatingPointError: if the loss is no longer finite.
         ValueError: if the folder has results with other settings or of other images.
     """
-    config, first, seed = experiment.config, experiment.params, experiment.seed
-    folder, settings = output / name / f"seed{seed}", _settings(experiment, name)
+    if name not in VARIANTS:
+        raise ValueError(f"unknown method {name!r}, expected one of {', '.join(VARIANTS)}")
+    config, first, content = experiment.config, experiment.params, experiment.content
+    folder, settings = Path(output) / name / f"seed{experiment.seed}", _settings(experiment, name)
     agree(folder / "settings.json", settings)
-    agree_on_images(folder / "images.json", experiment.content)
+    digest = content and digest_of([content[set_] for set_ in settings["data"]])
+    agree_on_images(folder / "images.json", digest)
     changed = continual.gnsp_kernels
     if config.first_task == "all":
         changed = continual.everything_but_logit_scale
     params, grams, rows, done = first, {}, [], -1
     if saved := restore_checkpoint(folder / "checkpoints"):
         done, arrays, rows = saved
+        arrays = jax.tree.map(jnp.asarray, arrays)
         params = tree.merge(first, arrays["changed"])
-        stored = flatten_dict(arrays.get("grams", {}), sep="/")
-        grams = {path: jnp.asarray(gram) for path, gram in stored.items()}
+        grams = flatten_dict(arrays.get("grams", {}), sep="/")
     for step in range(done + 1, len(experiment.tasks) + 1):
         if step:
-            texts = experiment.texts(params)
-            params, grams = train_task(experiment, params, step - 1, name, texts, grams)
+            params, grams = train_task(experiment, params, step - 1, name, grams)
         measured = {name: params}
         if name == WISE_TRAINING:
             start, end = (tree.partition(weights, changed)[0] for weights in (first, params))
             average = continual.wise_ft(start, end, config.wise_share)
             measured[WISE] = tree.merge(first, average)
         for method, weights in measured.items():
-            values = experiment.before
-            if step:
-                values = evaluate_tasks(experiment, weights, experiment.texts(weights))
-            where = {"method": method, "seed": seed, "step": step}
+            values = evaluate_tasks(experiment, weights) if step else experiment.before
+            where = {"method": method, "seed": experiment.seed, "step": step}
             rows += [where | {"set": set_, "value": value} for set_, value in values.items()]
         kept = {"changed": tree.partition(params, changed)[0], "grams": grams}
         save_checkpoint(folder / "checkpoints", step, kept, rows)
@@ -262,15 +282,18 @@ def run_sequence(experiment: Experiment, name: str, output: Path, **places: str)
 def _settings(experiment: Experiment, name: str) -> dict[str, Any]:
     """The settings that affect a method's results; unused options are left out."""
     config, method = experiment.config, VARIANTS[name]
-    projects, uses_pairs = method.projection != "none", method.uses_pairs
-    uses_reference = uses_pairs or (projects and config.task_zero) or not experiment.retention
-    reference = [experiment.reference] if uses_reference else []
-    used = {
-        **dict.fromkeys(("rho", "gram_images", "task_zero"), projects),
-        **{"reference_images": uses_reference, "reference_batch": uses_pairs},
-        **{"wise_share": name == WISE_TRAINING, "workers": False},
-    }
     training = dataclasses.asdict(config) | {"warmup": config.schedule[2]}
+    used, unused = [*experiment.tasks, *experiment.retention], ["workers"]
+    if method.projection == "none":
+        unused += ["rho", "gram_images", "task_zero"]
+    if not method.uses_pairs:
+        unused.append("reference_batch")
+        if experiment.retention and (method.projection == "none" or not config.task_zero):
+            unused.append("reference_images")
+    if "reference_images" not in unused:
+        used.append(experiment.reference)
+    if name != WISE_TRAINING:
+        unused.append("wise_share")
     return {
         "method": name,
         "seed": experiment.seed,
@@ -283,7 +306,7 @@ def _settings(experiment: Experiment, name: str) -> dict[str, Any]:
                 for images in (task.train, task.test)
                 if images is not None
             ]
-            for task in (*experiment.tasks, *experiment.retention, *reference)
+            for task in used
         },
-        "training": {option: x for option, x in training.items() if used.get(option, True)},
+        "training": {option: x for option, x in training.items() if option not in unused},
     }

@@ -47,18 +47,15 @@ def make_train_epoch(
     batch_size: int = 2,
     truncation: int = 1,
 ) -> TrainEpoch:
-    """A function that trains for one epoch.
+    """`train(state, images) -> (state, losses)` for one epoch, with two compiled functions.
 
     Args:
         loss_of: `loss_of(frozen, adapted, images)`.
         frozen: arrays that stay the same.
         optimizer: trains the generator's weights.
         learning_rate: of the generator's updates.
-        batch_size: images per update.
+        batch_size: images per update; images that do not fill a batch are left out.
         truncation: updates that a step differentiates through.
-
-    Returns:
-        `train(state, images) -> (state, losses)`; images that do not fill a batch are left out.
     """
 
     # Arguments, so that the frozen arrays are not compiled in as constants.
@@ -92,7 +89,7 @@ def pretrain(
     orders: Sequence[np.ndarray],
     history: Sequence[EpochMetrics] = (),
 ) -> Iterator[tuple[MetaState, list[EpochMetrics]]]:
-    """Train for the remaining epochs.
+    """Train for the epochs that `history` lacks; yields the state and the metrics after each.
 
     Args:
         train_epoch: from `make_train_epoch`.
@@ -101,9 +98,6 @@ def pretrain(
         images: (images, height, width, 3).
         orders: permutations of the images, one per epoch.
         history: metrics of the finished epochs.
-
-    Yields:
-        The state and the metrics so far, after every epoch.
 
     Raises:
         FloatingPointError: if a loss is no longer finite.
@@ -126,17 +120,15 @@ def make_judge(
     correct: Callable[[jax.Array, Any], jax.Array],
     streams: Sequence[Sequence[tuple[Any, Any]]],
 ) -> Judge:
-    """A function that measures weights by adapting to validation images.
+    """`judge(phi, name) -> (loss, accuracy)`, measured by adapting to validation images.
+
+    Both are None without streams; a FloatingPointError if a loss or an update is not finite.
 
     Args:
         adapter_of: `adapter_of(frozen, phi)`, an adapter that updates with these weights.
         frozen: arrays that stay the same; the first are the model's parameters.
         correct: which predictions are right: `correct(logits, labels)`, (batch,) bool.
         streams: batches and labels of each validation stream; the adapter starts anew on each.
-
-    Returns:
-        `judge(phi, name) -> (loss, accuracy)`, None without streams; it raises a FloatingPointError
-        if a loss or an update is not finite.
     """
 
     @jax.jit
