@@ -13,12 +13,11 @@ import numpy as np
 NAME_LENGTHS = (0, 246, 508, 155, 49, 24, 9, 7, 1, 0, 0, 1)
 """Number of ImageNet's 1,000 class names with 0, 1, 2, … tokens."""
 START, SHARED, FULL_STOP, END = 49406, (320, 1125, 539, 320), 269, 49407
-TOWER = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 MODELS = {  # the two towers, image size, patch size and projection
-    "ViT-B/16": ((768, 3072, 12, 12), (512, 2048, 12, 8), 224, 16, 512),
-    "ViT-B/32": ((768, 3072, 12, 12), (512, 2048, 12, 8), 224, 32, 512),
-    "ViT-L/14": ((1024, 4096, 24, 16), (768, 3072, 12, 12), 224, 14, 768),
-    "tiny": ((64, 256, 2, 4), (64, 256, 2, 4), 32, 8, 32),
+    "ViT-B/16": (((768, 3072, 12, 12), (512, 2048, 12, 8)), 224, 16, 512),
+    "ViT-B/32": (((768, 3072, 12, 12), (512, 2048, 12, 8)), 224, 32, 512),
+    "ViT-L/14": (((1024, 4096, 24, 16), (768, 3072, 12, 12)), 224, 14, 768),
+    "tiny": (((64, 256, 2, 4), (64, 256, 2, 4)), 32, 8, 32),
 }
 
 
@@ -36,9 +35,6 @@ class Settings:
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the products; parameters are float32
     remat: bool = False  # recompute activations in the backward pass (JAX): less memory, more time
     steps: int = 3  # measured steps per row, after one warm-up step
-    memory_limit_gb: float | None = None  # stop a row that uses more main memory (Linux)
-    reading: str | None = None  # class folders: also time reading and corrupting their images
-    workers: int = 2  # processes that read images
     projectors: bool = False  # also time what GNSP adds to training
     output: str | None = None  # JSON file for settings and rows, rewritten after each row
     debug: bool = False  # show the traceback of an error
@@ -92,7 +88,7 @@ def prompt_tokens(classes: int) -> np.ndarray:
 
 def random_images(count: int, model: str) -> np.ndarray:
     """Random images (count, size, size, 3) in [0, 1]."""
-    size = MODELS[model][2]
+    size = MODELS[model][1]
     return np.random.default_rng(1).random((count, size, size, 3), np.float32)
 
 
@@ -100,11 +96,9 @@ def clip_config(model: str) -> Any:
     """The CLIPConfig of a model size."""
     from transformers import CLIPConfig  # late, since JAX rows first hide PyTorch from it
 
-    vision, text, image_size, patch_size, projection = MODELS[model]
-    return CLIPConfig(
-        vision_config=dict(zip(TOWER, vision, strict=True))
-        | {"image_size": image_size, "patch_size": patch_size},
-        text_config=dict(zip(TOWER, text, strict=True))
-        | {"bos_token_id": START, "eos_token_id": END, "pad_token_id": END},
-        projection_dim=projection,
-    )
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    towers, image_size, patch_size, projection = MODELS[model]
+    vision, text = (dict(zip(names, sizes, strict=True)) for sizes in towers)
+    vision |= {"image_size": image_size, "patch_size": patch_size}
+    text |= {"bos_token_id": START, "eos_token_id": END, "pad_token_id": END}
+    return CLIPConfig(vision_config=vision, text_config=text, projection_dim=projection)

@@ -24,7 +24,7 @@ def projection_times(settings: cases.Settings) -> pd.Series:
     shown = np.split(cases.random_images(64, settings.model), 4)  # batches of 16, as published
     grams = jax.block_until_ready(continual.task_grams(model, params, shown))
     identities = {size: jnp.eye(size) for size in {len(gram) for gram in grams.values()}}
-    seconds = {}
+    seconds, projectors = {}, {}
     for backend, name in (("host", "on the host, float64"), ("device", "on the device")):
         make = functools.partial(continual.null_space_projectors, backend=backend)
         jax.block_until_ready(make(identities))  # load the libraries and compile

@@ -2,7 +2,7 @@
 
     python benchmarks/run.py --classes 1000 --adapters tnt:steps=1 tnt:steps=3 --steps 1
     python benchmarks/run.py --classes 1000 --adapters mgtta --frameworks jax
-    python benchmarks/run.py --adapters zero_shot --frameworks jax --projectors --reading FOLDER
+    python benchmarks/run.py --adapters zero_shot --frameworks jax --projectors --steps 3
     python benchmarks/run.py --model tiny --classes 10   # does it run?
 
 A CLIP model with random weights adapts to random images; the prompts have the lengths of ImageNet's
@@ -23,105 +23,72 @@ import importlib.util
 import json
 import os
 import re
-import resource
+import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import pandas as pd
 from cases import Settings, tnt_steps
 from tqdm import tqdm
 
-from jaxtta import cli, data, evaluate, io
+from jaxtta import cli, evaluate, io
 
-
-class Row(NamedTuple):
-    """One line of the table; the prompts are "packed" in JAX, "77 tokens" or "cut" in PyTorch."""
-
-    adapter: str
-    framework: str
-    prompts: str
+FORMS = (("jax", "packed"), ("torch", "77 tokens"), ("torch", "cut"))  # frameworks and prompts
 
 
 def main(settings: Settings) -> None:
     """Measure every row and print the table."""
-    check(settings)
-    folder = data.open_dataset("folder", settings.reading) if settings.reading else None
+    evaluate.require_distinct(adapters=settings.adapters, frameworks=settings.frameworks)
+    for name in settings.adapters:
+        if not re.fullmatch(r"zero_shot|tent|batclip|mgtta|tnt(:steps=[1-9]\d*)?", name):
+            known = "zero_shot, tent, batclip, tnt, tnt:steps=N or mgtta"
+            raise ValueError(f"--adapters has {name!r}, expected {known}")
+    least = {"classes": 2, "batch": 1, "views": 1, "views_per_chunk": 1, "steps": 1}
+    evaluate.require_at_least(**{name: (getattr(settings, name), n) for name, n in least.items()})
+    frameworks = [*settings.frameworks]
+    if "torch" in frameworks and not importlib.util.find_spec("torch"):
+        print("PyTorch is not installed: `make parity` installs it", file=sys.stderr)
+        frameworks.remove("torch")
+    planned = [
+        (name, framework, prompts)
+        for name in settings.adapters
+        for framework, prompts in FORMS
+        if framework in frameworks
+        if not (tnt_steps(name) and prompts == "cut") and (name, framework) != ("mgtta", "torch")
+    ]
     rows: list[dict[str, Any]] = []
-    for row in tqdm(plan(settings), unit="row", disable=None):
-        images = 1 if tnt_steps(row.adapter) else settings.batch
-        rows.append(row._asdict() | {"images": images} | measured(settings, row))
+    for name, framework, prompts in tqdm(planned, unit="row", disable=None):
+        found = {"adapter": name, "framework": framework, "prompts": prompts}
+        found["images"] = 1 if tnt_steps(name) else settings.batch
+        rows.append(found | measured(settings, name, framework, prompts))
         seconds = rows[-1].get("seconds")
         note = f"{min(seconds):.3g} s per step" if seconds else rows[-1]["error"]
-        tqdm.write(f"{' '.join(row)}: {note}", file=sys.stderr)
+        tqdm.write(f"{name} {framework} {prompts}: {note}", file=sys.stderr)
         if settings.output:
             io.write_json(settings.output, {"settings": dataclasses.asdict(settings), "rows": rows})
     print(f"{settings.model}, {settings.classes} classes, batch {settings.batch} (TNT 1), ", end="")
     print(f"{settings.dtype}{', remat' * settings.remat}, {os.cpu_count()} CPU cores")
-    found = [row for row in rows if "error" not in row]
-    if not found:
+    succeeded = [row for row in rows if "error" not in row]
+    if not succeeded:
         raise ValueError("no row could be measured")
-    print(table(pd.DataFrame(found)))
-    if folder is not None:
-        from reading import reading_times
-
-        print(reading_times(folder, settings))
+    print(table(pd.DataFrame(succeeded)))
     if settings.projectors:
         from projectors import projection_times
 
         print(projection_times(settings).to_string())
 
 
-def check(settings: Settings) -> None:
-    """Raise a ValueError for invalid options."""
-    evaluate.require_distinct(adapters=settings.adapters, frameworks=settings.frameworks)
-    for name in settings.adapters:
-        if not re.fullmatch(r"zero_shot|tent|batclip|mgtta|tnt(:steps=[1-9]\d*)?", name):
-            known = "zero_shot, tent, batclip, tnt, tnt:steps=N or mgtta"
-            raise ValueError(f"--adapters has {name!r}, expected {known}")
-    for name in ("batch", "views", "views_per_chunk", "steps"):
-        evaluate.require_at_least(**{name: (getattr(settings, name), 1)})
-    evaluate.require_at_least(classes=(settings.classes, 2), workers=(settings.workers, 0))
-    evaluate.require_positive(memory_limit_gb=(settings.memory_limit_gb,))
-
-
-def plan(settings: Settings) -> list[Row]:
-    """The rows that can be measured here, grouped by adapter."""
-    torch = importlib.util.find_spec("torch") is not None
-    if "torch" in settings.frameworks and not torch:
-        print("PyTorch is not installed: `make parity` installs it", file=sys.stderr)
-    forms = [("jax", "packed"), *[("torch", "77 tokens"), ("torch", "cut")] * torch]
-    return [
-        Row(name, framework, form)
-        for name in settings.adapters
-        for framework, form in forms
-        if framework in settings.frameworks
-        if not (tnt_steps(name) and form == "cut") and (name, framework) != ("mgtta", "torch")
-    ]
-
-
-def measured(settings: Settings, row: Row) -> dict[str, Any]:
+def measured(settings: Settings, name: str, framework: str, prompts: str) -> dict[str, Any]:
     """Measure a row in a process of its own: its figures, or an error."""
-    script = Path(__file__).with_name(f"{row.framework}_steps.py")
+    script = Path(__file__).with_name(f"{framework}_steps.py")
     given = json.dumps(dataclasses.asdict(settings))
-    command = [sys.executable, str(script), row.adapter, row.prompts, given]
-    limit = settings.memory_limit_gb
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            while process.poll() is None:
-                time.sleep(0.1)
-                pages = Path(f"/proc/{process.pid}/statm").read_text().split()[1] if limit else 0
-                if limit and int(pages) * resource.getpagesize() > limit * 1e9:
-                    return {"error": f"stopped at more than {limit:g} GB"}
-            out = process.communicate()[0]
-        finally:
-            process.kill()
-    if process.returncode:  # -9 is the signal that a machine without memory sends
-        return {"error": f"ended with code {process.returncode} (-9: probably out of memory)"}
-    return json.loads(out.splitlines()[-1])
+    command = [sys.executable, str(script), name, prompts, given]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:  # -9 is the signal that a machine without memory sends
+        return {"error": f"ended with code {done.returncode} (-9: probably out of memory)"}
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def table(rows: pd.DataFrame) -> str:
@@ -130,7 +97,7 @@ def table(rows: pd.DataFrame) -> str:
     shown = rows[["adapter", "library", "prompts"]].assign(
         **{
             "s/step": rows.best,
-            "median": rows.seconds.map(np.median),
+            "median": rows.seconds.map(statistics.median),
             "images/s": rows.images / rows.best,
             "peak GB": rows.peak_memory_gb,
             "GFLOP": rows.gflop,

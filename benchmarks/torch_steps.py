@@ -83,10 +83,9 @@ def online_step(settings: Settings, name: str, prompts: str) -> Callable[[], Ten
         tower = model if name == "batclip" else model.vision_model
         norms = [module for module in tower.modules() if isinstance(module, torch.nn.LayerNorm)]
         adapted = [parameter.requires_grad_() for norm in norms for parameter in norm.parameters()]
-        optimizer = {
-            "tent": lambda: torch.optim.SGD(adapted, 2.5e-4, momentum=0.9, nesterov=True),
-            "batclip": lambda: torch.optim.AdamW(adapted, 5e-4, weight_decay=1e-2),
-        }[name]()
+        optimizer = torch.optim.SGD(adapted, 2.5e-4, momentum=0.9, nesterov=True)
+        if name == "batclip":
+            optimizer = torch.optim.AdamW(adapted, 5e-4, weight_decay=1e-2)
     with torch.no_grad():
         frozen_texts = normalize(encode(model.get_text_features, token_ids))
 

@@ -6,11 +6,11 @@ r"""Train a small CLIP from scratch on a folder of images.
 The folder contains one subfolder of images per class, named after the class. The text tower turns
 the names into a classifier, and both towers are trained with the cross-entropy of its predictions.
 Augmentation is limited to crops, flips and CutMix, because a model for test-time adaptation to
-corruptions must not be trained on them. The result is an ordinary transformers checkpoint.
+corruptions must not be trained on them. The result is an ordinary transformers checkpoint with the
+bundled model's architecture and tokenizer, which splits words that it does not know into letters.
 """
 
 import dataclasses
-import json
 import math
 import sys
 import tempfile
@@ -22,13 +22,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pandas as pd
+from matplotlib.figure import Figure
 from PIL import Image
 from tqdm import tqdm
-from transformers import AutoTokenizer, CLIPConfig
+from transformers import CLIPConfig
 
 from jaxtta import assets, cli, data, evaluate, io, models
 
-Array = jax.Array
 TEST_TEMPLATE = "a photo of a {}."
 TEMPLATES = (
     TEST_TEMPLATE,
@@ -37,6 +37,8 @@ TEMPLATES = (
     *("a close photo of a {}.", "a picture of a {}.", "an image of a {}.", "an image of the {}."),
     *("this is a {}.", "a {}.", "{}"),
 )
+WARMUP, WEIGHT_DECAY, CLIP_NORM, LABEL_SMOOTHING = 0.05, 0.05, 1.0, 0.1
+PADDING, CUTMIX = 4, 0.5  # black pixels around an image before the crop, share of mixed images
 FIRST_LOGIT_SCALE, HIGHEST_LOGIT_SCALE = math.log(1 / 0.07), math.log(100)  # CLIP's own
 
 
@@ -48,40 +50,36 @@ class Config:
     test: str | None = None  # images of the same classes, classified after every epoch
     output: Path = Path("runs/tiny-clip")  # folder for checkpoint, training.json and .png
     overwrite: bool = False  # replace an existing checkpoint in the output folder
-    tokenizer: Path = assets.MODEL  # folder with one of CLIP's; the default knows few words
     max_images: int | None = None  # at most so many of each folder, balanced over the classes
     epochs: int = 60  # passes over the training images
     batch: int = 128  # images per step
-    learning_rate: float = 5e-4  # peak rate of AdamW, with cosine decay to 0
-    warmup: float = 0.05  # fraction of steps for linear warm-up of the learning rate
-    weight_decay: float = 0.05  # of AdamW, on matrices only
-    clip_norm: float = 1.0  # maximum gradient norm
-    label_smoothing: float = 0.1  # amount of label smoothing
-    padding: int = 4  # black pixels of padding on each side before the random crop
-    cutmix: float = 0.5  # fraction of the images augmented with CutMix
+    learning_rate: float = 5e-4  # peak rate of AdamW, with warm-up and cosine decay to 0
     seed: int = 0  # the same seed gives the same model
-    vision: tuple[int, int, int] = (6, 192, 3)  # the image tower's layers, width and heads
-    text: tuple[int, int, int] = (3, 128, 4)  # the text tower's
-    embedding: int = 128  # size of the joint embedding space
-    image_size: int = 32  # side of the model's input in pixels; images are resized to it
-    patch_size: int = 4  # side of a patch in pixels
-    text_length: int = 32  # maximum number of tokens in a prompt
+    layers: tuple[int, int] = (6, 3)  # blocks of the image tower and of the text tower
     debug: bool = False  # show the traceback of an error
 
 
 def run(config: Config) -> None:
     """Train, and write the results after every epoch."""
-    check(config)
-    model = make_model(config)
+    counts = {name: (getattr(config, name), 1) for name in ("epochs", "batch", "max_images")}
+    counts |= {"layers": (min(config.layers), 1), "seed": (config.seed, 0)}
+    evaluate.require_at_least(**counts)
+    evaluate.require_positive(learning_rate=[config.learning_rate])
+    written = [config.output / name for name in ("config.json", "model.safetensors")]
+    if not config.overwrite and any(path.exists() for path in written):
+        raise FileExistsError(f"{config.output}: already has a checkpoint; --overwrite replaces it")
+    clip = CLIPConfig.from_pretrained(assets.MODEL)
+    clip.vision_config.num_hidden_layers, clip.text_config.num_hidden_layers = config.layers
+    model = dataclasses.replace(models.from_config(clip), source=str(assets.MODEL))
     train = read_images(config.train, model, config)
     test = read_images(config.test, model, config) if config.test else None
     if test and test.class_names != train.class_names:
         raise ValueError(f"{config.test}: has other classes than {config.train}")
-    if len(train) < config.batch:
-        raise ValueError(f"--batch is {config.batch}, above the {len(train)} training images")
     steps = len(train) // config.batch
-    optimizer = make_optimizer(config, config.epochs * steps)
-    train_step = make_train_step(config, model, optimizer, train.class_names)
+    if not steps:
+        raise ValueError(f"--batch is {config.batch}, above the {len(train)} training images")
+    optimizer = make_optimizer(config.learning_rate, config.epochs * steps)
+    train_step = make_train_step(model, optimizer, train.class_names)
     prompts = model.prompts(models.zero_shot_task(model, train.class_names, [TEST_TEMPLATE]))
     predict = jax.jit(lambda params, images: model(params, prompts, images).logits.argmax(-1))
 
@@ -89,70 +87,27 @@ def run(config: Config) -> None:
     params = jax.jit(model.init)(init_key)
     params["logit_scale"] = jnp.float32(FIRST_LOGIT_SCALE)
     state = params, optimizer.init(params), jnp.zeros((), jnp.int32)
-    history: dict[str, list[float]] = {"loss": [], "train_accuracy": [], "test_accuracy": []}
-    for epoch in range(config.epochs):
-        order = np.random.default_rng((config.seed, epoch)).permutation(len(train))
+    history = pd.DataFrame()
+    for epoch in range(1, config.epochs + 1):
+        order = np.random.default_rng((config.seed, epoch - 1)).permutation(len(train))
         sums = np.zeros(2)
-        for rows in tqdm(np.split(order[: steps * config.batch], steps), f"epoch {epoch + 1}"):
-            images, labels = train.images[rows], train.labels[rows]
-            state, figures = train_step(state, train_key, images, labels)
+        for rows in tqdm(np.split(order[: steps * config.batch], steps), f"epoch {epoch}"):
+            state, figures = train_step(state, train_key, train.images[rows], train.labels[rows])
             sums += jax.device_get(figures)
             if not math.isfinite(sums[0]):
-                where = f"the loss is no longer finite in epoch {epoch + 1}"
+                where = f"the loss is no longer finite in epoch {epoch}"
                 raise FloatingPointError(f"{where}; try a lower --learning-rate")
-        history["loss"].append(sums[0] / steps)
-        history["train_accuracy"].append(sums[1] / steps)
+        history.loc[epoch, ["loss", "train_accuracy"]] = sums / steps
         if test:
             # The last batch is filled with the first images, so that one shape is compiled.
             rows = np.arange(math.ceil(len(test) / config.batch) * config.batch) % len(test)
             batches = test.images[rows.reshape(-1, config.batch)]
             found = np.concatenate([predict(state[0], images) for images in batches])
-            history["test_accuracy"].append(float(np.mean(found[: len(test)] == test.labels)))
+            history.loc[epoch, "test_accuracy"] = np.mean(found[: len(test)] == test.labels)
         write(config, model, state[0], history)
-        last = [f"{name} {values[-1]:.4f}" for name, values in history.items() if values]
-        print(f"epoch {epoch + 1}/{config.epochs}: {', '.join(last)}")
+        values = ", ".join(f"{name} {value:.4f}" for name, value in history.loc[epoch].items())
+        print(f"epoch {epoch}/{config.epochs}: {values}")
     print(f"{config.output} holds the checkpoint")
-
-
-def check(config: Config) -> None:
-    """Raise a ValueError for invalid options, a FileExistsError for an earlier checkpoint."""
-    counts = ("epochs", "batch", "max_images", "embedding", "image_size", "patch_size")
-    least = {name: (getattr(config, name), 1) for name in (*counts, "text_length")}
-    least |= {"vision": (min(config.vision), 1), "text": (min(config.text), 1)}
-    for name in ("seed", "padding", "weight_decay"):
-        least[name] = getattr(config, name), 0
-    evaluate.require_at_least(**least)
-    evaluate.require_positive(learning_rate=[config.learning_rate], clip_norm=[config.clip_norm])
-    for name in ("warmup", "cutmix", "label_smoothing"):
-        if not 0 <= getattr(config, name) <= 1:
-            raise ValueError(
-                f"--{name.replace('_', '-')} is {getattr(config, name)}, expected 0 to 1"
-            )
-    for name, (_, width, heads) in (("vision", config.vision), ("text", config.text)):
-        if width % heads:
-            raise ValueError(f"--{name} has {heads} heads, expected a divisor of its width {width}")
-    written = [config.output / name for name in ("config.json", "model.safetensors")]
-    if not config.overwrite and any(path.exists() for path in written):
-        raise FileExistsError(f"{config.output}: already has a checkpoint; --overwrite replaces it")
-
-
-def make_model(config: Config) -> models.CLIP:
-    """Make the model for the tokenizer's vocabulary."""
-    if not config.tokenizer.is_dir():
-        raise FileNotFoundError(f"{config.tokenizer}: no such tokenizer folder")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(config.tokenizer)
-    except Exception as error:  # transformers and tokenizers may raise any exception
-        raise ValueError(f"{config.tokenizer}: its tokenizer cannot be read ({error})") from error
-    tokens = ("bos_token_id", "eos_token_id", "pad_token_id")
-    text = {name: getattr(tokenizer, name) for name in tokens}
-    text |= {"vocab_size": len(tokenizer), "max_position_embeddings": config.text_length}
-    vision = {"image_size": config.image_size, "patch_size": config.patch_size}
-    for tower, (layers, width, heads) in ((vision, config.vision), (text, config.text)):
-        tower |= {"num_hidden_layers": layers, "num_attention_heads": heads}
-        tower |= {"hidden_size": width, "intermediate_size": 4 * width, "hidden_act": "quick_gelu"}
-    clip = CLIPConfig(projection_dim=config.embedding, vision_config=vision, text_config=text)
-    return dataclasses.replace(models.from_config(clip), source=str(config.tokenizer))
 
 
 def read_images(root: str, model: models.CLIP, config: Config) -> data.ArrayDataset:
@@ -178,18 +133,16 @@ def read_images(root: str, model: models.CLIP, config: Config) -> data.ArrayData
     return data.ArrayDataset(np.stack(images), np.asarray(labels), tuple(dataset.class_names))
 
 
-def augment(
-    key: Array, images: Array, targets: Array, padding: int, share: float
-) -> tuple[Array, Array]:
-    """Crop and flip uint8 images, and paste parts of others into a share of them (CutMix).
+def augment(key: jax.Array, images: jax.Array, targets: jax.Array) -> tuple[Any, Any]:
+    """Crop and flip uint8 images, and paste parts of others into some of them (CutMix).
 
     References:
         Yun et al. 2019, https://arxiv.org/abs/1905.04899
     """
     crop_key, flip_key, mix_key = jax.random.split(key, 3)
     batch, side = images.shape[:2]
-    padded = jnp.pad(images, [(0, 0), (padding, padding), (padding, padding), (0, 0)])
-    corners = jax.random.randint(crop_key, (batch, 2), 0, 2 * padding + 1)
+    padded = jnp.pad(images, [(0, 0), (PADDING, PADDING), (PADDING, PADDING), (0, 0)])
+    corners = jax.random.randint(crop_key, (batch, 2), 0, 2 * PADDING + 1)
     images = jax.vmap(
         lambda image, corner: jax.lax.dynamic_slice(image, (*corner, 0), images.shape[1:])
     )(padded, corners)
@@ -197,7 +150,7 @@ def augment(
     images = jnp.where(flipped, images[:, :, ::-1], images)
 
     which_key, area_key, centre_key = jax.random.split(mix_key, 3)
-    mixed = jax.random.bernoulli(which_key, share, (batch, 1))
+    mixed = jax.random.bernoulli(which_key, CUTMIX, (batch, 1))
     # The area is uniform, as of Beta(1, 1), until the image's border cuts the rectangle.
     extent = mixed * side * jnp.sqrt(jax.random.uniform(area_key, (batch, 1)))
     centre = jax.random.uniform(centre_key, (2, batch, 1), maxval=side)
@@ -209,21 +162,19 @@ def augment(
     return images, (1 - part) * targets + part * jnp.roll(targets, 1, 0)
 
 
-def make_optimizer(config: Config, steps: int) -> optax.GradientTransformation:
+def make_optimizer(learning_rate: float, steps: int) -> optax.GradientTransformation:
     """AdamW with warm-up, cosine decay, gradient clipping and CLIP's second beta."""
-    warmup = int(config.warmup * (steps - 1))
-    rate = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, warmup, steps)
+    warmup = int(WARMUP * (steps - 1))
+    rate = optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup, steps)
 
     def matrices(params: dict) -> dict:
         return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
 
-    adamw = optax.adamw(rate, b2=0.98, weight_decay=config.weight_decay, mask=matrices)
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+    adamw = optax.adamw(rate, b2=0.98, weight_decay=WEIGHT_DECAY, mask=matrices)
+    return optax.chain(optax.clip_by_global_norm(CLIP_NORM), adamw)
 
 
-def make_train_step(
-    config: Config, model: models.CLIP, optimizer: Any, names: tuple[str, ...]
-) -> Any:
+def make_train_step(model: models.CLIP, optimizer: Any, names: tuple[str, ...]) -> Any:
     """Make the jitted `step(state, key, images, labels) -> (state, (loss, accuracy))`.
 
     A state is the parameters, the optimiser's state and the number of steps.
@@ -233,19 +184,18 @@ def make_train_step(
     # Padded rather than packed prompts: the templates share one shape and so one program.
     token_ids = jnp.asarray(task.token_ids)
 
-    def loss_of(params: dict, key: Array, images: Array, targets: Array) -> tuple[Array, Array]:
+    def loss_of(params: dict, key: Any, images: Any, targets: Any) -> tuple[Any, Any]:
         template = jax.random.randint(key, (), 0, len(TEMPLATES))
         classes = models.l2_normalize(model.encode_text(params, token_ids[:, template]))
         logits = model(params, classes, images).logits
         correct = logits.argmax(-1) == targets.argmax(-1)
-        targets = optax.smooth_labels(targets, config.label_smoothing)
+        targets = optax.smooth_labels(targets, LABEL_SMOOTHING)
         return optax.softmax_cross_entropy(logits, targets).mean(), correct.mean()
 
-    def step(state: tuple, key: Array, images: Array, labels: Array) -> tuple[tuple, Any]:
+    def step(state: tuple, key: Any, images: Any, labels: Any) -> tuple[tuple, Any]:
         params, optimizer_state, count = state
         augment_key, template_key = jax.random.split(jax.random.fold_in(key, count))
-        targets = jax.nn.one_hot(labels, len(names))
-        images, targets = augment(augment_key, images, targets, config.padding, config.cutmix)
+        images, targets = augment(augment_key, images, jax.nn.one_hot(labels, len(names)))
         differentiated = jax.value_and_grad(loss_of, has_aux=True)
         figures, gradients = differentiated(params, template_key, images, targets)
         updates, optimizer_state = optimizer.update(gradients, optimizer_state, params)
@@ -256,19 +206,20 @@ def make_train_step(
     return jax.jit(step, donate_argnums=0)
 
 
-def write(config: Config, model: models.CLIP, params: dict, history: dict[str, list]) -> None:
+def write(config: Config, model: models.CLIP, params: dict, history: pd.DataFrame) -> None:
     """Write checkpoint, metrics and curves, each file whole or not at all."""
     config.output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=config.output) as name:
         folder = Path(name)
         models.save(folder, model, params)
-        settings = json.loads(json.dumps(dataclasses.asdict(config), default=str))
-        io.write_json(folder / "training.json", {"settings": settings, **history})
-        curves = pd.DataFrame({name: values for name, values in history.items() if values})
-        axes = curves.plot(
-            subplots=[("loss",), tuple(curves.columns[1:])], marker=".", xlabel="epoch"
-        )
-        axes[0].figure.savefig(folder / "training.png", dpi=150)
+        settings = dataclasses.asdict(config) | {"output": str(config.output)}
+        record = {"settings": settings, **history.to_dict("list")}
+        io.write_json(folder / "training.json", record)
+        figure = Figure(figsize=(9, 3.5), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        history.plot(y="loss", ax=left, marker=".", xlabel="epoch", ylabel="training loss")
+        history.drop(columns="loss").plot(ax=right, marker=".", xlabel="epoch", ylabel="accuracy")
+        figure.savefig(folder / "training.png", dpi=150)
         for file in folder.iterdir():
             file.replace(config.output / file.name)
 

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import types
 
 import jax
 import numpy as np
@@ -115,6 +117,7 @@ def test_the_same_inputs_elsewhere_are_the_same(sweep, images, short, tmp_path):
     [
         (("--max-images", "4"), r"streams.max_images None \(this run: 4\)"),
         (("--order", "stored"), r"streams.order 'shuffled' \(this run: 'stored'\)"),
+        (("--order", "dirichlet", "--concentration", "9"), "no record of streams.concentration"),
         (("--batch-size", "4"), r"streams.batch_size 8 \(this run: 4\)"),
         (("--templates", "my {}."), r"model.tokens .*, model.templates \['a photo of a {}.'\]"),
         (("--class-names", "dog", "cat"), r"data.class_names \['cat', 'dog'\]"),
@@ -151,7 +154,7 @@ def test_adapters_are_identified_by_what_decides_their_results(tmp_path):
     assert identity("batclip")["optimizer"] == "adamw(0.001, weight_decay=0.01)"
     assert identity("mgtta:optimizer=sgd,lr=0.1")["optimizer"] == "sgd(0.1, momentum=0.9)"
     assert "phi" in identity("mgtta") and "phi" not in identity("mgtta:optimizer=adam")
-    copied = shutil.copy(assets.STATISTICS, tmp_path / assets.STATISTICS.name)
+    copied = shutil.copy(assets.STATISTICS, tmp_path / "elsewhere")
     assert identity(f"mgtta:statistics={copied}") == identity("mgtta")
     assert identity("mgtta:tower=both") != identity("mgtta") != identity("mgtta:weight=0.1")
     assert identity("tnt:steps=3") == identity("tnt", tnt=TNTConfig(steps=3))
@@ -192,8 +195,19 @@ def test_any_field_of_a_model_is_told_apart():
     class Model:
         field: object
 
+    def enclosing(rate):
+        return lambda: rate
+
     values = ({"a": 1}, {"a": 2}, np.zeros(2), np.ones(2), np.float32(1), np.sin, np.exp, np.int8)
-    values += (json.dumps, json.loads, jax.nn.gelu, jax.nn.relu, (1, 2), None)
+    values += (json.dumps, json.loads, jax.nn.gelu, jax.nn.relu, (1, 2), None, dict, Model)
+    values += tuple(functools.partial(jax.nn.gelu, approximate=x) for x in (True, False))
+    values += tuple(map(enclosing, (1, 2)))
+    values += tuple(types.SimpleNamespace(scale=x, dtype=np.dtype("int8")) for x in (1, 2))
+
+    def recursive():
+        return recursive
+
+    values += (recursive, "".join, values[0].get)
     told = [json.dumps(evaluate.model_settings(Model(value))) for value in values]
     assert len(set(told)) == len(values)
 

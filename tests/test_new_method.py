@@ -91,6 +91,10 @@ def test_a_new_method_runs_in_the_command_and_stands_in_the_report(run_jaxtta, s
 
 
 def test_another_version_of_a_method_is_another_adapter(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="preset is 'imagenet', expected cifar10-c"):
+        evaluate.make_adapter(
+            evaluate.parse_adapter("tent"), None, None, evaluate.AdapterConfig("imagenet")
+        )
     monkeypatch.chdir(tmp_path)  # modules in the current folder are found
     prints = []
     for version in range(2):

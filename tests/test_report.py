@@ -18,7 +18,7 @@ from jaxtta.data.streams import make_streams
 from jaxtta.evaluate.predictions import Predictions, score
 from jaxtta.metrics import ALEXNET_ERRORS
 from jaxtta.report import plots, text
-from jaxtta.report.summary import _corruption_error, summarise
+from jaxtta.report.summary import summarise
 
 CLASSES = 7
 LABELS = np.arange(120) % CLASSES
@@ -243,22 +243,44 @@ def test_another_baseline_can_be_chosen():
         summarise([])
 
 
-def test_the_mean_corruption_error_needs_all_of_imagenet_c():
-    segments = pd.DataFrame(
-        [("a", name, severity, 0.1 * severity) for name in ALEXNET_ERRORS for severity in range(6)],
-        columns=["adapter", "corruption", "severity", "top1"],
-    )
+def test_the_mean_corruption_error_needs_all_of_imagenet_c(monkeypatch):
+    monkeypatch.setattr("jaxtta.report.summary.IMAGENET_C_IMAGES", len(LABELS))
+    options = {"severities": (1, 2, 3, 4, 5), "skills": {"zero_shot": 1.5, "tent": 1.6}}
+    results = [
+        dataclasses.replace(result, settings={"streams": {"layout": "imagenet-c"}})
+        for result in results_of("continual", ("clean", *ALEXNET_ERRORS), **options)
+    ]
+    summary = summarise(results)
+    for adapter, own in summary.segments.groupby("adapter"):
+        errors = 1 - own.groupby("corruption")["top1"].mean()
+        expected = np.mean([errors[name] / x for name, x in ALEXNET_ERRORS.items()])
+        assert summary.means["corruption_error"][adapter] == pytest.approx(expected)
+    expected = 100 * summary.means["corruption_error"]["zero_shot"]
+    assert f"{expected:.2f}" in row(report.text_table(summary), "mean corruption error (%)")
+    lone = summarise(results[:1] + results[1::2]).means["corruption_error"]  # tent at one severity
+    assert lone.isna().tolist() == [True, False]
+    other = [dataclasses.replace(result, settings={}) for result in results]
+    for changed in (other, results_of("continual", ("fog",), **options)):
+        assert "corruption error" not in report.text_table(summarise(changed))
+    monkeypatch.undo()
+    assert "corruption error" not in report.text_table(summarise(results))
 
-    def result(images, layout="imagenet-c"):
-        data = {"streams": {"layout": layout}}
-        rows = pd.DataFrame(index=range(images))
-        return dataclasses.replace(results_of()[0], rows=rows, settings=data)
 
-    expected = np.mean(0.7 / np.array([*ALEXNET_ERRORS.values()]))
-    assert _corruption_error("a", segments, [result(50_000)]) == pytest.approx(expected)
-    for changed in (result(50_000, "folder"), result(5_000)):
-        assert _corruption_error("a", segments, [changed]) is None
-    assert _corruption_error("a", segments[:-1], [result(50_000)]) is None
+def test_results_of_several_sweeps_are_not_mixed():
+    """A folder of sweeps has streams of the same name; shards are one sweep."""
+    results = results_of()
+
+    def changed(**streams):
+        return [dataclasses.replace(each, settings={"streams": streams}) for each in results[-3:]]
+
+    assert len(summarise(changed(images="1", domains=[1])).means) == 3
+    for several, said in (
+        ([*results, results[0]], "zero_shot on fog-5 with seed 1 twice"),
+        ([*results, *results_of("continual")], "setting 'reset_each_shift'"),
+        ([*changed(order="stored")[:2], *changed(order="shuffled")[2:]], "order 'stored'"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            summarise(several)
 
 
 def test_what_nobody_saw_is_a_dash(tmp_path):
@@ -326,7 +348,7 @@ def test_the_report_is_one_page_that_needs_nothing_else(tmp_path, capsys):
     about |= {"commit": "abc-dirty", "preprocessing": "224 pixels", "versions": {"jax": "0.0"}}
     tnt = {"adapter": {"tnt": {"steps": 2, "learning_rate": 0.01}}}
     results[2] = dataclasses.replace(results[2], steps=steps, about=about)
-    results[-1] = dataclasses.replace(results[-1], settings=tnt)
+    results[-1] = dataclasses.replace(results[-1], settings=results[-1].settings | tnt)
     samples = {name: np.full((32, 32, 3), 99, np.uint8) for name in CORRUPTIONS}
     report.write_report(results, tmp_path, "fog & <snow>", samples)
     page = (tmp_path / "report.html").read_text()
@@ -380,6 +402,25 @@ def test_names_of_any_kind_stop_no_report(tmp_path):
     assert plots.label("caf\udce9_$") == r"caf\xe9 \$"
 
 
+def test_functions_of_users_are_told_apart(tmp_path, capsys):
+    """Long names that differ in their last setting; one lacks a seed, as in unfinished sweeps."""
+    names = [f"research.methods.prompts:make:lr={rate}" for rate in ("1e-3", "1e-4")]
+    skills = {"zero_shot": 0.5, names[0]: 0.6, names[1]: 0.9}
+    results = results_of("continual", skills=skills, seeds=(1, 2))[:-1]
+    results = [dataclasses.replace(r, about={"place": [n, 0]}) for n, r in enumerate(results)]
+    summary = report.write_report(results, tmp_path / "new" / "folder", "users")
+    assert summary.compared == names
+    assert len({plots.label(name) for name in names}) == 2
+    printed = capsys.readouterr().out
+    assert f"{names[1]}: no results on continual-5 (seed 2)" in printed
+    assert row(printed, "Mean over 2 seeds").endswith(f"{names[1]} –.")
+    page = " ".join(Outline((tmp_path / "new" / "folder" / "report.html").read_text()).text)
+    assert all(name in page for name in names)
+    assert "place" not in page
+    assert "\\n" not in page
+    assert len(plots.running(summary).legends[0].get_texts()) == 3
+
+
 def test_folders_are_put_side_by_side(tmp_path, capsys):
     for name, seed in (("a", 1), ("b", 2)):
         (tmp_path / name / "predictions").mkdir(parents=True)
@@ -390,6 +431,9 @@ def test_folders_are_put_side_by_side(tmp_path, capsys):
     head = next(line for line in printed.splitlines() if line.split() == ["a", "b"])
     assert head.index("b") > head.index("a")
     assert row(printed, "a ").split()[-3:] == ["–"] * 3  # the other folder lacks it
+    assert "means are over different corruptions" in printed
+    with pytest.raises(ValueError, match="a: is given twice"):
+        report.compare([tmp_path / "a", tmp_path / "a"])
     lone = report.text_table(summarise(results_of(corruptions=("fog", "a"))))
     assert row(printed, "fog").startswith(row(lone, "fog"))
     assert "a: Averaged" in printed

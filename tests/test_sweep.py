@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -285,7 +286,7 @@ def test_other_settings_are_refused_by_name(tmp_path):
     (tmp_path / "settings.json").unlink()
     with pytest.raises(ValueError, match=r"seed1.safetensors: was made with streams.layout 'a'"):
         sweep(tmp_path, settings={"order": "stored", "layout": "b"})
-    for text, message in (("[]", "no JSON object"), ("{", "not valid JSON")):
+    for text, message in (("[]", "settings.json: has a list"), ("{", "not valid JSON")):
         (tmp_path / "settings.json").write_text(text)
         with pytest.raises(ValueError, match=message):
             sweep(tmp_path)
@@ -313,6 +314,62 @@ def test_what_one_adapter_is_set_to_concerns_its_own_results_only(tmp_path):
     run(0.2, "zero_shot")
     with pytest.raises(ValueError, match=r"adapter.settings.rate 0\.1 \(this run: 0\.2\)"):
         run(0.2, "zero_shot", "drift")
+
+
+class Plain:
+    """Images without names and content; a classifier without preprocessing runs on them."""
+
+    labels, class_names = Images.labels, Images.class_names
+
+    def __len__(self):
+        return 20
+
+    def __getitem__(self, number):
+        return np.full((4, 4, 3), 10 * number, np.uint8)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_functions_of_one_name_are_told_apart(tmp_path, caplog, wrapped):
+    """By what they enclose, or are given; adapters of similar names do not share a file."""
+    fog = data.Domain("fog", 5)
+    benchmark = data.subset({fog: Plain()}, np.arange(20)) if wrapped else {fog: Plain()}
+    streams = data.make_streams("mixed", ("fog",), (5,), Images.labels)
+    spec = evaluate.Spec(benchmark, streams, None, 6, settings={"of": Path("x")})
+
+    def run(first, second):
+        adapters = {"a b": drifting(first), "a_b": partial(make_drifting, lr=second)}
+        options = {"about": {"data": tmp_path}, "progress": False}
+        return evaluate.sweep(spec, adapters, Model(), PARAMS, tmp_path, **options)
+
+    results = run(0.1, 0.2)
+    assert same(evaluate.load_predictions(tmp_path), results)
+    assert same(run(0.1, 0.2), results)
+    assert "since Plain cannot tell" in caplog.text
+    with pytest.raises(ValueError, match=r"adapter.function.step.rate 0\.1 \(this run: 0\.3\)"):
+        run(0.3, 0.2)
+    with pytest.raises(ValueError, match=r"adapter.function.lr 0\.2 \(this run: 0\.3\)"):
+        run(0.1, 0.3)
+    assert "preprocessing" not in evaluate.about(Model())
+
+
+@pytest.mark.parametrize(
+    ("changes", "shard", "adapters", "message"),
+    [
+        ({}, (0, 1), {}, "one or more adapters of distinct names, not \\[\\]"),
+        ({"streams": ()}, (0, 1), ADAPTERS, "one or more streams"),
+        ({"streams": 2}, (0, 1), ADAPTERS, "streams of distinct names.*continual-5 of seed 1"),
+        ({"batch_size": 0}, (0, 1), ADAPTERS, "batch_size is 0"),
+        ({}, (2, 2), ADAPTERS, r"shard is \(2, 2\)"),
+        ({}, (0, 1), "zero_shot", "adapters is 'zero_shot', expected a list"),
+        ({}, (0, 1), evaluate.parse_adapter("tent"), "adapters is AdapterSpec"),
+    ],
+)
+def test_sweeps_of_nothing_are_refused(changes, shard, adapters, message):
+    spec = spec_of()
+    if changes.get("streams") == 2:
+        changes = {"streams": [*spec.streams, *spec.streams]}
+    with pytest.raises((ValueError, TypeError), match=message):
+        evaluate.sweep(dataclasses.replace(spec, **changes), adapters, Model(), PARAMS, shard=shard)
 
 
 def test_a_damaged_file_is_computed_again(whole, tmp_path, caplog):
@@ -388,8 +445,6 @@ def test_a_stream_without_a_readable_image_is_an_error(tmp_path):
     spec = dataclasses.replace(spec, streams=[stream])
     with pytest.raises(ValueError, match="none of the images could be read, such as fog-5 7"):
         evaluate.sweep(spec, ADAPTERS, Model(), PARAMS, tmp_path, progress=False, about={})
-    with pytest.raises(ValueError, match="needs one or more adapters"):
-        sweep(tmp_path, {})
 
 
 def test_an_adapter_that_cuts_its_own_views_is_given_the_originals(tmp_path):
@@ -411,12 +466,13 @@ def test_an_adapter_that_cuts_its_own_views_is_given_the_originals(tmp_path):
     streams = data.make_streams("mixed", ("fog",), (5,), Images.labels)
     spec = evaluate.Spec({fog: Originals(fog, [])}, streams, None, 6)
     run = {"progress": False, "about": {}}
-    zero, read = evaluate.sweep(
-        spec, {"zero_shot": drifting(0.0), "reader": reader}, Model(), PARAMS, **run
-    )
-    assert read.top1.all() and not zero.top1.all()
-    assert read.settings["adapter"]["canvas"] == 6  # the longest side
-    assert "canvas" not in zero.settings["adapter"]
+    # a function that is called like an adapter is none of it
+    for name, make in (("reader", partial(reader)), ("tnt", reader)):
+        adapters = {"zero_shot": drifting(0.0), name: make}
+        zero, read = evaluate.sweep(spec, adapters, Model(), PARAMS, **run)
+        assert read.top1.all() and not zero.top1.all()
+        assert read.settings["adapter"]["canvas"] == 6  # the longest side
+        assert "canvas" not in zero.settings["adapter"]
 
 
 # --- gains and intervals ---
@@ -515,7 +571,7 @@ def make_drifting(model, task, lr=0.1):
 
 
 def test_a_learning_rate_is_chosen_on_the_extra_corruptions_only(tmp_path):
-    name, rates = f"{__name__}:make_drifting", (0.5, 2.0, 0.1)
+    name, rates = f"{__name__}:make_drifting", np.array([0.5, 2.0, 0.1])
     given = (name, rates, spec_of("reset_each_shift", corruptions=data.IMAGENET_C_EXTRA))
     run = {"progress": False, "about": {}}
     choice = evaluate.tune_learning_rate(*given, Model(), PARAMS, tmp_path, **run)
@@ -608,19 +664,15 @@ def alive(pid):
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's /proc")
 def test_a_killed_command_goes_on_where_it_was(short, tmp_path):
-    """The real thing: kill -9 in the middle of a stream, Ctrl-C, then the same command."""
+    """kill -9 in the middle of a stream, Ctrl-C while it compiles, then the same command."""
     command = [sys.executable, "-m", "jaxtta", "sweep", "--adapters", "zero_shot", "batclip"]
     command += ["--corruptions", "fog", "brightness", "--batch-size", "5", "--max-images", "60"]
     command += ["--setting", "continual", "--checkpoint-every", "4", "--model", str(short)]
 
-    def call(folder, **options):
-        return subprocess.Popen(
-            [*command, "--output", str(tmp_path / folder)],
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"TQDM_DISABLE": "1"},
-            **options,
-        )
+    def call(folder, **environment):
+        arguments = [*command, "--output", str(tmp_path / folder)]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        return subprocess.Popen(arguments, env=os.environ | environment, **pipes)
 
     def wait(done, seconds=240):
         deadline = time.time() + seconds
@@ -628,7 +680,7 @@ def test_a_killed_command_goes_on_where_it_was(short, tmp_path):
             assert time.time() < deadline
             time.sleep(0.02)
 
-    killed = call("cut")
+    killed = call("cut", TQDM_DISABLE="1")
     wait(lambda: [*tmp_path.glob("cut/checkpoints/*/step-*")] or killed.poll() is not None)
     readers = children(killed.pid)
     assert readers
@@ -637,18 +689,22 @@ def test_a_killed_command_goes_on_where_it_was(short, tmp_path):
     wait(lambda: not any(map(alive, readers)), 20)  # its reading processes do not outlive it
     assert not [*tmp_path.glob("cut/predictions/*")]
     (checkpoint,) = tmp_path.glob("cut/checkpoints/*/step-*")
-    stopped = call("cut", stderr=subprocess.PIPE)
-    wait(lambda: children(stopped.pid) or stopped.poll() is not None)  # about to compile
+    # nothing compiled is kept, and the bar says what is compiled
+    stopped = call("cut", JAX_COMPILATION_CACHE_DIR=str(tmp_path / "cache"))
+    said = b""
+    while b"compiling batclip" not in said:
+        said += os.read(stopped.stderr.fileno(), 4096) or pytest.fail(said.decode())
     stopped.send_signal(signal.SIGINT)
-    _, err = stopped.communicate()
+    said += stopped.communicate()[1]
     assert stopped.returncode == 130
-    assert "interrupted" in err
-    assert [*checkpoint.parent.glob("step-*")]
+    assert b"compiling batclip" in said.split(b"\r")[-1]  # the bar when it was closed
+    assert b"interrupted" in said
+    assert checkpoint.exists()
     for folder in ("cut", "whole"):
-        process = call(folder)
+        process = call(folder, TQDM_DISABLE="1")
         out, _ = process.communicate()
         assert process.returncode == 0
-        assert (tmp_path / folder / "table.txt").read_text().strip() in out
+        assert (tmp_path / folder / "table.txt").read_text().strip() in out.decode()
     cut, whole = (evaluate.load_predictions(tmp_path / folder) for folder in ("cut", "whole"))
     for one, other in zip(cut, whole, strict=True):
         pd.testing.assert_frame_equal(one.rows, other.rows, atol=1e-6)

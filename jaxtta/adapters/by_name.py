@@ -90,7 +90,10 @@ class AdapterSpec(NamedTuple):
     @property
     def needs_originals(self) -> bool:
         """Whether it makes its own views, of full-size images."""
-        return self.name == "tnt" or bool(getattr(self.function, "needs_originals", False))
+        function = getattr(self.function, "func", self.function)  # of a partial
+        if function is None:
+            return self.name == "tnt"
+        return bool(getattr(function, "needs_originals", False))
 
 
 def parse_adapter(text: str) -> AdapterSpec:
@@ -125,7 +128,7 @@ def _parse_function(text: str, module: str, name: str, rest: str) -> AdapterSpec
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.append(here)
     try:
-        function = getattr(importlib.import_module(module), name, None)
+        function: Any = getattr(importlib.import_module(module), name, None)
     except Exception as error:  # a module of the user's may raise anything
         raise ValueError(f"{module}:{name}: the module cannot be imported ({error!r})") from error
     if not callable(function):

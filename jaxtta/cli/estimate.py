@@ -23,16 +23,10 @@ def estimate(
     shard: tuple[int, int],
 ) -> None:
     """Print streams, images and steps, and an estimate of time and memory from one step each."""
-<<<<<<< HEAD
     model, params = loaded
-    batches = spec.batches(model, adapters)
-    stored = evaluate.load_predictions(folder) if (folder / "predictions").is_dir() else []
-=======
-    batches, share = spec.batches(model, adapters), range(shard[0], len(spec.streams), shard[1])
-    stored = []
+    batches, stored = spec.batches(model, adapters), []
     with contextlib.suppress(FileNotFoundError):  # nothing is finished yet
         stored = evaluate.load_predictions(folder)
->>>>>>> wt-r2
     done = {(result.adapter, result.stream, result.seed) for result in stored}
     left, to_read = dict.fromkeys((each.text for each in adapters), 0), 0
     for number in range(shard[0], len(spec.streams), shard[1]):

@@ -160,11 +160,12 @@ def name_of(dataset: Dataset, number: int) -> str:
 
 def content_of(dataset: Dataset) -> str | None:
     """A digest of a dataset's stored images; None if it cannot tell whether they changed."""
-    return getattr(_stored(dataset), "content", lambda: None)()
+    return getattr(stored_in(dataset), "content", lambda: None)()
 
 
-def _stored(dataset: Dataset) -> Any:
-    return _stored(dataset.dataset) if isinstance(dataset, _View) else dataset
+def stored_in(dataset: Dataset) -> Any:
+    """The dataset that a subset or corruption reads its images from."""
+    return stored_in(dataset.dataset) if isinstance(dataset, _View) else dataset
 
 
 def corrupted(dataset: Dataset, preprocess: "Preprocessing") -> dict[Domain, Dataset]:
@@ -190,7 +191,7 @@ def select(benchmark: Benchmark, domains: Iterable[Domain]) -> None:
 def require_domains(benchmark: Benchmark, domains: Iterable[Domain]) -> None:
     """Raise a ValueError for a missing domain, without looking at the datasets."""
     for corruption, severity in (domain for domain in domains if domain not in benchmark):
-        roots: list[Any] = [getattr(_stored(d), "root", None) for d in benchmark.values()]
+        roots: list[Any] = [getattr(stored_in(d), "root", None) for d in benchmark.values()]
         place = f" in {os.path.commonpath(map(os.path.abspath, roots))}" if all(roots) else ""
         severities = [str(domain.severity) for domain in benchmark if domain[0] == corruption]
         if severities:

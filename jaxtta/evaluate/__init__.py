@@ -19,7 +19,6 @@ from jaxtta.evaluate.predictions import score as score
 from jaxtta.evaluate.provenance import about as about
 from jaxtta.evaluate.provenance import digest_of as digest_of
 from jaxtta.evaluate.provenance import fingerprints as fingerprints
-from jaxtta.evaluate.provenance import model_settings as model_settings
 from jaxtta.evaluate.run import peak_memory_gb as peak_memory_gb
 from jaxtta.evaluate.store import agree as agree
 from jaxtta.evaluate.store import agree_on_images as agree_on_images
@@ -30,4 +29,5 @@ from jaxtta.evaluate.tracking import loggers as loggers
 from jaxtta.evaluate.tune import has_rate as has_rate
 from jaxtta.evaluate.tune import tune_learning_rate as tune_learning_rate
 from jaxtta.evaluate.tune import with_rate as with_rate
+from jaxtta.models import model_settings as model_settings
 from jaxtta.models import task_for as task_for

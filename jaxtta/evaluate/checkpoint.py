@@ -13,14 +13,7 @@ from jaxtta.io import load_arrays, load_state, save_state
 
 
 def save_checkpoint(folder: Path, step: int, tree: Any, note: Any = None) -> None:
-    """Save any tree of arrays and a JSON value, written whole; only the newest step is kept.
-
-    Args:
-        folder: for this run only; created if missing.
-        step: the number of finished steps.
-        tree: the arrays.
-        note: the JSON value.
-    """
+    """Save a tree of arrays and a JSON value after so many steps; only the newest step is kept."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step-{step}.safetensors"
     save_state(path, tree, note)
@@ -32,13 +25,8 @@ def save_checkpoint(folder: Path, step: int, tree: Any, note: Any = None) -> Non
 def restore_checkpoint(folder: Path, like: Any = None) -> tuple[int, Any, Any] | None:
     """Restore the newest step, its tree and its note; None without a checkpoint.
 
-    Args:
-        folder: of the run.
-        like: a tree of the same structure; what the checkpoint has beside it is left out. None for
-            nested dicts of numpy arrays, one level for each part of a leaf's path.
-
-    Raises:
-        ValueError: if it is damaged, or of another structure.
+    `like` is a tree of the same structure; what the checkpoint has beside it is left out. Without,
+    the tree is nested dicts of numpy arrays. Raises a ValueError if it is damaged or does not fit.
     """
     steps = {int(path.stem[5:]): path for path in folder.glob("step-*.safetensors")}
     if not steps:

@@ -32,14 +32,13 @@ def _segments(outcomes: Outcomes) -> list[pd.DataFrame]:
 def paired_gain(adapter: Outcomes, baseline: Outcomes, datasets: Sequence[str] = ()) -> Gain | None:
     """An adapter's mean gain over a baseline, on the images that both saw.
 
+    An image is resampled with all the segments that show it.
+
     Args:
-        adapter: its segments; an image is resampled with all the segments that show it.
+        adapter: its segments.
         baseline: the baseline's, of the same domains in the same order.
         datasets: each segment's dataset, where they have different images: these are resampled
             separately and count alike. Empty where all segments show the same images.
-
-    Returns:
-        The gain; None if both saw no common image.
     """
     pairs = list(zip(_segments(adapter), _segments(baseline), strict=True))
     groups: dict[str, list[tuple[pd.DataFrame, pd.DataFrame]]] = {}

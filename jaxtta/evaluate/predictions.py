@@ -32,12 +32,7 @@ class Scores(NamedTuple):
 
 
 def score(logits: jax.typing.ArrayLike, labels: jax.typing.ArrayLike) -> Scores:
-    """Score predictions: logits (batch, classes) against integer labels (batch,).
-
-    Raises:
-        TypeError: if the labels are not integers.
-        ValueError: if a label is not a class, or there is not one an image.
-    """
+    """Score predictions: logits (batch, classes) against integer labels (batch,)."""
     return _score(logits, metrics.require_labels(labels, logits))
 
 
@@ -56,36 +51,24 @@ def _score(logits: jax.Array, labels: jax.Array) -> Scores:
 class Predictions:
     """One adapter on one stream with one seed.
 
-    Attributes:
-        adapter: its name in tables.
-        stream: the stream's name; `seed` is its seed.
-        setting: the stream setting, or "datasets" where each domain is a dataset of its own.
-        domains: the stream's segments; a domain may occur twice.
-        class_names: of the labels.
-        rows: one per image in stream order, with the columns segment, image (index in the dataset),
-            label, the `Scores`, and seen. An image that could not be read is not seen; its scores
-            are 0. `nll` is not finite where the logits are not.
-        steps: one row per batch: seconds, and skipped (the state was left as it was).
-        unreadable: the names of the images that were not seen, in stream order.
-        settings: what identifies the result, grouped: model, data, streams, adapter.
-        about: command, versions, device and the like, which change no result.
-        peak_memory_gb: of the process or accelerator, up to the stream's end.
-        content: digest of the stored images; None if it was not taken.
+    `rows` has one row per image in stream order, with the columns segment, image (index in the
+    dataset), label, the `Scores`, and seen. An image that could not be read is not seen; its scores
+    are 0. `nll` is not finite where the logits are not.
     """
 
-    adapter: str
+    adapter: str  # its name in tables
     stream: str
     seed: int
-    setting: str
-    domains: tuple[Domain, ...]
+    setting: str  # of the streams, or "datasets" where each domain is a dataset of its own
+    domains: tuple[Domain, ...]  # the stream's segments; a domain may occur twice
     class_names: tuple[str, ...]
     rows: pd.DataFrame
-    steps: pd.DataFrame
-    unreadable: tuple[str, ...]
-    settings: dict[str, Any]
-    about: dict[str, Any]
-    peak_memory_gb: float
-    content: str | None = None
+    steps: pd.DataFrame  # one row per batch: seconds, and skipped (the state stayed as it was)
+    unreadable: tuple[str, ...]  # names of the images that were not seen, in stream order
+    settings: dict[str, Any]  # what identifies the result: model, data, streams, adapter
+    about: dict[str, Any]  # command, versions, device and the like, which change no result
+    peak_memory_gb: float  # of the process or accelerator, up to the stream's end
+    content: str | None = None  # digest of the stored images, if it was taken
 
     @property
     def top1(self) -> np.ndarray:
@@ -111,12 +94,7 @@ class Predictions:
 
     @classmethod
     def load(cls, path: str | Path) -> "Predictions":
-        """Read what `save` wrote.
-
-        Raises:
-            FileNotFoundError: if there is no such file.
-            ValueError: if it holds no predictions, or is damaged.
-        """
+        """Read what `save` wrote; a ValueError if it holds no predictions, or is damaged."""
         arrays, metadata = load_arrays(path)
         header = metadata.get("predictions")
         if not isinstance(header, dict):

@@ -10,7 +10,6 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,12 +21,9 @@ from jaxtta.adapters import AdapterConfig, AdapterSpec, tnt_config_of
 from jaxtta.adapters.by_name import mgtta_config_of, optimizer_of
 from jaxtta.data import Dataset, Subset
 from jaxtta.io import digest_array
-from jaxtta.models import Params, Task, describe_preprocessing
+from jaxtta.models import Params, Task, describe_preprocessing, model_settings
 
 PACKAGES = ("jaxtta", "jax", "jaxlib", "flax", "optax", "transformers", "numpy", "pillow")
-_NO_MATTER = ("source", "remat", "class_names", "preprocessing_origin")
-"""Fields of a model that change no result: its folder, memory for time, and names, which the
-labels' names stand for."""
 _SPEED_ONLY = ("views_per_chunk", "images_per_map")  # of TNT
 
 
@@ -54,55 +50,6 @@ def fingerprints(
     if task is not None:
         found["tokens"] = digest_array(task.token_ids)
     return found
-
-
-def model_settings(model: Any, within: tuple[int, ...] = ()) -> Any:
-    """A model's architecture and preprocessing as JSON values; any other object's settings, too.
-
-    Dataclasses and named tuples are listed by field, functions by name and by the values that they
-    enclose; of an array the digest is listed, of another object the class, its numbers and texts.
-    """
-    if id(model) in within:  # a function may enclose itself
-        return "itself"
-    tell = functools.partial(model_settings, within=(*within, id(model)))
-    if isinstance(model, Mapping):
-        return {str(name): tell(value) for name, value in model.items()}
-    if isinstance(model, list | tuple) and not hasattr(model, "_fields"):
-        return [tell(value) for value in model]
-    if model is None or isinstance(model, str | int | float):
-        return model
-    if isinstance(model, np.ndarray | np.generic | jax.Array):
-        return digest_array(np.asarray(model))
-    if dataclasses.is_dataclass(model) and not isinstance(model, type):
-        fields = {field.name: getattr(model, field.name) for field in dataclasses.fields(model)}
-        # Flax adds parent and name to the fields of its modules.
-        left_out = {*_NO_MATTER, *(("parent", "name") if hasattr(model, "parent") else ())}
-        return {name: tell(x) for name, x in fields.items() if name not in left_out}
-    if hasattr(model, "_fields"):  # a named tuple
-        return {name: tell(x) for name, x in model._asdict().items() if name not in _NO_MATTER}
-    if isinstance(model, type | np.dtype) and np.dtype(model).kind != "O":
-        return np.dtype(model).name
-    return _told(model, tell)
-
-
-def _told(model: Any, tell: Any) -> Any:
-    """What `model_settings` tells of a function, class or object."""
-    function, values = inspect.unwrap(model), {}
-    if isinstance(model, functools.partial):
-        function, values = model.func, {"given": model.args, **model.keywords}
-    elif inspect.ismethod(model):
-        values = {"self": model.__self__}
-    elif inspect.isfunction(function) and function.__closure__:
-        values = inspect.getclosurevars(function).nonlocals
-    elif not hasattr(model, "__qualname__"):
-        function, own = type(model), getattr(model, "__dict__", {})
-        values = {
-            name: value
-            for name, value in own.items()
-            if isinstance(value, str | int | float) and name[0] != "_" and name not in _NO_MATTER
-        }
-    name = f"{function.__module__}.{getattr(function, '__qualname__', type(function).__qualname__)}"
-    return {"is": name, **tell(values)} if values else name
 
 
 def source_of(function: Any) -> str | None:
@@ -187,7 +134,6 @@ def _commit() -> str | None:
         return None
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
     try:
-        told = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        return subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True).strip()
     except (OSError, subprocess.SubprocessError):  # no git here, or a checkout that it refuses
         return None
-    return told.stdout.strip() or None

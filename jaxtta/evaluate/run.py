@@ -1,7 +1,6 @@
 """One stream of a sweep: the adapters' states and what they predicted so far."""
 
 import dataclasses
-import functools
 import logging
 import resource
 import shutil
@@ -47,6 +46,7 @@ class StreamRun:
         """Go to the newest checkpoint of these settings."""
         self.stream = self.batches.streams[self.number]
         self.places = self.batches.of(self.number)
+        self.labels = labels_of(self.batches.benchmark)[self.stream.items[:, 1]]
         if not self.every or not self.folder.is_dir():
             return
         self._begin()
@@ -65,11 +65,6 @@ class StreamRun:
         except ValueError as error:
             log.warning("%s: ignored, restarting the stream (%s)", self.folder, error)
             self.remove()
-
-    @functools.cached_property
-    def labels(self) -> np.ndarray:
-        """The labels in stream order, (images,)."""
-        return labels_of(self.batches.benchmark)[self.stream.items[:, 1]]
 
     def _begin(self) -> None:
         for name in self.settings:

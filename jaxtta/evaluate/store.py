@@ -6,7 +6,6 @@ checkpoints/                                    of unfinished streams
 """
 
 import contextlib
-import json
 import logging
 import os
 import socket
@@ -19,11 +18,9 @@ from filelock import AcquireReturnProxy, FileLock, Timeout
 
 from jaxtta.evaluate.predictions import Predictions
 from jaxtta.evaluate.provenance import as_json
-from jaxtta.io import write_json
+from jaxtta.io import read_json, write_json
 
 log = logging.getLogger(__name__)
-VALIDATION = "validation"
-"""Subfolder of runs that select a learning rate, which are no part of the result."""
 
 
 def safe_name(text: str) -> str:
@@ -41,7 +38,7 @@ class Store(NamedTuple):
     def lock(self, shard: tuple[int, int] = (0, 1)) -> Iterator[None]:
         """Lock the folder; only other shards of the same sweep may use it at the same time."""
         number, count = shard
-        _refuse_earlier_version(self.root / "cells")
+        _refuse_earlier_version(self.root)
         (self.root / "predictions").mkdir(parents=True, exist_ok=True)
         own = self.root / f".lock-{number}-of-{count}"
         with FileLock(self.root / ".lock"):
@@ -67,10 +64,7 @@ class Store(NamedTuple):
     def read(
         self, key: tuple[str, str, int], settings: Mapping[str, Any], content: str | None
     ) -> Predictions | None:
-        """A finished result, or None if it has to be computed.
-
-        `key` is the adapter, the stream and its seed; `content` None is not compared.
-        """
+        """The result of an adapter, stream and seed, or None; `content` None is not compared."""
         path = self.path(*key)
         if not path.exists():
             return None
@@ -82,8 +76,7 @@ class Store(NamedTuple):
         own = (found.adapter, found.stream, found.seed)
         if own != key:
             raise ValueError(f"{path}: has the predictions of {own}, expected those of {key}")
-        if found.settings != settings:
-            said = differences(found.settings, settings)
+        if said := differences(found.settings, settings):
             raise ValueError(f"{path}: was made with {said}; choose another folder")
         _require_same_images(path, found.content, content)
         return found
@@ -99,24 +92,20 @@ def _acquire(path: Path) -> AcquireReturnProxy:
 
 
 def _holder(lock: Path) -> Path:
-    """The file that says who holds a lock, which some versions of filelock empty."""
+    """The file that says who has a lock; some versions of filelock empty the lock itself."""
     return lock.with_name(lock.name.replace("lock", "holder"))
 
 
 def load_predictions(folder: str | Path) -> list[Predictions]:
     """Read all results below a folder, by stream and then adapter, as `sweep` gives them.
 
-    Raises:
-        FileNotFoundError: if there are none.
-        ValueError: if a file is damaged, or the folder is of an earlier version.
+    Runs that selected a learning rate, in "validation", are no part of the results.
     """
     root = Path(folder)
-    _refuse_earlier_version(root / "cells", *root.glob("*/cells"))
-    paths = [
-        path
-        for path in sorted(root.rglob("predictions/*.safetensors"))
-        if VALIDATION not in path.relative_to(root).parts
-    ]
+    for known in (root, *root.glob("*/")):
+        _refuse_earlier_version(known)
+    paths = sorted(root.rglob("predictions/*.safetensors"))
+    paths = [path for path in paths if "validation" not in path.relative_to(root).parts]
     if not paths:
         raise FileNotFoundError(f"{root}: has no predictions of jaxtta sweep or shifts")
     results = [(path.parent, Predictions.load(path)) for path in paths]
@@ -124,25 +113,18 @@ def load_predictions(folder: str | Path) -> list[Predictions]:
     return [result for _, result in results]
 
 
-def _refuse_earlier_version(*folders: Path) -> None:
-    for folder in folders:
-        if folder.is_dir():
-            raise ValueError(
-                f"{folder.parent}: has results of an earlier version of jaxtta, which this version "
-                "does not read; choose another folder"
-            )
+def _refuse_earlier_version(root: Path) -> None:
+    if (root / "cells").is_dir():
+        said = "has results of an earlier version of jaxtta, which this version does not read"
+        raise ValueError(f"{root}: {said}; choose another folder")
 
 
 def agree_on_images(path: Path, content: str | None) -> None:
-    """Write a digest of a folder's images, or check that it matches; None is not checked.
-
-    Raises:
-        ValueError: if the folder has results of other images, or the file is damaged.
-    """
+    """Write a digest of a folder's images, or raise a ValueError for others; None is trusted."""
     if not path.exists():
         write_json(path, {"content": content})
     else:
-        _require_same_images(path, _read_json(path).get("content"), content)
+        _require_same_images(path, read_json(path).get("content"), content)
 
 
 def _require_same_images(path: Path, earlier: str | None, content: str | None) -> None:
@@ -157,29 +139,12 @@ def _require_same_images(path: Path, earlier: str | None, content: str | None) -
 
 
 def agree(path: Path, settings: Mapping[str, Any]) -> None:
-    """Write a folder's settings, JSON values, or check that they match the existing ones.
-
-    Raises:
-        ValueError: if the folder has other settings, or the file is damaged.
-    """
+    """Write a folder's settings, or raise a ValueError if the existing ones are others."""
     settings = as_json(settings)
     if not path.exists():
         write_json(path, settings)
-        return
-    earlier = _read_json(path)
-    if earlier != settings:
-        said = differences(earlier, settings)
+    elif said := differences(read_json(path), settings):
         raise ValueError(f"{path.parent}: has results with {said}; choose another folder")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path}: is not valid JSON ({error}); remove the folder") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: is no JSON object; remove the folder")
-    return content
 
 
 def differences(earlier: Mapping[str, Any], now: Mapping[str, Any], within: str = "") -> str:

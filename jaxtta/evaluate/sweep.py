@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import logging
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,6 +13,7 @@ from tqdm import tqdm
 from jaxtta import data
 from jaxtta.adapters import Adapter, AdapterConfig, AdapterSpec, make_adapter, parse_adapter
 from jaxtta.data import Batches, Domain, Stream
+from jaxtta.data.datasets import stored_in
 from jaxtta.evaluate import provenance
 from jaxtta.evaluate.predictions import Predictions
 from jaxtta.evaluate.run import StreamRun
@@ -29,25 +29,17 @@ _log = logging.getLogger(__name__)
 class Spec:
     """What a sweep runs on.
 
-    Attributes:
-        benchmark: the datasets by domain.
-        streams: of the benchmark's images.
-        task: the classes' prompts; None for a model with classes of its own.
-        batch_size: images per batch.
-        canvas: size to which full-size images are padded for adapters that make their own views;
-            None for `canvas_for` of the clean images.
-        setting: the streams' setting, or "datasets".
-        settings: what else the streams were made with, as JSON values, by which a run with other
-            settings is told what differs.
-        templates: of the prompts.
+    `canvas` is the size to which full-size images are padded for adapters that make their own
+    views; None for `canvas_for` of the clean images. `settings` are what else the streams were made
+    with, JSON values, by which a run with other settings is told what differs.
     """
 
     benchmark: data.Benchmark
     streams: Sequence[Stream]
-    task: Task | None
+    task: Task | None  # None for a model with classes of its own
     batch_size: int
     canvas: int | None = None
-    setting: str = ""
+    setting: str = ""  # of the streams, or "datasets"
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     templates: Sequence[str] = ()
 
@@ -106,8 +98,7 @@ def sweep(
 
     Raises:
         ValueError: for unknown adapters or domains; if the folder is in use, or has other settings
-            or images; if no image of a stream can be read.
-        OSError: if the folder cannot be written; finished results are kept.
+            or images; if no image of a stream can be read. Finished results are kept.
     """
     if not 0 <= shard[0] < shard[1]:
         raise ValueError(f"shard is {shard}, expected (i, n) with i below n")
@@ -120,21 +111,13 @@ def sweep(
         how = (model, spec.task, config, settings["model"]["weights"])
         made = {each.text: (each, make_adapter(each, *how)) for each in specs}
         batches = spec.batches(model, specs)
-<<<<<<< HEAD
-        own = {each.text: identity_of(each, config, batches.canvas) for each in specs}
-        told = json.loads(json.dumps(provenance.about(model) if about is None else about))
-=======
-        data.select(spec.benchmark, dict.fromkeys(d for s in spec.streams for d in s.segments))
         own = {each.text: provenance.identity_of(each, config, batches.canvas) for each in specs}
-        about = provenance.as_json(provenance.about(model) if about is None else about)
->>>>>>> wt-r2
+        told = provenance.as_json(provenance.about(model) if about is None else about)
         store = Store(Path(folder), settings)
         stack.enter_context(store.lock(shard))
 
         share = range(shard[0], len(batches.streams), shard[1])
-        contents = dict.fromkeys(share)
-        if not trust_data:
-            contents = _contents(batches, share, progress)
+        contents = dict.fromkeys(share) if trust_data else _contents(batches, share, progress)
         results: dict[tuple[int, str], Predictions] = {}
         runs = []
         for number in share:
@@ -151,7 +134,7 @@ def sweep(
                 kept = store.checkpoints(stream.name, stream.seed)
                 runs.append(StreamRun(*inputs, kept, checkpoint_every))
         if results and not trust_data and None in contents.values():
-            dataset = _stored(batches.benchmark[batches.streams[0].segments[0]])
+            dataset = stored_in(batches.benchmark[batches.streams[0].segments[0]])
             _log.warning(
                 "%s: earlier results are taken as they are, since %s cannot tell whether its "
                 "images have changed: it has no content()",
@@ -167,7 +150,7 @@ def sweep(
                 run.finish(steps, source, bar)
                 for name in run.settings:
                     place = {"place": [run.number, list(own).index(name)]}
-                    result = run.result(name, spec.setting, about | place)
+                    result = run.result(name, spec.setting, told | place)
                     result.save(store.path(name, result.stream, result.seed))
                     results[run.number, name] = result
                     if log is not None:
@@ -177,22 +160,13 @@ def sweep(
     return [results[number, name] for number in share for name in own]
 
 
-def specs_of(
-    given: Iterable[str | AdapterSpec] | Mapping[str, Callable[..., Adapter]],
-) -> list[AdapterSpec]:
+def specs_of(given: Any) -> list[AdapterSpec]:
     """The adapters of a sweep, as `sweep` takes them."""
     if isinstance(given, str | AdapterSpec):
         raise TypeError(f"adapters is {given!r}, expected a list of adapters")
     if isinstance(given, Mapping):
-        specs = []
-        for text, make in given.items():
-            settings: Mapping[str, Any] = {}
-            if isinstance(make, functools.partial) and not make.args:
-                make, settings = make.func, make.keywords
-            name = getattr(make, "__qualname__", type(make).__qualname__)
-            specs.append(AdapterSpec(text, name, settings, make))
-    else:
-        specs = [parse_adapter(each) if isinstance(each, str) else each for each in given]
+        given = [AdapterSpec(text, text, {}, make) for text, make in given.items()]
+    specs = [parse_adapter(each) if isinstance(each, str) else each for each in given]
     _require_distinct("adapters", [spec.text for spec in specs])
     return specs
 
@@ -230,21 +204,13 @@ def _identity_of(
     return provenance.as_json({**shared, "streams": streams, "adapter": adapter})
 
 
-def _stored(dataset: data.Dataset) -> data.Dataset:
-    """The dataset that a corruption or subset reads."""
-    while isinstance(dataset, data.Corrupted | data.Subset):
-        dataset = dataset.dataset
-    return dataset
-
-
 def _contents(batches: Batches, share: range, progress: bool) -> dict[int, str | None]:
     """One digest of the stored images of each stream; None where a dataset cannot tell."""
-    known: dict[int, str | None] = {}
-    found: dict[int, str | None] = {}
+    known, found = {}, {}
     for number in tqdm(share, desc="checking the images", leave=False, disable=not progress):
         parts = []
         for domain in batches.streams[number].segments:
-            dataset = _stored(batches.benchmark[domain])
+            dataset = stored_in(batches.benchmark[domain])
             if id(dataset) not in known:
                 known[id(dataset)] = data.content_of(dataset)
             parts.append(known[id(dataset)])

@@ -1,6 +1,5 @@
 """Logging results to TensorBoard and Weights & Biases, a line for each adapter and domain."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from jaxtta.evaluate.predictions import Predictions
+from jaxtta.evaluate.provenance import as_json
 from jaxtta.evaluate.store import safe_name
 
 Logger = Callable[[Predictions], None]
@@ -22,10 +22,6 @@ def loggers(names: Sequence[str], folder: Path, settings: Mapping[str, Any]) -> 
         names: keys of `PACKAGES`.
         folder: of the results; with WANDB_MODE=offline the run can be synchronised from there.
         settings: of the run, shown by Weights & Biases.
-
-    Raises:
-        ImportError: if a tracker's package is not installed.
-        ValueError: for an unknown tracker.
     """
     trackers = []
     for name in names:
@@ -36,8 +32,10 @@ def loggers(names: Sequence[str], folder: Path, settings: Mapping[str, Any]) -> 
         except ImportError as error:
             need = f"--log {name} needs {PACKAGES[name]}: pip install 'jaxtta[log]'"
             raise ImportError(need) from error
-        make = {"tensorboard": _tensorboard, "wandb": _wandb}[name]
-        trackers.append(make(package, folder, settings))
+        if name == "wandb":
+            trackers.append(_wandb(package, folder, settings))
+        else:
+            trackers.append(_tensorboard(package, folder))
 
     def log(result: Predictions) -> None:
         for number, domain in enumerate(result.domains):
@@ -50,9 +48,8 @@ def loggers(names: Sequence[str], folder: Path, settings: Mapping[str, Any]) -> 
     return log
 
 
-def _tensorboard(package: Any, folder: Path, settings: Mapping[str, Any]) -> Callable:
+def _tensorboard(package: Any, folder: Path) -> Callable:
     """One run for each adapter, one tag for each domain and metric; the step is the seed."""
-    del settings
     writers: dict[str, Any] = {}
 
     def track(result: Predictions, domain: str, values: Mapping[str, float]) -> None:
@@ -68,8 +65,7 @@ def _tensorboard(package: Any, folder: Path, settings: Mapping[str, Any]) -> Cal
 
 def _wandb(package: Any, folder: Path, settings: Mapping[str, Any]) -> Callable:
     folder.mkdir(parents=True, exist_ok=True)
-    config = json.loads(json.dumps(settings, default=str))
-    run = package.init(project="jaxtta", dir=str(folder), config=config)
+    run = package.init(project="jaxtta", dir=str(folder), config=as_json(settings))
 
     def track(result: Predictions, domain: str, values: Mapping[str, float]) -> None:
         line = {"adapter": result.adapter, "stream": result.stream, "seed": result.seed}

@@ -49,13 +49,10 @@ def tune_learning_rate(
         adapter: its text, to which `lr` is added; a function of your own may have that setting too.
         rates: the candidates; of equally good ones the smallest is selected.
         spec: streams of these corruptions only.
-        model: the model; this and the others as for `sweep`.
+        model: this and the others as for `sweep`.
         params: its parameters.
         folder: for these runs.
         options: further ones.
-
-    Raises:
-        ValueError: if a stream has other corruptions.
     """
     shown = {domain.corruption for stream in spec.streams for domain in stream.segments}
     if unknown := sorted(shown - set(IMAGENET_C_EXTRA)):

@@ -26,6 +26,7 @@ from jaxtta.models.feature_statistics import (
 from jaxtta.models.load import load, load_clip
 from jaxtta.models.preprocess import Preprocessing, describe_preprocessing
 from jaxtta.models.prompts import Prompts
+from jaxtta.models.settings import model_settings
 from jaxtta.models.supervised import ImageClassifier
 from jaxtta.models.task import Task, task_for, task_from_token_ids, zero_shot_task
 
@@ -52,6 +53,7 @@ __all__ = [
     "load_clip",
     "load_statistics",
     "merge_statistics",
+    "model_settings",
     "require_images",
     "save",
     "save_statistics",

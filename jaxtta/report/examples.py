@@ -28,9 +28,9 @@ class Example(NamedTuple):
     title: str
     class_names: tuple[str, ...]
     label: int
+    epsilon: float
     plain: np.ndarray
     noise: np.ndarray
-    epsilon: float
     before: np.ndarray
     after: np.ndarray
 
@@ -54,20 +54,10 @@ def find_examples(
     task: Task,
     config: TNTConfig,
 ) -> list[Example]:
-    """Recompute the noise maps of images whose prediction differs from zero-shot.
+    """Recompute the noise maps of at most `count` images whose prediction differs from zero-shot.
 
-    Args:
-        results: of a sweep with zero-shot and the adapter.
-        adapter: TNT's name in the sweep.
-        batches: the sweep's streams, with a canvas.
-        count: number of images, about half fixed and half broken, from all streams in turn.
-        model: the model.
-        params: its parameters.
-        task: the classes.
-        config: TNT's settings in the sweep; `online` must be false.
-
-    Returns:
-        At most `count` examples.
+    About half are fixed and half broken, from all streams in turn. `adapter` is TNT's name in the
+    sweep and `config` its settings, not online; `batches` are the sweep's, with a canvas.
     """
     if batches.canvas is None:
         raise ValueError("examples need batches with a canvas")
@@ -84,13 +74,10 @@ def find_examples(
         # The same key as in the sweep: from the image's index in its stream.
         key = jax.random.fold_in(jax.random.key(stream.seed), index)
         views, tuned = tune(params, classes, key, *pad_to_canvas(original, batches.canvas))
-        plain, noise = np.asarray(views[0]), np.asarray(tuned.noise)
-        before = np.asarray(probabilities(params, classes, views[:1]))
-        after = np.exp(tuned.log_probabilities)
+        before = probabilities(params, classes, views[:1])
+        found = views[0], tuned.noise, before, np.exp(tuned.log_probabilities)
         examples.append(
-            Example(
-                str(domain), names, int(labels[image]), plain, noise, config.epsilon, before, after
-            )
+            Example(str(domain), names, int(labels[image]), config.epsilon, *map(np.asarray, found))
         )
     return examples
 
@@ -102,27 +89,23 @@ def _changed(
     found = {(r.adapter, r.stream, r.seed): r.top1 for r in results}
     fixed, broken = [], []
     for number, stream in enumerate(batches.streams):
-        keys = [(name, stream.name, stream.seed) for name in (BASELINE, adapter)]
-        if not found.keys() >= {*keys}:
+        was, now = (found.get((name, stream.name, stream.seed)) for name in (BASELINE, adapter))
+        if was is None or now is None:
             continue
-        was, now = (found[key] for key in keys)
         for segment in range(len(stream.segments)):
             own = stream.items[:, 0] == segment
             for kind, changed in ((fixed, now & ~was), (broken, was & ~now)):
                 kind.append([(number, index) for index in np.flatnonzero(own & changed).tolist()])
-    return _in_turn([_in_turn(fixed), _in_turn(broken)])
+
+    def in_turn(lists: Sequence[list[tuple[int, int]]]) -> list[tuple[int, int]]:
+        rows = itertools.zip_longest(*lists)
+        return [item for row in rows for item in row if item is not None]
+
+    return in_turn([in_turn(fixed), in_turn(broken)])
 
 
-def _in_turn(lists: Sequence[list[tuple[int, int]]]) -> list[tuple[int, int]]:
-    """Round-robin."""
-    rows = itertools.zip_longest(*lists)
-    return [item for row in rows for item in row if item is not None]
-
-
-def draw_examples(examples: Sequence[Example]) -> Figure | None:
-    """Draw each example in a row, with the most probable classes; None without examples."""
-    if not examples:
-        return None
+def draw_examples(examples: Sequence[Example]) -> Figure:
+    """Draw each example in a row, with the most probable classes."""
     figure = Figure(figsize=(9, 2.1 * len(examples) + 0.4), layout="constrained")
     grid = figure.subplots(len(examples), 4, squeeze=False, width_ratios=(1, 1, 1, 1.6))
     heads = ("plain view", "noise", "plain view + noise", "probability")
@@ -140,8 +123,9 @@ def draw_examples(examples: Sequence[Example]) -> Figure | None:
         if example.label not in likeliest:
             likeliest[-1] = example.label
         places = np.arange(len(likeliest))
-        row[3].barh(places - 0.2, example.before[likeliest], 0.38, color=GREY, label="before")
-        row[3].barh(places + 0.2, example.after[likeliest], 0.38, color=COLOURS[0], label="after")
+        bars = (("before", example.before, -0.2, GREY), ("after", example.after, 0.2, COLOURS[0]))
+        for name, values, offset, colour in bars:
+            row[3].barh(places + offset, values[likeliest], 0.38, color=colour, label=name)
         row[3].set_yticks(places, [label(example.class_names[c]) for c in likeliest], fontsize=8)
         for tick, number in zip(row[3].get_yticklabels(), likeliest, strict=True):
             tick.set_fontweight("bold" if number == example.label else "normal")

@@ -35,10 +35,9 @@ def styles(names: Iterable[str], baseline: str | None = BASELINE) -> dict[str, d
 
 
 def dots(summaries: Mapping[str, Summary]) -> Figure:
-    """Draw the gain over the baseline with its 95 % interval, per corruption and adapter.
+    """Draw gains over the baseline with their 95 % intervals, or accuracies without a baseline.
 
-    Args:
-        summaries: one per panel, by heading. Without gains, accuracies are drawn.
+    Summaries, by heading, have a panel each, with a row per corruption and a dot per adapter.
     """
     gains = any(each.compared for each in summaries.values())
     names = [*dict.fromkeys(name for each in summaries.values() for name in each.corruptions)]
@@ -195,7 +194,8 @@ def figures(summary: Summary) -> dict[str, Figure]:
 def label(name: str) -> str:
     """Format a name for matplotlib: short, without formulas and what cannot be printed."""
     name = printable(name).replace("_", " ")
-    name = name if len(name) <= LONGEST else f"{name[: LONGEST - 1]}…"
+    if len(name) > LONGEST:  # settings are at the end
+        name = f"{name[: LONGEST // 2 - 1]}…{name[-LONGEST // 2 :]}"
     return name.replace("$", r"\$")
 
 
@@ -215,5 +215,8 @@ def _with_legend(figure: Figure, panels: Iterable[Axes]) -> Figure:
     found = {}
     for axes in panels:
         found |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-    figure.legend(found.values(), found, loc="outside upper left", ncols=3, frameon=False)
+    # About ten characters fit on an inch.
+    fitting = int(10 * figure.get_figwidth()) // (8 + max(map(len, found), default=1))
+    columns = max(1, min(fitting, len(found)))
+    figure.legend(found.values(), found, loc="outside upper left", ncols=columns, frameon=False)
     return figure

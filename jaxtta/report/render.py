@@ -21,15 +21,10 @@ REPEATED = ("command", "commit", "preprocessing", "date")  # what `commands` lis
 
 
 def render(template: str, **context: Any) -> str:
-    """Fill in a template.
+    """Fill in a template; all text in it is escaped.
 
-    Args:
-        template: its file name.
-        **context: its variables. Pages need `title` and `sentences`, and may have `warnings`,
-            `abouts` and `settings` (mappings, one per result) and `optimizers` (text by adapter).
-
-    Returns:
-        HTML; all text in it is escaped.
+    Pages need `title` and `sentences`, and may have `warnings`, `abouts` and `settings` (mappings,
+    one per result) and `optimizers` (text by adapter).
     """
     return _environment().get_template(template).render(context)
 
@@ -106,6 +101,12 @@ def flatten(mappings: Iterable[Mapping[str, Any]]) -> dict[str, str]:
         for name, value in mapping.items():
             if isinstance(value, Mapping):
                 waiting.append((f"{before}{name}: ", value))
-            elif before or name not in REPEATED:
-                found.setdefault(before + name, {})[NONE if value is None else str(value)] = None
+            elif before or name not in (*REPEATED, "place"):
+                found.setdefault(before + name, {})[_listed(value)] = None
     return {name: " / ".join(texts) for name, texts in found.items()}
+
+
+def _listed(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_listed, value)) or NONE
+    return NONE if value is None else str(value)

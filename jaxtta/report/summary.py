@@ -6,7 +6,8 @@ clean images, which have a row of their own, as is usual in the literature.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,11 +18,15 @@ from jaxtta.corruptions import CLEAN
 from jaxtta.data import Domain
 from jaxtta.evaluate.gains import mean_intervals, paired_gain
 from jaxtta.evaluate.predictions import Predictions
+from jaxtta.evaluate.store import differences
 from jaxtta.images import printable
 
 BASELINE = "zero_shot"
 DATASETS = "datasets"
 """The setting of results whose domains are datasets with images of their own."""
+COUNTED = ["adapter", "corruption", "dataset", "number"]
+IMAGENET_C_IMAGES = 50_000  # of each domain; AlexNet's errors are of all of them
+METRICS = ["top1", "mean_per_class_recall", "ece", "nll", "brier", "seconds_per_image"]
 Pair = tuple[str, str, pd.DataFrame, pd.DataFrame]
 """Adapter, corruption, and the rows of the adapter and of the baseline."""
 
@@ -73,21 +78,13 @@ class Summary(NamedTuple):
 
 
 def summarise(results: Sequence[Predictions], baseline: str = BASELINE) -> Summary:
-    """Compute all tables of a sweep.
-
-    Args:
-        results: of one sweep.
-        baseline: the adapter that gains are relative to, if it was run.
-
-    Returns:
-        The summary; names in it are escaped where they cannot be printed.
+    """Compute all tables of a sweep, with gains over `baseline` if it was run.
 
     Raises:
-        ValueError: if there are no results.
+        ValueError: if there are no results, or they are of several sweeps.
     """
-    if not results:
-        raise ValueError("there are no results to report")
-    clean = functools.cache(printable)  # all results have the same class names
+    _require_one_sweep(results)
+    clean = functools.cache(printable)  # many results have the same class names
     results = tuple(
         dataclasses.replace(
             result,
@@ -98,39 +95,35 @@ def summarise(results: Sequence[Predictions], baseline: str = BASELINE) -> Summa
         )
         for result in results
     )
-    datasets = all(result.setting == DATASETS for result in results)
+    datasets = results[0].setting == DATASETS
     frames = {_key(r): [r.segment(n) for n in range(len(r.domains))] for r in results}
-    lines, counts, pairs = [], [], []
+    lines, pairs, counts, class_names = [], [], {}, {}
     for result in results:
         adapter, stream, seed = _key(result)
         others = [] if adapter == baseline else frames.get((baseline, stream, seed), [])
-        for number, rows in enumerate(frames[_key(result)]):
-            domain = result.domains[number]
+        for number, domain in enumerate(result.domains):
+            rows = frames[_key(result)][number]
             pair = [(adapter, domain.corruption, rows, own) for own in others[number : number + 1]]
             pairs += pair
-            line = dict(zip(("adapter", "stream", "seed"), _key(result), strict=True))
-            line |= {"setting": result.setting, "segment": number, **domain._asdict()}
-            lines.append(line | _metrics(rows) | _gain(pair) | _speed(result))
-            names = np.array(["", *result.class_names], object)  # the first: nothing finite
-            own = (
-                rows[rows["seen"]].value_counts(["label", "prediction"]).reset_index(name="images")
-            )
-            own["class"], own["mistaken_for"] = (names[own[c] + 1] for c in own.columns[:2])
+            line = {"adapter": adapter, "stream": stream, "seed": seed, "setting": result.setting}
+            line |= {"segment": number, **domain._asdict(), **_metrics(rows)}
+            lines.append(line | _gain(pair) | _speed(result))
             dataset = domain.corruption if datasets else ""
-            counts.append(
-                own.assign(adapter=adapter, corruption=domain.corruption, dataset=dataset)
-            )
-    segments, confusions = pd.DataFrame(lines), pd.concat(counts)
-    corruptions = segments["corruption"].unique()
-    averaged = tuple(name for name in corruptions if name != CLEAN) or (*corruptions,)
+            class_names[dataset] = result.class_names
+            counts[adapter, domain.corruption, dataset, len(counts)] = rows[
+                rows["seen"]
+            ].value_counts(["label", "prediction"])
+    segments = pd.DataFrame(lines)
+    names = [*segments["corruption"].unique()]
+    averaged = tuple(name for name in names if name != CLEAN) or (*names,)
+    counts = {key: found for key, found in counts.items() if key[1] in averaged}
     table, means = _tables(segments, pairs, averaged, datasets)
-    errors = [_corruption_error(name, segments, results) for name in means.index]
-    means["corruption_error"] = np.array(errors, float)
+    means["corruption_error"] = _corruption_errors(segments, results)
     return Summary(
         segments.rename(columns={"low": "gain_low", "high": "gain_high"}),
         table,
         means,
-        _classes(confusions[confusions["corruption"].isin(averaged)]),
+        _classes(pd.concat(counts, names=COUNTED), class_names),
         results,
         averaged,
         baseline if baseline in means.index else None,
@@ -142,16 +135,39 @@ def _key(result: Predictions) -> tuple[str, str, int]:
     return result.adapter, result.stream, result.seed
 
 
+def _require_one_sweep(results: Sequence[Predictions]) -> None:
+    """Files of several sweeps may be below one folder; their rows must not be paired."""
+    if not results:
+        raise ValueError("there are no results to report")
+    found = set()
+    for result in results:
+        adapter, stream, seed = key = _key(result)
+        said = differences(_shared(results[0]), _shared(result))
+        if key in found:
+            said = f"{adapter} on {stream} with seed {seed} twice"
+        if said:
+            said = said.replace("this run", "another")
+            raise ValueError(f"these are results of several sweeps, give one's folder: {said}")
+        found.add(key)
+
+
+def _shared(result: Predictions) -> dict[str, Any]:
+    """The settings that are the same in all results of a sweep; datasets have their own."""
+    own = () if result.setting == DATASETS else ("model", "data", "streams")
+    groups = {name: dict(result.settings.get(name, {})) for name in own}
+    for name in ("domains", "images"):
+        groups.get("streams", {}).pop(name, None)
+    return {"setting": result.setting, **groups}
+
+
 def _metrics(rows: pd.DataFrame) -> dict[str, Any]:
     """All metrics of one segment."""
     seen = rows[rows["seen"]]
     finite = seen[np.isfinite(seen["nll"])]  # an image with NaN logits counts as wrong
-    intervals = mean_intervals(rows)
     line: dict[str, Any] = {"images": len(seen)}
-    for name in ("top1", "top5", "nll", "brier"):
-        source = seen if name.startswith("top") else finite
-        line[name] = source[name].astype(float).mean()
-        line[f"{name}_low"], line[f"{name}_high"] = intervals[name] or (None, None)
+    for name, bounds in mean_intervals(rows).items():
+        line[name] = (seen if name.startswith("top") else finite)[name].astype(float).mean()
+        line[f"{name}_low"], line[f"{name}_high"] = bounds or (None, None)
     scores = (finite[name].to_numpy() for name in ("confidence", "top1"))
     return line | {
         "ece": float(metrics.expected_calibration_error(*scores)) if len(finite) else None,
@@ -164,7 +180,7 @@ def _metrics(rows: pd.DataFrame) -> dict[str, Any]:
 def _gain(pairs: Sequence[Pair], datasets: bool = False) -> dict[str, float | None]:
     """The gain over several segments; an image is resampled with all that show it."""
     _, names, own, others = zip(*pairs, strict=True) if pairs else ((),) * 4
-    gain = paired_gain(own, others, names if datasets else ()) if pairs else None
+    gain = paired_gain(own, others, names if datasets else ())
     low, high = (gain and gain.interval) or (None, None)
     return {"gain": gain and gain.top1, "low": low, "high": high}
 
@@ -184,57 +200,60 @@ def _tables(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The table by corruption and adapter, and the means by adapter."""
     adapters = pd.Index(segments["adapter"].unique(), name="adapter")
-    corruptions = pd.Index(segments["corruption"].unique(), name="corruption")
-    every = pd.MultiIndex.from_product([corruptions, adapters])
-    columns = ["top1", "mean_per_class_recall", "ece", "nll", "brier", "seconds_per_image"]
-    values = segments.astype(dict.fromkeys(columns, float))
-    table = values.groupby(["corruption", "adapter"])[columns].mean().reindex(every)
-    means = table[table.index.isin(averaged, "corruption")].groupby("adapter").mean()
+    every = pd.MultiIndex.from_product([segments["corruption"].unique(), adapters])
+    every.names = ["corruption", "adapter"]
+    values = segments.astype(dict.fromkeys([*METRICS, "peak_memory_gb"], float))
+    table = values.groupby(every.names)[METRICS].mean().reindex(every)
+    means = table.loc[[*averaged]].groupby("adapter").mean().reindex(adapters)
     gains = [_gain([p for p in pairs if p[:2] == (adapter, name)]) for name, adapter in every]
     table = table.join(pd.DataFrame(gains, every, dtype=float))
-    gains = [
-        _gain([p for p in pairs if p[0] == name and p[1] in averaged], datasets)
-        for name in adapters
-    ]
-    means = means.reindex(adapters).join(pd.DataFrame(gains, adapters, dtype=float))
+    own = [pair for pair in pairs if pair[1] in averaged]
+    gains = [_gain([pair for pair in own if pair[0] == name], datasets) for name in adapters]
+    means = means.join(pd.DataFrame(gains, adapters, dtype=float))
     for frame in (table, means):
         frame["significance"] = 1 * (frame["low"] > 0) - 1 * (frame["high"] < 0)
-    own = segments[segments["corruption"].isin(averaged)]
-    seeds = own.groupby(["adapter", "seed", "corruption"])["top1"].mean()
-    means["spread"] = seeds.groupby(["adapter", "seed"]).mean().groupby("adapter").std()
+    means["peak_memory_gb"] = values.groupby("adapter")["peak_memory_gb"].max()
+    values = values[values["corruption"].isin(averaged)]
+    tops = values.groupby(["adapter", "seed", "corruption"])["top1"].mean()
+    means["spread"] = tops.groupby(["adapter", "seed"]).mean().groupby("adapter").std()
     means["images_per_second"] = 1 / means["seconds_per_image"]
-    means["peak_memory_gb"] = segments.groupby("adapter")["peak_memory_gb"].max().astype(float)
     return table, means
 
 
-def _classes(counts: pd.DataFrame) -> pd.DataFrame:
+def _classes(counts: pd.Series, names: Mapping[str, Sequence[str]]) -> pd.DataFrame:
     """Accuracy by adapter, dataset and class, and the most frequent confusion."""
-    key = ["adapter", "dataset", "label", "class"]
-    pooled = counts.groupby([*key, "prediction", "mistaken_for"], sort=False)["images"].sum()
-    pooled = pooled.reset_index()
+    key = ["adapter", "dataset", "label"]
+    pooled = counts.groupby([*key, "prediction"], sort=False).sum().reset_index(name="images")
     total = pooled.groupby(key, sort=False)["images"].sum()
     total = total.sort_index(level="label", sort_remaining=False)
     hit = pooled["label"] == pooled["prediction"]
-    right = pooled[hit].groupby(key)["images"].sum().reindex(total.index, fill_value=0)
-    wrong = pooled[~hit & (pooled["prediction"] >= 0)].sort_values("images", kind="stable")
-    wrong = wrong.groupby(key).last().reindex(total.index)
-    columns = {"images": total, "accuracy": right / total, "mistaken_for": wrong["mistaken_for"]}
-    return pd.DataFrame(columns | {"mistaken_share": wrong["images"] / total}).reset_index()
+    right = pooled[hit].set_index(key)["images"].reindex(total.index, fill_value=0)
+    wrong = pooled[~hit & (pooled["prediction"] >= 0)]  # -1: no finite prediction
+    wrong = wrong.sort_values(["images", "prediction"], ascending=[False, True])
+    wrong = wrong.groupby(key)[["prediction", "images"]].first().reindex(total.index)
+
+    def named(numbers: pd.Index | pd.Series) -> pd.Series:
+        pairs = zip(total.index.get_level_values("dataset"), numbers, strict=True)
+        texts = [None if math.isnan(n) else names[dataset][int(n)] for dataset, n in pairs]
+        return pd.Series(texts, total.index, dtype=object)
+
+    columns = {
+        "class": named(total.index.get_level_values("label")),
+        "images": total,
+        "accuracy": right / total,
+        "mistaken_for": named(wrong["prediction"]),
+        "mistaken_share": wrong["images"] / total,
+    }
+    return pd.DataFrame(columns).reset_index()
 
 
-def _corruption_error(
-    adapter: str, segments: pd.DataFrame, results: Sequence[Predictions]
-) -> float | None:
-    """Mean corruption error; None but for all of ImageNet-C, which AlexNet's errors are of."""
+def _corruption_errors(segments: pd.DataFrame, results: Sequence[Predictions]) -> pd.Series:
+    """Mean corruption error by adapter; missing but for all of ImageNet-C."""
     for result in results:
-        layout = {k: v for group in result.settings.values() for k, v in group.items()}.get(
-            "layout"
-        )
-        if layout != "imagenet-c" or len(result.rows) != 50_000 * len(result.domains):
-            return None
-    own = segments[segments["adapter"] == adapter]
-    found = own.groupby(["corruption", "severity"])["top1"].mean().unstack()
-    found = found.reindex(index=[*metrics.ALEXNET_ERRORS], columns=range(1, 6))
-    if found.isna().any(axis=None):
-        return None
-    return metrics.mean_corruption_error((1 - found.mean(axis=1)).to_dict())
+        layout = result.settings.get("streams", {}).get("layout")
+        if layout != "imagenet-c" or len(result.rows) != IMAGENET_C_IMAGES * len(result.domains):
+            return pd.Series(dtype=float)
+    tops = segments.groupby(["adapter", "corruption", "severity"])["top1"].mean().unstack()
+    errors = 1 - tops.reindex(columns=range(1, 6)).mean(axis=1, skipna=False).unstack()
+    errors = errors.reindex(columns=[*metrics.ALEXNET_ERRORS]).dropna()
+    return errors.apply(lambda row: metrics.mean_corruption_error(row.to_dict()), axis=1)

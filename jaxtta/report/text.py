@@ -23,7 +23,6 @@ MEASURES = {
     "peak_memory_gb": ("peak memory (GB)", 1, 2),
 }
 """Columns of the means beside accuracy: name, factor and decimals."""
-Entries = list[tuple[str, list[Any]]]
 
 
 def answer(summary: Summary) -> str:
@@ -62,22 +61,17 @@ def answer(summary: Summary) -> str:
     return f"{where}, {said}. {differences}."
 
 
-def entries(summaries: Iterable[Summary]) -> Entries:
-    """Rows of the tables, then of the means, by all adapters; None where there is no result."""
+def entries(summaries: Sequence[Summary]) -> list[tuple[str, list[pd.Series]]]:
+    """Rows of the tables, then of the means, by all adapters; NaN where there is no result."""
+    every = dict.fromkeys(name for each in summaries for name in each.corruptions)
     columns = [(each, adapter) for each in summaries for adapter in each.adapters]
-    rows: Entries = [
-        (name, [s.table.loc[(name, a)] if name in s.corruptions else None for s, a in columns])
-        for name in dict.fromkeys(name for each, _ in columns for name in each.corruptions)
-    ]
+    tables = [each.table.xs(a, level="adapter").reindex([*every]) for each, a in columns]
+    rows = [(name, [table.loc[name] for table in tables]) for name in every]
     return [*rows, ("mean", [each.means.loc[adapter] for each, adapter in columns])]
 
 
 def text_table(summaries: Summary | Mapping[str, Summary]) -> str:
-    """Format accuracies in per cent, gains and their intervals in points.
-
-    Args:
-        summaries: one, or several by heading to be put side by side.
-    """
+    """Format accuracies in per cent, gains in points; several summaries, by heading, in columns."""
     if isinstance(summaries, Summary):
         summaries = {"": summaries}
     several = [*summaries.values()]
@@ -91,15 +85,13 @@ def text_table(summaries: Summary | Mapping[str, Summary]) -> str:
     rule = "-" * max(map(len, lines))
     for place in rules:
         lines.insert(place, rule)
-    lines += dict.fromkeys(note for each in several for note in notes(each))
+    lines += notes(*several)
     if any("] !" in line for line in lines):
         lines.append("! Significantly worse than the baseline: the gain's interval is below 0.")
     return "\n".join(lines)
 
 
-def _entry(entry: pd.Series | None) -> str:
-    if entry is None:
-        return NONE
+def _entry(entry: pd.Series) -> str:
     text = points(entry["top1"])
     if not pd.isna(entry["gain"]):
         text += f" {points(entry['gain'], '+')} {interval(entry)}"
@@ -135,34 +127,45 @@ def measures(summaries: Iterable[Summary]) -> list[tuple[str, list[str]]]:
 
 def worst_classes(summary: Summary, count: int = 10) -> list[tuple[str, list[str]]]:
     """The classes with the lowest mean accuracy: name, and accuracy and confusion by adapter."""
-    found = summary.classes
-    top, share = (found[name].map(points) for name in ("accuracy", "mistaken_share"))
-    confused = " (" + found["mistaken_for"].fillna("") + ": " + share + ")"
-    found = found.assign(text=top + confused.where(found["mistaken_share"] > 0, ""))
-    key = ["dataset", "class", "label"]
-    worst = found.groupby(key)["accuracy"].mean().nsmallest(count).index
-    texts = found.pivot(index=key, columns="adapter", values="text")
-    texts = texts.reindex(worst, columns=summary.adapters).fillna(NONE)
-    names = [f"{dataset}: {name}" if dataset else name for dataset, name, _ in worst]
-    return list(zip(names, texts.to_numpy().tolist(), strict=True))
+    classes = summary.classes.groupby(["dataset", "class", "label"])
+    rows = []
+    for key in classes["accuracy"].mean().nsmallest(count).index:
+        own = classes.get_group(key).set_index("adapter").reindex(summary.adapters)
+        texts = []
+        for _, entry in own.iterrows():
+            known = not pd.isna(entry["mistaken_share"])
+            confused = f" ({entry['mistaken_for']}: {points(entry['mistaken_share'])})"
+            texts.append(points(entry["accuracy"]) + (confused if known else ""))
+        rows.append((f"{key[0]}: {key[1]}" if key[0] else key[1], texts))
+    return rows
 
 
-def notes(summary: Summary) -> list[str]:
+def notes(*summaries: Summary) -> list[str]:
     """Sentences that tell what the table's means are over."""
-    said, seeds = [], summary.segments["seed"].nunique()
-    if len(summary.severities) > 1:
-        said.append(f"Each {summary.noun} is the mean over severities {some(summary.severities)}.")
-    if len(summary.averaged) < len(summary.corruptions):
-        said.append("The mean excludes clean images.")
-    if seeds > 1:
-        texts = ", ".join(f"{name} {points(x)}" for name, x in summary.means["spread"].items())
-        said.append(f"Mean over {seeds} seeds; standard deviation over seeds: {texts}.")
-    return said
+    said = []
+    for each in summaries:
+        if len(each.severities) > 1:
+            said.append(f"Each {each.noun} is the mean over severities {some(each.severities)}.")
+        if len(each.averaged) < len(each.corruptions):
+            said.append("The mean excludes clean images.")
+        if (seeds := each.segments["seed"].nunique()) > 1:
+            texts = ", ".join(f"{name} {points(x)}" for name, x in each.means["spread"].items())
+            said.append(f"Mean over {seeds} seeds; standard deviation over seeds: {texts}.")
+    if len({frozenset(each.averaged) for each in summaries}) > 1:
+        said.append(f"The means are over different {summaries[0].noun}s, do not compare them.")
+    return [*dict.fromkeys(said)]
 
 
 def warnings(summary: Summary) -> list[str]:
-    """Sentences about unreadable images, skipped steps and predictions that are not finite."""
-    said = []
+    """Sentences about what is missing, skipped or not finite."""
+    said, every = [], {(result.stream, result.seed) for result in summary.results}
+    for adapter in summary.adapters:
+        own = {(r.stream, r.seed) for r in summary.results if r.adapter == adapter}
+        if lacking := [f"{stream} (seed {seed})" for stream, seed in sorted(every - own)]:
+            said.append(
+                f"{adapter}: no results on {some(lacking)}, which other adapters have; its means "
+                "are over fewer streams."
+            )
     if lost := sorted({name for result in summary.results for name in result.unreadable}):
         said.append(f"{counted(len(lost), 'image')} could not be read: {some(lost)}.")
     for adapter, own in summary.segments.groupby("adapter", sort=False):
