@@ -346,6 +346,35 @@ def test_images_and_models_without_a_diagnosis(run, tmp_path, embedded):
         assert "Traceback" not in err
 
 
+@pytest.mark.parametrize("check", [False, True])
+def test_the_results_of_a_model_are_kept_if_a_later_one_fails(run, target, tmp_path, check):
+    options = ("--target", target / "flat", "--class-names", "cat", "dog") if check else ()
+    nowhere = tmp_path / "nowhere"
+    code, out, err, found = run("--models", assets.MODEL, nowhere, "--corruptions", *options)
+    assert (code, [*found["models"]]) == (1, [assets.MODEL.name])
+    assert str(nowhere) in err and "report.html" in out
+
+
+def test_a_reference_needs_no_class_names(run, short, target, tmp_path):
+    for number, name in enumerate(("felines", "dog")):
+        shutil.copytree(target / "labelled" / name, tmp_path / "numbers" / str(number))
+    options = ("--target", target / "flat", "--class-names", "cat", "dog", "--models", short)
+    code, *_, found = run(*options, "--data", tmp_path / "numbers")
+    assert (code, found["models"]["clip"]["reference"]["images"]) == (0, 40)
+
+
+def test_features_without_numbers_have_answers():
+    rng = np.random.default_rng(0)
+    rows, head = rng.normal(size=(12, 60)).astype(np.float32), np.eye(2, 60, dtype=np.float32)
+    features = diagnose.FeatureSet(rows, np.full(12, -1), [])
+    found, answers = diagnose.check_target(features, features, head, ("a", "b"), scale=1.0)
+    np.testing.assert_array_equal(answers.numbers, np.arange(12))
+    assert np.mean(answers.labels == 0) == pytest.approx(found.target.predicted[0])
+    few = features._replace(rows=rows[:3])
+    with pytest.raises(ValueError, match="the reference has 3 images, expected at least four"):
+        diagnose.check_target(features, few, head, ("a", "b"))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -391,6 +420,12 @@ def test_images_and_models_without_a_diagnosis(run, tmp_path, embedded):
         ("--corruptions smog", "unknown corruption 'smog'"),
         ("--layout arrays --severity 3", "--layout arrays .*--severity"),
         ("--max-images 1", "--max-images is 1, expected at least 2"),
+        ("{check} --max-images 3", "--max-images is 3, expected at least 4"),
+        ("{check} --class-names cat=a cat=b", "flat: --class-names has 'cat' twice"),
+        ("{check} --class-names cat=a dog=a", "flat: --class-names has 'a' twice"),
+        ("--seed -1", "--seed is -1, expected at least 0"),
+        ("--shifted x=folder={labelled} x=folder={pairs}", "--shifted has 'x=.*pairs', .*new name"),
+        ("--shifted fog-1=folder={labelled}", "--shifted has 'fog-1=.*, .*new name"),
     ],
 )
 def test_bad_input_is_one_sentence(run, tmp_path, target, options, message):

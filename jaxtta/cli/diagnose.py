@@ -28,7 +28,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -42,14 +42,30 @@ from jaxtta.data.baselines import read_reference_points
 from jaxtta.data.folders import class_folders
 from jaxtta.data.target import target_folder
 from jaxtta.diagnose import error_context
-from jaxtta.report.diagnosis import write_check, write_diagnosis
-from jaxtta.report.summary import Summary, summarise
+from jaxtta.report.diagnosis import Checked, write_check, write_diagnosis
+from jaxtta.report.summary import summarise
 
-BUNDLED = "CIFAR-10's bundled test images"
-KINDS = ("gaussian_noise", "defocus_blur", "fog", "jpeg_compression")
-"""A corruption of each kind: noise, blur, weather, digital."""
-Measured = Annotated[diagnose.Settings, tyro.conf.arg(name="")]
-Tried = Annotated[tuple[str, ...], tyro.conf.arg(name="try-adapters")]
+
+@groups.group
+class TargetOptions:
+    """A check of your own images, with --data as the reference.
+
+    Attributes:
+        target: folder of images, in class folders or without labels; --class-names has its classes
+            then, or FOLDER=NAME where a class folder has another name.
+        target_labels: labels of some images without class folders: a .csv with columns image (path
+            in the folder) and class.
+        try_adapters: tried on the labelled images, as --adapters of jaxtta sweep; tnt is slow: half
+            a minute per image for ViT-B/16 on two CPU cores.
+        try_batch: images per step (default: a tenth of the labelled images, from 4 to 100).
+        preset: optimiser settings of TENT's and BATCLIP's papers.
+    """
+
+    target: Path | None = None
+    target_labels: Path | None = None
+    try_adapters: tuple[str, ...] = ("zero_shot", "tent", "batclip")
+    try_batch: int | None = None
+    preset: Literal["cifar10-c", "cifar100-c", "imagenet-c"] = "cifar10-c"
 
 
 @groups.group
@@ -62,12 +78,12 @@ class ShiftOptions:
         shifted: other sets as NAME=LAYOUT=FOLDER, with heads of their own class names; those of
             layout folder or arrays have --class-names too.
         references: at least two of --models that are not robust; a line is fitted to them.
-        reference_points: accuracies of such models instead, in (0, 1): a .json list of objects or a
-            .csv, with base and shifted; or "published", for ImageNet and --shifted sets named
-            imagenet-v2, -r, -sketch or -a.
+        reference_points: accuracies of such models instead, in (0, 1), as a JSON list of objects or
+            a table (CSV) with base and shifted; or "published", for ImageNet and --shifted sets
+            named imagenet-v2, -r, -sketch or -a.
     """
 
-    corruptions: tuple[str, ...] = KINDS
+    corruptions: tuple[str, ...] = ("gaussian_noise", "defocus_blur", "fog", "jpeg_compression")
     severity: int | None = None
     shifted: tuple[str, ...] = ()
     references: tuple[str, ...] = ()
@@ -75,63 +91,56 @@ class ShiftOptions:
 
 
 @groups.group
-class TargetOptions(groups.AdapterOptions):
-    """A check of your own images, with --data as the reference.
+class RunOptions:
+    """How it is computed.
 
     Attributes:
-        target: folder of images, in class folders or without labels; --class-names has its classes
-            then, or FOLDER=NAME where a class folder has another name.
-        target_labels: labels of some images without class folders: a .csv with columns image (path
-            in the folder) and class.
-        adapters: tried on the labelled images, as in jaxtta sweep; tnt is slow: half a minute per
-            image for ViT-B/16 on two CPU cores.
-        try_batch: images per step (default: a tenth of the labelled images, from 4 to 100).
-    """
-
-    target: Path | None = None
-    target_labels: Path | None = None
-    adapters: Tried = ("zero_shot", "tent", "batclip")
-    try_batch: int | None = None
-
-
-@groups.group
-class Options:
-    """Models, and how they run.
-
-    Attributes:
-        output: folder for the results.
-        models: folders or hub ids of CLIP models (default: the bundled demo model).
-        templates: prompt templates, with {} for the class; "imagenet" are CLIP's 80.
         batch_size: images encoded at a time.
-        seed: of images, corruptions, permutations and the order of the trial.
+        seed: of images, corruptions, permutations and the order in which adapters see images.
         workers: processes that read images; 0 to read in the main process.
-        trust_data: take an earlier trial without checking that the images are unchanged.
+        trust_data: take an earlier run's adapters without checking that the images are unchanged.
         debug: show tracebacks.
     """
 
-    output: Path
-    models: tuple[str, ...] = (str(assets.MODEL),)
-    templates: tuple[str, ...] = ()
     batch_size: int = 100
     seed: int = 1
     workers: int = 1
     trust_data: bool = False
     debug: bool = False
+
+
+@groups.group
+class Options:
+    """The models.
+
+    Attributes:
+        output: folder for the results.
+        models: folders or hub ids of CLIP models (default: the bundled demo model).
+        templates: prompts with {} for the class, averaged; "imagenet" are CLIP's 80, "usual" those
+            of the layout (default).
+    """
+
+    output: Path
+    models: tuple[str, ...] = (str(assets.MODEL),)
+    templates: tuple[str, ...] = ()
     data: groups.DataOptions = groups.DataOptions()
-    shifts: ShiftOptions = ShiftOptions()
-    measured: Measured = diagnose.Settings()
     target: TargetOptions = TargetOptions()
+    shifts: ShiftOptions = ShiftOptions()
+    metrics: tyro.conf.OmitArgPrefixes[diagnose.Settings] = diagnose.Settings()
+    run: RunOptions = RunOptions()
 
     def check(self) -> None:
         """Raise a ValueError for invalid options."""
-        shifts, target, images = self.shifts, self.target, self.data.max_images
-        self.measured.check()
-        named = {"class_names": self.data.class_names, "templates": self.templates}
-        named |= {"corruptions": shifts.corruptions, "references": shifts.references}
-        named = {name: given for name, given in named.items() if given}
-        evaluate.require_distinct(models=self.models, try_adapters=target.adapters, **named)
-        sizes = {"batch_size": (self.batch_size, 1), "try_batch": (target.try_batch, 1)}
-        evaluate.require_at_least(max_images=(images, 2), workers=(self.workers, 0), **sizes)
+        shifts, target, how = self.shifts, self.target, self.run
+        self.metrics.check()
+        lists = {"class_names": self.data.class_names, "templates": self.templates}
+        lists |= {"corruptions": shifts.corruptions, "references": shifts.references}
+        given = {name: values for name, values in lists.items() if values}
+        evaluate.require_distinct(models=self.models, try_adapters=target.try_adapters, **given)
+        least = {"batch_size": (how.batch_size, 1), "workers": (how.workers, 0)}
+        least |= {"try_batch": (target.try_batch, 1), "seed": (how.seed, 0)}
+        fewest = 4 if target.target else 2  # the reference is halved
+        evaluate.require_at_least(max_images=(self.data.max_images, fewest), **least)
         if self.data.layout == "arrays" and shifts.severity:
             raise ValueError("--layout arrays has a fixed severity, omit --severity")
         if odd := sorted(set(shifts.references) - set(self.models)):
@@ -140,26 +149,17 @@ class Options:
             raise ValueError("--references needs at least two models, and no --reference-points")
         if target.target_labels and not target.target:
             raise ValueError("--target-labels needs --target")
-        if "zero_shot" not in [evaluate.parse_adapter(text).text for text in target.adapters]:
+        if "zero_shot" not in [evaluate.parse_adapter(each).text for each in target.try_adapters]:
             raise ValueError("--try-adapters needs zero_shot, the baseline for gains")
 
 
 class Model(NamedTuple):
-    """A loaded model and its name in the report."""
+    """A loaded model, its name in the report, and what its images go through."""
 
     name: str
     clip: models.CLIP
     params: models.Params
-
-    @property
-    def prepared(self) -> str:
-        """What its images go through, and where that was read."""
-        return models.describe_preprocessing(self.clip).removeprefix("preprocessing: ")
-
-    def task(self, options: Options, names: Sequence[str], layout: str) -> models.Task:
-        """The prompts of these classes."""
-        texts = groups.ModelOptions(templates=options.templates).templates_for(layout)
-        return models.zero_shot_task(self.clip, names, texts)
+    prepared: str
 
 
 def run(options: Options) -> None:
@@ -168,52 +168,65 @@ def run(options: Options) -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     settings = json.loads(json.dumps(dataclasses.asdict(options), default=str))
     made = {"settings": settings, "about": evaluate.about(data=options.data.data)}
-    if root := options.target.target:
-        images = target_folder(root, options.data.class_names, options.target.target_labels)
-        checks = {model.name: check_one(options, model, images) for model in models_of(options)}
-        title = f"Check of {root.resolve().name}"
-        write_check(options.output, title, checks, images, images.paths, made)
-        return
-    points, found, features = points_of(options), {}, {}
-    for model in models_of(options):
-        sets, name = labelled_sets(options, model), model.name
-        one = diagnose.diagnose_model(name, sets, options.measured, model.prepared)
-        found[name], features[name] = one
-    names = dict(zip(options.models, found, strict=True))
-    references = [names[given] for given in options.shifts.references]
-    robustness = diagnose.measure_robustness(found, points, references)
-    whole = diagnose.Diagnosis(found, diagnose.compare_models(found, features), robustness)
-    write_diagnosis(options.output, whole, options.measured.fractions, made)
+    root, checks, found, features = options.target.target, {}, {}, {}
+    points, names = () if root else points_of(options), names_of(options.models)
+    given = options.data.class_names, options.target.target_labels
+    images = target_folder(root, *given) if root else None
+    try:
+        for model in models_of(options):
+            name = model.name
+            if images:
+                checks[name] = check_one(options, model, images)
+                continue
+            sets = labelled_sets(options, model)
+            one = diagnose.diagnose_model(name, sets, options.metrics, model.prepared)
+            found[name], features[name] = one
+    finally:  # the results of the others are written too if a model fails
+        if root and images and checks:
+            title = f"Check of {root.resolve().name}"
+            write_check(options.output, title, checks, images, images.paths, made)
+        if found:
+            references = [names[x] for x in options.shifts.references if names[x] in found]
+            robustness = diagnose.measure_robustness(found, points, references)
+            whole = diagnose.Diagnosis(found, diagnose.compare_models(found, features), robustness)
+            write_diagnosis(options.output, whole, options.metrics.fractions, made)
+
+
+def names_of(given: Sequence[str]) -> dict[str, str]:
+    """Each model's name in the report: its folder's, unless two have the same."""
+    names = [Path(each).name for each in given]
+    return {each: each if names.count(Path(each).name) > 1 else Path(each).name for each in given}
 
 
 def models_of(options: Options) -> Iterator[Model]:
     """Load the models one after another."""
-    names = [Path(given).name for given in options.models]
-    for given, name in zip(options.models, names, strict=True):
-        model = Model(given if names.count(name) > 1 else name, *models.load_clip(given))
-        with error_context(f"{model.name}: --outlier-threshold"):
-            nothing = np.zeros((1, model.clip.projection))
-            diagnose.outlier_stats(nothing, threshold=options.measured.outlier_threshold)
-        tqdm.write(f"compiling the image tower of {model.name} …", file=sys.stderr)
-        yield model
+    for given, name in names_of(options.models).items():
+        clip, params = models.load_clip(given)
+        with error_context(f"{name}: --outlier-threshold"):
+            nothing = np.zeros((1, clip.projection))
+            diagnose.outlier_stats(nothing, threshold=options.metrics.outlier_threshold)
+        tqdm.write(f"compiling the image tower of {name} …", file=sys.stderr)
+        prepared = models.describe_preprocessing(clip).removeprefix("preprocessing: ")
+        yield Model(name, clip, params, prepared)
 
 
 def batches_of(
     options: Options, model: Model, images: data.Benchmark, names: Sequence[str], severity: int = 0
 ) -> data.Batches:
     """A stream for each corruption or name, all of the same images."""
-    drawn = {"seed": options.seed, "limit": options.data.max_images}
+    drawn = {"seed": options.run.seed, "limit": options.data.max_images}
     labels = data.labels_of(images)
     streams = data.make_streams("reset_each_shift", names, (severity,), labels, **drawn)
     data.select(images, [stream.segments[0] for stream in streams])
-    return data.Batches(images, tuple(streams), options.batch_size, model.clip.preprocessing)
+    preprocessing = model.clip.preprocessing
+    return data.Batches(images, tuple(streams), options.run.batch_size, preprocessing)
 
 
 def read(
     options: Options, model: Model, batches: data.Batches
 ) -> Iterator[tuple[str, diagnose.FeatureSet]]:
     """Yield the name and features of one stream after another."""
-    reader = data.read_ahead(batches, options.workers)
+    reader = data.read_ahead(batches, options.run.workers)
     for number, stream in enumerate(batches.streams):
         count, place = len(batches.of(number)), f"{model.name} on {stream.name}"
         own = tqdm(itertools.islice(reader, count), place, count, leave=False, unit="batch")
@@ -231,12 +244,13 @@ def labelled_sets(options: Options, model: Model) -> Iterator[diagnose.LabelledS
     chosen = data.IMAGENET_C if chosen == ("imagenet-c",) else chosen
     domains = [*dict.fromkeys((data.CLEAN, *chosen))]
     base = batches_of(options, model, options.data.open(model.clip), domains, severity)
-    sets = [(layout, base)]
+    sets, taken = [(layout, base)], {stream.name for stream in base.streams}
     for text in options.shifts.shifted:
         name, _, place = text.partition("=")
         layout, _, root = place.partition("=")
-        if not (name and root) or name in domains:
+        if not (name and root) or name in taken:
             raise ValueError(f"--shifted has {text!r}, expected NAME=LAYOUT=FOLDER, a new name")
+        taken.add(name)
         names = names_for(options, layout, root)
         with error_context(f"--shifted {name}"):
             images = {data.Domain(name): data.open_dataset(layout, root, names)}
@@ -244,7 +258,8 @@ def labelled_sets(options: Options, model: Model) -> Iterator[diagnose.LabelledS
     for layout, batches in sets:
         names = data.class_names_of(batches.benchmark)
         with error_context(f"{model.name} on {batches.streams[0].name}"):
-            task = model.task(options, names, layout)
+            texts = groups.ModelOptions(templates=options.templates).templates_for(layout)
+            task = models.zero_shot_task(model.clip, names, texts)
         head = diagnose.head_of(model.clip, model.params, task)
         for name, features in read(options, model, batches):
             yield diagnose.LabelledSet(name, head, names, features)
@@ -256,9 +271,8 @@ def names_for(options: Options, layout: str, root: str) -> tuple[str, ...]:
     if not own.class_names or layout not in ("folder", "arrays"):
         return ()
     by_folder = Path(own.class_names[0]).suffix == ".json"
-    same_layout = layout == own.layout == "folder" and not by_folder
-    odd = sorted(class_names_in(root) ^ class_names_in(own.data)) if same_layout else []
-    if odd:
+    same = layout == own.layout == "folder" and not by_folder
+    if odd := sorted({*folders_of(root)} ^ {*folders_of(own.data)}) if same else []:
         raise ValueError(
             f"{root}: its class folders are not those of {own.data}, {diagnose.truncate(odd)} "
             "being in one of them, so --class-names must be a .json by folder name"
@@ -266,11 +280,11 @@ def names_for(options: Options, layout: str, root: str) -> tuple[str, ...]:
     return own.class_names
 
 
-def class_names_in(root: str) -> set[str]:
+def folders_of(root: str) -> Sequence[str]:
     """Names of a folder's class folders, or of the classes in a file of images."""
     if Path(root).is_dir():
-        return {folder.name for folder in class_folders(root)}
-    return {*data.open_dataset("folder", root).class_names}
+        return [folder.name for folder in class_folders(root)]
+    return data.open_dataset("folder", root).class_names
 
 
 def points_of(options: Options) -> Sequence[tuple[float, float]]:
@@ -288,14 +302,15 @@ def points_of(options: Options) -> Sequence[tuple[float, float]]:
     return points
 
 
-def check_one(
-    options: Options, model: Model, images: data.ImageFolder
-) -> tuple[diagnose.TargetCheck, diagnose.Answers, Summary | None]:
+def check_one(options: Options, model: Model, images: data.ImageFolder) -> Checked:
     """A model's check of images, its answers, and a trial of adapters if some have labels."""
-    target, root, names = options.target, options.data.data, ()
-    if options.data.layout == "arrays":  # the reference's labels are not used
-        names = tuple(map(str, range(read_labels(root).max() + 1)))
-    opened = dataclasses.replace(options.data, class_names=names).open(model.clip)
+    target, root, classes = options.target, options.data.data, 0
+    if options.data.layout == "arrays":
+        classes = read_labels(root).max() + 1
+    elif options.data.layout == "folder":
+        classes = len(folders_of(root))
+    numbers = tuple(map(str, range(classes)))  # the reference's classes are not used
+    opened = dataclasses.replace(options.data, class_names=numbers).open(model.clip)
     reference = batches_of(options, model, opened, [data.CLEAN])
     batches = batches_of(options, model, {data.Domain("target"): images}, ["target"])
     drawn = np.sort(batches.streams[0].items[:, 1])
@@ -304,25 +319,25 @@ def check_one(
         limit = options.data.max_images
         raise ValueError(f"{target.target}: --max-images {limit} selects no labelled image")
     with error_context(target.target):
-        task = model.task(options, images.class_names, "folder")
+        texts = groups.ModelOptions(templates=options.templates).templates_for("folder")
+        task = models.zero_shot_task(model.clip, images.class_names, texts)
     head = diagnose.head_of(model.clip, model.params, task)
     ((_, own),), ((_, other),) = (read(options, model, each) for each in (batches, reference))
-    chosen = {"outlier_threshold": options.measured.outlier_threshold, "seed": options.seed}
+    chosen = {"outlier_threshold": options.metrics.outlier_threshold, "seed": options.run.seed}
     chosen["scale"] = jnp.exp(model.params["logit_scale"])
     with error_context(model.name):
         check, answers = diagnose.check_target(own, other, head, images.class_names, **chosen)
-    name = BUNDLED if root == str(assets.IMAGES) else root
+    name = "CIFAR-10's bundled test images" if root == str(assets.IMAGES) else root
     check = dataclasses.replace(check, reference_name=name, preprocessing=model.prepared)
     if not len(labelled):
         return check, answers, None
     size = target.try_batch or int(np.clip(len(labelled) // 10, 4, 100))
     trial = batches_of(options, model, {data.Domain("target"): labelled}, ["target"])
-    chosen = {"max_images": options.data.max_images}
-    spec = evaluate.Spec(
-        trial.benchmark, trial.streams, task, size, target.canvas, "datasets", chosen
-    )
+    limits = {"max_images": options.data.max_images}
+    spec = evaluate.Spec(trial.benchmark, trial.streams, task, size, None, "datasets", limits)
     folder = options.output / "trial" / model.name.replace("/", "-")
-    how = {"workers": options.workers, "trust_data": options.trust_data, "config": target.config}
+    how = {"workers": options.run.workers, "trust_data": options.run.trust_data}
+    how["config"] = evaluate.AdapterConfig(target.preset)
     how["about"] = evaluate.about(model.clip, data=str(target.target), model=model.name)
-    results = evaluate.sweep(spec, target.adapters, model.clip, model.params, folder, **how)
+    results = evaluate.sweep(spec, target.try_adapters, model.clip, model.params, folder, **how)
     return check, answers, summarise(results)

@@ -42,6 +42,9 @@ def target_folder(
     if labelled and not names:
         require_meaning(listed.class_names, listed.class_names)
         names = {name: name for name in listed.class_names}
+    for kind in ([folder for folder, *_ in given], [*names.values()]):
+        if twice := next((name for name in kind if kind.count(name) > 1), None):
+            raise ValueError(f"{root}: --class-names has {twice!r} twice")
     if len(names) < 2:
         raise ValueError(f"{root}: --class-names has {len(names)} classes, expected at least two")
     places = {name: label for label, name in enumerate(names)}

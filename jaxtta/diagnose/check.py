@@ -120,7 +120,7 @@ class Answers(NamedTuple):
     """What a model says of every target image, in the order of the dataset.
 
     Attributes:
-        numbers: (images,) integers, each image's index in the dataset.
+        numbers: (images,) integers, each image's index in the dataset, or in the features.
         labels: (images,) integers, the predicted classes.
         confidences: (images,), their probabilities.
         entropies: (images,), of the predictions, in nats.
@@ -226,12 +226,13 @@ def answers_to(
     target: FeatureSet, logits: jax.Array, reference: np.ndarray, reference_logits: jax.Array
 ) -> Answers:
     """What a model says of every image, and its entropies on the reference; see `check_target`."""
-    order = np.argsort(target.numbers)
+    numbers = target.numbers if len(target.numbers) else np.arange(len(target.rows))
+    order = np.argsort(numbers)
     probabilities = np.asarray(jax.nn.softmax(logits))
     nearest = min(NEIGHBOUR, len(reference))
     distances = neighbour_distances(target.rows, reference, neighbour=nearest)
     return Answers(
-        target.numbers[order],
+        numbers[order],
         probabilities.argmax(1)[order],
         probabilities.max(1)[order],
         np.asarray(losses.entropy(logits))[order],

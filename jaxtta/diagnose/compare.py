@@ -96,8 +96,8 @@ def measure_robustness(
     }
     if len(pairs) < len(models):
         return Robustness(reason="there are no shifted sets")
-    points = points or [pairs[name] for name in references]
-    if not points:
+    points = points if len(points) else [pairs[name] for name in references]
+    if not len(points):
         return Robustness(
             reason="it takes models that are not robust, by --reference-points or --references"
         )

@@ -131,6 +131,8 @@ def mmd_to_reference(
         ValueError: as `mmd` does.
     """
     target, reference = np.asarray(target), np.asarray(reference)
+    if len(reference) < 4:
+        raise ValueError(f"the reference has {len(reference)} images, expected at least four")
     rng = np.random.default_rng(seed)
     count = min(len(target), len(reference) // 2, most)
     sample = reference[rng.permutation(len(reference))[: 2 * count]]
