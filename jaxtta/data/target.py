@@ -48,13 +48,12 @@ def target_folder(
     if len(names) < 2:
         raise ValueError(f"{root}: --class-names has {len(names)} classes, expected at least two")
     places = {name: label for label, name in enumerate(names)}
-    for name in listed.class_names if labelled else ():
-        if name not in places:
-            raise ValueError(
-                f"{root / name}: class folder is not one of --class-names, {', '.join(names)}; "
-                f'use "{name}=…" to give its class name'
-            )
     if labelled:
+        if odd := next((name for name in listed.class_names if name not in places), None):
+            raise ValueError(
+                f"{root / odd}: class folder is not one of --class-names, {', '.join(names)}; "
+                f'use "{odd}=…" to give its class name'
+            )
         numbers = np.array([places[name] for name in listed.class_names])[listed.labels]
     else:
         numbers = _read_labels(labels, listed, places) if labels else np.full(len(listed), -1)

@@ -178,9 +178,10 @@ def diagnose_model(
         The diagnosis, and the features of the base set, (images, d).
 
     Raises:
-        ValueError: if all images of the base set are of one class, or features are constant or not
-            finite; it names the model and the set.
+        ValueError: if settings are invalid, all images of the base set are of one class, or
+            features are constant or not finite; it names the model and the set.
     """
+    settings.check()
     found: dict[str, SetMetrics] = {}
     sets = iter(sets)
     first_set = next(sets)
@@ -200,10 +201,8 @@ def diagnose_model(
 def _means(shifts: Sequence[SetMetrics]) -> ShiftedMeans | None:
     if not shifts:
         return None
-    accuracy, kurtosis = (
-        float(np.mean([getattr(each, name) for each in shifts]))
-        for name in ("accuracy", "kurtosis")
-    )
+    accuracy = float(np.mean([each.accuracy for each in shifts]))
+    kurtosis = float(np.mean([each.kurtosis for each in shifts]))
     return ShiftedMeans(accuracy, kurtosis, np.mean([each.pruned for each in shifts], 0).tolist())
 
 

@@ -157,9 +157,8 @@ def diagnosis_tables(found: Diagnosis) -> Tables:
             rows[f"kurtosis on {key}"] = entry(each.kurtosis)
         if model.shifted:
             rows["mean accuracy on shifted sets (%)"] = percent(model.shifted.accuracy)
-            rows["effective robustness (points)"] = points(
-                found.robustness.values.get(name, np.nan), "+"
-            )
+            robust = found.robustness.values.get(name, np.nan)
+            rows["effective robustness (points)"] = points(robust, "+")
             rows["mean kurtosis on shifted sets"] = entry(model.shifted.kurtosis)
         rows["sufficient fraction of directions"] = entry(model.sufficient_fraction)
         models[name] = rows | fields(model.base)
@@ -190,10 +189,8 @@ def check_tables(model: str, check: TargetCheck, trial: Summary | None) -> Table
         for result in trial.results:
             right, mean = result.top1[result.rows["seen"]], means[result.adapter]
             gained = bounded(mean["gain"], (mean["low"], mean["high"]), "+")
-            rows[result.adapter] = (
-                bounded(right.mean(), accuracy_interval(right)),
-                gained if result.adapter in trial.compared else NONE,
-                percent(mean["ece"]),
-            )
+            gained = gained if result.adapter in trial.compared else NONE
+            top = bounded(right.mean(), accuracy_interval(right))
+            rows[result.adapter] = top, gained, percent(mean["ece"])
         tables[f"Trial of adapters with {model}"] = pd.DataFrame(rows, heads).T
     return tables
