@@ -166,6 +166,30 @@ def test_a_task_has_any_other_name():
     assert "25.00" in command.table(rows, ["method"], ["seed"])
 
 
+def test_only_images_that_a_method_uses_force_it_anew(embedded, tmp_path, monkeypatch):
+    """The Python interface: a folder as text, content by set."""
+    figures = dict.fromkeys(metrics.ALIGNMENT, 0.5)
+    sequence = evaluate.continual
+    monkeypatch.setattr(sequence, "evaluate_tasks", lambda *given: figures)
+    monkeypatch.setattr(sequence, "train_task", lambda e, params, n, name, grams: (params, grams))
+    options = command.Options(tmp_path, tasks=("digits",))
+    sets = command.open_tasks(options), *command.open_reference(options)
+    config, names = jaxtta.continual.TrainingConfig(), ("digits", "retention-inside")
+
+    def run(name, reference):
+        content = dict.fromkeys((*names, "retention-outside"), "a") | {"reference": reference}
+        experiment = sequence.Experiment(*embedded, *sets, config, content=content)
+        return sequence.run_sequence(experiment, name, str(tmp_path))
+
+    for name in ("fine-tuning", "gnsp"):
+        assert len(run(name, "b")) == (12 if name == "fine-tuning" else 6)  # wise-ft, too
+    run("fine-tuning", "c")
+    with pytest.raises(ValueError, match="made from other images"):
+        run("gnsp", "c")
+    with pytest.raises(ValueError, match="unknown method 'wise-ft'"):
+        run("wise-ft", "b")
+
+
 def test_settings_name_fields_and_options():
     with pytest.raises(ValueError, match=r"^rho is 2, expected"):
         jaxtta.continual.TrainingConfig(rho=2)

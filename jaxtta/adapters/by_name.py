@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import optax
 
@@ -128,7 +128,7 @@ def _parse_function(text: str, module: str, name: str, rest: str) -> AdapterSpec
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.append(here)
     try:
-        function: Any = getattr(importlib.import_module(module), name, None)
+        function = getattr(importlib.import_module(module), name, None)
     except Exception as error:  # a module of the user's may raise anything
         raise ValueError(f"{module}:{name}: the module cannot be imported ({error!r})") from error
     if not callable(function):
@@ -139,7 +139,7 @@ def _parse_function(text: str, module: str, name: str, rest: str) -> AdapterSpec
     except TypeError as error:
         called = f"it is called (model, task, **settings) and takes {signature}"
         raise ValueError(f"{text}: {error}; {called}") from error
-    return AdapterSpec(text, f"{module}:{name}", settings, function)
+    return AdapterSpec(text, f"{module}:{name}", settings, cast(Callable[..., Adapter], function))
 
 
 def _parse_settings(text: str, given: str) -> dict[str, Any]:

@@ -68,9 +68,10 @@ class Options:
         reference_classes: number of classes in the reference set (default: all; five of the bundled
             images).
         retention: other images, given likewise, that measure retention, modality gap and retrieval
-            (default: bundled images with the bundled reference; none, and the reference measures
-            gap and retrieval). If both have the same classes, those in the reference set and the
-            others are reported separately. A fifth of the images is used by --validate only.
+            (default: bundled images with the bundled reference; with another, none, and the
+            reference measures gap and retrieval). If both have the same classes, those in the
+            reference set and the others are reported separately. A fifth of the images is used by
+            --validate only.
         validate: measure on a fifth of each task's training images, held out from training, and on
             the validation part of the retention images, to choose settings.
         seeds: seeds of the order, the crops and the reference; one run per seed.

@@ -175,9 +175,10 @@ def train_task(
     seed, task, texts = experiment.seed, experiment.tasks[number], experiment.texts(params)
     if method.projection != "none" and number:
         earlier = experiment.tasks[number - 1]
-        numbers = np.random.default_rng([seed, number - 1, 1]).permutation(len(earlier.train))
+        images: Any = earlier.train
+        numbers = np.random.default_rng([seed, number - 1, 1]).permutation(len(images))
         desc, numbers = f"{name} seed {seed}: {earlier.name}", numbers[: config.gram_images]
-        found = experiment.grams(params, earlier.train, numbers, number, desc)
+        found = experiment.grams(params, images, numbers, number, desc)
         grams = continual.combine_grams(grams, found)
     elif method.projection != "none" and config.task_zero:
         grams = experiment.reference_grams
@@ -191,10 +192,10 @@ def train_task(
         trainable = continual.everything_but_logit_scale
         pairs = pairs and pairs._replace(texts=None)
     rng = np.random.default_rng([seed, number])
-    images, wanted = len(task.train), config.iterations * config.batch_size
-    epochs = [rng.permutation(images) for _ in range(-(-wanted // images))]
+    images, wanted = task.train, config.iterations * config.batch_size
+    epochs = [rng.permutation(len(images)) for _ in range(-(-wanted // len(images)))]
     desc = f"{name} seed {seed}: {task.name}"
-    batches = experiment.read(task.train, np.concatenate(epochs)[:wanted], desc)
+    batches = experiment.read(images, np.concatenate(epochs)[:wanted], desc)
     key = jax.random.fold_in(jax.random.key(seed), number)
     inputs = model, config, method, params, trainable, batches, classes, pairs, grams
     try:
@@ -249,12 +250,13 @@ def run_sequence(
     config, first, content = experiment.config, experiment.params, experiment.content
     folder, settings = Path(output) / name / f"seed{experiment.seed}", _settings(experiment, name)
     agree(folder / "settings.json", settings)
-    digest = content and digest_of([content[set_] for set_ in settings["data"]])
-    agree_on_images(folder / "images.json", digest)
+    used = None if content is None else digest_of([content[set_] for set_ in settings["data"]])
+    agree_on_images(folder / "images.json", used)
     changed = continual.gnsp_kernels
     if config.first_task == "all":
         changed = continual.everything_but_logit_scale
-    params, grams, rows, done = first, {}, [], -1
+    params, rows, done = first, [], -1
+    grams: Any = {}
     if saved := restore_checkpoint(folder / "checkpoints"):
         done, arrays, rows = saved
         arrays = jax.tree.map(jnp.asarray, arrays)

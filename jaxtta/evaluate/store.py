@@ -54,8 +54,8 @@ class Store(NamedTuple):
 
     def path(self, adapter: str, stream: str, seed: int) -> Path:
         """Path of a result; its folder exists while the store is locked."""
-        name = safe_name(f"{adapter}--{stream}--seed{seed}")
-        return self.root / "predictions" / f"{name}.safetensors"
+        name = safe_name(f"{adapter}--{stream}--seed{seed}.safetensors")
+        return self.root / "predictions" / name
 
     def checkpoints(self, stream: str, seed: int) -> Path:
         """Folder for the checkpoints of a stream."""

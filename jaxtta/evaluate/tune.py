@@ -58,7 +58,7 @@ def tune_learning_rate(
     if unknown := sorted(shown - set(IMAGENET_C_EXTRA)):
         known = ", ".join(IMAGENET_C_EXTRA)
         raise ValueError(f"learning rates are selected on {known}, not on {unknown[0]}")
-    texts = {with_rate(adapter, rate): rate for rate in sorted(set(rates))}
+    texts = {with_rate(adapter, rate): float(rate) for rate in sorted(set(rates))}
     top1: dict[float, list[float]] = {rate: [] for rate in texts.values()}
     for result in sweep(spec, list(texts), model, params, folder, **options):
         for number in range(len(result.domains)):
