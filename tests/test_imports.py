@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "jaxtta"
-FUNCTIONS = {"losses", "metrics", "bootstrap", "tree", "views", "augmix", "io", "images"}
+FUNCTIONS = {"losses", "metrics", "bootstrap", "tree", "views", "augmix", "corruptions"}
+FUNCTIONS |= {"io", "images"}
 MODELS = FUNCTIONS | {"models", "optim", "assets"}
 METHODS = MODELS | {"adapters", "continual", "diagnose", "data"}
 MAY_IMPORT = {
@@ -17,7 +18,7 @@ MAY_IMPORT = {
     "assets": set(),
     "__main__": {"cli"},
     "models": {"io", "images"},
-    "data": {"io", "images"},
+    "data": {"io", "images", "corruptions"},
     "optim": {"tree", "io"},
     "adapters": MODELS,
     "continual": MODELS,

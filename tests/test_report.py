@@ -425,6 +425,8 @@ def test_folders_are_put_side_by_side(tmp_path, capsys):
     for name, seed in (("a", 1), ("b", 2)):
         (tmp_path / name / "predictions").mkdir(parents=True)
         for number, result in enumerate(results_of(corruptions=("fog", name), seeds=(seed,))):
+            own = {"adapter": {"optimizer": f"sgd({seed})"}}
+            result = dataclasses.replace(result, settings=own, about={"command": "x"})
             result.save(tmp_path / name / "predictions" / f"{number}.safetensors")
     report.compare([tmp_path / "a", tmp_path / "b"], tmp_path / "both")
     printed = capsys.readouterr().out
@@ -440,7 +442,9 @@ def test_folders_are_put_side_by_side(tmp_path, capsys):
     assert "b: Averaged" in printed
     table = pd.read_csv(tmp_path / "both" / "summary.csv")
     assert len(table) == 2 * 2 * 3
-    Outline((tmp_path / "both" / "report.html").read_text())
+    page = "".join(Outline((tmp_path / "both" / "report.html").read_text()).text)
+    assert "a: tent: sgd(1)" in page
+    assert "b: tent: sgd(2)" in page
     assert (tmp_path / "both" / "gain.png").exists()
 
 

@@ -20,7 +20,7 @@ after the last finished task.
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
@@ -222,7 +222,8 @@ def table(rows: pd.DataFrame, tasks: list[str], retention: list[str]) -> str:
             ends.loc[name].loc[seeds, retention].mean()
             for name in ("before", method, WISE_TRAINING)
         )
-        kept = ((own - worst) / (first - worst)).map("{:.2f}".format)
+        kept: Any = (own - worst) / (first - worst)
+        kept = kept.map("{:.2f}".format)
         text.loc[method, shares] = kept.replace(["nan", "inf", "-inf"], "–").to_numpy()
     columns = [*tasks, "last", "average", *(["transfer"] if len(tasks) > 1 else [])]
     columns += [*retention, *shares, *metrics.ALIGNMENT]

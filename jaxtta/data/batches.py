@@ -12,17 +12,14 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from jaxtta.data.datasets import Benchmark, Dataset, labels_of, read, require_domains
+from jaxtta.data.datasets import Benchmark, Dataset, Preprocess, labels_of, read, require_domains
 from jaxtta.data.streams import Stream
 from jaxtta.images import UnreadableImageError
-
-if TYPE_CHECKING:
-    from jaxtta.models.preprocess import Preprocessing
 
 
 class StreamBatch(NamedTuple):
@@ -48,7 +45,7 @@ class Batches:
     benchmark: Benchmark
     streams: tuple[Stream, ...]
     size: int  # images per batch
-    preprocess: "Preprocessing"
+    preprocess: Preprocess
     canvas: int | None = None  # side to which originals are padded; None for no originals
 
     def __post_init__(self) -> None:

@@ -11,7 +11,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from PIL import Image
@@ -20,9 +20,6 @@ from jaxtta.corruptions import CLEAN, CORRUPTIONS, SEVERITIES, SMALLEST, corrupt
 from jaxtta.data.class_names import TABLES
 from jaxtta.images import UnreadableImageError
 from jaxtta.io import nfc, read_text
-
-if TYPE_CHECKING:
-    from jaxtta.models.preprocess import Preprocessing
 
 
 class Domain(NamedTuple):
@@ -63,6 +60,19 @@ class Dataset(Protocol):
 
 Benchmark = Mapping[Domain, Dataset]
 """The same images under several domains: equal labels, class names and numbers of images."""
+
+
+class Preprocess(Protocol):
+    """A model's preprocessing: resizes and crops to (image_size, image_size, 3) uint8."""
+
+    @property
+    def image_size(self) -> int:
+        """Side of the model's input in pixels."""
+        ...
+
+    def __call__(self, image: Image.Image, /) -> np.ndarray:
+        """Resize and crop."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +125,7 @@ class Corrupted(_View):
 
     corruption: str
     severity: int
-    preprocess: "Preprocessing"
+    preprocess: Preprocess
     seed: int = 0
 
     def __getitem__(self, number: int) -> np.ndarray:
@@ -136,7 +146,7 @@ class Corrupted(_View):
 
 
 def read(
-    dataset: Dataset, number: int, seed: int, preprocess: "Preprocessing"
+    dataset: Dataset, number: int, seed: int, preprocess: Preprocess
 ) -> tuple[np.ndarray, np.ndarray]:
     """One image at the model's resolution, and as the dataset gives it (corrupted by the seed)."""
     while isinstance(dataset, Subset):
@@ -168,7 +178,7 @@ def stored_in(dataset: Dataset) -> Any:
     return stored_in(dataset.dataset) if isinstance(dataset, _View) else dataset
 
 
-def corrupted(dataset: Dataset, preprocess: "Preprocessing") -> dict[Domain, Dataset]:
+def corrupted(dataset: Dataset, preprocess: Preprocess) -> dict[Domain, Dataset]:
     """A benchmark of clean images: as they are, and under every corruption at every severity."""
     return {Domain(CLEAN): dataset} | {
         Domain(name, severity): Corrupted(dataset, name, severity, preprocess)

@@ -10,7 +10,7 @@ import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -18,14 +18,11 @@ from jaxtta.corruptions import CLEAN
 from jaxtta.data import class_names as tables
 from jaxtta.data.arrays import check_labels, open_arrays, open_npz, read_labels
 from jaxtta.data.class_names import given_class_names
-from jaxtta.data.datasets import Benchmark, Dataset, Domain, corrupted
+from jaxtta.data.datasets import Benchmark, Dataset, Domain, Preprocess, corrupted
 from jaxtta.data.folders import ImageFolder, class_folders, image_folder, imagenet_c, list_folders
 from jaxtta.data.tfds import open_tfds
 from jaxtta.images import printable
 from jaxtta.io import read_json, read_text
-
-if TYPE_CHECKING:
-    from jaxtta.models.preprocess import Preprocessing
 
 log = logging.getLogger(__name__)
 _WNIDS = "one of ImageNet's 1,000 wnids (such as n01440764)"
@@ -163,7 +160,7 @@ def open_dataset(
 def open_benchmark(
     layout: str,
     root: str | Path,
-    preprocess: "Preprocessing",
+    preprocess: Preprocess,
     class_names: Sequence[str] = (),
     data_dir: str | Path | None = None,
     split: str = "test",

@@ -139,25 +139,18 @@ def _require_one_sweep(results: Sequence[Predictions]) -> None:
     """Files of several sweeps may be below one folder; their rows must not be paired."""
     if not results:
         raise ValueError("there are no results to report")
-    found = set()
+    shared, keys = [], set()
     for result in results:
-        adapter, stream, seed = key = _key(result)
-        said = differences(_shared(results[0]), _shared(result))
-        if key in found:
-            said = f"{adapter} on {stream} with seed {seed} twice"
+        model, data, streams = (result.settings.get(n, {}) for n in ("model", "data", "streams"))
+        own = {} if result.setting == DATASETS else dict(data)  # datasets have images of their own
+        own |= {name: x for name, x in streams.items() if name not in ("domains", "images")}
+        shared.append({"setting": result.setting, "weights": model.get("weights")} | own)
+        said = differences(shared[0], shared[-1]).replace("this run", "another")
+        if _key(result) in keys:
+            said = f"{result.adapter} on {result.stream} with seed {result.seed} twice"
         if said:
-            said = said.replace("this run", "another")
             raise ValueError(f"these are results of several sweeps, give one's folder: {said}")
-        found.add(key)
-
-
-def _shared(result: Predictions) -> dict[str, Any]:
-    """The settings that are the same in all results of a sweep; datasets have their own."""
-    own = () if result.setting == DATASETS else ("model", "data", "streams")
-    groups = {name: dict(result.settings.get(name, {})) for name in own}
-    for name in ("domains", "images"):
-        groups.get("streams", {}).pop(name, None)
-    return {"setting": result.setting, **groups}
+        keys.add(_key(result))
 
 
 def _metrics(rows: pd.DataFrame) -> dict[str, Any]:

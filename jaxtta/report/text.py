@@ -61,13 +61,14 @@ def answer(summary: Summary) -> str:
     return f"{where}, {said}. {differences}."
 
 
-def entries(summaries: Sequence[Summary]) -> list[tuple[str, list[pd.Series]]]:
+def entries(summaries: Sequence[Summary]) -> list[tuple[str, list[Any]]]:
     """Rows of the tables, then of the means, by all adapters; NaN where there is no result."""
     every = dict.fromkeys(name for each in summaries for name in each.corruptions)
     columns = [(each, adapter) for each in summaries for adapter in each.adapters]
     tables = [each.table.xs(a, level="adapter").reindex([*every]) for each, a in columns]
-    rows = [(name, [table.loc[name] for table in tables]) for name in every]
-    return [*rows, ("mean", [each.means.loc[adapter] for each, adapter in columns])]
+    rows: list[tuple[str, list[Any]]] = [(name, [t.loc[name] for t in tables]) for name in every]
+    means = [each.means.loc[adapter] for each, adapter in columns]
+    return [*rows, ("mean", means)]
 
 
 def text_table(summaries: Summary | Mapping[str, Summary]) -> str:

@@ -86,7 +86,7 @@ def _write(
         warnings=warned,
         abouts=[result.about for result in results],
         settings=[result.settings for result in results],
-        optimizers={result.adapter: optimizer_of(result) for result in results},
+        optimizers={n + r.adapter: optimizer_of(r) for n, each in several for r in each.results},
         summaries=summaries,
         groups={n: len(each.adapters) for n, each in summaries.items() if n},
         adapters=adapters,
