@@ -48,7 +48,8 @@ def test_the_list_of_commands_imports_nothing():
 def test_help_teaches(run_jaxtta, command):
     code, out, _ = run_jaxtta(command, "--help")
     assert code == 0
-    assert out.count(f"jaxtta {command} ") > 1  # the usage, and an example
+    assert f"\n    jaxtta {command} " in out  # an example on a line of its own
+    assert "(default: )" not in out
     importlib.import_module(f"jaxtta.cli.{command.replace('-', '_')}")
 
 
@@ -101,6 +102,10 @@ def test_shards_together_are_the_whole(run_jaxtta, short, tmp_path):
     for shard in ("0/2", "1/2"):
         code, out, _ = run_jaxtta(*common, tmp_path / "parts", "--shard", shard)
         assert (code, "without --shard" in out) == (0, True)
+    code, out, _ = run_jaxtta(*common, tmp_path / "none", "--shard", "2/3")
+    assert (code, "shard 2/3: no results" in out) == (0, True)
+    code, out, _ = run_jaxtta("shifts", "--output", tmp_path / "none", "--shard", "1/2")
+    assert (code, "shard 1/2: no results" in out) == (0, True)
     code, out, _ = run_jaxtta(*common, tmp_path / "parts")
     assert code == 0
     measured = r".*(second|memory).*\n"
@@ -125,6 +130,7 @@ def test_a_dry_run_says_what_is_left_and_writes_nothing(run_jaxtta, short, tmp_p
 def test_a_method_of_ones_own(run_jaxtta, short, tmp_path, monkeypatch):
     (tmp_path / "ownmethod.py").write_text(
         "import optax, jaxtta\n"
+        "def no_adapter(model, task): return 3\n"
         "def make(model, task, lr=1e-3):\n"
         "    return jaxtta.adapters.tent(model, task, optimizer=optax.lion(lr))\n"
     )
@@ -134,6 +140,9 @@ def test_a_method_of_ones_own(run_jaxtta, short, tmp_path, monkeypatch):
     assert code == 0
     assert "ownmethod:make:lr=0.1" in out
     assert "ownmethod:make:lr=0.1" in (tmp_path / "out" / "report.html").read_text()
+    none = ("--adapters", "ownmethod:no_adapter", "--output", "none")
+    code, _, err = run_jaxtta("sweep", *TWO, "--model", short, *none)
+    assert (code, "ownmethod:no_adapter: gives 3, expected an Adapter" in err) == (1, True)
     code, out, _ = run_jaxtta(
         *("classify", write_images(tmp_path / "in", 1, ["cat"]), "--model", short),
         *("--adapter", "ownmethod:make", "--min-adapt", "1"),
@@ -286,6 +295,15 @@ def test_natural_shifts_end_to_end(run_jaxtta, short, tmp_path, monkeypatch):
         ("--tune-learning-rates 0.1 --corruptions spatter", "select learning rates"),
         ("--tune-learning-rates 0.1 --shard 0/2", "omit --shard"),
         ("--tune-adapters tent", "--tune-adapters tent needs --tune-learning-rates"),
+        ("--tune-learning-rates 0.1 --adapters zero_shot", "no adapter has a learning rate"),
+        (
+            "--tune-learning-rates 0.1 --adapters tent tent:lr=0.1",
+            "--tune-learning-rates tries tent:lr=0.1, omit it from --adapters",
+        ),
+        (
+            "--tune-learning-rates 0.1 --adapters zero_shot --tune-adapters zero_shot",
+            "zero_shot:lr=0.1: unknown setting 'lr'",
+        ),
         ("--model /nowhere/model", "is neither a local folder"),
         (f"--model {GOLDEN / 'tiny-clip'}", "has no tokenizer"),
         ("--save-examples 1", "compares tnt with zero_shot: run both"),

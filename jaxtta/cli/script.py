@@ -43,16 +43,18 @@ def run_script(
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # it may be closed or replaced
             stream.reconfigure(errors="backslashreplace")
-    debug, once = False, (tyro.conf.FlagCreatePairsOff,)
+    debug, note, once = False, "", (tyro.conf.FlagCreatePairsOff,)
     try:
         parsed: Any = tyro.cli(options, prog=prog, description=doc, args=arguments, config=once)
         debug = getattr(parsed, "run", parsed).debug
+        stores = hasattr(parsed, "run") or hasattr(parsed, "output")
+        note = "; finished results are saved" * stores
         with _insistent_interrupts(), _notes_on_stderr():
             code = main(parsed)
         if sys.stdout is not None:
             sys.stdout.flush()  # here, so that an error is handled
     except KeyboardInterrupt:
-        print("interrupted; finished results are saved", file=sys.stderr)
+        print(f"interrupted{note}", file=sys.stderr)
         code = 130
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         if isinstance(error, BrokenPipeError) and _output_is_closed():
