@@ -1,7 +1,6 @@
 """The `jaxtta` command, run as a user runs it: on real images, and on what users get wrong."""
 
 import csv
-import importlib
 import json
 import logging
 import re
@@ -50,7 +49,6 @@ def test_help_teaches(run_jaxtta, command):
     assert code == 0
     assert f"\n    jaxtta {command} " in out  # an example on a line of its own
     assert "(default: )" not in out
-    importlib.import_module(f"jaxtta.cli.{command.replace('-', '_')}")
 
 
 def test_a_sweep_end_to_end(run_jaxtta, short, tmp_path):
@@ -327,6 +325,17 @@ def test_bad_options_are_one_sentence(run_jaxtta, tmp_path, options, message):
 def test_debug_shows_the_traceback(run_jaxtta, tmp_path):
     with pytest.raises(ValueError, match="is 9, expected 1"):
         run_jaxtta("sweep", "--output", tmp_path, "--severities", "9", "--debug")
+
+
+@pytest.mark.parametrize("command", ["sweep --output a", "classify b"])
+def test_ctrl_c_promises_only_what_is_stored(run_jaxtta, monkeypatch, command):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"jaxtta.cli.{command.split()[0]}.run", interrupted)
+    code, _, err = run_jaxtta(*command.split())
+    assert (code, "finished results are saved" in err) == (130, command.startswith("sweep"))
+    assert "interrupted" in err
 
 
 @pytest.mark.parametrize(

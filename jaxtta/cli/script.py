@@ -28,11 +28,11 @@ def run_script(
 
     The codes are 0, 1 for an error, 2 for options that cannot be parsed, 130 for Ctrl-C and 141 if
     nobody reads the output any more (`| head`), or what `main` returns. Invalid input gives a
-    one-line error, unless `--debug` asks for its traceback. What the output's encoding lacks, such
-    as file names that are not UTF-8, is printed escaped.
+    one-line error, unless `--debug` asks for its traceback. What the output's encoding lacks is
+    printed escaped.
 
     Args:
-        options: a dataclass with a field `debug`, or `run` of `RunOptions`; documented.
+        options: a documented dataclass with a field `debug`, or `run` of `RunOptions`.
         main: does the work; returns None or the exit code.
         doc: the script's docstring, shown above the options.
         arguments: the command line; None for that of this process.

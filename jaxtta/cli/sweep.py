@@ -95,11 +95,9 @@ def check(options: Options) -> None:
     for name in tuned:
         if not rates or name not in adapters:
             raise ValueError(f"--tune-adapters {name} needs --tune-learning-rates and this adapter")
-    tuned = (tuned or tuned_by_default(adapters)) if rates else ()
+    tuned = (tuned or tuple(filter(evaluate.has_rate, adapters))) if rates else ()
     if rates and not tuned:
-        raise ValueError(
-            "--tune-learning-rates: no adapter has a learning rate that it leaves open"
-        )
+        raise ValueError("--tune-learning-rates: no adapter has a learning rate to select")
     for name in (evaluate.with_rate(each, rate) for each in tuned for rate in rates):
         evaluate.parse_adapter(name)
         if name in adapters:
@@ -132,11 +130,6 @@ def spec_of(
     )
 
 
-def tuned_by_default(adapters: Sequence[str]) -> tuple[str, ...]:
-    """The adapters whose learning rate is selected."""
-    return tuple(filter(evaluate.has_rate, adapters))
-
-
 def tune(options: Options, loaded: Any, benchmark: data.Benchmark, about: dict) -> list[str]:
     """The adapters, with the learning rates that are selected for them."""
     adapters, rates = list(options.adapters.adapters), options.tune.tune_learning_rates
@@ -150,7 +143,7 @@ def tune(options: Options, loaded: Any, benchmark: data.Benchmark, about: dict) 
     named = {"config": options.adapters.config, **options.run.how}
     inputs: Any = (rates, spec, *loaded, options.run.output / "validation")
     whose = "separate images" if options.tune.validation else "the test images"
-    for text in options.tune.tune_adapters or tuned_by_default(adapters):
+    for text in options.tune.tune_adapters or [*filter(evaluate.has_rate, adapters)]:
         choice = evaluate.tune_learning_rate(text, *inputs, **named)
         choice = choice._replace(chosen_on=f"{choice.chosen_on}; {whose}, with their labels")
         top1 = {f"{rate:g}": f"{100 * top1:.2f} %" for rate, top1 in choice.accuracies.items()}
