@@ -7,9 +7,11 @@ import re
 import shutil
 import subprocess
 import sys
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from conftest import write_images
 from PIL import Image
@@ -198,6 +200,11 @@ def test_odd_file_names_are_printed_escaped(folder, tmp_path):
     lines = done.stderr.decode().splitlines()
     assert sum(line.startswith(rf"{odd}/torn\xe9.jpg: cannot be decoded") for line in lines)
     assert sum(line.startswith(rf"{odd}/torn\n2.jpg: cannot be decoded") for line in lines)
+    names = [rf"{odd}/caf\xe9.jpg", f"{odd}/two\nlines.jpg"]
+    done = classify(odd, "--format", "jsonl")
+    assert [json.loads(line)["file"] for line in done.stdout.splitlines()] == names
+    done = classify(odd, "--format", "csv")
+    assert pd.read_csv(BytesIO(done.stdout))["file"].tolist() == names
     # an encoding that lacks the letters of a class name
     ascii_only = os.environ | {"PYTHONIOENCODING": "ascii:strict"}
     done = classify(odd, "--class-names", "Käfer", "Kühe", env=ascii_only)

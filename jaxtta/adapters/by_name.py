@@ -166,7 +166,7 @@ def make_adapter(
     if spec.function is not None:
         made = spec.function(model, task, **spec.settings)
         if not (hasattr(made, "init") and hasattr(made, "step")):
-            raise TypeError(f"{spec.text}: gives a {type(made).__name__}, expected an Adapter")
+            raise ValueError(f"{spec.text}: gives {made!r:.80}, expected an Adapter")
         return made
     if spec.name == "zero_shot":
         return zero_shot(model, task)

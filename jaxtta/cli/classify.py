@@ -36,10 +36,8 @@ from jaxtta.cli.options import ModelOptions, group
 from jaxtta.images import SUFFIXES, printable
 from jaxtta.models import Batch
 
-CANVAS = 512
-"""Side in pixels to which full-size images are padded; larger images are shrunk first."""
-INCOMPLETE = 3
-"""Exit code if some images have no label."""
+CANVAS = 512  # side in pixels to which full-size images are padded; larger ones are shrunk
+INCOMPLETE = 3  # exit code if some images have no label
 
 
 @group
@@ -117,9 +115,10 @@ def label(
         seen += len(batch)
     if not seen:
         raise ValueError(f"none of the {len(files)} images could be read")
-    for count, what in ((len(lost), "could not be read"), (unanswered, "have no finite answer")):
-        if count:
-            print(f"{count} of {len(files)} images {what}", file=sys.stderr)
+    if lost:
+        print(f"{len(lost)} of {len(files)} images could not be read", file=sys.stderr)
+    if unanswered:
+        print(f"{unanswered} of {len(files)} images have no finite answer", file=sys.stderr)
     return INCOMPLETE if lost or unanswered else 0, state
 
 
@@ -148,13 +147,15 @@ def writer(
     def say(file: Path, scores: np.ndarray, updates: int) -> None:
         best = np.argsort(-scores, kind="stable")[:places]
         pairs = [(names[n], float(scores[n])) for n in best]
+        # Readers of JSON and CSV refuse what is not UTF-8; line breaks they can read.
+        name = os.fsencode(file).decode("utf-8", "backslashreplace")
         if options.format == "jsonl":
             labels, probabilities = ([pair[n] for pair in pairs] for n in (0, 1))
-            line = {"file": str(file), "labels": labels, "scores": probabilities}
+            line = {"file": name, "labels": labels, "scores": probabilities}
             print(json.dumps(line | ({"updates": updates} if counted else {})))
         elif options.format == "csv":
             cells = itertools.chain(*pairs or [("", "")] * places)
-            table.writerow([file, *cells, *[updates] * counted])
+            table.writerow([name, *cells, *[updates] * counted])
         else:
             pairs = pairs or [("(not finite)", math.nan)]
             words = [f"{printable(name):<16}  {score:6.1%}" for name, score in pairs]

@@ -46,13 +46,8 @@ class Options:
 
 def run(options: Options) -> None:
     """Convert, and say what came of it."""
-    model, params = convert(
-        options.file,
-        options.out,
-        config=options.config,
-        tokenizer=options.tokenizer,
-        activation=options.activation,
-    )
+    given = {name: getattr(options, name) for name in ("config", "tokenizer", "activation")}
+    model, params = convert(options.file, options.out, **given)
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     print(f"{options.out}: {type(model).__name__} with {count:,} parameters")
     print(describe_preprocessing(model))

@@ -39,7 +39,7 @@ def estimate(
         print(f"{stream.name}, seed {stream.seed}: {shape}{known}")
     batches[0]  # the first imports what it needs
     start = time.perf_counter()
-    batch: Any = batches[len(batches) - 1]
+    batch: Any = batches[min(1, len(batches) - 1)]  # a stream's last batch may be small
     reading = (time.perf_counter() - start) * to_read / max(options.run.workers, 1)
     total = peak = 0.0
     for each in adapters:

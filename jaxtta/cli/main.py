@@ -21,11 +21,7 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a command, and exit with a code (see `run_script`).
-
-    Args:
-        arguments: the command and its options; None for those of this process.
-    """
+    """Run a command with its options, or those of this process; exit as `run_script` says."""
     name, *rest = (sys.argv[1:] if arguments is None else arguments) or ("--help",)
     if name in ("-h", "--help"):
         width = max(map(len, COMMANDS))
@@ -44,7 +40,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         sys.exit(f"error: jaxtta {name} needs {error.name}: pip install 'jaxtta[experiments]'")
     run_script(command.Options, command.run, command.__doc__, rest, f"jaxtta {name}")
-
-
-if __name__ == "__main__":
-    main()

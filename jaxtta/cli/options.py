@@ -48,12 +48,12 @@ class ModelOptions:
     Attributes:
         model: folder or hub id of a CLIP, SigLIP or supervised ViT (default: the demo model).
         templates: prompts with {} for the class, averaged; "imagenet" are CLIP's 80, "usual" those
-            of the layout (default).
+            of the layout.
         compute_dtype: dtype of the matrix products.
     """
 
     model: str = str(assets.MODEL)
-    templates: tuple[str, ...] = ()
+    templates: tuple[str, ...] = ("usual",)
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
 
     def load(self) -> tuple[Any, Params]:
@@ -63,8 +63,7 @@ class ModelOptions:
     def templates_for(self, layout: str) -> tuple[str, ...]:
         """The templates in full."""
         named = {"usual": data.templates_for(layout), "imagenet": data.imagenet_templates()}
-        given = self.templates or ("usual",)
-        return tuple(template for text in given for template in named.get(text, (text,)))
+        return tuple(one for text in self.templates for one in named.get(text, (text,)))
 
 
 @group
@@ -189,7 +188,7 @@ class RunOptions:
     Attributes:
         output: folder for the results; a run that was stopped goes on where it was.
         workers: processes that read images; 0 to read in the main process.
-        shard: this machine's part, such as 0/4; put the folders together afterwards.
+        shard: this machine's part, such as 0/4 to 3/4 on four machines (default: 0/1, all).
         checkpoint_every: batches between two checkpoints within a stream.
         trust_data: take earlier results without checking that the images are unchanged.
         log: log every result there too.

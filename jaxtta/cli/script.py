@@ -28,11 +28,11 @@ def run_script(
 
     The codes are 0, 1 for an error, 2 for options that cannot be parsed, 130 for Ctrl-C and 141 if
     nobody reads the output any more (`| head`), or what `main` returns. Invalid input gives a
-    one-line error, unless `--debug` asks for its traceback. What the output's encoding lacks, such
-    as file names that are not UTF-8, is printed escaped.
+    one-line error, unless `--debug` asks for its traceback. What the output's encoding lacks is
+    printed escaped.
 
     Args:
-        options: a dataclass with a field `debug`, or `run` of `RunOptions`; documented.
+        options: a documented dataclass with a field `debug`, or `run` of `RunOptions`.
         main: does the work; returns None or the exit code.
         doc: the script's docstring, shown above the options.
         arguments: the command line; None for that of this process.
@@ -43,16 +43,18 @@ def run_script(
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # it may be closed or replaced
             stream.reconfigure(errors="backslashreplace")
-    debug, once = False, (tyro.conf.FlagCreatePairsOff,)
+    debug, note, once = False, "", (tyro.conf.FlagCreatePairsOff,)
     try:
         parsed: Any = tyro.cli(options, prog=prog, description=doc, args=arguments, config=once)
         debug = getattr(parsed, "run", parsed).debug
+        stores = hasattr(parsed, "run") or hasattr(parsed, "output")
+        note = "; finished results are saved" * stores
         with _insistent_interrupts(), _notes_on_stderr():
             code = main(parsed)
         if sys.stdout is not None:
             sys.stdout.flush()  # here, so that an error is handled
     except KeyboardInterrupt:
-        print("interrupted; finished results are saved", file=sys.stderr)
+        print(f"interrupted{note}", file=sys.stderr)
         code = 130
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         if isinstance(error, BrokenPipeError) and _output_is_closed():

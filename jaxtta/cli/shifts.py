@@ -17,7 +17,7 @@ from pathlib import Path
 
 from jaxtta import assets, data, evaluate, report
 from jaxtta.cli import options as groups
-from jaxtta.cli.sweep import check_adapters, measure
+from jaxtta.cli.sweep import check_adapters, measure, say_shard
 
 LAYOUTS = {
     **dict.fromkeys(("imagenet", "imagenet-a", "imagenet-r", "imagenet-sketch"), "imagenet"),
@@ -72,7 +72,11 @@ def run(options: Options) -> None:
         inputs = (spec, options.adapters.adapters, (model, params), options.run.output / name)
         found = measure(options, *inputs, about, wanted)
         results, samples, examples = results + found[0], samples | found[1], examples + found[2]
-    if results and count == 1:
+    if options.run.dry_run:
+        return
+    if count > 1:
+        say_shard(options.run, len(results))
+    else:
         title = f"{Path(options.model.model).name} on {', '.join(places)}"
         report.write_report(results, options.run.output, title, samples, examples)
 

@@ -59,10 +59,11 @@ def run(options: Options) -> None:
     folder, shard = options.run.output, options.run.part
     inputs = (spec, adapters, loaded, folder, about, options.save_examples)
     results, samples, examples = measure(options, *inputs, shard)
-    if shard[1] > 1 and results:
-        print(f"{len(results)} results in {folder}; when all shards are done, put their folders")
-        print("together and run the same command without --shard for the report")
-    elif results:
+    if options.run.dry_run:
+        return
+    if shard[1] > 1:
+        say_shard(options.run, len(results))
+    else:
         images = len(np.unique(spec.streams[0].items[:, 1]))
         title = f"{Path(options.model.model).name} on {Path(options.data.data).name}, "
         title += f"{given.setting}, {given.order}, {images} images"
@@ -90,9 +91,17 @@ def check(options: Options) -> None:
         what = "--setting gradual" if given.setting == "gradual" else "--layout arrays"
         raise ValueError(f"{what} has fixed severities, omit --severities")
     evaluate.require_positive(tune_learning_rates=rates)
-    for name in options.tune.tune_adapters:
-        if not rates or name not in options.adapters.adapters:
+    adapters, tuned = options.adapters.adapters, options.tune.tune_adapters
+    for name in tuned:
+        if not rates or name not in adapters:
             raise ValueError(f"--tune-adapters {name} needs --tune-learning-rates and this adapter")
+    tuned = (tuned or tuple(filter(evaluate.has_rate, adapters))) if rates else ()
+    if rates and not tuned:
+        raise ValueError("--tune-learning-rates: no adapter has a learning rate to select")
+    for name in (evaluate.with_rate(each, rate) for each in tuned for rate in rates):
+        evaluate.parse_adapter(name)
+        if name in adapters:
+            raise ValueError(f"--tune-learning-rates tries {name}, omit it from --adapters")
     if rates and set(given.corruptions) & set(data.IMAGENET_C_EXTRA):
         raise ValueError("corruptions that select learning rates cannot be tested too")
     if rates and options.run.part[1] > 1:
@@ -143,6 +152,12 @@ def tune(options: Options, loaded: Any, benchmark: data.Benchmark, about: dict) 
         about.setdefault("chosen", {})[text] = choice._asdict() | {"accuracies": top1}
         adapters[adapters.index(text)] = evaluate.with_rate(text, choice.rate)
     return adapters
+
+
+def say_shard(run: groups.RunOptions, count: int) -> None:
+    """Say what this shard has, and how the report is made; also of natural shifts."""
+    print(f"shard {run.shard}: {count or 'no'} results in {run.output}; when all shards are done,")
+    print("put their folders together and run the same command without --shard for the report")
 
 
 def measure(
