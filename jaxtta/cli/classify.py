@@ -123,7 +123,7 @@ def label(
 
 
 def batch_of(model: Any, images: Sequence[Image.Image], size: int, seen: int, full: bool) -> Batch:
-    """A padded batch; of full-size images for methods that make their own views."""
+    """Pad a batch; of full-size images for methods that make their own views."""
     if not full:
         return Batch.padded(model.preprocess(images), size, seen)
     rgb = [np.asarray(model.preprocessing.rgb(image)) for image in images]
@@ -167,7 +167,7 @@ def writer(
 
 
 def list_images(options: Options, command: str) -> list[Path]:
-    """The image files; those of a folder are sorted."""
+    """The image files; a folder's are sorted."""
     names = options.class_names
     if not options.images:
         # The last names that are paths may be the images; a first one is a file of names.

@@ -22,7 +22,7 @@ def estimate(
     folder: Path,
     shard: tuple[int, int],
 ) -> None:
-    """Print streams, images and steps, and an estimate of time and memory from one step each."""
+    """Print streams, images and steps; estimate time and memory from one step each."""
     model, params = loaded
     batches, stored = spec.batches(model, adapters), []
     with contextlib.suppress(FileNotFoundError):  # nothing is finished yet

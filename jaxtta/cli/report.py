@@ -36,5 +36,5 @@ def run(options: Options) -> None:
         raise ValueError("give one folder of results or more")
     if len(options.folders) > 1:
         return report.compare(options.folders, options.output)
-    folder = options.folders[0]
+    (folder,) = map(Path, options.folders)
     report.write_report(evaluate.load_predictions(folder), folder, folder.resolve().name)

@@ -172,8 +172,7 @@ def measure(
 ) -> tuple[list[evaluate.Predictions], dict[str, np.ndarray], list[report.Example]]:
     """Run adapters, or estimate what that takes; also for natural shifts.
 
-    Returns:
-        The results, an image of each domain, and so many examples of TNT as are `wanted`.
+    Returns the results, an image of each domain, and as many of TNT's examples as are `wanted`.
     """
     specs, config = [evaluate.parse_adapter(text) for text in adapters], options.adapters.config
     if options.run.dry_run:
