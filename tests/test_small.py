@@ -8,7 +8,7 @@ ROOT = EXPERIMENTS.parent
 PACKAGES = [ROOT / "jaxtta" / name for name in ("evaluate", "report", "cli", "data")]
 FOLDERS = [*PACKAGES, EXPERIMENTS, ROOT / "benchmarks"]
 LOOP = [ROOT / "jaxtta" / "continual" / "training.py"]  # of its packages, the loop alone
-TOTAL, LONGEST, RUN = 6000, 350, 10
+TOTAL, LONGEST, RUN = 8000, 350, 10
 
 
 def lines_by_file():

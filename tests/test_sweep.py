@@ -596,6 +596,7 @@ def test_results_are_logged_to_tensorboard_and_wandb(tmp_path, monkeypatch):
     wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
+    wandb.teardown()  # the session that another test has started ignores these
     lines = []
     log = evaluate.loggers(["tensorboard", "wandb"], tmp_path, {"output": tmp_path})
     monkeypatch.setattr(wandb.run, "log", lines.append)

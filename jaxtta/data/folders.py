@@ -129,6 +129,8 @@ def captioned_folder(root: str | Path) -> ImageFolder:
     The file has columns file and caption; its paths are relative to the folder.
     """
     root, table = Path(root), Path(root) / "captions.csv"
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root}: no such folder")
     if not table.is_file():
         raise ValueError(f"{root}: has no captions.csv, with columns file and caption")
     captions: list[tuple[str, str]] = []
