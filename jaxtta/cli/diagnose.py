@@ -117,12 +117,12 @@ class Options:
         output: folder for the results.
         models: folders or hub ids of CLIP models (default: the bundled demo model).
         templates: prompts with {} for the class, averaged; "imagenet" are CLIP's 80, "usual" those
-            of the layout (default).
+            of the layout.
     """
 
     output: Path
     models: tuple[str, ...] = (str(assets.MODEL),)
-    templates: tuple[str, ...] = ()
+    templates: tuple[str, ...] = ("usual",)
     data: groups.DataOptions = groups.DataOptions()
     target: TargetOptions = TargetOptions()
     shifts: ShiftOptions = ShiftOptions()
