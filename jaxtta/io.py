@@ -9,7 +9,6 @@ Every file is complete or not there at all.
 import contextlib
 import csv
 import hashlib
-import io
 import json
 import os
 import unicodedata
@@ -70,18 +69,13 @@ def write_text(path: str | Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace", newline="")
 
 
-def write_csv(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write a CSV file in UTF-8, atomically.
-
-    Args:
-        path: of the file.
-        rows: all with the same columns; text is escaped as by `write_text`.
-    """
-    file = io.StringIO(newline="")
-    writer = csv.DictWriter(file, list(rows[0]) if rows else [])
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(path, file.getvalue())
+@contextlib.contextmanager
+def error_context(context: object) -> Iterator[None]:
+    """Put a context, such as a file's name, before the message of a ValueError."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{context}: {error}") from error
 
 
 def nfc(text: str) -> str:

@@ -8,7 +8,7 @@ ROOT = EXPERIMENTS.parent
 PACKAGES = [ROOT / "jaxtta" / name for name in ("evaluate", "report", "cli", "data")]
 FOLDERS = [*PACKAGES, EXPERIMENTS, ROOT / "benchmarks"]
 LOOP = [ROOT / "jaxtta" / "continual" / "training.py"]  # of its packages, the loop alone
-TOTAL, LONGEST, RUN = 8000, 350, 10
+TOTAL, LONGEST, RUN = 8000, 350, 10  # the aim of the total is 6,000: lower it with the code
 
 
 def lines_by_file():

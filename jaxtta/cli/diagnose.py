@@ -41,7 +41,7 @@ from jaxtta.data.arrays import read_labels
 from jaxtta.data.baselines import read_reference_points
 from jaxtta.data.folders import class_folders
 from jaxtta.data.target import target_folder
-from jaxtta.diagnose import error_context
+from jaxtta.io import error_context
 from jaxtta.report.diagnosis import Checked, write_check, write_diagnosis
 from jaxtta.report.summary import summarise
 

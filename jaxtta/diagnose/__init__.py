@@ -27,7 +27,7 @@ from jaxtta.diagnose.directions import (
     pruning_stats,
     rank_directions,
 )
-from jaxtta.diagnose.features import FeatureSet, error_context, head_of, read_features, truncate
+from jaxtta.diagnose.features import FeatureSet, head_of, read_features, truncate
 from jaxtta.diagnose.model import LabelledSet, ModelDiagnosis, Settings, diagnose_model
 from jaxtta.diagnose.outliers import (
     OutlierFeatures,
@@ -76,7 +76,6 @@ __all__ = [
     "cross_moments",
     "diagnose_model",
     "effective_robustness",
-    "error_context",
     "fit_baseline",
     "head_directions",
     "head_of",

@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxtta import losses, metrics
 from jaxtta.bootstrap import accuracy_interval
-from jaxtta.diagnose.features import FeatureSet, error_context, logits_of
+from jaxtta.diagnose.features import FeatureSet, logits_of
 from jaxtta.diagnose.outliers import activation_kurtosis, outlier_features
 from jaxtta.diagnose.target import (
     Discrepancy,
@@ -22,6 +22,7 @@ from jaxtta.diagnose.target import (
     mmd_to_reference,
     neighbour_distances,
 )
+from jaxtta.io import error_context
 
 SHOWN = 20  # number of classes, or pairs of classes, to list
 NEIGHBOUR = 10  # distances are from this nearest image of the reference

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from jaxtta.diagnose.concepts import shared_concepts, unique_concepts
-from jaxtta.diagnose.features import error_context
 from jaxtta.diagnose.model import ModelDiagnosis
 from jaxtta.diagnose.robustness import LogitLinearBaseline, effective_robustness, fit_baseline
 from jaxtta.diagnose.similarity import linear_cka
+from jaxtta.io import error_context
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,8 +1,7 @@
 """A model's features of sets of images, read batch by batch."""
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -77,15 +76,6 @@ def head_of(model: CLIP, params: Params, task: Task) -> jax.Array:
 def logits_of(rows: np.ndarray, head: jax.Array) -> jax.Array:
     """Cosines (images, classes)."""
     return jnp.matmul(rows, head.T, precision="highest")
-
-
-@contextlib.contextmanager
-def error_context(context: object) -> Iterator[None]:
-    """Prefix a ValueError's message with its context."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{context}: {error}") from error
 
 
 def truncate(items: Iterable[object], count: int = 5, between: str = ", ") -> str:

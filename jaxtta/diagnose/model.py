@@ -17,8 +17,9 @@ from jaxtta import metrics
 from jaxtta.bootstrap import accuracy_interval
 from jaxtta.diagnose.concepts import concept_detectors
 from jaxtta.diagnose.directions import privileged_directions, pruned_accuracy
-from jaxtta.diagnose.features import FeatureSet, error_context, logits_of
+from jaxtta.diagnose.features import FeatureSet, logits_of
 from jaxtta.diagnose.outliers import activation_kurtosis, outlier_features
+from jaxtta.io import error_context
 
 TOLERANCE = 0.01  # accuracy that a sufficient pruned head may lose
 LARGEST = 5  # number of axes of the top direction to list

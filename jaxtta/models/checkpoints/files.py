@@ -1,8 +1,6 @@
 """The files of a checkpoint: their names, configurations in JSON."""
 
-import contextlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +19,6 @@ OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors",)
 PREPROCESSING_FILES = ("processor_config.json", "preprocessor_config.json")
 """Where the image processor is looked for, as transformers 5 does; 4 writes the second."""
 _LFS = b"version https://git-lfs"
-
-
-@contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Put a file's name before the message of a ValueError."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
 
 
 def refuse_pointer(path: Path) -> None:

@@ -9,8 +9,9 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 
+from jaxtta.io import error_context
 from jaxtta.models.checkpoints import transformers
-from jaxtta.models.checkpoints.files import WEIGHTS, naming, read_config
+from jaxtta.models.checkpoints.files import WEIGHTS, read_config
 from jaxtta.models.checkpoints.preprocessing import with_preprocessing
 from jaxtta.models.checkpoints.transformers import (
     architecture,
@@ -40,7 +41,7 @@ def load_folder(folder: Path, dtype: Any, compute_dtype: Any, remat: bool) -> tu
     from transformers import SiglipConfig
 
     config = read_config(folder, SiglipConfig)
-    with naming(folder / "config.json"):
+    with error_context(folder / "config.json"):
         model = from_config(config, compute_dtype=compute_dtype, remat=remat)
     model = with_preprocessing(model, folder, "SiglipImageProcessor")
     model = dataclasses.replace(model, source=str(folder))

@@ -8,7 +8,8 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from jaxtta.models.checkpoints.files import naming, read_config
+from jaxtta.io import error_context
+from jaxtta.models.checkpoints.files import read_config
 from jaxtta.models.checkpoints.preprocessing import with_preprocessing
 from jaxtta.models.checkpoints.weights import map_kernel, match_parameters, read_weights
 from jaxtta.models.classifier import Params
@@ -27,7 +28,7 @@ def load_folder(folder: Path, dtype: Any, compute_dtype: Any, remat: bool) -> tu
     from transformers import CLIPConfig
 
     config = read_config(folder, CLIPConfig)
-    with naming(folder / "config.json"):
+    with error_context(folder / "config.json"):
         model = from_config(config, compute_dtype=compute_dtype, remat=remat)
     model = dataclasses.replace(with_preprocessing(model, folder), source=str(folder))
     shapes = flatten_dict(jax.eval_shape(model.init, jax.random.key(0)))

@@ -9,7 +9,8 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from PIL import Image
 
-from jaxtta.models.checkpoints.files import WEIGHTS, naming, read_config
+from jaxtta.io import error_context
+from jaxtta.models.checkpoints.files import WEIGHTS, read_config
 from jaxtta.models.checkpoints.preprocessing import with_preprocessing
 from jaxtta.models.checkpoints.transformers import square_side, vision_tower
 from jaxtta.models.checkpoints.weights import match_parameters, read_weights
@@ -28,7 +29,7 @@ def load_folder(
     from transformers import ViTConfig
 
     config = read_config(folder, ViTConfig)
-    with naming(folder / "config.json"):
+    with error_context(folder / "config.json"):
         model = from_config(config, compute_dtype=compute_dtype, remat=remat)
     model = with_preprocessing(model, folder, "ViTImageProcessor")
     weights, entries = read_weights(folder, _path, WEIGHTS[:2])
