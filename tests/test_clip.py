@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -82,16 +83,56 @@ def test_packing_prompts_changes_no_logit(tiny, data):
         return scale * image @ classes.T
 
     @jax.jit
-    def averaged(ids):
+    def averaged(ids, params=params):
         embeddings = l2_normalize(model.encode_text(params, ids.reshape(count * templates, -1)))
         return l2_normalize(embeddings.reshape(count, templates, -1).mean(1))
 
     whole = logits(averaged(ids))
     cut = logits(averaged(ids[..., : lengths.max() + 1]))
     embed = jax.jit(model.class_embeddings)
-    packed = logits(embed(params, model.prompts(task_from_token_ids(ids))))
+    packing = model.prompts(task_from_token_ids(ids))
+    packed = logits(embed(params, packing))
     np.testing.assert_allclose(cut, whole, atol=1e-5 * scale)
     np.testing.assert_allclose(packed, whole, atol=1e-5 * scale)
+
+    weights = rng.normal(size=(count, 16))
+    plain, ours = (
+        jax.tree.leaves(
+            jax.jit(jax.grad(lambda p, embed=embed: (embed(p) * weights).sum()))(params)
+        )
+        for embed in (lambda p: averaged(ids, p), lambda p: model.class_embeddings(p, packing))
+    )
+    for expected, found in zip(plain, ours, strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-4 * max(1, abs(expected).max()))
+
+
+@pytest.mark.parametrize("length", [1, 3])
+def test_derivatives_of_rows_are_those_of_indexing(length):
+    """Also of second order, over streams, and of one class with one token."""
+    lengths = np.minimum([length, 1, 2], length)
+    valid = np.arange(length) < lengths[:, None]
+    rows = int(valid.sum())
+    grid = np.full(valid.shape, rows)
+    grid[valid] = np.arange(rows)
+    cells = np.flatnonzero(valid)
+    x = jax.random.normal(jax.random.key(0), (2, rows, 4))
+
+    def score(take, x):
+        def inner(x):
+            return (jnp.sin(take(x)) ** 3).sum()
+
+        return inner(x) + (jnp.cos(jax.grad(inner)(x)) * jnp.arange(x.size).reshape(x.shape)).sum()
+
+    def indexed(x):
+        return jnp.where(valid[..., None], x[np.where(valid, grid, 0)], 0)
+
+    def taken(x):
+        return prompts.take_rows(x, grid, cells)
+
+    found, expected = (
+        jax.vmap(jax.value_and_grad(functools.partial(score, take)))(x) for take in (taken, indexed)
+    )
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), found, expected)
 
 
 def test_packed_rows_of_imagenets_prompts():

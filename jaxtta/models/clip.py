@@ -24,7 +24,7 @@ from jaxtta.models.prompts import Prompts
 from jaxtta.models.resnet import ResNet
 from jaxtta.models.task import Task
 from jaxtta.models.text import TextTransformer
-from jaxtta.models.transformer import Attend
+from jaxtta.models.transformer import Attend, Select
 from jaxtta.models.vit import VisionOutput, VisionTransformer
 
 Array = jax.Array
@@ -90,7 +90,7 @@ class CLIP:
         size = self.preprocessing.image_size
         ids = jnp.zeros((1, 1), jnp.int32)
         vision = self.vision.init(vision_key, jnp.zeros((1, size, size, 3)))
-        text = self.text.init(text_key, ids[0], ids[0], lambda q, k, v: v, ids[0])
+        text = self.text.init(text_key, ids[0], ids[0], lambda q, k, v: v, lambda x: x)
         params = {
             "vision_model": vision["params"],
             "text_model": text["params"],
@@ -242,7 +242,9 @@ class CLIP:
             ends += length - 1
         else:
             ends = ends + packing.ends_of_text(token_ids, self.eos_token_id)
-        return self._encode_rows(params, token_ids.reshape(-1), positions, attend, ends)
+        return self._encode_rows(
+            params, token_ids.reshape(-1), positions, attend, lambda rows: rows[ends]
+        )
 
     def prompts(self, task: Task) -> Prompts:
         """Pack a task's prompts for `class_embeddings`.
@@ -300,7 +302,8 @@ class CLIP:
         """
         token_ids, positions = packing.rows(prompts)
         attend = packing.packed_attention(prompts, self.text.causal)
-        flat = self._encode_rows(params, token_ids, positions, attend, prompts.ends.reshape(-1))
+        read = packing.read_ends(prompts)
+        flat = self._encode_rows(params, token_ids, positions, attend, read)
         embeddings = l2_normalize(flat).reshape(*prompts.ends.shape, -1)
         return embeddings[:, 0] if embeddings.shape[1] == 1 else l2_normalize(embeddings.mean(1))
 
@@ -355,10 +358,10 @@ class CLIP:
         token_ids: Array | np.ndarray,
         positions: Array | np.ndarray,
         attend: Attend,
-        ends: Array | np.ndarray,
+        read: Select,
     ) -> Array:
         variables = {"params": part(params, "text_model")}
-        pooled = self.text.apply(variables, token_ids, positions, attend, ends)
+        pooled = self.text.apply(variables, token_ids, positions, attend, read)
         return _project(cast(Array, pooled), params.get("text_projection"))
 
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxtta.models.attention import attention
 from jaxtta.models.task import Task
-from jaxtta.models.transformer import Attend
+from jaxtta.models.transformer import Attend, Select
 
 Array = jax.Array
 
@@ -32,7 +32,7 @@ class Prompts(NamedTuple):
         tokens: (rows,) ids of all other tokens up to each prompt's end of text.
         positions: (rows,) their places in their prompts.
         grid: (prompts, longest) which of `tokens` stands where when prompts are laid out side
-            by side; what lies after an end of text is never read.
+            by side; the number of rows, which is none of them, after an end of text.
         cells: (rows,) the inverse, into the flattened grid.
         ends: (classes, templates) the ends of text, as rows counted from the prefix's first.
     """
@@ -84,7 +84,7 @@ def pack(task: Task, eos_token_id: int) -> Prompts:
     longest = lengths.max()
     valid = np.arange(longest) < lengths[:, None]
     cells = np.flatnonzero(valid)
-    grid = np.zeros(valid.shape, np.int32)
+    grid = np.full(valid.shape, len(cells), np.int32)
     grid[valid] = np.arange(len(cells))
     last = shared + np.cumsum(lengths) - 1
     return Prompts(
@@ -118,18 +118,53 @@ def whole(task: Task) -> Prompts:
     )
 
 
+@jax.custom_vjp
+def take_rows(x: Array, source: Array | np.ndarray, target: Array | np.ndarray) -> Array:
+    """Arrange rows anew; the gradient is taken row by row too, where JAX would add up.
+
+    Args:
+        x: (rows, …).
+        source: the row of `x` that stands at each place, none twice; out of range for zeros.
+        target: (rows,) the inverse: the place of each row, out of range if it has none.
+
+    Returns:
+        (*source.shape, …).
+    """
+    del target
+    return x.at[source].get(mode="fill", fill_value=0)
+
+
+def _take_forward(x: Array, source: Array, target: Array) -> tuple[Array, tuple[Array, Array]]:
+    return take_rows(x, source, target), (source, target)
+
+
+def _take_backward(indices: tuple[Array, Array], gradient: Array) -> tuple[Array, None, None]:
+    source, target = indices
+    gradient = gradient.reshape(-1, *gradient.shape[source.ndim :])
+    return take_rows(gradient, target, source.reshape(-1)), None, None
+
+
+take_rows.defvjp(_take_forward, _take_backward)
+
+
 def packed_attention(prompts: Prompts, causal: bool = True) -> Attend:
     """Attention over the rows of packed prompts, causal or not."""
     shared = prompts.prefix.shape[0]
     count, longest = prompts.grid.shape
+    full = count * longest == prompts.tokens.shape[0]  # prompts of one length need no gather
     mask = None
     if causal:
         own = np.tril(np.ones((longest, longest), bool))
         mask = np.concatenate([np.ones((longest, shared), bool), own], 1)
 
+    def lay_out(x: Array) -> Array:
+        if full:
+            return x.reshape(count, longest, *x.shape[1:])
+        return take_rows(x, prompts.grid, prompts.cells)
+
     def attend(query: Array, key: Array, value: Array) -> Array:
         prefix = tuple(x[None, :shared] for x in (query, key, value))
-        query, key, value = (x[shared:][prompts.grid] for x in (query, key, value))
+        query, key, value = (lay_out(x[shared:]) for x in (query, key, value))
         if shared:
             head = attention(*prefix, mask=np.tril(np.ones((shared, shared), bool)))[0]
             key, value = (
@@ -137,10 +172,23 @@ def packed_attention(prompts: Prompts, causal: bool = True) -> Attend:
                 for p, x in zip(prefix[1:], (key, value), strict=True)
             )
         y = attention(query, key, value, mask=mask)
-        y = y.reshape(-1, *y.shape[2:])[prompts.cells]
+        y = y.reshape(-1, *y.shape[2:])
+        if not full:
+            y = take_rows(y, prompts.cells, prompts.grid.reshape(-1))
         return jnp.concatenate([head, y]) if shared else y
 
     return attend
+
+
+def read_ends(prompts: Prompts) -> Select:
+    """The rows at which prompts are read, (prompts, …); their gradient is a gather too."""
+    shared = prompts.prefix.shape[0]
+    count, longest = prompts.grid.shape
+    ends = prompts.ends.reshape(-1)
+    prompt = prompts.cells // longest  # of each row, which stand prompt after prompt
+    last = jnp.append(prompt[1:] != prompt[:-1], True)
+    target = jnp.append(jnp.full(shared, count), jnp.where(last, prompt, count))
+    return lambda x: take_rows(x, ends, target)
 
 
 def rows(prompts: Prompts) -> tuple[Array, Array]:

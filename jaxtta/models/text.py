@@ -9,6 +9,7 @@ from jaxtta.models.transformer import (
     AttentionPlan,
     Encoder,
     LayerNorm,
+    Select,
     Table,
 )
 
@@ -52,14 +53,14 @@ class TextTransformer(nn.Module):
     projection_bias: bool = False
 
     @nn.compact
-    def __call__(self, token_ids: Array, positions: Array, attend: Attend, ends: Array) -> Array:
+    def __call__(self, token_ids: Array, positions: Array, attend: Attend, read: Select) -> Array:
         """Encode rows of tokens and read them at the ends of the prompts.
 
         Args:
             token_ids: (rows,).
             positions: (rows,), each token's place in its prompt.
             attend: attention over the rows as they are arranged.
-            ends: (prompts,), the rows at which prompts are read.
+            read: selects the rows (prompts, …) at which prompts are read.
 
         Returns:
             (prompts, width), after the final LayerNorm.
@@ -67,8 +68,6 @@ class TextTransformer(nn.Module):
         x = TextEmbeddings(self.arch, self.vocabulary, self.max_length, name="embeddings")(
             token_ids, positions
         )
-        last = AttentionPlan(
-            lambda *rows: attend(*rows)[ends], select_outputs=lambda rows: rows[ends]
-        )
+        last = AttentionPlan(lambda *rows: read(attend(*rows)), select_outputs=read)
         outputs, _ = Encoder(self.arch, name="encoder")(x, attend, last)
         return LayerNorm(self.arch.epsilon, name="final_layer_norm")(outputs[-1])
