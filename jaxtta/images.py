@@ -5,6 +5,7 @@ Pillow decodes them; colour profiles are not applied, as the saving libraries of
 
 import contextlib
 import functools
+import io
 import logging
 import os
 import stat
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+import simplejpeg
 from PIL import Image, ImageOps
 
 log = logging.getLogger(__name__)
@@ -35,6 +37,7 @@ _SYSTEM = {  # made by operating systems, NAS servers and tools, in lower case
     *("recycler", "found.000", "@eadir", "@tmp", "@recycle", "@recently-snapshot", "#recycle"),
     *("#snapshot", "thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", "icon\r"),
 }
+_JPEG, _ORIENTATION = (".jpg", ".jpeg"), 274  # suffixes, and EXIF's tag
 _DARK = 16  # of a range that is not written in the file, at least 1/16 must be used
 _BITS, _SAMPLES, _PHOTOMETRIC = 258, 339, 262  # TIFF's tags
 _SIGNED, _WHITE_IS_ZERO = 2, 0  # and values of the last two
@@ -156,6 +159,39 @@ def open_image(file: str | Path | BinaryIO, name: str = "", raw: bool = False) -
     if animated:
         _say_frames(image.format)
     return converted
+
+
+def read_image(file: str | Path | BinaryIO, name: str = "", raw: bool = False) -> np.ndarray:
+    """Read an image as `open_image` does; JPEG files in colour in two thirds of the time.
+
+    Args:
+        file: its path, or an open file.
+        name: its name in messages; its path by default.
+        raw: as for `open_image`.
+
+    Returns:
+        (height, width, 3) uint8.
+
+    Raises:
+        UnreadableImageError: as `open_image`.
+    """
+    pixels = _read_jpeg(file, raw) if isinstance(file, str | Path) else None
+    return np.asarray(open_image(file, name, raw)) if pixels is None else pixels
+
+
+def _read_jpeg(file: str | Path, raw: bool) -> np.ndarray | None:
+    """The pixels that Pillow would decode with the same library; None for what only it can read."""
+    try:
+        if not (stat.S_ISREG(Path(file).stat().st_mode) and str(file).lower().endswith(_JPEG)):
+            return None
+        content = Path(file).read_bytes()
+        with Image.open(io.BytesIO(content)) as image:
+            plain = image.format == "JPEG" and image.mode == "RGB"
+            if not plain or (not raw and image.getexif().get(_ORIENTATION, 1) != 1):
+                return None
+        return simplejpeg.decode_jpeg(content)
+    except Exception:  # Pillow is more lenient, and says what is wrong
+        return None
 
 
 @functools.cache  # once, not for every file

@@ -5,6 +5,8 @@ import logging
 import struct
 import zlib
 
+import hypothesis
+import hypothesis.strategies as st
 import numpy as np
 import pytest
 from PIL import Image, ImageCms, features
@@ -263,3 +265,40 @@ def test_what_cannot_be_printed_is_escaped():
     assert images.printable("caf\udce9/a\nb\x1b[31m\u2028\ud800") == (
         r"caf\xe9/a\nb\x1b[31m\u2028\ud800"
     )
+
+
+@hypothesis.settings(max_examples=60)
+@hypothesis.given(st.data())
+def test_jpeg_files_are_read_as_pillow_does(tmp_path_factory, data):
+    """To the last bit: any size, quality and layout, turned, damaged, or no JPEG at all."""
+    draw, path = data.draw, tmp_path_factory.mktemp("images") / "image.JPEG"
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    size = draw(st.tuples(st.integers(1, 70), st.integers(1, 70)))
+    coarse = rng.integers(0, 256, (5, 4, 3), np.uint8)
+    image = Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
+    exif = Image.Exif()
+    if orientation := draw(st.integers(0, 9)):
+        exif[274] = orientation
+    image.convert(draw(st.sampled_from(["RGB", "RGB", "L", "CMYK"]))).save(
+        path,
+        draw(st.sampled_from(["JPEG", "JPEG", "TIFF"])),
+        quality=draw(st.integers(1, 100)),
+        subsampling=draw(st.integers(0, 2)),
+        progressive=draw(st.booleans()),
+        restart_marker_blocks=draw(st.integers(0, 3)),
+        exif=exif,
+    )
+    content = bytearray(path.read_bytes())
+    if draw(st.booleans()):
+        content = content[: draw(st.integers(1, len(content)))]
+    for _ in range(draw(st.integers(0, 2))):
+        content[draw(st.integers(0, len(content) - 1))] = draw(st.integers(0, 255))
+    path.write_bytes(content + draw(st.binary(max_size=4)))
+    for raw in (False, True):
+        try:
+            expected = np.asarray(images.open_image(path, raw=raw))
+        except images.UnreadableImageError:
+            with pytest.raises(images.UnreadableImageError):
+                images.read_image(path, raw=raw)
+        else:
+            np.testing.assert_array_equal(images.read_image(path, raw=raw), expected)
