@@ -23,15 +23,15 @@ COMMANDS = {
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command with its options, or those of this process; exit as `run_script` says."""
     name, *rest = (sys.argv[1:] if arguments is None else arguments) or ("--help",)
-    if name in ("-h", "--help"):
-        width = max(map(len, COMMANDS))
-        print(f"usage: jaxtta COMMAND …\n\n{__doc__}\n")
-        print("\n".join(f"  {command:<{width}}  {text}" for command, text in COMMANDS.items()))
-        print("\njaxtta COMMAND --help explains a command.")
-        return
     if name not in COMMANDS:
-        print(f"unknown command {name!r}, expected one of {', '.join(COMMANDS)}", file=sys.stderr)
-        sys.exit(2)
+        asked = name in ("-h", "--help")
+        known = "\n".join(f"  {command:<12}  {text}" for command, text in COMMANDS.items())
+        usage = f"usage: jaxtta COMMAND …\n\n{__doc__}\n\n{known}\n"
+        print(
+            f"{usage}\njaxtta COMMAND --help explains a command.",
+            file=sys.stdout if asked else sys.stderr,
+        )
+        return None if asked else sys.exit(2)
     # Commands are imported when they run: the list of them needs no JAX.
     try:
         command = importlib.import_module(f"jaxtta.cli.{name.replace('-', '_')}")

@@ -1,12 +1,8 @@
-"""Groups of options that several commands share.
+"""Groups of options that several commands share; the comment of a field is its help text.
 
-    @group
-    class Options:
-        run: RunOptions
-        model: ModelOptions = ModelOptions()
-
-A group's name is its title in the help text and no part of its options: `--model`, not
-`--model.model`.
+@group
+class Options:
+    run: RunOptions  # its title in the help text, but no part of the options: --output
 """
 
 import dataclasses
@@ -27,7 +23,7 @@ Group = TypeVar("Group")
 
 @typing.dataclass_transform(frozen_default=True)
 def group(cls: type[Group]) -> type[Group]:
-    """Make a frozen dataclass of options without a prefix; "Attributes:" is their help text."""
+    """Make a frozen dataclass of options without a prefix; comments or "Attributes:" explain."""
 
     def default(text: str) -> str:  # empty ones and paths are left out
         return "" if text in ("", "None", "False") or "/" in text else f"(default: {text})"
@@ -43,18 +39,13 @@ def group(cls: type[Group]) -> type[Group]:
 
 @group
 class ModelOptions:
-    """The model and its prompts.
+    """The model and its prompts."""
 
-    Attributes:
-        model: folder or hub id of a CLIP, SigLIP or supervised ViT (default: the demo model).
-        templates: prompts with {} for the class, averaged; "imagenet" are CLIP's 80, "usual" those
-            of the layout.
-        compute_dtype: dtype of the matrix products.
-    """
-
+    # folder or hub id of a CLIP, SigLIP or supervised ViT (default: the demo model)
     model: str = str(assets.MODEL)
+    # prompts with {} for the class, averaged; "imagenet": CLIP's 80, "usual": those of the layout
     templates: tuple[str, ...] = ("usual",)
-    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"  # dtype of the matrix products
 
     def load(self) -> tuple[Any, Params]:
         """The model and its parameters."""
@@ -68,24 +59,18 @@ class ModelOptions:
 
 @group
 class DataOptions:
-    """The images.
+    """The images."""
 
-    Attributes:
-        data: a folder, or NAME:SPLIT of tensorflow-datasets (default: bundled CIFAR-10 images).
-        layout: folder (clean images by class), imagenet, imagenet-c, cifar-c, arrays
-            (<corruption>.npy and labels.npy), tfds, …; an unknown name lists all. Clean images are
-            corrupted as they are read.
-        class_names: for the prompts, in label order, or a .json or .txt file of them.
-        ids: use only the images of a list: a file with a CLASS_FOLDER/FILE a line, or
-            imagenet-c-5000, RobustBench's.
-        max_images: use at most so many images, sampled with the seed.
-    """
-
+    # a folder, or NAME:SPLIT of tensorflow-datasets (default: bundled CIFAR-10 images)
     data: str = str(assets.IMAGES)
+    # folder (clean images by class), imagenet, imagenet-c, cifar-c, arrays (<corruption>.npy and
+    # labels.npy), tfds, …; an unknown name lists all. Clean images are corrupted as they are read
     layout: str = "folder"
-    class_names: tuple[str, ...] = ()
+    class_names: tuple[str, ...] = ()  # for the prompts, in label order, or a .json or .txt of them
+    # only the images of a list: a file with a CLASS_FOLDER/FILE a line, or imagenet-c-5000,
+    # RobustBench's
     ids: str | None = None
-    max_images: int | None = None
+    max_images: int | None = None  # use at most so many images, sampled with the seed
 
     def open(self, model: Any, root: str | None = None) -> Benchmark:
         """The images by domain; `root` is another folder of the same layout."""
@@ -96,69 +81,44 @@ class DataOptions:
 
 @group
 class OrderOptions:
-    """The order in which an adapter sees the images.
+    """The order in which an adapter sees the images."""
 
-    Attributes:
-        order: correlated is sorted by class; in dirichlet, classes come in waves.
-        concentration: of the Dirichlet order; smaller is closer to sorted by class.
-        seeds: of the order, of corruptions and of TNT's views; each seed is a run.
-        batch_size: images per step.
-    """
-
+    # correlated is sorted by class; in dirichlet, classes come in waves
     order: Literal["shuffled", "stored", "correlated", "dirichlet"] = "shuffled"
-    concentration: float = 0.1
+    concentration: float = 0.1  # of the Dirichlet order; smaller is closer to sorted by class
+    # of the order, of corruptions and of TNT's views; each seed is a run
     seeds: tuple[int, ...] = (1,)
-    batch_size: int = 100
-
-    def streams(self, limit: int | None, *arguments: Any) -> list[data.Stream]:
-        """The streams of all seeds, of at most `limit` images; `arguments` of `make_streams`."""
-        evaluate.require_distinct(seeds=self.seeds)
-        sizes = {"batch_size": (self.batch_size, 1), "max_images": (limit, 1)}
-        evaluate.require_at_least(seeds=(min(self.seeds), 0), **sizes)
-        named = {"order": self.order, "limit": limit, "concentration": self.concentration}
-        made = [data.make_streams(*arguments, seed=seed, **named) for seed in self.seeds]
-        return [stream for streams in made for stream in streams]
-
-    def settings(self, limit: int | None) -> dict[str, Any]:
-        """What identifies the order in a result."""
-        used = {"concentration": self.concentration} if self.order == "dirichlet" else {}
-        return {"order": self.order, "max_images": limit, **used}
+    batch_size: int = 100  # images per step
 
 
 @group
 class StreamOptions(OrderOptions):
-    """The streams of images.
+    """The streams of images."""
 
-    Attributes:
-        corruptions: may include clean (default: ImageNet-C's 15; clean for natural shifts).
-        severities: 1 to 5 (default: 5; 1 on the bundled images, which are small).
-        setting: reset at each corruption; one stream through all of them; the same with a severity
-            that rises and falls; one stream of all mixed.
-    """
-
+    # may include clean (default: ImageNet-C's 15; clean for natural shifts)
     corruptions: tuple[str, ...] = ()
+    # 1 to 5 (default: 5; 1 on the bundled images, which are small; all in the setting gradual)
     severities: tuple[int, ...] = ()
+    # reset at each corruption; one stream through all of them; the same with a severity that rises
+    # and falls; one stream of all mixed
     setting: Literal["reset_each_shift", "continual", "gradual", "mixed"] = "reset_each_shift"
 
 
 @group
 class AdapterOptions:
-    """The methods.
+    """The methods."""
 
-    Attributes:
-        adapters: zero_shot, tent, batclip, tnt or mgtta, with settings (tent:lr=1e-4,
-            tnt:steps=3, mgtta:optimizer=sgd), or a function of yours, package.module:function.
-        preset: optimiser settings of TENT's and BATCLIP's papers.
-        tnt: TNT's settings.
-        mgtta: MGTTA's settings; the default files are for the bundled demo model.
-        canvas: side to which TNT's full-size images are padded or shrunk (default: at most 512).
-    """
-
+    # zero_shot, tent, batclip, tnt or mgtta, with settings (tent:lr=1e-4, tnt:steps=3,
+    # mgtta:optimizer=sgd), or a function of yours, package.module:function
     adapters: tuple[str, ...] = ("zero_shot", "tent", "batclip")
+    # optimiser settings of TENT's and BATCLIP's papers
     preset: Literal["cifar10-c", "cifar100-c", "imagenet-c"] = "cifar10-c"
     tnt: TNTConfig = TNTConfig()
+    # MGTTA's settings; the default files are for the bundled demo model
     mgtta: evaluate.MGTTAConfig = evaluate.MGTTAConfig()
-    canvas: int | None = None
+    canvas: int | None = (
+        None  # side to which TNT's images are padded or shrunk (default: up to 512)
+    )
 
     @property
     def config(self) -> evaluate.AdapterConfig:
@@ -168,54 +128,40 @@ class AdapterOptions:
 
 @group
 class TuneOptions:
-    """Learning rates, selected on four corruptions that are never tested.
+    """Learning rates, selected on four corruptions that are never tested."""
 
-    Attributes:
-        tune_learning_rates: candidates; each adapter gets the one of the highest accuracy.
-        tune_adapters: select for these adapters only (default: all with a learning rate).
-        validation: other images of the same layout to select on (default: the test images).
-    """
-
+    # candidates; each adapter gets the one of the highest accuracy
     tune_learning_rates: tuple[float, ...] = ()
+    # select for these adapters only (default: all with a learning rate)
     tune_adapters: tuple[str, ...] = ()
+    # other images of the same layout to select on (default: the test images)
     validation: str | None = None
 
 
 @group
 class RunOptions:
-    """Where the results go, and how they are computed.
+    """Where the results go, and how they are computed."""
 
-    Attributes:
-        output: folder for the results; a run that was stopped goes on where it was.
-        workers: processes that read images; 0 to read in the main process.
-        shard: this machine's part, such as 0/4 to 3/4 on four machines (default: 0/1, all).
-        checkpoint_every: batches between two checkpoints within a stream.
-        trust_data: take earlier results without checking that the images are unchanged.
-        log: log every result there too.
-        dry_run: print streams, images and an estimate of time and memory, and stop.
-        debug: show tracebacks.
-    """
-
-    output: Path
-    workers: int = 1
-    shard: str = "0/1"
-    checkpoint_every: int | None = None
-    trust_data: bool = False
-    log: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    output: Path  # folder for the results; a run that was stopped goes on where it was
+    workers: int = 1  # processes that read images; 0 to read in the main process
+    shard: str = "0/1"  # this machine's part, such as 0/4 to 3/4 on four (default: 0/1, all)
+    checkpoint_every: int | None = None  # batches between two checkpoints within a stream
+    trust_data: bool = False  # take earlier results without checking that the images are unchanged
+    log: tuple[Literal["tensorboard", "wandb"], ...] = ()  # log every result there too
+    # print streams, images and an estimate of time and memory, without tuning and earlier results
     dry_run: bool = False
-    debug: bool = False
+    debug: bool = False  # show tracebacks
 
     @property
     def part(self) -> tuple[int, int]:
         """The shard's number and their count."""
-        number, slash, count = self.shard.partition("/")
-        if not (slash and number.isdecimal() and count.isdecimal() and int(number) < int(count)):
+        number, _, count = self.shard.partition("/")
+        if not (number.isdecimal() and count.isdecimal() and int(number) < int(count)):
             raise ValueError(f"--shard is {self.shard!r}, expected i/n with i below n")
         return int(number), int(count)
 
     @property
     def how(self) -> dict[str, Any]:
         """Arguments of `evaluate.sweep`."""
-        every = self.checkpoint_every
-        evaluate.require_at_least(workers=(self.workers, 0), checkpoint_every=(every, 1))
-        return {"workers": self.workers, "checkpoint_every": every, "trust_data": self.trust_data}
+        names = ("workers", "checkpoint_every", "trust_data")
+        return {name: getattr(self, name) for name in names}
