@@ -4,14 +4,13 @@ r"""Label images with zero-shot CLIP or any adapter.
     jaxtta classify FOLDER --model openai/clip-vit-base-patch16 --class-names names.txt --top-k 3
     jaxtta classify FOLDER --adapter batclip --format csv > labels.csv
 
-prints one line per image: its labels, their probabilities, and for an adapter how many updates of
-the model the answer had. A batch is predicted before the model adapts to it. TENT's and BATCLIP's
-losses are averages over a batch: on the demo model BATCLIP lost 21 points with one image per batch
-and gained with four or more, so batches of fewer than `--min-adapt` images are not adapted to.
+prints one line per image: its labels, their probabilities, and for TENT or BATCLIP how many updates
+of the model the answer had. A batch is predicted before the model adapts to it. Their losses are
+averages over a batch: on the demo model BATCLIP lost 21 points with one image per batch and gained
+with four or more, so batches of fewer than `--min-adapt` images are not adapted to.
 
-Exit codes: 0 if every image has a label; 1 for an error, also if no image could be read; 2 for
-options that cannot be parsed; 3 if some images could not be read (they are named on stderr) or have
-no finite answer.
+Exit codes: 0 if every image has a label; 1 for an error; 2 for options that cannot be parsed; 3 if
+images could not be read (they are named on stderr) or have no finite answer.
 """
 
 import csv
@@ -53,10 +52,9 @@ class Options:
     batch_size: int = 32  # images per step
     min_adapt: int = 4  # least number of images in a batch that is adapted to; TNT needs no batch
     learn_noise: Path | None = None  # learn one noise map over all images; save it here (tnt only)
-    # a saved noise map to apply unchanged (tnt only); with --learn-noise, the initial one
-    noise: Path | None = None
-    model: ModelOptions = ModelOptions()
+    noise: Path | None = None  # saved map to apply (tnt only), or to begin with if it is learnt
     debug: bool = False  # show tracebacks
+    model: ModelOptions = ModelOptions()
 
 
 def run(options: Options) -> int:
@@ -65,10 +63,12 @@ def run(options: Options) -> int:
     if spec.name != "tnt" and (options.noise or options.learn_noise):
         raise ValueError("--noise and --learn-noise are for --adapter tnt")
     evaluate.require_at_least(batch_size=(size, 1), top_k=(options.top_k, 1))
-    files = list_images(options)
+    found = [data.list_images(path) if path.is_dir() else [path] for path in options.images]
+    files, names = [*itertools.chain(*found)], options.class_names
+    if not files or any(os.sep in name and Path(name).exists() for name in names[1:]):
+        raise ValueError("give images before --class-names, which takes all words after it")
     model, params = options.model.load()
-    names = data.given_class_names(options.class_names)
-    names = names or getattr(model, "class_names", ()) or data.CIFAR10_CLASSES
+    names = data.given_class_names(names) or getattr(model, "class_names", data.CIFAR10_CLASSES)
     task = evaluate.task_for(model, names, options.model.templates_for("folder"))
     frozen = TNTConfig(views=1, steps=0) if options.noise else TNTConfig()
     settings = evaluate.AdapterConfig(tnt=TNTConfig(online=True) if options.learn_noise else frozen)
@@ -78,7 +78,7 @@ def run(options: Options) -> int:
         adapter = tnt(model, task, config=evaluate.tnt_config_of(spec, settings), noise=noise)
     say = writer(options, files, names, counted=spec.name not in ("zero_shot", "tnt"))
     # The state is not donated: it is kept where a batch is too small to adapt to.
-    state, step, seen, updates, unanswered = adapter.init(params), jax.jit(adapter.step), 0, 0, 0
+    state, step, seen, updates, answered = adapter.init(params), jax.jit(adapter.step), 0, 0, 0
     print(f"compiling {options.adapter} …", file=sys.stderr)
     images = readable(files)
     while batch := list(itertools.islice(images, size)):
@@ -87,7 +87,7 @@ def run(options: Options) -> int:
         for (file, _), logits in zip(batch, np.asarray(prediction.logits), strict=False):
             finite = bool(np.isfinite(logits).all())
             say(file, np.asarray(jax.nn.softmax(logits)) if finite else np.zeros(0), updates)
-            unanswered += not finite
+            answered += finite
         if spec.name == "tnt" or len(batch) >= options.min_adapt:
             state = after
             updates += not prediction.metrics.get("skipped", False)
@@ -96,23 +96,10 @@ def run(options: Options) -> int:
         raise ValueError(f"none of the {len(files)} images could be read")
     if options.learn_noise:
         save_noise(options.learn_noise, state.noise, settings.tnt)
-    if seen - unanswered == len(files):
+    if answered == len(files):
         return 0
-    lost = f"{len(files) - seen} of {len(files)} images could not be read"
-    print(f"{lost}, {unanswered} have no finite answer", file=sys.stderr)
+    print(f"{len(files) - answered} of {len(files)} images have no answer", file=sys.stderr)
     return INCOMPLETE
-
-
-def list_images(options: Options) -> list[Path]:
-    """The image files; a folder's are sorted."""
-    found = [data.list_images(path) if path.is_dir() else [path] for path in options.images]
-    files = [*itertools.chain(*found)]
-    taken = [name for name in options.class_names[1:] if os.sep in name and Path(name).exists()]
-    if taken or not files:
-        raise ValueError(
-            "no images: give files or folders before --class-names, which takes the words after it"
-        )
-    return files
 
 
 def readable(files: Sequence[Path]) -> Iterator[tuple[Path, Image.Image]]:

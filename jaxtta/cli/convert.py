@@ -7,9 +7,8 @@
 
 Run it once where PyTorch is installed; the folder needs none. Pickles are read with
 `weights_only=True`, so that nothing in them runs. Wrappers (`state_dict`, `module.`, `_orig_mod.`,
-…) are taken off. The new folder is loaded before it gets its name: what does not fit is said here.
-Class names need a tokenizer: its files are copied from --tokenizer, else from beside the file or
-the configuration.
+…) are taken off. Class names need a tokenizer, tokenizer.json, or vocab.json and merges.txt: it is
+copied from --tokenizer, else from beside the file or the configuration.
 """
 
 from pathlib import Path
@@ -31,14 +30,11 @@ class Options:
     # the file of weights: .pt, .pth, .ckpt, .bin, .bin.index.json or .safetensors
     file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]  # the new folder
-    # config.json of transformers, or open_clip_config.json or model_configs/NAME.json of OpenCLIP
-    # (default: the one beside the file; else what the parameters' shapes say)
+    # config.json of transformers, or open_clip_config.json or model_configs/NAME.json of OpenCLIP,
+    # by default the one beside the file; else what the parameters' shapes say
     config: Path | None = None
-    # folder with tokenizer.json, or vocab.json and merges.txt (default: beside the file)
-    tokenizer: Path | None = None
-    # for state dicts without a configuration: quick_gelu for OpenAI's weights and what was trained
-    # from them, gelu for most of OpenCLIP's
-    activation: Activation | None = None
+    tokenizer: Path | None = None  # folder with its files (default: beside the file)
+    activation: Activation | None = None  # quick_gelu for OpenAI's weights, mostly gelu for others
     debug: bool = False  # show tracebacks
 
 

@@ -1,9 +1,4 @@
-"""Groups of options that several commands share; the comment of a field is its help text.
-
-@group
-class Options:
-    run: RunOptions  # its title in the help text, but no part of the options: --output
-"""
+"""Groups of options that several commands share; comments at their fields are the help text."""
 
 import dataclasses
 import typing
@@ -23,14 +18,15 @@ Group = TypeVar("Group")
 
 @typing.dataclass_transform(frozen_default=True)
 def group(cls: type[Group]) -> type[Group]:
-    """Make a frozen dataclass of options without a prefix; comments or "Attributes:" explain."""
+    """Make a frozen dataclass of options without a prefix, `--model` and not `--model.model`."""
 
     def default(text: str) -> str:  # empty ones and paths are left out
         return "" if text in ("", "None", "False") or "/" in text else f"(default: {text})"
 
     for name, kind in cls.__annotations__.items():
         first, *others = *typing.get_args(kind), None
-        metavar = first.__name__.upper() if type(None) in others else None
+        optional = isinstance(first, type) and type(None) in others
+        metavar = first.__name__.upper() if optional else None
         hint = default if name in vars(cls) else None  # else required
         shown = tyro.conf.arg(prefix_name=False, metavar=metavar, help_behavior_hint=hint)
         cls.__annotations__[name] = Annotated[kind, shown]
@@ -41,8 +37,7 @@ def group(cls: type[Group]) -> type[Group]:
 class ModelOptions:
     """The model and its prompts."""
 
-    # folder or hub id of a CLIP, SigLIP or supervised ViT (default: the demo model)
-    model: str = str(assets.MODEL)
+    model: str = str(assets.MODEL)  # folder or hub id of a CLIP, SigLIP or ViT (default: the demo)
     # prompts with {} for the class, averaged; "imagenet": CLIP's 80, "usual": those of the layout
     templates: tuple[str, ...] = ("usual",)
     compute_dtype: Literal["float32", "bfloat16"] = "float32"  # dtype of the matrix products
@@ -61,15 +56,12 @@ class ModelOptions:
 class DataOptions:
     """The images."""
 
-    # a folder, or NAME:SPLIT of tensorflow-datasets (default: bundled CIFAR-10 images)
-    data: str = str(assets.IMAGES)
+    data: str = str(assets.IMAGES)  # folder, or NAME:SPLIT of tfds (default: bundled CIFAR-10)
     # folder (clean images by class), imagenet, imagenet-c, cifar-c, arrays (<corruption>.npy and
     # labels.npy), tfds, …; an unknown name lists all. Clean images are corrupted as they are read
     layout: str = "folder"
     class_names: tuple[str, ...] = ()  # for the prompts, in label order, or a .json or .txt of them
-    # only the images of a list: a file with a CLASS_FOLDER/FILE a line, or imagenet-c-5000,
-    # RobustBench's
-    ids: str | None = None
+    ids: str | None = None  # only images of a file of CLASS_FOLDER/FILE lines, or imagenet-c-5000
     max_images: int | None = None  # use at most so many images, sampled with the seed
 
     def open(self, model: Any, root: str | None = None) -> Benchmark:
@@ -86,8 +78,7 @@ class OrderOptions:
     # correlated is sorted by class; in dirichlet, classes come in waves
     order: Literal["shuffled", "stored", "correlated", "dirichlet"] = "shuffled"
     concentration: float = 0.1  # of the Dirichlet order; smaller is closer to sorted by class
-    # of the order, of corruptions and of TNT's views; each seed is a run
-    seeds: tuple[int, ...] = (1,)
+    seeds: tuple[int, ...] = (1,)  # of order, corruptions and TNT's views; each seed is a run
     batch_size: int = 100  # images per step
 
 
@@ -95,12 +86,10 @@ class OrderOptions:
 class StreamOptions(OrderOptions):
     """The streams of images."""
 
-    # may include clean (default: ImageNet-C's 15; clean for natural shifts)
-    corruptions: tuple[str, ...] = ()
-    # 1 to 5 (default: 5; 1 on the bundled images, which are small; all in the setting gradual)
-    severities: tuple[int, ...] = ()
-    # reset at each corruption; one stream through all of them; the same with a severity that rises
-    # and falls; one stream of all mixed
+    corruptions: tuple[str, ...] = ()  # or clean (default: ImageNet-C's 15; clean for shifts)
+    severities: tuple[int, ...] = ()  # 1 to 5 (default: 5, but 1 on the small bundled images)
+    # reset at each corruption; one stream through all of them; the same with all severities, rising
+    # and falling; one stream of all mixed
     setting: Literal["reset_each_shift", "continual", "gradual", "mixed"] = "reset_each_shift"
 
 
@@ -113,12 +102,9 @@ class AdapterOptions:
     adapters: tuple[str, ...] = ("zero_shot", "tent", "batclip")
     # optimiser settings of TENT's and BATCLIP's papers
     preset: Literal["cifar10-c", "cifar100-c", "imagenet-c"] = "cifar10-c"
-    tnt: TNTConfig = TNTConfig()
-    # MGTTA's settings; the default files are for the bundled demo model
-    mgtta: evaluate.MGTTAConfig = evaluate.MGTTAConfig()
-    canvas: int | None = (
-        None  # side to which TNT's images are padded or shrunk (default: up to 512)
-    )
+    canvas: int | None = None  # side to which TNT's images are padded or shrunk (default: ≤ 512)
+    tnt: TNTConfig = TNTConfig()  # TNT's settings
+    mgtta: evaluate.MGTTAConfig = evaluate.MGTTAConfig()  # its files are for the demo model
 
     @property
     def config(self) -> evaluate.AdapterConfig:
@@ -130,12 +116,9 @@ class AdapterOptions:
 class TuneOptions:
     """Learning rates, selected on four corruptions that are never tested."""
 
-    # candidates; each adapter gets the one of the highest accuracy
-    tune_learning_rates: tuple[float, ...] = ()
-    # select for these adapters only (default: all with a learning rate)
-    tune_adapters: tuple[str, ...] = ()
-    # other images of the same layout to select on (default: the test images)
-    validation: str | None = None
+    tune_learning_rates: tuple[float, ...] = ()  # candidates; the most accurate one is taken
+    tune_adapters: tuple[str, ...] = ()  # only these adapters (default: all with a learning rate)
+    validation: str | None = None  # other images of this layout (default: the test images)
 
 
 @group
@@ -148,8 +131,7 @@ class RunOptions:
     checkpoint_every: int | None = None  # batches between two checkpoints within a stream
     trust_data: bool = False  # take earlier results without checking that the images are unchanged
     log: tuple[Literal["tensorboard", "wandb"], ...] = ()  # log every result there too
-    # print streams, images and an estimate of time and memory, without tuning and earlier results
-    dry_run: bool = False
+    dry_run: bool = False  # print streams, images, estimated time and memory, without tuning; stop
     debug: bool = False  # show tracebacks
 
     @property
@@ -163,5 +145,4 @@ class RunOptions:
     @property
     def how(self) -> dict[str, Any]:
         """Arguments of `evaluate.sweep`."""
-        names = ("workers", "checkpoint_every", "trust_data")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in ("workers", "checkpoint_every", "trust_data")}

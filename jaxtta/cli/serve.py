@@ -2,9 +2,8 @@ r"""Label a stream of images with a model that adapts while it runs.
 
     jaxtta serve FOLDER_OR_IMAGES… --class-names cat dog
 
-is `jaxtta classify` with BATCLIP and small batches: one line per image, with its label, the
-confidence, and how many updates of the model the answer had. A step whose loss or update is not
-finite is skipped and not counted.
+is `jaxtta classify` with BATCLIP and small batches. A step whose loss or update is not finite is
+skipped and not counted as an update.
 
 TNT needs no batch: it optimises a small noise map for each image, at the cost of more than a
 hundred forward passes. A map can be learnt once for a camera, and then applied as it is:

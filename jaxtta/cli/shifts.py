@@ -2,9 +2,8 @@ r"""Measure how much adapters gain on natural distribution shifts.
 
     jaxtta shifts --max-images 200 --tnt.scale 0.5 1 --output runs/natural
 
-runs zero-shot CLIP and TNT on bundled CIFAR-10 images with the bundled demo model, with crops of at
-least half an image, since smaller crops of 32 pixels show little. Your own images in class folders,
-beside a known dataset (docs/published.md has the usual ones):
+runs zero-shot CLIP and TNT on bundled CIFAR-10 images with the bundled demo model. Your own images
+in class folders, beside a known dataset (docs/published.md has the usual ones):
 
     jaxtta shifts --datasets shop=FOLDER imagenet-a=DATA/imagenet-a --output runs/own
 
@@ -43,28 +42,20 @@ class Options:
 
 def run(options: Options) -> None:
     """Run every dataset and report."""
-    places, (number, count) = folders_of(options.datasets), options.run.part
+    given = options.datasets or (f"cifar10={assets.IMAGES}",)
+    places = {name: root for name, _, root in (text.partition("=") for text in given)}
+    named = all(root and re.fullmatch(r"\w[\w.-]*", name) for name, root in places.items())
+    if not named or len(places) < len(given) or data.CLEAN in places:
+        raise ValueError(f"--datasets has {' '.join(given)}, expected NAME=FOLDER, each name once")
     model, params = options.model.load()
-    parts = []
+    parts, (number, count) = [], options.run.part
     for name in [*places][number::count]:
         layout = LAYOUTS.get(name, "folder")
         dataset = data.open_dataset(layout, places[name])
         print(f"{name}: {len(dataset)} images, {len(dataset.class_names)} classes")
         source = groups.DataOptions(places[name], layout, max_images=options.max_images)
-        benchmark = {data.Domain(name): dataset}
-        spec = spec_of(options, source, model, benchmark, "datasets", (name,))
+        spec = spec_of(options, source, model, {data.Domain(name): dataset}, "datasets", (name,))
         about = evaluate.about(model, data=places[name], model=options.model.model)
         parts.append((spec, options.adapters.adapters, options.run.output / name, about))
     title = f"{Path(options.model.model).name} on {', '.join(places)}"
     measure(options, (model, params), parts, title)
-
-
-def folders_of(given: tuple[str, ...]) -> dict[str, str]:
-    """The datasets' folders by name."""
-    places = {name: root for name, _, root in (text.partition("=") for text in given)}
-    valid = all(root and re.fullmatch(r"\w[\w.-]*", name) for name, root in places.items())
-    if not valid or len(places) < len(given) or data.CLEAN in places:
-        raise ValueError(
-            f"--datasets has {' '.join(given)}, expected NAME=FOLDER of distinct names"
-        )
-    return places or {"cifar10": str(assets.IMAGES)}

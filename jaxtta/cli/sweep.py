@@ -5,7 +5,7 @@ r"""Measure how much adapters gain on corrupted images.
 runs zero-shot CLIP, TENT and BATCLIP on 15 corruptions of the bundled images with the bundled demo
 model. It prints a table and writes `report.html`, `summary.csv`, `classes.csv`, plots, and for each
 adapter, stream and seed a file with a row per image. Images that cannot be read are left out, named
-and counted; the exit code is 0 then too, and 1 if a stream has none that can be read.
+and counted.
 
     # your own images in folders by class
     jaxtta sweep --data FOLDER --model openai/clip-vit-base-patch16 --output runs/own
@@ -16,7 +16,6 @@ and counted; the exit code is 0 then too, and 1 if a stream has none that can be
 """
 
 import dataclasses
-import itertools
 import time
 from collections.abc import Sequence
 from datetime import timedelta
@@ -32,6 +31,8 @@ from jaxtta.models import Batch
 
 CORRUPTED = ("folder", "imagenet", "tfds", "imagenet-c", "cifar-c", "arrays")
 """Layouts whose corruptions are ImageNet-C's by default; the others are shifts by themselves."""
+Part = tuple[evaluate.Spec, Sequence[str], Path, dict[str, Any]]
+"""What to run on, the adapters, the folder for results, and what to keep with these."""
 
 
 @groups.group
@@ -49,9 +50,10 @@ class Options:
 
 def run(options: Options) -> None:
     """Run the sweep and report."""
-    given, source, loaded = options.streams, options.data, options.model.load()
+    given, source, shard = options.streams, options.data, options.run.part
     if options.tune.tune_learning_rates and {*given.corruptions} & {*data.IMAGENET_C_EXTRA}:
         raise ValueError("corruptions that select learning rates cannot be tested too")
+    loaded = options.model.load()
     benchmark = source.open(loaded[0])
     shown = given.corruptions or (data.IMAGENET_C if source.layout in CORRUPTED else (data.CLEAN,))
     spec = spec_of(options, source, loaded[0], benchmark, given.setting, shown)
@@ -59,8 +61,7 @@ def run(options: Options) -> None:
     adapters = tune(options, loaded, benchmark, about)
     title = f"{Path(options.model.model).name} on {Path(source.data).name}, {given.setting}, "
     title += f"{given.order}, {len(np.unique(spec.streams[0].items[:, 1]))} images"
-    part = (spec, adapters, options.run.output, about)
-    measure(options, loaded, [part], title, options.run.part)
+    measure(options, loaded, [(spec, adapters, options.run.output, about)], title, shard)
 
 
 def spec_of(
@@ -83,8 +84,7 @@ def spec_of(
         shown = (setting, corruptions, given.severities or (usual,), labels)
         settings["layout"] = source.layout
     how = {"order": given.order, "limit": limit, "concentration": given.concentration}
-    made = [data.make_streams(*shown, seed=seed, **how) for seed in given.seeds]
-    streams = [*itertools.chain(*made)]
+    streams = [each for seed in given.seeds for each in data.make_streams(*shown, seed=seed, **how)]
     data.select(benchmark, [domain for stream in streams for domain in stream.segments])
     templates = options.model.templates_for(source.layout)
     task = evaluate.task_for(model, data.class_names_of(benchmark), templates)
@@ -117,17 +117,8 @@ def tune(options: Options, loaded: Any, benchmark: data.Benchmark, about: dict) 
     return adapters
 
 
-def measure(
-    options: Any,
-    loaded: tuple[Any, Any],
-    parts: Sequence[tuple[evaluate.Spec, Sequence[str], Path, dict[str, Any]]],
-    title: str,
-    shard: tuple[int, int] = (0, 1),
-) -> None:
-    """Run adapters and report, or estimate what that takes; also for natural shifts.
-
-    Each part has its adapters, a folder for results, and what to keep with them.
-    """
+def measure(options: Any, loaded: Any, parts: list[Part], title: str, shard: Any = (0, 1)) -> None:
+    """Run adapters and report, or estimate what that takes; also for natural shifts."""
     how, results, samples, examples = options.run, [], {}, []
     config, (_, count) = options.adapters.config, how.part
     for place, (spec, adapters, folder, about) in enumerate(parts):
@@ -135,7 +126,7 @@ def measure(
         if options.save_examples:
             report.check_examples(specs, config)
         if how.dry_run:
-            estimate(options, spec, specs, loaded, shard)
+            estimate(options, loaded, spec, specs, range(shard[0], len(spec.streams), shard[1]))
             continue
         log = evaluate.loggers(how.log, folder, dataclasses.asdict(options)) if how.log else None
         named = {"config": config, "shard": shard, "log": log, "about": about, **how.how}
@@ -153,17 +144,11 @@ def measure(
         report.write_report(results, how.output, title, samples, examples)
 
 
-def estimate(
-    options: Any,
-    spec: evaluate.Spec,
-    adapters: Sequence[evaluate.AdapterSpec],
-    loaded: tuple[Any, Any],
-    shard: tuple[int, int],
-) -> None:
+def estimate(options: Any, loaded: Any, spec: evaluate.Spec, adapters: Any, share: range) -> None:
     """Print streams, images and steps; estimate time and memory from one step each."""
     (model, params), count = loaded, 0
     batches = spec.batches(model, adapters)
-    for number in range(shard[0], len(spec.streams), shard[1]):
+    for number in share:
         stream, steps = spec.streams[number], len(batches.of(number))
         shape = f"{len(stream.items)} images, {steps} steps of {spec.batch_size}"
         print(f"{stream.name}, seed {stream.seed}: {shape}")
