@@ -401,7 +401,7 @@ def test_classifying_a_folder_with_one_of_everything(tmp_path, run_jaxtta, short
     assert len(out.splitlines()) == sum(expected.values())
     for name in ("empty.png", "gone.png", "nan.tif", "negative.tif", r"short\xff.jpg"):
         assert f"{name}: cannot be decoded" in err
-    assert f"5 of {sum(expected.values()) + 5} images could not be read" in err
+    assert f"5 of {sum(expected.values()) + 5} images have no answer" in err
 
 
 def test_labels_of_target_images_in_every_kind_of_utf8(tmp_path, run_jaxtta, folder):

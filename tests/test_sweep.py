@@ -716,7 +716,7 @@ def test_an_interrupt_that_a_callback_drops_comes_again(monkeypatch, capsys):
     """Python swallows what is raised in a weak reference's callback; Ctrl-C must still stop."""
     import weakref
 
-    from jaxtta.cli import script
+    from jaxtta import cli
 
     @dataclasses.dataclass
     class Options:
@@ -735,10 +735,10 @@ def test_an_interrupt_that_a_callback_drops_comes_again(monkeypatch, capsys):
         time.sleep(60)
 
     monkeypatch.setattr(sys, "argv", ["script"])
-    monkeypatch.setattr(script, "_INSIST", 0.1)
+    monkeypatch.setattr(cli, "_INSIST", 0.1)
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGALRM)
     with pytest.raises(SystemExit) as stopped:
-        script.run_script(Options, main, None)
+        cli.run_script(Options, main, None)
     assert swallowed == [True]
     assert stopped.value.code == 130
     assert "interrupted" in capsys.readouterr().err

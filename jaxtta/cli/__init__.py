@@ -34,6 +34,7 @@ def run_script(
         main: does the work; returns None or the exit code.
         doc: the script's docstring, shown above the options.
         arguments: the command line; None for that of this process.
+        prog: the program's name in the help text.
     """
     import tyro  # here, since the list of commands needs none
 

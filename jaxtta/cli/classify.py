@@ -74,7 +74,7 @@ def run(options: Options) -> int:
     settings = evaluate.AdapterConfig(tnt=TNTConfig(online=True) if options.learn_noise else frozen)
     adapter = evaluate.make_adapter(spec, model, task, settings)
     if options.noise:
-        noise, _ = load_noise(options.noise)
+        noise: Any = load_noise(options.noise)[0]
         adapter = tnt(model, task, config=evaluate.tnt_config_of(spec, settings), noise=noise)
     say = writer(options, files, names, counted=spec.name not in ("zero_shot", "tnt"))
     # The state is not donated: it is kept where a batch is too small to adapt to.

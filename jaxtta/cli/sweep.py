@@ -129,8 +129,8 @@ def measure(options: Any, loaded: Any, parts: list[Part], title: str, shard: Any
             estimate(options, loaded, spec, specs, range(shard[0], len(spec.streams), shard[1]))
             continue
         log = evaluate.loggers(how.log, folder, dataclasses.asdict(options)) if how.log else None
-        named = {"config": config, "shard": shard, "log": log, "about": about, **how.how}
-        found = evaluate.sweep(spec, adapters, *loaded, folder, **named)
+        named: Any = {"config": config, "shard": shard, "about": about, **how.how}
+        found = evaluate.sweep(spec, adapters, *loaded, folder=folder, log=log, **named)
         batches = spec.batches(loaded[0], specs)
         if wanted := -(-(options.save_examples - len(examples)) // (len(parts) - place)):
             tnt = next(each for each in specs if each.name == "tnt")
