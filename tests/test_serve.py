@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import write_images
+from conftest import errors_in, write_images
 from PIL import Image
 
 import jaxtta
@@ -141,7 +141,7 @@ def test_bad_input_is_one_sentence(run_jaxtta, folder, tmp_path, options, messag
     code, out, err = run_jaxtta("serve", *options)
     assert (code, out) == (1, "")
     assert message.format(**places) in err
-    assert len(err.splitlines()) == 1
+    assert errors_in(err) == 1
 
 
 def test_noise_maps(run_jaxtta, folder, short, tmp_path):
