@@ -62,11 +62,15 @@ def run(options: Options) -> int:
     size, spec = options.batch_size, evaluate.parse_adapter(options.adapter)
     if spec.name != "tnt" and (options.noise or options.learn_noise):
         raise ValueError("--noise and --learn-noise are for --adapter tnt")
+    if options.learn_noise and not options.learn_noise.parent.is_dir():
+        raise FileNotFoundError(f"{options.learn_noise.parent}: no such folder")
     evaluate.require_at_least(batch_size=(size, 1), top_k=(options.top_k, 1))
     found = [data.list_images(path) if path.is_dir() else [path] for path in options.images]
     files, names = [*itertools.chain(*found)], options.class_names
     if not files or any(os.sep in name and Path(name).exists() for name in names[1:]):
-        raise ValueError("give images before --class-names, which takes all words after it")
+        raise ValueError(
+            "no images: give files or folders before --class-names, which takes all words after it"
+        )
     model, params = options.model.load()
     names = data.given_class_names(names) or getattr(model, "class_names", data.CIFAR10_CLASSES)
     task = evaluate.task_for(model, names, options.model.templates_for("folder"))

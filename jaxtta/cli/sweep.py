@@ -53,6 +53,8 @@ def run(options: Options) -> None:
     given, source, shard = options.streams, options.data, options.run.part
     if options.tune.tune_learning_rates and {*given.corruptions} & {*data.IMAGENET_C_EXTRA}:
         raise ValueError("corruptions that select learning rates cannot be tested too")
+    if given.setting == "gradual" and given.severities:
+        raise ValueError("--setting gradual has fixed severities, omit --severities")
     loaded = options.model.load()
     benchmark = source.open(loaded[0])
     shown = given.corruptions or (data.IMAGENET_C if source.layout in CORRUPTED else (data.CLEAN,))
@@ -98,6 +100,8 @@ def tune(options: Options, loaded: Any, benchmark: data.Benchmark, about: dict) 
     if not given.tune_learning_rates or options.run.dry_run:
         return adapters
     tuned = given.tune_adapters or [*filter(evaluate.has_rate, adapters)]
+    if not tuned:
+        raise ValueError("--tune-learning-rates: none of --adapters has a learning rate to select")
     if odd := sorted(set(tuned) - set(adapters)):
         raise ValueError(f"--tune-adapters has {odd[0]!r}, which is not one of --adapters")
     if given.validation:
