@@ -231,7 +231,7 @@ def test_tasks_that_cannot_be_learnt_are_named(run_jaxtta, tmp_path):
     options = ["continual", "--output", tmp_path / "a", "--tasks"]
     for task, message in (
         ("own=one", "the task own: one/train: has 1 class folders, expected at least two"),
-        ("own=two", "the task own: training and test classes, or their order, differ: dog, ship"),
+        ("own=two", "the task own: training and test classes or their order differ: dog, ship"),
     ):
         code, _, err = run_jaxtta(*options, task.replace("=", f"={tmp_path}/"))
         assert code == 1

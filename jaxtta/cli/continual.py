@@ -107,8 +107,9 @@ def run(options: Options) -> None:
         heading = f"accuracy in %{where} after the last task, mean over {rows.seed.nunique()} seeds"
         io.write_text(options.output / "table.txt", text + "\n")
         io.write_text(options.output / "results.csv", rows.to_csv(index=False))
-        means = rows.pivot_table("value", "step", ["set", "method"])
-        panels = [[*means[[name]]] for name in means.columns.unique(0)]
+        lines = rows.assign(line=rows["set"] + ": " + rows.method)
+        panels = lines.groupby("set").line.unique().map(list).to_list()
+        means = lines.pivot_table("value", "step", "line")
         grid = means.plot(subplots=panels, layout=(1, -1), figsize=(4 * len(panels), 4), marker=".")
         grid[0, 0].figure.savefig(options.output / "curves.png", dpi=150)
         print(f"{heading}\n\n{text}\n\nresults: {options.output}")
@@ -136,9 +137,7 @@ def open_task(name: str, root: str = ".", validate: bool = False) -> TaskData:
             )
     if train.class_names != test.class_names:
         odd = ", ".join(sorted({*train.class_names} ^ {*test.class_names}))
-        raise ValueError(
-            f"the task {own}: training and test classes, or their order, differ: {odd}"
-        )
+        raise ValueError(f"the task {own}: training and test classes or their order differ: {odd}")
     if validate:
         tuning = every_nth(train.labels, TUNING)
         train, test = (data.Subset(train, mask) for mask in (~tuning, tuning))
