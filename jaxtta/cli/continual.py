@@ -100,8 +100,7 @@ def run(options: Options) -> None:
             except FloatingPointError as error:
                 failed.append(str(error))
     if found:
-        rows = pd.concat(found)
-        rows = pd.concat([rows.query("method == @name") for name in options.methods])
+        rows = pd.concat([each[each.method == m] for m in options.methods for each in found])
         named = rows, [task.name for task in tasks], [task.name for task in retention]
         text, where = table(*named), " on validation images" if options.validate else ""
         heading = f"accuracy in %{where} after the last task, mean over {rows.seed.nunique()} seeds"

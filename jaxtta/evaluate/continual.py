@@ -21,7 +21,7 @@ from flax.traverse_util import flatten_dict
 from tqdm import tqdm
 
 from jaxtta import continual, data, metrics, models, tree, views
-from jaxtta.continual import VARIANTS, Grams, ReferenceBatch, TrainingConfig
+from jaxtta.continual import VARIANTS, Grams, ReferenceBatch, TaskBatch, TrainingConfig
 from jaxtta.evaluate.checkpoint import restore_checkpoint, save_checkpoint
 from jaxtta.evaluate.provenance import about, digest_of, fingerprints, model_settings
 from jaxtta.evaluate.store import agree, agree_on_images
@@ -182,26 +182,26 @@ def train_task(
         pairs = pairs and pairs._replace(texts=None)
     rng = np.random.default_rng([seed, number])
     key = jax.random.fold_in(jax.random.key(seed), number)
-    images, wanted = task.train, config.iterations * config.batch_size
-    epochs = [rng.permutation(len(images)) for _ in range(-(-wanted // len(images)))]
+    size, wanted = len(task.train), config.iterations * config.batch_size
+    order = np.concatenate([rng.permutation(size) for _ in range(-(-wanted // size))])[:wanted]
     desc = f"{name} seed {seed}: {task.name}"
     trained, _ = tree.partition(params, trainable)
     projectors = continual.null_space_projectors(grams, config.rho) if grams else {}
     optimizer = continual.task_optimizer(method, projectors, *config.schedule)
     state = continual.TrainState(jax.tree.map(jnp.copy, trained), optimizer.init(trained))
     drawn = None
-    for step, batch in enumerate(experiment.read(images, np.concatenate(epochs)[:wanted], desc)):
+    for step, batch in enumerate(experiment.read(task.train, order, desc)):
         if not batch.mask.any():
             raise ValueError(f"{desc}: none of the images of a batch could be read")
         # Others of the batch stand in for unreadable images.
         others = rng.choice(np.flatnonzero(batch.mask), len(batch.mask))
         rows = np.where(batch.mask, np.arange(len(batch.mask)), others)
-        shown = continual.TaskBatch(batch.images[rows], batch.labels[rows], classes)
+        images, labels = jnp.asarray(batch.images[rows]), jnp.asarray(batch.labels[rows])
         if pairs is not None:
             chosen = rng.integers(0, len(pairs.images), config.reference_batch)
             drawn = jax.tree.map(lambda x, chosen=chosen: x[chosen], pairs)
-        inputs = state, projectors, jax.random.fold_in(key, step), params, shown, drawn
-        state, found = _step(model, method, config.schedule, *inputs)
+        inputs = jax.random.fold_in(key, step), params, TaskBatch(images, labels, classes), drawn
+        state, found = _step(model, method, config.schedule, state, projectors, *inputs)
         if (step % 50 == 0 or step == config.iterations - 1) and not np.isfinite(found["loss"]):
             raise FloatingPointError(f"{desc}: the loss is no longer finite; lower learning_rate")
     return tree.merge(params, state.trained), grams
