@@ -11,9 +11,8 @@ reference images, and on the five others. All methods, three seeds, and all of C
         --methods fine-tuning distillation projection-before projection-after gnsp gnsp-after \
         wise-ft
 
-experiments/gnsp_mtil.py has the command for the eleven MTIL sets. Your own task is NAME=FOLDER,
-with FOLDER/train/<class>/… and FOLDER/test/<class>/…. A run that was stopped resumes after the last
-finished task.
+experiments/gnsp_mtil.py is for the eleven MTIL sets. Your own task is NAME=FOLDER, a folder with
+train/<class>/… and test/<class>/…. A run that was stopped resumes after the last finished task.
 """
 
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Annotated
 import numpy as np
 import pandas as pd
 import tyro
+from matplotlib.figure import Figure
 
 from jaxtta import assets, data, evaluate, io, metrics, models
 from jaxtta.cli.options import group
@@ -106,11 +106,12 @@ def run(options: Options) -> None:
         heading = f"accuracy in %{where} after the last task, mean over {rows.seed.nunique()} seeds"
         io.write_text(options.output / "table.txt", text + "\n")
         io.write_text(options.output / "results.csv", rows.to_csv(index=False))
-        lines = rows.assign(line=rows["set"] + ": " + rows.method)
-        panels = lines.groupby("set").line.unique().map(list).to_list()
-        means = lines.pivot_table("value", "step", "line")
-        grid = means.plot(subplots=panels, layout=(1, -1), figsize=(4 * len(panels), 4), marker=".")
-        grid[0, 0].figure.savefig(options.output / "curves.png", dpi=150)
+        means = rows.pivot_table("value", "step", ["set", "method"])
+        names = means.columns.unique(0)
+        figure = Figure(figsize=(3.4 * len(names), 3.2), layout="constrained")
+        for axes, name in zip(figure.subplots(1, len(names)), names, strict=True):
+            means[name].plot(ax=axes, title=name, xticks=means.index, legend=name == names[0])
+        figure.savefig(options.output / "curves.png", dpi=150)
         print(f"{heading}\n\n{text}\n\nresults: {options.output}")
     if failed:
         raise FloatingPointError("; ".join(failed))

@@ -17,9 +17,9 @@ class TrainingConfig:
     learning_rate: float = 5e-5  # peak learning rate of AdamW (paper: 1e-5 to 5e-5 on CLIP)
     rho: float = 0.15  # share of the sum of singular values that is treated as the null space
     gram_images: int | None = None  # images per task for its Gram matrices (paper, default: all)
-    # trained on the first task: the kernels of the others, or (published) all but the logit scale
+    # what the first task trains: the kernels of the others, or (published) all but the logit scale
     first_task: Literal["same", "all"] = "same"
-    task_zero: bool = True  # the first task is projected, for the reference images; not published
+    task_zero: bool = True  # whether to project the first task, by the reference images (paper: no)
     reference_images: int = 1000  # number of reference images
     reference_batch: int = 64  # reference pairs per step
     wise_share: float = 0.5  # weight of the fine-tuned parameters in wise-ft's average
