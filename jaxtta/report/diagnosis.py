@@ -158,7 +158,7 @@ def diagnosis_plots(found: Diagnosis, fractions: Sequence[float]) -> dict[str, F
     for name, look in styles(found.models, None).items():
         model, colour = found.models[name], look["color"]
         spectrum, base = np.asarray(model.base.importance), model.sets[model.base_name]
-        importance.plot(1 + np.arange(len(spectrum)), spectrum / spectrum.mean(), color=colour)
+        importance.plot(1 + np.arange(len(spectrum)), spectrum / spectrum.mean(), **look, ms=1)
         pruning.plot(pd.Series(base.pruned, [*fractions]).sort_index(), **look)
         if model.shifted:
             pruning.plot(fractions, model.shifted.pruned, "x", color=colour)
