@@ -135,10 +135,10 @@ def test_metrics_are_those_of_direct_calls(run, tmp_path, embedded):
     folder = tmp_path / "out"
     assert (folder / "table.txt").read_text().strip() in out
     page = (folder / "report.html").read_text()
-    assert page.count("data:image/png;base64") == 3
+    assert page.count("data:image/png;base64") == 4
     assert 'src="http' not in page and "<script" not in page
     pngs = {path.stem for path in folder.glob("*.png")}
-    assert pngs == {"importance", "pruning", "robustness"}
+    assert pngs == {"kurtosis", "importance", "pruning", "robustness"}
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from jaxtta.data import ImageFolder
 from jaxtta.diagnose import Answers, Diagnosis, TargetCheck, truncate
 from jaxtta.images import printable
 from jaxtta.io import atomic_write, write_json, write_text
-from jaxtta.report.plots import GREY, finish, styles
+from jaxtta.report.plots import GREY, finish, label, styles
 from jaxtta.report.render import NONE, percent, png, render
 from jaxtta.report.summary import Summary
 from jaxtta.report.text import aligned, answer, counted, points
@@ -62,7 +62,8 @@ def write_check(
     content = {"models": {model: dataclasses.asdict(check) | {"trial": rows}}} | made
     title, tables = f"Check of {images.root.resolve().name}: {model}", check_tables(check, trial)
     said = sentences("target.txt.j2", name=model, check=check, trial=trial)
-    _write(folder, title, content, said, tables, unsure=shown, optimizers=optimizers)
+    drawn = {"predictions": draw_predictions(check, answers)}
+    _write(folder, title, content, said, tables, plots=drawn, unsure=shown, optimizers=optimizers)
 
 
 def _write(
@@ -107,6 +108,12 @@ def entry(value: Any) -> str:
     return NONE if value is None else str(value)
 
 
+def described(columns: dict[str, Any], *omitted: str) -> pd.DataFrame:
+    """Fields by name as a table of text."""
+    table = pd.DataFrame(columns).drop([*omitted]).map(entry)
+    return table.rename(index=lambda name: name.replace("_", " "))
+
+
 def diagnosis_tables(found: Diagnosis) -> Tables:
     """Metrics by model and by pair of models, as text."""
     models = {}
@@ -123,15 +130,13 @@ def diagnosis_tables(found: Diagnosis) -> Tables:
         rows["sufficient fraction of directions"] = model.sufficient_fraction
         models[name] = rows | vars(model.base)
     pairs = {" / ".join(pair.models): vars(pair) for pair in found.pairs}
-    tables = {"Models": pd.DataFrame(models).map(entry)}
-    if pairs:
-        tables["Pairs of models"] = pd.DataFrame(pairs).drop("models").map(entry)
-    return tables
+    tables = {"Models": described(models)}
+    return tables | ({"Pairs of models": described(pairs, "models")} if pairs else {})
 
 
 def check_tables(check: TargetCheck, trial: Summary | None) -> Tables:
     """Distribution shift, predictions and the trial of adapters, as text."""
-    spaces = pd.DataFrame({"target": vars(check.target), "reference": vars(check.reference)})
+    spaces = {"target": vars(check.target), "reference": vars(check.reference)}
     shares = {"predicted (%)": check.target.predicted}
     if check.labelled:
         shares |= {"labelled (%)": check.labelled.shares, "recall (%)": check.labelled.recall}
@@ -140,7 +145,7 @@ def check_tables(check: TargetCheck, trial: Summary | None) -> Tables:
     confused = {" / ".join(pair.classes): (pair.share, pair.margin) for pair in check.confused}
     heads = ["top two for (%)", "mean difference (points)"]
     tables = {
-        "Images in the embedding space": spaces.drop("predicted").map(entry),
+        "Images in the embedding space": described(spaces, "predicted"),
         "Classes": classes.map(percent),
         "Classes that are confused": pd.DataFrame(confused, heads).map(percent).T,
     }
@@ -152,9 +157,16 @@ def check_tables(check: TargetCheck, trial: Summary | None) -> Tables:
 
 def diagnosis_plots(found: Diagnosis, fractions: Sequence[float]) -> dict[str, Figure]:
     """The plots of a diagnosis with these fractions of the head's directions."""
-    names, line = ("importance", "pruning", "robustness"), found.robustness.line
+    names, line = ("kurtosis", "importance", "pruning", "robustness"), found.robustness.line
     drawn = {name: Figure(figsize=(7, 4.4), layout="constrained") for name in names}
-    importance, pruning, robustness = (figure.subplots() for figure in drawn.values())
+    kurtosis, importance, pruning, robustness = (figure.subplots() for figure in drawn.values())
+    bars = {
+        label(name): {label(key): each.kurtosis for key, each in model.sets.items()}
+        for name, model in found.models.items()
+    }
+    pd.DataFrame(bars).plot.bar(ax=kurtosis, width=0.8, rot=40)
+    kurtosis.axhline(3, color="black", linestyle="--", linewidth=1)
+    finish(kurtosis, "", "kurtosis of the features")
     for name, look in styles(found.models, None).items():
         model, colour = found.models[name], look["color"]
         spectrum, base = np.asarray(model.base.importance), model.sets[model.base_name]
@@ -175,3 +187,21 @@ def diagnosis_plots(found: Diagnosis, fractions: Sequence[float]) -> dict[str, F
     robustness.plot(ends, line.predict(ends), color=GREY)
     finish(robustness, "accuracy on the base set", "mean on shifted sets", grid="both")
     return drawn
+
+
+def draw_predictions(check: TargetCheck, answers: Answers) -> Figure:
+    """Draw entropies, and how often each class is predicted."""
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    bins = np.linspace(0, np.log(len(check.classes)), 31)
+    for name, values in (("target", answers.entropies), ("reference", answers.reference_entropies)):
+        weights = np.full(len(values), 100 / len(values))
+        left.hist(np.clip(values, 0, bins[-1]), bins, weights=weights, alpha=0.6, label=name)
+    shares = {"predicted": check.target.predicted}
+    shares |= {"labelled": check.labelled.shares} if check.labelled else {}
+    frame = 100 * pd.DataFrame(shares, [*map(label, check.classes)]).iloc[check.commonest()]
+    frame.plot.barh(ax=right, width=0.8, legend=False)
+    right.invert_yaxis()
+    finish(left, "entropy of a prediction (nats)", "images (%)")
+    finish(right, "images (%)", "", grid="x")
+    return figure
