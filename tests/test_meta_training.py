@@ -151,7 +151,7 @@ def test_a_generator_is_trained_and_a_killed_run_goes_on(run_jaxtta, short, tmp_
     def stop(folder, step, *arguments):
         if step == 2:
             raise KeyboardInterrupt
-        return evaluate.checkpoint.save_checkpoint(folder, step, *arguments)
+        return evaluate.store.save_checkpoint(folder, step, *arguments)
 
     with monkeypatch.context() as patch:
         patch.setattr(evaluate, "save_checkpoint", stop)

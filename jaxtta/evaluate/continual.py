@@ -23,9 +23,8 @@ from tqdm import tqdm
 from jaxtta import continual, data, metrics, models, tree
 from jaxtta.continual import VARIANTS, Grams, ReferenceBatch, TrainingConfig, random_crops
 from jaxtta.data.tasks import TaskData
-from jaxtta.evaluate.checkpoint import restore_checkpoint, save_checkpoint
 from jaxtta.evaluate.provenance import about, digest_of, fingerprints, model_settings
-from jaxtta.evaluate.store import agree, agree_on_images
+from jaxtta.evaluate.store import agree, agree_on_images, restore_checkpoint, save_checkpoint
 from jaxtta.io import write_json
 
 Params = models.Params
