@@ -289,7 +289,7 @@ def test_natural_shifts_end_to_end(run_jaxtta, short, tmp_path, monkeypatch):
         ("--layout cifar", "unknown layout 'cifar', expected one of folder"),
         ("--layout arrays --data /nowhere --class-names a b", "/nowhere"),
         ("--shard 2/2", "--shard is '2/2', expected i/n with i below n"),
-        ("--tune-learning-rates -1", "--tune-learning-rates is -1.0, expected a positive number"),
+        ("--tune-learning-rates -1", "lr is -1.0, expected a positive number"),
         ("--tune-learning-rates 0.1 --corruptions spatter", "select learning rates"),
         ("--tune-learning-rates 0.1 --shard 0/2", "omit --shard"),
         ("--tune-adapters tent", "--tune-adapters tent needs --tune-learning-rates"),

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from jaxtta import Adapter, Prediction, data, evaluate
 from jaxtta.bootstrap import bootstrap, interval
-from jaxtta.evaluate.store import Store
+from jaxtta.evaluate.store import lock, result_path
 from jaxtta.models import as_batch
 
 
@@ -239,7 +239,7 @@ def test_a_checkpoint_that_does_not_fit_is_not_used(whole, tmp_path, caplog):
     assert resume(folder) == (False, True)
     # one adapter's result was written before the end, the other's goes on
     folder = cut("half")
-    finished = Store(whole["continual"][0], {}).path("zero_shot", "continual-5", 1)
+    finished = result_path(whole["continual"][0], "zero_shot", "continual-5", 1)
     shutil.copy(finished, folder / "predictions")
     assert resume(folder) == (True, False)
 
@@ -355,9 +355,10 @@ def test_functions_of_one_name_are_told_apart(tmp_path, caplog, wrapped):
 @pytest.mark.parametrize(
     ("changes", "adapters", "message"),
     [
-        ({}, {}, "adapters and streams of distinct names, not \\[\\]"),
-        ({"streams": ()}, ADAPTERS, "adapters and streams of distinct names"),
+        ({}, {}, "one or more adapters of distinct names, not \\[\\]"),
+        ({"streams": ()}, ADAPTERS, "one or more streams"),
         ({"streams": 2}, ADAPTERS, "streams of distinct names.*continual-5 of seed 1"),
+        ({"batch_size": 0}, ADAPTERS, "batch_size is 0"),
     ],
 )
 def test_sweeps_of_nothing_are_refused(changes, adapters, message):
@@ -405,14 +406,14 @@ def test_folders_that_hold_no_predictions(tmp_path):
 
 def test_two_runs_on_one_folder_are_refused(tmp_path):
     sweep(tmp_path)
-    store = Store(tmp_path, json.loads((tmp_path / "settings.json").read_text()))
+    held = partial(lock, tmp_path, json.loads((tmp_path / "settings.json").read_text()))
     message = rf"another run is writing to this folder \(process {os.getpid()} on \w+\)"
-    with store.lock(), pytest.raises(ValueError, match=message):
+    with held((0, 1)), pytest.raises(ValueError, match=message):
         sweep(tmp_path)
     sweep(tmp_path)
-    with store.lock((0, 2)), pytest.raises(ValueError, match=message), store.lock((0, 2)):
+    with held((0, 2)), pytest.raises(ValueError, match=message), held((0, 2)):
         pass
-    with store.lock((0, 2)), store.lock((1, 2)):
+    with held((0, 2)), held((1, 2)):
         pass
 
 

@@ -90,7 +90,6 @@ def check(options: Options) -> None:
     if given.severities and (given.setting == "gradual" or options.data.layout == "arrays"):
         what = "--setting gradual" if given.setting == "gradual" else "--layout arrays"
         raise ValueError(f"{what} has fixed severities, omit --severities")
-    evaluate.require_positive(tune_learning_rates=rates)
     adapters, tuned = options.adapters.adapters, options.tune.tune_adapters
     for name in tuned:
         if not rates or name not in adapters:

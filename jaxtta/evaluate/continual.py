@@ -23,9 +23,9 @@ from tqdm import tqdm
 from jaxtta import continual, data, metrics, models, tree
 from jaxtta.continual import VARIANTS, Grams, ReferenceBatch, TrainingConfig, random_crops
 from jaxtta.data.tasks import TaskData
-from jaxtta.evaluate.provenance import about, digest_of, fingerprints, model_settings
-from jaxtta.evaluate.store import agree, agree_on_images, restore_checkpoint, save_checkpoint
-from jaxtta.io import write_json
+from jaxtta.evaluate.provenance import about, fingerprints, model_settings
+from jaxtta.evaluate.store import agree, agree_on_images
+from jaxtta.io import digest_of, restore_checkpoint, save_checkpoint, write_json
 
 Params = models.Params
 WISE, WISE_TRAINING = "wise-ft", "fine-tuning"

@@ -13,8 +13,7 @@ import pandas as pd
 from jaxtta import metrics
 from jaxtta.bootstrap import bootstrap, interval
 from jaxtta.data import Domain
-from jaxtta.evaluate.provenance import as_json, digest_of
-from jaxtta.io import load_arrays, save_arrays
+from jaxtta.io import as_json, digest_of, load_arrays, save_arrays
 
 Interval = tuple[float, float] | None
 Segments = Sequence[pd.DataFrame]

@@ -4,10 +4,8 @@ import dataclasses
 import datetime
 import hashlib
 import inspect
-import json
 import platform
 import shlex
-import shutil
 import subprocess
 import sys
 from importlib.metadata import version
@@ -22,7 +20,7 @@ from jaxtta.adapters import AdapterConfig, AdapterSpec, tnt_config_of
 from jaxtta.adapters.by_name import mgtta_config_of, optimizer_of
 from jaxtta.data import Batches, Dataset, Subset, content_of
 from jaxtta.data.datasets import stored_in
-from jaxtta.io import digest_array
+from jaxtta.io import digest_array, digest_of
 from jaxtta.models import Params, Task, describe_preprocessing, model_settings
 
 PACKAGES = ("jaxtta", "jax", "jaxlib", "flax", "optax", "transformers", "numpy", "pillow")
@@ -68,9 +66,7 @@ def source_of(function: Any) -> str | None:
         return None
 
 
-def identity_of(
-    spec: AdapterSpec, config: AdapterConfig, canvas: int | None = None
-) -> dict[str, Any]:
+def identity_of(spec: AdapterSpec, config: AdapterConfig, canvas: int | None = None) -> dict:
     """What decides an adapter's results: settings, and digests of files and of its source."""
     own: dict[str, Any] = {"name": spec.name}
     if spec.needs_originals:
@@ -107,26 +103,14 @@ def contents_of(batches: Batches, share: range, progress: bool) -> dict[int, str
     return {n: None if None in own else digest_of(own) for n, own in parts.items()}
 
 
-def as_json(content: Any) -> Any:
-    """A value as JSON gives it back: tuples are lists, and what it does not know is its text."""
-    return json.loads(json.dumps(content, default=str))
-
-
-def digest_of(content: Any) -> str:
-    """A short hash of a JSON value, which may hold arrays."""
-    words = json.dumps(content, sort_keys=True, default=digest_array).encode()
-    return hashlib.blake2b(words, digest_size=16).hexdigest()
-
-
 def about(loaded: Any = None, **places: str) -> dict[str, Any]:
     """How to repeat a run with a model from `jaxtta.load`; `places` are paths of data and model."""
     if hasattr(loaded, "preprocessing_origin"):
         places["preprocessing"] = describe_preprocessing(loaded).removeprefix("preprocessing: ")
     root = Path(__file__).parents[2]  # a checkout of jaxtta, or a folder of packages
-    if (root / ".git").exists() and shutil.which("git"):
-        command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
-        found = subprocess.run(command, capture_output=True, text=True).stdout.strip()
-        places |= {"commit": found} if found else {}
+    git = f"git -C {shlex.quote(str(root))} describe --always --dirty --exclude='*'"
+    if (root / ".git").exists() and (found := subprocess.getstatusoutput(git))[0] == 0:
+        places["commit"] = found[1]
     return {
         **places,
         "command": shlex.join(["python", *sys.orig_argv[1:]]),

@@ -21,9 +21,9 @@ from jaxtta import data
 from jaxtta.adapters import Adapter, AdapterConfig, AdapterSpec, make_adapter, parse_adapter
 from jaxtta.adapters.by_name import SETTINGS
 from jaxtta.data import Batches, Domain, Stream
-from jaxtta.evaluate import provenance
+from jaxtta.evaluate import provenance, store
 from jaxtta.evaluate.predictions import BATCH, IMAGE, Predictions, score
-from jaxtta.evaluate.store import Store, restore_checkpoint, save_checkpoint
+from jaxtta.io import as_json, digest_of, restore_checkpoint, save_checkpoint
 from jaxtta.models import Batch, Classifier, Params, Task
 from jaxtta.models.preprocess import Preprocessing
 
@@ -59,7 +59,7 @@ class Spec:
         return Batches(self.benchmark, tuple(self.streams), self.batch_size, preprocess, canvas)
 
 
-def sweep(
+def sweep(  # noqa: D417
     spec: Spec,
     adapters: Iterable[str | AdapterSpec] | Mapping[str, Callable[..., Adapter]],
     model: Classifier,
@@ -80,8 +80,6 @@ def sweep(
     Args:
         spec: images, streams and classes.
         adapters: texts as for `parse_adapter`, or functions `(model, task) -> Adapter` by name.
-        model: the model.
-        params: its frozen parameters.
         folder: for the results, locked during the run; None to keep nothing.
         config: settings of adapters that their texts do not say.
         workers: processes that read images ahead; 0 for a thread.
@@ -89,52 +87,56 @@ def sweep(
         checkpoint_every: batches between two checkpoints within a stream.
         trust_data: take earlier results without checking that the stored images are the same.
         log: called with each new result.
-        progress: show a progress bar.
         about: what to keep with the results that changes none; None for `about(model)`.
 
     Returns:
         The results of this shard's streams, by stream, then adapter.
     """
-    if isinstance(adapters, Mapping):
-        adapters = [AdapterSpec(text, text, {}, make) for text, make in adapters.items()]
-    specs = [parse_adapter(each) if isinstance(each, str) else each for each in adapters]
+    given: Any = adapters
+    if isinstance(given, Mapping):
+        given = [AdapterSpec(text, text, {}, make) for text, make in given.items()]
+    specs = [parse_adapter(each) if isinstance(each, str) else each for each in given]
     names = [each.text for each in specs]
-    for given in (names, [f"{each.name} of seed {each.seed}" for each in spec.streams]):
-        if not given or len(set(given)) < len(given):
-            raise ValueError(f"expected adapters and streams of distinct names, not {given}")
+    streams = [f"{stream.name} of seed {stream.seed}" for stream in spec.streams]
+    for what, listed in (("adapters", names), ("streams", streams)):
+        if not listed or len(set(listed)) < len(listed):
+            raise ValueError(f"a sweep needs one or more {what} of distinct names, not {listed}")
+    if spec.batch_size < 1:
+        raise ValueError(f"batch_size is {spec.batch_size}, expected at least 1")
     data.select(spec.benchmark, (d for stream in spec.streams for d in stream.segments))
     settings = _settings_of(spec, model, params)
     how = (model, spec.task, config, settings["model"]["weights"])
     made = {each.text: (each, make_adapter(each, *how)) for each in specs}
     batches = spec.batches(model, specs)
     own = {each.text: provenance.identity_of(each, config, batches.canvas) for each in specs}
-    told = provenance.as_json(provenance.about(model) if about is None else about)
+    told = as_json(provenance.about(model) if about is None else about)
     share = range(len(batches.streams))[shard[0] :: shard[1]]
     results: dict[tuple[int, str], Predictions] = {}
     runs = []
     with contextlib.ExitStack() as stack:
         if folder is None:
             folder, trust_data = stack.enter_context(tempfile.TemporaryDirectory()), True
-        store = Store(Path(folder), settings)
-        stack.enter_context(store.lock(shard))
+        root = Path(folder)
+        stack.enter_context(store.lock(root, settings, shard))
         contents = {} if trust_data else provenance.contents_of(batches, share, progress)
         for number in share:
             stream, missing = batches.streams[number], {}
             shown = {
                 "domains": [str(domain) for domain in stream.segments],
-                "images": f"{len(stream.items)}, in order {provenance.digest_of(stream.parts)}",
+                "images": f"{len(stream.items)}, in order {digest_of(stream.parts)}",
             }
             shared = settings | {"streams": settings["streams"] | shown}
             for name, adapter in own.items():
-                identity = provenance.as_json(shared | {"adapter": adapter})
-                found = store.read((name, stream.name, stream.seed), identity, contents.get(number))
+                identity = as_json(shared | {"adapter": adapter})
+                path = store.result_path(root, name, stream.name, stream.seed)
+                found = store.read_result(path, identity, contents.get(number))
                 if found is None:
                     missing[name] = identity
                 else:
                     results[number, name] = found
             if missing:
                 note = {"settings": missing, "content": contents.get(number)}
-                kept = store.checkpoints(stream.name, stream.seed)
+                kept = root / "checkpoints" / store.safe_name(f"{stream.name}--seed{stream.seed}")
                 inputs = (batches, number, made, params, note, kept, checkpoint_every)
                 runs.append(StreamRun(*inputs))
         if results and None in contents.values():
@@ -151,11 +153,12 @@ def sweep(
                 for name in run.note["settings"]:
                     place = {"place": [run.number, names.index(name)]}
                     result = run.result(name, spec.setting, told | place)
-                    result.save(store.path(name, result.stream, result.seed))
+                    result.save(store.result_path(root, name, result.stream, result.seed))
                     results[run.number, name] = result
                     if log is not None:
                         log(result)
-                run.remove()
+                run.tree.clear()
+                shutil.rmtree(run.folder, ignore_errors=True)
             next(source, None)  # ends the reader processes
     return [results[number, name] for number in share for name in names]
 
@@ -173,7 +176,7 @@ def _settings_of(spec: Spec, model: Classifier, params: Params) -> dict[str, Any
         groups["model"]["templates"] = spec.templates
     if not type(model).__module__.startswith("jaxtta."):
         groups["model"]["source"] = provenance.source_of(type(model))
-    return provenance.as_json(groups)
+    return as_json(groups)
 
 
 class Choice(NamedTuple):
@@ -255,7 +258,6 @@ class StreamRun:
                 self.tree, self.done = tree, done
         except ValueError as error:
             _log.warning("%s: ignored, restarting the stream (%s)", self.folder, error)
-            self.remove()
 
     def _begin(self) -> None:
         for name in self.note["settings"]:
@@ -325,11 +327,6 @@ class StreamRun:
             peak_memory_gb=peak_memory_gb(),
             content=self.note["content"],
         )
-
-    def remove(self) -> None:
-        """Forget the states and the checkpoints."""
-        self.tree = {}
-        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def peak_memory_gb() -> float:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxtta.evaluate.predictions import Predictions
-from jaxtta.evaluate.provenance import as_json
 from jaxtta.evaluate.store import safe_name
+from jaxtta.io import as_json
 
 
 def loggers(
