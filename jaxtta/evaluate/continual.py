@@ -22,10 +22,9 @@ from tqdm import tqdm
 
 from jaxtta import continual, data, metrics, models, tree, views
 from jaxtta.continual import VARIANTS, Grams, ReferenceBatch, TaskBatch, TrainingConfig
-from jaxtta.evaluate.checkpoint import restore_checkpoint, save_checkpoint
-from jaxtta.evaluate.provenance import about, digest_of, fingerprints, model_settings
+from jaxtta.evaluate.provenance import about, fingerprints, model_settings
 from jaxtta.evaluate.store import agree, agree_on_images
-from jaxtta.io import write_json
+from jaxtta.io import digest_of, restore_checkpoint, save_checkpoint, write_json
 
 Params = models.Params
 WISE, WISE_TRAINING = "wise-ft", "fine-tuning"  # measured in the same run
