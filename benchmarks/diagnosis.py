@@ -9,31 +9,24 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from jaxtta import diagnose, evaluate
-from jaxtta.diagnose.model import base_metrics, set_metrics
+from jaxtta import diagnose, evaluate, models
 
 
 def main(images: int = 50000, classes: int = 1000, size: int = 512) -> None:
     """Measure noise around the classes' texts, with one outlier axis."""
-    rng, settings = np.random.default_rng(1), diagnose.Settings()
-    head = rng.standard_normal((classes, size), np.float32)
-    head /= np.linalg.norm(head, axis=1, keepdims=True)
-    labels = np.arange(images, dtype=np.int32) % classes
-    rows = rng.standard_normal((images, size), np.float32) + 5 * head[labels]
+    rng, labels = np.random.default_rng(1), np.arange(images, dtype=np.int32) % classes
+    head = models.l2_normalize(jnp.asarray(rng.standard_normal((classes, size), np.float32)))
+    rows = rng.standard_normal((images, size), np.float32) + 5 * np.asarray(head)[labels]
     rows[:, 0] += 20
-    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    rows = np.asarray(models.l2_normalize(jnp.asarray(rows)))
     other = rows + 0.05 * rng.standard_normal(rows.shape, np.float32)
-    features, texts = diagnose.FeatureSet(rows, labels, []), jnp.asarray(head)
-    before, start = evaluate.peak_memory_gb(), time.perf_counter()
-    base, directions = base_metrics(texts, features, [*map(str, range(classes))], settings)
-    found = set_metrics(texts, directions, features, settings.fractions)
-    cka = diagnose.linear_cka(rows, other)
-    shift, _ = diagnose.mmd_to_reference(rows[::2], rows[1::2])
-    seconds, after = time.perf_counter() - start, evaluate.peak_memory_gb()
-    print(
-        f"outlier axes {base.outlier_axes}, accuracy {found.accuracy:.3f}, CKA {cka:.3f}, ", end=""
-    )
-    print(f"p-value {shift.p_value:.3f}: {seconds:.1f} s, {after:.2f} GB ({before:.2f} GB before)")
+    start, names = time.perf_counter(), [*map(str, range(classes))]
+    base = diagnose.LabelledSet("base", head, names, diagnose.FeatureSet(rows, labels, []))
+    found, _ = diagnose.diagnose_model("model", [base], diagnose.Settings())
+    text = f"outlier axes {found.base.outlier_axes}, accuracy {found.sets['base'].accuracy:.3f}, "
+    text += f"CKA {diagnose.linear_cka(rows, other):.3f}, "
+    text += f"p-value {diagnose.mmd_to_reference(rows[::2], rows[1::2])[0].p_value:.3f}: "
+    print(f"{text}{time.perf_counter() - start:.1f} s, {evaluate.peak_memory_gb():.2f} GB")
 
 
 if __name__ == "__main__":

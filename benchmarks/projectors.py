@@ -3,8 +3,6 @@
 import dataclasses
 import functools
 import importlib.util
-import time
-from collections.abc import Callable
 from typing import Any
 
 import cases
@@ -23,25 +21,21 @@ def projection_times(settings: cases.Settings) -> pd.Series:
     params = random_params(model)
     shown = np.split(cases.random_images(64, settings.model), 4)  # batches of 16, as published
     grams = jax.block_until_ready(continual.task_grams(model, params, shown))
-    identities = {size: jnp.eye(size) for size in {len(gram) for gram in grams.values()}}
-    seconds, projectors = {}, {}
-    for backend, name in (("host", "on the host, float64"), ("device", "on the device")):
-        make = functools.partial(continual.null_space_projectors, backend=backend)
-        jax.block_until_ready(make(identities))  # load the libraries and compile
-        seconds[f"{len(grams)} projectors {name}"], projectors = once(make, grams)
+    seconds, measured = {}, functools.partial(cases.timed, steps=1, wait=jax.block_until_ready)
+    for backend in ("host", "device"):
+        make = functools.partial(continual.null_space_projectors, grams, backend=backend)
+        (seconds[f"{len(grams)} projectors on the {backend}"],) = measured(make)
     if importlib.util.find_spec("torch"):
         import torch
 
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        matrices = [torch.from_numpy(np.array(gram)).to(device) for gram in grams.values()]
-        torch.linalg.svd(torch.eye(8, device=device))
-        sizes = (torch.linalg.svd(matrix)[1].cpu() for matrix in matrices)
-        seconds["full SVDs in PyTorch"], _ = once(list, sizes)
+        matrices = [torch.from_numpy(np.array(gram)) for gram in grams.values()]
+        (seconds["SVDs in PyTorch, CPU"],) = measured(lambda: [*map(torch.linalg.svd, matrices)])
 
+    projectors = continual.null_space_projectors(grams)
     images = jnp.asarray(cases.random_images(settings.batch, settings.model))
     labels = jnp.arange(settings.batch) % settings.classes
-    texts = jax.random.normal(jax.random.key(0), (settings.classes, model.projection))
-    texts = models.l2_normalize(texts)
+    size = settings.classes, model.projection
+    texts = models.l2_normalize(jax.random.normal(jax.random.key(0), size))
     pairs = continual.ReferenceBatch(images, None, labels, *[texts[labels]] * 3)
     examples = continual.TaskBatch(images, labels, texts)
     trained, frozen = tree.partition(params, continual.gnsp_kernels)
@@ -58,10 +52,3 @@ def projection_times(settings: cases.Settings) -> pd.Series:
         call = functools.partial(step, projectors, frozen, state, examples, pairs)
         seconds[name] = min(cases.timed(call, settings.steps, jax.block_until_ready))
     return pd.Series(seconds, name="seconds")
-
-
-def once(make: Callable[..., Any], inputs: Any) -> tuple[float, Any]:
-    """Seconds to make something, and what is made."""
-    start = time.perf_counter()
-    made = jax.block_until_ready(make(inputs))
-    return time.perf_counter() - start, made

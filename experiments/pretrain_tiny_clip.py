@@ -64,7 +64,6 @@ def run(config: Config) -> None:
     counts = {name: (getattr(config, name), 1) for name in ("epochs", "batch", "max_images")}
     counts |= {"layers": (min(config.layers), 1), "seed": (config.seed, 0)}
     evaluate.require_at_least(**counts)
-    evaluate.require_positive(learning_rate=[config.learning_rate])
     written = [config.output / name for name in ("config.json", "model.safetensors")]
     if not config.overwrite and any(path.exists() for path in written):
         raise FileExistsError(f"{config.output}: already has a checkpoint; --overwrite replaces it")

@@ -51,7 +51,6 @@ def main(options: Options) -> None:
     given, size, kept = options.data, options.batch_size, options.protect_images
     chosen = {name: getattr(options, name) for name in ("corruptions", "ranks", "seeds")}
     evaluate.require_distinct(**chosen)
-    evaluate.require_positive(learning_rate=(options.learning_rate,))
     least = {"protect_images": (kept, 1), "batch_size": (size, 1), "workers": (options.workers, 0)}
     least |= {"ranks": (min(options.ranks), 1), "seeds": (min(options.seeds), 0)}
     evaluate.require_at_least(max_images=(given.max_images, 1), **least)

@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import unflatten_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
@@ -183,6 +184,17 @@ def digest_array(array: np.ndarray) -> str:
     return f"bytes {digest.hexdigest()}"
 
 
+def as_json(content: Any) -> Any:
+    """A value as JSON gives it back: tuples are lists, and what it does not know is its text."""
+    return json.loads(json.dumps(content, default=str))
+
+
+def digest_of(content: Any) -> str:
+    """A short hash of a JSON value, which may hold arrays."""
+    words = json.dumps(content, sort_keys=True, default=digest_array).encode()
+    return hashlib.blake2b(words, digest_size=16).hexdigest()
+
+
 def save_arrays(
     path: str | Path, arrays: Mapping[str, Any], metadata: Mapping[str, Any] | None = None
 ) -> None:
@@ -298,6 +310,31 @@ def load_state(path: str | Path, like: Any, *, part: bool = False) -> Any:
         )
 
     return jax.tree.map_with_path(restore, like)
+
+
+def save_checkpoint(folder: Path, step: int, tree: Any, note: Any = None) -> None:
+    """Save a tree of arrays and a JSON value after so many steps; only the newest step is kept."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"step-{step}.safetensors"
+    save_state(path, tree, note)
+    for earlier in {*folder.glob("step-*.safetensors")} - {path}:
+        earlier.unlink()
+
+
+def restore_checkpoint(folder: Path, like: Any = None) -> tuple[int, Any, Any] | None:
+    """Restore the newest step, its tree and its note; None without a checkpoint.
+
+    `like` is a tree of the same structure; what the checkpoint has beside it is left out. Without,
+    the tree is nested dicts of numpy arrays. Raises a ValueError if it is damaged or does not fit.
+    """
+    steps = {int(path.stem[5:]): path for path in folder.glob("step-*.safetensors")}
+    if not steps:
+        return None
+    path = steps[max(steps)]
+    with error_context("unusable checkpoint, remove it to start from the beginning"):
+        arrays, metadata = load_arrays(path)
+        tree = unflatten_dict(arrays, "/") if like is None else load_state(path, like, part=True)
+    return max(steps), tree, metadata.get("note")
 
 
 def _is_key(leaf: Any) -> bool:

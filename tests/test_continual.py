@@ -19,7 +19,8 @@ import jaxtta
 from jaxtta import continual, metrics
 from jaxtta.continual import gnsp
 from jaxtta.continual.gram import PROJECTION, _with_jax, _with_lapack, scaled
-from jaxtta.data import StreamBatch
+from jaxtta.data import ArrayDataset, StreamBatch
+from jaxtta.evaluate import continual as sequence
 from jaxtta.optim import null_space_projection, project_out
 
 PRECISIONS = [("float32", 1e-5), ("float64", 1e-9)]
@@ -377,30 +378,31 @@ def test_a_task_is_learnt(tiny, lesson, name):
     assert change < 1e-5 if name == "gnsp-after" else change > 1e-3
 
 
-def test_unreadable_images_are_passed_over(tiny, lesson):
+def test_unreadable_images_are_passed_over(embedded, monkeypatch):
     """Others of the batch stand in for them, whatever their pixels and labels are."""
-    model, params = tiny
-    examples, _ = lesson
-    images, labels = np.array(examples.images), np.array(examples.labels)
-    images[1], labels[1] = np.nan, -1
-    mask = np.arange(len(images)) != 1
+    model, params = embedded
+    random = np.random.default_rng(0)
+    images, labels = random.integers(0, 256, (4, 32, 32, 3), np.uint8), np.arange(4, dtype=np.int32)
+    task = sequence.TaskData("own", "a {}.", *[ArrayDataset(images, labels, tuple("abcd"))] * 2)
     config = continual.TrainingConfig(iterations=2, learning_rate=1e-3)
-    fixed = model, config, continual.VARIANTS["fine-tuning"], params, continual.gnsp_kernels
+    shown = task._replace(name="reference", train=None)
+    experiment = sequence.Experiment(model, params, [task], [], shown, config)
 
     def train(mask):
+        images[1], labels[1] = 255, -1
         batch = StreamBatch(images, mask, labels, labels, labels, labels)
-        draws = {"rng": np.random.default_rng(0), "key": jax.random.key(0)}
-        return continual.train(*fixed, [batch] * 2, examples.classes, **draws)
+        monkeypatch.setattr(experiment, "read", lambda *given: [batch] * 2)
+        return sequence.train_task(experiment, params, 0, "fine-tuning", {})[0]
 
-    trained = train(mask)
+    trained = train(np.arange(4) != 1)
     assert jaxtta.tree.all_finite(trained)
     before = flatten_dict(params, sep="/")
     moved = {
         path for path, x in flatten_dict(trained, sep="/").items() if (x != before[path]).any()
     }
     assert moved == set(filter(continual.gnsp_kernels, before))
-    with pytest.raises(ValueError, match="none of the images"):
-        train(np.zeros_like(mask))
+    with pytest.raises(ValueError, match="own: none of the images"):
+        train(np.zeros(4, bool))
 
 
 @pytest.mark.parametrize(("iterations", "warmup"), [(12, 4), (5, 5), (4, 0)])

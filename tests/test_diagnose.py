@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from conftest import relative
 
-from jaxtta import data, diagnose, losses
+from jaxtta import diagnose, losses
 from jaxtta.diagnose import RunningMean
 from jaxtta.diagnose.check import answers_to
 
@@ -622,20 +622,3 @@ def test_sums_without_a_value_say_so():
     sums = RunningMean(jnp.asarray(5), jnp.zeros(2), jnp.asarray(2))
     with pytest.raises(ValueError, match="2 of 5 images"):
         sums.mean()
-
-
-def test_published_reference_points():
-    base, shifted = np.transpose(data.reference_points(["imagenet-v2"]))
-    assert len(base) > 15 and (shifted < base).all()
-    line = diagnose.fit_baseline(base, shifted)
-    assert np.abs(diagnose.effective_robustness(base, shifted, line)).max() < 0.02
-    # CLIP ViT-B/16's published accuracies on ImageNet and ImageNet-Sketch: far above the line
-    line = diagnose.fit_baseline(*np.transpose(data.reference_points(["imagenet-sketch"])))
-    assert diagnose.effective_robustness([0.683], [0.482], line)[0] > 0.2
-    # the mean of sets; a model that gets nothing right on the only set has no logit
-    several = [data.reference_points([f"imagenet-{name}"]) for name in ("v2", "r")]
-    both = data.reference_points(["imagenet-v2", "imagenet-r"])
-    np.testing.assert_allclose(both, np.mean(several, axis=0))
-    assert len(data.reference_points(["imagenet-a"])) == len(both) - 1
-    with pytest.raises(ValueError, match="'objectnet' has no published reference points, expected"):
-        data.reference_points(["objectnet"])

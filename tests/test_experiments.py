@@ -97,7 +97,6 @@ def test_what_protection_costs_and_keeps(run_script, short, tmp_path, monkeypatc
     ("options", "message"),
     [
         (["--ranks", "257"], "--ranks has 257, above the 256 --protect-images"),
-        (["--learning-rate", "0"], "--learning-rate is 0.0, expected a positive number"),
         (["--protect-images", "1999"], "expected at most 1998 of 2000"),
     ],
 )

@@ -18,7 +18,7 @@ import pytest
 from conftest import write_images
 from PIL import Image
 
-from jaxtta import assets, data, evaluate, optim
+from jaxtta import assets, data, evaluate, models, optim
 from jaxtta.adapters import TNTConfig
 from jaxtta.evaluate import provenance
 from jaxtta.models import task_from_token_ids
@@ -182,11 +182,11 @@ def test_files_of_mgtta_made_for_another_model(tmp_path, embedded, caplog):
 
 def test_a_model_is_described_without_where_it_lies(tiny):
     model, _ = tiny
-    told = evaluate.model_settings(model)
-    assert told == evaluate.model_settings(dataclasses.replace(model, source="elsewhere"))
+    told = models.model_settings(model)
+    assert told == models.model_settings(dataclasses.replace(model, source="elsewhere"))
     assert told == json.loads(json.dumps(told))
     other = dataclasses.replace(model, preprocessing=model.preprocessing._replace(resample=2))
-    assert told != evaluate.model_settings(other)
+    assert told != models.model_settings(other)
     assert told["vision"]["arch"]["activation"] == model.vision.arch.activation
 
 
@@ -208,7 +208,7 @@ def test_any_field_of_a_model_is_told_apart():
         return recursive
 
     values += (recursive, "".join, values[0].get)
-    told = [json.dumps(evaluate.model_settings(Model(value))) for value in values]
+    told = [json.dumps(models.model_settings(Model(value))) for value in values]
     assert len(set(told)) == len(values)
 
 

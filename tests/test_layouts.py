@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from jaxtta import assets, data, models
-from jaxtta.data import Domain, layouts, tasks
+from jaxtta.cli import continual as command
+from jaxtta.data import Domain, layouts
 from jaxtta.data.class_names import cifar100_classes, imagenet_classes
 from jaxtta.data.tfds import open_tfds
 from jaxtta.models.preprocess import Preprocessing
@@ -424,7 +425,7 @@ def test_numbers_in_prompts_are_said_wherever_they_come_from(embedded, caplog):
     for names, templates, said in (
         (("3", "class_4", "n01440764", "cat"), ("a photo of a {}.",), 3),
         (("3", "0.5", "-1"), ("a photo of a {}.",), 3),
-        (("3", "4"), (tasks.MNIST,), 0),
+        (("3", "4"), (command.TEMPLATES["mnist"],), 0),
         (("three", "boeing 707", "707-320"), ("a photo of a {}.",), 0),
     ):
         caplog.clear()
@@ -656,9 +657,9 @@ def test_mnist_is_asked_with_its_own_prompt(monkeypatch):
 
     def open_dataset(layout, place, split):
         opened.append((layout, place, split))
-        return tasks.digits()
+        return command.digits()
 
-    monkeypatch.setattr(tasks, "open_dataset", open_dataset)
-    task = tasks.open_task("mnist")
+    monkeypatch.setattr(data, "open_dataset", open_dataset)
+    task = command.open_task("mnist")
     assert opened == [("tfds", "mnist", "train"), ("tfds", "mnist", "test")]
     assert task.template == 'a photo of the number: "{}".'

@@ -11,7 +11,7 @@ from conftest import errors_in, save_vit, write_images
 from PIL import Image
 
 import jaxtta
-from jaxtta import evaluate, optim
+from jaxtta import evaluate, io, optim
 from jaxtta.cli import pretrain_mgg
 from jaxtta.cli.options import DataOptions
 from jaxtta.optim import EpochMetrics, begin_epoch, best_epoch, init_meta_training, meta_step
@@ -151,7 +151,7 @@ def test_a_generator_is_trained_and_a_killed_run_goes_on(run_jaxtta, short, tmp_
     def stop(folder, step, *arguments):
         if step == 2:
             raise KeyboardInterrupt
-        return evaluate.checkpoint.save_checkpoint(folder, step, *arguments)
+        return io.save_checkpoint(folder, step, *arguments)
 
     with monkeypatch.context() as patch:
         patch.setattr(evaluate, "save_checkpoint", stop)
@@ -248,7 +248,7 @@ def test_clean_images_of_imagenet_c_are_those_of_imagenet(tmp_path, tiny):
         ("--images 2", "--images is 2, expected at least 4"),
         ("--images 3000", "has 2000 images, expected at least 3256 for --images 3000"),
         ("--max-images 9", "has 9 images, expected at least 384"),
-        ("--learning-rate -1", "--learning-rate is -1.0, expected a positive number"),
+        ("--learning-rate -1", "--learning-rate is -1.0, expected at least 0"),
         ("--corruptions rain", "unknown corruption 'rain'"),
         ("--source {folder}", "no such folder"),
     ],

@@ -57,8 +57,8 @@ def test_a_tie_counts_for_the_lowest_index(batch, classes, seed):
         jitted = jax.jit(metrics.top_k, static_argnums=2)
         np.testing.assert_array_equal(jitted(logits, labels, k), expected)
     scores = evaluate.score(logits, labels)
-    np.testing.assert_array_equal(scores.top5, metrics.top_k(logits, labels, 5))
-    np.testing.assert_array_equal(scores.prediction, logits.argmax(-1))
+    np.testing.assert_array_equal(scores["top5"], metrics.top_k(logits, labels, 5))
+    np.testing.assert_array_equal(scores["prediction"], logits.argmax(-1))
 
 
 def test_logits_that_are_nan_are_never_right():

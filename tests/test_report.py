@@ -39,7 +39,7 @@ def result_of(adapter, stream, setting, skill, unreadable=UNREADABLE):
     if adapter == "tent":
         logits[7] = np.nan
     seen = ~np.isin(images, unreadable)
-    scores = {k: np.where(seen, v, 0 * v) for k, v in score(logits, labels)._asdict().items()}
+    scores = {k: np.where(seen, v, 0 * v) for k, v in score(logits, labels).items()}
     rows = {"segment": segments, "image": images, "label": labels, **scores, "seen": seen}
     batches = sum(-(-len(part) // 50) for part in stream.parts)
     return Predictions(

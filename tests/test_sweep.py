@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from jaxtta import Adapter, Prediction, data, evaluate
 from jaxtta.bootstrap import bootstrap, interval
-from jaxtta.evaluate.store import Store
+from jaxtta.evaluate.store import lock, result_path
 from jaxtta.models import as_batch
 
 
@@ -154,8 +154,8 @@ def test_a_result_has_a_row_for_each_image(whole):
 def test_scores_of_logits_that_are_not_finite():
     logits = np.array([[1, 2, 0], [np.nan, 0, 1], [np.inf, 0, 1], [0, 0, 0]], np.float32)
     scores = evaluate.score(logits, np.zeros(4, int))
-    assert scores.prediction.tolist() == [1, -1, 0, 0]
-    assert np.isfinite(scores.nll).tolist() == [True, False, False, True]
+    assert scores["prediction"].tolist() == [1, -1, 0, 0]
+    assert np.isfinite(scores["nll"]).tolist() == [True, False, False, True]
 
 
 # --- interrupted, shared, repeated ---
@@ -239,7 +239,7 @@ def test_a_checkpoint_that_does_not_fit_is_not_used(whole, tmp_path, caplog):
     assert resume(folder) == (False, True)
     # one adapter's result was written before the end, the other's goes on
     folder = cut("half")
-    finished = Store(whole["continual"][0], {}).path("zero_shot", "continual-5", 1)
+    finished = result_path(whole["continual"][0], "zero_shot", "continual-5", 1)
     shutil.copy(finished, folder / "predictions")
     assert resume(folder) == (True, False)
 
@@ -265,7 +265,7 @@ def test_a_dataset_that_cannot_tell_says_so(tmp_path, caplog):
     sweep(tmp_path, stored=None)
     assert not caplog.text
     sweep(tmp_path, stored=None, fatal=1, reads=[])
-    assert "Images cannot tell whether its images have changed" in caplog.text
+    assert "since the images have no content()" in caplog.text
 
 
 # --- what a folder refuses ---
@@ -298,7 +298,7 @@ def test_other_images_are_refused(tmp_path):
         sweep(tmp_path, stored="two")
     sweep(tmp_path, stored="two", run={"trust_data": True}, fatal=1, reads=[])
     sweep(tmp_path, run={"trust_data": True}, seeds=(3,))
-    with pytest.raises(ValueError, match="does not say which images it was made from"):
+    with pytest.raises(ValueError, match=r"was made from other images .* or does not say"):
         sweep(tmp_path, seeds=(3,))
 
 
@@ -344,7 +344,7 @@ def test_functions_of_one_name_are_told_apart(tmp_path, caplog, wrapped):
     results = run(0.1, 0.2)
     assert same(evaluate.load_predictions(tmp_path), results)
     assert same(run(0.1, 0.2), results)
-    assert "since Plain cannot tell" in caplog.text
+    assert "since the images have no content()" in caplog.text
     with pytest.raises(ValueError, match=r"adapter.function.step.rate 0\.1 \(this run: 0\.3\)"):
         run(0.3, 0.2)
     with pytest.raises(ValueError, match=r"adapter.function.lr 0\.2 \(this run: 0\.3\)"):
@@ -353,23 +353,20 @@ def test_functions_of_one_name_are_told_apart(tmp_path, caplog, wrapped):
 
 
 @pytest.mark.parametrize(
-    ("changes", "shard", "adapters", "message"),
+    ("changes", "adapters", "message"),
     [
-        ({}, (0, 1), {}, "one or more adapters of distinct names, not \\[\\]"),
-        ({"streams": ()}, (0, 1), ADAPTERS, "one or more streams"),
-        ({"streams": 2}, (0, 1), ADAPTERS, "streams of distinct names.*continual-5 of seed 1"),
-        ({"batch_size": 0}, (0, 1), ADAPTERS, "batch_size is 0"),
-        ({}, (2, 2), ADAPTERS, r"shard is \(2, 2\)"),
-        ({}, (0, 1), "zero_shot", "adapters is 'zero_shot', expected a list"),
-        ({}, (0, 1), evaluate.parse_adapter("tent"), "adapters is AdapterSpec"),
+        ({}, {}, "one or more adapters of distinct names, not \\[\\]"),
+        ({"streams": ()}, ADAPTERS, "one or more streams"),
+        ({"streams": 2}, ADAPTERS, "streams of distinct names.*continual-5 of seed 1"),
+        ({"batch_size": 0}, ADAPTERS, "batch_size is 0"),
     ],
 )
-def test_sweeps_of_nothing_are_refused(changes, shard, adapters, message):
+def test_sweeps_of_nothing_are_refused(changes, adapters, message):
     spec = spec_of()
     if changes.get("streams") == 2:
         changes = {"streams": [*spec.streams, *spec.streams]}
-    with pytest.raises((ValueError, TypeError), match=message):
-        evaluate.sweep(dataclasses.replace(spec, **changes), adapters, Model(), PARAMS, shard=shard)
+    with pytest.raises(ValueError, match=message):
+        evaluate.sweep(dataclasses.replace(spec, **changes), adapters, Model(), PARAMS)
 
 
 def test_a_damaged_file_is_computed_again(whole, tmp_path, caplog):
@@ -392,7 +389,7 @@ def test_a_damaged_file_is_computed_again(whole, tmp_path, caplog):
         assert same(sweep(tmp_path), whole["continual"][1])
         assert message in caplog.text and "recomputing" in caplog.text
     shutil.copy(paths[0], paths[1])
-    with pytest.raises(ValueError, match=r"of \('drift', 'continual-5', 1\), expected those of"):
+    with pytest.raises(ValueError, match=r"was made with streams.images .*choose another folder"):
         sweep(tmp_path)
 
 
@@ -400,9 +397,8 @@ def test_folders_that_hold_no_predictions(tmp_path):
     with pytest.raises(FileNotFoundError, match=f"{tmp_path}: has no predictions"):
         evaluate.load_predictions(tmp_path)
     (tmp_path / "cells").mkdir()
-    for use in (sweep, evaluate.load_predictions):
-        with pytest.raises(ValueError, match=f"{tmp_path}: has results of an earlier version"):
-            use(tmp_path)
+    with pytest.raises(ValueError, match=f"{tmp_path}: has results of an earlier version"):
+        sweep(tmp_path)
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"):
         sweep(tmp_path / "file" / "out")
@@ -410,17 +406,14 @@ def test_folders_that_hold_no_predictions(tmp_path):
 
 def test_two_runs_on_one_folder_are_refused(tmp_path):
     sweep(tmp_path)
-    store = Store(tmp_path, json.loads((tmp_path / "settings.json").read_text()))
+    held = partial(lock, tmp_path, json.loads((tmp_path / "settings.json").read_text()))
     message = rf"another run is writing to this folder \(process {os.getpid()} on \w+\)"
-    with store.lock(), pytest.raises(ValueError, match=message):
+    with held((0, 1)), pytest.raises(ValueError, match=message):
         sweep(tmp_path)
     sweep(tmp_path)
-    for shard in ((0, 1), (0, 2), (0, 3), (2, 3)):
-        with store.lock((0, 2)), pytest.raises(ValueError, match=message), store.lock(shard):
-            pass
-    with store.lock((0, 2)), store.lock((1, 2)):
+    with held((0, 2)), pytest.raises(ValueError, match=message), held((0, 2)):
         pass
-    with store.lock((0, 3)):
+    with held((0, 2)), held((1, 2)):
         pass
 
 
@@ -489,7 +482,7 @@ def outcomes(setting, who):
     if who:
         logits[9, 2] = np.inf
     seen = rng.random(120) > 0.1
-    scores = evaluate.score(logits, labels[image])._asdict()
+    scores = evaluate.score(logits, labels[image])
     rows = {"segment": segment, "image": image, "label": labels[image], "seen": seen}
     rows |= {name: np.where(seen, values, 0) for name, values in scores.items()}
     rows = pd.DataFrame(rows)
@@ -517,11 +510,10 @@ def outcomes(setting, who):
 def test_gains_are_those_of_version_0_1(setting, together, apart):
     """Its figures for the same outcomes."""
     zero, other = outcomes(setting, 0), outcomes(setting, 1)
-    for datasets, expected in (((), together), (["fog", "haze"], apart)):
-        gain = evaluate.paired_gain(other, [zero], datasets)
-        np.testing.assert_allclose([gain.top1, *gain.interval], expected, rtol=1e-12)
     parts = [[result.segment(number) for number in range(2)] for result in (other, zero)]
-    assert evaluate.paired_gain(*parts) == evaluate.paired_gain(other, zero)
+    for datasets, expected in (((), together), (["fog", "haze"], apart)):
+        gain = evaluate.paired_gain(*parts, datasets)
+        np.testing.assert_allclose([gain.top1, *gain.interval], expected, rtol=1e-12)
     unseen = parts[1][0].assign(seen=False)
     assert evaluate.paired_gain(parts[0][:1], [unseen]) is None
 
@@ -578,8 +570,6 @@ def test_a_learning_rate_is_chosen_on_the_extra_corruptions_only(tmp_path):
     assert [*choice.accuracies] == sorted(rates)
     assert choice.accuracies[choice.rate] == max(choice.accuracies.values())
     assert "speckle_noise" in choice.chosen_on and "20 images each" in choice.chosen_on
-    with pytest.raises(ValueError, match=r"speckle_noise.*not on fog"):
-        evaluate.tune_learning_rate(name, rates, spec_of(), Model(), PARAMS, **run)
     assert evaluate.has_rate("mgtta:optimizer=sgd")
     assert not any(map(evaluate.has_rate, ("tent:lr=1", "tnt", "zero_shot", name)))
     assert evaluate.with_rate("tent", 1e-4) == "tent:lr=0.0001"
@@ -613,10 +603,8 @@ def test_results_are_logged_to_tensorboard_and_wandb(tmp_path, monkeypatch):
         assert b"haze-5/top1" in file.read_bytes()
     sweep(tmp_path, run={"log": log})
     assert len(lines) == 8
-    with pytest.raises(ValueError, match=r"unknown tracker 'mlflow', expected tensorboard, wandb"):
-        evaluate.loggers(["mlflow"], tmp_path, {})
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ImportError, match=r"needs wandb: pip install 'jaxtta\[log\]'"):
+    with pytest.raises(ImportError, match="wandb"):
         evaluate.loggers(["wandb"], tmp_path, {})
 
 
@@ -645,7 +633,7 @@ def test_trees_of_any_shape_survive_a_checkpoint(tmp_path):
         evaluate.restore_checkpoint(tmp_path, like | {"other": jnp.zeros(4)})
     (file,) = tmp_path.iterdir()
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(ValueError, match=r"step-10.safetensors: is damaged .*; remove it to start"):
+    with pytest.raises(ValueError, match=r"remove it to start .*step-10.safetensors: is damaged"):
         evaluate.restore_checkpoint(tmp_path)
 
 
@@ -716,7 +704,7 @@ def test_an_interrupt_that_a_callback_drops_comes_again(monkeypatch, capsys):
     """Python swallows what is raised in a weak reference's callback; Ctrl-C must still stop."""
     import weakref
 
-    from jaxtta.cli import script
+    from jaxtta import cli
 
     @dataclasses.dataclass
     class Options:
@@ -735,10 +723,10 @@ def test_an_interrupt_that_a_callback_drops_comes_again(monkeypatch, capsys):
         time.sleep(60)
 
     monkeypatch.setattr(sys, "argv", ["script"])
-    monkeypatch.setattr(script, "_INSIST", 0.1)
+    monkeypatch.setattr(cli, "_INSIST", 0.1)
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGALRM)
     with pytest.raises(SystemExit) as stopped:
-        script.run_script(Options, main, None)
+        cli.run_script(Options, main, None)
     assert swallowed == [True]
     assert stopped.value.code == 130
     assert "interrupted" in capsys.readouterr().err

@@ -7,41 +7,35 @@
 
 Run it once where PyTorch is installed; the folder needs none. Pickles are read with
 `weights_only=True`, so that nothing in them runs. Wrappers (`state_dict`, `module.`, `_orig_mod.`,
-…) are taken off. The new folder is loaded before it gets its name: what does not fit is said here.
-Class names need a tokenizer: its files are copied from --tokenizer, else from beside the file or
-the configuration.
+…) are taken off. Class names need a tokenizer, tokenizer.json, or vocab.json and merges.txt: it is
+copied from --tokenizer, else from beside the file or the configuration.
 """
 
-import dataclasses
 from pathlib import Path
 from typing import Annotated
 
 import jax
 import tyro
 
+from jaxtta.cli.options import group
 from jaxtta.models import CLIP, describe_preprocessing
 from jaxtta.models.checkpoints.files import SENTENCE_PIECES, TOKENIZER_FILES
 from jaxtta.models.checkpoints.pytorch import Activation, convert
 
 
-@dataclasses.dataclass(frozen=True)
+@group
 class Options:
     """Make a folder that jaxtta.load reads of a PyTorch file of weights."""
 
+    # the file of weights: .pt, .pth, .ckpt, .bin, .bin.index.json or .safetensors
     file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
-    """The file of weights: .pt, .pth, .ckpt, .bin, .bin.index.json or .safetensors."""
-    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
-    """The new folder."""
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]  # the new folder
+    # config.json of transformers, or open_clip_config.json or model_configs/NAME.json of OpenCLIP,
+    # by default the one beside the file; else what the parameters' shapes say
     config: Path | None = None
-    """config.json of transformers, or open_clip_config.json or model_configs/NAME.json of OpenCLIP
-    (default: the one beside the file; else what the parameters' shapes say)."""
-    tokenizer: Path | None = None
-    """Folder with tokenizer.json, or vocab.json and merges.txt (default: beside the file)."""
-    activation: Activation | None = None
-    """For state dicts without a configuration: quick_gelu for OpenAI's weights and what was trained
-    from them, gelu for most of OpenCLIP's."""
-    debug: bool = False
-    """Show tracebacks."""
+    tokenizer: Path | None = None  # folder with its files (default: beside the file)
+    activation: Activation | None = None  # quick_gelu for OpenAI's weights, mostly gelu for others
+    debug: bool = False  # show tracebacks
 
 
 def run(options: Options) -> None:
@@ -52,9 +46,5 @@ def run(options: Options) -> None:
     print(f"{options.out}: {type(model).__name__} with {count:,} parameters")
     print(describe_preprocessing(model))
     names = (*TOKENIZER_FILES[1:3], *SENTENCE_PIECES)
-    has_tokenizer = any((options.out / name).exists() for name in names)
-    if isinstance(model, CLIP) and not has_tokenizer:
-        files = "vocab.json and merges.txt into the folder (those of openai/clip-vit-base-patch32"
-        if model.padded_prompts:
-            files = "tokenizer.json into the folder (that of google/siglip-base-patch16-224"
-        print(f"tokenizer: none; class names need one. Copy {files}, if the model was trained so)")
+    if isinstance(model, CLIP) and not any((options.out / name).exists() for name in names):
+        print("tokenizer: none; class names need one: copy the original model's into the folder")

@@ -4,7 +4,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from jaxtta.cli.script import run_script
+from jaxtta.cli import run_script
 
 COMMANDS = {
     "classify": "Label images with zero-shot CLIP or any adapter.",
@@ -23,15 +23,11 @@ COMMANDS = {
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command with its options, or those of this process; exit as `run_script` says."""
     name, *rest = (sys.argv[1:] if arguments is None else arguments) or ("--help",)
-    if name in ("-h", "--help"):
-        width = max(map(len, COMMANDS))
-        print(f"usage: jaxtta COMMAND …\n\n{__doc__}\n")
-        print("\n".join(f"  {command:<{width}}  {text}" for command, text in COMMANDS.items()))
-        print("\njaxtta COMMAND --help explains a command.")
-        return
     if name not in COMMANDS:
-        print(f"unknown command {name!r}, expected one of {', '.join(COMMANDS)}", file=sys.stderr)
-        sys.exit(2)
+        known = "\n".join(f"  {command:<12}  {text}" for command, text in COMMANDS.items())
+        print(f"usage: jaxtta COMMAND …\n\n{__doc__}\n\n{known}\n")
+        print("jaxtta COMMAND --help explains a command.")
+        return None if name in ("-h", "--help") else sys.exit(2)
     # Commands are imported when they run: the list of them needs no JAX.
     try:
         command = importlib.import_module(f"jaxtta.cli.{name.replace('-', '_')}")

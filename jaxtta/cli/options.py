@@ -1,13 +1,4 @@
-"""Groups of options that several commands share.
-
-    @group
-    class Options:
-        run: RunOptions
-        model: ModelOptions = ModelOptions()
-
-A group's name is its title in the help text and no part of its options: `--model`, not
-`--model.model`.
-"""
+"""Groups of options that several commands share; comments at their fields are the help text."""
 
 import dataclasses
 import typing
@@ -27,14 +18,15 @@ Group = TypeVar("Group")
 
 @typing.dataclass_transform(frozen_default=True)
 def group(cls: type[Group]) -> type[Group]:
-    """Make a frozen dataclass of options without a prefix; "Attributes:" is their help text."""
+    """Make a frozen dataclass of options without a prefix, `--model` and not `--model.model`."""
 
     def default(text: str) -> str:  # empty ones and paths are left out
         return "" if text in ("", "None", "False") or "/" in text else f"(default: {text})"
 
     for name, kind in cls.__annotations__.items():
         first, *others = *typing.get_args(kind), None
-        metavar = first.__name__.upper() if type(None) in others else None
+        optional = isinstance(first, type) and type(None) in others
+        metavar = first.__name__.upper() if optional else None
         hint = default if name in vars(cls) else None  # else required
         shown = tyro.conf.arg(prefix_name=False, metavar=metavar, help_behavior_hint=hint)
         cls.__annotations__[name] = Annotated[kind, shown]
@@ -43,18 +35,12 @@ def group(cls: type[Group]) -> type[Group]:
 
 @group
 class ModelOptions:
-    """The model and its prompts.
+    """The model and its prompts."""
 
-    Attributes:
-        model: folder or hub id of a CLIP, SigLIP or supervised ViT (default: the demo model).
-        templates: prompts with {} for the class, averaged; "imagenet" are CLIP's 80, "usual" those
-            of the layout.
-        compute_dtype: dtype of the matrix products.
-    """
-
-    model: str = str(assets.MODEL)
+    model: str = str(assets.MODEL)  # folder or hub id of a CLIP, SigLIP or ViT (default: the demo)
+    # prompts with {} for the class, averaged; "imagenet": CLIP's 80, "usual": those of the layout
     templates: tuple[str, ...] = ("usual",)
-    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"  # dtype of the matrix products
 
     def load(self) -> tuple[Any, Params]:
         """The model and its parameters."""
@@ -68,24 +54,15 @@ class ModelOptions:
 
 @group
 class DataOptions:
-    """The images.
+    """The images."""
 
-    Attributes:
-        data: a folder, or NAME:SPLIT of tensorflow-datasets (default: bundled CIFAR-10 images).
-        layout: folder (clean images by class), imagenet, imagenet-c, cifar-c, arrays
-            (<corruption>.npy and labels.npy), tfds, …; an unknown name lists all. Clean images are
-            corrupted as they are read.
-        class_names: for the prompts, in label order, or a .json or .txt file of them.
-        ids: use only the images of a list: a file with a CLASS_FOLDER/FILE a line, or
-            imagenet-c-5000, RobustBench's.
-        max_images: use at most so many images, sampled with the seed.
-    """
-
-    data: str = str(assets.IMAGES)
+    data: str = str(assets.IMAGES)  # folder, or NAME:SPLIT of tfds (default: bundled CIFAR-10)
+    # folder (clean images by class), imagenet, imagenet-c, cifar-c, arrays (<corruption>.npy and
+    # labels.npy), tfds, …; an unknown name lists all. Clean images are corrupted as they are read
     layout: str = "folder"
-    class_names: tuple[str, ...] = ()
-    ids: str | None = None
-    max_images: int | None = None
+    class_names: tuple[str, ...] = ()  # for the prompts, in label order, or a .json or .txt of them
+    ids: str | None = None  # only images of a file of CLASS_FOLDER/FILE lines, or imagenet-c-5000
+    max_images: int | None = None  # use at most so many images, sampled with the seed
 
     def open(self, model: Any, root: str | None = None) -> Benchmark:
         """The images by domain; `root` is another folder of the same layout."""
@@ -96,69 +73,38 @@ class DataOptions:
 
 @group
 class OrderOptions:
-    """The order in which an adapter sees the images.
+    """The order in which an adapter sees the images."""
 
-    Attributes:
-        order: correlated is sorted by class; in dirichlet, classes come in waves.
-        concentration: of the Dirichlet order; smaller is closer to sorted by class.
-        seeds: of the order, of corruptions and of TNT's views; each seed is a run.
-        batch_size: images per step.
-    """
-
+    # correlated is sorted by class; in dirichlet, classes come in waves
     order: Literal["shuffled", "stored", "correlated", "dirichlet"] = "shuffled"
-    concentration: float = 0.1
-    seeds: tuple[int, ...] = (1,)
-    batch_size: int = 100
-
-    def streams(self, limit: int | None, *arguments: Any) -> list[data.Stream]:
-        """The streams of all seeds, of at most `limit` images; `arguments` of `make_streams`."""
-        evaluate.require_distinct(seeds=self.seeds)
-        sizes = {"batch_size": (self.batch_size, 1), "max_images": (limit, 1)}
-        evaluate.require_at_least(seeds=(min(self.seeds), 0), **sizes)
-        named = {"order": self.order, "limit": limit, "concentration": self.concentration}
-        made = [data.make_streams(*arguments, seed=seed, **named) for seed in self.seeds]
-        return [stream for streams in made for stream in streams]
-
-    def settings(self, limit: int | None) -> dict[str, Any]:
-        """What identifies the order in a result."""
-        used = {"concentration": self.concentration} if self.order == "dirichlet" else {}
-        return {"order": self.order, "max_images": limit, **used}
+    concentration: float = 0.1  # of the Dirichlet order; smaller is closer to sorted by class
+    seeds: tuple[int, ...] = (1,)  # of order, corruptions and TNT's views; each seed is a run
+    batch_size: int = 100  # images per step
 
 
 @group
 class StreamOptions(OrderOptions):
-    """The streams of images.
+    """The streams of images."""
 
-    Attributes:
-        corruptions: may include clean (default: ImageNet-C's 15; clean for natural shifts).
-        severities: 1 to 5 (default: 5; 1 on the bundled images, which are small).
-        setting: reset at each corruption; one stream through all of them; the same with a severity
-            that rises and falls; one stream of all mixed.
-    """
-
-    corruptions: tuple[str, ...] = ()
-    severities: tuple[int, ...] = ()
+    corruptions: tuple[str, ...] = ()  # or clean (default: ImageNet-C's 15; clean for shifts)
+    severities: tuple[int, ...] = ()  # 1 to 5 (default: 5, but 1 on the small bundled images)
+    # reset at each corruption; one stream through all of them; the same with all severities, rising
+    # and falling; one stream of all mixed
     setting: Literal["reset_each_shift", "continual", "gradual", "mixed"] = "reset_each_shift"
 
 
 @group
 class AdapterOptions:
-    """The methods.
+    """The methods."""
 
-    Attributes:
-        adapters: zero_shot, tent, batclip, tnt or mgtta, with settings (tent:lr=1e-4,
-            tnt:steps=3, mgtta:optimizer=sgd), or a function of yours, package.module:function.
-        preset: optimiser settings of TENT's and BATCLIP's papers.
-        tnt: TNT's settings.
-        mgtta: MGTTA's settings; the default files are for the bundled demo model.
-        canvas: side to which TNT's full-size images are padded or shrunk (default: at most 512).
-    """
-
+    # zero_shot, tent, batclip, tnt or mgtta, with settings (tent:lr=1e-4, tnt:steps=3,
+    # mgtta:optimizer=sgd), or a function of yours, package.module:function
     adapters: tuple[str, ...] = ("zero_shot", "tent", "batclip")
+    # optimiser settings of TENT's and BATCLIP's papers
     preset: Literal["cifar10-c", "cifar100-c", "imagenet-c"] = "cifar10-c"
-    tnt: TNTConfig = TNTConfig()
-    mgtta: evaluate.MGTTAConfig = evaluate.MGTTAConfig()
-    canvas: int | None = None
+    canvas: int | None = None  # side to which TNT's images are padded or shrunk (default: ≤ 512)
+    tnt: TNTConfig = TNTConfig()  # TNT's settings
+    mgtta: evaluate.MGTTAConfig = evaluate.MGTTAConfig()  # its files are for the demo model
 
     @property
     def config(self) -> evaluate.AdapterConfig:
@@ -168,54 +114,35 @@ class AdapterOptions:
 
 @group
 class TuneOptions:
-    """Learning rates, selected on four corruptions that are never tested.
+    """Learning rates, selected on four corruptions that are never tested."""
 
-    Attributes:
-        tune_learning_rates: candidates; each adapter gets the one of the highest accuracy.
-        tune_adapters: select for these adapters only (default: all with a learning rate).
-        validation: other images of the same layout to select on (default: the test images).
-    """
-
-    tune_learning_rates: tuple[float, ...] = ()
-    tune_adapters: tuple[str, ...] = ()
-    validation: str | None = None
+    tune_learning_rates: tuple[float, ...] = ()  # candidates; the most accurate one is taken
+    tune_adapters: tuple[str, ...] = ()  # only these adapters (default: all with a learning rate)
+    validation: str | None = None  # other images of this layout (default: the test images)
 
 
 @group
 class RunOptions:
-    """Where the results go, and how they are computed.
+    """Where the results go, and how they are computed."""
 
-    Attributes:
-        output: folder for the results; a run that was stopped goes on where it was.
-        workers: processes that read images; 0 to read in the main process.
-        shard: this machine's part, such as 0/4 to 3/4 on four machines (default: 0/1, all).
-        checkpoint_every: batches between two checkpoints within a stream.
-        trust_data: take earlier results without checking that the images are unchanged.
-        log: log every result there too.
-        dry_run: print streams, images and an estimate of time and memory, and stop.
-        debug: show tracebacks.
-    """
-
-    output: Path
-    workers: int = 1
-    shard: str = "0/1"
-    checkpoint_every: int | None = None
-    trust_data: bool = False
-    log: tuple[Literal["tensorboard", "wandb"], ...] = ()
-    dry_run: bool = False
-    debug: bool = False
+    output: Path  # folder for the results; a run that was stopped goes on where it was
+    workers: int = 1  # processes that read images; 0 to read in the main process
+    shard: str = "0/1"  # this machine's part, such as 0/4 to 3/4 on four (default: 0/1, all)
+    checkpoint_every: int | None = None  # batches between two checkpoints within a stream
+    trust_data: bool = False  # take earlier results without checking that the images are unchanged
+    log: tuple[Literal["tensorboard", "wandb"], ...] = ()  # log every result there too
+    dry_run: bool = False  # print streams, images, estimated time and memory, without tuning; stop
+    debug: bool = False  # show tracebacks
 
     @property
     def part(self) -> tuple[int, int]:
         """The shard's number and their count."""
-        number, slash, count = self.shard.partition("/")
-        if not (slash and number.isdecimal() and count.isdecimal() and int(number) < int(count)):
+        number, _, count = self.shard.partition("/")
+        if not (number.isdecimal() and count.isdecimal() and int(number) < int(count)):
             raise ValueError(f"--shard is {self.shard!r}, expected i/n with i below n")
         return int(number), int(count)
 
     @property
     def how(self) -> dict[str, Any]:
         """Arguments of `evaluate.sweep`."""
-        every = self.checkpoint_every
-        evaluate.require_at_least(workers=(self.workers, 0), checkpoint_every=(every, 1))
-        return {"workers": self.workers, "checkpoint_every": every, "trust_data": self.trust_data}
+        return {name: getattr(self, name) for name in ("workers", "checkpoint_every", "trust_data")}

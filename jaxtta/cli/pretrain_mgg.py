@@ -171,7 +171,7 @@ def check(options: Options) -> None:
         max_images=(options.data.max_images, 1),
     )
     rates = ("learning_rate", "inner_learning_rate", "test_learning_rate")
-    evaluate.require_positive(**{name: (getattr(options, name),) for name in rates})
+    evaluate.require_at_least(**{name: (getattr(options, name), 0) for name in rates})
     if options.select_by == "accuracy" and not options.val_images:
         raise ValueError("--select-by accuracy needs --val-images; --select-by loss does not")
 

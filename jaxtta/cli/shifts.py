@@ -2,9 +2,8 @@ r"""Measure how much adapters gain on natural distribution shifts.
 
     jaxtta shifts --max-images 200 --tnt.scale 0.5 1 --output runs/natural
 
-runs zero-shot CLIP and TNT on bundled CIFAR-10 images with the bundled demo model, with crops of at
-least half an image, since smaller crops of 32 pixels show little. Your own images in class folders,
-beside a known dataset (docs/published.md has the usual ones):
+runs zero-shot CLIP and TNT on bundled CIFAR-10 images with the bundled demo model. Your own images
+in class folders, beside a known dataset (docs/published.md has the usual ones):
 
     jaxtta shifts --datasets shop=FOLDER imagenet-a=DATA/imagenet-a --output runs/own
 
@@ -15,9 +14,9 @@ some of them, and the same command with all folders present writes the report.
 import re
 from pathlib import Path
 
-from jaxtta import assets, data, evaluate, report
+from jaxtta import assets, data, evaluate
 from jaxtta.cli import options as groups
-from jaxtta.cli.sweep import check_adapters, measure, say_shard
+from jaxtta.cli.sweep import measure, spec_of
 
 LAYOUTS = {
     **dict.fromkeys(("imagenet", "imagenet-a", "imagenet-r", "imagenet-sketch"), "imagenet"),
@@ -28,69 +27,35 @@ LAYOUTS = {
 
 @groups.group
 class Options:
-    """A sweep of adapters over datasets.
-
-    Attributes:
-        datasets: NAME=FOLDER of imagenet, imagenet-a, -r, -sketch, -v2, objectnet, the ten
-            cross-dataset sets, or any other name for class folders (default: the bundled images).
-        max_images: use at most so many images of each dataset, sampled with the seed.
-        save_examples: number of images to draw whose prediction TNT fixed or broke.
-    """
+    """A sweep of adapters over datasets."""
 
     run: groups.RunOptions
     model: groups.ModelOptions = groups.ModelOptions(templates=("a photo of a {}.",))
+    # NAME=FOLDER of imagenet, imagenet-a, -r, -sketch, -v2, objectnet, the ten cross-dataset sets,
+    # or any other name for class folders (default: the bundled images)
     datasets: tuple[str, ...] = ()
-    max_images: int | None = None
+    max_images: int | None = None  # at most so many of each dataset, sampled with the seed
     streams: groups.OrderOptions = groups.OrderOptions(batch_size=50)
     adapters: groups.AdapterOptions = groups.AdapterOptions(("zero_shot", "tnt"), "imagenet-c")
-    save_examples: int = 0
+    save_examples: int = 0  # number of images to draw whose prediction TNT fixed or broke
 
 
 def run(options: Options) -> None:
     """Run every dataset and report."""
-    check_adapters(options)
-    places, (number, count) = folders_of(options.datasets), options.run.part
+    given = options.datasets or (f"cifar10={assets.IMAGES}",)
+    places = {name: root for name, _, root in (text.partition("=") for text in given)}
+    named = all(root and re.fullmatch(r"\w[\w.-]*", name) for name, root in places.items())
+    if not named or len(places) < len(given) or data.CLEAN in places:
+        raise ValueError(f"--datasets has {' '.join(given)}, expected NAME=FOLDER, each name once")
     model, params = options.model.load()
-    layouts = {name: LAYOUTS.get(name, "folder") for name in [*places][number::count]}
-    datasets = {name: data.open_dataset(kind, places[name]) for name, kind in layouts.items()}
-    results, samples, examples = [], {}, []
-    for place, (name, dataset) in enumerate(datasets.items()):
+    parts, (number, count) = [], options.run.part
+    for name in [*places][number::count]:
+        layout = LAYOUTS.get(name, "folder")
+        dataset = data.open_dataset(layout, places[name])
         print(f"{name}: {len(dataset)} images, {len(dataset.class_names)} classes")
-        limit, templates = options.max_images, options.model.templates_for(layouts[name])
-        spec = evaluate.Spec(
-            {data.Domain(name): dataset},
-            options.streams.streams(limit, "reset_each_shift", (name,), (0,), dataset.labels),
-            evaluate.task_for(model, dataset.class_names, templates),
-            options.streams.batch_size,
-            options.adapters.canvas,
-            "datasets",
-            options.streams.settings(limit),
-            templates,
-        )
+        source = groups.DataOptions(places[name], layout, max_images=options.max_images)
+        spec = spec_of(options, source, model, {data.Domain(name): dataset}, "datasets", (name,))
         about = evaluate.about(model, data=places[name], model=options.model.model)
-        wanted = -(-(options.save_examples - len(examples)) // (len(datasets) - place))
-        inputs = (spec, options.adapters.adapters, (model, params), options.run.output / name)
-        found = measure(options, *inputs, about, wanted)
-        results, samples, examples = results + found[0], samples | found[1], examples + found[2]
-    if options.run.dry_run:
-        return
-    if count > 1:
-        say_shard(options.run, len(results))
-    else:
-        title = f"{Path(options.model.model).name} on {', '.join(places)}"
-        report.write_report(results, options.run.output, title, samples, examples)
-
-
-def folders_of(given: tuple[str, ...]) -> dict[str, str]:
-    """The datasets' folders by name."""
-    places: dict[str, str] = {}
-    for text in given:
-        name, equals, root = text.partition("=")
-        if not (equals and root and re.fullmatch(r"\w[\w.-]*", name)) or name == data.CLEAN:
-            raise ValueError(
-                f"--datasets has {text!r}, expected NAME=FOLDER, such as imagenet-a=DATA/imagenet-a"
-            )
-        if name in places:
-            raise ValueError(f"--datasets names {name} twice")
-        places[name] = root
-    return places or {"cifar10": str(assets.IMAGES)}
+        parts.append((spec, options.adapters.adapters, options.run.output / name, about))
+    title = f"{Path(options.model.model).name} on {', '.join(places)}"
+    measure(options, (model, params), parts, title)

@@ -5,7 +5,7 @@ r"""Measure how much adapters gain on corrupted images.
 runs zero-shot CLIP, TENT and BATCLIP on 15 corruptions of the bundled images with the bundled demo
 model. It prints a table and writes `report.html`, `summary.csv`, `classes.csv`, plots, and for each
 adapter, stream and seed a file with a row per image. Images that cannot be read are left out, named
-and counted; the exit code is 0 then too, and 1 if a stream has none that can be read.
+and counted.
 
     # your own images in folders by class
     jaxtta sweep --data FOLDER --model openai/clip-vit-base-patch16 --output runs/own
@@ -16,27 +16,28 @@ and counted; the exit code is 0 then too, and 1 if a stream has none that can be
 """
 
 import dataclasses
+import time
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from jaxtta import data, evaluate, report
 from jaxtta.cli import options as groups
-from jaxtta.cli.estimate import estimate
+from jaxtta.models import Batch
 
 CORRUPTED = ("folder", "imagenet", "tfds", "imagenet-c", "cifar-c", "arrays")
 """Layouts whose corruptions are ImageNet-C's by default; the others are shifts by themselves."""
+Part = tuple[evaluate.Spec, Sequence[str], Path, dict[str, Any]]
+"""What to run on, the adapters, the folder for results, and what to keep with these."""
 
 
 @groups.group
 class Options:
-    """A sweep of adapters over corruptions.
-
-    Attributes:
-        save_examples: number of images to draw whose prediction TNT fixed or broke.
-    """
+    """A sweep of adapters over corruptions."""
 
     run: groups.RunOptions
     model: groups.ModelOptions = groups.ModelOptions()
@@ -44,148 +45,135 @@ class Options:
     streams: groups.StreamOptions = groups.StreamOptions()
     adapters: groups.AdapterOptions = groups.AdapterOptions()
     tune: groups.TuneOptions = groups.TuneOptions()
-    save_examples: int = 0
+    save_examples: int = 0  # number of images to draw whose prediction TNT fixed or broke
 
 
 def run(options: Options) -> None:
     """Run the sweep and report."""
-    check(options)
-    loaded, given = options.model.load(), options.streams
-    benchmark = options.data.open(loaded[0])
-    usual = data.IMAGENET_C if options.data.layout in CORRUPTED else (data.CLEAN,)
-    spec = spec_of(options, loaded[0], benchmark, given.setting, given.corruptions or usual)
-    about = evaluate.about(loaded[0], data=options.data.data, model=options.model.model)
-    adapters = tune(options, loaded, benchmark, about)
-    folder, shard = options.run.output, options.run.part
-    inputs = (spec, adapters, loaded, folder, about, options.save_examples)
-    results, samples, examples = measure(options, *inputs, shard)
-    if options.run.dry_run:
-        return
-    if shard[1] > 1:
-        say_shard(options.run, len(results))
-    else:
-        images = len(np.unique(spec.streams[0].items[:, 1]))
-        title = f"{Path(options.model.model).name} on {Path(options.data.data).name}, "
-        title += f"{given.setting}, {given.order}, {images} images"
-        report.write_report(results, folder, title, samples, examples)
-
-
-def check_adapters(options: Any) -> None:
-    """Raise a ValueError for invalid adapters; also of natural shifts."""
-    given = options.adapters
-    evaluate.require_distinct(adapters=given.adapters)
-    evaluate.require_at_least(canvas=(given.canvas, 1), save_examples=(options.save_examples, 0))
-    specs = [evaluate.parse_adapter(text) for text in given.adapters]
-    if options.save_examples:
-        report.check_examples(specs, given.config)
-
-
-def check(options: Options) -> None:
-    """Raise a ValueError for invalid options."""
-    check_adapters(options)
-    given, rates = options.streams, options.tune.tune_learning_rates
-    for name in ("corruptions", "severities"):
-        if getattr(given, name):
-            evaluate.require_distinct(**{name: getattr(given, name)})
-    if given.severities and (given.setting == "gradual" or options.data.layout == "arrays"):
-        what = "--setting gradual" if given.setting == "gradual" else "--layout arrays"
-        raise ValueError(f"{what} has fixed severities, omit --severities")
-    evaluate.require_positive(tune_learning_rates=rates)
-    adapters, tuned = options.adapters.adapters, options.tune.tune_adapters
-    for name in tuned:
-        if not rates or name not in adapters:
-            raise ValueError(f"--tune-adapters {name} needs --tune-learning-rates and this adapter")
-    tuned = (tuned or tuple(filter(evaluate.has_rate, adapters))) if rates else ()
-    if rates and not tuned:
-        raise ValueError("--tune-learning-rates: no adapter has a learning rate to select")
-    for name in (evaluate.with_rate(each, rate) for each in tuned for rate in rates):
-        evaluate.parse_adapter(name)
-        if name in adapters:
-            raise ValueError(f"--tune-learning-rates tries {name}, omit it from --adapters")
-    if rates and set(given.corruptions) & set(data.IMAGENET_C_EXTRA):
+    given, source, shard = options.streams, options.data, options.run.part
+    if options.tune.tune_learning_rates and {*given.corruptions} & {*data.IMAGENET_C_EXTRA}:
         raise ValueError("corruptions that select learning rates cannot be tested too")
-    if rates and options.run.part[1] > 1:
-        raise ValueError("--tune-learning-rates runs on one machine, omit --shard")
+    if given.setting == "gradual" and given.severities:
+        raise ValueError("--setting gradual has fixed severities, omit --severities")
+    loaded = options.model.load()
+    benchmark = source.open(loaded[0])
+    shown = given.corruptions or (data.IMAGENET_C if source.layout in CORRUPTED else (data.CLEAN,))
+    spec = spec_of(options, source, loaded[0], benchmark, given.setting, shown)
+    about = evaluate.about(loaded[0], data=source.data, model=options.model.model)
+    adapters = tune(options, loaded, benchmark, about)
+    title = f"{Path(options.model.model).name} on {Path(source.data).name}, {given.setting}, "
+    title += f"{given.order}, {len(np.unique(spec.streams[0].items[:, 1]))} images"
+    measure(options, loaded, [(spec, adapters, options.run.output, about)], title, shard)
 
 
 def spec_of(
-    options: Options, model: Any, benchmark: data.Benchmark, setting: str, corruptions: Any
+    options: Any,
+    source: groups.DataOptions,
+    model: Any,
+    benchmark: data.Benchmark,
+    setting: str,
+    corruptions: Sequence[str],
 ) -> evaluate.Spec:
-    """What to run on."""
-    usual = evaluate.default_severity(options.data.layout, options.data.data)
-    severities = (1, 2, 3, 4, 5) if setting == "gradual" else options.streams.severities or (usual,)
-    labels, limit = data.labels_of(benchmark), options.data.max_images
-    streams = options.streams.streams(limit, setting, corruptions, severities, labels)
-    data.select(benchmark, dict.fromkeys(x for stream in streams for x in stream.segments))
-    templates = options.model.templates_for(options.data.layout)
-    return evaluate.Spec(
-        benchmark,
-        streams,
-        evaluate.task_for(model, data.class_names_of(benchmark), templates),
-        options.streams.batch_size,
-        options.adapters.canvas,
-        setting,
-        {"layout": options.data.layout, **options.streams.settings(limit)},
-        templates,
-    )
+    """What to run on; the setting of natural shifts is "datasets"."""
+    given, labels, limit = options.streams, data.labels_of(benchmark), source.max_images
+    settings = {"order": given.order, "max_images": limit}
+    if given.order == "dirichlet":
+        settings["concentration"] = given.concentration
+    if setting == "datasets":
+        shown = ("reset_each_shift", corruptions, (0,), labels)
+    else:
+        usual = evaluate.default_severity(source.layout, source.data)
+        shown = (setting, corruptions, given.severities or (usual,), labels)
+        settings["layout"] = source.layout
+    how = {"order": given.order, "limit": limit, "concentration": given.concentration}
+    streams = [each for seed in given.seeds for each in data.make_streams(*shown, seed=seed, **how)]
+    data.select(benchmark, [domain for stream in streams for domain in stream.segments])
+    templates = options.model.templates_for(source.layout)
+    task = evaluate.task_for(model, data.class_names_of(benchmark), templates)
+    how = (given.batch_size, options.adapters.canvas, setting, settings, templates)
+    return evaluate.Spec(benchmark, streams, task, *how)
 
 
 def tune(options: Options, loaded: Any, benchmark: data.Benchmark, about: dict) -> list[str]:
     """The adapters, with the learning rates that are selected for them."""
-    adapters, rates = list(options.adapters.adapters), options.tune.tune_learning_rates
-    if rates and options.run.dry_run:
-        print("not estimated: learning rates are selected first")
-    if not rates or options.run.dry_run:
+    given, adapters = options.tune, list(options.adapters.adapters)
+    if not given.tune_learning_rates or options.run.dry_run:
         return adapters
-    if options.tune.validation:
-        benchmark = options.data.open(loaded[0], options.tune.validation)
-    spec = spec_of(options, loaded[0], benchmark, "reset_each_shift", data.IMAGENET_C_EXTRA)
+    tuned = given.tune_adapters or [*filter(evaluate.has_rate, adapters)]
+    if not tuned:
+        raise ValueError("--tune-learning-rates: none of --adapters has a learning rate to select")
+    if odd := sorted(set(tuned) - set(adapters)):
+        raise ValueError(f"--tune-adapters has {odd[0]!r}, which is not one of --adapters")
+    if given.validation:
+        benchmark = options.data.open(loaded[0], given.validation)
+    shown = (benchmark, "reset_each_shift", data.IMAGENET_C_EXTRA)
+    spec = spec_of(options, options.data, loaded[0], *shown)
+    whose = "separate images" if given.validation else "the test images"
     named = {"config": options.adapters.config, **options.run.how}
-    inputs: Any = (rates, spec, *loaded, options.run.output / "validation")
-    whose = "separate images" if options.tune.validation else "the test images"
-    for text in options.tune.tune_adapters or [*filter(evaluate.has_rate, adapters)]:
+    inputs: Any = (given.tune_learning_rates, spec, *loaded, options.run.output / "validation")
+    for text in tuned:
         choice = evaluate.tune_learning_rate(text, *inputs, **named)
         choice = choice._replace(chosen_on=f"{choice.chosen_on}; {whose}, with their labels")
         top1 = {f"{rate:g}": f"{100 * top1:.2f} %" for rate, top1 in choice.accuracies.items()}
-        said = ", ".join(f"{rate}: {value}" for rate, value in top1.items())
-        print(f"{text}: learning rate {choice.rate:g}, chosen on {choice.chosen_on} ({said})")
+        print(f"{text}: learning rate {choice.rate:g}, chosen on {choice.chosen_on} ({top1})")
         about.setdefault("chosen", {})[text] = choice._asdict() | {"accuracies": top1}
         adapters[adapters.index(text)] = evaluate.with_rate(text, choice.rate)
     return adapters
 
 
-def say_shard(run: groups.RunOptions, count: int) -> None:
-    """Say what this shard has, and how the report is made; also of natural shifts."""
-    print(f"shard {run.shard}: {count or 'no'} results in {run.output}; when all shards are done,")
-    print("put their folders together and run the same command without --shard for the report")
+def measure(options: Any, loaded: Any, parts: list[Part], title: str, shard: Any = (0, 1)) -> None:
+    """Run adapters and report, or estimate what that takes; also for natural shifts."""
+    how, results, samples, examples = options.run, [], {}, []
+    config, (_, count) = options.adapters.config, how.part
+    for place, (spec, adapters, folder, about) in enumerate(parts):
+        specs = [evaluate.parse_adapter(text) for text in adapters]
+        if options.save_examples:
+            report.check_examples(specs, config)
+        if how.dry_run:
+            estimate(options, loaded, spec, specs, range(shard[0], len(spec.streams), shard[1]))
+            continue
+        log = evaluate.loggers(how.log, folder, dataclasses.asdict(options)) if how.log else None
+        named: Any = {"config": config, "shard": shard, "about": about, **how.how}
+        found = evaluate.sweep(spec, adapters, *loaded, folder=folder, log=log, **named)
+        batches = spec.batches(loaded[0], specs)
+        if wanted := -(-(options.save_examples - len(examples)) // (len(parts) - place)):
+            tnt = next(each for each in specs if each.name == "tnt")
+            inputs: Any = (batches, wanted, *loaded, spec.task, evaluate.tnt_config_of(tnt, config))
+            examples += report.find_examples(found, tnt.text, *inputs)
+        results, samples = results + found, samples | report.samples_of(batches)
+    if count > 1 and not how.dry_run:
+        print(f"shard {how.shard}: {len(results) or 'no'} results in {how.output}; when all shards")
+        print("are done, put their folders together and run the same command without --shard")
+    elif not how.dry_run:
+        report.write_report(results, how.output, title, samples, examples)
 
 
-def measure(
-    options: Any,
-    spec: evaluate.Spec,
-    adapters: Sequence[str],
-    loaded: tuple[Any, Any],
-    folder: Path,
-    about: dict[str, Any],
-    wanted: int,
-    shard: tuple[int, int] = (0, 1),
-) -> tuple[list[evaluate.Predictions], dict[str, np.ndarray], list[report.Example]]:
-    """Run adapters, or estimate what that takes; also for natural shifts.
-
-    Returns the results, an image of each domain, and as many of TNT's examples as are `wanted`.
-    """
-    specs, config = [evaluate.parse_adapter(text) for text in adapters], options.adapters.config
-    if options.run.dry_run:
-        estimate(options, spec, specs, loaded, folder, shard)
-        return [], {}, []
-    log = None
-    if options.run.log:
-        log = evaluate.loggers(options.run.log, folder, dataclasses.asdict(options))
-    named = {"config": config, "shard": shard, "log": log, "about": about}
-    results = evaluate.sweep(spec, adapters, *loaded, folder, **named, **options.run.how)
-    batches, examples = spec.batches(loaded[0], specs), []
-    if wanted:
-        tnt = next(each for each in specs if each.name == "tnt")
-        inputs: Any = (batches, wanted, *loaded, spec.task, evaluate.tnt_config_of(tnt, config))
-        examples = report.find_examples(results, tnt.text, *inputs)
-    return results, report.samples_of(batches), examples
+def estimate(options: Any, loaded: Any, spec: evaluate.Spec, adapters: Any, share: range) -> None:
+    """Print streams, images and steps; estimate time and memory from one step each."""
+    (model, params), count = loaded, 0
+    batches = spec.batches(model, adapters)
+    for number in share:
+        stream, steps = spec.streams[number], len(batches.of(number))
+        shape = f"{len(stream.items)} images, {steps} steps of {spec.batch_size}"
+        print(f"{stream.name}, seed {stream.seed}: {shape}")
+        count += steps
+    batches[0]  # the first imports what it needs
+    start = time.perf_counter()
+    batch: Any = batches[min(1, len(batches) - 1)]  # a stream's last batch may be small
+    reading = (time.perf_counter() - start) * count / max(options.run.workers, 1)
+    total = peak = 0.0
+    for each in adapters:
+        adapter = evaluate.make_adapter(each, model, spec.task, options.adapters.config)
+        state, inputs = adapter.init(params), Batch(batch.images, batch.mask, batch.index)
+        if each.needs_originals:
+            inputs = Batch(batch.originals, batch.mask, batch.index, batch.sizes)
+        step = jax.jit(adapter.step).lower(params, state, inputs).compile()
+        for _ in range(2):  # the first call loads the program
+            start = time.perf_counter()
+            jax.block_until_ready(step(params, state, inputs))
+        seconds, sizes = time.perf_counter() - start, step.memory_analysis()
+        used = (sizes.temp_size_in_bytes + sizes.argument_size_in_bytes) / 1e9 if sizes else 0
+        total, peak = total + seconds * count, max(peak, used)
+        print(f"{each.text}: {count} steps of {seconds:.2g} s, {used:.2g} GB")
+    took = timedelta(seconds=round(max(reading, total)))
+    print(f"estimate without compilation: {took}, {peak:.2g} GB")

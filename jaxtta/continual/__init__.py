@@ -25,7 +25,7 @@ from jaxtta.continual.gram import (
     task_grams,
 )
 from jaxtta.continual.orthogonal_gradients import output_gradient_basis
-from jaxtta.continual.training import TrainingConfig, random_crops, train
+from jaxtta.continual.training import TrainingConfig
 
 __all__ = [
     "VARIANTS",
@@ -46,10 +46,8 @@ __all__ = [
     "null_space_projector",
     "null_space_projectors",
     "output_gradient_basis",
-    "random_crops",
     "task_grams",
     "task_optimizer",
-    "train",
     "train_step",
     "wise_ft",
 ]

@@ -5,7 +5,6 @@ from jaxtta.corruptions import IMAGENET_C as IMAGENET_C
 from jaxtta.corruptions import IMAGENET_C_EXTRA as IMAGENET_C_EXTRA
 from jaxtta.corruptions import corrupt as corrupt
 from jaxtta.data.arrays import ArrayDataset as ArrayDataset
-from jaxtta.data.baselines import reference_points as reference_points
 from jaxtta.data.batches import Batches as Batches
 from jaxtta.data.batches import StreamBatch as StreamBatch
 from jaxtta.data.batches import canvas_for as canvas_for

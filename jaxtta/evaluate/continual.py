@@ -9,9 +9,9 @@ a task, a retention set, or one of `jaxtta.metrics.ALIGNMENT`.
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,22 +20,23 @@ import pandas as pd
 from flax.traverse_util import flatten_dict
 from tqdm import tqdm
 
-from jaxtta import continual, data, metrics, models, tree
-from jaxtta.continual import VARIANTS, Grams, ReferenceBatch, TrainingConfig, random_crops
-from jaxtta.data.tasks import TaskData
-from jaxtta.evaluate.checkpoint import restore_checkpoint, save_checkpoint
-from jaxtta.evaluate.provenance import about, digest_of, fingerprints, model_settings
+from jaxtta import continual, data, metrics, models, tree, views
+from jaxtta.continual import VARIANTS, Grams, ReferenceBatch, TaskBatch, TrainingConfig
+from jaxtta.evaluate.provenance import about, fingerprints, model_settings
 from jaxtta.evaluate.store import agree, agree_on_images
-from jaxtta.io import write_json
+from jaxtta.io import digest_of, restore_checkpoint, save_checkpoint, write_json
 
 Params = models.Params
-WISE, WISE_TRAINING = "wise-ft", "fine-tuning"
-"""WiSE-FT averages the weights before and after fine-tuning, and is measured in the same run."""
-TABLE_COLUMNS = ("last", "average", "transfer", *metrics.ALIGNMENT)
-"""No task can have the name of one of these."""
-GRAM_BATCH = 16
+WISE, WISE_TRAINING = "wise-ft", "fine-tuning"  # measured in the same run
 
-_embed_classes = jax.jit(models.CLIP.class_embeddings, static_argnums=0)
+
+class TaskData(NamedTuple):
+    """A task's images."""
+
+    name: str
+    template: str
+    train: Any  # a dataset; None for images that are only tested
+    test: data.Dataset
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -43,115 +44,114 @@ def _embed(model: models.CLIP, params: Params, images: jax.Array) -> jax.Array:
     return models.l2_normalize(model.encode_image(params, model.normalize(images)))
 
 
+@jax.jit
+def _crops(key: jax.Array, images: jax.Array | np.ndarray) -> jax.Array:
+    """The training augmentation: crops of images (batch, side, side, 3) uint8, in [0, 1]."""
+    draw = functools.partial(views.random_boxes, count=1, scale=(0.9, 1.0))
+    keys, size = jax.random.split(key, len(images)), jnp.array(images.shape[1:3])
+    boxes = jax.tree.map(lambda x: x[:, 0], jax.vmap(draw, (0, None))(keys, size))
+    crop = jax.vmap(functools.partial(views.crop_and_resize, out=images.shape[1]))
+    return crop(jnp.asarray(images, jnp.float32) / 255, boxes)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=3)
+def _step(
+    model: Any, method: Any, schedule: Any, state: Any, projectors: Any, key: Any, *inputs: Any
+) -> tuple[continual.TrainState, dict[str, jax.Array]]:
+    # The projectors are arguments, so that they are not compiled in as constants.
+    optimizer = continual.task_optimizer(method, projectors, *schedule)
+    params, batch, pairs = inputs
+    batch = batch._replace(images=_crops(key, batch.images))
+    return continual.train_step(model, method, optimizer)(params, state, batch, pairs)
+
+
 @dataclasses.dataclass(eq=False)
 class Experiment:
-    """What methods are compared on, with one seed; what they share is computed when first used.
+    """What methods are compared on, with one seed; what they share is computed when first used."""
 
-    Attributes:
-        model: CLIP with a vision transformer.
-        params: its initial parameters.
-        tasks: the tasks, in training order.
-        retention: sets that are tested but not trained on.
-        reference: its test images are the reference images.
-        config: the training settings.
-        seed: of the order, the crops and the reference.
-        content: digest of the stored images of each set, by name; None to trust earlier results.
-    """
-
-    model: models.CLIP
-    params: Params
-    tasks: Sequence[TaskData]
-    retention: Sequence[TaskData]
-    reference: TaskData
+    model: models.CLIP  # with a vision transformer
+    params: Params  # its initial parameters
+    tasks: Sequence[TaskData]  # in training order
+    retention: Sequence[TaskData]  # tested but not trained on
+    reference: TaskData  # its test images are the reference images
     config: TrainingConfig
-    seed: int = 1
-    content: Mapping[str, Any] | None = None
+    seed: int = 1  # of the order, the crops and the reference
+    content: Mapping[str, Any] | None = None  # digests of the images by set; None to trust results
 
     def __post_init__(self) -> None:
-        """Validate the settings, and draw the reference images."""
+        """Check the names, and draw the reference images."""
         continual.check_tower(self.model)
         sets, images = [*self.tasks, *self.retention, self.reference], self.reference.test
-        names = [*(task.name for task in sets), *TABLE_COLUMNS]
-        for name in names:
-            if names.count(name) > 1:
-                raise ValueError(f"the name {name} is used twice, rename the task")
-        for task in self.tasks:
-            if task.train is None:
-                raise ValueError(f"{task.name} has no training images")
+        names = [*(task.name for task in sets), "last", "average", "transfer", *metrics.ALIGNMENT]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"the name {twice[0]} is used twice, rename the task")
         order = np.random.default_rng(self.seed).permutation(len(images))
         self.drawn = order[: self.config.reference_images]
         self.shown = np.unique(images.labels[self.drawn])  # their classes
         if len(self.shown) < 2:
-            raise ValueError(
-                f"the {len(self.drawn)} --reference-images of seed {self.seed} are of one class, "
-                "expected two or more; increase their number"
-            )
-        classes = [*(task.test.class_names for task in sets[:-1])]
-        classes.append(tuple(images.class_names[label] for label in self.shown))
+            raise ValueError(f"the --reference-images of seed {self.seed} are of one class")
+        classes = {task.name: task.test.class_names for task in sets}
+        classes[self.reference.name] = tuple(images.class_names[label] for label in self.shown)
         self.classes = {
-            task.name: models.zero_shot_task(self.model, names, [task.template])
-            for task, names in zip(sets, classes, strict=True)
+            task.name: models.zero_shot_task(self.model, classes[task.name], [task.template])
+            for task in sets
         }
 
-    def texts(self, params: Params) -> dict[str, np.ndarray]:
+    def texts(self, params: Params) -> dict[str, Any]:
         """Class embeddings (classes, projection) by set; of the reference, those of `shown`."""
-        prompts = {name: self.model.prompts(task) for name, task in self.classes.items()}
-        return {n: np.asarray(_embed_classes(self.model, params, p)) for n, p in prompts.items()}
+        init = functools.partial(self.model.init_context, params)
+        return {name: np.asarray(init(task)) for name, task in self.classes.items()}
 
     def read(
         self, dataset: data.Dataset, numbers: np.ndarray, desc: str, size: int | None = None
-    ) -> Iterator[data.StreamBatch]:
+    ) -> Iterable[data.StreamBatch]:
         """Batches of clean images, in this order."""
         clean = data.Domain(data.CLEAN)
         streams = (data.stream_of("clean", [clean], numbers, 0),)
         size, prepare = size or self.config.batch_size, self.model.preprocessing
         batches = data.Batches({clean: dataset}, streams, size, prepare)
         reader = data.read_ahead(batches, self.config.workers)
-        bar = tqdm(reader, f"{desc}: compiling", len(batches), unit="batch", leave=False)
-        for number, batch in enumerate(bar):
-            if number == 1:  # the first was computed with
-                bar.set_description(desc)
-            yield batch
+        return tqdm(reader, desc, len(batches), unit="batch", leave=False)
 
-    def embed(
-        self, params: Params, dataset: data.Dataset, numbers: np.ndarray, desc: str
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Embeddings (images, projection), labels and pixels of the images that can be read."""
+    def embed(self, params: Params, task: TaskData) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Embeddings (images, projection), labels and pixels of the readable test images."""
+        numbers = np.random.default_rng(0).permutation(len(task.test))[: self.config.max_images]
+        if task is self.reference:
+            numbers = self.drawn
         found = []
-        for batch in self.read(dataset, numbers, desc):
+        for batch in self.read(task.test, numbers, f"testing {task.name}"):
             embeddings = np.asarray(_embed(self.model, params, batch.images))
             found.append([x[batch.mask] for x in (embeddings, batch.labels, batch.images)])
         embeddings, labels, images = map(np.concatenate, zip(*found, strict=True))
         if not len(labels):
-            raise ValueError(f"{desc}: none of the images could be read")
+            raise ValueError(f"testing {task.name}: none of the images could be read")
+        if task is self.reference:
+            labels = np.searchsorted(self.shown, labels)
         return embeddings, labels, images
 
-    def grams(
-        self, params: Params, dataset: data.Dataset, numbers: np.ndarray, step: int, desc: str
-    ) -> Grams:
-        """Gram matrices of images with the training augmentation, before task `step`."""
-        desc += ": Gram matrices"
-        key = jax.random.fold_in(jax.random.key(self.seed), 999 + step)
+    def grams(self, params: Params, number: int) -> Grams:
+        """Gram matrices of the task before task `number`, of the reference images before task 0."""
+        task, numbers = self.reference, self.drawn
+        if number:
+            task = self.tasks[number - 1]
+            order = np.random.default_rng([self.seed, number - 1, 1]).permutation(len(task.train))
+            numbers = order[: self.config.gram_images]
+        images = task.train or task.test
+        key = jax.random.fold_in(jax.random.key(self.seed), 999 + number)
+        batches = self.read(images, numbers, f"{task.name}: Gram matrices", size=16)
         crops = (
-            batch._replace(images=random_crops(jax.random.fold_in(key, number), batch.images))
-            for number, batch in enumerate(self.read(dataset, numbers, desc, GRAM_BATCH))
+            batch._replace(images=_crops(jax.random.fold_in(key, step), batch.images))
+            for step, batch in enumerate(batches)
         )
         return continual.task_grams(self.model, params, crops)
 
     @functools.cached_property
-    def reference_grams(self) -> Grams:
-        """Gram matrices of the reference images."""
-        images, desc = self.reference.test, f"reference of seed {self.seed}"
-        return self.grams(self.params, images, self.drawn, 0, desc)
-
-    @functools.cached_property
     def pairs(self) -> ReferenceBatch:
         """Reference pairs in memory, with the initial model's embeddings."""
-        images, name = self.reference.test, self.reference.name
-        teacher, labels, images = self.embed(self.params, images, self.drawn, "reference")
-        labels, texts = np.searchsorted(self.shown, labels), self.texts(self.params)[name]
-        captions = self.classes[name].token_ids[labels, 0]
-        return ReferenceBatch(images, captions, labels, teacher, texts[labels])
+        teacher, labels, images = self.embed(self.params, self.reference)
+        texts = self.texts(self.params)[self.reference.name][labels]
+        captions = self.classes[self.reference.name].token_ids[labels, 0]
+        return ReferenceBatch(images, captions, labels, teacher, texts)
 
     @functools.cached_property
     def before(self) -> dict[str, float]:
@@ -166,24 +166,12 @@ def train_task(
 
     Returns the parameters after the task and the sums of Gram matrices of what it was to preserve,
     `grams` of the next call; they are empty before the first task.
-
-    Raises:
-        FloatingPointError: if the loss is no longer finite.
-        ValueError: if no image of a batch could be read.
     """
     config, model, method = experiment.config, experiment.model, VARIANTS[name]
     seed, task, texts = experiment.seed, experiment.tasks[number], experiment.texts(params)
-    if method.projection != "none" and number:
-        earlier = experiment.tasks[number - 1]
-        images: Any = earlier.train
-        numbers = np.random.default_rng([seed, number - 1, 1]).permutation(len(images))
-        desc, numbers = f"{name} seed {seed}: {earlier.name}", numbers[: config.gram_images]
-        found = experiment.grams(params, images, numbers, number, desc)
-        grams = continual.combine_grams(grams, found)
-    elif method.projection != "none" and config.task_zero:
-        grams = experiment.reference_grams
-    pairs, trainable = None, continual.gnsp_kernels
-    classes: Any = texts[task.name]
+    if method.projection != "none" and (number or config.task_zero):
+        grams = continual.combine_grams(grams, experiment.grams(params, number))
+    pairs, trainable, classes = None, continual.gnsp_kernels, texts[task.name]
     if method.uses_pairs:
         captions = texts[experiment.reference.name][experiment.pairs.labels]
         pairs = experiment.pairs._replace(texts=captions)
@@ -192,18 +180,30 @@ def train_task(
         trainable = continual.everything_but_logit_scale
         pairs = pairs and pairs._replace(texts=None)
     rng = np.random.default_rng([seed, number])
-    images, wanted = task.train, config.iterations * config.batch_size
-    epochs = [rng.permutation(len(images)) for _ in range(-(-wanted // len(images)))]
-    desc = f"{name} seed {seed}: {task.name}"
-    batches = experiment.read(images, np.concatenate(epochs)[:wanted], desc)
     key = jax.random.fold_in(jax.random.key(seed), number)
-    inputs = model, config, method, params, trainable, batches, classes, pairs, grams
-    try:
-        return continual.train(*inputs, rng=rng, key=key), grams
-    except FloatingPointError as error:
-        raise FloatingPointError(f"{desc}: {error}, and another --output") from error
-    except ValueError as error:
-        raise ValueError(f"{desc}: {error}") from error
+    size, wanted = len(task.train), config.iterations * config.batch_size
+    order = np.concatenate([rng.permutation(size) for _ in range(-(-wanted // size))])[:wanted]
+    desc = f"{name} seed {seed}: {task.name}"
+    trained, _ = tree.partition(params, trainable)
+    projectors = continual.null_space_projectors(grams, config.rho) if grams else {}
+    optimizer = continual.task_optimizer(method, projectors, *config.schedule)
+    state = continual.TrainState(jax.tree.map(jnp.copy, trained), optimizer.init(trained))
+    drawn = None
+    for step, batch in enumerate(experiment.read(task.train, order, desc)):
+        if not batch.mask.any():
+            raise ValueError(f"{desc}: none of the images of a batch could be read")
+        # Others of the batch stand in for unreadable images.
+        others = rng.choice(np.flatnonzero(batch.mask), len(batch.mask))
+        rows = np.where(batch.mask, np.arange(len(batch.mask)), others)
+        images, labels = jnp.asarray(batch.images[rows]), jnp.asarray(batch.labels[rows])
+        if pairs is not None:
+            chosen = rng.integers(0, len(pairs.images), config.reference_batch)
+            drawn = jax.tree.map(lambda x, chosen=chosen: x[chosen], pairs)
+        inputs = jax.random.fold_in(key, step), params, TaskBatch(images, labels, classes), drawn
+        state, found = _step(model, method, config.schedule, state, projectors, *inputs)
+        if (step % 50 == 0 or step == config.iterations - 1) and not np.isfinite(found["loss"]):
+            raise FloatingPointError(f"{desc}: the loss is no longer finite; lower learning_rate")
+    return tree.merge(params, state.trained), grams
 
 
 def evaluate_tasks(experiment: Experiment, params: Params) -> dict[str, float]:
@@ -212,70 +212,47 @@ def evaluate_tasks(experiment: Experiment, params: Params) -> dict[str, float]:
     Gap and retrieval are of all retention sets, or of the reference pairs if there are none.
     """
     figures, parts, texts = {}, [], experiment.texts(params)
-    for task in (*experiment.tasks, *experiment.retention):
-        numbers = np.random.default_rng(0).permutation(len(task.test))
-        numbers, desc = numbers[: experiment.config.max_images], f"testing {task.name}"
-        images, labels, _ = experiment.embed(params, task.test, numbers, desc)
-        figures[task.name] = float(metrics.top_k(images @ texts[task.name].T, labels).mean())
+    for task in (*experiment.tasks, *(experiment.retention or [experiment.reference])):
+        images, labels, _ = experiment.embed(params, task)
+        if task is not experiment.reference:
+            figures[task.name] = float(metrics.top_k(images @ texts[task.name].T, labels).mean())
         if task.train is None:
             parts.append((images, texts[task.name][labels], labels))
-    if not parts:
-        reference, desc = experiment.reference, "testing the reference"
-        images, labels, _ = experiment.embed(params, reference.test, experiment.drawn, desc)
-        labels = np.searchsorted(experiment.shown, labels)
-        parts.append((images, texts[reference.name][labels], labels))
     return figures | metrics.image_text_alignment(*map(np.concatenate, zip(*parts, strict=True)))
 
 
 def run_sequence(
     experiment: Experiment, name: str, output: str | Path, **places: str
 ) -> pd.DataFrame:
-    """Train a method on every task; a run that was stopped resumes after the last finished task.
+    """Train a method of `VARIANTS` on every task, after the last that a stopped run finished.
 
-    Args:
-        experiment: what it is trained and measured on.
-        name: a key of `jaxtta.continual.VARIANTS`; fine-tuning is measured as wise-ft, too.
-        output: folder of all methods; this one writes to `<name>/seed<seed>`.
-        **places: for the result file, such as the model's folder.
-
-    Returns:
-        Columns method, seed, step, set and value.
-
-    Raises:
-        FloatingPointError: if the loss is no longer finite.
-        ValueError: if the folder has results with other settings or of other images.
+    Results go to `<output>/<name>/seed<seed>`, with `places`, such as the model's folder.
+    Fine-tuning is measured as wise-ft, too.
     """
-    if name not in VARIANTS:
-        raise ValueError(f"unknown method {name!r}, expected one of {', '.join(VARIANTS)}")
     config, first, content = experiment.config, experiment.params, experiment.content
     folder, settings = Path(output) / name / f"seed{experiment.seed}", _settings(experiment, name)
     agree(folder / "settings.json", settings)
     used = None if content is None else digest_of([content[set_] for set_ in settings["data"]])
     agree_on_images(folder / "images.json", used)
-    changed = continual.gnsp_kernels
-    if config.first_task == "all":
-        changed = continual.everything_but_logit_scale
-    params, rows, done = first, [], -1
-    grams: Any = {}
-    if saved := restore_checkpoint(folder / "checkpoints"):
-        done, arrays, rows = saved
-        arrays = jax.tree.map(jnp.asarray, arrays)
-        params = tree.merge(first, arrays["changed"])
-        grams = flatten_dict(arrays.get("grams", {}), sep="/")
+    choices = {"same": continual.gnsp_kernels, "all": continual.everything_but_logit_scale}
+    changed = choices[config.first_task]
+    done, arrays, rows = restore_checkpoint(folder / "checkpoints") or (-1, {}, [])
+    arrays = jax.tree.map(jnp.asarray, arrays)
+    params = tree.merge(first, arrays.get("changed", {}))
+    grams: Any = flatten_dict(arrays.get("grams", {}), sep="/")
     for step in range(done + 1, len(experiment.tasks) + 1):
         if step:
             params, grams = train_task(experiment, params, step - 1, name, grams)
+        (start, _), (end, _) = (tree.partition(weights, changed) for weights in (first, params))
         measured = {name: params}
         if name == WISE_TRAINING:
-            start, end = (tree.partition(weights, changed)[0] for weights in (first, params))
             average = continual.wise_ft(start, end, config.wise_share)
             measured[WISE] = tree.merge(first, average)
         for method, weights in measured.items():
             values = evaluate_tasks(experiment, weights) if step else experiment.before
             where = {"method": method, "seed": experiment.seed, "step": step}
             rows += [where | {"set": set_, "value": value} for set_, value in values.items()]
-        kept = {"changed": tree.partition(params, changed)[0], "grams": grams}
-        save_checkpoint(folder / "checkpoints", step, kept, rows)
+        save_checkpoint(folder / "checkpoints", step, {"changed": end, "grams": grams}, rows)
     found = {"rows": rows, "settings": settings, "about": about(experiment.model, **places)}
     write_json(folder / "result.json", found)
     return pd.DataFrame(rows)
@@ -284,18 +261,17 @@ def run_sequence(
 def _settings(experiment: Experiment, name: str) -> dict[str, Any]:
     """The settings that affect a method's results; unused options are left out."""
     config, method = experiment.config, VARIANTS[name]
+    projected = method.projection != "none"
+    referred = method.uses_pairs or (projected and config.task_zero) or not experiment.retention
+    sets = [*experiment.tasks, *experiment.retention, experiment.reference]
+    used = {
+        **dict.fromkeys(("rho", "gram_images", "task_zero"), projected),
+        "reference_batch": method.uses_pairs,
+        "reference_images": referred,
+        "wise_share": name == WISE_TRAINING,
+        "workers": False,
+    }
     training = dataclasses.asdict(config) | {"warmup": config.schedule[2]}
-    used, unused = [*experiment.tasks, *experiment.retention], ["workers"]
-    if method.projection == "none":
-        unused += ["rho", "gram_images", "task_zero"]
-    if not method.uses_pairs:
-        unused.append("reference_batch")
-        if experiment.retention and (method.projection == "none" or not config.task_zero):
-            unused.append("reference_images")
-    if "reference_images" not in unused:
-        used.append(experiment.reference)
-    if name != WISE_TRAINING:
-        unused.append("wise_share")
     return {
         "method": name,
         "seed": experiment.seed,
@@ -308,7 +284,7 @@ def _settings(experiment: Experiment, name: str) -> dict[str, Any]:
                 for images in (task.train, task.test)
                 if images is not None
             ]
-            for task in used
+            for task in (sets if referred else sets[:-1])
         },
-        "training": {option: x for option, x in training.items() if option not in unused},
+        "training": {option: x for option, x in training.items() if used.get(option, True)},
     }

@@ -2,10 +2,8 @@
 
 import dataclasses
 import datetime
-import functools
 import hashlib
 import inspect
-import json
 import platform
 import shlex
 import subprocess
@@ -16,11 +14,13 @@ from typing import Any
 
 import jax
 import numpy as np
+from tqdm import tqdm
 
 from jaxtta.adapters import AdapterConfig, AdapterSpec, tnt_config_of
 from jaxtta.adapters.by_name import mgtta_config_of, optimizer_of
-from jaxtta.data import Dataset, Subset
-from jaxtta.io import digest_array
+from jaxtta.data import Batches, Dataset, Subset, content_of
+from jaxtta.data.datasets import stored_in
+from jaxtta.io import digest_array, digest_of
 from jaxtta.models import Params, Task, describe_preprocessing, model_settings
 
 PACKAGES = ("jaxtta", "jax", "jaxlib", "flax", "optax", "transformers", "numpy", "pillow")
@@ -52,21 +52,21 @@ def fingerprints(
     return found
 
 
+def _digest(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=8).hexdigest()
+
+
 def source_of(function: Any) -> str | None:
     """A digest of the file that defines a function or class, or of its text in a notebook."""
-    while isinstance(function, functools.partial):
-        function = function.func
-    path = getattr(sys.modules.get(getattr(function, "__module__", "")), "__file__", None)
+    function = getattr(function, "func", function)  # of a partial
+    path = getattr(sys.modules.get(function.__module__), "__file__", None)
     try:
-        text = Path(path).read_bytes() if path else inspect.getsource(function).encode()
+        return _digest(Path(path).read_bytes() if path else inspect.getsource(function).encode())
     except (OSError, TypeError):  # typed into an interpreter
         return None
-    return hashlib.blake2b(text, digest_size=8).hexdigest()
 
 
-def identity_of(
-    spec: AdapterSpec, config: AdapterConfig, canvas: int | None = None
-) -> dict[str, Any]:
+def identity_of(spec: AdapterSpec, config: AdapterConfig, canvas: int | None = None) -> dict:
     """What decides an adapter's results: settings, and digests of files and of its source."""
     own: dict[str, Any] = {"name": spec.name}
     if spec.needs_originals:
@@ -86,54 +86,35 @@ def identity_of(
     if spec.name == "mgtta":
         settings = mgtta_config_of(spec, config)
         own |= {"weight": settings.weight, "tower": settings.tower}
-        learnt = {} if spec.settings.get("optimizer", "mgg") != "mgg" else {"phi": settings.phi}
-        for name, path in {"statistics": settings.statistics, **learnt}.items():
-            own[name] = hashlib.blake2b(Path(path).read_bytes(), digest_size=8).hexdigest()
+        own["statistics"] = _digest(settings.statistics.read_bytes())
+        if spec.settings.get("optimizer", "mgg") == "mgg":
+            own["phi"] = _digest(settings.phi.read_bytes())
     return own
 
 
-def as_json(content: Any) -> Any:
-    """A value as JSON gives it back: tuples are lists, and what it does not know is its text."""
-    return json.loads(json.dumps(content, default=str))
-
-
-def digest_of(content: Any) -> str:
-    """A short hash of a JSON value, which may hold arrays."""
-    words = json.dumps(content, sort_keys=True, default=digest_array).encode()
-    return hashlib.blake2b(words, digest_size=16).hexdigest()
+def contents_of(batches: Batches, share: range, progress: bool) -> dict[int, str | None]:
+    """One digest of the stored images of each stream; None where a dataset cannot tell."""
+    segments = {number: batches.streams[number].segments for number in share}
+    stored = {d: stored_in(batches.benchmark[d]) for own in segments.values() for d in own}
+    each = {id(dataset): dataset for dataset in stored.values()}.items()
+    bar = tqdm(each, "checking the images", leave=False, disable=not progress)
+    known = {key: content_of(dataset) for key, dataset in bar}
+    parts = {n: [known[id(stored[d])] for d in own] for n, own in segments.items()}
+    return {n: None if None in own else digest_of(own) for n, own in parts.items()}
 
 
 def about(loaded: Any = None, **places: str) -> dict[str, Any]:
-    """How to repeat a run: command line, date, commit, preprocessing, versions and device.
-
-    Args:
-        loaded: the model; its preprocessing is told if it came from `jaxtta.load`.
-        places: paths of data and model.
-    """
-    commit = _commit()
+    """How to repeat a run with a model from `jaxtta.load`; `places` are paths of data and model."""
     if hasattr(loaded, "preprocessing_origin"):
         places["preprocessing"] = describe_preprocessing(loaded).removeprefix("preprocessing: ")
-    arguments, given = sys.argv[1:], sys.orig_argv[1:]  # with "-m package", which `sys.argv` lacks
-    if given[len(given) - len(arguments) :] != arguments:  # called by another program
-        given = sys.argv
-    versions = {"python": platform.python_version()}
+    root = Path(__file__).parents[2]  # a checkout of jaxtta, or a folder of packages
+    git = f"git -C {shlex.quote(str(root))} describe --always --dirty --exclude='*'"
+    if (root / ".git").exists() and (found := subprocess.getstatusoutput(git))[0] == 0:
+        places["commit"] = found[1]
     return {
         **places,
-        "command": shlex.join(["python", *given]),
+        "command": shlex.join(["python", *sys.orig_argv[1:]]),
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        **({"commit": commit} if commit else {}),
-        "versions": versions | {name: version(name) for name in PACKAGES},
+        "versions": {"python": platform.python_version(), **{x: version(x) for x in PACKAGES}},
         "device": jax.devices()[0].device_kind,
     }
-
-
-def _commit() -> str | None:
-    """The commit of a checkout of jaxtta, "-dirty" if files differ; None without one."""
-    root = Path(__file__).parents[2]
-    if not (root / ".git").exists():
-        return None
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
-    try:
-        return subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True).strip()
-    except (OSError, subprocess.SubprocessError):  # no git here, or a checkout that it refuses
-        return None

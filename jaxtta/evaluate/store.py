@@ -6,94 +6,63 @@ checkpoints/                                    of unfinished streams
 """
 
 import contextlib
+import functools
 import logging
 import os
 import socket
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import quote
 
-from filelock import AcquireReturnProxy, FileLock, Timeout
+from filelock import FileLock, Timeout
+from flax.traverse_util import flatten_dict
 
 from jaxtta.evaluate.predictions import Predictions
-from jaxtta.evaluate.provenance import as_json
-from jaxtta.io import read_json, write_json
+from jaxtta.io import as_json, read_json, write_json
 
 log = logging.getLogger(__name__)
+safe_name = functools.partial(quote, safe=",=+")  # another file name for each text
 
 
-def safe_name(text: str) -> str:
-    """A text as a part of a file's name; another one for each text."""
-    return quote(text, safe=",=+")
-
-
-class Store(NamedTuple):
-    """A sweep's folder, and the grouped settings that all of its results share."""
-
-    root: Path
-    settings: dict[str, Any]
-
-    @contextlib.contextmanager
-    def lock(self, shard: tuple[int, int] = (0, 1)) -> Iterator[None]:
-        """Lock the folder; only other shards of the same sweep may use it at the same time."""
-        number, count = shard
-        _refuse_earlier_version(self.root)
-        (self.root / "predictions").mkdir(parents=True, exist_ok=True)
-        own = self.root / f".lock-{number}-of-{count}"
-        with FileLock(self.root / ".lock"):
-            for other in self.root.glob(".lock-*-of-*"):
-                if other != own and not other.name.endswith(f"-of-{count}"):
-                    with _acquire(other):
-                        pass
-            agree(self.root / "settings.json", self.settings)
-            held = _acquire(own)
-            _holder(own).write_text(f"process {os.getpid()} on {socket.gethostname()}")
-        with held:
-            yield
-
-    def path(self, adapter: str, stream: str, seed: int) -> Path:
-        """Path of a result; its folder exists while the store is locked."""
-        name = safe_name(f"{adapter}--{stream}--seed{seed}.safetensors")
-        return self.root / "predictions" / name
-
-    def checkpoints(self, stream: str, seed: int) -> Path:
-        """Folder for the checkpoints of a stream."""
-        return self.root / "checkpoints" / safe_name(f"{stream}--seed{seed}")
-
-    def read(
-        self, key: tuple[str, str, int], settings: Mapping[str, Any], content: str | None
-    ) -> Predictions | None:
-        """The result of an adapter, stream and seed, or None; `content` None is not compared."""
-        path = self.path(*key)
-        if not path.exists():
-            return None
-        try:
-            found = Predictions.load(path)
-        except ValueError as error:
-            log.warning("%s; recomputing", error)
-            return None
-        own = (found.adapter, found.stream, found.seed)
-        if own != key:
-            raise ValueError(f"{path}: has the predictions of {own}, expected those of {key}")
-        if said := differences(found.settings, settings):
-            raise ValueError(f"{path}: was made with {said}; choose another folder")
-        _require_same_images(path, found.content, content)
-        return found
-
-
-def _acquire(path: Path) -> AcquireReturnProxy:
-    """Acquire a lock, and release it at the end of a `with` statement."""
+@contextlib.contextmanager
+def lock(root: Path, settings: Mapping[str, Any], shard: tuple[int, int]) -> Iterator[None]:
+    """Lock a folder for results with these settings; other shards may use it at the same time."""
+    if (root / "cells").is_dir():
+        said = "has results of an earlier version of jaxtta, which this version does not read"
+        raise ValueError(f"{root}: {said}; choose another folder")
+    (root / "predictions").mkdir(parents=True, exist_ok=True)
+    own = root / f".lock-{shard[0]}-of-{shard[1]}"
+    holder = own.with_name(own.name.replace("lock", "holder"))  # filelock empties its own file
     try:
-        return FileLock(path).acquire(timeout=0)
+        held = FileLock(own).acquire(timeout=0)
     except Timeout:
-        said = f"another run is writing to this folder ({_holder(path).read_text()})"
-        raise ValueError(f"{path.parent}: {said}") from None
+        said = f"another run is writing to this folder ({holder.read_text()})"
+        raise ValueError(f"{root}: {said}") from None
+    with held:
+        holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+        agree(root / "settings.json", settings)
+        yield
 
 
-def _holder(lock: Path) -> Path:
-    """The file that says who has a lock; some versions of filelock empty the lock itself."""
-    return lock.with_name(lock.name.replace("lock", "holder"))
+def result_path(root: Path, adapter: str, stream: str, seed: int) -> Path:
+    """Path of a result; its folder exists while the folder is locked."""
+    return root / "predictions" / safe_name(f"{adapter}--{stream}--seed{seed}.safetensors")
+
+
+def read_result(path: Path, settings: Mapping[str, Any], content: str | None) -> Predictions | None:
+    """The result if it was finished; `content` None is not compared."""
+    try:
+        found = Predictions.load(path)
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        log.warning("%s; recomputing", error)
+        return None
+    if said := differences(found.settings, settings):
+        raise ValueError(f"{path}: was made with {said}; choose another folder")
+    _require_same_images(path, found.content, content)
+    return found
 
 
 def load_predictions(folder: str | Path) -> list[Predictions]:
@@ -102,8 +71,6 @@ def load_predictions(folder: str | Path) -> list[Predictions]:
     Runs that selected a learning rate, in "validation", are no part of the results.
     """
     root = Path(folder)
-    for known in (root, *root.glob("*/")):
-        _refuse_earlier_version(known)
     paths = sorted(root.rglob("predictions/*.safetensors"))
     paths = [path for path in paths if "validation" not in path.relative_to(root).parts]
     if not paths:
@@ -113,48 +80,35 @@ def load_predictions(folder: str | Path) -> list[Predictions]:
     return [result for _, result in results]
 
 
-def _refuse_earlier_version(root: Path) -> None:
-    if (root / "cells").is_dir():
-        said = "has results of an earlier version of jaxtta, which this version does not read"
-        raise ValueError(f"{root}: {said}; choose another folder")
-
-
 def agree_on_images(path: Path, content: str | None) -> None:
     """Write a digest of a folder's images, or raise a ValueError for others; None is trusted."""
     if not path.exists():
         write_json(path, {"content": content})
-    else:
-        _require_same_images(path, read_json(path).get("content"), content)
+    _require_same_images(path, read_json(path).get("content"), content)
 
 
 def _require_same_images(path: Path, earlier: str | None, content: str | None) -> None:
-    if content is None or content == earlier:
-        return
-    reason = "was made from other images: the files have changed, or are a newer copy"
-    if earlier is None:
-        reason = "does not say which images it was made from"
-    raise ValueError(
-        f"{path}: {reason}; choose another folder, or --trust-data if the images are the same"
-    )
+    if content not in (None, earlier):
+        raise ValueError(
+            f"{path}: was made from other images (changed files, a newer copy) or does not say "
+            "from which; choose another folder, or --trust-data if the images are the same"
+        )
 
 
 def agree(path: Path, settings: Mapping[str, Any]) -> None:
     """Write a folder's settings, or raise a ValueError if the existing ones are others."""
-    settings = as_json(settings)
     if not path.exists():
-        write_json(path, settings)
-    elif said := differences(read_json(path), settings):
+        write_json(path, as_json(settings))
+    if said := differences(read_json(path), as_json(settings)):
         raise ValueError(f"{path.parent}: has results with {said}; choose another folder")
 
 
-def differences(earlier: Mapping[str, Any], now: Mapping[str, Any], within: str = "") -> str:
+def differences(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """List the settings that differ; a setting within another is named "outer.inner"."""
-    lacking = [within + name for name in now if name not in earlier]  # in an earlier version
+    earlier, now = (flatten_dict(dict(settings), sep=".") for settings in (earlier, now))
+    lacking = [name for name in now if name not in earlier]  # in an earlier version
     listed = [f"no record of {', '.join(lacking)}"] if lacking else []
     for name, value in earlier.items():
-        other = now.get(name)
-        if isinstance(value, dict) and isinstance(other, dict) and value != other:
-            listed.append(differences(value, other, f"{within}{name}."))
-        elif value != other:
-            listed.append(f"{within}{name} {value!r} (this run: {other!r})")
+        if value != now.get(name):
+            listed.append(f"{name} {value!r} (this run: {now.get(name)!r})")
     return ", ".join(listed)

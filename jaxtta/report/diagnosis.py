@@ -2,36 +2,25 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
 from PIL import Image
 
-from jaxtta.adapters.by_name import SETTINGS
-from jaxtta.bootstrap import accuracy_interval
-from jaxtta.data import Dataset
-from jaxtta.diagnose import Answers, Diagnosis, ModelDiagnosis, TargetCheck, truncate
+from jaxtta.data import ImageFolder
+from jaxtta.diagnose import Answers, Diagnosis, TargetCheck, truncate
 from jaxtta.images import printable
 from jaxtta.io import atomic_write, write_json, write_text
-from jaxtta.report.diagnosis_plots import diagnosis_plots, draw_predictions
+from jaxtta.report.plots import GREY, finish, label, styles
 from jaxtta.report.render import NONE, percent, png, render
 from jaxtta.report.summary import Summary
 from jaxtta.report.text import aligned, answer, counted, points
 from jaxtta.report.write import optimizer_of
 
-UNSURE, THUMBNAIL = 12, 160  # images shown of a model, and pixels of their longer side
-LABELS = {
-    "detected": "classes detected",
-    "most_by_one_direction": "most classes by one direction",
-    "linear_cka": "linear CKA",
-    "entropy": "mean entropy (nats)",
-    "confidence": "mean confidence",
-    "squared_mmd": "squared MMD to half the reference",
-    "null_quantile": "95 % quantile under the null",
-}
 Tables = dict[str, pd.DataFrame]
 Checked = tuple[TargetCheck, Answers, Summary | None]
 
@@ -41,81 +30,59 @@ def write_diagnosis(
 ) -> None:
     """Print a diagnosis and write its files; `made` has `settings` and `about`."""
     said = sentences("diagnosis.txt.j2", models=found.models, robustness=found.robustness)
-    tables, drawn = diagnosis_tables(found), diagnosis_plots(found, fractions)
-    write_json(folder / "result.json", dataclasses.asdict(found) | made)
-    _write(folder, "Diagnosis", found.models, made, said, tables=tables, plots=drawn, strips={})
+    prepared = [f"{name}: {model.preprocessing}" for name, model in found.models.items()]
+    made["about"]["preprocessing"] = "; ".join(prepared)
+    title, content = f"Diagnosis: {', '.join(found.models)}", dataclasses.asdict(found)
+    plots = diagnosis_plots(found, fractions)
+    _write(folder, title, content | made, said, diagnosis_tables(found), plots=plots)
 
 
 def write_check(
-    folder: Path,
-    title: str,
-    found: Mapping[str, Checked],
-    images: Dataset,
-    names: Sequence[str],
-    made: dict[str, Any],
+    folder: Path, model: str, found: Checked, images: ImageFolder, made: dict[str, Any]
 ) -> None:
-    """Print a check of images with these names, by each model, and write its files."""
-    content, tables, drawn, strips = {}, {}, {}, {}
-    for model, (check, answers, trial) in found.items():
-        ending = f"-{model}" if len(found) > 1 else ""
-        tables |= check_tables(model, check, trial)
-        drawn[f"predictions{ending}"] = draw_predictions(check, answers)
-        columns = {
-            "file": [printable(names[number]) for number in answers.numbers],
-            "class": [printable(check.classes[label]) for label in answers.labels],
-            "confidence": answers.confidences,
-            "entropy": answers.entropies,
-            "distance": answers.distances,
-        }
-        table, file = pd.DataFrame(columns), f"images{ending}.csv".replace("/", "-")
-        write_text(folder / file, table.to_csv(index=False, float_format="%.4f"))
-        strip = strips.setdefault(f"Images that {model} is least sure of, from {file}", [])
-        for place in answers.least_sure(UNSURE):
-            row, small = table.iloc[place], Image.fromarray(images[int(answers.numbers[place])])
-            small.thumbnail((THUMBNAIL, THUMBNAIL))
-            caption = f"{row['file']}: {row['class']} {percent(row['confidence'], 0)} %"
-            strip.append((caption, np.asarray(small)))
-        rows = json.loads(trial.segments.to_json(orient="records") or "") if trial else []
-        content[model] = dataclasses.asdict(check) | {"trial": rows}
-    write_json(folder / "result.json", {"models": content} | made)
-    models, said = {name: check for name, (check, *_) in found.items()}, check_sentences(found)
-    trials = [result for _, _, trial in found.values() if trial for result in trial.results]
-    optimizers = {result.adapter: optimizer_of(result) for result in trials}
-    shown = {"tables": tables, "plots": drawn, "strips": strips, "optimizers": optimizers}
-    _write(folder, title, models, made, said, **shown)
+    """Print a model's check of images, with a trial of adapters if there was one; write files."""
+    check, answers, trial = found
+    columns = {
+        "file": [printable(images.paths[number]) for number in answers.numbers],
+        "class": [printable(check.classes[label]) for label in answers.labels],
+        "confidence": answers.confidences,
+        "entropy": answers.entropies,
+        "distance": answers.distances,
+    }
+    table, shown = pd.DataFrame(columns), []
+    write_text(folder / "images.csv", table.to_csv(index=False, float_format="%.4f"))
+    for place in answers.least_sure(12):
+        row, small = table.iloc[place], Image.fromarray(images[int(answers.numbers[place])])
+        small.thumbnail((160, 160))
+        caption = f"{row['file']}: {row['class']} {percent(row['confidence'], 0)} %"
+        shown.append((caption, np.asarray(small)))
+    rows = json.loads(trial.segments.to_json(orient="records") or "") if trial else []
+    optimizers = {each.adapter: optimizer_of(each) for each in trial.results} if trial else {}
+    made["about"]["preprocessing"] = check.preprocessing
+    content = {"models": {model: dataclasses.asdict(check) | {"trial": rows}}} | made
+    title, tables = f"Check of {images.root.resolve().name}: {model}", check_tables(check, trial)
+    said = sentences("target.txt.j2", name=model, check=check, trial=trial)
+    drawn = {"predictions": draw_predictions(check, answers)}
+    _write(folder, title, content, said, tables, plots=drawn, unsure=shown, optimizers=optimizers)
 
 
 def _write(
-    folder: Path,
-    title: str,
-    models: Mapping[str, ModelDiagnosis | TargetCheck],
-    made: Mapping[str, Any],
-    said: list[str],
-    **shown: Any,
+    folder: Path, title: str, content: dict[str, Any], said: list[str], tables: Tables, **shown: Any
 ) -> None:
-    title = f"{title}: {', '.join(models)}"
+    write_json(folder / "result.json", content)
     blocks = [
         "\n".join(aligned([[name, *table.columns], *table.itertuples(name=None)]))
-        for name, table in shown["tables"].items()
+        for name, table in tables.items()
     ]
     print("\n\n".join([title, *blocks, *said]))
     write_text(folder / "table.txt", "\n\n".join(blocks) + "\n")
-    for name, figure in shown["plots"].items():
-        with atomic_write(folder / f"{name.replace('/', '-')}.png") as temporary:
+    for name, figure in shown.get("plots", {}).items():
+        with atomic_write(folder / f"{name}.png") as temporary:
             temporary.write_bytes(png(figure))
-    prepared = "; ".join(f"{name}: {model.preprocessing}" for name, model in models.items())
-    about = [made["about"] | {"preprocessing": prepared}]
-    how = {"abouts": about, "settings": [made["settings"]], "sentences": said, "title": title}
-    write_text(folder / "report.html", render("diagnosis.html.j2", **how, **shown))
+    told = {"title": title, "sentences": said, "tables": tables, "abouts": [content["about"]]}
+    page = render("diagnosis.html.j2", settings=[content["settings"]], **told, **shown)
+    write_text(folder / "report.html", page)
     print(f"\nresults: {folder / 'report.html'}")
-
-
-def check_sentences(found: Mapping[str, Checked]) -> list[str]:
-    """What to expect of each model on the images, and what was not measured."""
-    trials = [trial for _, _, trial in found.values() if trial]
-    tried = {name.partition(":")[0] for trial in trials for name in trial.adapters}
-    untried = [name for name in SETTINGS if name not in tried]
-    return sentences("target.txt.j2", found=found, tried=tried, untried=untried)
 
 
 def sentences(template: str, **found: Any) -> list[str]:
@@ -125,15 +92,9 @@ def sentences(template: str, **found: Any) -> list[str]:
     return [" ".join(text.split()) for text in paragraphs if text.strip()]
 
 
-def bounded(share: float, bounds: Sequence[float], sign: str = "") -> str:
-    """Format a share and its interval in per cent, or a gain in points."""
-    return f"{points(share, sign)} [{', '.join(points(bound, sign) for bound in bounds)}]"
-
-
-def fields(found: Any, *omitted: str) -> dict[str, str]:
-    """The fields of a dataclass as rows of a table, without those omitted."""
-    shown = {name: entry(x) for name, x in vars(found).items() if name not in omitted}
-    return {LABELS.get(name) or name.replace("_", " "): text for name, text in shown.items()}
+def bounded(share: float, low: float, high: float) -> str:
+    """Format a share and its interval in per cent."""
+    return f"{points(share)} [{points(low)}, {points(high)}]"
 
 
 def entry(value: Any) -> str:
@@ -147,30 +108,35 @@ def entry(value: Any) -> str:
     return NONE if value is None else str(value)
 
 
+def described(columns: dict[str, Any], *omitted: str) -> pd.DataFrame:
+    """Fields by name as a table of text."""
+    table = pd.DataFrame(columns).drop([*omitted]).map(entry)
+    return table.rename(index=lambda name: name.replace("_", " "))
+
+
 def diagnosis_tables(found: Diagnosis) -> Tables:
     """Metrics by model and by pair of models, as text."""
     models = {}
     for name, model in found.models.items():
         rows = {}
         for key, each in model.sets.items():
-            rows[f"accuracy on {key} (%)"] = bounded(each.accuracy, each.interval)
-            rows[f"kurtosis on {key}"] = entry(each.kurtosis)
+            rows[f"accuracy on {key} (%)"] = bounded(each.accuracy, *each.interval)
+            rows[f"kurtosis on {key}"] = each.kurtosis
         if model.shifted:
             rows["mean accuracy on shifted sets (%)"] = percent(model.shifted.accuracy)
             robust = found.robustness.values.get(name, np.nan)
             rows["effective robustness (points)"] = points(robust, "+")
-            rows["mean kurtosis on shifted sets"] = entry(model.shifted.kurtosis)
-        rows["sufficient fraction of directions"] = entry(model.sufficient_fraction)
-        models[name] = rows | fields(model.base)
-    tables = {"Models": pd.DataFrame(models)}
-    pairs = {" / ".join(pair.models): fields(pair, "models") for pair in found.pairs}
-    return tables | ({"Pairs of models": pd.DataFrame(pairs)} if pairs else {})
+            rows["mean kurtosis on shifted sets"] = model.shifted.kurtosis
+        rows["sufficient fraction of directions"] = model.sufficient_fraction
+        models[name] = rows | vars(model.base)
+    pairs = {" / ".join(pair.models): vars(pair) for pair in found.pairs}
+    tables = {"Models": described(models)}
+    return tables | ({"Pairs of models": described(pairs, "models")} if pairs else {})
 
 
-def check_tables(model: str, check: TargetCheck, trial: Summary | None) -> Tables:
+def check_tables(check: TargetCheck, trial: Summary | None) -> Tables:
     """Distribution shift, predictions and the trial of adapters, as text."""
-    sets = {"target": check.target, "reference": check.reference}
-    spaces = {name: fields(each, "predicted") for name, each in sets.items()}
+    spaces = {"target": vars(check.target), "reference": vars(check.reference)}
     shares = {"predicted (%)": check.target.predicted}
     if check.labelled:
         shares |= {"labelled (%)": check.labelled.shares, "recall (%)": check.labelled.recall}
@@ -179,18 +145,63 @@ def check_tables(model: str, check: TargetCheck, trial: Summary | None) -> Table
     confused = {" / ".join(pair.classes): (pair.share, pair.margin) for pair in check.confused}
     heads = ["top two for (%)", "mean difference (points)"]
     tables = {
-        f"Images in {model}'s embedding space": pd.DataFrame(spaces),
-        f"Classes by {model}": classes.map(percent),
-        f"Classes that {model} confuses": pd.DataFrame(confused, heads).map(percent).T,
+        "Images in the embedding space": described(spaces, "predicted"),
+        "Classes": classes.map(percent),
+        "Classes that are confused": pd.DataFrame(confused, heads).map(percent).T,
     }
     if trial:
-        means = trial.means.to_dict("index")
-        heads, rows = ["accuracy (%)", "gain (points)", "calibration error (%)"], {}
-        for result in trial.results:
-            right, mean = result.top1[result.rows["seen"]], means[result.adapter]
-            gained = bounded(mean["gain"], (mean["low"], mean["high"]), "+")
-            gained = gained if result.adapter in trial.compared else NONE
-            top = bounded(right.mean(), accuracy_interval(right))
-            rows[result.adapter] = top, gained, percent(mean["ece"])
-        tables[f"Trial of adapters with {model}"] = pd.DataFrame(rows, heads).T
+        columns = ["top1", "top1_low", "top1_high", "gain", "gain_low", "gain_high", "ece"]
+        tables["Trial of adapters (%)"] = trial.segments.set_index("adapter")[columns].map(percent)
     return tables
+
+
+def diagnosis_plots(found: Diagnosis, fractions: Sequence[float]) -> dict[str, Figure]:
+    """The plots of a diagnosis with these fractions of the head's directions."""
+    names, line = ("kurtosis", "importance", "pruning", "robustness"), found.robustness.line
+    drawn = {name: Figure(figsize=(7, 4.4), layout="constrained") for name in names}
+    kurtosis, importance, pruning, robustness = (figure.subplots() for figure in drawn.values())
+    bars = {
+        label(name): {label(key): each.kurtosis for key, each in model.sets.items()}
+        for name, model in found.models.items()
+    }
+    pd.DataFrame(bars).plot.bar(ax=kurtosis, width=0.8, rot=40)
+    kurtosis.axhline(3, color="black", linestyle="--", linewidth=1)
+    finish(kurtosis, "", "kurtosis of the features")
+    for name, look in styles(found.models, None).items():
+        model, colour = found.models[name], look["color"]
+        spectrum, base = np.asarray(model.base.importance), model.sets[model.base_name]
+        importance.plot(1 + np.arange(len(spectrum)), spectrum / spectrum.mean(), **look, ms=1)
+        pruning.plot(pd.Series(base.pruned, [*fractions]).sort_index(), **look)
+        if model.shifted:
+            pruning.plot(fractions, model.shifted.pruned, "x", color=colour)
+            robustness.plot(model.base_accuracy, model.shifted.accuracy, **look)
+    importance.axhline(1, color="black", linestyle="--", linewidth=1)
+    finish(importance, "rank of the direction", "importance / mean")
+    finish(pruning, "share of directions kept", "top-1 accuracy")
+    if line is None:
+        del drawn["robustness"]
+        return drawn
+    robustness.plot(*np.transpose(found.robustness.points), "o", color=GREY, label="reference")
+    bases = np.concatenate([each.get_xdata() for each in robustness.lines])
+    ends = np.linspace(bases.min(), bases.max(), 50)
+    robustness.plot(ends, line.predict(ends), color=GREY)
+    finish(robustness, "accuracy on the base set", "mean on shifted sets", grid="both")
+    return drawn
+
+
+def draw_predictions(check: TargetCheck, answers: Answers) -> Figure:
+    """Draw entropies, and how often each class is predicted."""
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    bins = np.linspace(0, np.log(len(check.classes)), 31)
+    for name, values in (("target", answers.entropies), ("reference", answers.reference_entropies)):
+        weights = np.full(len(values), 100 / len(values))
+        left.hist(np.clip(values, 0, bins[-1]), bins, weights=weights, alpha=0.6, label=name)
+    shares = {"predicted": check.target.predicted}
+    shares |= {"labelled": check.labelled.shares} if check.labelled else {}
+    frame = 100 * pd.DataFrame(shares, [*map(label, check.classes)]).iloc[check.commonest()]
+    frame.plot.barh(ax=right, width=0.8, legend=False)
+    right.invert_yaxis()
+    finish(left, "entropy of a prediction (nats)", "images (%)")
+    finish(right, "images (%)", "", grid="x")
+    return figure

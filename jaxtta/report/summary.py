@@ -16,8 +16,7 @@ import pandas as pd
 from jaxtta import metrics
 from jaxtta.corruptions import CLEAN
 from jaxtta.data import Domain
-from jaxtta.evaluate.gains import mean_intervals, paired_gain
-from jaxtta.evaluate.predictions import Predictions
+from jaxtta.evaluate.predictions import Predictions, mean_intervals, paired_gain
 from jaxtta.evaluate.store import differences
 from jaxtta.images import printable
 
