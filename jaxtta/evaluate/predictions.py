@@ -62,7 +62,7 @@ class Predictions:
     domains: tuple[Domain, ...]  # the stream's segments; a domain may occur twice
     class_names: tuple[str, ...]
     rows: pd.DataFrame
-    steps: pd.DataFrame  # one row per batch: seconds, and skipped (the state stayed as it was)
+    steps: pd.DataFrame  # a row per batch: seconds, NaN if not timed; skipped: the state stayed
     unreadable: tuple[str, ...]  # names of the images that were not seen, in stream order
     settings: dict[str, Any]  # what identifies the result: model, data, streams, adapter
     about: dict[str, Any]  # command, versions, device and the like, which change no result

@@ -28,6 +28,7 @@ from jaxtta.models import Batch, Classifier, Params, Task
 from jaxtta.models.preprocess import Preprocessing
 
 _log = logging.getLogger(__name__)
+TIMED = 8  # of so many batches one is waited for, and timed; the others queue
 
 
 @dataclasses.dataclass(frozen=True)
@@ -263,6 +264,7 @@ class StreamRun:
         for name in self.note["settings"]:
             record = {key: np.zeros(len(self.labels), kind) for key, kind in IMAGE.items()}
             record |= {key: np.zeros(len(self.places), kind) for key, kind in BATCH.items()}
+            record["seconds"][:] = np.nan
             state = self.adapters[name][1].init(self.params, jax.random.key(self.stream.seed))
             self.tree[name] = {"state": state, "record": record}
 
@@ -272,9 +274,10 @@ class StreamRun:
             self._begin()
         title = f"{self.stream.name} seed {self.stream.seed}"
         bar.set_description(title)
+        before: tuple[Any, ...] = ()  # a batch's scores are fetched while the next is computed
         for number in range(self.done, len(self.places)):
-            batch = next(source)  # numpy arrays, which the compiled step transfers
-            shown = {}
+            batch, timed = next(source), number % TIMED == 0  # arrays that the step transfers
+            scores: dict[str, Any] = {}
             for name, node in self.tree.items():
                 spec, adapter = self.adapters[name]
                 inputs = Batch(batch.images, batch.mask, batch.index)
@@ -285,21 +288,38 @@ class StreamRun:
                     step = jax.jit(adapter.step, donate_argnums=1)
                     steps[name] = step.lower(self.params, node["state"], inputs).compile()
                     bar.set_description(title)
+                if timed:
+                    jax.block_until_ready((before, scores, node["state"]))
                 start = time.perf_counter()
                 node["state"], prediction = steps[name](self.params, node["state"], inputs)
-                jax.block_until_ready(prediction)
-                record, seen = node["record"], batch.index[batch.mask]
-                record["seconds"][number] = time.perf_counter() - start
-                record["skipped"][number] = bool(prediction.metrics.get("skipped", False))
-                record["seen"][seen] = True
-                for key, values in score(prediction.logits, batch.labels).items():
-                    record[key][seen] = np.asarray(values)[batch.mask]
-                right = (record["prediction"] == self.labels) & record["seen"]
-                shown[name] = f"{100 * right.sum() / max(record['seen'].sum(), 1):.1f}"
-            bar.set_postfix(shown)  # top-1 accuracy so far, in per cent
-            bar.update()
-            if self.every and (number + 1) % self.every == 0 and number + 1 < len(self.places):
-                save_checkpoint(self.folder, number + 1, self.tree, self.note)
+                if timed:
+                    jax.block_until_ready(prediction)
+                    node["record"]["seconds"][number] = time.perf_counter() - start
+                scores[name] = score(prediction.logits, batch.labels)
+                scores[name]["skipped"] = prediction.metrics.get("skipped", False)
+            if before:
+                self._keep(*before, bar)
+            before = number, batch, scores
+            last = number + 1 == len(self.places)
+            if last or (self.every and (number + 1) % self.every == 0):
+                self._keep(*before, bar)
+                before = ()
+                if not last:
+                    save_checkpoint(self.folder, number + 1, self.tree, self.note)
+
+    def _keep(self, number: int, batch: Any, scores: dict[str, Any], bar: tqdm) -> None:
+        """Fetch a batch's scores, and show the top-1 accuracy so far in per cent."""
+        shown, seen = {}, batch.index[batch.mask]
+        for name, values in scores.items():
+            record = self.tree[name]["record"]
+            record["skipped"][number] = bool(values.pop("skipped"))
+            record["seen"][seen] = True
+            for key, value in values.items():
+                record[key][seen] = np.asarray(value)[batch.mask]
+            right = (record["prediction"] == self.labels) & record["seen"]
+            shown[name] = f"{100 * right.sum() / max(record['seen'].sum(), 1):.1f}"
+        bar.set_postfix(shown)
+        bar.update()
 
     def result(self, name: str, setting: str, about: dict[str, Any]) -> Predictions:
         """The finished stream's predictions of one adapter."""
