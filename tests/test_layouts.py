@@ -14,8 +14,8 @@ from PIL import Image
 
 from jaxtta import assets, data, models
 from jaxtta.data import Domain, layouts, tasks
-from jaxtta.data.class_names import cifar100_classes, imagenet_classes
-from jaxtta.data.tfds import open_tfds
+from jaxtta.data.class_names import CIFAR100_CLASSES, IMAGENET_CLASSES
+from jaxtta.data.sequences import open_tfds
 from jaxtta.models.preprocess import Preprocessing
 
 PREPROCESS = Preprocessing(32, 32, (32, 32))
@@ -641,10 +641,10 @@ def test_the_door_refuses_what_it_does_not_know(tmp_path):
 
 
 def test_tables():
-    assert len(imagenet_classes()) == 1000
-    assert list(imagenet_classes()) == sorted(imagenet_classes())
+    assert len(IMAGENET_CLASSES) == 1000
+    assert list(IMAGENET_CLASSES) == sorted(IMAGENET_CLASSES)
     assert len(data.imagenet_templates()) == 80
-    assert len(cifar100_classes()) == len(set(cifar100_classes())) == 100
+    assert len(CIFAR100_CLASSES) == len(set(CIFAR100_CLASSES)) == 100
     for layout in data.LAYOUTS:
         assert all(template.count("{}") == 1 for template in data.templates_for(layout))
     assert data.templates_for("dtd") == ("{} texture.",)

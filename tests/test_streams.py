@@ -240,7 +240,7 @@ def test_a_script_that_cannot_have_processes_ends_with_a_sentence(tmp_path, wher
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("ChildProcessError: a process that reads images has ended early: killed")
     if where == "file":
-        assert "put the script's work under if __name__ ==" in done.stderr
+        assert "if __name__ == '__main__':" in done.stderr
 
 
 def test_a_guarded_script_reads_in_processes(tmp_path):

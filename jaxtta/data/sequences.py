@@ -1,4 +1,11 @@
-"""Sequences of images and labels from other libraries as datasets."""
+"""Sequences of images and labels from other libraries as datasets.
+
+Those of tensorflow-datasets are read without TensorFlow. It is needed once, in whatever environment
+has it, to prepare them:
+
+    tfds.builder("cifar10", file_format="array_record").download_and_prepare()
+    dataset = open_dataset("tfds", "cifar10")
+"""
 
 import dataclasses
 import io
@@ -10,11 +17,9 @@ import numpy as np
 from PIL import Image
 
 from jaxtta.data.arrays import check_labels
-from jaxtta.data.class_names import given_class_names
+from jaxtta.data.class_names import IMAGENET_CLASSES, given_class_names
 from jaxtta.images import UnreadableImageError, open_image, printable, to_rgb
 from jaxtta.io import digest_files, nfc
-
-_BROKEN = (OSError, ValueError, RuntimeError)  # what libraries raise for damaged images or records
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,16 +50,15 @@ class SequenceDataset:
                 image = io.BytesIO(image) if isinstance(image, bytes) else image
                 return np.asarray(open_image(image, name, self.raw))
             pixels = np.asarray(to_rgb(image) if isinstance(image, Image.Image) else image)
-        except _BROKEN as error:
+        except (OSError, ValueError, RuntimeError) as error:  # of libraries, for damaged images
             raise UnreadableImageError(f"{name}: cannot be read ({printable(error)})") from error
-        if pixels.dtype == np.uint8 and (pixels.ndim == 2 or pixels.shape[2:] == (1,)):
-            return np.repeat(pixels.reshape(*pixels.shape[:2], 1), 3, -1)  # grey
-        if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[-1] != 3:
+        pixels = pixels.reshape(*pixels.shape[:2], -1)
+        if pixels.dtype != np.uint8 or pixels.shape[2:] not in ((1,), (3,)):  # grey or RGB
             raise TypeError(
                 f"{name} is {pixels.dtype} of shape {pixels.shape}, expected a PIL image, a file, "
                 "or uint8 of shape (height, width, 3), before any transform"
             )
-        return pixels
+        return np.repeat(pixels, 3 // pixels.shape[2], -1)
 
     def name(self, number: int) -> str:
         """An image's name for messages."""
@@ -81,36 +85,21 @@ def from_sequence(
         class_names: names of the classes, in label order, or a file; empty for those that `ds` has.
     """
     if isinstance(ds, Mapping) or not (hasattr(ds, "__len__") and hasattr(ds, "__getitem__")):
-        parts = f" of {', '.join(map(str, ds))}: give one" if isinstance(ds, Mapping) else ""
-        raise TypeError(
-            f"expected a sequence of images and labels, not a {type(ds).__name__}{parts}"
-        )
-    if not len(ds):
-        raise ValueError("the dataset has no images")
-    labels = _labels(ds, image, label)
-    features = getattr(ds, "features", None)
+        raise TypeError(f"expected a sequence of images and labels, not a {type(ds).__name__}")
+    labels, features = _labels(ds, image, label), getattr(ds, "features", None)
     feature = features.get(label) if isinstance(features, Mapping) else None
     own = getattr(feature, "names", None) or getattr(ds, "classes", None) or ()
     own = [name if isinstance(name, str) else name[0] for name in own]  # torchvision's synonyms
-    names = given_class_names(class_names) or given_class_names(own)
-    if own and len(names) != len(own):
-        raise ValueError(f"{len(names)} class names for {len(own)} classes")
-    if labels.dtype.kind in "OU":  # names
-        odd = [n for n, name in enumerate(labels.tolist()) if not isinstance(name, str)]
-        if odd:
-            first = min(odd, key=lambda n: labels[n] is not None)
-            what = f"the label of item {first} is {labels[first]!r}"
-            raise ValueError(f"{what}, expected an index or a name for every item")
+    names = given_class_names(class_names) or tuple(map(nfc, own))
+    if labels.dtype.kind in "OU":
+        if not all(isinstance(name, str) for name in labels.tolist()):
+            raise ValueError("expected an index or a name as the label of every item")
         given = [nfc(name) for name in labels.tolist()]
         names = names or tuple(sorted({*given}))
-        if unknown := [name for name in given if name not in names]:
-            raise ValueError(f"label {unknown[0]!r} is none of the {len(names)} class names")
         numbers = {name: number for number, name in enumerate(names)}
-        labels = np.asarray([numbers[name] for name in given])
-    if not names:
-        raise ValueError("the dataset has no names for its labels: set class_names, in label order")
-    if len(labels) != len(ds):
-        raise ValueError(f"the dataset has {len(labels)} labels for {len(ds)} images")
+        labels = np.asarray([numbers.get(name, -1) for name in given])
+    if not names or len(names) != len(own or names):
+        raise ValueError(f"{len(names)} class names for {len(own)} classes: set class_names")
     check_labels("the dataset", labels, len(names))
     return SequenceDataset(ds, image, labels.astype(np.int32), names)
 
@@ -121,20 +110,41 @@ def _labels(ds: Any, image: str | int, label: str | int) -> np.ndarray:
     as_stored = (image, label) == (0, 1) and getattr(ds, "target_transform", None) is None
     if as_stored and targets is not None:  # torchvision
         return np.asarray(targets)
-    first = columns or _item(ds, 0)
-    keys = [*first] if columns or isinstance(first, Mapping) else range(len(first))
-    for key in (image, label):
-        if key not in keys:
-            own = ", ".join(map(str, keys))
-            raise ValueError(f"items have {own}, not {key!r}: set image and label")
+    first = columns or ds[0]
+    keys = [*first] if columns or isinstance(first, Mapping) else [*range(len(first))]
+    if not {image, label} <= {*keys}:
+        raise ValueError(f"items have {keys}, not {image!r} and {label!r}: set image and label")
     if columns:  # Hugging Face
         return np.asarray(list(ds[label]))
-    return np.asarray([_item(ds, number)[label] for number in range(len(ds))])
+    return np.asarray([ds[number][label] for number in range(len(ds))])
 
 
-def _item(ds: Any, number: int) -> Any:
+def open_tfds(
+    name: str, split: str = "test", data_dir: str | Path | None = None
+) -> SequenceDataset:
+    """Open a split ("test", "test[:50%]") of a prepared dataset ("imagenet_v2/topimages").
+
+    Wnids among its classes become ImageNet's class names, underscores spaces.
+    """
+    import tensorflow_datasets as tfds
+
+    place: dict[str, Any] = {"data_dir": data_dir and str(data_dir)}
     try:
-        return ds[number]
-    except _BROKEN as error:
-        where = f"item {number}, whose label is needed, cannot be read"
-        raise ValueError(f"{where} ({printable(error)})") from error
+        builder: Any = tfds.builder(name, **place)
+        image, label = builder.info.supervised_keys or ("image", "label")
+        names = builder.info.features[label].names
+        names = [IMAGENET_CLASSES.get(name, name).replace("_", " ") for name in names]
+        # Images are decoded by Pillow, as files are, so that OpenCV is not needed.
+        options = {"download": False, "decoders": {image: tfds.decode.SkipDecoding()}}
+        records = tfds.data_source(name, split=split, **place, **options)
+        dataset = from_sequence(records, image, label, names)
+    except Exception as error:  # tensorflow-datasets may raise any exception
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"cannot read the split {split!r} of images and labels {name!r} ({reason}); preparing "
+            f"a dataset needs TensorFlow: tfds.builder({name!r}, file_format='array_record')"
+            ".download_and_prepare()"
+        ) from error
+    files = tuple(sorted(path for path in Path(builder.data_path).glob("*") if path.is_file()))
+    what = f"{name} {split} image"
+    return dataclasses.replace(dataset, what=what, raw=True, stored_in=files)
