@@ -4,6 +4,7 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import itertools
 import multiprocessing
 import os
 import pickle
@@ -24,10 +25,7 @@ from jaxtta.images import UnreadableImageError
 
 
 class StreamBatch(NamedTuple):
-    """One batch of a stream, in numpy; a part's last batch is padded at its end.
-
-    Without a canvas there are no originals: full-size images, zero-padded to a common size.
-    """
+    """One batch of a stream, in numpy; a part's last batch is padded at its end."""
 
     images: np.ndarray  # (batch, height, width, 3) uint8
     mask: np.ndarray  # (batch,) bool, false for padding and for images that could not be read
@@ -35,7 +33,7 @@ class StreamBatch(NamedTuple):
     labels: np.ndarray  # (batch,) integers
     source_index: np.ndarray  # (batch,) each image's index in the dataset; -1 for padding
     segments: np.ndarray  # (batch,) each image's segment; -1 for padding
-    originals: np.ndarray | None = None  # (batch, canvas, canvas, 3) uint8
+    originals: np.ndarray | None = None  # (batch, canvas, canvas, 3) uint8, of full size, padded
     sizes: np.ndarray | None = None  # (batch, 2) integers, the originals' height and width
 
 
@@ -130,11 +128,8 @@ def read_ahead(
         workers: processes that decode and corrupt images; 0 = a thread of this process. Each
             imports the script again, which needs `if __name__ == "__main__":` then.
         numbers: indices of the batches to read, for example to resume; None for all.
-
-    Raises:
-        ChildProcessError: if a process ends early, as the batches are read.
     """
-    ahead: collections.deque[futures.Future[StreamBatch]] = collections.deque()
+    waiting = iter(range(len(batches)) if numbers is None else numbers)
     with contextlib.ExitStack() as stack:
         if workers:
             import cloudpickle
@@ -151,17 +146,15 @@ def read_ahead(
             pool, read = futures.ThreadPoolExecutor(1), batches.__getitem__
         stack.callback(pool.shutdown, cancel_futures=True)
         try:
-            for number in range(len(batches)) if numbers is None else numbers:
-                ahead.append(pool.submit(read, number))
-                if len(ahead) > 2 * max(workers, 1):
-                    yield ahead.popleft().result()
+            first = itertools.islice(waiting, 2 * max(workers, 1))
+            ahead = collections.deque(pool.submit(read, number) for number in first)
             while ahead:
-                yield ahead.popleft().result()
+                batch = ahead.popleft().result()
+                ahead.extend(pool.submit(read, number) for number in itertools.islice(waiting, 1))
+                yield batch
         except futures.BrokenExecutor as error:
-            raise ChildProcessError(
-                "a process that reads images has ended early: killed, perhaps for lack of memory, "
-                'or started by a script without if __name__ == "__main__": use fewer workers or 0'
-            ) from error
+            why = 'memory was short, or the script has no if __name__ == "__main__"'
+            raise ChildProcessError(f"a process that reads images has ended: {why}") from error
 
 
 def _follow_the_parent() -> None:

@@ -26,8 +26,7 @@ CIFAR100_CLASSES = tuple(read_table("cifar100-class-names"))  # fine classes, in
 IMAGENET_CLASSES = dict(sorted(read_table("imagenet-class-names").items()))
 """CLIP's name for each of ImageNet's 1,000 classes, by wnid in label order."""
 CROSS_DATASETS = read_table("cross-datasets")
-"""By layout: the dataset's folder, its list of images, the folder that the paths in it are relative
-to, and the usual prompt template."""
+"""By layout: the dataset's folder, list of images, folder of these, and usual prompt template."""
 
 
 def templates_for(layout: str) -> tuple[str, ...]:
@@ -44,9 +43,9 @@ def given_class_names(names: Sequence[str], folders: Sequence[str] = ()) -> tupl
     """Class names as an option gives them: names in label order, or one file with them.
 
     Args:
-        names: may be empty. A file is plain text (.txt) with one name per line, or a JSON list
-            (.json), both in label order (folder order, in which numbers are sorted as numbers), or
-            a JSON object from folder name to class name. Equal names in a file are logged.
+        names: may be empty. A file is text (.txt) with a name per line, or a JSON list (.json),
+            both in label order (folder order, in which numbers are sorted as numbers), or a JSON
+            object from folder name to class name. Equal names in a file are logged.
         folders: the class folders' names; may be empty if the file has a list.
     """
     names = [str(names)] if isinstance(names, str | Path) else names

@@ -208,9 +208,7 @@ def listed_subset(benchmark: Benchmark, ids: str | Path) -> dict[Domain, Dataset
     counts = Counter(names)
     odd = [name for name, times in Counter(wanted).items() if times * counts[name] != 1]
     if odd or not wanted:
-        raise ValueError(
-            f"{path}: {len(odd)} of {len(wanted)} images are not once in the list and once among "
-            f"the {len(names)} files here, such as {odd[:1]}"
-        )
+        what = f"{len(odd)} of {len(wanted)} images are not once in the list and once here"
+        raise ValueError(f"{path}: {what}, in {len(names)} files, such as {odd[:1]}")
     numbers = {name: number for number, name in enumerate(names)}
     return subset(benchmark, np.asarray([numbers[name] for name in wanted]))

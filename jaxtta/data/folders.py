@@ -17,11 +17,7 @@ from jaxtta.images import find_images, open_image, printable
 from jaxtta.io import digest_files, nfc, read_rows
 
 log = logging.getLogger(__name__)
-_SPLIT = re.compile(
-    r"((seg|img|images?)[-_ ])?(train|training|trainval|val|valid|validation|test|testing|dev|eval)"
-    r"([-_ ]?(set|data|split|imgs?|images?|\d+))?",
-    re.IGNORECASE,
-)
+_SPLIT = re.compile(r"(.*[-_ ])?(train|val|test|dev|eval)", re.IGNORECASE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,45 +67,36 @@ def folders_in(root: Path) -> list[Path]:
 
 def class_folders(root: str | Path) -> list[Path]:
     """The class folders of a folder, sorted; an error for splits, corruptions or fewer than two."""
-    folders = folders_in(Path(root))
-    splits = [folder for folder in folders if _SPLIT.fullmatch(folder.name)]
+    root, folders = Path(root), folders_in(Path(root))
+    splits = sum(bool(_SPLIT.match(folder.name)) for folder in folders) > max(1, len(folders) - 2)
     inner = [place for folder in folders for place in folders_in(folder)]
-    if len(folders) < 2 or len(splits) > 1 or any(map(_is_corruption, (root, *folders, *inner))):
+    if len(folders) < 2 or splits or any(map(_is_corruption, (root, *folders, *inner))):
         found = ", ".join(folder.name for folder in folders[:5]) or "no folders"
         raise ValueError(
-            f"{root}: expected a folder for each of at least two classes, has {found}; give one "
-            "split, an .npz file by its own path, or --layout imagenet-c for <corruption>/"
-            "<severity>/<class>, cifar-c or arrays for .npy files, tfds for tensorflow-datasets"
+            f"{root}: expected at least two class folders, has {found}; give one split, an .npz "
+            "file by its path, or --layout imagenet-c for <corruption>/<severity>/<class>, cifar-c "
+            "or arrays for .npy files, tfds for tensorflow-datasets"
         )
-    return _in_class_order(folders)
+    return sorted(folders, key=_with_numbers)
 
 
-def _is_corruption(folder: str | Path) -> bool:
+def _is_corruption(folder: Path) -> bool:
     """Whether it is `<corruption>/<severity>/<class>/…`."""
-    levels = [Path(folder) / str(severity) for severity in range(1, SEVERITIES + 1)]
-    classes = [path.name for level in levels if level.is_dir() for path in folders_in(level)]
-    known = Path(folder).name in CORRUPTIONS
-    return any(known or re.fullmatch(r"n\d{8}", name) for name in classes)
+    levels = [folder / severity for severity in "12345" if (folder / severity).is_dir()]
+    classes = [path.name for level in levels for path in folders_in(level)]
+    return any(folder.name in CORRUPTIONS or re.fullmatch(r"n\d{8}", name) for name in classes)
 
 
-def _in_class_order(folders: Iterable[Path]) -> list[Path]:
-    """Sort class folders by name, with the numbers in names as numbers (0 to 11; c1 to c12)."""
-
-    def key(folder: Path) -> tuple[list[str | int], str]:
-        parts = re.split("([0-9]+)", nfc(folder.name))  # text and numbers in turn
-        return [int(part) if place % 2 else part for place, part in enumerate(parts)], folder.name
-
-    return sorted(folders, key=key)
+def _with_numbers(folder: Path) -> tuple[list[str | int], str]:
+    """A key that sorts the numbers in names as numbers (0 to 11; c1 to c12)."""
+    parts = re.split("([0-9]+)", nfc(folder.name))  # text and numbers in turn
+    return [int(part) if place % 2 else part for place, part in enumerate(parts)], folder.name
 
 
 def list_folders(
     root: str | Path, folders: Sequence[Path], class_names: Sequence[str], raw: bool = False
 ) -> ImageFolder:
-    """List the images of class folders in label order, without opening them.
-
-    Files of other formats are logged by suffix, and how many images lie in sub-folders of the class
-    folders; these are of the class folder's class. `root` contains the folders, or is the only one.
-    """
+    """List the images in and below class folders of `root`, or in `root` alone, in label order."""
     root = Path(root)
     paths, labels, others = [], [], Counter[str]()
     for label, folder in enumerate(folders):
@@ -136,18 +123,15 @@ def image_folder(root: str | Path) -> ImageFolder:
 
 
 def captioned_folder(root: str | Path) -> ImageFolder:
-    """List the images in a folder's `captions.csv`, to be opened upright, with a class per caption.
-
-    The file has columns file and caption; its paths are relative to the folder.
-    """
+    """List the images in a folder's `captions.csv` (file, caption), with a class per caption."""
     root, table = Path(root), Path(root) / "captions.csv"
     rows = [row for _, row in read_rows(table, ("file", "caption"))]
     if missing := [row["file"] for row in rows if not (root / row["file"]).is_file()]:
         raise ValueError(f"{table}: no such image: {missing[0]!r}")
     captions = [nfc(row["caption"]).strip() for row in rows]
-    if len({*captions}) < 2 or not all(captions):
-        raise ValueError(f"{table}: expected a caption for each image, and at least two of them")
     names, labels = np.unique(captions, return_inverse=True)
+    if len(names) < 2 or not all(captions):
+        raise ValueError(f"{table}: expected a caption for each image, and at least two of them")
     paths = tuple(row["file"] for row in rows)
     return ImageFolder(root, paths, labels.astype(np.int32), tuple(names.tolist()))
 
@@ -177,9 +161,8 @@ def _compare(root: Path, paths: tuple[str, ...]) -> None:
 def imagenet_c(root: Path) -> dict[Domain, DomainFolder]:
     """Open a folder with `<corruption>/<severity>/<class>/…` and optionally `clean/<class>/…`.
 
-    These may also be in folders of the root (`noise/`, `blur/`), as in ImageNet-C's archives. The
-    classes are those of all domains. The images of a class are listed from the domain with the most
-    classes that has it; the others have the same file names.
+    These may also be in folders of the root (`noise/`), as in ImageNet-C's archives. The images of
+    a class are listed from the domain with the most classes that has it; all have the same names.
     """
     folders = folders_in(root)
     known = {domain.corruption for domain in _domains(folders)}
@@ -188,9 +171,8 @@ def imagenet_c(root: Path) -> dict[Domain, DomainFolder]:
     places = sorted(domains.values(), key=lambda place: len(folders_in(place)), reverse=True)
     classes = {path.name: path for place in places[::-1] for path in folders_in(place)}
     if len(classes) < 2:
-        expected = f"<corruption>/<severity 1 to {SEVERITIES}>/<class> of at least two classes"
-        raise ValueError(f"{root}: has no folders {expected}")
-    folders = _in_class_order(classes.values())
+        raise ValueError(f"{root}: expected <corruption>/<severity 1 to 5>/<class>, two or more")
+    folders = sorted(classes.values(), key=_with_numbers)
     listed = list_folders(root, folders, [nfc(folder.name) for folder in folders])
     shared = listed.paths, listed.labels, listed.class_names
     return {domain: DomainFolder(place, *shared, raw=True) for domain, place in domains.items()}

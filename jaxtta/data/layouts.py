@@ -14,28 +14,124 @@ import numpy as np
 
 from jaxtta.corruptions import CLEAN
 from jaxtta.data import class_names as tables
-from jaxtta.data.arrays import ArrayDataset, open_arrays, open_npz, read_labels
+from jaxtta.data.arrays import open_arrays, open_npz, read_labels
 from jaxtta.data.class_names import CROSS_DATASETS, IMAGENET_CLASSES, given_class_names
 from jaxtta.data.datasets import Benchmark, Dataset, Domain, Preprocess, class_names_of, corrupted
 from jaxtta.data.folders import ImageFolder, class_folders, image_folder, imagenet_c, list_folders
-from jaxtta.data.sequences import SequenceDataset, open_tfds
+from jaxtta.data.sequences import open_tfds
 from jaxtta.images import printable
 from jaxtta.io import read_json, read_text
 
 _STORED = ("imagenet-c", "cifar-c", "arrays")
-LAYOUTS = (*("folder", "imagenet", "imagenet-v2", "objectnet", *CROSS_DATASETS, *_STORED, "tfds"),)
+_FOLDERS = ("folder", "imagenet", "imagenet-v2", "objectnet")
+LAYOUTS = (*_FOLDERS, *CROSS_DATASETS, *_STORED, "tfds")
 """The layouts that `open_dataset` and `open_benchmark` can open."""
+
+
+def open_dataset(
+    layout: str, root: str | Path, class_names: Sequence[str] = (), split: str = "test"
+) -> Dataset:
+    """Open clean images by the name of their layout.
+
+    Args:
+        layout: "folder" for `<class>/…` or an `.npz` file; "imagenet" for wnid folders (ImageNet,
+            -A, -R, -Sketch), "imagenet-v2", "objectnet"; "imagenet-c" for
+            `<corruption>/<severity>/<class>/…`; "cifar-c" for `.npy` files with five severities
+            each, "arrays" with one; the cross-dataset sets by name, in the folders that
+            prompt-learning benchmarks use; "tfds" for tensorflow-datasets.
+        root: the folder; for a cross-dataset set its own or the parent folder; for "tfds" a name,
+            with a split after a colon if it is not the test split ("cifar10:train").
+        class_names: to use instead of the layout's, or a file with them; needed where class folders
+            are called by numbers.
+        split: the split of a cross-dataset set, or of a tfds name without one.
+    """
+    place, folders = Path(root), ()
+    if layout not in LAYOUTS:
+        raise ValueError(f"unknown layout {layout!r}, expected one of {', '.join(LAYOUTS)}")
+    if layout in _STORED:
+        benchmark = _open_stored(layout, place, class_names)
+        if Domain(CLEAN) not in benchmark:
+            raise ValueError(f"{root}: has no clean images, only {', '.join(map(str, benchmark))}")
+        return benchmark[Domain(CLEAN)]
+    if layout == "folder":
+        images = open_npz(place) if place.suffix == ".npz" else image_folder(place)
+        folders = images.class_names
+    elif layout == "tfds":  # "cifar10", "cifar10:train" or, with a version, "cifar10:3.0.2:train"
+        name, *own = re.split(r":(?!\d+\.\d+\.\d+(?::|$))", str(root), maxsplit=1)
+        images = open_tfds(name, *own or [split])
+    elif layout in CROSS_DATASETS:
+        own = CROSS_DATASETS[layout]
+        place = place / own["folder"] if (place / own["folder"]).is_dir() else place
+        opened = _fgvc_aircraft if layout == "fgvc-aircraft" else listed_split
+        images = opened(place / own["list"], place / own["images"], split)
+    elif layout == "objectnet":
+        images = _objectnet(place)
+    else:
+        known = IMAGENET_CLASSES
+        if layout == "imagenet-v2":  # folders are numbers
+            known = {str(number): name for number, name in enumerate(known.values())}
+        own = class_folders(place)
+        images = list_folders(place, own, _named(place, [x.name for x in own], known), raw=True)
+    names = _class_names(images.class_names, class_names, folders)
+    return dataclasses.replace(images, class_names=names)
+
+
+def open_benchmark(
+    layout: str, root: str | Path, preprocess: Preprocess, class_names: Sequence[str] = ()
+) -> Benchmark:
+    """Open a dataset, as `open_dataset`, under all domains: those stored, or made on the fly."""
+    if layout in _STORED:
+        return _open_stored(layout, Path(root), class_names)
+    return corrupted(open_dataset(layout, root, class_names), preprocess)
+
+
+def _open_stored(layout: str, root: Path, given: Sequence[str]) -> Benchmark:
+    if layout == "imagenet-c":
+        benchmark = imagenet_c(root)
+        folders = class_names_of(benchmark)
+        wnids = not given and any(folder in IMAGENET_CLASSES for folder in folders)
+        own = _named(root, folders, IMAGENET_CLASSES) if wnids else folders
+        names = _class_names(own, given, () if wnids else folders)
+        return {
+            domain: dataclasses.replace(images, class_names=names)
+            for domain, images in benchmark.items()
+        }
+    names = given_class_names(given)
+    if not names and layout == "arrays":
+        raise ValueError(f"{root}: arrays have no class names, set them")
+    few = not names and read_labels(root).max() < 10
+    names = names or (tables.CIFAR10_CLASSES if few else tables.CIFAR100_CLASSES)
+    return open_arrays(root, names, layout == "cifar-c")
+
+
+def _class_names(
+    own: Sequence[str], given: Sequence[str], folders: Sequence[str]
+) -> tuple[str, ...]:
+    """The given class names, or the layout's own if they can be; `folders` are as on disk."""
+    names = given_class_names(given, folders)
+    if not names:
+        require_meaning(folders)
+    elif len(names) != len(own):
+        raise ValueError(f"{len(names)} class names for {len(own)} classes")
+    return names or tuple(own)
+
+
+def require_meaning(folders: Sequence[str]) -> None:
+    """Refuse class folders whose names mean nothing to a model: wnids, numbers, or no text."""
+    for folder in folders:
+        if re.fullmatch(r"n\d{8}|-?\d+([.,]\d+)?", folder) or folder != printable(folder):
+            what = f"class folder {printable(folder)} means nothing to a model"
+            raise ValueError(f"{what}: set the class names, or use layout imagenet for wnids")
 
 
 def _named(root: Path, folders: Sequence[str], names: Mapping[str, str]) -> tuple[str, ...]:
     if odd := [folder for folder in folders if folder not in names]:
-        known = f"{next(iter(names))} to {[*names][-1]}"
-        raise ValueError(f"{root}: folder {odd[0]} is none of the {len(names)} known, {known}")
+        raise ValueError(f"{root}: folder {odd[0]} is none of those known, such as {min(names)}")
     return tuple(names[folder] for folder in folders)
 
 
 def _objectnet(root: Path) -> ImageFolder:
-    """ObjectNet's images of classes that are also in ImageNet, without their red border."""
+    """The images of classes that are also in ImageNet, without their red border."""
     mapping = root / "mappings" / "folder_to_objectnet_label.json"
     overlap = read_json(mapping.with_name("objectnet_to_imagenet_1k.json"))
     folders = class_folders(root / "images")
@@ -61,7 +157,6 @@ def listed_split(path: Path, images: Path, split: str = "test") -> ImageFolder:
 
 
 def _fgvc_aircraft(variants: Path, images: Path, split: str) -> ImageFolder:
-    """FGVC-Aircraft's images by variant, in the order of `variants.txt`."""
     listed = variants.with_name(f"images_variant_{split}.txt")
     names, lines = (
         [*filter(None, map(str.strip, read_text(path).split("\n")))] for path in (variants, listed)
@@ -73,121 +168,3 @@ def _fgvc_aircraft(variants: Path, images: Path, split: str) -> ImageFolder:
     return ImageFolder(
         images, tuple(f"{file}.jpg" for file in files), labels, tuple(names), raw=True
     )
-
-
-def open_dataset(
-    layout: str,
-    root: str | Path,
-    class_names: Sequence[str] = (),
-    split: str = "test",
-    data_dir: str | Path | None = None,
-) -> Dataset:
-    """Open clean images by the name of their layout.
-
-    Args:
-        layout: one of `LAYOUTS`: "folder" for `<class>/…` or an `.npz` file; "imagenet" for wnid
-            folders (ImageNet, -A, -R, -Sketch), "imagenet-v2", "objectnet"; "imagenet-c" for
-            `<corruption>/<severity>/<class>/…`; "cifar-c" for `.npy` files with five severities
-            each, "arrays" for `.npy` files with one; the cross-dataset sets by name, in the folders
-            that prompt-learning benchmarks use; "tfds" for tensorflow-datasets.
-        root: the folder; for a cross-dataset set its own or the parent folder; for "tfds" a name,
-            with a split after a colon if it is not the test split ("cifar10:train").
-        class_names: class names to use instead of the layout's, or one file with them; needed
-            where the class folders are called by numbers.
-        split: the split of a cross-dataset set, or of a tfds name without one.
-        data_dir: folder of prepared datasets for "tfds"; None for the default.
-    """
-    if layout in _STORED:
-        benchmark = _open_stored(layout, Path(root), class_names)
-        if Domain(CLEAN) not in benchmark:
-            raise ValueError(f"{root}: has no clean images, only {', '.join(map(str, benchmark))}")
-        return benchmark[Domain(CLEAN)]
-    images = _open_clean(layout, root, split, data_dir)
-    own = images.class_names
-    names = _class_names(own, class_names, own if layout == "folder" else ())
-    return dataclasses.replace(images, class_names=names)
-
-
-def _open_clean(
-    layout: str, root: str | Path, split: str, data_dir: str | Path | None
-) -> ImageFolder | ArrayDataset | SequenceDataset:
-    place = Path(root)
-    if layout == "folder":
-        return open_npz(place) if place.suffix == ".npz" else image_folder(place)
-    if layout in ("imagenet", "imagenet-v2"):
-        folders, names = class_folders(place), IMAGENET_CLASSES
-        if layout == "imagenet-v2":  # folders are numbers
-            names = {str(number): name for number, name in enumerate(names.values())}
-        own = _named(place, [folder.name for folder in folders], names)
-        return list_folders(place, folders, own, raw=True)
-    if layout == "objectnet":
-        return _objectnet(place)
-    if layout == "tfds":  # "cifar10", "cifar10:train" or, with a version, "cifar10:3.0.2:train"
-        name, *own = re.split(r":(?!\d+\.\d+\.\d+(?::|$))", str(root), maxsplit=1)
-        return open_tfds(name, *own or [split], data_dir=data_dir)
-    if layout not in CROSS_DATASETS:
-        raise ValueError(f"unknown layout {layout!r}, expected one of {', '.join(LAYOUTS)}")
-    usual = CROSS_DATASETS[layout]
-    place = place / usual["folder"] if (place / usual["folder"]).is_dir() else place
-    opened = _fgvc_aircraft if layout == "fgvc-aircraft" else listed_split
-    return opened(place / usual["list"], place / usual["images"], split)
-
-
-def open_benchmark(
-    layout: str,
-    root: str | Path,
-    preprocess: Preprocess,
-    class_names: Sequence[str] = (),
-    data_dir: str | Path | None = None,
-    split: str = "test",
-) -> Benchmark:
-    """Open a dataset under all its domains: those stored, or clean images corrupted on the fly.
-
-    Arguments and errors are those of `open_dataset`, with the model's preprocessing.
-    """
-    if layout in _STORED:
-        return _open_stored(layout, Path(root), class_names)
-    return corrupted(open_dataset(layout, root, class_names, split, data_dir), preprocess)
-
-
-def _open_stored(layout: str, root: Path, given: Sequence[str]) -> Benchmark:
-    if layout == "imagenet-c":
-        benchmark = imagenet_c(root)
-        folders = class_names_of(benchmark)
-        if given or not any(folder in IMAGENET_CLASSES for folder in folders):
-            names = _class_names(folders, given, folders)
-        else:
-            names = _named(root, folders, IMAGENET_CLASSES)
-        return {
-            domain: dataclasses.replace(images, class_names=names)
-            for domain, images in benchmark.items()
-        }
-    names = given_class_names(given)
-    if not names and layout == "arrays":
-        raise ValueError(f"{root}: arrays have no class names, set them")
-    few = not names and read_labels(root).max() < 10
-    names = names or (tables.CIFAR10_CLASSES if few else tables.CIFAR100_CLASSES)
-    return open_arrays(root, names, layout == "cifar-c")
-
-
-def _class_names(
-    own: Sequence[str], given: Sequence[str], folders: Sequence[str]
-) -> tuple[str, ...]:
-    """The given class names, or the layout's own if they can be; `folders` are as on disk."""
-    names = given_class_names(given, folders)
-    if not names:
-        require_meaning(folders)
-        return tuple(own)
-    if len(names) != len(own):
-        raise ValueError(f"{len(names)} class names for {len(own)} classes")
-    return names
-
-
-def require_meaning(folders: Sequence[str]) -> None:
-    """Refuse class folders whose names mean nothing to a model: wnids, numbers, or no text."""
-    for folder in folders:  # "a photo of a n01440764." or of "a 3." means nothing to a model
-        if re.fullmatch(r"n\d{8}|-?\d+([.,]\d+)?", folder) or folder != printable(folder):
-            raise ValueError(
-                f"class folder {printable(folder)} is no name that a model knows: set the class "
-                "names, or use layout imagenet for wnids"
-            )

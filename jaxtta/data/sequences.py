@@ -1,11 +1,4 @@
-"""Sequences of images and labels from other libraries as datasets.
-
-Those of tensorflow-datasets are read without TensorFlow. It is needed once, in whatever environment
-has it, to prepare them:
-
-    tfds.builder("cifar10", file_format="array_record").download_and_prepare()
-    dataset = open_dataset("tfds", "cifar10")
-"""
+"""Sequences of images and labels from other libraries as datasets."""
 
 import dataclasses
 import io
@@ -42,8 +35,6 @@ class SequenceDataset:
         name = self.name(number)
         try:
             image = self.items[number][self.image]
-            if isinstance(image, Mapping) and image.keys() == {"bytes", "path"}:  # Hugging Face's
-                image = image["bytes"] or image["path"]
             if image is None:
                 raise ValueError("is missing")
             if isinstance(image, bytes | str | Path):
@@ -54,10 +45,8 @@ class SequenceDataset:
             raise UnreadableImageError(f"{name}: cannot be read ({printable(error)})") from error
         pixels = pixels.reshape(*pixels.shape[:2], -1)
         if pixels.dtype != np.uint8 or pixels.shape[2:] not in ((1,), (3,)):  # grey or RGB
-            raise TypeError(
-                f"{name} is {pixels.dtype} of shape {pixels.shape}, expected a PIL image, a file, "
-                "or uint8 of shape (height, width, 3), before any transform"
-            )
+            found = f"{name} is {pixels.dtype} of shape {pixels.shape}"
+            raise TypeError(f"{found}, expected a PIL image, a file, or uint8 before any transform")
         return np.repeat(pixels, 3 // pixels.shape[2], -1)
 
     def name(self, number: int) -> str:
@@ -96,8 +85,7 @@ def from_sequence(
             raise ValueError("expected an index or a name as the label of every item")
         given = [nfc(name) for name in labels.tolist()]
         names = names or tuple(sorted({*given}))
-        numbers = {name: number for number, name in enumerate(names)}
-        labels = np.asarray([numbers.get(name, -1) for name in given])
+        labels = np.asarray([names.index(name) if name in names else -1 for name in given])
     if not names or len(names) != len(own or names):
         raise ValueError(f"{len(names)} class names for {len(own)} classes: set class_names")
     check_labels("the dataset", labels, len(names))
@@ -124,27 +112,23 @@ def open_tfds(
 ) -> SequenceDataset:
     """Open a split ("test", "test[:50%]") of a prepared dataset ("imagenet_v2/topimages").
 
-    Wnids among its classes become ImageNet's class names, underscores spaces.
+    Wnids among its classes become ImageNet's class names, underscores spaces. TensorFlow is needed
+    only to prepare it, wherever that is: `builder(…, file_format="array_record")`.
     """
     import tensorflow_datasets as tfds
 
-    place: dict[str, Any] = {"data_dir": data_dir and str(data_dir)}
     try:
-        builder: Any = tfds.builder(name, **place)
+        builder: Any = tfds.builder(name, data_dir=data_dir)
         image, label = builder.info.supervised_keys or ("image", "label")
         names = builder.info.features[label].names
         names = [IMAGENET_CLASSES.get(name, name).replace("_", " ") for name in names]
         # Images are decoded by Pillow, as files are, so that OpenCV is not needed.
-        options = {"download": False, "decoders": {image: tfds.decode.SkipDecoding()}}
-        records = tfds.data_source(name, split=split, **place, **options)
-        dataset = from_sequence(records, image, label, names)
+        skip = {image: tfds.decode.SkipDecoding()}
+        dataset = from_sequence(builder.as_data_source(split, decoders=skip), image, label, names)
     except Exception as error:  # tensorflow-datasets may raise any exception
-        reason = str(error).partition("\n")[0]
-        raise ValueError(
-            f"cannot read the split {split!r} of images and labels {name!r} ({reason}); preparing "
-            f"a dataset needs TensorFlow: tfds.builder({name!r}, file_format='array_record')"
-            ".download_and_prepare()"
-        ) from error
+        what, reason = f"{split!r} of {name!r} as images and labels", str(error).split("\n")[0]
+        how = f"tfds.builder({name!r}, file_format='array_record').download_and_prepare()"
+        raise ValueError(f"cannot read {what} ({reason}); to prepare it: {how}") from error
     files = tuple(sorted(path for path in Path(builder.data_path).glob("*") if path.is_file()))
     what = f"{name} {split} image"
     return dataclasses.replace(dataset, what=what, raw=True, stored_in=files)
