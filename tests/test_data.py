@@ -46,7 +46,7 @@ def test_image_folder(folder):
 
 
 def test_bad_folders_are_refused(folder, tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere: no such folder"):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
         data.image_folder(tmp_path / "nowhere")
     (folder / "empty").mkdir()
     with pytest.raises(ValueError, match="empty: class folder without images"):
@@ -142,9 +142,12 @@ def test_domains_that_are_not_there_are_refused(folder):
     assert len(benchmark) == 1 + 19 * 5
     data.select(benchmark, [CLEAN, *(Domain(name, 5) for name in data.IMAGENET_C)])
     for domain, message in (
-        (Domain("rain", 3), "unknown corruption 'rain', expected one of clean, gaussian_"),
-        (Domain("fog", 6), "severity of fog is 6, expected 1 or 2 or 3 or 4 or 5"),
-        (Domain("fog"), "severity of fog is 0, expected 1"),
+        (
+            Domain("rain", 3),
+            "unknown corruption 'rain' of severity 3, expected one of clean, gaussian_",
+        ),
+        (Domain("fog", 6), "fog' of severity 6, expected one of fog-1, fog-2, fog-3, fog-4, fog-5"),
+        (Domain("fog"), "fog' of severity 0, expected one of fog-1"),
     ):
         with pytest.raises(ValueError, match=message):
             data.select(benchmark, [CLEAN, domain])
@@ -160,7 +163,7 @@ def test_a_natural_shift_is_a_domain_of_its_own_name(folder):
     shop = {Domain("shop"): dataset}
     batch = batch_of(shop, Domain("shop"), PREPROCESS, [1])
     np.testing.assert_array_equal(batch.images[0], PREPROCESS(Image.fromarray(dataset[1])))
-    with pytest.raises(ValueError, match="unknown corruption 'clean', expected one of shop"):
+    with pytest.raises(ValueError, match="'clean' of severity 0, expected one of shop"):
         data.select(shop, [CLEAN])
 
 

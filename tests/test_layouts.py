@@ -213,8 +213,8 @@ def test_imagenet_c(tmp_path, above):
         expected = data.open_dataset("imagenet", alone)
         np.testing.assert_array_equal(every_image(benchmark[domain]), every_image(expected))
     for domain, message in (
-        (Domain("fog", 3), "severity of fog is 3, expected 1 or 5"),
-        (Domain("rain", 5), "unknown corruption 'rain', expected one of .*gaussian_noise"),
+        (Domain("fog", 3), "fog' of severity 3, expected one of fog-1, fog-5"),
+        (Domain("rain", 5), "unknown corruption 'rain' .*, expected one of .*gaussian_noise"),
         (CLEAN, "unknown corruption 'clean'"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -236,7 +236,7 @@ def test_imagenet_c_with_clean_images_and_other_classes(tmp_path):
     np.testing.assert_array_equal(every_image(benchmark[Domain("fog", 3)]), EXPECTED[::-1])
     with pytest.raises(ValueError, match="<corruption>/<severity 1 to 5>/<class>, two or more"):
         open_c(tmp_path / "fog" / "3" / "a")
-    with pytest.raises(FileNotFoundError, match="nowhere: no such folder"):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
         open_c(tmp_path / "nowhere")
 
 
@@ -310,7 +310,7 @@ def test_imagenet_c_is_no_folder_of_classes(tmp_path, group):
             write_folders(tmp_path / group / corruption / severity, WNIDS)
     for layout in ("folder", "imagenet"):
         for root in (tmp_path, tmp_path / group / "fog"):
-            with pytest.raises(ValueError, match=r"class folders, has .* --layout imagenet-c for"):
+            with pytest.raises(ValueError, match=r"class folders, has .* --layout imagenet-c"):
                 data.open_dataset(layout, root)
     assert data.class_names_of(open_c(tmp_path)) == CLASSES
 
@@ -338,7 +338,7 @@ def test_splits_are_no_classes(tmp_path, splits):
         write_folders(tmp_path / split, WNIDS)
     if len(splits) == 3:
         (tmp_path / "annotations").mkdir()
-    named = rf"expected at least two class folders, has .*{splits[0]}.*; give one split"
+    named = rf"expected at least two class folders, has .*{splits[0]}.*: give one split"
     for layout in ("folder", "imagenet"):
         with pytest.raises(ValueError, match=named):
             data.open_dataset(layout, tmp_path)
@@ -353,8 +353,8 @@ def test_a_class_may_be_called_train(tmp_path):
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        (["fog.npy", "labels.npy"], r"no folders; .* cifar-c or arrays for \.npy files"),
-        (["1.0.0/dataset_info.json"], r"1\.0\.0; .* tfds for tensorflow-datasets"),
+        (["fog.npy", "labels.npy"], r"no folders: .* cifar-c or arrays \(\.npy files\)"),
+        (["1.0.0/dataset_info.json"], r"1\.0\.0: .* tfds"),
     ],
 )
 def test_what_a_folder_without_classes_holds_is_said(tmp_path, files, message):
@@ -435,7 +435,7 @@ def test_cifar_c(stacked, repeated):
     for s in range(1, 6):
         np.testing.assert_array_equal(benchmark[Domain("fog", s)][3], PIXELS[1, 1] + np.uint8(s))
     for s in (0, 6):
-        with pytest.raises(ValueError, match=f"severity of fog is {s}, expected 1 or 2"):
+        with pytest.raises(ValueError, match=f"fog' of severity {s}, expected one of fog-1"):
             data.select(benchmark, [Domain("fog", s)])
     assert benchmark[Domain("fog", 2)].name(3).endswith("fog.npy row 9")
 
@@ -446,7 +446,7 @@ def test_cifar_c_files_that_do_not_fit_their_labels(stacked):
     with pytest.raises(ValueError, match=r"snow\.npy: is .*\(29, .*\(30, .* for 6 labels"):
         data.select(benchmark, [Domain("snow", 1)])
     np.save(stacked / "labels.npy", np.sort(np.arange(30) % 3))
-    with pytest.raises(ValueError, match=r"labels\.npy: 30 labels are not the same for each sev"):
+    with pytest.raises(ValueError, match=r"labels\.npy is not the same for each severity"):
         open_c(stacked, "cifar-c", CLASSES)
 
 
@@ -458,9 +458,9 @@ def test_arrays_of_one_severity(stacked):
     benchmark = open_c(stacked, "arrays", CLASSES)
     for domain in (Domain("snow"), CLEAN):
         np.testing.assert_array_equal(every_image(benchmark[domain]), EXPECTED)
-    with pytest.raises(ValueError, match="severity of snow is 5, expected 0"):
+    with pytest.raises(ValueError, match="'snow' of severity 5, expected one of snow"):
         data.select(benchmark, [Domain("snow", 5)])
-    with pytest.raises(ValueError, match=r"unknown corruption 'labels', .* clean, fog, snow"):
+    with pytest.raises(ValueError, match=r"unknown corruption 'labels' .* clean, fog, snow"):
         data.select(benchmark, [Domain("labels")])
 
 
@@ -469,9 +469,7 @@ def test_arrays_and_cifar_c_are_told_apart(stacked):
     with pytest.raises(ValueError, match=r"\(30, .* \(6, .* for 6 labels; --layout cifar-c"):
         data.select(open_c(stacked, "arrays", CLASSES), [Domain("fog")])
     np.save(stacked / "fog.npy", PIXELS.reshape(6, 40, 44, 3))
-    with pytest.raises(
-        ValueError, match="--layout cifar-c has five severities in a file, arrays one"
-    ):
+    with pytest.raises(ValueError, match="cifar-c has five severities in a file, arrays one"):
         open_c(stacked, "cifar-c", CLASSES)
 
 

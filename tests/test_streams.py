@@ -45,8 +45,8 @@ BENCHMARK = {
 }
 
 
-settings = st.sampled_from(data.SETTINGS)
-orders = st.sampled_from(data.ORDERS)
+settings = st.sampled_from(data.streams.SETTINGS)
+orders = st.sampled_from(data.streams.ORDERS)
 
 
 @hypothesis.given(settings, orders, st.integers(1, 9), st.integers(0, 3), st.integers(1, 8))
@@ -101,7 +101,7 @@ def test_every_corruption_is_met_in_the_same_order():
     assert np.any(a.items != c.items)
 
 
-@pytest.mark.parametrize("order", data.ORDERS)
+@pytest.mark.parametrize("order", data.streams.ORDERS)
 def test_a_stream_does_not_depend_on_what_other_streams_there_are(order):
     labels = np.arange(30) % 4
     alone, among = (

@@ -57,16 +57,14 @@ class ArrayDataset:
         check_labels(place, np.asarray(self.labels), len(self.class_names))
         count = len(self) * (SEVERITIES if self.severity else 1)
         if (array.dtype, array.shape[:1], array.shape[3:]) != (np.uint8, (count,), (3,)):
-            raise ValueError(
-                f"{place}: is {array.dtype} of shape {array.shape}, expected uint8 of shape "
-                f"({count}, height, width, 3) for {len(self)} labels{_FILES}"
-            )
+            found = f"{place}: is {array.dtype} of shape {array.shape}"
+            shape = f"({count}, height, width, 3) for {len(self)} labels"
+            raise ValueError(f"{found}, expected uint8 of shape {shape}{_FILES}")
 
 
 @functools.lru_cache(maxsize=64)
 def _digest(path: Path, changed: int) -> str:
     """A file's digest, made once for its five severities."""
-    del changed
     return digest_files([path])
 
 
@@ -77,7 +75,7 @@ def _load(path: Path, mmap_mode: Any = None) -> Any:
         raise ValueError(f"{path}: cannot be read as an array ({error})") from error
 
 
-def check_labels(path: object, labels: np.ndarray, classes: int = 2**31) -> None:
+def check_labels(path: object, labels: np.ndarray, classes: int) -> None:
     """Raise a ValueError if they are not integers from 0 to below the number of classes."""
     if labels.ndim != 1 or not len(labels) or not np.issubdtype(labels.dtype, np.integer):
         kind = f"{labels.dtype} of shape {labels.shape}"
@@ -104,13 +102,11 @@ def open_npz(path: Path) -> ArrayDataset:
 def open_arrays(
     root: Path, class_names: Sequence[str], stacked: bool = False
 ) -> dict[Domain, ArrayDataset]:
-    """Open a folder of `<corruption>.npy` and `clean.npy` files, and one `labels.npy` for them.
+    """Open a folder of `<corruption>.npy`, `clean.npy` and `labels.npy`.
 
-    If they are `stacked`, every file except the clean one has all images at severity 1, then at 2,
-    up to 5, as in the public CIFAR-10-C; the labels may be repeated five times.
+    Files that are `stacked` have all images at severity 1, then at 2, up to 5, as CIFAR-10-C.
     """
-    labels, names = read_labels(root), tuple(class_names)
-    check_labels(root / "labels.npy", labels, len(names))
+    labels, names = read_labels(root, len(class_names)), tuple(class_names)
     found = {path.stem: path for path in sorted(root.glob("*.npy")) if not is_system(path.name)}
     del found["labels"]
     corrupted = [path for name, path in found.items() if name != CLEAN]
@@ -119,8 +115,7 @@ def open_arrays(
     if stacked and corrupted:
         repeated, labels = labels, labels[: len(_load(corrupted[0], "r")) // SEVERITIES]
         if not np.array_equal(np.resize(labels, len(repeated)), repeated):
-            what = f"{len(repeated)} labels are not the same for each severity"
-            raise ValueError(f"{root / 'labels.npy'}: {what}{_FILES}")
+            raise ValueError(f"{root}: labels.npy is not the same for each severity{_FILES}")
     return {
         Domain(name, severity): ArrayDataset(path, labels, names, f"{path} row", severity)
         for name, path in found.items()
@@ -128,8 +123,8 @@ def open_arrays(
     }
 
 
-def read_labels(root: str | Path) -> np.ndarray:
-    """Read a folder's `labels.npy`: (labels,) int32, none below 0."""
+def read_labels(root: str | Path, classes: int = 2**31) -> np.ndarray:
+    """Read a folder's `labels.npy`: (labels,) int32, from 0 to below the number of classes."""
     labels = _load(Path(root) / "labels.npy")
-    check_labels(Path(root) / "labels.npy", labels)
+    check_labels(Path(root) / "labels.npy", labels, classes)
     return labels.astype(np.int32)

@@ -89,8 +89,8 @@ class Batches:
                 originals[row], sizes[row] = pad_to_canvas(original, canvas)
         indices = (index + np.arange(self.size)).astype(np.int32)
         labels = np.pad(labels_of(self.benchmark)[items[:, 1]], (0, padding))
-        padded = (originals, sizes) if canvas else ()
-        return StreamBatch(images, mask, indices, labels, numbers, segments, *padded)
+        known = (images, mask, indices, labels, numbers, segments)
+        return StreamBatch(*known, originals, sizes) if canvas else StreamBatch(*known)
 
 
 def canvas_for(dataset: Dataset, greatest: int = 512, images: int = 50) -> int:
@@ -103,10 +103,7 @@ def canvas_for(dataset: Dataset, greatest: int = 512, images: int = 50) -> int:
 
 
 def pad_to_canvas(original: np.ndarray, canvas: int) -> tuple[np.ndarray, np.ndarray]:
-    """Zero-pad an image (height, width, 3) to a square, shrunk first if it is larger.
-
-    Returns the canvas (canvas, canvas, 3) uint8, and the image's height and width on it (2,).
-    """
+    """Zero-pad an image, shrunk to fit, to (canvas, canvas, 3) uint8; its size there is (2,)."""
     height, width = original.shape[:2]
     shrink = canvas / max(height, width)
     if shrink < 1:
@@ -134,8 +131,7 @@ def read_ahead(
         if workers:
             import cloudpickle
 
-            # In a file: Python writes what a new process gets into a pipe, and waits for ever if it
-            # is more than fits the pipe and the process has ended.
+            # In a file: Python waits for ever to send more than a pipe holds to an ended process.
             file = stack.enter_context(tempfile.NamedTemporaryFile())
             file.write(cloudpickle.dumps(batches))  # a dataset may be defined in a notebook
             file.flush()
@@ -153,7 +149,7 @@ def read_ahead(
                 ahead.extend(pool.submit(read, number) for number in itertools.islice(waiting, 1))
                 yield batch
         except futures.BrokenExecutor as error:
-            why = 'memory was short, or the script has no if __name__ == "__main__"'
+            why = 'memory was short, or the script lacks if __name__ == "__main__"'
             raise ChildProcessError(f"a process that reads images has ended: {why}") from error
 
 

@@ -19,9 +19,7 @@ def read_table(name: str) -> Any:
     return json.loads((TABLES / f"{name}.json").read_text())
 
 
-CIFAR10_CLASSES = (
-    *("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
-)
+CIFAR10_CLASSES = tuple(read_table("cifar10-class-names"))
 CIFAR100_CLASSES = tuple(read_table("cifar100-class-names"))  # fine classes, in label order
 IMAGENET_CLASSES = dict(sorted(read_table("imagenet-class-names").items()))
 """CLIP's name for each of ImageNet's 1,000 classes, by wnid in label order."""
@@ -42,11 +40,8 @@ def imagenet_templates() -> tuple[str, ...]:
 def given_class_names(names: Sequence[str], folders: Sequence[str] = ()) -> tuple[str, ...]:
     """Class names as an option gives them: names in label order, or one file with them.
 
-    Args:
-        names: may be empty. A file is text (.txt) with a name per line, or a JSON list (.json),
-            both in label order (folder order, in which numbers are sorted as numbers), or a JSON
-            object from folder name to class name. Equal names in a file are logged.
-        folders: the class folders' names; may be empty if the file has a list.
+    A file is text (.txt) with a name per line, or a JSON list (.json), both in label order (folder
+    order, in which numbers are sorted as numbers), or a JSON object from folder to class name.
     """
     names = [str(names)] if isinstance(names, str | Path) else names
     path = Path(names[0] if len(names) == 1 else "")

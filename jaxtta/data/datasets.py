@@ -34,9 +34,8 @@ class Domain(NamedTuple):
 class Dataset(Protocol):
     """Labelled images, read by index: (height, width, 3) uint8, or an UnreadableImageError.
 
-    It may also have `name(number)`, an image's name for messages; `content()`, a digest by which a
-    run notices that the stored images changed; and `check()`, which raises a ValueError before a
-    run if the images are not as expected.
+    It may have `name(number)`, for messages; `content()`, a digest by which a run notices that the
+    images changed; and `check()`, which raises a ValueError before a run.
     """
 
     @property
@@ -95,9 +94,8 @@ class Subset:
 class Corrupted:
     """A dataset whose images are corrupted as they are read, each by a seed of its own.
 
-    An image is corrupted at the smaller of its own and the model's resolution: large images after
-    resize and crop, as in ImageNet-C, and images smaller than the model's input before they are
-    enlarged, as in CIFAR-10-C.
+    Large images are corrupted after resize and crop, as in ImageNet-C, and images smaller than the
+    model's input before they are enlarged, as in CIFAR-10-C.
     """
 
     dataset: Dataset
@@ -129,12 +127,10 @@ def read(
     """One image at the model's resolution, and as the dataset gives it (corrupted by the seed)."""
     while isinstance(dataset, Subset):
         dataset, number = dataset.dataset, int(dataset.numbers[number])
-    if not isinstance(dataset, Corrupted):
-        image = dataset[number]
-    else:
-        image = dataclasses.replace(dataset, seed=seed)[number]
-        if min(image.shape[:2]) >= preprocess.image_size:  # preprocessed before it was corrupted
-            return image, image
+    made = isinstance(dataset, Corrupted)
+    image = (dataclasses.replace(dataset, seed=seed) if made else dataset)[number]
+    if made and min(image.shape[:2]) >= preprocess.image_size:  # preprocessed before corruption
+        return image, image
     return preprocess(Image.fromarray(image)), image
 
 
@@ -168,14 +164,12 @@ def corrupted(dataset: Dataset, preprocess: Preprocess) -> dict[Domain, Dataset]
 def select(benchmark: Benchmark, domains: Iterable[Domain]) -> None:
     """Raise a ValueError for a domain that a benchmark lacks, or from a dataset's `check`."""
     for corruption, severity in dict.fromkeys(domains):
-        if (domain := Domain(corruption, severity)) in benchmark:
-            getattr(stored_in(benchmark[domain]), "check", lambda: None)()
-        elif known := [str(domain.severity) for domain in benchmark if domain[0] == corruption]:
-            expected = " or ".join(known)
-            raise ValueError(f"severity of {corruption} is {severity}, expected {expected}")
-        else:
-            known = ", ".join(dict.fromkeys(domain.corruption for domain in benchmark))
-            raise ValueError(f"unknown corruption {corruption!r}, expected one of {known}")
+        if (corruption, severity) not in benchmark:
+            same = [str(domain) for domain in benchmark if domain[0] == corruption]
+            known = ", ".join(same or dict.fromkeys(domain[0] for domain in benchmark))
+            what = f"unknown corruption {corruption!r} of severity {severity}"
+            raise ValueError(f"{what}, expected one of {known}")
+        getattr(stored_in(benchmark[Domain(corruption, severity)]), "check", lambda: None)()
 
 
 def labels_of(benchmark: Benchmark) -> np.ndarray:

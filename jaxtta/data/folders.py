@@ -17,16 +17,11 @@ from jaxtta.images import find_images, open_image, printable
 from jaxtta.io import digest_files, nfc, read_rows
 
 log = logging.getLogger(__name__)
-_SPLIT = re.compile(r"(.*[-_ ])?(train|val|test|dev|eval)", re.IGNORECASE)
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageFolder:
-    """A dataset of image files.
-
-    Raw images are read as they are stored, as benchmarks are: not turned by their EXIF orientation,
-    and without transparency. Own images are turned upright.
-    """
+    """A dataset of image files: upright, or raw, as benchmarks are read."""
 
     root: Path
     paths: tuple[str, ...]  # in the folder `root`
@@ -60,22 +55,21 @@ class ImageFolder:
 
 def folders_in(root: Path) -> list[Path]:
     """The sub-folders of a folder, sorted, without the system's."""
-    if not root.is_dir():
-        raise FileNotFoundError(f"{root}: no such folder")
     return [root / entry.name for entry in images.entries_of(root) if images.is_folder(entry)]
 
 
 def class_folders(root: str | Path) -> list[Path]:
     """The class folders of a folder, sorted; an error for splits, corruptions or fewer than two."""
     root, folders = Path(root), folders_in(Path(root))
-    splits = sum(bool(_SPLIT.match(folder.name)) for folder in folders) > max(1, len(folders) - 2)
+    split = re.compile("(.*[-_ ])?(train|val|test|dev|eval)", re.IGNORECASE)
+    splits = [folder for folder in folders if split.match(folder.name)]
     inner = [place for folder in folders for place in folders_in(folder)]
-    if len(folders) < 2 or splits or any(map(_is_corruption, (root, *folders, *inner))):
+    few = len(folders) < 2 or len(splits) > max(1, len(folders) - 2)
+    if few or any(map(_is_corruption, (root, *folders, *inner))):
         found = ", ".join(folder.name for folder in folders[:5]) or "no folders"
         raise ValueError(
-            f"{root}: expected at least two class folders, has {found}; give one split, an .npz "
-            "file by its path, or --layout imagenet-c for <corruption>/<severity>/<class>, cifar-c "
-            "or arrays for .npy files, tfds for tensorflow-datasets"
+            f"{root}: expected at least two class folders, has {found}: give one split, or "
+            "--layout imagenet-c (corruption/severity/class), cifar-c or arrays (.npy files), tfds"
         )
     return sorted(folders, key=_with_numbers)
 
@@ -94,16 +88,14 @@ def _with_numbers(folder: Path) -> tuple[list[str | int], str]:
 
 
 def list_folders(
-    root: str | Path, folders: Sequence[Path], class_names: Sequence[str], raw: bool = False
+    root: Path, folders: Sequence[Path], class_names: Sequence[str], raw: bool = False
 ) -> ImageFolder:
     """List the images in and below class folders of `root`, or in `root` alone, in label order."""
-    root = Path(root)
     paths, labels, others = [], [], Counter[str]()
     for label, folder in enumerate(folders):
         listed, passed = find_images(folder, root)
         if not listed:
-            found = images.count_suffixes(passed) or "no files"
-            raise ValueError(f"{folder}: class folder without images, it has {found}")
+            raise ValueError(f"{folder}: class folder without images {dict(passed) or ''}")
         paths += listed if folder == root else [f"{folder.name}/{path}" for path in listed]
         labels += [label] * len(listed)
         others += passed
@@ -119,7 +111,7 @@ def list_folders(
 def image_folder(root: str | Path) -> ImageFolder:
     """List the images of `root/<class>/…`, to be opened upright; see `class_folders`."""
     folders = class_folders(root)
-    return list_folders(root, folders, [nfc(folder.name) for folder in folders])
+    return list_folders(Path(root), folders, [nfc(folder.name) for folder in folders])
 
 
 def captioned_folder(root: str | Path) -> ImageFolder:
@@ -149,20 +141,17 @@ def _compare(root: Path, paths: tuple[str, ...]) -> None:
     stored = {path for path in find_images(root)[0] if "/" in path}
     more = sorted(stored.difference(paths))
     if more and root.name != CLEAN:  # of clean images, some may not have been corrupted
-        raise ValueError(
-            f"{root}: has {len(more)} images that other domains lack, such as "
-            f"{printable(more[0])}: complete those, or remove them from this one"
-        )
+        what = f"has {len(more)} images that other domains lack, such as {printable(more[0])}"
+        raise ValueError(f"{root}: {what}")
     if missing := [path for path in paths if path not in stored]:
         message = "%s: lacks %d of %d images, unreadable there, such as %s"
         log.warning(message, root, len(missing), len(paths), printable(missing[0]))
 
 
 def imagenet_c(root: Path) -> dict[Domain, DomainFolder]:
-    """Open a folder with `<corruption>/<severity>/<class>/…` and optionally `clean/<class>/…`.
+    """Open `<corruption>/<severity>/<class>/…` and `clean/<class>/…`, in `root` or its folders.
 
-    These may also be in folders of the root (`noise/`), as in ImageNet-C's archives. The images of
-    a class are listed from the domain with the most classes that has it; all have the same names.
+    A class's images are listed from the domain with the most classes; all have the same names.
     """
     folders = folders_in(root)
     known = {domain.corruption for domain in _domains(folders)}

@@ -1,8 +1,7 @@
 """Loaders for the folder and file layouts of common datasets.
 
-Class names are the usual ones for CLIP, of the classes that are present. Images of benchmarks are
-read as they are stored, as in published results, whatever their EXIF orientation or transparency;
-own images (the layout "folder") are turned upright and laid over white.
+Benchmarks are read as they are stored, whatever their EXIF orientation or transparency; own images
+(the layout "folder") are turned upright and laid over white.
 """
 
 import dataclasses
@@ -34,18 +33,17 @@ def open_dataset(
     """Open clean images by the name of their layout.
 
     Args:
-        layout: "folder" for `<class>/…` or an `.npz` file; "imagenet" for wnid folders (ImageNet,
-            -A, -R, -Sketch), "imagenet-v2", "objectnet"; "imagenet-c" for
-            `<corruption>/<severity>/<class>/…`; "cifar-c" for `.npy` files with five severities
-            each, "arrays" with one; the cross-dataset sets by name, in the folders that
-            prompt-learning benchmarks use; "tfds" for tensorflow-datasets.
+        layout: one of `LAYOUTS`: "folder" for `<class>/…` or an `.npz` file; "imagenet" for wnid
+            folders; "imagenet-c" for `<corruption>/<severity>/<class>/…`; "cifar-c" for `.npy`
+            files with five severities each, "arrays" with one; the cross-dataset sets in the
+            folders that prompt-learning benchmarks use; "tfds" for tensorflow-datasets.
         root: the folder; for a cross-dataset set its own or the parent folder; for "tfds" a name,
             with a split after a colon if it is not the test split ("cifar10:train").
         class_names: to use instead of the layout's, or a file with them; needed where class folders
             are called by numbers.
         split: the split of a cross-dataset set, or of a tfds name without one.
     """
-    place, folders = Path(root), ()
+    place = Path(root)
     if layout not in LAYOUTS:
         raise ValueError(f"unknown layout {layout!r}, expected one of {', '.join(LAYOUTS)}")
     if layout in _STORED:
@@ -55,10 +53,9 @@ def open_dataset(
         return benchmark[Domain(CLEAN)]
     if layout == "folder":
         images = open_npz(place) if place.suffix == ".npz" else image_folder(place)
-        folders = images.class_names
     elif layout == "tfds":  # "cifar10", "cifar10:train" or, with a version, "cifar10:3.0.2:train"
         name, *own = re.split(r":(?!\d+\.\d+\.\d+(?::|$))", str(root), maxsplit=1)
-        images = open_tfds(name, *own or [split])
+        images = open_tfds(name, own[0] if own else split)
     elif layout in CROSS_DATASETS:
         own = CROSS_DATASETS[layout]
         place = place / own["folder"] if (place / own["folder"]).is_dir() else place
@@ -72,7 +69,7 @@ def open_dataset(
             known = {str(number): name for number, name in enumerate(known.values())}
         own = class_folders(place)
         images = list_folders(place, own, _named(place, [x.name for x in own], known), raw=True)
-    names = _class_names(images.class_names, class_names, folders)
+    names = own_or_given(images.class_names, class_names, layout == "folder")
     return dataclasses.replace(images, class_names=names)
 
 
@@ -91,11 +88,9 @@ def _open_stored(layout: str, root: Path, given: Sequence[str]) -> Benchmark:
         folders = class_names_of(benchmark)
         wnids = not given and any(folder in IMAGENET_CLASSES for folder in folders)
         own = _named(root, folders, IMAGENET_CLASSES) if wnids else folders
-        names = _class_names(own, given, () if wnids else folders)
-        return {
-            domain: dataclasses.replace(images, class_names=names)
-            for domain, images in benchmark.items()
-        }
+        names = own_or_given(own, given)
+        named = (dataclasses.replace(images, class_names=names) for images in benchmark.values())
+        return dict(zip(benchmark, named, strict=True))
     names = given_class_names(given)
     if not names and layout == "arrays":
         raise ValueError(f"{root}: arrays have no class names, set them")
@@ -104,24 +99,18 @@ def _open_stored(layout: str, root: Path, given: Sequence[str]) -> Benchmark:
     return open_arrays(root, names, layout == "cifar-c")
 
 
-def _class_names(
-    own: Sequence[str], given: Sequence[str], folders: Sequence[str]
+def own_or_given(
+    own: Sequence[str], given: Sequence[str] = (), folders: bool = True
 ) -> tuple[str, ...]:
-    """The given class names, or the layout's own if they can be; `folders` are as on disk."""
-    names = given_class_names(given, folders)
-    if not names:
-        require_meaning(folders)
-    elif len(names) != len(own):
+    """The given class names, or the layout's own; class folders' must mean something to a model."""
+    names = given_class_names(given, own) or tuple(own)
+    if len(names) != len(own):
         raise ValueError(f"{len(names)} class names for {len(own)} classes")
-    return names or tuple(own)
-
-
-def require_meaning(folders: Sequence[str]) -> None:
-    """Refuse class folders whose names mean nothing to a model: wnids, numbers, or no text."""
-    for folder in folders:
-        if re.fullmatch(r"n\d{8}|-?\d+([.,]\d+)?", folder) or folder != printable(folder):
-            what = f"class folder {printable(folder)} means nothing to a model"
+    for name in () if given or not folders else names:
+        if re.fullmatch(r"n\d{8}|-?\d+([.,]\d+)?", name) or name != printable(name):
+            what = f"class folder {printable(name)} means nothing to a model"
             raise ValueError(f"{what}: set the class names, or use layout imagenet for wnids")
+    return names
 
 
 def _named(root: Path, folders: Sequence[str], names: Mapping[str, str]) -> tuple[str, ...]:
@@ -136,9 +125,9 @@ def _objectnet(root: Path) -> ImageFolder:
     overlap = read_json(mapping.with_name("objectnet_to_imagenet_1k.json"))
     folders = class_folders(root / "images")
     names = _named(root, [folder.name for folder in folders], read_json(mapping))
-    kept = [folder for folder, name in zip(folders, names, strict=True) if name in overlap]
-    own = [name for name in names if name in overlap]
-    return dataclasses.replace(list_folders(root / "images", kept, own, raw=True), border=2)
+    kept = {key: name for key, name in zip(folders, names, strict=True) if name in overlap}
+    listed = list_folders(root / "images", [*kept], [*kept.values()], raw=True)
+    return dataclasses.replace(listed, border=2)
 
 
 def listed_split(path: Path, images: Path, split: str = "test") -> ImageFolder:
@@ -149,8 +138,8 @@ def listed_split(path: Path, images: Path, split: str = "test") -> ImageFolder:
         paths, labels, _ = zip(*lists[split], strict=True)
         classes = tuple(name.replace("_", " ") for _, name in pairs)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        expected = f"[path, label, class name] of images for {split!r}"
-        raise ValueError(f"{path}: expected {expected} and in other lists ({error!r})") from error
+        expected = f"{path}: expected [path, label, class name] of images for {split!r}"
+        raise ValueError(f"{expected} ({error!r})") from error
     if [label for label, _ in pairs] != [*range(len(pairs))]:
         raise ValueError(f"{path}: labels are not 0 to {len(pairs) - 1} with a name each")
     return ImageFolder(images, paths, np.asarray(labels, np.int32), classes, raw=True)
@@ -165,6 +154,5 @@ def _fgvc_aircraft(variants: Path, images: Path, split: str) -> ImageFolder:
     if odd := sorted({*found}.difference(names)):
         raise ValueError(f"{listed}: {odd[0]} is none of the {len(names)} variants")
     labels = np.asarray([names.index(variant) for variant in found], np.int32)
-    return ImageFolder(
-        images, tuple(f"{file}.jpg" for file in files), labels, tuple(names), raw=True
-    )
+    paths = tuple(f"{file}.jpg" for file in files)
+    return ImageFolder(images, paths, labels, tuple(names), raw=True)

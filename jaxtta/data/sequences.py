@@ -59,10 +59,7 @@ class SequenceDataset:
 
 
 def from_sequence(
-    ds: Any,
-    image: str | int = "image",
-    label: str | int = "label",
-    class_names: Sequence[str] = (),
+    ds: Any, image: str | int = "image", label: str | int = "label", class_names: Sequence[str] = ()
 ) -> SequenceDataset:
     """Use a dataset of Hugging Face `datasets`, torchvision or Grain, or a list, as it is.
 
@@ -75,7 +72,18 @@ def from_sequence(
     """
     if isinstance(ds, Mapping) or not (hasattr(ds, "__len__") and hasattr(ds, "__getitem__")):
         raise TypeError(f"expected a sequence of images and labels, not a {type(ds).__name__}")
-    labels, features = _labels(ds, image, label), getattr(ds, "features", None)
+    columns, targets = getattr(ds, "column_names", None), getattr(ds, "targets", None)
+    as_stored = (image, label) == (0, 1) and getattr(ds, "target_transform", None) is None
+    if as_stored and targets is not None:  # torchvision; no image is decoded for labels
+        labels = np.asarray(targets)
+    else:
+        first = columns or ds[0]
+        keys = [*first] if columns or isinstance(first, Mapping) else [*range(len(first))]
+        if not {image, label} <= {*keys}:
+            raise ValueError(f"items have {keys}, not {image!r} and {label!r}: set image and label")
+        found = ds[label] if columns else (ds[number][label] for number in range(len(ds)))
+        labels = np.asarray([*found])
+    features = getattr(ds, "features", None)
     feature = features.get(label) if isinstance(features, Mapping) else None
     own = getattr(feature, "names", None) or getattr(ds, "classes", None) or ()
     own = [name if isinstance(name, str) else name[0] for name in own]  # torchvision's synonyms
@@ -92,29 +100,8 @@ def from_sequence(
     return SequenceDataset(ds, image, labels.astype(np.int32), names)
 
 
-def _labels(ds: Any, image: str | int, label: str | int) -> np.ndarray:
-    """Labels or names (items,); no image is decoded for them if the library has them apart."""
-    columns, targets = getattr(ds, "column_names", None), getattr(ds, "targets", None)
-    as_stored = (image, label) == (0, 1) and getattr(ds, "target_transform", None) is None
-    if as_stored and targets is not None:  # torchvision
-        return np.asarray(targets)
-    first = columns or ds[0]
-    keys = [*first] if columns or isinstance(first, Mapping) else [*range(len(first))]
-    if not {image, label} <= {*keys}:
-        raise ValueError(f"items have {keys}, not {image!r} and {label!r}: set image and label")
-    if columns:  # Hugging Face
-        return np.asarray(list(ds[label]))
-    return np.asarray([ds[number][label] for number in range(len(ds))])
-
-
-def open_tfds(
-    name: str, split: str = "test", data_dir: str | Path | None = None
-) -> SequenceDataset:
-    """Open a split ("test", "test[:50%]") of a prepared dataset ("imagenet_v2/topimages").
-
-    Wnids among its classes become ImageNet's class names, underscores spaces. TensorFlow is needed
-    only to prepare it, wherever that is: `builder(…, file_format="array_record")`.
-    """
+def open_tfds(name: str, split: str = "test", data_dir: Path | None = None) -> SequenceDataset:
+    """Open a split of a prepared dataset; wnids become ImageNet's class names."""
     import tensorflow_datasets as tfds
 
     try:
@@ -130,5 +117,4 @@ def open_tfds(
         how = f"tfds.builder({name!r}, file_format='array_record').download_and_prepare()"
         raise ValueError(f"cannot read {what} ({reason}); to prepare it: {how}") from error
     files = tuple(sorted(path for path in Path(builder.data_path).glob("*") if path.is_file()))
-    what = f"{name} {split} image"
-    return dataclasses.replace(dataset, what=what, raw=True, stored_in=files)
+    return dataclasses.replace(dataset, what=f"{name} {split} image", raw=True, stored_in=files)

@@ -49,7 +49,7 @@ def make_streams(
             at one severity; `gradual`, one that takes every corruption from severity 1 to 5 and
             back; `mixed`, one of all corruptions interleaved.
         corruptions: their names, in order.
-        severities: those to include; (0,) for data with a fixed one. Gradual needs 1 to 5.
+        severities: those to include; (0,) for data with a fixed one.
         labels: (images,) the benchmark's labels.
         order: `shuffled`, `stored`, `correlated` (sorted by class) or `dirichlet` (each class split
             over as many time slots as classes, as in https://arxiv.org/abs/2303.13899).
@@ -98,10 +98,7 @@ def stream_of(
     seed: int,
     segments: np.ndarray | None = None,
 ) -> Stream:
-    """A stream of these images (images,), in this order and in one part.
-
-    `segments` (images,) are the images' indices in `domains`; None for all 0.
-    """
+    """A stream of these images (images,) in one part; `segments` (images,) index `domains`."""
     segments = np.zeros(len(images)) if segments is None else segments
     items = np.stack([segments, images], 1).astype(np.int32)
     return Stream(name, seed, tuple(domains), (items,))

@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxtta.data.class_names import given_class_names
 from jaxtta.data.folders import ImageFolder, folders_in, image_folder, list_folders
-from jaxtta.data.layouts import require_meaning
+from jaxtta.data.layouts import own_or_given
 from jaxtta.images import lone_images, printable
 from jaxtta.io import nfc, read_rows
 
@@ -39,8 +39,7 @@ def target_folder(
     given = [text.partition("=") for text in given_class_names(class_names)]
     names = {folder: own or folder for folder, _, own in given}
     if labelled and not names:
-        require_meaning(listed.class_names)
-        names = {name: name for name in listed.class_names}
+        names = {name: name for name in own_or_given(listed.class_names)}
     for kind in ([folder for folder, *_ in given], [*names.values()]):
         if twice := next((name for name in kind if kind.count(name) > 1), None):
             raise ValueError(f"{root}: --class-names has {twice!r} twice")
