@@ -68,7 +68,7 @@ def open_dataset(
         if layout == "imagenet-v2":  # folders are numbers
             known = {str(number): name for number, name in enumerate(known.values())}
         own = class_folders(place)
-        images = list_folders(place, own, _named(place, [x.name for x in own], known), raw=True)
+        images = list_folders(place, own, _named(place, [one.name for one in own], known), raw=True)
     names = own_or_given(images.class_names, class_names, layout == "folder")
     return dataclasses.replace(images, class_names=names)
 
