@@ -267,13 +267,13 @@ def test_natural_shifts_end_to_end(run_jaxtta, short, tmp_path, monkeypatch):
         ("--adapters nomodule:make", "nomodule:make: the module cannot be imported"),
         ("--adapters tent tent", "one or more adapters of distinct names"),
         ("--corruptions rain", "unknown corruption 'rain'"),
-        ("--severities 9", "is 9, expected 1"),
+        ("--severities 9", "of severity 9, expected one of"),
         ("--seeds 1 1", "one or more streams of distinct names"),
         ("--batch-size 0", "batch_size is 0, expected at least 1"),
         ("--max-images 0", "limit is 0, expected at least 1"),
         ("--class-names /nowhere.json", "/nowhere.json: cannot be read as class names"),
         ("--class-names cat dog", "2 class names for 10 classes"),
-        ("--data /nowhere/at/all", "/nowhere/at/all: no such f"),
+        ("--data /nowhere/at/all", "/nowhere/at/all: No such f"),
         ("--layout cifar", "unknown layout 'cifar', expected one of folder"),
         ("--layout arrays --data /nowhere --class-names a b", "/nowhere"),
         ("--shard 2/2", "--shard is '2/2', expected i/n with i below n"),
@@ -289,7 +289,7 @@ def test_natural_shifts_end_to_end(run_jaxtta, short, tmp_path, monkeypatch):
         ("--save-examples 1", "compares tnt with zero_shot: run both"),
         ("shifts --datasets shop", "--datasets has shop, expected NAME=FOLDER"),
         ("shifts --datasets a=x a=y", "--datasets has a=x a=y, expected NAME=FOLDER"),
-        ("shifts --datasets imagenet-a=/nowhere", "/nowhere: no such folder"),
+        ("shifts --datasets imagenet-a=/nowhere", "/nowhere: No such file"),
         ("shifts --adapters tnt --save-examples 1", "compares tnt with zero_shot: run both"),
         ("shifts --tnt.online --save-examples 1", "omit --tnt.online"),
     ],
@@ -305,7 +305,7 @@ def test_bad_options_are_one_sentence(run_jaxtta, tmp_path, options, message):
 
 
 def test_debug_shows_the_traceback(run_jaxtta, tmp_path):
-    with pytest.raises(ValueError, match="is 9, expected 1"):
+    with pytest.raises(ValueError, match="of severity 9, expected one of"):
         run_jaxtta("sweep", "--output", tmp_path, "--severities", "9", "--debug")
 
 

@@ -279,7 +279,7 @@ def test_a_labelled_folder_with_odd_names_and_system_folders(run, short, tmp_pat
     common = ("--max-images", "41", "--models", short, "--try-adapters", "zero_shot", "--target")
     code, _, err, _ = run(*common, root)
     assert code == 1
-    assert r"class folder felines\xe9 has a name that is not text: set the class names" in err
+    assert r"class folder felines\xe9 means nothing to a model: set the class names" in err
     names = ("--class-names", os.fsdecode(b"felines\xe9=cat"), "dogs=dog")
     code, out, *_ = run(*common, root, *names)
     assert code == 0
@@ -380,10 +380,10 @@ def test_features_without_numbers_have_answers():
         ("--target {flat}", "flat: --class-names needs two or more"),
         ("--target {flat} --class-names cat", "flat: --class-names needs two or more"),
         ("--target {empty} --class-names a b", "empty: class folder without images"),
-        ("--target {one}", "has 1 class folders, expected at least two"),
-        ("--target {nowhere}", "nowhere: no such folder"),
-        ("--data {one}", "has 1 class folders, expected at least two"),
-        ("--data {nowhere}", "nowhere: no such folder"),
+        ("--target {one}", "expected at least two class folders, has"),
+        ("--target {nowhere}", "nowhere: No such file"),
+        ("--data {one}", "expected at least two class folders, has"),
+        ("--data {nowhere}", "nowhere: No such file"),
         ("--try-adapters zero_shot tint", "unknown adapter 'tint'"),
         ("--fractions 0 1", r"fractions is \[0.0, 1.0\], expected distinct numbers above 0"),
         ("--fractions 1 1", r"fractions is \[1.0, 1.0\], expected distinct numbers above 0"),

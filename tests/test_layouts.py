@@ -15,8 +15,8 @@ from PIL import Image
 from jaxtta import assets, data, models
 from jaxtta.cli import continual as command
 from jaxtta.data import Domain, layouts
-from jaxtta.data.class_names import cifar100_classes, imagenet_classes
-from jaxtta.data.tfds import open_tfds
+from jaxtta.data.class_names import CIFAR100_CLASSES, IMAGENET_CLASSES
+from jaxtta.data.sequences import open_tfds
 from jaxtta.models.preprocess import Preprocessing
 
 PREPROCESS = Preprocessing(32, 32, (32, 32))
@@ -87,7 +87,7 @@ def test_imagenet_classes_are_those_present(tmp_path):
     assert source.class_names == ("tench", "tabby cat", "toilet paper")
     np.testing.assert_array_equal(every_image(source), EXPECTED[[2, 1, 0]])
     (tmp_path / "n01440764").rename(tmp_path / "n00000000")
-    with pytest.raises(ValueError, match=r"n00000000.*1,000 wnids"):
+    with pytest.raises(ValueError, match="n00000000 is none of those known, such as n01440764"):
         data.open_dataset("imagenet", tmp_path)
 
 
@@ -98,7 +98,7 @@ def test_imagenet_v2_folders_are_numbers(tmp_path):
     np.testing.assert_array_equal(every_image(source), EXPECTED[[2, 0, 1]])
     for wrong in ("1000", "01", "n01440764"):
         (tmp_path / "10").rename(tmp_path / wrong)
-        with pytest.raises(ValueError, match=f"folder {wrong} .*0 to 999"):
+        with pytest.raises(ValueError, match=f"folder {wrong} is none of those known"):
             data.open_dataset("imagenet-v2", tmp_path)
         (tmp_path / wrong).rename(tmp_path / "10")
 
@@ -124,11 +124,8 @@ def test_objectnet_keeps_imagenets_classes_and_loses_its_border(objectnet):
     source = data.open_dataset("objectnet", objectnet)
     assert source.class_names == ("Alarm clock", "Backpack", "TV")
     np.testing.assert_array_equal(every_image(source), EXPECTED)
-    save(objectnet / "images" / "tv" / "1.png", np.zeros((4, 9, 3), np.uint8))
-    with pytest.raises(data.UnreadableImageError, match=r"1\.png: 9×4 pixels leave nothing"):
-        source[5]
     (objectnet / "images" / "tv").rename(objectnet / "images" / "telly")
-    with pytest.raises(ValueError, match=r"objectnet_label\.json: has no label for folder telly"):
+    with pytest.raises(ValueError, match="folder telly is none of those known"):
         data.open_dataset("objectnet", objectnet)
 
 
@@ -157,12 +154,12 @@ def test_cross_dataset_sets(tmp_path, layout, folder, name, images):
 @pytest.mark.parametrize(
     ("split", "entries", "message"),
     [
-        ("test", [], "no images for 'test', expected one of train, val, test"),
-        ("val", [["a.jpg", 1, "abbey"]], "label 1 is both '.*' and '.*'"),
-        ("val", [["a.jpg", 7, "far"]], "labels run from 0 to 7, expected 0 to 3 for 4 classes"),
-        ("val", [["a.jpg", -1, "far"]], "labels run from -1 to 2, expected 0 to 3"),
-        ("val", [["a.jpg", "zoo"]], r"\['a.jpg', 'zoo'\], expected \[path, label, class"),
-        ("val", 3, "expected a list of images under each of train, val, test"),
+        ("test", [], r"expected \[path, label, class name\] of images for 'test'"),
+        ("val", [["a.jpg", 1, "abbey"]], "labels are not 0 to 3 with a name each"),
+        ("val", [["a.jpg", 7, "far"]], "labels are not 0 to 3 with a name each"),
+        ("val", [["a.jpg", -1, "far"]], "labels are not 0 to 3 with a name each"),
+        ("val", [["a.jpg", "zoo"]], r"expected \[path, label, class name\] of images"),
+        ("val", 3, r"expected \[path, label, class name\] of images"),
     ],
 )
 def test_bad_splits_are_refused(tmp_path, split, entries, message):
@@ -195,7 +192,7 @@ def test_fgvc_aircraft(tmp_path):
         assert source.class_names == variants
         np.testing.assert_array_equal(every_image(source), EXPECTED)
     (root / "images_variant_test.txt").write_text("1000 Concorde\n")
-    with pytest.raises(ValueError, match=r"line '1000 Concorde' .*3 variants"):
+    with pytest.raises(ValueError, match="Concorde is none of the 3 variants"):
         data.open_dataset("fgvc-aircraft", root)
 
 
@@ -217,11 +214,8 @@ def test_imagenet_c(tmp_path, above):
         expected = data.open_dataset("imagenet", alone)
         np.testing.assert_array_equal(every_image(benchmark[domain]), every_image(expected))
     for domain, message in (
-        (Domain("fog", 3), f"severity of fog in {tmp_path}.* is 3, expected 1 or 5"),
-        (
-            Domain("rain", 5),
-            f"unknown corruption 'rain' in {tmp_path}, expected one of .*gaussian_noise",
-        ),
+        (Domain("fog", 3), "fog' of severity 3, expected one of fog-1, fog-5"),
+        (Domain("rain", 5), "unknown corruption 'rain' .*, expected one of .*gaussian_noise"),
         (CLEAN, "unknown corruption 'clean'"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -241,9 +235,9 @@ def test_imagenet_c_with_clean_images_and_other_classes(tmp_path):
     assert data.class_names_of(benchmark) == ("x", "y", "z")
     np.testing.assert_array_equal(every_image(benchmark[CLEAN]), EXPECTED)
     np.testing.assert_array_equal(every_image(benchmark[Domain("fog", 3)]), EXPECTED[::-1])
-    with pytest.raises(ValueError, match="no <corruption>/<severity 1 to 5> folders"):
+    with pytest.raises(ValueError, match="<corruption>/<severity 1 to 5>/<class>, two or more"):
         open_c(tmp_path / "fog" / "3" / "a")
-    with pytest.raises(FileNotFoundError, match="nowhere: no such folder"):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
         open_c(tmp_path / "nowhere")
 
 
@@ -264,13 +258,12 @@ def test_a_domain_that_lacks_a_class_does_not_shrink_the_others(tmp_path, caplog
     benchmark = open_c(tmp_path)
     assert data.class_names_of(benchmark) == CLASSES
     assert list(data.labels_of(benchmark)) == [0, 0, 1, 1, 2, 2]
-    lacks = f"{tmp_path / 'brightness' / '5'}: lacks 3 of 6 images, unreadable there, such as "
-    assert heard(caplog) == [f"{lacks}{WNIDS[0]}/1.JPEG"]
     for _ in range(2):
         data.select(benchmark, benchmark)
-    snow = f"{tmp_path / 'snow' / '5'}: "
-    assert heard(caplog)[1:] == [
-        f"{snow}lacks 2 of 6 images, unreadable there, such as {WNIDS[0]}/0.JPEG"
+    lacks, there = f"{tmp_path / 'brightness' / '5'}: lacks", "images, unreadable there, such as"
+    assert heard(caplog) == [
+        f"{lacks} 3 of 6 {there} {WNIDS[0]}/1.JPEG",
+        f"{lacks.replace('brightness', 'snow')} 2 of 6 {there} {WNIDS[0]}/0.JPEG",
     ]
     streams = data.make_streams("continual", ["brightness", "fog"], (5,), benchmark[FOG].labels)
     batches = data.Batches(benchmark, tuple(streams), 6, PREPROCESS)
@@ -285,21 +278,18 @@ def test_images_that_the_first_domain_lacks_are_not_left_out(tmp_path, caplog):
     (tmp_path / "brightness" / "5" / WNIDS[1] / "1.JPEG").unlink()
     benchmark = open_c(tmp_path)
     data.select(benchmark, [Domain("brightness", 5)])
-    snow, poor = (tmp_path / name / "5" for name in ("snow", "brightness"))
     for _ in range(2):
-        with pytest.raises(ValueError, match=f"^{snow}: has 1 images that {poor} lacks, such as"):
+        message = f"^{tmp_path / 'snow' / '5'}: has 1 images that other domains lack, such as"
+        with pytest.raises(ValueError, match=message):
             data.select(benchmark, [Domain("snow", 5)])
-    assert not heard(caplog)
     data.select(benchmark, [CLEAN])  # of which a subset was corrupted
-    assert [said.split(": ")[1] for said in heard(caplog)] == [
-        f"has 1 images besides the 5 listed, left out, such as {WNIDS[1]}/1.JPEG"
-    ]
+    assert not heard(caplog)
 
 
 def test_a_corruption_in_two_groups_is_refused(tmp_path):
     for group in ("weather", "more"):
         write_folders(tmp_path / group / "fog" / "5", WNIDS)
-    with pytest.raises(ValueError, match=r": fog-5 is in .*/more/fog/5 and in .*/weather/fog/5$"):
+    with pytest.raises(ValueError, match=r"fog-5 is in .*/more/fog/5 and in .*/weather/fog/5$"):
         open_c(tmp_path)
 
 
@@ -307,10 +297,11 @@ def test_imagenet_c_names_what_is_no_wnid_and_what_no_domain_has(tmp_path):
     for corruption in ("fog", "snow"):
         write_folders(tmp_path / corruption / "5", WNIDS)
     (tmp_path / "snow" / "5" / "extra").mkdir()
-    with pytest.raises(ValueError, match="folder extra is not one of ImageNet's 1,000 wnids"):
-        open_c(tmp_path)
     with pytest.raises(ValueError, match="extra: class folder without images"):
         open_c(tmp_path, names=[*CLASSES, "other"])
+    save(tmp_path / "snow" / "5" / "extra" / "0.JPEG", PIXELS[0, 0])
+    with pytest.raises(ValueError, match="folder extra is none of those known, such as n01440764"):
+        open_c(tmp_path)
 
 
 @pytest.mark.parametrize("group", ["", "noise"])
@@ -319,11 +310,9 @@ def test_imagenet_c_is_no_folder_of_classes(tmp_path, group):
         for severity in ("1", "5"):
             write_folders(tmp_path / group / corruption / severity, WNIDS)
     for layout in ("folder", "imagenet"):
-        with pytest.raises(ValueError, match="not images of a class: use --layout imagenet-c"):
-            data.open_dataset(layout, tmp_path)
-        one = rf"severities of one corruption.* --layout imagenet-c with {tmp_path / group}, or"
-        with pytest.raises(ValueError, match=one):
-            data.open_dataset(layout, tmp_path / group / "fog")
+        for root in (tmp_path, tmp_path / group / "fog"):
+            with pytest.raises(ValueError, match=r"class folders, has .* --layout imagenet-c"):
+                data.open_dataset(layout, root)
     assert data.class_names_of(open_c(tmp_path)) == CLASSES
 
 
@@ -350,7 +339,7 @@ def test_splits_are_no_classes(tmp_path, splits):
         write_folders(tmp_path / split, WNIDS)
     if len(splits) == 3:
         (tmp_path / "annotations").mkdir()
-    named = rf"holds splits, not classes \(.*{splits[0]}.*\): give one, such as {tmp_path}/"
+    named = rf"expected at least two class folders, has .*{splits[0]}.*: give one split"
     for layout in ("folder", "imagenet"):
         with pytest.raises(ValueError, match=named):
             data.open_dataset(layout, tmp_path)
@@ -365,20 +354,15 @@ def test_a_class_may_be_called_train(tmp_path):
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        (["fog.npy", "labels.npy"], r"its \.npy files are read with --layout cifar-c .* or arrays"),
-        (["0000.tar", "0001.tar"], r"unpack its \.tar files into class folders"),
-        (["data/train-00000-of-00001.parquet"], r"write the images of its \.parquet files"),
-        (["cifar10-test.tfrecord-00000-of-00001"], "opened by name, with --layout tfds"),
-        (["1.0.0/dataset_info.json"], "opened by name, with --layout tfds"),
-        (["a.jpg", "b.png"], "2 images lie in no class folder"),
-        (["notes.txt"], " two$"),
+        (["fog.npy", "labels.npy"], r"no folders: .* cifar-c or arrays \(\.npy files\)"),
+        (["1.0.0/dataset_info.json"], r"1\.0\.0: .* tfds"),
     ],
 )
 def test_what_a_folder_without_classes_holds_is_said(tmp_path, files, message):
     for file in files:
         (tmp_path / file).parent.mkdir(exist_ok=True)
         (tmp_path / file).touch()
-    with pytest.raises(ValueError, match=rf"has [01] class folders, expected at least.*{message}"):
+    with pytest.raises(ValueError, match=rf"expected at least two class folders, has {message}"):
         data.open_dataset("folder", tmp_path)
 
 
@@ -399,24 +383,16 @@ def test_numbers_in_folder_names_are_sorted_as_numbers(tmp_path, caplog, names, 
     assert not heard(caplog)
 
 
-def test_numbers_with_gaps_and_a_list_are_said(tmp_path, caplog):
-    write_folders(tmp_path, ("3", "20", "100"))
-    data.open_dataset("folder", tmp_path, ["cat", "dog", "emu"])
-    assert heard(caplog) == [
-        "class folders are sorted by number, with gaps: 3 is 'cat', 20 is 'dog', 100 is 'emu'"
-    ]
-
-
 @pytest.mark.parametrize("layout", ["folder", "imagenet-c"])
 def test_numbers_are_no_class_names(tmp_path, layout):
     root = tmp_path / "fog" / "5" if layout == "imagenet-c" else tmp_path
     write_folders(root, ("cat", "dog", "3"))
-    with pytest.raises(ValueError, match="class folder 3 is a number: set the class names"):
+    with pytest.raises(ValueError, match="class folder 3 means nothing to a model: set the cla"):
         open_c(tmp_path, layout)
     benchmark = open_c(tmp_path, layout, ["three", "cat", "dog"])
     assert data.class_names_of(benchmark) == ("three", "cat", "dog")
     (root / "3").rename(root / "0.5")
-    with pytest.raises(ValueError, match=r"class folder 0\.5 is a number: set the class names"):
+    with pytest.raises(ValueError, match=r"class folder 0\.5 means nothing to a model: set the"):
         open_c(tmp_path, layout)
 
 
@@ -460,9 +436,7 @@ def test_cifar_c(stacked, repeated):
     for s in range(1, 6):
         np.testing.assert_array_equal(benchmark[Domain("fog", s)][3], PIXELS[1, 1] + np.uint8(s))
     for s in (0, 6):
-        with pytest.raises(
-            ValueError, match=f"severity of fog in {stacked} is {s}, expected 1 or 2"
-        ):
+        with pytest.raises(ValueError, match=f"fog' of severity {s}, expected one of fog-1"):
             data.select(benchmark, [Domain("fog", s)])
     assert benchmark[Domain("fog", 2)].name(3).endswith("fog.npy row 9")
 
@@ -470,10 +444,10 @@ def test_cifar_c(stacked, repeated):
 def test_cifar_c_files_that_do_not_fit_their_labels(stacked):
     np.save(stacked / "snow.npy", np.load(stacked / "fog.npy")[:29])
     benchmark = open_c(stacked, "cifar-c", CLASSES)
-    with pytest.raises(ValueError, match=r"snow\.npy: has 29 images, expected 30 for 6 labels at"):
+    with pytest.raises(ValueError, match=r"snow\.npy: is .*\(29, .*\(30, .* for 6 labels"):
         data.select(benchmark, [Domain("snow", 1)])
     np.save(stacked / "labels.npy", np.sort(np.arange(30) % 3))
-    with pytest.raises(ValueError, match=r"labels\.npy: has 30 labels, expected one for each"):
+    with pytest.raises(ValueError, match=r"labels\.npy is not the same for each severity"):
         open_c(stacked, "cifar-c", CLASSES)
 
 
@@ -485,23 +459,18 @@ def test_arrays_of_one_severity(stacked):
     benchmark = open_c(stacked, "arrays", CLASSES)
     for domain in (Domain("snow"), CLEAN):
         np.testing.assert_array_equal(every_image(benchmark[domain]), EXPECTED)
-    with pytest.raises(ValueError, match=f"severity of snow in {stacked} is 5, expected 0"):
+    with pytest.raises(ValueError, match="'snow' of severity 5, expected one of snow"):
         data.select(benchmark, [Domain("snow", 5)])
-    with pytest.raises(ValueError, match=r"unknown corruption 'labels' in .* clean, fog, snow"):
+    with pytest.raises(ValueError, match=r"unknown corruption 'labels' .* clean, fog, snow"):
         data.select(benchmark, [Domain("labels")])
 
 
-def test_arrays_and_cifar_c_are_told_apart(stacked, caplog):
-    open_c(stacked, "arrays", CLASSES)
-    assert [message.partition(": ")[2] for message in heard(caplog)] == [
-        "has the same labels five times; if the images are of five severities, as in CIFAR-10-C, "
-        "use --layout cifar-c"
-    ]
+def test_arrays_and_cifar_c_are_told_apart(stacked):
     np.save(stacked / "labels.npy", np.repeat([0, 1, 2], 2))
-    with pytest.raises(ValueError, match=r"30 images, expected 6 for 6 labels; use --layout cifar"):
+    with pytest.raises(ValueError, match=r"\(30, .* \(6, .* for 6 labels; --layout cifar-c"):
         data.select(open_c(stacked, "arrays", CLASSES), [Domain("fog")])
     np.save(stacked / "fog.npy", PIXELS.reshape(6, 40, 44, 3))
-    with pytest.raises(ValueError, match="use --layout arrays for images of one severity"):
+    with pytest.raises(ValueError, match="cifar-c has five severities in a file, arrays one"):
         open_c(stacked, "cifar-c", CLASSES)
 
 
@@ -536,7 +505,7 @@ def test_a_prepared_tensorflow_dataset_is_read_without_tensorflow():
     assert images.class_names == ("cat", "dog", "frog")
     assert list(np.bincount(images.labels)) == [4, 4, 4]
     assert len(prepared("test[:50%]").labels) == 6
-    source = data.open_dataset("tfds", "tiny_pictures:1.0.0:test", data_dir=PREPARED)
+    source = open_tfds("tiny_pictures:1.0.0", "test", PREPARED)
     read = every_image(source)
     bundled = data.open_dataset("folder", assets.IMAGES)
     for c, name in enumerate(images.class_names):
@@ -567,7 +536,7 @@ def test_tensorflow_datasets_own_mock_data():
         assert len(images.class_names) == 100
         assert data.corrupted(images, PREPROCESS)[FOG][4].shape == (32, 32, 3)
         assert len(images.labels) == 5
-        with pytest.raises(ValueError, match=r"imdb_reviews.*expected an image"):
+        with pytest.raises(ValueError, match="'imdb_reviews' as images and labels"):
             open_tfds("imdb_reviews", "test")
 
 
@@ -578,23 +547,18 @@ def png(pixels):
 
 
 @pytest.mark.parametrize(
-    ("name", "split", "error", "message"),
+    ("name", "split", "message"),
     [
-        ("no_such_set", "test", ValueError, "has no dataset 'no_such_set' in .*not found"),
-        ("No Such:", "test", ValueError, "has no dataset 'No Such:'"),
-        ("tiny_pictures", "val", ValueError, "split 'val' cannot be read .* has the splits test$"),
-        ("tiny_pictures", "test[:x", ValueError, r"split 'test\[:x' cannot be read"),
-        (
-            "cifar10",
-            "test",
-            FileNotFoundError,
-            r"needs TensorFlow: tfds\.builder\('cifar10', data_dir=",
-        ),
+        ("no_such_set", "test", "of 'no_such_set' as images and labels .*not found"),
+        ("No Such:", "test", "of 'No Such:'"),
+        ("tiny_pictures", "val", "cannot read 'val' of 'tiny_pictures' .*one of .'test'"),
+        ("tiny_pictures", "test[:x", r"cannot read 'test\[:x' of"),
+        ("cifar10", "test", r"to prepare it: tfds\.builder\('cifar10', file_format='array_rec"),
     ],
 )
-def test_bad_tensorflow_datasets_are_refused(name, split, error, message):
+def test_bad_tensorflow_datasets_are_refused(name, split, message):
     pytest.importorskip("tensorflow_datasets")
-    with pytest.raises(error, match=message) as raised:
+    with pytest.raises(ValueError, match=message) as raised:
         open_tfds(name, split, PREPARED)
     assert "\n" not in str(raised.value)
 
@@ -611,7 +575,7 @@ def test_tensorflow_datasets_in_another_format_are_refused(copied):
     (copied / "dataset_info.json").write_text(info.replace("array_record", "tfrecord"))
     records = next(copied.glob("*.array_record*"))
     records.rename(copied / records.name.replace("array_record", "tfrecord"))
-    with pytest.raises(FileNotFoundError, match=r"expected array_record files .* has tfrecord;"):
+    with pytest.raises(ValueError, match=r"FileFormat\.TFRECORD .*file_format='array_record'"):
         open_tfds("tiny_pictures", "test", copied.parents[1])
 
 
@@ -619,33 +583,41 @@ def test_damaged_tensorflow_datasets_are_refused(copied):
     images = open_tfds("tiny_pictures", "test", copied.parents[1])
     records = next(copied.glob("*.array_record*"))
     records.write_bytes(records.read_bytes()[:70000])
-    with pytest.raises(ValueError, match="tiny_pictures: split 'test' cannot be read"):
+    with pytest.raises(ValueError, match="cannot read 'test' of 'tiny_pictures'"):
         open_tfds("tiny_pictures", "test", copied.parents[1])
     with pytest.raises(data.UnreadableImageError, match="test image 3: cannot be read"):
         pickle.loads(pickle.dumps(images))[3]  # as in another process
 
 
-def test_a_missing_tensorflow_datasets_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "importlib_resources", None)
-    with pytest.raises(ImportError, match=r"needs tensorflow-datasets .* jaxtta\[experiments\]"):
-        data.open_dataset("tfds", "cifar10")
+def test_names_and_splits_of_tensorflow_datasets_are_told_apart(monkeypatch):
+    def opened(name, split):
+        return data.ArrayDataset(np.zeros((1, 8, 8, 3), np.uint8), np.zeros(1, int), (name, split))
+
+    monkeypatch.setattr(layouts, "open_tfds", opened)
+    for text, expected in (
+        ("cifar10", ("cifar10", "train")),
+        ("cifar10:test", ("cifar10", "test")),
+        ("cifar10:3.0.2", ("cifar10:3.0.2", "train")),
+        ("cifar10:3.0.2:test[:50%]", ("cifar10:3.0.2", "test[:50%]")),
+    ):
+        assert data.open_dataset("tfds", text, split="train").class_names == expected
 
 
 def test_the_door_refuses_what_it_does_not_know(tmp_path):
     with pytest.raises(ValueError, match="unknown layout 'imagnet', expected one of folder, imag"):
         data.open_dataset("imagnet", tmp_path)
     write_folders(tmp_path, ("cat", "dog", "emu"))
-    with pytest.raises(ValueError, match=r"2 class names for 3 classes \(cat, dog, emu\)"):
+    with pytest.raises(ValueError, match="2 class names for 3 classes"):
         data.open_dataset("folder", tmp_path, ["cat", "dog"])
     source = data.open_dataset("folder", tmp_path, ["a cat", "a dog", "an emu"])
     assert source.class_names == ("a cat", "a dog", "an emu")
 
 
 def test_tables():
-    assert len(imagenet_classes()) == 1000
-    assert list(imagenet_classes()) == sorted(imagenet_classes())
+    assert len(IMAGENET_CLASSES) == 1000
+    assert list(IMAGENET_CLASSES) == sorted(IMAGENET_CLASSES)
     assert len(data.imagenet_templates()) == 80
-    assert len(cifar100_classes()) == len(set(cifar100_classes())) == 100
+    assert len(CIFAR100_CLASSES) == len(set(CIFAR100_CLASSES)) == 100
     for layout in data.LAYOUTS:
         assert all(template.count("{}") == 1 for template in data.templates_for(layout))
     assert data.templates_for("dtd") == ("{} texture.",)

@@ -250,7 +250,7 @@ def test_clean_images_of_imagenet_c_are_those_of_imagenet(tmp_path, tiny):
         ("--max-images 9", "has 9 images, expected at least 384"),
         ("--learning-rate -1", "--learning-rate is -1.0, expected at least 0"),
         ("--corruptions rain", "unknown corruption 'rain'"),
-        ("--source {folder}", "no such folder"),
+        ("--source {folder}", "No such file or directory"),
     ],
 )
 def test_bad_options_of_meta_training(run_jaxtta, tmp_path, options, message):

@@ -74,14 +74,11 @@ def test_other_files_are_counted_and_named_by_suffix(folder, said):
         (folder / name).write_bytes(b"")
     assert listed(folder) == PLAIN
     assert said() == [
-        f"{folder}: 1 images outside the class folders passed over",
         f"{folder}: 5 files passed over: 2 .heic, 1 .txt, 1 .mp4, 1 without a suffix",
     ]
     (folder / "eel").mkdir()
     (folder / "eel" / "1.dng").write_bytes(b"")
-    with pytest.raises(
-        ValueError, match=r"eel: class folder without images, it has 1 \.dng, which"
-    ):
+    with pytest.raises(ValueError, match=r"eel: class folder without images .*\.dng': 1"):
         data.image_folder(folder)
 
 
@@ -111,9 +108,8 @@ def test_images_in_sub_folders_are_said(folder, said):
     shutil.copytree(folder / "cat", folder / "cat" / "morning")
     assert len(listed(folder)) == 6
     assert said() == [
-        f"{folder}: 2 of 6 images lie in sub-folders of the class folders, such as "
-        f"{folder / 'cat' / 'morning'}, and are of the class folder's class; if they are "
-        "the classes, give the folder that holds them"
+        f"{folder}: 2 images are of the class folder's class though in a folder below it: "
+        "cat/morning/0.png"
     ]
 
 
@@ -155,11 +151,8 @@ def test_names_in_either_unicode_form_are_the_same(folder, tmp_path, said):
     for folders in ((NFC, "dog"), (NFD, "dog")):
         names = data.given_class_names([str(tmp_path / "names.json")], folders)
         assert names == ("a café", f"{NFC} dog")
-    (folder / "captions.csv").write_text(f"file,caption\n{NFC}/0.png,{NFD}\ndog/0.png,dog\n")
+    (folder / "captions.csv").write_text(f"file,caption\n{NFD}/0.png,{NFD}\ndog/0.png,dog\n")
     assert data.captioned_folder(folder).class_names == (NFC, "dog")
-    (folder / NFC).mkdir()
-    with pytest.raises(ValueError, match="two class folders have this name, in two Unicode forms"):
-        data.image_folder(folder)
 
 
 ODD_NAMES = (
@@ -188,7 +181,7 @@ def test_file_names_may_hold_anything(folder, name):
 
 def test_a_class_folder_whose_name_is_no_text_needs_class_names(folder):
     (folder / "cat").rename(folder / "caf\udce9")
-    with pytest.raises(ValueError, match=r"class folder caf\\xe9 has a name that is not text: set"):
+    with pytest.raises(ValueError, match=r"class folder caf\\xe9 means nothing to a model: set"):
         data.open_dataset("folder", folder)
     dataset = data.open_dataset("folder", folder, ["a cat", "a dog"])
     assert dataset.class_names == ("a cat", "a dog")
@@ -271,16 +264,16 @@ def test_a_file_of_names_with_another_suffix_is_no_class(tmp_path, name):
 
 def test_an_empty_name_within_a_list_is_refused(tmp_path):
     (tmp_path / "names.txt").write_text("cat\n\ndog\n")
-    with pytest.raises(ValueError, match=r"names\.txt: name 2 of 3 is empty"):
+    with pytest.raises(ValueError, match=r"names\.txt: has an empty name"):
         data.given_class_names([str(tmp_path / "names.txt")], [])
     (tmp_path / "names.json").write_text("[]")  # not the bundled model's classes
-    with pytest.raises(ValueError, match=r"names\.json: has no names"):
+    with pytest.raises(ValueError, match=r"names\.json: has an empty name or no names"):
         data.given_class_names([str(tmp_path / "names.json")])
 
 
 def test_equal_names_in_a_file_are_said_with_its_name(tmp_path, said):
     (tmp_path / "names.txt").write_text("crane\nmaillot\nCrane \ndog\n")
-    expected = "classes 0 and 2 have the same name (crane, Crane); a tie counts for the first"
+    expected = "several classes are called ['crane']; a tie counts for the first"
     assert len(data.given_class_names([str(tmp_path / "names.txt")], [])) == 4
     assert said() == [f"{tmp_path / 'names.txt'}: {expected}"]
 
@@ -376,9 +369,8 @@ def test_a_folder_with_one_of_everything(tmp_path, said):
     assert dataset.class_names == ("a cat", NFC)
     assert said() == [
         f"{tmp_path / 'images'}: 3 files passed over: 1 .heic, 1 .cr2, 1 .txt",
-        f"{tmp_path / 'images'}: 1 of {len(dataset.labels)} images lie in sub-folders of the class "
-        f"folders, such as {tmp_path / 'images' / NFD / 'more.png'}, and are of the class folder's "
-        "class; if they are the classes, give the folder that holds them",
+        f"{tmp_path / 'images'}: 1 images are of the class folder's class though in a folder below "
+        f"it: {NFD}/more.png/1.PNG",
     ]
     streams = data.make_streams("continual", ("clean",), (0,), dataset.labels, order="stored")
     batches = data.Batches({CLEAN: dataset}, tuple(streams), len(dataset), PREPROCESS)

@@ -223,8 +223,7 @@ def target_folder(root: Path, options: Options) -> data.ImageFolder:
     paths = [*map(nfc, listed.paths)]
     given = [text.partition("=") for text in data.given_class_names(options.data.class_names)]
     if not flat and not given:
-        layouts.require_meaning(listed.class_names, listed.class_names)
-        given = [(folder, "", "") for folder in listed.class_names]
+        given = [(folder, "", "") for folder in layouts.own_or_given(listed.class_names)]
     names = {folder: name or folder for folder, _, name in given}
     if not 2 <= len({*names.values()}) == len(given):
         raise ValueError(f"{root}: --class-names needs two or more classes, all different")

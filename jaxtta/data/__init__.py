@@ -35,8 +35,6 @@ from jaxtta.data.layouts import LAYOUTS as LAYOUTS
 from jaxtta.data.layouts import open_benchmark as open_benchmark
 from jaxtta.data.layouts import open_dataset as open_dataset
 from jaxtta.data.sequences import from_sequence as from_sequence
-from jaxtta.data.streams import ORDERS as ORDERS
-from jaxtta.data.streams import SETTINGS as SETTINGS
 from jaxtta.data.streams import Stream as Stream
 from jaxtta.data.streams import make_streams as make_streams
 from jaxtta.data.streams import order_indices as order_indices

@@ -2,9 +2,8 @@
 
 import dataclasses
 import functools
-import logging
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from jaxtta.data.datasets import Domain
 from jaxtta.images import is_system
 from jaxtta.io import digest_array, digest_files
 
-log = logging.getLogger(__name__)
+_FILES = "; --layout cifar-c has five severities in a file, arrays one"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,13 +28,8 @@ class ArrayDataset:
     severity: int = 0  # which of the file's five severities; 0 if it has one
 
     @property
-    def root(self) -> Path | None:
-        """The folder of the file."""
-        return self.images.parent if isinstance(self.images, Path) else None
-
-    @property
     def _array(self) -> np.ndarray:
-        return _once(_mapped, self.images) if isinstance(self.images, Path) else self.images
+        return _load(self.images, "r") if isinstance(self.images, Path) else self.images
 
     @property
     def _first(self) -> int:
@@ -54,66 +48,41 @@ class ArrayDataset:
     def content(self) -> str:
         """A digest of the array or file."""
         if isinstance(self.images, Path):
-            return _once(_digest, self.images)
+            return _digest(self.images, self.images.stat().st_mtime_ns)
         return digest_array(self.images)
 
     def check(self) -> None:
         """Raise a ValueError if the array is not as expected, or does not fit the labels."""
-        array, count = self._array, len(self.labels)
-        place = self.images if isinstance(self.images, Path) else self.what
-        if array.ndim != 4 or array.shape[-1] != 3 or array.dtype != np.uint8:
-            found = f"{place}: is {array.dtype} of shape {array.shape}"
-            raise ValueError(f"{found}, expected uint8 of shape (images, height, width, 3)")
+        array, place = self._array, self.images if isinstance(self.images, Path) else self.what
         check_labels(place, np.asarray(self.labels), len(self.class_names))
-        expected = count * SEVERITIES if self.severity else count
-        if len(array) != expected:
-            severities = f" at {SEVERITIES} severities" if self.severity else ""
-            layout = {count: "arrays", SEVERITIES * count: "cifar-c"}.get(len(array))
-            hint = f"; use --layout {layout}" if layout and isinstance(self.images, Path) else ""
-            found = f"{place}: has {len(array)} images, expected {expected} for {count} labels"
-            raise ValueError(f"{found}{severities}{hint}")
+        count = len(self) * (SEVERITIES if self.severity else 1)
+        if (array.dtype, array.shape[:1], array.shape[3:]) != (np.uint8, (count,), (3,)):
+            found = f"{place}: is {array.dtype} of shape {array.shape}"
+            shape = f"({count}, height, width, 3) for {len(self)} labels"
+            raise ValueError(f"{found}, expected uint8 of shape {shape}{_FILES}")
 
 
-def _once(function: Callable[[Path], Any], path: Path) -> Any:
-    """What a function made of a file, until the file changes."""
-    status = path.stat()
-    return _remembered(function, path, status.st_mtime_ns, status.st_size)
-
-
-@functools.lru_cache(maxsize=64)  # open files, not images
-def _remembered(function: Callable[[Path], Any], path: Path, changed: int, size: int) -> Any:
-    del changed, size
-    return function(path)
-
-
-def _digest(path: Path) -> str:
+@functools.lru_cache(maxsize=64)
+def _digest(path: Path, changed: int) -> str:
+    """A file's digest, made once for its five severities."""
     return digest_files([path])
 
 
-def _mapped(path: Path) -> np.ndarray:
-    return _load(path, mmap_mode="r")
-
-
-def _load(path: Path, **options: Any) -> Any:
+def _load(path: Path, mmap_mode: Any = None) -> Any:
     try:
-        return np.load(path, allow_pickle=False, **options)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{path}: no such file") from error
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        return np.load(path, mmap_mode, allow_pickle=False)
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path}: cannot be read as an array ({error})") from error
 
 
-def check_labels(path: object, labels: np.ndarray, classes: int | None = None) -> None:
+def check_labels(path: object, labels: np.ndarray, classes: int) -> None:
     """Raise a ValueError if they are not integers from 0 to below the number of classes."""
-    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
+    if labels.ndim != 1 or not len(labels) or not np.issubdtype(labels.dtype, np.integer):
         kind = f"{labels.dtype} of shape {labels.shape}"
-        raise ValueError(f"{path}: labels are {kind}, expected integers")
-    if not len(labels):
-        raise ValueError(f"{path}: has no labels")
+        raise ValueError(f"{path}: labels are {kind}, expected one or more integers")
     low, high = labels.min(), labels.max()
-    if low < 0 or (classes is not None and high >= classes):
-        expected = f"0 to {classes - 1} for {classes} classes" if classes else "none below 0"
-        raise ValueError(f"{path}: labels run from {low} to {high}, expected {expected}")
+    if low < 0 or high >= classes:
+        raise ValueError(f"{path}: labels run from {low} to {high}, expected 0 to {classes - 1}")
 
 
 def open_npz(path: Path) -> ArrayDataset:
@@ -123,9 +92,9 @@ def open_npz(path: Path) -> ArrayDataset:
             images, labels, names = (arrays[k] for k in ("images", "labels", "class_names"))
     except (KeyError, TypeError, ValueError) as error:  # a TypeError: of a .npy file
         raise ValueError(f"{path}: expected images, labels and class_names ({error})") from error
+    names = tuple(names.astype(str).tolist())  # also of bytes
     check_labels(path, labels, len(names))
-    names, what = tuple(names.astype(str).tolist()), f"{path.name} image"  # also of bytes
-    dataset = ArrayDataset(images, labels.astype(np.int32), names, what)
+    dataset = ArrayDataset(images, labels.astype(np.int32), names, f"{path.name} image")
     dataset.check()
     return dataset
 
@@ -133,36 +102,20 @@ def open_npz(path: Path) -> ArrayDataset:
 def open_arrays(
     root: Path, class_names: Sequence[str], stacked: bool = False
 ) -> dict[Domain, ArrayDataset]:
-    """Open a folder of `<corruption>.npy` and `clean.npy` files, and one `labels.npy` for them.
+    """Open a folder of `<corruption>.npy`, `clean.npy` and `labels.npy`.
 
-    If they are `stacked`, every file except the clean one has all images at severity 1, then at 2,
-    up to 5, as in the public CIFAR-10-C; the labels may be repeated five times.
+    Files that are `stacked` have all images at severity 1, then at 2, up to 5, as CIFAR-10-C.
     """
-    labels, place, names = read_labels(root), root / "labels.npy", tuple(class_names)
-    check_labels(place, labels, len(names))
+    labels, names = read_labels(root, len(class_names)), tuple(class_names)
     found = {path.stem: path for path in sorted(root.glob("*.npy")) if not is_system(path.name)}
     del found["labels"]
+    corrupted = [path for name, path in found.items() if name != CLEAN]
     if not found:
         raise ValueError(f"{root}: has no <corruption>.npy files")
-    repeated = np.array_equal(np.tile(labels[: len(labels) // SEVERITIES], SEVERITIES), labels)
-    if stacked:
-        first = next((path for name, path in found.items() if name != CLEAN), None)
-        images = len(_once(_mapped, first)) if first else 0
-        if images != SEVERITIES * len(labels):
-            if not repeated:
-                one = images == len(labels)
-                hint = "; use --layout arrays for images of one severity" if one else ""
-                raise ValueError(
-                    f"{place}: has {len(labels)} labels, expected one for each image of "
-                    f"{SEVERITIES} severities in the same order, or of one severity{hint}"
-                )
-            labels = labels[: len(labels) // SEVERITIES]
-    elif repeated:
-        log.warning(
-            "%s: has the same labels five times; if the images are of five severities, as in "
-            "CIFAR-10-C, use --layout cifar-c",
-            place,
-        )
+    if stacked and corrupted:
+        repeated, labels = labels, labels[: len(_load(corrupted[0], "r")) // SEVERITIES]
+        if not np.array_equal(np.resize(labels, len(repeated)), repeated):
+            raise ValueError(f"{root}: labels.npy is not the same for each severity{_FILES}")
     return {
         Domain(name, severity): ArrayDataset(path, labels, names, f"{path} row", severity)
         for name, path in found.items()
@@ -170,9 +123,8 @@ def open_arrays(
     }
 
 
-def read_labels(root: str | Path) -> np.ndarray:
-    """Read a folder's `labels.npy`: (labels,) int32, none below 0."""
-    path = Path(root) / "labels.npy"
-    labels = _load(path)
-    check_labels(path, labels)
+def read_labels(root: str | Path, classes: int = 2**31) -> np.ndarray:
+    """Read a folder's `labels.npy`: (labels,) int32, from 0 to below the number of classes."""
+    labels = _load(Path(root) / "labels.npy")
+    check_labels(Path(root) / "labels.npy", labels, classes)
     return labels.astype(np.int32)

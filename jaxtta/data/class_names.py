@@ -1,23 +1,17 @@
 """Class names and prompt templates: of common datasets, and from files."""
 
-import functools
 import json
 import logging
-import types
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxtta.images import printable
 from jaxtta.io import nfc, read_text
 
 log = logging.getLogger(__name__)
 
 TABLES = Path(__file__).parent / "tables"
-CIFAR10_CLASSES = (
-    *("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
-)
-"""CIFAR-10's classes in label order."""
 
 
 def read_table(name: str) -> Any:
@@ -25,9 +19,12 @@ def read_table(name: str) -> Any:
     return json.loads((TABLES / f"{name}.json").read_text())
 
 
+CIFAR10_CLASSES = tuple(read_table("cifar10-class-names"))
+CIFAR100_CLASSES = tuple(read_table("cifar100-class-names"))  # fine classes, in label order
+IMAGENET_CLASSES = dict(sorted(read_table("imagenet-class-names").items()))
+"""CLIP's name for each of ImageNet's 1,000 classes, by wnid in label order."""
 CROSS_DATASETS = read_table("cross-datasets")
-"""By layout: the dataset's folder, its list of images, the folder that the paths in it are relative
-to, and the usual prompt template."""
+"""By layout: the dataset's folder, list of images, folder of these, and usual prompt template."""
 
 
 def templates_for(layout: str) -> tuple[str, ...]:
@@ -40,25 +37,11 @@ def imagenet_templates() -> tuple[str, ...]:
     return tuple(read_table("imagenet-templates"))
 
 
-@functools.cache
-def imagenet_classes() -> types.MappingProxyType[str, str]:
-    """CLIP's name for each of ImageNet's 1,000 classes, by wnid in label order."""
-    return types.MappingProxyType(dict(sorted(read_table("imagenet-class-names").items())))
-
-
-def cifar100_classes() -> tuple[str, ...]:
-    """CIFAR-100's fine classes in label order."""
-    return tuple(read_table("cifar100-class-names"))
-
-
 def given_class_names(names: Sequence[str], folders: Sequence[str] = ()) -> tuple[str, ...]:
     """Class names as an option gives them: names in label order, or one file with them.
 
-    Args:
-        names: may be empty. A file is plain text (.txt) with one name per line, or a JSON list
-            (.json), both in label order (folder order, in which numbers are sorted as numbers), or
-            a JSON object from folder name to class name. Equal names in a file are logged.
-        folders: the class folders' names; may be empty if the file has a list.
+    A file is text (.txt) with a name per line, or a JSON list (.json), both in label order (folder
+    order, in which numbers are sorted as numbers), or a JSON object from folder to class name.
     """
     names = [str(names)] if isinstance(names, str | Path) else names
     path = Path(names[0] if len(names) == 1 else "")
@@ -68,28 +51,16 @@ def given_class_names(names: Sequence[str], folders: Sequence[str] = ()) -> tupl
         return tuple(map(nfc, names))
     try:
         text = read_text(path)
-        names = json.loads(text) if path.suffix.lower() == ".json" else text.rstrip().split("\n")
-    except (FileNotFoundError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read as class names ({error})") from error
-    if isinstance(names, dict):
-        if not folders:
-            raise ValueError(f"{path}: is an object by folder name, expected a list of names")
-        by_folder = {nfc(folder): name for folder, name in names.items()}
-        missing = [folder for folder in folders if nfc(folder) not in by_folder]
-        if missing:
-            raise ValueError(f"{path}: has no name for {', '.join(missing[:5])}")
-        names = [by_folder[nfc(folder)] for folder in folders]
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or not names:
-        raise ValueError(f"{path}: has no names, expected a list of names")
-    names = [nfc(name).strip() for name in names]
-    if "" in names:
-        raise ValueError(f"{path}: name {names.index('') + 1} of {len(names)} is empty")
-    first: dict[str, int] = {}
-    for number, name in enumerate(names):
-        before = first.setdefault(" ".join(name.casefold().split()), number)
-        if before != number:
-            log.warning(
-                "%s: classes %d and %d have the same name (%s, %s); a tie counts for the first",
-                *(printable(path), before, number, printable(names[before]), printable(name)),
-            )
-    return tuple(names)
+        found = json.loads(text) if path.suffix.lower() == ".json" else text.rstrip().split("\n")
+        if isinstance(found, dict):
+            by_folder = {nfc(folder): name for folder, name in found.items()}
+            found = [by_folder[nfc(folder)] for folder in folders]
+        listed = [nfc(name).strip() for name in found]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: cannot be read as class names ({error!r})") from error
+    if not isinstance(found, list) or not all(listed) or not listed:
+        raise ValueError(f"{path}: has an empty name or no names, expected a list of names")
+    counts = Counter(" ".join(name.casefold().split()) for name in listed)
+    if twice := [name for name, count in counts.items() if count > 1]:
+        log.warning("%s: several classes are called %s; a tie counts for the first", path, twice)
+    return tuple(listed)

@@ -7,7 +7,6 @@
 """
 
 import dataclasses
-import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -23,10 +22,7 @@ from jaxtta.io import nfc, read_text
 
 
 class Domain(NamedTuple):
-    """A corruption ("clean" for none, or a natural shift's name) at a severity.
-
-    The severity is 1 to 5, or 0 for clean images and for data with a single fixed severity.
-    """
+    """A corruption, "clean" or a natural shift, at a severity of 1 to 5, or 0 if it has one."""
 
     corruption: str
     severity: int = 0
@@ -38,9 +34,8 @@ class Domain(NamedTuple):
 class Dataset(Protocol):
     """Labelled images, read by index: (height, width, 3) uint8, or an UnreadableImageError.
 
-    It may also have `name(number)`, an image's name for messages; `root`, where they lie, for
-    messages; `content()`, a digest by which a run notices that the stored images changed; and
-    `check()`, which raises a ValueError if the images are not as expected, before a run.
+    It may have `name(number)`, for messages; `content()`, a digest by which a run notices that the
+    images changed; and `check()`, which raises a ValueError before a run.
     """
 
     @property
@@ -75,58 +70,45 @@ class Preprocess(Protocol):
         ...
 
 
-@dataclasses.dataclass(frozen=True)
-class _View:
-    """A dataset of another's images."""
-
-    dataset: Dataset
-
-    @property
-    def labels(self) -> np.ndarray:
-        """Labels (images,)."""
-        return self.dataset.labels
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """Names of the classes."""
-        return self.dataset.class_names
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-
-@dataclasses.dataclass(frozen=True)
-class Subset(_View):
+@dataclasses.dataclass
+class Subset:
     """Some images of a dataset, with all of its classes; `numbers` are indices or a mask."""
 
+    dataset: Dataset
     numbers: np.ndarray
 
     def __post_init__(self) -> None:
         numbers = np.asarray(self.numbers, None if len(self.numbers) else int)
-        object.__setattr__(self, "numbers", np.arange(len(self.dataset))[numbers])
+        self.numbers = np.arange(len(self.dataset))[numbers]
+        self.labels = self.dataset.labels[self.numbers]
+        self.class_names = self.dataset.class_names
 
-    @property
-    def labels(self) -> np.ndarray:
-        """Labels (images,)."""
-        return self.dataset.labels[self.numbers]
+    def __len__(self) -> int:
+        return len(self.numbers)
 
     def __getitem__(self, number: int) -> np.ndarray:
         return self.dataset[int(self.numbers[number])]
 
 
-@dataclasses.dataclass(frozen=True)
-class Corrupted(_View):
+@dataclasses.dataclass
+class Corrupted:
     """A dataset whose images are corrupted as they are read, each by a seed of its own.
 
-    An image is corrupted at the smaller of its own and the model's resolution: large images after
-    resize and crop, as in ImageNet-C, and images smaller than the model's input before they are
-    enlarged, as in CIFAR-10-C.
+    Large images are corrupted after resize and crop, as in ImageNet-C, and images smaller than the
+    model's input before they are enlarged, as in CIFAR-10-C.
     """
 
+    dataset: Dataset
     corruption: str
     severity: int
     preprocess: Preprocess
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        self.labels, self.class_names = self.dataset.labels, self.dataset.class_names
+
+    def __len__(self) -> int:
+        return len(self.labels)
 
     def __getitem__(self, number: int) -> np.ndarray:
         number = range(len(self))[number]
@@ -138,12 +120,6 @@ class Corrupted(_View):
         seed = image_seed(self.seed, self.corruption, self.severity, number)
         return corrupt(image, self.corruption, self.severity, seed)
 
-    def check(self) -> None:
-        """Raise a ValueError if the model's input is too small for corruptions."""
-        if self.preprocess.image_size < SMALLEST:
-            size = f"the model's input size is {self.preprocess.image_size} pixels"
-            raise ValueError(f"{size}, corruptions need at least {SMALLEST}")
-
 
 def read(
     dataset: Dataset, number: int, seed: int, preprocess: Preprocess
@@ -151,21 +127,19 @@ def read(
     """One image at the model's resolution, and as the dataset gives it (corrupted by the seed)."""
     while isinstance(dataset, Subset):
         dataset, number = dataset.dataset, int(dataset.numbers[number])
-    if isinstance(dataset, Corrupted):
-        image = dataclasses.replace(dataset, seed=seed)[number]
-        if min(image.shape[:2]) >= preprocess.image_size:  # preprocessed before it was corrupted
-            return image, image
-    else:
-        image = dataset[number]
+    made = isinstance(dataset, Corrupted)
+    image = (dataclasses.replace(dataset, seed=seed) if made else dataset)[number]
+    if made and min(image.shape[:2]) >= preprocess.image_size:  # preprocessed before corruption
+        return image, image
     return preprocess(Image.fromarray(image)), image
 
 
 def name_of(dataset: Dataset, number: int) -> str:
     """An image's name for messages; its index if the dataset has no names."""
-    while isinstance(dataset, _View):
+    while isinstance(dataset, Subset | Corrupted):
         number = int(dataset.numbers[number]) if isinstance(dataset, Subset) else number
         dataset = dataset.dataset
-    return getattr(dataset, "name", lambda number: f"image {number}")(number)
+    return getattr(dataset, "name", "image {}".format)(number)
 
 
 def content_of(dataset: Dataset) -> str | None:
@@ -175,7 +149,7 @@ def content_of(dataset: Dataset) -> str | None:
 
 def stored_in(dataset: Dataset) -> Any:
     """The dataset that a subset or corruption reads its images from."""
-    return stored_in(dataset.dataset) if isinstance(dataset, _View) else dataset
+    return stored_in(dataset.dataset) if isinstance(dataset, Subset | Corrupted) else dataset
 
 
 def corrupted(dataset: Dataset, preprocess: Preprocess) -> dict[Domain, Dataset]:
@@ -189,26 +163,13 @@ def corrupted(dataset: Dataset, preprocess: Preprocess) -> dict[Domain, Dataset]
 
 def select(benchmark: Benchmark, domains: Iterable[Domain]) -> None:
     """Raise a ValueError for a domain that a benchmark lacks, or from a dataset's `check`."""
-    domains = tuple(dict.fromkeys(domains))
-    require_domains(benchmark, domains)
-    for domain in domains:
-        dataset: Any = benchmark[domain]
-        while dataset is not None:
-            getattr(dataset, "check", lambda: None)()
-            dataset = dataset.dataset if isinstance(dataset, _View) else None
-
-
-def require_domains(benchmark: Benchmark, domains: Iterable[Domain]) -> None:
-    """Raise a ValueError for a missing domain, without looking at the datasets."""
-    for corruption, severity in (domain for domain in domains if domain not in benchmark):
-        roots: list[Any] = [getattr(stored_in(d), "root", None) for d in benchmark.values()]
-        place = f" in {os.path.commonpath(map(os.path.abspath, roots))}" if all(roots) else ""
-        severities = [str(domain.severity) for domain in benchmark if domain[0] == corruption]
-        if severities:
-            expected = f"{severity}, expected {' or '.join(severities)}"
-            raise ValueError(f"severity of {corruption}{place} is {expected}")
-        known = ", ".join(dict.fromkeys(domain.corruption for domain in benchmark))
-        raise ValueError(f"unknown corruption {corruption!r}{place}, expected one of {known}")
+    for corruption, severity in dict.fromkeys(domains):
+        if (corruption, severity) not in benchmark:
+            same = [str(domain) for domain in benchmark if domain[0] == corruption]
+            known = ", ".join(same or dict.fromkeys(domain[0] for domain in benchmark))
+            what = f"unknown corruption {corruption!r} of severity {severity}"
+            raise ValueError(f"{what}, expected one of {known}")
+        getattr(stored_in(benchmark[Domain(corruption, severity)]), "check", lambda: None)()
 
 
 def labels_of(benchmark: Benchmark) -> np.ndarray:
@@ -233,25 +194,15 @@ def listed_subset(benchmark: Benchmark, ids: str | Path) -> dict[Domain, Dataset
     for RobustBench's 5,000 images of ImageNet-C, which many published tables use.
     """
     path = TABLES / f"{ids}.txt" if str(ids) == "imagenet-c-5000" else Path(ids)
-    wanted = [_listed_name(line.strip()) for line in read_text(path).split("\n") if line.strip()]
-    files = next((found for d in benchmark.values() if (found := getattr(d, "files", ()))), ())
-    if not files:
-        raise ValueError(f"{path}: lists files, but the images are not files in class folders")
-    names = [_listed_name(file) for file in files]
+    files = getattr(next(iter(benchmark.values())), "files", ())
+    wanted, names = (
+        ["/".join(Path(nfc(str(file)).strip()).parts[-2:]) for file in listed]
+        for listed in (filter(str.strip, read_text(path).split("\n")), files)
+    )
+    counts = Counter(names)
+    odd = [name for name, times in Counter(wanted).items() if times * counts[name] != 1]
+    if odd or not wanted:
+        what = f"{len(odd)} of {len(wanted)} images are not once in the list and once here"
+        raise ValueError(f"{path}: {what}, in {len(names)} files, such as {odd[:1]}")
     numbers = {name: number for number, name in enumerate(names)}
-    missing = [name for name in wanted if name not in numbers]
-    if missing or not wanted:
-        first = f", such as {missing[0]}" if missing else ""
-        raise ValueError(
-            f"{path}: lists {len(wanted)} images, of which the {len(files)} files here lack "
-            f"{len(missing)}{first}"
-        )
-    for place, count in (("the list", Counter(wanted)), ("the folder", Counter(names))):
-        if twice := next((name for name in wanted if count[name] > 1), None):
-            raise ValueError(f"{path}: {twice} is {count[twice]} times in {place}")
     return subset(benchmark, np.asarray([numbers[name] for name in wanted]))
-
-
-def _listed_name(path: str | Path) -> str:
-    """The part of a path that lists of images have: class folder and file."""
-    return "/".join(Path(nfc(str(path))).parts[-2:])

@@ -10,11 +10,9 @@ import numpy as np
 from PIL import Image
 
 from jaxtta.data.arrays import check_labels
-from jaxtta.data.class_names import given_class_names
+from jaxtta.data.class_names import IMAGENET_CLASSES, given_class_names
 from jaxtta.images import UnreadableImageError, open_image, printable, to_rgb
 from jaxtta.io import digest_files, nfc
-
-_BROKEN = (OSError, ValueError, RuntimeError)  # what libraries raise for damaged images or records
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,24 +35,19 @@ class SequenceDataset:
         name = self.name(number)
         try:
             image = self.items[number][self.image]
-            if isinstance(image, Mapping) and image.keys() == {"bytes", "path"}:  # Hugging Face's
-                image = image["bytes"] or image["path"]
             if image is None:
                 raise ValueError("is missing")
             if isinstance(image, bytes | str | Path):
                 image = io.BytesIO(image) if isinstance(image, bytes) else image
                 return np.asarray(open_image(image, name, self.raw))
             pixels = np.asarray(to_rgb(image) if isinstance(image, Image.Image) else image)
-        except _BROKEN as error:
+        except (OSError, ValueError, RuntimeError) as error:  # of libraries, for damaged images
             raise UnreadableImageError(f"{name}: cannot be read ({printable(error)})") from error
-        if pixels.dtype == np.uint8 and (pixels.ndim == 2 or pixels.shape[2:] == (1,)):
-            return np.repeat(pixels.reshape(*pixels.shape[:2], 1), 3, -1)  # grey
-        if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[-1] != 3:
-            raise TypeError(
-                f"{name} is {pixels.dtype} of shape {pixels.shape}, expected a PIL image, a file, "
-                "or uint8 of shape (height, width, 3), before any transform"
-            )
-        return pixels
+        pixels = pixels.reshape(*pixels.shape[:2], -1)
+        if pixels.dtype != np.uint8 or pixels.shape[2:] not in ((1,), (3,)):  # grey or RGB
+            found = f"{name} is {pixels.dtype} of shape {pixels.shape}"
+            raise TypeError(f"{found}, expected a PIL image, a file, or uint8 before any transform")
+        return np.repeat(pixels, 3 // pixels.shape[2], -1)
 
     def name(self, number: int) -> str:
         """An image's name for messages."""
@@ -66,10 +59,7 @@ class SequenceDataset:
 
 
 def from_sequence(
-    ds: Any,
-    image: str | int = "image",
-    label: str | int = "label",
-    class_names: Sequence[str] = (),
+    ds: Any, image: str | int = "image", label: str | int = "label", class_names: Sequence[str] = ()
 ) -> SequenceDataset:
     """Use a dataset of Hugging Face `datasets`, torchvision or Grain, or a list, as it is.
 
@@ -81,60 +71,50 @@ def from_sequence(
         class_names: names of the classes, in label order, or a file; empty for those that `ds` has.
     """
     if isinstance(ds, Mapping) or not (hasattr(ds, "__len__") and hasattr(ds, "__getitem__")):
-        parts = f" of {', '.join(map(str, ds))}: give one" if isinstance(ds, Mapping) else ""
-        raise TypeError(
-            f"expected a sequence of images and labels, not a {type(ds).__name__}{parts}"
-        )
-    if not len(ds):
-        raise ValueError("the dataset has no images")
-    labels = _labels(ds, image, label)
+        raise TypeError(f"expected a sequence of images and labels, not a {type(ds).__name__}")
+    columns, targets = getattr(ds, "column_names", None), getattr(ds, "targets", None)
+    as_stored = (image, label) == (0, 1) and getattr(ds, "target_transform", None) is None
+    if as_stored and targets is not None:  # torchvision; no image is decoded for labels
+        labels = np.asarray(targets)
+    else:
+        first = columns or ds[0]
+        keys = [*first] if columns or isinstance(first, Mapping) else [*range(len(first))]
+        if not {image, label} <= {*keys}:
+            raise ValueError(f"items have {keys}, not {image!r} and {label!r}: set image and label")
+        found = ds[label] if columns else (ds[number][label] for number in range(len(ds)))
+        labels = np.asarray([*found])
     features = getattr(ds, "features", None)
     feature = features.get(label) if isinstance(features, Mapping) else None
     own = getattr(feature, "names", None) or getattr(ds, "classes", None) or ()
     own = [name if isinstance(name, str) else name[0] for name in own]  # torchvision's synonyms
-    names = given_class_names(class_names) or given_class_names(own)
-    if own and len(names) != len(own):
-        raise ValueError(f"{len(names)} class names for {len(own)} classes")
-    if labels.dtype.kind in "OU":  # names
-        odd = [n for n, name in enumerate(labels.tolist()) if not isinstance(name, str)]
-        if odd:
-            first = min(odd, key=lambda n: labels[n] is not None)
-            what = f"the label of item {first} is {labels[first]!r}"
-            raise ValueError(f"{what}, expected an index or a name for every item")
+    names = given_class_names(class_names) or tuple(map(nfc, own))
+    if labels.dtype.kind in "OU":
+        if not all(isinstance(name, str) for name in labels.tolist()):
+            raise ValueError("expected an index or a name as the label of every item")
         given = [nfc(name) for name in labels.tolist()]
         names = names or tuple(sorted({*given}))
-        if unknown := [name for name in given if name not in names]:
-            raise ValueError(f"label {unknown[0]!r} is none of the {len(names)} class names")
-        numbers = {name: number for number, name in enumerate(names)}
-        labels = np.asarray([numbers[name] for name in given])
-    if not names:
-        raise ValueError("the dataset has no names for its labels: set class_names, in label order")
-    if len(labels) != len(ds):
-        raise ValueError(f"the dataset has {len(labels)} labels for {len(ds)} images")
+        labels = np.asarray([names.index(name) if name in names else -1 for name in given])
+    if not names or len(names) != len(own or names):
+        raise ValueError(f"{len(names)} class names for {len(own)} classes: set class_names")
     check_labels("the dataset", labels, len(names))
     return SequenceDataset(ds, image, labels.astype(np.int32), names)
 
 
-def _labels(ds: Any, image: str | int, label: str | int) -> np.ndarray:
-    """Labels or names (items,); no image is decoded for them if the library has them apart."""
-    columns, targets = getattr(ds, "column_names", None), getattr(ds, "targets", None)
-    as_stored = (image, label) == (0, 1) and getattr(ds, "target_transform", None) is None
-    if as_stored and targets is not None:  # torchvision
-        return np.asarray(targets)
-    first = columns or _item(ds, 0)
-    keys = [*first] if columns or isinstance(first, Mapping) else range(len(first))
-    for key in (image, label):
-        if key not in keys:
-            own = ", ".join(map(str, keys))
-            raise ValueError(f"items have {own}, not {key!r}: set image and label")
-    if columns:  # Hugging Face
-        return np.asarray(list(ds[label]))
-    return np.asarray([_item(ds, number)[label] for number in range(len(ds))])
+def open_tfds(name: str, split: str = "test", data_dir: Path | None = None) -> SequenceDataset:
+    """Open a split of a prepared dataset; wnids become ImageNet's class names."""
+    import tensorflow_datasets as tfds
 
-
-def _item(ds: Any, number: int) -> Any:
     try:
-        return ds[number]
-    except _BROKEN as error:
-        where = f"item {number}, whose label is needed, cannot be read"
-        raise ValueError(f"{where} ({printable(error)})") from error
+        builder: Any = tfds.builder(name, data_dir=data_dir)
+        image, label = builder.info.supervised_keys or ("image", "label")
+        names = builder.info.features[label].names
+        names = [IMAGENET_CLASSES.get(name, name).replace("_", " ") for name in names]
+        # Images are decoded by Pillow, as files are, so that OpenCV is not needed.
+        skip = {image: tfds.decode.SkipDecoding()}
+        dataset = from_sequence(builder.as_data_source(split, decoders=skip), image, label, names)
+    except Exception as error:  # tensorflow-datasets may raise any exception
+        what, reason = f"{split!r} of {name!r} as images and labels", str(error).split("\n")[0]
+        how = f"tfds.builder({name!r}, file_format='array_record').download_and_prepare()"
+        raise ValueError(f"cannot read {what} ({reason}); to prepare it: {how}") from error
+    files = tuple(sorted(path for path in Path(builder.data_path).glob("*") if path.is_file()))
+    return dataclasses.replace(dataset, what=f"{name} {split} image", raw=True, stored_in=files)

@@ -18,16 +18,12 @@ ORDERS = ("shuffled", "stored", "correlated", "dirichlet")
 
 
 class Stream(NamedTuple):
-    """One sequence of images; an adapter is reset at its beginning only.
-
-    A part has the segment's index and the image's index in the dataset, (images, 2). No batch
-    crosses the boundary between two parts.
-    """
+    """One sequence of images; an adapter is reset at its beginning only."""
 
     name: str  # unique among the streams of one seed
     seed: int  # of the order and of corruptions made on the fly
     segments: tuple[Domain, ...]  # reported separately; a domain may occur twice
-    parts: tuple[np.ndarray, ...]
+    parts: tuple[np.ndarray, ...]  # (images, 2): segment, image in the dataset; no batch spans two
 
     @property
     def items(self) -> np.ndarray:
@@ -53,24 +49,19 @@ def make_streams(
             at one severity; `gradual`, one that takes every corruption from severity 1 to 5 and
             back; `mixed`, one of all corruptions interleaved.
         corruptions: their names, in order.
-        severities: those to include; (0,) for data with a fixed one. Gradual needs 1 to 5.
+        severities: those to include; (0,) for data with a fixed one.
         labels: (images,) the benchmark's labels.
-        order: `shuffled`, `stored`, `correlated` (sorted by class) or `dirichlet` (each class
-            split by a Dirichlet sample over as many time slots as classes).
+        order: `shuffled`, `stored`, `correlated` (sorted by class) or `dirichlet` (each class split
+            over as many time slots as classes, as in https://arxiv.org/abs/2303.13899).
         seed: of the order, and of corruptions made on the fly.
         limit: use at most this many images: the first in stored order, otherwise a sample.
         concentration: of the Dirichlet order; smaller values are closer to sorted by class.
-
-    References:
-        Yuan et al. 2023 (Dirichlet order), https://arxiv.org/abs/2303.13899
     """
     for what, value, known in (("setting", setting, SETTINGS), ("order", order, ORDERS)):
         if value not in known:
             raise ValueError(f"unknown {what} {value!r}, expected one of {', '.join(known)}")
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit is {limit}, expected at least 1")
-    if not concentration > 0:
-        raise ValueError(f"concentration is {concentration}, expected a positive number")
+    if (limit is not None and limit < 1) or not concentration > 0:
+        raise ValueError(f"limit {limit} and concentration {concentration} must be above 0")
     first = "stored" if order == "stored" else "shuffled"
     images = order_indices(labels, first, np.random.default_rng(seed))[:limit]
 
@@ -83,27 +74,21 @@ def make_streams(
             items = items[order_indices(labels[items[:, 0]], order, rng, concentration)]
         return items[:, ::-1].astype(np.int32)
 
-    def stream(name: str, domains: Sequence[Domain], mixed: bool = False) -> Stream:
-        numbers = range(len(domains))
-        parts = [part(numbers)] if mixed else [part([number]) for number in numbers]
-        return Stream(name, seed, tuple(domains), tuple(parts))
+    def domains_at(*levels: int) -> list[Domain]:
+        found = {name: (0,) if name == CLEAN else levels for name in corruptions}
+        return [Domain(name, level) for name in corruptions for level in found[name]]
 
-    def domains_at(*severities: int) -> list[Domain]:
-        return [
-            Domain(name, severity)
-            for name in corruptions
-            for severity in ((0,) if name == CLEAN else severities)
-        ]
+    def stream(name: str, domains: Sequence[Domain]) -> Stream:
+        numbers = range(len(domains))
+        groups = [numbers] if setting == "mixed" else [[number] for number in numbers]
+        return Stream(name, seed, tuple(domains), tuple(map(part, groups)))
 
     if setting == "gradual":
         return [stream(setting, domains_at(1, 2, 3, 4, 5, 4, 3, 2, 1))]
-    each = {severity: domains_at(severity) for severity in severities}
+    each = {str(Domain(setting, level)): domains_at(level) for level in severities}
     if setting == "reset_each_shift":
-        return [stream(str(d), [d]) for d in dict.fromkeys(d for ds in each.values() for d in ds)]
-    return [
-        stream(f"{setting}-{severity}" if severity else setting, domains, setting == "mixed")
-        for severity, domains in each.items()
-    ]
+        each = {str(domain): [domain] for domains in each.values() for domain in domains}
+    return [stream(name, domains) for name, domains in each.items()]
 
 
 def stream_of(
@@ -113,10 +98,7 @@ def stream_of(
     seed: int,
     segments: np.ndarray | None = None,
 ) -> Stream:
-    """A stream of these images (images,), in this order and in one part.
-
-    `segments` (images,) are the images' indices in `domains`; None for all 0.
-    """
+    """A stream of these images (images,) in one part; `segments` (images,) index `domains`."""
     segments = np.zeros(len(images)) if segments is None else segments
     items = np.stack([segments, images], 1).astype(np.int32)
     return Stream(name, seed, tuple(domains), (items,))
