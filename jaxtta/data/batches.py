@@ -19,7 +19,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from jaxtta.data.datasets import Benchmark, Dataset, Preprocess, labels_of, read, select
+from jaxtta.data.arrays import ArrayDataset
+from jaxtta.data.datasets import Benchmark, Dataset, Preprocess, Subset, labels_of, read, select
+from jaxtta.data.folders import ImageFolder
 from jaxtta.data.streams import Stream
 from jaxtta.images import UnreadableImageError
 
@@ -122,13 +124,14 @@ def read_ahead(
 
     Args:
         batches: the batches to read.
-        workers: processes that decode and corrupt images; 0 = a thread of this process. Each
-            imports the script again, which needs `if __name__ == "__main__":` then.
+        workers: threads that decode files, or processes where images are corrupted or come from
+            Python code; these import the script again, which needs `if __name__ == "__main__":`
+            then. 0 for one thread.
         numbers: indices of the batches to read, for example to resume; None for all.
     """
     waiting = iter(range(len(batches)) if numbers is None else numbers)
     with contextlib.ExitStack() as stack:
-        if workers:
+        if workers and not _stored(batches):
             import cloudpickle
 
             # In a file: Python waits for ever to send more than a pipe holds to an ended process.
@@ -138,8 +141,8 @@ def read_ahead(
             read = functools.partial(_read_from, file.name)
             spawn = multiprocessing.get_context("spawn")
             pool = futures.ProcessPoolExecutor(workers, spawn, _follow_the_parent)
-        else:  # one thread: the corruptions seed numpy's global state
-            pool, read = futures.ThreadPoolExecutor(1), batches.__getitem__
+        else:  # corruptions seed numpy's global state: one thread, in each process
+            pool, read = futures.ThreadPoolExecutor(max(workers, 1)), batches.__getitem__
         stack.callback(pool.shutdown, cancel_futures=True)
         try:
             first = itertools.islice(waiting, 2 * max(workers, 1))
@@ -151,6 +154,17 @@ def read_ahead(
         except futures.BrokenExecutor as error:
             why = 'memory was short, or the script lacks if __name__ == "__main__"'
             raise ChildProcessError(f"a process that reads images has ended: {why}") from error
+
+
+def _stored(batches: Batches) -> bool:
+    """Whether all images are decoded from files, by libraries that other threads run beside."""
+    for domain in {domain for stream in batches.streams for domain in stream.segments}:
+        dataset = batches.benchmark[domain]
+        while isinstance(dataset, Subset):
+            dataset = dataset.dataset
+        if not isinstance(dataset, ImageFolder | ArrayDataset):
+            return False
+    return True
 
 
 def _follow_the_parent() -> None:

@@ -116,7 +116,7 @@ class Corrupted:
         if min(image.shape[:2]) < SMALLEST:
             raise UnreadableImageError(f"{name_of(self, number)}: smaller than {SMALLEST} pixels")
         if min(image.shape[:2]) >= self.preprocess.image_size:
-            image = self.preprocess(Image.fromarray(image))
+            image = prepare(image, self.preprocess)
         seed = image_seed(self.seed, self.corruption, self.severity, number)
         return corrupt(image, self.corruption, self.severity, seed)
 
@@ -131,7 +131,15 @@ def read(
     image = (dataclasses.replace(dataset, seed=seed) if made else dataset)[number]
     if made and min(image.shape[:2]) >= preprocess.image_size:  # preprocessed before corruption
         return image, image
-    return preprocess(Image.fromarray(image)), image
+    return prepare(image, preprocess), image
+
+
+def prepare(image: np.ndarray, preprocess: Preprocess) -> np.ndarray:
+    """Preprocess an image (height, width, 3), unless that would only copy it."""
+    leaves = getattr(preprocess, "leaves", None)
+    if leaves and leaves(*image.shape[:2]):
+        return image
+    return preprocess(Image.fromarray(image))
 
 
 def name_of(dataset: Dataset, number: int) -> str:

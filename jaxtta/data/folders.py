@@ -13,7 +13,7 @@ import numpy as np
 from jaxtta import images
 from jaxtta.corruptions import CLEAN, CORRUPTIONS, SEVERITIES
 from jaxtta.data.datasets import Domain
-from jaxtta.images import find_images, open_image, printable
+from jaxtta.images import find_images, printable, read_image
 from jaxtta.io import digest_files, nfc, read_rows
 
 log = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ class ImageFolder:
         return len(self.paths)
 
     def __getitem__(self, number: int) -> np.ndarray:
-        pixels = np.asarray(open_image(self.root / self.paths[number], raw=self.raw))
+        pixels = read_image(self.root / self.paths[number], raw=self.raw)
         height, width, _ = pixels.shape
         return pixels[self.border : height - self.border, self.border : width - self.border]
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from jaxtta.data.arrays import check_labels
 from jaxtta.data.class_names import IMAGENET_CLASSES, given_class_names
-from jaxtta.images import UnreadableImageError, open_image, printable, to_rgb
+from jaxtta.images import UnreadableImageError, printable, read_image, to_rgb
 from jaxtta.io import digest_files, nfc
 
 
@@ -39,7 +39,7 @@ class SequenceDataset:
                 raise ValueError("is missing")
             if isinstance(image, bytes | str | Path):
                 image = io.BytesIO(image) if isinstance(image, bytes) else image
-                return np.asarray(open_image(image, name, self.raw))
+                return read_image(image, name, self.raw)
             pixels = np.asarray(to_rgb(image) if isinstance(image, Image.Image) else image)
         except (OSError, ValueError, RuntimeError) as error:  # of libraries, for damaged images
             raise UnreadableImageError(f"{name}: cannot be read ({printable(error)})") from error

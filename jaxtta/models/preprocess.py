@@ -85,6 +85,12 @@ class Preprocessing(NamedTuple):
             )
         return np.asarray(image)
 
+    def leaves(self, height: int, width: int) -> bool:
+        """Whether an RGB image of this size comes out as it is."""
+        side = (self.image_size, self.image_size)
+        resized = self.resize is None or self._resized((width, height)) == side
+        return (width, height) == side and resized and self.crop in (None, side)
+
     def _resized(self, size: tuple[int, int]) -> tuple[int, int]:
         """PIL's (width, height) after the resize."""
         width, height = size
