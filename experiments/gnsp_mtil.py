@@ -1,10 +1,7 @@
-r"""GNSP on MTIL's eleven tasks.
+r"""GNSP on MTIL's eleven tasks, not measured here (docs/published.md).
 
     python experiments/gnsp_mtil.py --data DATA --reference imagenet=IMAGENET/train \
         --output runs/mtil
-
-Not measured here. The published figures have 100 to 1,000 iterations and learning rates of 1e-5 to
-5e-5, by task; this has one of each for all tasks (docs/published.md).
 """
 
 import sys
