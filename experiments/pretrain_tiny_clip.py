@@ -1,7 +1,6 @@
-r"""Train a small CLIP from scratch on a folder of images.
+"""Train a small CLIP from scratch on a folder of images.
 
-    python experiments/pretrain_tiny_clip.py --train cifar10/train --test cifar10/test \
-        --output runs/tiny-clip
+    python experiments/pretrain_tiny_clip.py --train cifar10/train --test cifar10/test
 
 The folder has one subfolder of images per class, named after it. The text tower turns the names
 into a classifier, and both towers are trained with its cross-entropy. Images are only cropped,
@@ -11,7 +10,6 @@ result is a transformers checkpoint with the bundled model's architecture and to
 
 import dataclasses
 import math
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +23,10 @@ from PIL import Image
 from tqdm import tqdm
 from transformers import CLIPConfig
 
-from jaxtta import assets, cli, data, evaluate, io, models
+from jaxtta import assets, cli, data, evaluate, io, models, views
 
-TEST_TEMPLATE = "a photo of a {}."
 TEMPLATES = (
-    TEST_TEMPLATE,
-    *(f"a photo of {which} {{}}." for which in ("the", "one", "my", "a small", "a large")),
+    *(f"a photo of {which} {{}}." for which in ("a", "the", "one", "my", "a small", "a large")),
     *("a good photo of a {}.", "a good photo of the {}.", "a bad photo of a {}."),
     *("a close photo of a {}.", "a picture of a {}.", "an image of a {}.", "an image of the {}."),
     *("this is a {}.", "a {}.", "{}"),
@@ -46,7 +42,7 @@ class Config:
 
     train: str  # training images: FOLDER/<class>/<any name>.jpg or .png, or an .npz file
     test: str  # images of the same classes, classified after every epoch
-    output: Path = Path("runs/tiny-clip")  # new folder for checkpoint and training.json
+    output: str = "runs/tiny-clip"  # new folder for checkpoint and training.json
     max_images: int | None = None  # at most so many of each folder, balanced over the classes
     epochs: int = 60  # passes over the training images
     batch: int = 128  # images per step
@@ -57,7 +53,7 @@ class Config:
 
 
 def run(config: Config) -> None:
-    """Train, and write the results after every epoch."""
+    """Train, and write the results."""
     clip = CLIPConfig.from_pretrained(assets.MODEL)
     clip.vision_config.num_hidden_layers, clip.text_config.num_hidden_layers = config.layers
     model = dataclasses.replace(models.from_config(clip), source=str(assets.MODEL))
@@ -65,22 +61,20 @@ def run(config: Config) -> None:
     if test.class_names != train.class_names:
         raise ValueError(f"{config.test}: has other classes than {config.train}")
     evaluate.require_at_least(epochs=(config.epochs, 1), batch=(config.batch, 1))
-    if not (steps := len(train) // config.batch):
-        raise ValueError(f"--batch is {config.batch}, above the {len(train)} training images")
+    steps = len(train) // config.batch
     train_step = make_train_step(model, train.class_names)
-    prompts = model.prompts(models.zero_shot_task(model, train.class_names, [TEST_TEMPLATE]))
+    prompts = model.prompts(models.zero_shot_task(model, train.class_names))
     predict = jax.jit(lambda params, images: model(params, prompts, images).logits.argmax(-1))
 
-    total = config.epochs * steps
-    warmup = int(WARMUP * (total - 1))
-    rate = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, warmup, total)
-    matrices = lambda params: jax.tree.map(lambda leaf: leaf.ndim > 1, params)  # noqa: E731
-    adamw = optax.adamw(rate, b2=0.98, weight_decay=WEIGHT_DECAY, mask=matrices)
-    optimizer = optax.chain(optax.clip_by_global_norm(CLIP_NORM), adamw)
     init_key, train_key = jax.random.split(jax.random.key(config.seed))
     params = jax.jit(model.init)(init_key) | {"logit_scale": jnp.float32(FIRST_LOGIT_SCALE)}
+    total, matrices = config.epochs * steps, jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+    warmup = int(WARMUP * (total - 1))
+    rate = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, warmup, total)
+    adamw = optax.adamw(rate, b2=0.98, weight_decay=WEIGHT_DECAY, mask=matrices)
+    optimizer = optax.chain(optax.clip_by_global_norm(CLIP_NORM), adamw)
     state = TrainState.create(apply_fn=model, params=params, tx=optimizer)
-    config.output.mkdir(parents=True)  # raises if there is an earlier result
+    Path(config.output).mkdir(parents=True)  # raises if there is an earlier result
     history = pd.DataFrame(columns=["loss", "train_accuracy", "test_accuracy"], dtype=float)
     for epoch in range(1, config.epochs + 1):
         order = np.random.default_rng((config.seed, epoch - 1)).permutation(len(train))
@@ -92,13 +86,9 @@ def run(config: Config) -> None:
         found = np.concatenate([predict(state.params, images) for images in batches])
         history.loc[epoch] = [*sums / steps, np.mean(found == test.labels)]
         print(history.tail(1).to_string(header=epoch == 1))
-        settings = dataclasses.asdict(config) | {"output": str(config.output)}
-        record = {"settings": settings, **history.to_dict("list")}
-        with tempfile.TemporaryDirectory(dir=config.output) as folder:
-            io.write_json(f"{folder}/training.json", record)  # raises if the loss is not finite
-            models.save(folder, model, state.params)
-            for file in Path(folder).iterdir():
-                file.replace(config.output / file.name)
+    record = {"settings": dataclasses.asdict(config), **history.to_dict("list")}
+    io.write_json(Path(config.output, "training.json"), record)  # raises if a loss is not finite
+    models.save(config.output, model, state.params)
 
 
 def read_images(root: str, model: models.CLIP, config: Config) -> data.ArrayDataset:
@@ -110,31 +100,6 @@ def read_images(root: str, model: models.CLIP, config: Config) -> data.ArrayData
     order = np.argsort(turn, kind="stable")[: config.max_images].tolist()
     images = [model.preprocessing(Image.fromarray(dataset[n])) for n in tqdm(order, root)]
     return data.ArrayDataset(np.stack(images), dataset.labels[order], dataset.class_names)
-
-
-def augment(key: jax.Array, images: jax.Array, targets: jax.Array) -> tuple[Any, Any]:
-    """Crop and flip uint8 images, and paste parts of others into some (CutMix, arXiv 1905.04899)."""
-    crop_key, flip_key, mix_key = jax.random.split(key, 3)
-    which_key, area_key, centre_key = jax.random.split(mix_key, 3)
-    batch, side = images.shape[:2]
-    corners = jax.random.randint(crop_key, (batch, 2), 0, 2 * PADDING + 1)
-    corners = jnp.pad(corners, [(0, 0), (0, 1)])
-    padded = jnp.pad(images, [(0, 0), (PADDING, PADDING), (PADDING, PADDING), (0, 0)])
-    crop = jax.vmap(lambda image, at: jax.lax.dynamic_slice(image, at, images.shape[1:]))
-    flipped = jax.random.bernoulli(flip_key, shape=(batch, 1, 1, 1))
-    images = crop(padded, corners)
-    images = jnp.where(flipped, images[:, :, ::-1], images)
-
-    mixed = jax.random.bernoulli(which_key, CUTMIX, (batch, 1))
-    # The area is uniform, as of Beta(1, 1), until the image's border cuts the rectangle.
-    extent = mixed * side * jnp.sqrt(jax.random.uniform(area_key, (batch, 1)))
-    centre = jax.random.uniform(centre_key, (2, batch, 1), maxval=side)
-    rows, columns = jnp.abs(jnp.arange(side) + 0.5 - centre) < extent / 2
-    pasted = rows[:, :, None] & columns[:, None, :]
-    part = pasted.mean((1, 2))[:, None]
-    # Batches are in random order, so the next image is a random one.
-    images = jnp.where(pasted[..., None], jnp.roll(images, 1, 0), images)
-    return images, (1 - part) * targets + part * jnp.roll(targets, 1, 0)
 
 
 def make_train_step(model: models.CLIP, names: tuple[str, ...]) -> Any:
@@ -152,7 +117,8 @@ def make_train_step(model: models.CLIP, names: tuple[str, ...]) -> Any:
 
     def step(state: TrainState, key: Any, images: Any, labels: Any) -> tuple[TrainState, Any]:
         augment_key, template_key = jax.random.split(jax.random.fold_in(key, state.step))
-        images, targets = augment(augment_key, images, jax.nn.one_hot(labels, len(names)))
+        one_hot = jax.nn.one_hot(labels, len(names))
+        images, targets = views.crop_flip_cutmix(augment_key, images, one_hot, PADDING, CUTMIX)
         differentiated = jax.value_and_grad(loss_of, has_aux=True)
         figures, gradients = differentiated(state.params, template_key, images, targets)
         state = state.apply_gradients(grads=gradients)

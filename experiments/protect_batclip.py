@@ -5,9 +5,9 @@ r"""Does protecting clean predictions preserve BATCLIP's accuracy on clean image
         --class-names airplane automobile bird cat deer dog frog horse ship truck
 
 BATCLIP adapts online to one corruption and is then tested on clean images without a reset, beside
-BATCLIP whose updates are projected to be orthogonal to the directions that would change the
-predictions on some clean images (`jaxtta.optim.project_out`). The images adapted to, the clean test
-images (--max-images each) and the protected ones are disjoint; labels only measure accuracy.
+BATCLIP whose updates are orthogonal to the directions that would change the predictions on some
+clean images. The images adapted to, the clean test images (--max-images each) and those are
+disjoint; labels only measure accuracy.
 """
 
 import functools
@@ -20,8 +20,6 @@ import optax
 
 from jaxtta import adapters, cli, continual, data, evaluate, models, optim, report, tree
 from jaxtta.cli.options import DataOptions, ModelOptions, group
-
-CLEAN = data.Domain(data.CLEAN)
 
 
 @group
@@ -44,12 +42,13 @@ class Options:
 def main(options: Options) -> None:
     """Adapt, test, and report."""
     layout, size, workers = options.data.layout, options.batch_size, options.workers
-    model, params = options.model.load()
+    clean, (model, params) = data.Domain(data.CLEAN), options.model.load()
     benchmark = options.data.open(model)
     severity = evaluate.default_severity(layout, options.data.data)
     shifts = [data.Domain(name, severity) for name in options.corruptions]
     templates = options.model.templates_for(layout)
     task = evaluate.task_for(model, data.class_names_of(benchmark), templates)
+    context = params, model.prompts(task)
     start, _ = tree.partition(params, tree.normalisation_parameters("both"))
     settings = {name: getattr(options, name) for name in ("learning_rate", "protect_images")}
 
@@ -63,15 +62,11 @@ def main(options: Options) -> None:
         protected, others = np.split(numbers, [options.protect_images])
         halves = [others[first::2][: options.data.max_images] for first in (0, 1)]
         parts = tuple(np.stack([np.full_like(x, k), x], 1) for k, x in enumerate(halves))
-        streams = [data.Stream(shift.corruption, seed, (shift, CLEAN), parts) for shift in shifts]
-        shown = (data.stream_of("protected", [CLEAN], protected, seed),)
+        streams = [data.Stream(shift.corruption, seed, (shift, clean), parts) for shift in shifts]
+        shown = (data.stream_of("protected", [clean], protected, seed),)
         read = data.read_ahead(data.Batches(benchmark, shown, size, model.preprocessing), workers)
-        context, images = (
-            (params, model.prompts(task)),
-            [batch.images[batch.mask] for batch in read],
-        )
-        inputs = (logits, context, start, np.concatenate(images))
-        basis = continual.output_gradient_basis(*inputs, max(options.ranks))
+        images = np.concatenate([batch.images[batch.mask] for batch in read])
+        basis = continual.output_gradient_basis(logits, context, start, images, max(options.ranks))
         make = functools.partial(protect, options.learning_rate, basis, len(halves[0]))
         specs = [evaluate.parse_adapter("zero_shot")] + [
             evaluate.AdapterSpec(f"batclip, {rank} directions", "protect", {"rank": rank}, make)
@@ -86,10 +81,9 @@ def protect(
     learning_rate: float, basis: Any, images: int, model: models.CLIP, task: models.Task, rank: int
 ) -> adapters.Adapter:
     """BATCLIP that keeps `rank` directions of a basis, and its state after so many images."""
-    optimizer = optax.adamw(learning_rate, weight_decay=1e-2)
-    if rank:
-        directions = jax.tree.map(lambda leaf: leaf[:rank], basis)
-        optimizer = optax.chain(optimizer, optim.project_out(directions))
+    directions = jax.tree.map(lambda leaf: leaf[:rank], basis)
+    adamw = optax.adamw(learning_rate, weight_decay=1e-2)
+    optimizer = optax.chain(adamw, optim.project_out(directions))
     batclip = adapters.batclip(model, task, optimizer=optimizer)
 
     def step(params: models.Params, state: Any, batch: models.Batch) -> Any:

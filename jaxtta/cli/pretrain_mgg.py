@@ -2,24 +2,19 @@ r"""Train MGTTA's meta gradient generator on a small set of images.
 
     jaxtta pretrain-mgg --layout arrays --data cifar10-c-severity5/meta_train \
         --class-names airplane automobile bird cat deer dog frog horse ship truck --output runs/mgg
-    jaxtta pretrain-mgg --layout imagenet --data IMAGENET/val \
-        --model openai/clip-vit-base-patch16 --output runs/mgg-vit
 
-adapts the model to a stream of images under the four corruptions that are in no benchmark, two
-images per step, and trains the generator on the loss of the next batch after each update. Training
-uses no labels. The epoch is selected by accuracy on validation images with labels, as in the paper,
-or by their loss (--select-by loss). Writes `phi.safetensors`, the statistics of clean images'
-features in `statistics.safetensors`, and `training.json`. A run that was stopped resumes after the
-last finished epoch.
+adapts the model to a stream of images under the four corruptions that are in no benchmark, and
+trains the generator, without labels, on the loss of the next batch after each update. The epoch is
+selected by accuracy on labelled validation images, as in the paper, or by their loss. Writes
+`phi.safetensors`, `statistics.safetensors` and `training.json`; a stopped run resumes.
 """
 
 import dataclasses
-import logging
+import sys
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pandas as pd
@@ -29,8 +24,6 @@ from jaxtta import adapters, data, evaluate, io, metrics, models, optim, tree
 from jaxtta.cli.options import DataOptions, ModelOptions, group
 from jaxtta.data import IMAGENET_C_EXTRA
 from jaxtta.optim import EpochMetrics
-
-log = logging.getLogger(__name__)
 
 
 @group
@@ -79,11 +72,15 @@ def run(options: Options) -> None:
     evaluate.require_at_least(**{name: (getattr(options, name), n) for name, n in least.items()})
     output, checkpoints = options.output, options.output / "checkpoints"
     model, params = options.model.load()
-    benchmark, clean = options.data.open(model), open_source(options, model)
+    given, source = options.data, options.source
+    benchmark = given.open(model)
+    if source and given.layout == "imagenet-c" and not Path(source, data.CLEAN).is_dir():
+        given = dataclasses.replace(given, layout="imagenet")  # folders by wnid, too
+    clean = given.open(model, source)
     severity = evaluate.default_severity(options.data.layout, options.data.data, options.severity)
     domains = [data.Domain(name, severity) for name in options.corruptions]
-    train, val, source = read_images(options, model, benchmark, domains, clean)
-    statistics = models.feature_statistics(model, params, source)
+    train, val, shown = read_images(options, model, benchmark, domains, clean)
+    statistics = models.feature_statistics(model, params, shown)
     templates = options.model.templates_for(options.data.layout)
     task = models.task_for(model, data.class_names_of(benchmark), templates)
 
@@ -99,7 +96,15 @@ def run(options: Options) -> None:
     path = output / "statistics.safetensors"
     models.save_statistics(path, statistics, weights | {"images": of_source})
 
-    state, train_epoch, judge = prepare(options, model, params, task, statistics, val)
+    trainable = tree.normalisation_parameters(options.tower)
+    how = (trainable, options.weight, options.test_learning_rate)
+    loss_of, adapter_of, frozen = adapters.mgtta_training(model, task, params, statistics, *how)
+    untrained = optim.init_meta_gradient_generator(jax.random.key(options.seed), options.hidden)
+    adapted, optimizer = tree.partition(params, trainable)[0], optax.adam(options.learning_rate)
+    state = optim.init_meta_training(untrained, adapted, optimizer)
+    sizes = options.inner_learning_rate, options.batch, options.truncation
+    train_epoch = optim.make_train_epoch(loss_of, frozen, optimizer, *sizes)
+    judge = optim.make_judge(adapter_of, frozen, metrics.top_k, val)
     before, history = EpochMetrics(None, *judge(state.phi, "untrained")), []
     if saved := evaluate.restore_checkpoint(checkpoints, state):
         state, history = saved[1], [EpochMetrics(*epoch) for epoch in saved[2]]
@@ -127,22 +132,13 @@ def run(options: Options) -> None:
     print(pd.DataFrame([before, history[best]], ["untrained", f"epoch {best + 1}"]).to_string())
 
 
-def open_source(options: Options, model: Any) -> data.Benchmark:
-    """Open the images for the source statistics; ImageNet's folders are those of ImageNet-C too."""
-    images, source = options.data, options.source
-    if source and images.layout == "imagenet-c" and not (Path(source) / data.CLEAN).is_dir():
-        images = dataclasses.replace(images, layout="imagenet")
-    return images.open(model, source)
-
-
 def read_images(
     options: Options, model: Any, benchmark: data.Benchmark, domains: list, clean: data.Benchmark
 ) -> tuple[np.ndarray, list[list[tuple[models.Batch, np.ndarray]]], list[data.StreamBatch]]:
     """Training images, batches and labels of validation images, and batches of clean images."""
     seed, clean_domain, count = options.seed, data.Domain(data.CLEAN), options.images
     data.select(benchmark, domains)
-    with io.error_context("--source (default: --data) has the clean images"):
-        data.select(clean, [clean_domain])
+    data.select(clean, [clean_domain])
     order = np.random.default_rng(seed).permutation(len(data.labels_of(benchmark)))
     order, wanted = order[: options.data.max_images], count + options.val_images
     if wanted > len(order):
@@ -160,35 +156,8 @@ def read_images(
     train, *val = read(benchmark, *streams)
     images = np.concatenate([batch.images[batch.mask] for batch in train])
     if len(images) < count:
-        log.warning("%d training images could not be read", count - len(images))
+        print(f"{count - len(images)} training images could not be read", file=sys.stderr)
     order = np.random.default_rng(seed).permutation(len(data.labels_of(clean)))
     stream = data.stream_of("clean", [clean_domain], order[: options.source_images], seed)
     pairs = [[(models.Batch(b.images, b.mask, b.index), b.labels) for b in part] for part in val]
     return images, pairs, *read(clean, stream)
-
-
-def prepare(
-    options: Options, model: Any, params: Any, task: Any, statistics: Any, val: list
-) -> tuple[optim.MetaState, Any, Any]:
-    """The state before training, what trains for an epoch, and what measures weights."""
-    objective = adapters.mgtta_objective(model, options.weight)
-    trainable = tree.normalisation_parameters(options.tower)
-    classes = models.context_of(model, task, trainable)(params)
-    frozen = params, adapters.MGTTAContext(classes, statistics.mean, statistics.std)
-
-    def loss_of(frozen: Any, adapted: Any, images: jax.Array) -> jax.Array:
-        params, context = frozen
-        batch = models.Batch(images, jnp.ones(len(images), bool), jnp.arange(len(images)))
-        return objective(tree.merge(params, adapted), context, batch)[0]
-
-    def adapter_of(frozen: Any, phi: optim.MGGParams) -> adapters.Adapter:
-        generator = optim.meta_gradient_generator(phi, options.test_learning_rate)
-        return adapters.online(objective, lambda _: frozen[1], trainable, generator)
-
-    adapted, _ = tree.partition(params, trainable)
-    untrained = optim.init_meta_gradient_generator(jax.random.key(options.seed), options.hidden)
-    optimizer, rate = optax.adam(options.learning_rate), options.inner_learning_rate
-    state = optim.init_meta_training(untrained, adapted, optimizer)
-    sizes = options.batch, options.truncation
-    train_epoch = optim.make_train_epoch(loss_of, frozen, optimizer, rate, *sizes)
-    return state, train_epoch, optim.make_judge(adapter_of, frozen, metrics.top_k, val)
