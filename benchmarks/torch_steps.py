@@ -41,11 +41,11 @@ def measure(settings: cases.Settings, name: str, prompts: str) -> tuple:
     seconds = min(cases.timed(step, settings.steps, wait))
     memory = torch.cuda.max_memory_allocated() / 1e9 if CUDA else cases.resident_peak_gb()
     aten = torch.ops.aten  # PyTorch counts its GPU kernels for attention, but not the CPU's
-    on_cpu = {
+    flop_counter.flop_registry |= {
         aten._scaled_dot_product_flash_attention_for_cpu: flop_counter.sdpa_flop,
         aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_counter.sdpa_backward_flop,
     }
-    with flop_counter.FlopCounterMode(display=False, custom_mapping=on_cpu) as counter:
+    with flop_counter.FlopCounterMode(display=False) as counter:
         step()
     return f"torch {torch.__version__}", seconds, memory, counter.get_total_flops(), peak, {}
 
