@@ -160,4 +160,4 @@ def read_images(
     order = np.random.default_rng(seed).permutation(len(data.labels_of(clean)))
     stream = data.stream_of("clean", [clean_domain], order[: options.source_images], seed)
     pairs = [[(models.Batch(b.images, b.mask, b.index), b.labels) for b in part] for part in val]
-    return images, pairs, *read(clean, stream)
+    return images, pairs, read(clean, stream)[0]
