@@ -3,14 +3,13 @@
 from jaxtta.report.examples import Example, check_examples, draw_examples, find_examples
 from jaxtta.report.render import render
 from jaxtta.report.summary import DATASETS, Summary, summarise
-from jaxtta.report.text import aligned, answer, text_table
+from jaxtta.report.text import answer, text_table
 from jaxtta.report.write import compare, samples_of, write_report
 
 __all__ = [
     "DATASETS",
     "Example",
     "Summary",
-    "aligned",
     "answer",
     "check_examples",
     "compare",

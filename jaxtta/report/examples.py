@@ -1,11 +1,11 @@
 """Examples of TNT: images whose prediction it fixed or broke."""
 
-import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import numpy as np
+import pandas as pd
 from matplotlib.figure import Figure
 
 from jaxtta.adapters import AdapterConfig, AdapterSpec, TNTConfig, tnt_config_of, tnt_image
@@ -20,10 +20,7 @@ SHOWN = 5  # number of classes with bars
 
 
 class Example(NamedTuple):
-    """One image: the plain view, the noise map and its bound, and class probabilities.
-
-    Images are (size, size, 3) with values in [0, 1]; probabilities are (classes,).
-    """
+    """One image (size, size, 3) with values in [0, 1], its noise, and probabilities (classes,)."""
 
     title: str
     class_names: tuple[str, ...]
@@ -66,7 +63,7 @@ def find_examples(
     probabilities = jax.jit(lambda *inputs: jax.nn.softmax(model(*inputs).logits)[0])
     names, labels = class_names_of(batches.benchmark), labels_of(batches.benchmark)
     examples = []
-    for number, index in _changed(results, adapter, batches)[:count]:
+    for number, index in _changed(results, adapter, batches)[:count].tolist():
         stream = batches.streams[number]
         segment, image = stream.items[index].tolist()
         domain = stream.segments[segment]
@@ -76,32 +73,26 @@ def find_examples(
         views, tuned = tune(params, classes, key, *pad_to_canvas(original, batches.canvas))
         before = probabilities(params, classes, views[:1])
         found = views[0], tuned.noise, before, np.exp(tuned.log_probabilities)
-        examples.append(
-            Example(str(domain), names, int(labels[image]), config.epsilon, *map(np.asarray, found))
-        )
+        about = str(domain), names, int(labels[image]), config.epsilon
+        examples.append(Example(*about, *map(np.asarray, found)))
     return examples
 
 
-def _changed(
-    results: Sequence[Predictions], adapter: str, batches: Batches
-) -> list[tuple[int, int]]:
-    """Stream and index in it of changed images, from fixed and broken ones and segments in turn."""
-    found = {(r.adapter, r.stream, r.seed): r.top1 for r in results}
-    fixed, broken = [], []
+def _changed(results: Sequence[Predictions], adapter: str, batches: Batches) -> np.ndarray:
+    """Stream and index in it of changed images: fixed and broken, and segments, in turn."""
+    top1 = {(r.adapter, r.stream, r.seed): r.top1 for r in results}
+    parts = [pd.DataFrame(columns=["broken", "stream", "segment", "index"])]
     for number, stream in enumerate(batches.streams):
-        was, now = (found.get((name, stream.name, stream.seed)) for name in (BASELINE, adapter))
-        if was is None or now is None:
-            continue
-        for segment in range(len(stream.segments)):
-            own = stream.items[:, 0] == segment
-            for kind, changed in ((fixed, now & ~was), (broken, was & ~now)):
-                kind.append([(number, index) for index in np.flatnonzero(own & changed).tolist()])
-
-    def in_turn(lists: Sequence[list[tuple[int, int]]]) -> list[tuple[int, int]]:
-        rows = itertools.zip_longest(*lists)
-        return [item for row in rows for item in row if item is not None]
-
-    return in_turn([in_turn(fixed), in_turn(broken)])
+        was, now = (top1.get((name, stream.name, stream.seed)) for name in (BASELINE, adapter))
+        if was is not None and now is not None:
+            index = np.flatnonzero(was != now)
+            columns = {"broken": was[index], "stream": number, "segment": stream.items[index, 0]}
+            parts.append(pd.DataFrame(columns | {"index": index}))
+    found = pd.concat(parts)
+    found["turn"] = found.groupby(["broken", "stream", "segment"]).cumcount()
+    found = found.sort_values(["turn", "stream", "segment"])
+    found["turn"] = found.groupby("broken").cumcount()
+    return found.sort_values(["turn", "broken"])[["stream", "index"]].to_numpy(int)
 
 
 def draw_examples(examples: Sequence[Example]) -> Figure:
@@ -111,25 +102,23 @@ def draw_examples(examples: Sequence[Example]) -> Figure:
     heads = ("plain view", "noise", "plain view + noise", "probability")
     for axes, head in zip(grid[0], heads, strict=True):
         axes.set_title(head, fontsize=10)
-    for row, example in zip(grid, examples, strict=True):
+    for (*images, bars), example in zip(grid, examples, strict=True):
         stretched = 0.5 + example.noise / (2 * example.epsilon)
         shown = (example.plain, stretched, example.plain + example.noise)
-        for axes, image in zip(row, shown, strict=False):
+        for axes, image in zip(images, shown, strict=True):
             axes.imshow(image.clip(0, 1))
             axes.set(xticks=[], yticks=[])
-        row[0].set_ylabel(label(example.title), fontsize=9)
-        row[1].set_xlabel(f"±{255 * example.epsilon:.3g}/255", fontsize=8)
-        likeliest = np.argsort(-np.maximum(example.before, example.after))[:SHOWN]
-        if example.label not in likeliest:
-            likeliest[-1] = example.label
-        places = np.arange(len(likeliest))
-        bars = (("before", example.before, -0.2, GREY), ("after", example.after, 0.2, COLOURS[0]))
-        for name, values, offset, colour in bars:
-            row[3].barh(places + offset, values[likeliest], 0.38, color=colour, label=name)
-        row[3].set_yticks(places, [label(example.class_names[c]) for c in likeliest], fontsize=8)
-        for tick, number in zip(row[3].get_yticklabels(), likeliest, strict=True):
+        images[0].set_ylabel(label(example.title), fontsize=9)
+        images[1].set_xlabel(f"±{255 * example.epsilon:.3g}/255", fontsize=8)
+        values = pd.DataFrame({"before": example.before, "after": example.after})
+        likeliest = values.max(axis=1).nlargest(SHOWN).index.to_numpy()
+        likeliest[-1] = example.label if example.label not in likeliest else likeliest[-1]
+        values.loc[likeliest].plot.barh(
+            ax=bars, width=0.76, color=[GREY, COLOURS[0]], legend=bars is grid[0, 3], fontsize=8
+        )
+        bars.set_yticklabels([label(example.class_names[number]) for number in likeliest])
+        for tick, number in zip(bars.get_yticklabels(), likeliest, strict=True):
             tick.set_fontweight("bold" if number == example.label else "normal")
-        row[3].set(xlim=(0, 1), ylim=(len(likeliest) - 0.4, -0.6))
-        finish(row[3], "", "", grid="x", legend=False)
-    grid[0, 3].legend(fontsize=8, frameon=False)
+        bars.set(xlim=(0, 1), ylim=(len(likeliest) - 0.4, -0.6))
+        finish(bars, "", "", grid="x", legend=False)
     return figure

@@ -1,5 +1,7 @@
 """Writing the report of a sweep, and of several side by side."""
 
+import contextlib
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -7,7 +9,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from jaxtta.data import Batches, Domain, UnreadableImageError
+from jaxtta.data import Batches, UnreadableImageError
 from jaxtta.data.datasets import read
 from jaxtta.evaluate.predictions import Predictions
 from jaxtta.evaluate.store import load_predictions
@@ -37,29 +39,30 @@ def write_report(
     if examples:
         drawn["examples"] = draw_examples(examples)
     frames = {"summary": summary.segments, "classes": summary.classes}
-    _write({"": summary}, Path(folder), title, frames, drawn, samples or {})
+    _write([summary], Path(folder), title, frames, drawn, samples or {})
     return summary
 
 
 def compare(folders: Sequence[str | Path], output: str | Path = "comparison") -> None:
-    """Put sweeps side by side, each with gains over its own zero-shot.
-
-    Raises:
-        ValueError: if a folder is given twice.
-    """
+    """Put sweeps side by side, each with gains over its own zero-shot."""
     names = [printable(Path(folder).resolve().name) for folder in folders]
-    if len(set(names)) < len(names):
-        names = [printable(folder) for folder in folders]
-    if len(set(names)) < len(names):
-        raise ValueError(f"{max(names, key=names.count)}: is given twice")
-    summaries = {n: summarise(load_predictions(f)) for n, f in zip(names, folders, strict=True)}
-    table = pd.concat({name: each.table for name, each in summaries.items()}, names=["folder"])
-    drawn = {"gain": plots.dots(summaries)}
-    _write(summaries, Path(output), ", ".join(names), {"summary": table.reset_index()}, drawn, {})
+    if len({*names}) < len(names):
+        names = [*map(printable, folders)]
+    summaries = {}
+    for name, folder in zip(names, folders, strict=True):
+        results = load_predictions(folder)
+        results = [dataclasses.replace(r, adapter=f"{name}: {r.adapter}") for r in results]
+        summaries[name] = summarise(results, f"{name}: {BASELINE}")
+    tables = {name: each.table for name, each in summaries.items()}
+    frame = pd.concat(tables, names=["folder"]).reset_index()
+    pairs = zip(frame["folder"], frame["adapter"], strict=True)
+    frame["adapter"] = [adapter.removeprefix(f"{name}: ") for name, adapter in pairs]
+    several, drawn = [*summaries.values()], {"gain": plots.dots(*summaries.values())}
+    _write(several, Path(output), ", ".join(names), {"summary": frame}, drawn, {})
 
 
 def _write(
-    summaries: Mapping[str, Summary],
+    summaries: Sequence[Summary],
     folder: Path,
     title: str,
     frames: Mapping[str, pd.DataFrame],
@@ -67,18 +70,17 @@ def _write(
     samples: Mapping[str, np.ndarray],
 ) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    table, title = text.text_table(summaries), printable(title)
+    table, title = text.text_table(*summaries), printable(title)
     write_text(folder / "table.txt", table + "\n")
     for name, frame in frames.items():
         write_text(folder / f"{name}.csv", frame.to_csv(index=False))
     for name, figure in drawn.items():
         with atomic_write(folder / f"{name}.png") as temporary:
             temporary.write_bytes(png(figure))
-    several = [(f"{name}: " if name else "", each) for name, each in summaries.items()]
-    said = [name + text.answer(each) for name, each in several]
-    warned = [printable(name + line) for name, each in several for line in text.warnings(each)]
-    results = [result for _, each in several for result in each.results]
-    adapters = [name for _, each in several for name in each.adapters]
+    said = [text.answer(each) for each in summaries]
+    warned = [printable(line) for each in summaries for line in text.warnings(each)]
+    results = [result for each in summaries for result in each.results]
+    accuracies = text.accuracies(*summaries)
     page = render(
         "sweep.html.j2",
         title=title,
@@ -86,20 +88,18 @@ def _write(
         warnings=warned,
         abouts=[result.about for result in results],
         settings=[result.settings for result in results],
-        optimizers={n + r.adapter: optimizer_of(r) for n, each in several for r in each.results},
-        summaries=summaries,
-        groups={n: len(each.adapters) for n, each in summaries.items() if n},
-        adapters=adapters,
-        rows=text.entries([*summaries.values()]),
-        measures=text.measures(summaries.values()),
-        worst=[] if len(several) > 1 else text.worst_classes(several[0][1]),
-        notes=text.notes(*summaries.values()),
-        colours={name: look["color"] for name, look in plots.styles(adapters).items()},
+        optimizers={result.adapter: optimizer_of(result) for result in results},
+        one=summaries[0],
+        accuracies=accuracies,
+        measures=text.measures(*summaries),
+        worst=text.worst_classes(summaries[0]) if len(summaries) == 1 else (),
+        notes=text.notes(*summaries),
+        looks=plots.styles(accuracies.columns),
         plots=drawn,
-        samples=[(name.replace("_", " "), image) for name, image in samples.items()],
+        samples=samples,
     )
     write_text(folder / "report.html", page)
-    over = f", and gain over {BASELINE} in points" if several[0][1].compared else ""
+    over = f", and gain over {BASELINE} in points" if summaries[0].compared else ""
     print(f"top-1 accuracy in %{over}; {title}\n\n{table}\n")
     print(*said, *warned, printable(f"results: {folder / 'report.html'}"), sep="\n")
 
@@ -119,18 +119,13 @@ def samples_of(batches: Batches) -> dict[str, np.ndarray]:
     It is (size, size, 3) uint8. The result is empty if none of the first images can be read.
     """
     stream = batches.streams[0]
-    strongest: dict[str, Domain] = {}
-    for domain in (domain for each in batches.streams for domain in each.segments):
-        known = strongest.setdefault(domain.corruption, domain)
-        strongest[domain.corruption] = max(known, domain)
+    domains = [domain for each in batches.streams for domain in each.segments]
+    strongest = {d.corruption: d for d in sorted(domains, key=lambda domain: domain.severity)}
     for image in stream.items[:TRIES, 1].tolist():
-        try:
-            return {
-                str(domain): read(
-                    batches.benchmark[domain], image, stream.seed, batches.preprocess
-                )[0]
-                for domain in strongest.values()
-            }
-        except UnreadableImageError:
-            continue
+        images = {}
+        with contextlib.suppress(UnreadableImageError):
+            for domain in strongest.values():
+                inputs = (batches.benchmark[domain], image, stream.seed, batches.preprocess)
+                images[str(domain).replace("_", " ")] = read(*inputs)[0]
+            return images
     return {}
