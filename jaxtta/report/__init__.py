@@ -1,10 +1,9 @@
 """Tables, plots and HTML reports of results."""
 
-from jaxtta.report.examples import Example, check_examples, draw_examples, find_examples
-from jaxtta.report.render import render
+from jaxtta.report.examples import Example, check_examples, find_examples
 from jaxtta.report.summary import DATASETS, Summary, summarise
 from jaxtta.report.text import answer, text_table
-from jaxtta.report.write import compare, samples_of, write_report
+from jaxtta.report.write import compare, render, samples_of, write_report
 
 __all__ = [
     "DATASETS",
@@ -13,7 +12,6 @@ __all__ = [
     "answer",
     "check_examples",
     "compare",
-    "draw_examples",
     "find_examples",
     "render",
     "samples_of",

@@ -17,10 +17,9 @@ from jaxtta.diagnose import Answers, Diagnosis, ModelDiagnosis, TargetCheck, tru
 from jaxtta.images import printable
 from jaxtta.io import atomic_write, write_json, write_text
 from jaxtta.report.diagnosis_plots import diagnosis_plots, draw_predictions
-from jaxtta.report.render import NONE, percent, png, render
 from jaxtta.report.summary import Summary
-from jaxtta.report.text import aligned, answer, counted, points
-from jaxtta.report.write import optimizer_of
+from jaxtta.report.text import NONE, aligned, answer, counted, percent, points
+from jaxtta.report.write import optimizer_of, png, render
 
 UNSURE, THUMBNAIL = 12, 160  # images shown of a model, and pixels of their longer side
 LABELS = {

@@ -11,14 +11,13 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from jaxtta.evaluate.predictions import Predictions
 from jaxtta.images import printable
 from jaxtta.report.summary import BASELINE, Summary, with_means
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")
 GREY = "#767676"
 DASHES, MARKERS = ("-", "--", ":", "-."), "osD^"  # of adapters of the same colour
-POINTS, BINS, LONGEST = 200, 15, 32  # of a curve, of confidence, characters of a name
+BINS, LONGEST = 15, 32  # of confidence, characters of a name
 
 
 def styles(names: Iterable[str], baseline: str | None = BASELINE) -> dict[str, dict[str, Any]]:
@@ -56,47 +55,33 @@ def dots(*summaries: Summary) -> Figure:
 
 def running(summary: Summary) -> Figure:
     """Draw cumulative accuracy along the streams, averaged, and below it the cumulative gain."""
-    seen = [(r.adapter, r.top1[r.rows["seen"]]) for r in summary.results if r.rows["seen"].any()]
-    places = np.linspace(1, min(len(right) for _, right in seen), POINTS)  # some are shorter
-    curves: dict[str, list[np.ndarray]] = {}
-    for adapter, right in seen:
-        count = np.arange(1, len(right) + 1)
-        curves.setdefault(adapter, []).append(np.interp(places, count, right.cumsum() / count))
-    frame = pd.DataFrame({k: 100 * np.mean(v, axis=0) for k, v in curves.items()}, index=places)
-    frames = {"accuracy so far (%)": frame}
+    curves: dict[str, list[pd.Series]] = {}
+    for result in summary.results:
+        right = pd.Series(result.top1[result.rows["seen"]], dtype=float)
+        curves.setdefault(result.adapter, []).append(100 * right.expanding().mean())
+    found = {name: pd.concat(own, axis=1).dropna(axis=1, how="all") for name, own in curves.items()}
+    tops = pd.DataFrame({name: own.mean(axis=1, skipna=False) for name, own in found.items()})
+    frames = {"accuracy so far (%)": tops}
     if summary.compared:
         over = f"gain over {label(summary.baseline or '')}\n(points)"
-        frames[over] = frame.sub(frame[summary.baseline], axis=0)
+        frames[over] = tops.sub(tops[summary.baseline], axis=0)
     figure = Figure(figsize=(9, 1.2 + 2.5 * len(frames)), layout="constrained")
-    panels = figure.subplots(len(frames), squeeze=False)[:, 0]
-    looks = styles(summary.adapters, summary.baseline)
-    for axes, (name, values) in zip(panels, frames.items(), strict=True):
-        for adapter in values:
-            axes.plot(values[adapter], **looks[adapter] | {"marker": "", "linewidth": 1.8})
-        late = values[POINTS // 10 :].to_numpy()
-        margin = 0.08 * np.ptp(late) + 0.3  # the first images fluctuate strongly
-        axes.set_ylim(late.min() - margin, late.max() + margin)
-        finish(axes, "", name, legend=False)
+    panels = figure.subplots(len(frames), squeeze=False, sharex=True)[:, 0]
+    for axes, (name, frame) in zip(panels, frames.items(), strict=True):
+        for adapter, look in styles(summary.adapters, summary.baseline).items():
+            axes.plot(frame[adapter], **look | {"marker": "", "linewidth": 1.8})
+        late = frame[len(frame) // 10 :].stack()  # the first images fluctuate strongly
+        axes.set_ylim(late.min() - 1, late.max() + 1)
+        finish(axes, "", name, grid="both", legend=False)
     panels[-1].set_xlabel("images seen since the start of the stream")
-    _mark_segments(panels, summary.results[0])
+    first = summary.results[0]
+    if first.setting != "mixed" and len(first.domains) > 1:  # mixed ones are interleaved
+        ends = first.rows.groupby("segment")["seen"].sum().cumsum()
+        names = [label(corruption) for corruption, _ in first.domains]
+        ends = dict(zip(names, ends, strict=True))  # gradual: of all severities
+        panels[-1].set_xticks([*ends.values()], [*ends], rotation=40, ha="right", fontsize=8)
+        panels[-1].set_xlabel("corruption that ends there")
     return _with_legend(figure)
-
-
-def _mark_segments(panels: Sequence[Axes], result: Predictions) -> None:
-    if result.setting == "mixed" or len(result.domains) == 1:  # mixed ones are interleaved
-        return
-    names = pd.Series([domain.corruption for domain in result.domains])
-    runs = (names != names.shift()).cumsum()  # gradual: a corruption's severities are one run
-    images = result.rows.groupby("segment")["seen"].sum().groupby(runs).sum()
-    ends = images.cumsum()
-    for axes in panels:
-        axes.set_xlim(0, ends.iloc[-1])
-        for end in ends[:-1]:
-            axes.axvline(end, color="0.75", linewidth=0.8, zorder=0)
-    top = panels[0].secondary_xaxis("top")
-    texts = map(label, names.groupby(runs).first())
-    top.set_xticks(ends - images / 2, texts, rotation=40, ha="left", fontsize=8)
-    top.tick_params(length=0)
 
 
 def reliability(summary: Summary) -> Figure:

@@ -111,13 +111,13 @@ def _require_one_sweep(results: Sequence[Predictions]) -> None:
     """Files of several sweeps may be below one folder; their rows must not be paired."""
     if not results:
         raise ValueError("there are no results to report")
-    shared, keys = [], set()
+    first, keys = {}, set()
     for result in results:
         model, data, streams = (result.settings.get(n, {}) for n in ("model", "data", "streams"))
-        own = {} if result.setting == DATASETS else dict(data)  # datasets have images of their own
-        own |= {name: x for name, x in streams.items() if name not in ("domains", "images")}
-        shared.append({"setting": result.setting, "weights": model.get("weights")} | own)
-        said = differences(shared[0], shared[-1]).replace("this run", "another")
+        data = {} if result.setting == DATASETS else data  # datasets have images of their own
+        shared = {"setting": result.setting, "weights": model.get("weights"), **data, **streams}
+        shared |= {"domains": [], "images": ""}
+        said = differences(first := first or shared, shared).replace("this run", "another")
         if _key(result) in keys:
             said = f"{result.adapter} on {result.stream} with seed {result.seed} twice"
         if said:
@@ -177,7 +177,6 @@ def _tables(
     means = with_gains(means, values).assign(peak_memory_gb=memory)
     tops = values.groupby(["adapter", "seed", "corruption"])["top1"].mean()
     means["spread"] = tops.groupby(["adapter", "seed"]).mean().groupby("adapter").std()
-    means["images_per_second"] = 1 / means["seconds_per_image"]
     return table, means
 
 

@@ -7,9 +7,9 @@ import pandas as pd
 
 from jaxtta.diagnose import truncate
 from jaxtta.images import printable
-from jaxtta.report.render import NONE
 from jaxtta.report.summary import Summary, with_means
 
+NONE = "–"
 MEASURES = {
     "corruption_error": ("mean corruption error (%)", 100, "{:.2f}"),
     "spread": ("standard deviation over seeds (points)", 100, "{:.2f}"),
@@ -18,7 +18,6 @@ MEASURES = {
     "nll": ("negative log-likelihood (nats)", 1, "{:.3f}"),
     "brier": ("Brier score", 1, "{:.3f}"),
     "seconds_per_image": ("seconds per image", 1, "{:.4f}"),
-    "images_per_second": ("images per second", 1, "{:.1f}"),
     "peak_memory_gb": ("peak memory (GB)", 1, "{:.2f}"),
 }
 """Columns of the means beside accuracy: name, factor and format."""
@@ -37,37 +36,40 @@ def answer(summary: Summary) -> str:
         rest = "No other adapter was run" if base else "There is no baseline to compare with"
         return f"{where}, {known.idxmax()} has an accuracy of {points(known.max())} %. {rest}."
     best: Any = means["gain"].idxmax()
-    entry, share = means.loc[best], f"{base}'s {points(means['top1'][base])} %"
+    entry = means.loc[best]
     verdict = {
         1: f"{best} is best",
         0: f"no adapter is clearly better than {base}: the highest is {best}",
         -1: f"every adapter is worse than {base}: the nearest is {best}",
     }[entry["significance"]]
-    gain = f"{points(entry['gain'], '+')} points {interval(entry)} over {share}"
+    verdict += f" with {points(entry['top1'])} %, {gained(entry)} points"
     signs = summary.table["significance"].unstack("adapter").loc[summary.averaged]
-    counts = [
-        f"{adapter} better on {(signs[adapter] > 0).sum()} and worse on {(signs[adapter] < 0).sum()}"
-        for adapter in summary.compared
-    ]
-    differences = f"Significant differences from {base} on {over}: {', '.join(counts)}"
-    return f"{where}, {verdict} with {points(entry['top1'])} %, {gain}. {differences}."
+    better, worse = (signs > 0).sum(), (signs < 0).sum()
+    each = [f"{x} better on {better[x]} and worse on {worse[x]}" for x in summary.compared]
+    differences = f"Significant differences from {base} on {over}: {', '.join(each)}"
+    return f"{where}, {verdict} over {base}'s {points(means['top1'][base])} %. {differences}."
 
 
 def accuracies(*summaries: Summary) -> pd.DataFrame:
-    """By corruption (or "mean") and adapter: accuracy, gain and interval if known, and a word."""
-    return with_means(*summaries).apply(_cell, axis=1).unstack(sort=False)
+    """By corruption (or "mean") and adapter: accuracy, gain with interval, and "better" or so."""
+    words, table = {1: "better", -1: "worse"}, with_means(*summaries)
+    texts = [
+        (points(entry["top1"]), gained(entry), words.get(entry["significance"], ""))
+        for _, entry in table.iterrows()
+    ]
+    return pd.Series(texts, table.index).unstack(sort=False)
 
 
-def _cell(entry: pd.Series) -> tuple[str, ...]:
-    gain = () if pd.isna(entry["gain"]) else (points(entry["gain"], "+"), interval(entry))
-    known = 0 if pd.isna(entry["significance"]) else int(entry["significance"])
-    return points(entry["top1"]), *gain, ("", "better", "worse")[known]
+def gained(entry: pd.Series) -> str:
+    """Format a gain and its interval in points; empty if there is none."""
+    gain, low, high = (points(entry[name], "+") for name in ("gain", "low", "high"))
+    return "" if pd.isna(entry["gain"]) else f"{gain} [{low}, {high}]"
 
 
 def text_table(*summaries: Summary) -> str:
     """Format accuracies in per cent and gains in points, of summaries with other adapters."""
     cells = accuracies(*summaries)
-    texts = cells.map(lambda cell: " ".join(cell[:-1]) + " !" * (cell[-1] == "worse"))
+    texts = cells.map(lambda cell: " ".join(cell[:2]).strip() + " !" * (cell[2] == "worse"))
     rows = [*texts.itertuples(name=None), *measures(*summaries).itertuples(name=None)]
     lines = aligned([(summaries[0].noun, *texts.columns), *rows])
     rule = "-" * max(map(len, lines))
@@ -79,14 +81,14 @@ def text_table(*summaries: Summary) -> str:
     return "\n".join(lines)
 
 
-def interval(entry: pd.Series) -> str:
-    """Format a gain's interval in points."""
-    return f"[{points(entry['low'], '+')}, {points(entry['high'], '+')}]"
+def percent(share: Any, digits: int = 2, sign: str = "") -> str:
+    """Format a share in per cent; a dash if it is missing."""
+    return NONE if share is None or pd.isna(share) else f"{100 * share:{sign}.{digits}f}"
 
 
 def points(share: Any, sign: str = "") -> str:
     """Format a share in per cent, or a difference in points."""
-    return NONE if pd.isna(share) else f"{100 * share:{sign}.2f}"
+    return percent(share, sign=sign)
 
 
 def counted(number: int, noun: str) -> str:

@@ -1,13 +1,20 @@
 """Writing the report of a sweep, and of several side by side."""
 
+import base64
 import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+import io
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import jinja2
 import numpy as np
 import pandas as pd
+from markupsafe import Markup
 from matplotlib.figure import Figure
+from PIL import Image
 
 from jaxtta.data import Batches, UnreadableImageError
 from jaxtta.data.datasets import read
@@ -17,10 +24,7 @@ from jaxtta.images import printable
 from jaxtta.io import atomic_write, write_text
 from jaxtta.report import plots, text
 from jaxtta.report.examples import Example, draw_examples
-from jaxtta.report.render import png, render
 from jaxtta.report.summary import BASELINE, Summary, summarise
-
-TRIES = 20  # number of images tried for the samples
 
 
 def write_report(
@@ -62,12 +66,7 @@ def compare(folders: Sequence[str | Path], output: str | Path = "comparison") ->
 
 
 def _write(
-    summaries: Sequence[Summary],
-    folder: Path,
-    title: str,
-    frames: Mapping[str, pd.DataFrame],
-    drawn: Mapping[str, Figure],
-    samples: Mapping[str, np.ndarray],
+    summaries: Sequence[Summary], folder: Path, title: str, frames: dict, drawn: dict, samples: Any
 ) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     table, title = text.text_table(*summaries), printable(title)
@@ -80,7 +79,6 @@ def _write(
     said = [text.answer(each) for each in summaries]
     warned = [printable(line) for each in summaries for line in text.warnings(each)]
     results = [result for each in summaries for result in each.results]
-    accuracies = text.accuracies(*summaries)
     page = render(
         "sweep.html.j2",
         title=title,
@@ -89,12 +87,9 @@ def _write(
         abouts=[result.about for result in results],
         settings=[result.settings for result in results],
         optimizers={result.adapter: optimizer_of(result) for result in results},
-        one=summaries[0],
-        accuracies=accuracies,
-        measures=text.measures(*summaries),
-        worst=text.worst_classes(summaries[0]) if len(summaries) == 1 else (),
-        notes=text.notes(*summaries),
-        looks=plots.styles(accuracies.columns),
+        summaries=summaries,
+        text=text,
+        looks=plots.styles(result.adapter for result in results),
         plots=drawn,
         samples=samples,
     )
@@ -114,18 +109,57 @@ def optimizer_of(result: Predictions) -> str:
 
 
 def samples_of(batches: Batches) -> dict[str, np.ndarray]:
-    """The same image under every corruption, at the highest severity, by the domain's name.
+    """The first image under every corruption, at the highest severity, by the domain's name.
 
-    It is (size, size, 3) uint8. The result is empty if none of the first images can be read.
+    It is (size, size, 3) uint8; it lacks where it cannot be read.
     """
-    stream = batches.streams[0]
+    stream, images = batches.streams[0], {}
     domains = [domain for each in batches.streams for domain in each.segments]
     strongest = {d.corruption: d for d in sorted(domains, key=lambda domain: domain.severity)}
-    for image in stream.items[:TRIES, 1].tolist():
-        images = {}
+    for domain in strongest.values():
+        number = int(stream.items[0, 1])
         with contextlib.suppress(UnreadableImageError):
-            for domain in strongest.values():
-                inputs = (batches.benchmark[domain], image, stream.seed, batches.preprocess)
-                images[str(domain).replace("_", " ")] = read(*inputs)[0]
-            return images
-    return {}
+            inputs = batches.benchmark[domain], number, stream.seed, batches.preprocess
+            images[str(domain).replace("_", " ")] = read(*inputs)[0]
+    return images
+
+
+def render(template: str, **context: Any) -> str:
+    """Fill in a template, such as a self-contained page; all text in it is escaped."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).with_name("templates")),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+        finalize=lambda x: printable(x) if isinstance(x, str) and not hasattr(x, "__html__") else x,
+    )
+    environment.filters |= {"percent": text.percent, "data_uri": data_uri, "flatten": flatten}
+    environment.filters["number"] = lambda value, digits=2: f"{value:,.{digits}f}"
+    environment.filters["plain"] = lambda name: name.replace("_", " ")
+    return environment.get_template(template).render(context)
+
+
+@functools.lru_cache(maxsize=8)  # a figure is drawn once for its file and the page
+def png(figure: Figure) -> bytes:
+    """Draw a figure."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=150)
+    return file.getvalue()
+
+
+def data_uri(picture: Figure | np.ndarray) -> Markup:
+    """A figure, or an image (height, width, 3) uint8, as a PNG in a data URI."""
+    file = io.BytesIO()
+    if isinstance(picture, Figure):
+        file.write(png(picture))
+    else:
+        Image.fromarray(np.asarray(picture, np.uint8)).save(file, "PNG")
+    # It needs no escaping, which takes long for so much text.
+    return Markup("data:image/png;base64," + base64.b64encode(file.getvalue()).decode())
+
+
+def flatten(mappings: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """All values of each setting as text; one within another is named "outer: inner"."""
+    columns = pd.json_normalize([*mappings], sep=": ").items()
+    return {str(name): " / ".join(x.dropna().astype("str").unique()) for name, x in columns}
