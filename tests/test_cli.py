@@ -18,6 +18,7 @@ import jaxtta
 from jaxtta import assets, data, evaluate, io, report
 from jaxtta.cli import script
 from jaxtta.cli.main import COMMANDS
+from jaxtta.report.examples import draw_examples
 
 QUICK = ("--workers", "0", "--max-images", "20", "--batch-size", "10")
 TWO = (*QUICK, "--corruptions", "fog", "clean")
@@ -234,7 +235,7 @@ def test_natural_shifts_end_to_end(run_jaxtta, short, tmp_path, monkeypatch):
             Image.open(file).resize((60 - 10 * number, 40)).save(file)
     drawn = []
     monkeypatch.setattr(
-        report.write, "draw_examples", lambda x: (drawn.extend(x), report.draw_examples(x))[1]
+        report.write, "draw_examples", lambda x: (drawn.extend(x), draw_examples(x))[1]
     )
     options = ("--max-images", "8", "--batch-size", "4", "--workers", "0", "--model", short)
     options += ("--datasets", f"cifar10={assets.IMAGES}", f"shop={tmp_path / 'shop'}")

@@ -1,9 +1,7 @@
 """Make a sweep's report again, or put sweeps side by side.
 
-    jaxtta report runs/demo                 # table, plots and report.html
-    jaxtta report runs/demo runs/continual  # one table of both
-
-It needs the stored predictions alone: the page has no sample images and examples of noise maps.
+jaxtta report runs/demo                 # table, plots and report.html
+jaxtta report runs/demo runs/continual  # one table of both
 """
 
 from pathlib import Path

@@ -19,7 +19,7 @@ from jaxtta.io import atomic_write, write_json, write_text
 from jaxtta.report.diagnosis_plots import diagnosis_plots, draw_predictions
 from jaxtta.report.summary import Summary
 from jaxtta.report.text import NONE, aligned, answer, counted, percent, points
-from jaxtta.report.write import optimizer_of, png, render
+from jaxtta.report.write import png, render
 
 UNSURE, THUMBNAIL = 12, 160  # images shown of a model, and pixels of their longer side
 LABELS = {
@@ -79,9 +79,9 @@ def write_check(
     write_json(folder / "result.json", {"models": content} | made)
     models, said = {name: check for name, (check, *_) in found.items()}, check_sentences(found)
     trials = [result for _, _, trial in found.values() if trial for result in trial.results]
-    optimizers = {result.adapter: optimizer_of(result) for result in trials}
-    shown = {"tables": tables, "plots": drawn, "strips": strips, "optimizers": optimizers}
-    _write(folder, title, models, made, said, **shown)
+    tried = {result.adapter: result.settings["adapter"] for result in trials}
+    made = made | {"settings": made["settings"] | {"adapter": tried}}
+    _write(folder, title, models, made, said, tables=tables, plots=drawn, strips=strips)
 
 
 def _write(

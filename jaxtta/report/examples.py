@@ -1,7 +1,7 @@
 """Examples of TNT: images whose prediction it fixed or broke."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -15,8 +15,6 @@ from jaxtta.evaluate.predictions import Predictions
 from jaxtta.models import CLIP, Params, Task
 from jaxtta.report.plots import COLOURS, GREY, finish, label
 from jaxtta.report.summary import BASELINE
-
-SHOWN = 5  # number of classes with bars
 
 
 class Example(NamedTuple):
@@ -35,10 +33,9 @@ class Example(NamedTuple):
 def check_examples(adapters: Sequence[AdapterSpec], config: AdapterConfig) -> None:
     """Raise a ValueError if a sweep of these adapters cannot have examples."""
     tnt = next((spec for spec in adapters if spec.name == "tnt"), None)
-    if BASELINE not in (spec.text for spec in adapters) or not tnt:
-        raise ValueError(f"--save-examples compares tnt with {BASELINE}: run both")
-    if tnt_config_of(tnt, config).online:
-        raise ValueError("--save-examples shows noise maps of single images, omit --tnt.online")
+    both = tnt is not None and BASELINE in (spec.text for spec in adapters)
+    if not both or tnt_config_of(tnt, config).online:
+        raise ValueError(f"--save-examples needs {BASELINE} and tnt of single images, not online")
 
 
 def find_examples(
@@ -51,11 +48,7 @@ def find_examples(
     task: Task,
     config: TNTConfig,
 ) -> list[Example]:
-    """Recompute the noise maps of at most `count` images whose prediction differs from zero-shot.
-
-    About half are fixed and half broken, from all streams in turn. `adapter` is TNT's name in the
-    sweep and `config` its settings, not online; `batches` are the sweep's, with a canvas.
-    """
+    """Recompute at most `count` noise maps of images that TNT, named `adapter`, fixed or broke."""
     top1 = {(r.adapter, r.stream, r.seed): r.top1 for r in results}
     rows = []
     for number, stream in enumerate(batches.streams):
@@ -78,8 +71,8 @@ def find_examples(
         original = read(batches.benchmark[domain], image, stream.seed, batches.preprocess)[1]
         # The same key as in the sweep: from the image's index in its stream.
         key = jax.random.fold_in(jax.random.key(stream.seed), index)
-        padded = pad_to_canvas(original, batches.canvas or max(original.shape))
-        views, tuned = tune(params, classes, key, *padded)
+        padding: Any = original, batches.canvas
+        views, tuned = tune(params, classes, key, *pad_to_canvas(*padding))
         before = probabilities(params, classes, views[:1])
         found = views[0], tuned.noise, before, np.exp(tuned.log_probabilities)
         about = str(domain), names, int(labels[image]), config.epsilon
@@ -97,7 +90,7 @@ def draw_examples(examples: Sequence[Example]) -> Figure:
         images.imshow(np.hstack(shown).clip(0, 1))
         images.set(xticks=[], yticks=[], ylabel=label(example.title))
         values = pd.DataFrame({"before": example.before, "after": example.after})
-        likeliest = {*values.max(axis=1).nlargest(SHOWN).index, example.label}
+        likeliest = {*values.max(axis=1).nlargest(5).index, example.label}
         names = {n: "→ " * (n == example.label) + label(example.class_names[n]) for n in likeliest}
         values.loc[[*names]].rename(names).plot.barh(ax=bars, color=[GREY, COLOURS[0]], fontsize=8)
         bars.set(xlim=(0, 1))

@@ -1,10 +1,7 @@
-"""Plots of a sweep: matplotlib figures, without pyplot and its global state.
+"""Plots of a sweep: matplotlib figures, without pyplot and its global state."""
 
-An adapter has one colour in all plots (Okabe and Ito's palette); the baseline is grey.
-"""
-
-from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -14,7 +11,7 @@ from matplotlib.figure import Figure
 from jaxtta.images import printable
 from jaxtta.report.summary import BASELINE, Summary, with_means
 
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")  # Okabe and Ito's
 GREY = "#767676"
 DASHES, MARKERS = ("-", "--", ":", "-."), "osD^"  # of adapters of the same colour
 BINS, LONGEST = 15, 32  # of confidence, characters of a name
@@ -43,8 +40,8 @@ def dots(*summaries: Summary) -> Figure:
         own = table.xs(adapter, level="adapter")
         errors = own["gain"] - own["low"], own["high"] - own["gain"]
         offset = (number - (len(shown) - 1) / 2) * 0.72 / len(shown)
-        look = looks[adapter] | {"linestyle": "none", "markersize": 5}
-        axes.errorbar(own["gain"], places + offset, xerr=errors, **look)
+        look = looks[adapter] | {"linestyle": "none", "xerr": errors}
+        axes.errorbar(own["gain"], places + offset, **look)
     for edge in places[1:] - 0.5:
         axes.axhline(edge, color="0.9", linewidth=0.8)
     axes.axvline(0, color=GREY, linewidth=1.5)
@@ -69,7 +66,7 @@ def running(summary: Summary) -> Figure:
     panels = figure.subplots(len(frames), squeeze=False, sharex=True)[:, 0]
     for axes, (name, frame) in zip(panels, frames.items(), strict=True):
         for adapter, look in styles(summary.adapters, summary.baseline).items():
-            axes.plot(frame[adapter], **look | {"marker": "", "linewidth": 1.8})
+            axes.plot(1 + frame.index, frame[adapter], **look | {"marker": "", "linewidth": 1.8})
         late = frame[len(frame) // 10 :].stack()  # the first images fluctuate strongly
         axes.set_ylim(late.min() - 1, late.max() + 1)
         finish(axes, "", name, grid="both", legend=False)
@@ -92,15 +89,11 @@ def reliability(summary: Summary) -> Figure:
         own = [r.rows.assign(right=r.top1) for r in summary.results if r.adapter == adapter]
         rows = pd.concat([rows[rows["seen"] & np.isfinite(rows["nll"])] for rows in own])
         which = np.ceil(BINS * rows["confidence"]).clip(1, BINS)
-        bins = rows.groupby(which)[["confidence", "right"]].agg(["mean", "size"])
-        sure, right, count = (
-            bins["confidence", "mean"],
-            bins["right", "mean"],
-            bins["right", "size"],
-        )
+        bins = rows.groupby(which)
+        sure, right, images = bins["confidence"].mean(), bins["right"].mean(), bins.size()
         # Bar height is accuracy; opacity is the number of images.
-        colours = [(look["color"], x) for x in 0.15 + 0.85 * np.sqrt(count / count.max())]
-        axes.bar((bins.index - 0.5) / BINS, right, 0.92 / BINS, color=colours)
+        colours = [(look["color"], x) for x in 0.15 + 0.85 * np.sqrt(images / images.max())]
+        axes.bar((right.index - 0.5) / BINS, right, 0.92 / BINS, color=colours)
         axes.plot([0, 1], [0, 1], color="black", linewidth=1, linestyle="--")
         axes.plot(sure, right, "k.", markersize=4)
         title = f"{look['label']}\nmean ECE {100 * summary.means['ece'][adapter]:.1f} %"
@@ -116,26 +109,23 @@ def severity(summary: Summary) -> Figure:
     looks = styles(summary.adapters, summary.baseline)
     tops = 100 * summary.segments.pivot_table("top1", ["corruption", "severity"], "adapter")
     tops = tops.reindex(columns=[*looks]).loc[summary.averaged]
-    panels = {"mean": tops.groupby("severity").mean()}
-    panels |= {name: tops.loc[name] for name in summary.averaged}
+    means = {"mean": tops.groupby("severity").mean()}
+    panels = means | {name: tops.loc[name] for name in summary.averaged}
     figure, grid = _grid(len(panels), 2.4, 2.3)
     for axes, (name, values) in zip(grid, panels.items(), strict=True):
         for adapter, look in looks.items():
             axes.plot(values[adapter], **look, markersize=3)
         axes.set_title(label(name), fontsize=9)
         finish(axes, "severity", "", legend=False)
-        axes.set_xticks(values.index)
+        axes.set(xticks=values.index, ylim=(tops.min(axis=None) - 2, tops.max(axis=None) + 2))
     figure.supylabel("top-1 accuracy (%)", fontsize=10)
     return _with_legend(figure)
 
 
-def _grid(count: int, width: float, height: float) -> tuple[Figure, Sequence[Axes]]:
+def _grid(count: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
     rows, columns = -(-count // 4), min(count, 4)
-    figure = Figure(figsize=(width * columns + 1, height * rows + 0.6), layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False, sharey=True).flat
-    for axes in panels[count:]:
-        axes.set_visible(False)
-    return figure, panels[:count]
+    figure = Figure((width * columns + 1, height * rows + 0.6), layout="constrained")
+    return figure, [figure.add_subplot(rows, columns, n + 1) for n in range(count)]
 
 
 def figures(summary: Summary) -> dict[str, Figure]:
@@ -143,9 +133,9 @@ def figures(summary: Summary) -> dict[str, Figure]:
     if summary.means["top1"].isna().all():
         return {}
     drawn = {"gain": dots(summary)} if summary.compared else {}
-    drawn |= {"running": running(summary), "reliability": reliability(summary)}
-    several = summary.segments.groupby("corruption")["severity"].nunique().max() > 1
-    return drawn | ({"severity": severity(summary)} if several else {})
+    if summary.segments.groupby("corruption")["severity"].nunique().max() > 1:
+        drawn["severity"] = severity(summary)
+    return drawn | {"running": running(summary), "reliability": reliability(summary)}
 
 
 def label(name: str) -> str:
@@ -156,9 +146,7 @@ def label(name: str) -> str:
     return name.replace("$", r"\$")
 
 
-def finish(
-    axes: Axes, x: str, y: str, *, grid: Literal["both", "x", "y"] = "y", legend: bool = True
-) -> None:
+def finish(axes: Axes, x: str, y: str, *, grid: Any = "y", legend: bool = True) -> None:
     """Set axis labels and grid, and a legend if there are several entries."""
     axes.set(xlabel=x, ylabel=y, axisbelow=True)
     axes.grid(axis=grid, alpha=0.3)
@@ -171,6 +159,5 @@ def _with_legend(figure: Figure) -> Figure:
     handles, labels = figure.axes[0].get_legend_handles_labels()
     # About ten characters fit on an inch.
     columns = max(1, int(10 * figure.get_figwidth()) // (8 + max(map(len, labels))))
-    place = {"loc": "outside upper left", "ncols": columns, "frameon": False}
-    figure.legend(handles, labels, **place)
+    figure.legend(handles, labels, loc="outside upper left", ncols=columns, frameon=False)
     return figure

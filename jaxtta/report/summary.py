@@ -20,13 +20,11 @@ from jaxtta.evaluate.store import differences
 from jaxtta.images import printable
 
 BASELINE = "zero_shot"
-DATASETS = "datasets"
-"""The setting of results whose domains are datasets with images of their own."""
+DATASETS = "datasets"  # the setting of results whose domains are datasets of their own
 IMAGENET_C_IMAGES = 50_000  # of each domain; AlexNet's errors are of all of them
 METRICS = ["top1", "mean_per_class_recall", "ece", "nll", "brier", "seconds_per_image"]
 CLASS = ["adapter", "dataset", "label", "class"]
-Pair = tuple[pd.DataFrame, pd.DataFrame, str]
-"""The rows of an adapter and of the baseline, and their dataset."""
+Pair = tuple[pd.DataFrame, pd.DataFrame, str]  # rows of an adapter and the baseline, dataset
 _key = operator.attrgetter("adapter", "stream", "seed")
 
 
@@ -56,11 +54,7 @@ class Summary(NamedTuple):
 
 
 def summarise(results: Sequence[Predictions], baseline: str = BASELINE) -> Summary:
-    """Compute all tables of a sweep, with gains over `baseline` if it was run.
-
-    Raises:
-        ValueError: if there are no results, or they are of several sweeps.
-    """
+    """Compute all tables of one sweep, with gains over `baseline` if it was run."""
     _require_one_sweep(results)
     clean = functools.cache(printable)  # many results have the same class names
     frames = {(*_key(r), n): r.segment(n) for r in results for n in range(len(r.domains))}
@@ -163,17 +157,17 @@ def _tables(
 
     def with_gains(means: pd.DataFrame, lines: pd.DataFrame) -> pd.DataFrame:
         groups = lines.groupby([*means.index.names])
-        gains = {key: _gain([pairs[n] for n in own]) for key, own in groups.groups.items()}
-        means = means.join(pd.DataFrame(gains, dtype=float).T.rename_axis(means.index.names))
+        own = groups.apply(lambda group: [pairs[number] for number in group.index])
+        means = means.join(pd.DataFrame([*map(_gain, own)], own.index, dtype=float))
         return means.assign(significance=1 * (means["low"] > 0) - 1 * (means["high"] < 0))
 
     values = segments.astype(dict.fromkeys([*METRICS, "peak_memory_gb"], float))
-    every = [pd.Index(values[name].unique(), name=name) for name in ("corruption", "adapter")]
-    table = values.groupby(["corruption", "adapter"])[METRICS].mean()
-    table = with_gains(table.reindex(pd.MultiIndex.from_product(every)), values)
-    memory = values.groupby("adapter")["peak_memory_gb"].max()
+    table = with_gains(
+        values.groupby(["corruption", "adapter"], sort=False)[METRICS].mean(), values
+    )
+    memory = values.groupby("adapter", sort=False)["peak_memory_gb"].max()
     values = values[values["corruption"].isin(averaged)]
-    means = table.loc[averaged, METRICS].groupby("adapter").mean().reindex(every[1])
+    means = table.loc[averaged, METRICS].groupby("adapter").mean().reindex(memory.index)
     means = with_gains(means, values).assign(peak_memory_gb=memory)
     tops = values.groupby(["adapter", "seed", "corruption"])["top1"].mean()
     means["spread"] = tops.groupby(["adapter", "seed"]).mean().groupby("adapter").std()
@@ -197,11 +191,10 @@ def _classes(counts: pd.DataFrame) -> pd.DataFrame:
 
 def _corruption_errors(segments: pd.DataFrame, results: Sequence[Predictions]) -> pd.Series:
     """Mean corruption error by adapter; missing but for all of ImageNet-C."""
-    for result in results:
-        layout = result.settings.get("streams", {}).get("layout")
-        if layout != "imagenet-c" or len(result.rows) != IMAGENET_C_IMAGES * len(result.domains):
-            return pd.Series(dtype=float)
-    tops = segments.groupby(["adapter", "corruption", "severity"])["top1"].mean().unstack()
+    layouts = {result.settings.get("streams", {}).get("layout") for result in results}
+    whole = segments["images"] + segments["unreadable"] == IMAGENET_C_IMAGES
+    lines = segments[whole & (layouts == {"imagenet-c"})]
+    tops = lines.groupby(["adapter", "corruption", "severity"])["top1"].mean().unstack()
     errors = 1 - tops.reindex(columns=range(1, 6)).mean(axis=1, skipna=False).unstack()
-    errors = errors.reindex(columns=[*metrics.ALEXNET_ERRORS]).dropna()
-    return errors.apply(lambda row: metrics.mean_corruption_error(row.to_dict()), axis=1)
+    alexnet = pd.Series(metrics.ALEXNET_ERRORS)
+    return (errors.reindex(columns=alexnet.index) / alexnet).mean(axis=1, skipna=False)

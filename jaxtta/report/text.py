@@ -10,7 +10,7 @@ from jaxtta.images import printable
 from jaxtta.report.summary import Summary, with_means
 
 NONE = "–"
-MEASURES = {
+MEASURES = {  # columns of the means beside accuracy: name, factor and format
     "corruption_error": ("mean corruption error (%)", 100, "{:.2f}"),
     "spread": ("standard deviation over seeds (points)", 100, "{:.2f}"),
     "mean_per_class_recall": ("mean per-class recall (%)", 100, "{:.2f}"),
@@ -20,7 +20,6 @@ MEASURES = {
     "seconds_per_image": ("seconds per image", 1, "{:.4f}"),
     "peak_memory_gb": ("peak memory (GB)", 1, "{:.2f}"),
 }
-"""Columns of the means beside accuracy: name, factor and format."""
 
 
 def answer(summary: Summary) -> str:
@@ -33,10 +32,8 @@ def answer(summary: Summary) -> str:
     where = f"On {summary.averaged[0].replace('_', ' ')} images"
     where = f"Averaged over {over}" if count > 1 else where
     if not summary.compared:
-        rest = "No other adapter was run" if base else "There is no baseline to compare with"
-        return f"{where}, {known.idxmax()} has an accuracy of {points(known.max())} %. {rest}."
-    best: Any = means["gain"].idxmax()
-    entry = means.loc[best]
+        return f"{where}, {known.idxmax()} is best with {points(known.max())} %. No gain is known."
+    entry = means.loc[best := means["gain"].idxmax()]
     verdict = {
         1: f"{best} is best",
         0: f"no adapter is clearly better than {base}: the highest is {best}",
@@ -72,9 +69,8 @@ def text_table(*summaries: Summary) -> str:
     texts = cells.map(lambda cell: " ".join(cell[:2]).strip() + " !" * (cell[2] == "worse"))
     rows = [*texts.itertuples(name=None), *measures(*summaries).itertuples(name=None)]
     lines = aligned([(summaries[0].noun, *texts.columns), *rows])
-    rule = "-" * max(map(len, lines))
     for place in (1, len(texts) + 1, len(texts) + 3):
-        lines.insert(place, rule)
+        lines.insert(place, "-" * max(map(len, lines)))
     lines += notes(*summaries)
     if any("] !" in line for line in lines):
         lines.append("! Significantly worse than the baseline: the gain's interval is below 0.")
@@ -118,8 +114,11 @@ def worst_classes(summary: Summary, count: int = 10) -> pd.DataFrame:
     """The classes with the lowest mean accuracy: accuracy and confusion by class and adapter."""
     classes = summary.classes.copy()
     classes["name"] = (classes["dataset"] + ": " + classes["class"]).str.removeprefix(": ")
-    confused = classes["mistaken_for"] + ": " + classes["mistaken_share"].map(points)
-    classes["text"] = classes["accuracy"].map(points) + (" (" + confused + ")").fillna("")
+    classes["text"] = [
+        points(x.accuracy)
+        + f" ({x.mistaken_for}: {points(x.mistaken_share)})" * (x.mistaken_share > 0)
+        for x in classes.itertuples()
+    ]
     worst = classes.groupby(["name", "label"])["accuracy"].mean().nsmallest(count).index
     texts = classes.pivot(index=["name", "label"], columns="adapter", values="text")
     return texts.loc[worst].droplevel("label").reindex(columns=summary.adapters).fillna(NONE)
@@ -127,14 +126,14 @@ def worst_classes(summary: Summary, count: int = 10) -> pd.DataFrame:
 
 def notes(*summaries: Summary) -> list[str]:
     """Sentences that tell what the table's means are over."""
-    said = []
+    said = {}
     for each in summaries:
-        levels = sorted({*each.segments["severity"]} - {0})
-        where = f", each over severities {', '.join(map(str, levels))}" if len(levels) > 1 else ""
-        said.append(f"The mean is over {counted(len(each.averaged), each.noun)}{where}.")
+        levels = ", ".join(map(str, sorted({*each.segments["severity"]} - {0})))
+        over = counted(len(each.averaged), each.noun)
+        said[f"The mean is over {over}{f' at severity {levels}' if levels else ''}."] = None
     if len({frozenset(each.averaged) for each in summaries}) > 1:
-        said.append(f"The means are over different {summaries[0].noun}s, do not compare them.")
-    return [*dict.fromkeys(said)]
+        said[f"The means are over different {summaries[0].noun}s, do not compare them."] = None
+    return [*said]
 
 
 def warnings(summary: Summary) -> list[str]:
@@ -146,10 +145,8 @@ def warnings(summary: Summary) -> list[str]:
     for adapter, own in lines.groupby("adapter", sort=False):
         if lacking := sorted({*lines["run"]} - {*own["run"]}):
             said.append(f"{adapter}: no results on {truncate(lacking)}, unlike other adapters.")
-        skipped = own.groupby("run")["skipped_steps"].first().loc[lambda steps: steps > 0]
-        if len(skipped):
-            steps, where = counted(skipped.sum(), "step"), truncate(skipped.index)
-            said.append(f"{adapter}: {steps} skipped, loss or update not finite, on {where}.")
+        if skipped := own.groupby("run")["skipped_steps"].first().sum():
+            said.append(f"{adapter}: {counted(skipped, 'step')} skipped, as not finite.")
         if mute := own["without_prediction"].sum():
             said.append(f"{adapter}: without a finite prediction, counted as wrong: {mute}.")
     return said

@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import functools
 import io
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,16 +35,11 @@ def write_report(
     samples: Mapping[str, np.ndarray] | None = None,
     examples: Sequence[Example] = (),
 ) -> Summary:
-    """Print the table, and write table, CSV files, plots and page of a sweep.
-
-    `samples` are an image of each domain by its name, (height, width, 3) uint8.
-    """
+    """Print the table, and write table, CSV files, plots and page of a sweep, with uint8 images."""
     summary = summarise(results)
-    drawn = plots.figures(summary)
-    if examples:
-        drawn["examples"] = draw_examples(examples)
+    drawn = {"examples": draw_examples(examples)} if examples else {}
     frames = {"summary": summary.segments, "classes": summary.classes}
-    _write([summary], Path(folder), title, frames, drawn, samples or {})
+    _write([summary], Path(folder), title, frames, drawn | plots.figures(summary), samples or {})
     return summary
 
 
@@ -61,8 +57,8 @@ def compare(folders: Sequence[str | Path], output: str | Path = "comparison") ->
     frame = pd.concat(tables, names=["folder"]).reset_index()
     pairs = zip(frame["folder"], frame["adapter"], strict=True)
     frame["adapter"] = [adapter.removeprefix(f"{name}: ") for name, adapter in pairs]
-    several, drawn = [*summaries.values()], {"gain": plots.dots(*summaries.values())}
-    _write(several, Path(output), ", ".join(names), {"summary": frame}, drawn, {})
+    drawn = {"gain": plots.dots(*summaries.values())}
+    _write([*summaries.values()], Path(output), ", ".join(names), {"summary": frame}, drawn, {})
 
 
 def _write(
@@ -85,41 +81,27 @@ def _write(
         sentences=said,
         warnings=warned,
         abouts=[result.about for result in results],
-        settings=[result.settings for result in results],
-        optimizers={result.adapter: optimizer_of(result) for result in results},
+        settings=[
+            r.settings | {"adapter": {r.adapter: r.settings.get("adapter")}} for r in results
+        ],
         summaries=summaries,
         text=text,
-        looks=plots.styles(result.adapter for result in results),
         plots=drawn,
         samples=samples,
     )
     write_text(folder / "report.html", page)
-    over = f", and gain over {BASELINE} in points" if summaries[0].compared else ""
-    print(f"top-1 accuracy in %{over}; {title}\n\n{table}\n")
+    print(f"top-1 accuracy in %, gains over {BASELINE} in points; {title}\n\n{table}\n")
     print(*said, *warned, printable(f"results: {folder / 'report.html'}"), sep="\n")
 
 
-def optimizer_of(result: Predictions) -> str:
-    """An adapter's optimiser and learning rate, for the page."""
-    adapter = result.settings.get("adapter", {})
-    if tnt := adapter.get("tnt"):
-        steps = text.counted(tnt["steps"], "step")
-        return f"{steps} on each image's noise map at {tnt['learning_rate']}"
-    return adapter.get("optimizer", "none")
-
-
 def samples_of(batches: Batches) -> dict[str, np.ndarray]:
-    """The first image under every corruption, at the highest severity, by the domain's name.
-
-    It is (size, size, 3) uint8; it lacks where it cannot be read.
-    """
+    """The first image, if it can be read, under every corruption at its highest severity."""
     stream, images = batches.streams[0], {}
     domains = [domain for each in batches.streams for domain in each.segments]
     strongest = {d.corruption: d for d in sorted(domains, key=lambda domain: domain.severity)}
     for domain in strongest.values():
-        number = int(stream.items[0, 1])
         with contextlib.suppress(UnreadableImageError):
-            inputs = batches.benchmark[domain], number, stream.seed, batches.preprocess
+            inputs = batches.benchmark[domain], stream.items[0, 1], stream.seed, batches.preprocess
             images[str(domain).replace("_", " ")] = read(*inputs)[0]
     return images
 
@@ -130,7 +112,6 @@ def render(template: str, **context: Any) -> str:
         loader=jinja2.FileSystemLoader(Path(__file__).with_name("templates")),
         autoescape=True,
         trim_blocks=True,
-        lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
         finalize=lambda x: printable(x) if isinstance(x, str) and not hasattr(x, "__html__") else x,
     )
@@ -150,16 +131,14 @@ def png(figure: Figure) -> bytes:
 
 def data_uri(picture: Figure | np.ndarray) -> Markup:
     """A figure, or an image (height, width, 3) uint8, as a PNG in a data URI."""
-    file = io.BytesIO()
-    if isinstance(picture, Figure):
-        file.write(png(picture))
-    else:
-        Image.fromarray(np.asarray(picture, np.uint8)).save(file, "PNG")
-    # It needs no escaping, which takes long for so much text.
-    return Markup("data:image/png;base64," + base64.b64encode(file.getvalue()).decode())
+    if not isinstance(picture, Figure):
+        Image.fromarray(picture).save(file := io.BytesIO(), "PNG")
+    content = png(picture) if isinstance(picture, Figure) else file.getvalue()
+    return Markup("data:image/png;base64," + base64.b64encode(content).decode())
 
 
 def flatten(mappings: Iterable[Mapping[str, Any]]) -> dict[str, str]:
     """All values of each setting as text; one within another is named "outer: inner"."""
-    columns = pd.json_normalize([*mappings], sep=": ").items()
-    return {str(name): " / ".join(x.dropna().astype("str").unique()) for name, x in columns}
+    content = json.dumps([*mappings], ensure_ascii=False).encode(errors="replace")  # any file name
+    columns = pd.json_normalize(json.loads(content), sep=": ").items()
+    return {name: " / ".join(dict.fromkeys(map(str, x.dropna()))) for name, x in columns}
