@@ -1,19 +1,17 @@
 """Tables, plots and HTML reports of results."""
 
 from jaxtta.report.examples import Example, check_examples, find_examples
-from jaxtta.report.summary import DATASETS, Summary, summarise
+from jaxtta.report.summary import DATASETS, summarise
 from jaxtta.report.text import answer, text_table
-from jaxtta.report.write import compare, render, samples_of, write_report
+from jaxtta.report.write import compare, samples_of, write_report
 
 __all__ = [
     "DATASETS",
     "Example",
-    "Summary",
     "answer",
     "check_examples",
     "compare",
     "find_examples",
-    "render",
     "samples_of",
     "summarise",
     "text_table",

@@ -70,14 +70,13 @@ def running(summary: Summary) -> Figure:
         late = frame[len(frame) // 10 :].stack()  # the first images fluctuate strongly
         axes.set_ylim(late.min() - 1, late.max() + 1)
         finish(axes, "", name, grid="both", legend=False)
-    panels[-1].set_xlabel("images seen since the start of the stream")
+    panels[-1].set_xlabel("images seen since the start of the stream, or where a corruption ends")
     first = summary.results[0]
     if first.setting != "mixed" and len(first.domains) > 1:  # mixed ones are interleaved
         ends = first.rows.groupby("segment")["seen"].sum().cumsum()
         names = [label(corruption) for corruption, _ in first.domains]
         ends = dict(zip(names, ends, strict=True))  # gradual: of all severities
         panels[-1].set_xticks([*ends.values()], [*ends], rotation=40, ha="right", fontsize=8)
-        panels[-1].set_xlabel("corruption that ends there")
     return _with_legend(figure)
 
 

@@ -29,8 +29,7 @@ def answer(summary: Summary) -> str:
     if known.empty:
         return "No images were processed."
     over = counted(count, summary.noun)
-    where = f"On {summary.averaged[0].replace('_', ' ')} images"
-    where = f"Averaged over {over}" if count > 1 else where
+    where = f"Averaged over {over}" if count > 1 else f"On {summary.averaged[0]} images"
     if not summary.compared:
         return f"{where}, {known.idxmax()} is best with {points(known.max())} %. No gain is known."
     entry = means.loc[best := means["gain"].idxmax()]

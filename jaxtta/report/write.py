@@ -2,11 +2,11 @@
 
 import base64
 import contextlib
-import dataclasses
 import functools
 import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +50,7 @@ def compare(folders: Sequence[str | Path], output: str | Path = "comparison") ->
         names = [*map(printable, folders)]
     summaries = {}
     for name, folder in zip(names, folders, strict=True):
-        results = load_predictions(folder)
-        results = [dataclasses.replace(r, adapter=f"{name}: {r.adapter}") for r in results]
+        results = [replace(r, adapter=f"{name}: {r.adapter}") for r in load_predictions(folder)]
         summaries[name] = summarise(results, f"{name}: {BASELINE}")
     tables = {name: each.table for name, each in summaries.items()}
     frame = pd.concat(tables, names=["folder"]).reset_index()
@@ -98,8 +97,8 @@ def samples_of(batches: Batches) -> dict[str, np.ndarray]:
     """The first image, if it can be read, under every corruption at its highest severity."""
     stream, images = batches.streams[0], {}
     domains = [domain for each in batches.streams for domain in each.segments]
-    strongest = {d.corruption: d for d in sorted(domains, key=lambda domain: domain.severity)}
-    for domain in strongest.values():
+    domains.sort(key=lambda domain: domain.severity)
+    for domain in {domain.corruption: domain for domain in domains}.values():
         with contextlib.suppress(UnreadableImageError):
             inputs = batches.benchmark[domain], stream.items[0, 1], stream.seed, batches.preprocess
             images[str(domain).replace("_", " ")] = read(*inputs)[0]
@@ -124,8 +123,7 @@ def render(template: str, **context: Any) -> str:
 @functools.lru_cache(maxsize=8)  # a figure is drawn once for its file and the page
 def png(figure: Figure) -> bytes:
     """Draw a figure."""
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=150)
+    figure.savefig(file := io.BytesIO(), dpi=150)
     return file.getvalue()
 
 
