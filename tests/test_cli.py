@@ -305,12 +305,12 @@ def test_natural_shifts_end_to_end(run_jaxtta, short, tmp_path, monkeypatch):
         ),
         ("--model /nowhere/model", "is neither a local folder"),
         (f"--model {GOLDEN / 'tiny-clip'}", "has no tokenizer"),
-        ("--save-examples 1", "compares tnt with zero_shot: run both"),
+        ("--save-examples 1", "needs zero_shot and tnt"),
         ("shifts --datasets shop", "--datasets has 'shop', expected NAME=FOLDER"),
         ("shifts --datasets a=x a=y", "--datasets names a twice"),
         ("shifts --datasets imagenet-a=/nowhere", "/nowhere: no such folder"),
-        ("shifts --adapters tnt --save-examples 1", "compares tnt with zero_shot: run both"),
-        ("shifts --tnt.online --save-examples 1", "omit --tnt.online"),
+        ("shifts --adapters tnt --save-examples 1", "needs zero_shot and tnt"),
+        ("shifts --tnt.online --save-examples 1", "needs zero_shot and tnt"),
     ],
 )
 def test_bad_options_are_one_sentence(run_jaxtta, tmp_path, options, message):

@@ -33,8 +33,8 @@ class Example(NamedTuple):
 def check_examples(adapters: Sequence[AdapterSpec], config: AdapterConfig) -> None:
     """Raise a ValueError if a sweep of these adapters cannot have examples."""
     tnt = next((spec for spec in adapters if spec.name == "tnt"), None)
-    both = tnt is not None and BASELINE in (spec.text for spec in adapters)
-    if not both or tnt_config_of(tnt, config).online:
+    texts = [spec.text for spec in adapters]
+    if not tnt or BASELINE not in texts or tnt_config_of(tnt, config).online:
         raise ValueError(f"--save-examples needs {BASELINE} and tnt of single images, not online")
 
 

@@ -116,7 +116,7 @@ def severity(summary: Summary) -> Figure:
             axes.plot(values[adapter], **look, markersize=3)
         axes.set_title(label(name), fontsize=9)
         finish(axes, "severity", "", legend=False)
-        axes.set(xticks=values.index, ylim=(tops.min(axis=None) - 2, tops.max(axis=None) + 2))
+        axes.set(xticks=values.index, ylim=(np.nanmin(tops) - 2, np.nanmax(tops) + 2))
     figure.supylabel("top-1 accuracy (%)", fontsize=10)
     return _with_legend(figure)
 

@@ -151,7 +151,7 @@ def _gain(pairs: Sequence[Pair | None]) -> dict[str, float | None]:
 
 
 def _tables(
-    segments: pd.DataFrame, pairs: Sequence[Pair | None], averaged: Sequence[str]
+    segments: pd.DataFrame, pairs: Sequence[Pair | None], averaged: list[str]
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The table by corruption and adapter, and the means by adapter."""
 

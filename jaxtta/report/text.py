@@ -32,7 +32,7 @@ def answer(summary: Summary) -> str:
     where = f"Averaged over {over}" if count > 1 else f"On {summary.averaged[0]} images"
     if not summary.compared:
         return f"{where}, {known.idxmax()} is best with {points(known.max())} %. No gain is known."
-    entry = means.loc[best := means["gain"].idxmax()]
+    entry = means.T[best := str(means["gain"].idxmax())]
     verdict = {
         1: f"{best} is best",
         0: f"no adapter is clearly better than {base}: the highest is {best}",
@@ -43,7 +43,7 @@ def answer(summary: Summary) -> str:
     better, worse = (signs > 0).sum(), (signs < 0).sum()
     each = [f"{x} better on {better[x]} and worse on {worse[x]}" for x in summary.compared]
     differences = f"Significant differences from {base} on {over}: {', '.join(each)}"
-    return f"{where}, {verdict} over {base}'s {points(means['top1'][base])} %. {differences}."
+    return f"{where}, {verdict} over {base}'s {points(means['top1'].get(base))} %. {differences}."
 
 
 def accuracies(*summaries: Summary) -> pd.DataFrame:
@@ -113,10 +113,10 @@ def worst_classes(summary: Summary, count: int = 10) -> pd.DataFrame:
     """The classes with the lowest mean accuracy: accuracy and confusion by class and adapter."""
     classes = summary.classes.copy()
     classes["name"] = (classes["dataset"] + ": " + classes["class"]).str.removeprefix(": ")
+    columns = ["accuracy", "mistaken_for", "mistaken_share"]
     classes["text"] = [
-        points(x.accuracy)
-        + f" ({x.mistaken_for}: {points(x.mistaken_share)})" * (x.mistaken_share > 0)
-        for x in classes.itertuples()
+        points(accuracy) + f" ({name}: {points(share)})" * (share > 0)
+        for accuracy, name, share in classes[columns].to_numpy()
     ]
     worst = classes.groupby(["name", "label"])["accuracy"].mean().nsmallest(count).index
     texts = classes.pivot(index=["name", "label"], columns="adapter", values="text")
@@ -145,7 +145,7 @@ def warnings(summary: Summary) -> list[str]:
         if lacking := sorted({*lines["run"]} - {*own["run"]}):
             said.append(f"{adapter}: no results on {truncate(lacking)}, unlike other adapters.")
         if skipped := own.groupby("run")["skipped_steps"].first().sum():
-            said.append(f"{adapter}: {counted(skipped, 'step')} skipped, as not finite.")
+            said.append(f"{adapter}: {counted(int(skipped), 'step')} skipped, as not finite.")
         if mute := own["without_prediction"].sum():
             said.append(f"{adapter}: without a finite prediction, counted as wrong: {mute}.")
     return said

@@ -139,4 +139,4 @@ def flatten(mappings: Iterable[Mapping[str, Any]]) -> dict[str, str]:
     """All values of each setting as text; one within another is named "outer: inner"."""
     content = json.dumps([*mappings], ensure_ascii=False).encode(errors="replace")  # any file name
     columns = pd.json_normalize(json.loads(content), sep=": ").items()
-    return {name: " / ".join(dict.fromkeys(map(str, x.dropna()))) for name, x in columns}
+    return {str(name): " / ".join(dict.fromkeys(map(str, x.dropna()))) for name, x in columns}
