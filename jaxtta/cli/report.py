@@ -1,7 +1,9 @@
 """Make a sweep's report again, or put sweeps side by side.
 
-jaxtta report runs/demo                 # table, plots and report.html
-jaxtta report runs/demo runs/continual  # one table of both
+    jaxtta report runs/demo                 # table, plots and report.html
+    jaxtta report runs/demo runs/continual  # one table of both
+
+It needs the stored predictions alone: the page has no sample images and examples of noise maps.
 """
 
 from pathlib import Path
@@ -23,7 +25,7 @@ class Options:
         debug: show tracebacks.
     """
 
-    folders: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    folders: Annotated[tuple[Path, ...], tyro.conf.Positional] = (Path(),)
     output: Path = Path("comparison")
     debug: bool = False
 

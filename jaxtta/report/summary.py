@@ -77,8 +77,7 @@ def summarise(results: Sequence[Predictions], baseline: str = BASELINE) -> Summa
             found["mistaken_for"] = found["prediction"].map(classes).astype("str")
             counts.append(found)
     segments, counts = pd.DataFrame(lines), pd.concat(counts)
-    names = [*segments["corruption"].unique()]
-    averaged = [name for name in names if name != CLEAN] or names
+    averaged = [name for name in segments["corruption"].unique() if name != CLEAN] or [CLEAN]
     table, means = _tables(segments, pairs, averaged)
     means["corruption_error"] = _corruption_errors(segments, results)
     return Summary(
