@@ -271,7 +271,7 @@ def test_natural_shifts_end_to_end(run_jaxtta, short, tmp_path, monkeypatch):
         ("--severities 9", "of severity 9, expected one of"),
         ("--seeds 1 1", "one or more streams of distinct names"),
         ("--batch-size 0", "batch_size is 0, expected at least 1"),
-        ("--max-images 0", "limit is 0, expected at least 1"),
+        ("--max-images 0", "limit 0 and concentration 0.1 must be above 0"),
         ("--class-names /nowhere.json", "/nowhere.json: cannot be read as class names"),
         ("--class-names cat dog", "2 class names for 10 classes"),
         ("--data /nowhere/at/all", "/nowhere/at/all: No such f"),
