@@ -4,20 +4,18 @@ import dataclasses
 import json
 import resource
 import sys
-import time
+import timeit
 from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
 
-NAME_LENGTHS = (0, 246, 508, 155, 49, 24, 9, 7, 1, 0, 0, 1)
-"""Number of ImageNet's 1,000 class names with 0, 1, 2, … tokens."""
+NAME_LENGTHS = (0, 246, 508, 155, 49, 24, 9, 7, 1, 0, 0, 1)  # ImageNet's names of 0, 1, … tokens
 START, SHARED, FULL_STOP, END = 49406, (320, 1125, 539, 320), 269, 49407
-MODELS = {  # the two towers, image size, patch size and projection
-    "ViT-B/16": (((768, 3072, 12, 12), (512, 2048, 12, 8)), 224, 16, 512),
-    "ViT-B/32": (((768, 3072, 12, 12), (512, 2048, 12, 8)), 224, 32, 512),
-    "ViT-L/14": (((1024, 4096, 24, 16), (768, 3072, 12, 12)), 224, 14, 768),
-    "tiny": (((64, 256, 2, 4), (64, 256, 2, 4)), 32, 8, 32),
+TINY = dict(hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4)
+MODELS = {  # what differs from transformers' default, ViT-B/32: vision, text, projection
+    "ViT-B/16": ({"image_size": 224, "patch_size": 16}, {}, 512),
+    "tiny": (TINY | {"image_size": 32, "patch_size": 8}, TINY, 32),
 }
 
 
@@ -25,47 +23,29 @@ MODELS = {  # the two towers, image size, patch size and projection
 class Settings:
     """Benchmark settings."""
 
-    model: Literal["ViT-B/16", "ViT-B/32", "ViT-L/14", "tiny"] = "ViT-B/16"  # size; tiny is a test
+    model: Literal["ViT-B/16", "tiny"] = "ViT-B/16"  # size; tiny is a test
     classes: int = 100  # number of classes, with one prompt per class
     batch: int = 16  # images per step (TNT: always one)
     views: int = 64  # views per image (TNT)
     views_per_chunk: int = 8  # views encoded at once (TNT in JAX); use more on an accelerator
     adapters: tuple[str, ...] = ("zero_shot", "tent", "batclip")  # also tnt, tnt:steps=N, mgtta
     frameworks: tuple[Literal["jax", "torch"], ...] = ("jax", "torch")  # libraries to measure
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of the products; parameters are float32
-    remat: bool = False  # recompute activations in the backward pass (JAX): less memory, more time
     steps: int = 3  # measured steps per row, after one warm-up step
     projectors: bool = False  # also time what GNSP adds to training
-    output: str | None = None  # JSON file for settings and rows, rewritten after each row
     debug: bool = False  # show the traceback of an error
 
 
-def tnt_steps(adapter: str) -> int:
-    """Updates of the noise map in a step of TNT; 0 for another adapter."""
-    name, _, setting = adapter.partition(":")
-    return int(setting.removeprefix("steps=") or 1) if name == "tnt" else 0
-
-
-def print_row(measure: Callable[[Settings, str, str], dict[str, Any]]) -> None:
+def print_row(measure: Callable[[Settings, str, str], tuple]) -> None:
     """Measure the row of the command line: adapter, prompts, settings as JSON; print JSON."""
-    try:
-        adapter, prompts, settings = sys.argv[1:]
-        row = measure(Settings(**json.loads(settings)), adapter, prompts)
-    except Exception as error:  # any exception, for example out of memory
-        text = str(error).strip().partition("\n")[0]
-        row = {"error": f"{type(error).__name__}: {text[:160]}"}
-    print(json.dumps(row))
+    *row, settings = sys.argv[1:]
+    library, seconds, memory, flops, peak, more = measure(Settings(**json.loads(settings)), *row)
+    found = {"library": library, "s/step": seconds, "peak GB": memory, "GFLOP": flops / 1e9}
+    print(json.dumps(found | {"% of peak": 100 * flops / seconds / peak} | more))
 
 
 def timed(step: Callable[[], Any], steps: int, wait: Callable[[Any], Any]) -> list[float]:
     """Seconds of each step after a warm-up step; `wait` waits for a result."""
-    wait(step())
-    seconds = []
-    for _ in range(steps):
-        start = time.perf_counter()
-        wait(step())
-        seconds.append(time.perf_counter() - start)
-    return seconds
+    return timeit.repeat(lambda: wait(step()), number=1, repeat=steps + 1)[1:]
 
 
 def resident_peak_gb() -> float:
@@ -78,8 +58,7 @@ def prompt_tokens(classes: int) -> np.ndarray:
     """Token ids (classes, 77) with the lengths of ImageNet's prompts, end of text as padding."""
     lengths = np.repeat(np.arange(len(NAME_LENGTHS)), NAME_LENGTHS)
     lengths = lengths[np.linspace(0, len(lengths) - 1, classes).round().astype(int)]
-    random = np.random.default_rng(0)
-    token_ids = np.full((classes, 77), END)
+    random, token_ids = np.random.default_rng(0), np.full((classes, 77), END)
     for prompt, length in zip(token_ids, random.permutation(lengths), strict=True):
         tokens = [START, *SHARED, *random.integers(1000, 40000, length), FULL_STOP]
         prompt[: len(tokens)] = tokens
@@ -88,7 +67,7 @@ def prompt_tokens(classes: int) -> np.ndarray:
 
 def random_images(count: int, model: str) -> np.ndarray:
     """Random images (count, size, size, 3) in [0, 1]."""
-    size = MODELS[model][1]
+    size = MODELS[model][0]["image_size"]
     return np.random.default_rng(1).random((count, size, size, 3), np.float32)
 
 
@@ -96,9 +75,5 @@ def clip_config(model: str) -> Any:
     """The CLIPConfig of a model size."""
     from transformers import CLIPConfig  # late, since JAX rows first hide PyTorch from it
 
-    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    towers, image_size, patch_size, projection = MODELS[model]
-    vision, text = (dict(zip(names, sizes, strict=True)) for sizes in towers)
-    vision |= {"image_size": image_size, "patch_size": patch_size}
-    text |= {"bos_token_id": START, "eos_token_id": END, "pad_token_id": END}
+    vision, text, projection = MODELS[model]
     return CLIPConfig(vision_config=vision, text_config=text, projection_dim=projection)

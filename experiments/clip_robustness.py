@@ -1,11 +1,8 @@
-r"""Robustness of CLIP beside published accuracies of supervised models.
+r"""Robustness of CLIP, beside accuracies of supervised models that timm publishes.
 
-    python experiments/clip_robustness.py --data IMAGENET/val --output runs/robustness --shifted \
+python experiments/clip_robustness.py --data IMAGENET/val --output runs/robustness --shifted \
         imagenet-v2=imagenet-v2=IMAGENET-V2 imagenet-r=imagenet=IMAGENET-R \
         imagenet-sketch=imagenet=SKETCH imagenet-a=imagenet=IMAGENET-A
-
-Effective robustness is measured from a line through accuracies that timm publishes, with timm's own
-preprocessing of each model; the CLIP model is measured by this command (docs/published.md).
 """
 
 import sys

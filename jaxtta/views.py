@@ -233,3 +233,40 @@ def random_resized_crops(
     boxes = random_boxes(box_key, size, count, scale, ratio)
     flips = jax.random.bernoulli(flip_key, shape=(count,))
     return jax.vmap(crop_and_resize, (None, 0, None, 0))(image, boxes, out, flips)
+
+
+def crop_flip_cutmix(
+    key: Array, images: Array, targets: Array, padding: int, share: float
+) -> tuple[Array, Array]:
+    """The training augmentation of small images: shifted crops, mirror images and CutMix.
+
+    Args:
+        key: PRNG key.
+        images: (batch, side, side, 3), in random order: each may get a part of the next.
+        targets: (batch, classes), mixed as the images are.
+        padding: black pixels around an image before the crop.
+        share: of the images that are mixed.
+
+    References:
+        Yun et al. 2019, https://arxiv.org/abs/1905.04899
+    """
+    crop_key, flip_key, mix_key = jax.random.split(key, 3)
+    batch, side = images.shape[:2]
+    padded = jnp.pad(images, [(0, 0), (padding, padding), (padding, padding), (0, 0)])
+    corners = jax.random.randint(crop_key, (batch, 2), 0, 2 * padding + 1)
+    images = jax.vmap(
+        lambda image, corner: jax.lax.dynamic_slice(image, (*corner, 0), images.shape[1:])
+    )(padded, corners)
+    flipped = jax.random.bernoulli(flip_key, shape=(batch, 1, 1, 1))
+    images = jnp.where(flipped, images[:, :, ::-1], images)
+
+    which_key, area_key, centre_key = jax.random.split(mix_key, 3)
+    mixed = jax.random.bernoulli(which_key, share, (batch, 1))
+    # The area is uniform, as of Beta(1, 1), until the image's border cuts the rectangle.
+    extent = mixed * side * jnp.sqrt(jax.random.uniform(area_key, (batch, 1)))
+    centre = jax.random.uniform(centre_key, (2, batch, 1), maxval=side)
+    rows, columns = jnp.abs(jnp.arange(side) + 0.5 - centre) < extent / 2
+    pasted = rows[:, :, None] & columns[:, None, :]
+    part = pasted.mean((1, 2))[:, None]
+    images = jnp.where(pasted[..., None], jnp.roll(images, 1, 0), images)
+    return images, (1 - part) * targets + part * jnp.roll(targets, 1, 0)

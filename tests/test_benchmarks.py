@@ -8,7 +8,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
-from conftest import EXPERIMENTS, errors_in
+from conftest import EXPERIMENTS
 
 BENCHMARKS = EXPERIMENTS.with_name("benchmarks")
 RUN = "../benchmarks/run.py"
@@ -22,20 +22,19 @@ def importable(monkeypatch):
 
 
 @pytest.mark.slow
-def test_each_row_is_measured_in_a_process_of_its_own(run_script, tmp_path):
+def test_each_row_is_measured_in_a_process_of_its_own(run_script):
     options = [part for name, value in TINY.items() for part in (f"--{name}", value)]
     adapters = ["zero_shot", "mgtta", "tnt:steps=3"]
-    options += ["--frameworks", "jax", "--projectors", "--output", tmp_path / "rows.json"]
+    options += ["--frameworks", "jax", "--projectors"]
     code, out, _ = run_script(RUN, *options, "--adapters", *adapters)
     assert code == 0
     assert out.count("packed") == len(adapters)
     for name in ("5 projectors on the host", "5 projectors on the device", "with projection"):
         assert name in out
-    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
-    assert [row["adapter"] for row in rows] == adapters
-    assert all(min(row["gflop"], row["peak_memory_gb"], *row["seconds"]) > 0 for row in rows)
-    assert [row["images"] for row in rows] == [16, 16, 1]
-    assert rows[1]["optimizer_mb"] > 0
+    columns, *rows = (line.split() for line in out.splitlines()[: len(adapters) + 1])
+    assert [row[0] for row in rows] == adapters
+    assert all(float(value) > 0 for row in rows for value in row[4:7])  # s/step, peak GB, GFLOP
+    assert {"GFLOP", "peak", "generator"} <= {*columns}
 
 
 @pytest.mark.slow
@@ -45,30 +44,13 @@ def test_steps_run_without_the_harness_libraries():
     script = BENCHMARKS / "jax_steps.py"
     command = [sys.executable, "-c", code, str(script), "batclip", "packed", json.dumps(TINY)]
     done = subprocess.run(command, cwd=BENCHMARKS, capture_output=True, check=True)
-    assert json.loads(done.stdout)["gflop"] == pytest.approx(0.0935, rel=0.01)
+    assert json.loads(done.stdout)["GFLOP"] == pytest.approx(0.0935, rel=0.01)
 
 
-def test_a_row_that_fails_is_an_error_in_the_table():
-    import run
-    from cases import Settings
-
-    failed = run.measured(Settings(**TINY), "unknown", "jax", "packed")
-    assert "AttributeError" in failed["error"]
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--classes", "1"], "--classes is 1, expected at least 2"),
-        (["--adapters", "tnt-3"], "'tnt-3', expected zero_shot"),
-        (["--frameworks"], "--frameworks needs one or more"),
-    ],
-)
-def test_bad_options_of_the_benchmark(run_script, options, message):
-    code, _, err = run_script(RUN, *options)
+def test_rows_that_fail_are_told(run_script):
+    code, _, err = run_script(RUN, "--model", "tiny", "--frameworks", "jax", "--adapters", "tnt-3")
     assert code == 1
-    assert message in err
-    assert errors_in(err) == 1
+    assert "no row could be measured" in err
 
 
 def test_operations_are_counted_with_all_turns_of_a_loop():

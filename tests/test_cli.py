@@ -17,6 +17,7 @@ from PIL import Image
 import jaxtta
 from jaxtta import assets, cli, data, evaluate, io, report
 from jaxtta.cli.main import COMMANDS
+from jaxtta.report.examples import draw_examples
 
 QUICK = ("--workers", "0", "--max-images", "20", "--batch-size", "10")
 TWO = (*QUICK, "--corruptions", "fog", "clean")
@@ -227,7 +228,7 @@ def test_natural_shifts_end_to_end(run_jaxtta, short, tmp_path, monkeypatch):
             Image.open(file).resize((60 - 10 * number, 40)).save(file)
     drawn = []
     monkeypatch.setattr(
-        report.write, "draw_examples", lambda x: (drawn.extend(x), report.draw_examples(x))[1]
+        report.write, "draw_examples", lambda x: (drawn.extend(x), draw_examples(x))[1]
     )
     options = ("--max-images", "8", "--batch-size", "4", "--workers", "0", "--model", short)
     options += ("--datasets", f"cifar10={assets.IMAGES}", f"shop={tmp_path / 'shop'}")
@@ -270,7 +271,7 @@ def test_natural_shifts_end_to_end(run_jaxtta, short, tmp_path, monkeypatch):
         ("--severities 9", "of severity 9, expected one of"),
         ("--seeds 1 1", "one or more streams of distinct names"),
         ("--batch-size 0", "batch_size is 0, expected at least 1"),
-        ("--max-images 0", "limit is 0, expected at least 1"),
+        ("--max-images 0", "limit 0 and concentration 0.1 must be above 0"),
         ("--class-names /nowhere.json", "/nowhere.json: cannot be read as class names"),
         ("--class-names cat dog", "2 class names for 10 classes"),
         ("--data /nowhere/at/all", "/nowhere/at/all: No such f"),
@@ -286,12 +287,12 @@ def test_natural_shifts_end_to_end(run_jaxtta, short, tmp_path, monkeypatch):
         ),
         ("--model /nowhere/model", "is neither a local folder"),
         (f"--model {GOLDEN / 'tiny-clip'}", "has no tokenizer"),
-        ("--save-examples 1", "compares tnt with zero_shot: run both"),
+        ("--save-examples 1", "needs zero_shot and tnt"),
         ("shifts --datasets shop", "--datasets has shop, expected NAME=FOLDER"),
         ("shifts --datasets a=x a=y", "--datasets has a=x a=y, expected NAME=FOLDER"),
         ("shifts --datasets imagenet-a=/nowhere", "/nowhere: No such file"),
-        ("shifts --adapters tnt --save-examples 1", "compares tnt with zero_shot: run both"),
-        ("shifts --tnt.online --save-examples 1", "omit --tnt.online"),
+        ("shifts --adapters tnt --save-examples 1", "needs zero_shot and tnt"),
+        ("shifts --tnt.online --save-examples 1", "needs zero_shot and tnt"),
     ],
 )
 def test_bad_options_are_one_sentence(run_jaxtta, tmp_path, options, message):

@@ -208,7 +208,7 @@ def test_settings_have_ranges():
         ("--reference FOLDER", "unknown layout 'FOLDER', expected one of folder"),
         ("--retention FOLDER", "unknown layout 'FOLDER', expected one of folder"),
         ("--tasks own=/nowhere", "/nowhere/train: No such file"),
-        ("--reference captions=/nowhere", "/nowhere: No such file"),
+        ("--reference captions=/nowhere", "/nowhere/captions.csv: no such file"),
         ("--reference-classes 1", "--reference-images of seed 1 are of one class"),
         ("--reference-images 2 --seeds 1 2", "--reference-images of seed 2 are of one"),
         ("--seeds -1", "expected non-negative integer"),

@@ -121,11 +121,11 @@ def test_class_names_from_files(run_jaxtta, folder, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ((), "give images before --class-names"),
-        (("--class-names", "cat", "big dog", "{folder}"), "give images before --class-names"),
+        ((), "files or folders before --class-names"),
+        (("--class-names", "cat", "big dog", "{folder}"), "files or folders before --class-names"),
         (
             ("{folder}/cat-0000.png", "--class-names", "cat", "ship", "{folder}"),
-            "give images before --class-names",
+            "files or folders before --class-names",
         ),
         (("{folder}", "--class-names", "gone.txt"), "gone.txt: cannot be read as class names"),
         (("{folder}", "--batch-size", "0"), "--batch-size is 0, expected at least 1"),

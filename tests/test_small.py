@@ -8,13 +8,14 @@ ROOT = EXPERIMENTS.parent
 PACKAGES = [ROOT / "jaxtta" / name for name in ("evaluate", "report", "cli", "data")]
 FOLDERS = [*PACKAGES, EXPERIMENTS, ROOT / "benchmarks"]
 LOOP = [ROOT / "jaxtta" / "continual" / "training.py"]  # of its packages, the loop alone
-TOTAL, LONGEST, RUN = 8000, 350, 10  # the aim of the total is 6,000: lower it with the code
+SUFFIXES = (".py", ".j2", ".css")
+TOTAL, LONGEST, RUN = 6000, 350, 10
 
 
 def lines_by_file():
-    """The lines of every Python file of these folders, by its path."""
-    files = [path for folder in FOLDERS for path in sorted(folder.rglob("*.py"))]
-    files += [path for path in LOOP if path.exists()]
+    """The lines of every Python file, template and style sheet of these folders, by its path."""
+    files = [path for folder in FOLDERS for path in sorted(folder.rglob("*"))]
+    files = [path for path in (*files, *LOOP) if path.suffix in SUFFIXES]
     return {str(path.relative_to(ROOT)): path.read_text().split("\n")[:-1] for path in files}
 
 

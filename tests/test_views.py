@@ -91,3 +91,20 @@ def test_boxes_lie_in_the_image_and_have_the_sizes_asked_for(size):
         assert 0.6 < ratio.min() < 0.85
         assert 1.2 < ratio.max() < 1.6
         assert np.mean(area) == pytest.approx(0.5, abs=0.08)
+
+
+def test_training_crops_and_mixtures_stay_images_with_their_classes():
+    """An image of one value and its class: the shares of values and targets are the same."""
+    values = jnp.arange(1, 33, dtype=jnp.uint8) * 7
+    images = jnp.broadcast_to(values[:, None, None, None], (32, 16, 16, 3))
+    targets = jax.nn.one_hot(jnp.arange(32), 32)
+    shown, mixed = views.crop_flip_cutmix(jax.random.key(0), images, targets, 0, 0.5)
+    assert (shown.shape, shown.dtype) == (images.shape, images.dtype)
+    shares = (shown[..., 0] == values[:, None, None]).mean((1, 2))
+    np.testing.assert_allclose(mixed[jnp.arange(32), jnp.arange(32)], shares, atol=1e-6)
+    np.testing.assert_allclose(mixed.sum(1), 1, atol=1e-6)
+    assert 0.2 < (shares < 1).mean() < 0.8
+    padded, same = views.crop_flip_cutmix(jax.random.key(0), images, targets, 4, 0.0)
+    np.testing.assert_array_equal(same, targets)
+    black = (padded == 0).mean((1, 2, 3))
+    assert 0 < black.mean() < 0.5

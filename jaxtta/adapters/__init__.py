@@ -10,7 +10,7 @@ from jaxtta.adapters.by_name import (
     parse_adapter,
     tnt_config_of,
 )
-from jaxtta.adapters.mgtta import MGTTAContext, mgtta, mgtta_objective
+from jaxtta.adapters.mgtta import MGTTAContext, mgtta, mgtta_objective, mgtta_training
 from jaxtta.adapters.online import online
 from jaxtta.adapters.tent import TENT_PRESETS, tent, tent_objective
 from jaxtta.adapters.tnt.adapter import TNTState, tnt, tnt_image
@@ -42,6 +42,7 @@ __all__ = [
     "make_adapter",
     "mgtta",
     "mgtta_objective",
+    "mgtta_training",
     "online",
     "optimize_noise",
     "parse_adapter",

@@ -15,6 +15,7 @@ References:
     Deng et al., AAAI 2025, https://arxiv.org/abs/2412.16901
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -27,7 +28,8 @@ from jaxtta.losses import entropy, masked_mean
 from jaxtta.models import Batch, Classifier, FeatureStatistics, Task, context_of
 from jaxtta.models.checks import require_model
 from jaxtta.models.feature_statistics import require_statistics
-from jaxtta.tree import Trainable, normalisation_parameters
+from jaxtta.optim import MGGParams, meta_gradient_generator
+from jaxtta.tree import Trainable, merge, normalisation_parameters
 
 SCALE = 64  # also the paper's batch size
 """What the reference implementation divides the weight by, whatever the batch size."""
@@ -160,3 +162,43 @@ def mgtta(
         return MGTTAContext(classes(params), statistics.mean, statistics.std)
 
     return online(mgtta_objective(model, weight), context, trainable, optimizer)
+
+
+def mgtta_training(
+    model: Classifier,
+    task: Task | None,
+    params: Any,
+    statistics: FeatureStatistics,
+    trainable: Trainable,
+    weight: float = 0.4,
+    learning_rate: float = PAPER_LEARNING_RATE,
+) -> tuple[Callable[..., Array], Callable[..., Adapter], tuple[Any, MGTTAContext]]:
+    """What `jaxtta.optim.pretrain` needs to train a generator for a model.
+
+    Args:
+        model: any classifier with layer features.
+        task: the classes; None for a model that has its own.
+        params: the model's parameters.
+        statistics: of clean images' features.
+        trainable: which parameters are adapted, a predicate on paths.
+        weight: of the discrepancy.
+        learning_rate: of the adapter that is validated.
+
+    Returns:
+        `loss_of(frozen, adapted, images)`, the objective; `adapter_of(frozen, phi)`, MGTTA with a
+        generator of these weights; and the `frozen` arrays: parameters and context.
+    """
+    objective = mgtta_objective(model, weight)
+    classes = context_of(model, task, trainable)(params)
+
+    def loss_of(frozen: Any, adapted: Any, images: Array) -> Array:
+        params, context = frozen
+        batch = Batch(images, jnp.ones(len(images), bool), jnp.arange(len(images)))
+        return objective(merge(params, adapted), context, batch)[0]
+
+    def adapter_of(frozen: Any, phi: MGGParams) -> Adapter:
+        generator = meta_gradient_generator(phi, learning_rate)
+        return online(objective, lambda _: frozen[1], trainable, generator)
+
+    context = MGTTAContext(classes, statistics.mean, statistics.std)
+    return loss_of, adapter_of, (params, context)

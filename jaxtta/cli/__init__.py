@@ -60,7 +60,10 @@ def run_script(
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         if debug:
             raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sentence = str(error)
+        if isinstance(error, OSError) and error.filename and error.strerror:
+            sentence = f"{error.filename}: {error.strerror}"
+        print(f"error: {' '.join(sentence.split())}", file=sys.stderr)
         code = 1
     if code:
         sys.exit(code)

@@ -25,16 +25,14 @@ class Options:
         debug: show tracebacks.
     """
 
-    folders: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
+    folders: Annotated[tuple[Path, ...], tyro.conf.Positional] = (Path(),)
     output: Path = Path("comparison")
     debug: bool = False
 
 
 def run(options: Options) -> None:
     """Print tables and write reports."""
-    if not options.folders:
-        raise ValueError("give one folder of results or more")
-    if len(options.folders) > 1:
+    if len(options.folders) != 1:
         return report.compare(options.folders, options.output)
-    (folder,) = map(Path, options.folders)
+    (folder,) = options.folders
     report.write_report(evaluate.load_predictions(folder), folder, folder.resolve().name)

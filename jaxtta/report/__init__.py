@@ -1,22 +1,17 @@
 """Tables, plots and HTML reports of results."""
 
-from jaxtta.report.examples import Example, check_examples, draw_examples, find_examples
-from jaxtta.report.render import render
-from jaxtta.report.summary import DATASETS, Summary, summarise
-from jaxtta.report.text import aligned, answer, text_table
+from jaxtta.report.examples import Example, check_examples, find_examples
+from jaxtta.report.summary import DATASETS, summarise
+from jaxtta.report.text import answer, text_table
 from jaxtta.report.write import compare, samples_of, write_report
 
 __all__ = [
     "DATASETS",
     "Example",
-    "Summary",
-    "aligned",
     "answer",
     "check_examples",
     "compare",
-    "draw_examples",
     "find_examples",
-    "render",
     "samples_of",
     "summarise",
     "text_table",

@@ -16,10 +16,9 @@ from jaxtta.diagnose import Answers, Diagnosis, TargetCheck, truncate
 from jaxtta.images import printable
 from jaxtta.io import atomic_write, write_json, write_text
 from jaxtta.report.plots import GREY, finish, label, styles
-from jaxtta.report.render import NONE, percent, png, render
 from jaxtta.report.summary import Summary
-from jaxtta.report.text import aligned, answer, counted, points
-from jaxtta.report.write import optimizer_of
+from jaxtta.report.text import NONE, aligned, answer, counted, percent, points
+from jaxtta.report.write import png, render
 
 Tables = dict[str, pd.DataFrame]
 Checked = tuple[TargetCheck, Answers, Summary | None]
@@ -57,13 +56,14 @@ def write_check(
         caption = f"{row['file']}: {row['class']} {percent(row['confidence'], 0)} %"
         shown.append((caption, np.asarray(small)))
     rows = json.loads(trial.segments.to_json(orient="records") or "") if trial else []
-    optimizers = {each.adapter: optimizer_of(each) for each in trial.results} if trial else {}
+    tried = {each.adapter: each.settings["adapter"] for each in trial.results} if trial else {}
+    made["settings"] |= {"adapter": tried}
     made["about"]["preprocessing"] = check.preprocessing
     content = {"models": {model: dataclasses.asdict(check) | {"trial": rows}}} | made
     title, tables = f"Check of {images.root.resolve().name}: {model}", check_tables(check, trial)
     said = sentences("target.txt.j2", name=model, check=check, trial=trial)
     drawn = {"predictions": draw_predictions(check, answers)}
-    _write(folder, title, content, said, tables, plots=drawn, unsure=shown, optimizers=optimizers)
+    _write(folder, title, content, said, tables, plots=drawn, unsure=shown)
 
 
 def _write(

@@ -1,112 +1,94 @@
-"""A summary in words: two sentences, a text table, notes and warnings."""
+"""A summary in words: two sentences, tables of texts, notes and warnings."""
 
-import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pandas as pd
 
-from jaxtta.corruptions import CLEAN
+from jaxtta.diagnose import truncate
 from jaxtta.images import printable
-from jaxtta.report.render import NONE
-from jaxtta.report.summary import Summary
+from jaxtta.report.summary import Summary, with_means
 
-NAMED = 5  # number of images or streams listed in a warning
-MEASURES = {
-    "corruption_error": ("mean corruption error (%)", 100, 2),
-    "mean_per_class_recall": ("mean per-class recall (%)", 100, 2),
-    "ece": ("expected calibration error (%)", 100, 2),
-    "nll": ("negative log-likelihood (nats)", 1, 3),
-    "brier": ("Brier score", 1, 3),
-    "seconds_per_image": ("seconds per image", 1, 4),
-    "images_per_second": ("images per second", 1, 1),
-    "peak_memory_gb": ("peak memory (GB)", 1, 2),
+NONE = "–"
+MEASURES = {  # columns of the means beside accuracy: name, factor and format
+    "corruption_error": ("mean corruption error (%)", 100, "{:.2f}"),
+    "spread": ("standard deviation over seeds (points)", 100, "{:.2f}"),
+    "mean_per_class_recall": ("mean per-class recall (%)", 100, "{:.2f}"),
+    "ece": ("expected calibration error (%)", 100, "{:.2f}"),
+    "nll": ("negative log-likelihood (nats)", 1, "{:.3f}"),
+    "brier": ("Brier score", 1, "{:.3f}"),
+    "seconds_per_image": ("seconds per image", 1, "{:.4f}"),
+    "peak_memory_gb": ("peak memory (GB)", 1, "{:.2f}"),
 }
-"""Columns of the means beside accuracy: name, factor and decimals."""
 
 
 def answer(summary: Summary) -> str:
     """Summarise in two sentences which adapter is best, and where each helps or harms."""
-    means, count = summary.means, len(summary.averaged)
-    base: Any = summary.baseline
+    means, base, count = summary.means, summary.baseline, len(summary.averaged)
     known = means["top1"].dropna()
     if known.empty:
         return "No images were processed."
-    noun = summary.noun if count == 1 else f"{summary.noun}s"
-    where = f"On {summary.averaged[0].replace('_', ' ')} images"
-    where = f"Averaged over {count} {noun}" if count > 1 else where
+    over = counted(count, summary.noun)
+    where = f"Averaged over {over}" if count > 1 else f"On {summary.averaged[0]} images"
     if not summary.compared:
-        rest = "No other adapter was run" if base else "There is no baseline to compare with"
-        return f"{where}, {known.idxmax()} has an accuracy of {points(known.max())} %. {rest}."
-    best: Any = means["gain"].idxmax()
-    share = f"{points(means['top1'][base])} %"
-    top, entry = points(means["top1"][best]), means.loc[best]
-    gain = f"{points(entry['gain'], '+')} points {interval(entry)}"
-    said = {
-        1: f"{best} is best with {top} %, {gain} over {base}'s {share}",
-        0: f"no adapter is clearly better than {base} with {share}: the highest, {best}, has "
-        f"{top} %, {gain}, which is not significant",
-        -1: f"every adapter is worse than {base} with {share}: the nearest, {best}, has {top} %, "
-        f"{gain}",
-    }[means["significance"][best]]
-    counts = []
-    for adapter in summary.compared:
-        found = summary.table["significance"].xs(adapter, level="adapter")
-        own, clean = found[[*summary.averaged]], found.get(CLEAN)
-        text = f"{adapter} better on {(own > 0).sum()} and worse on {(own < 0).sum()}"
-        if CLEAN not in summary.averaged and clean:
-            text += f" (clean images: {'better' if clean > 0 else 'worse'})"
-        counts.append(text)
-    differences = f"Significant differences from {base} on {count} {noun}: {', '.join(counts)}"
-    return f"{where}, {said}. {differences}."
+        return f"{where}, {known.idxmax()} is best with {points(known.max())} %. No gain is known."
+    entry = means.T[best := str(means["gain"].idxmax())]
+    verdict = {
+        1: f"{best} is best",
+        0: f"no adapter is clearly better than {base}: the highest is {best}",
+        -1: f"every adapter is worse than {base}: the nearest is {best}",
+    }[entry["significance"]]
+    verdict += f" with {points(entry['top1'])} %, {gained(entry)} points"
+    signs = summary.table["significance"].unstack("adapter").loc[summary.averaged]
+    better, worse = (signs > 0).sum(), (signs < 0).sum()
+    each = [f"{x} better on {better[x]} and worse on {worse[x]}" for x in summary.compared]
+    differences = f"Significant differences from {base} on {over}: {', '.join(each)}"
+    return f"{where}, {verdict} over {base}'s {points(means['top1'].get(base))} %. {differences}."
 
 
-def entries(summaries: Sequence[Summary]) -> list[tuple[str, list[Any]]]:
-    """Rows of the tables, then of the means, by all adapters; NaN where there is no result."""
-    every = dict.fromkeys(name for each in summaries for name in each.corruptions)
-    columns = [(each, adapter) for each in summaries for adapter in each.adapters]
-    tables = [each.table.xs(a, level="adapter").reindex([*every]) for each, a in columns]
-    rows: list[tuple[str, list[Any]]] = [(name, [t.loc[name] for t in tables]) for name in every]
-    means = [each.means.loc[adapter] for each, adapter in columns]
-    return [*rows, ("mean", means)]
+def accuracies(*summaries: Summary) -> pd.DataFrame:
+    """By corruption (or "mean") and adapter: accuracy, gain with interval, and "better" or so."""
+    words, table = {1: "better", -1: "worse"}, with_means(*summaries)
+    texts = [
+        (points(entry["top1"]), gained(entry), words.get(entry["significance"], ""))
+        for _, entry in table.iterrows()
+    ]
+    return pd.Series(texts, table.index).unstack(sort=False)
 
 
-def text_table(summaries: Summary | Mapping[str, Summary]) -> str:
-    """Format accuracies in per cent, gains in points; several summaries, by heading, in columns."""
-    if isinstance(summaries, Summary):
-        summaries = {"": summaries}
-    several = [*summaries.values()]
-    heads = [[name] + [""] * (len(each.adapters) - 1) for name, each in summaries.items()]
-    rows = [["", *itertools.chain(*heads)]] if len(several) > 1 else []
-    rows.append([several[0].noun, *(name for each in several for name in each.adapters)])
-    rules = [len(rows)]
-    rows += [[name, *map(_entry, found)] for name, found in entries(several)]
-    rules += [len(rows), len(rows) + 2]
-    lines = aligned(rows + [[name, *texts] for name, texts in measures(several)])
-    rule = "-" * max(map(len, lines))
-    for place in rules:
-        lines.insert(place, rule)
-    lines += notes(*several)
+def gained(entry: pd.Series) -> str:
+    """Format a gain and its interval in points; empty if there is none."""
+    gain, low, high = (points(entry[name], "+") for name in ("gain", "low", "high"))
+    return "" if pd.isna(entry["gain"]) else f"{gain} [{low}, {high}]"
+
+
+def text_table(*summaries: Summary) -> str:
+    """Format accuracies in per cent and gains in points, of summaries with other adapters."""
+    cells = accuracies(*summaries)
+    texts = cells.map(lambda cell: " ".join(cell[:2]).strip() + " !" * (cell[2] == "worse"))
+    rows = [*texts.itertuples(name=None), *measures(*summaries).itertuples(name=None)]
+    lines = aligned([(summaries[0].noun, *texts.columns), *rows])
+    for place in (1, len(texts) + 1, len(texts) + 3):
+        lines.insert(place, "-" * max(map(len, lines)))
+    lines += notes(*summaries)
     if any("] !" in line for line in lines):
         lines.append("! Significantly worse than the baseline: the gain's interval is below 0.")
     return "\n".join(lines)
 
 
-def _entry(entry: pd.Series) -> str:
-    text = points(entry["top1"])
-    if not pd.isna(entry["gain"]):
-        text += f" {points(entry['gain'], '+')} {interval(entry)}"
-    return f"{text} !" if entry["significance"] < 0 else text
-
-
-def interval(entry: pd.Series) -> str:
-    """Format a gain's interval in points."""
-    return f"[{points(entry['low'], '+')}, {points(entry['high'], '+')}]"
+def percent(share: Any, digits: int = 2, sign: str = "") -> str:
+    """Format a share in per cent; a dash if it is missing."""
+    return NONE if share is None or pd.isna(share) else f"{100 * share:{sign}.{digits}f}"
 
 
 def points(share: Any, sign: str = "") -> str:
     """Format a share in per cent, or a difference in points."""
-    return NONE if pd.isna(share) else f"{100 * share:{sign}.2f}"
+    return percent(share, sign=sign)
+
+
+def counted(number: int, noun: str) -> str:
+    """A number and its noun."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def aligned(rows: Iterable[Sequence[str]]) -> list[str]:
@@ -116,79 +98,54 @@ def aligned(rows: Iterable[Sequence[str]]) -> list[str]:
     return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
 
 
-def measures(summaries: Iterable[Summary]) -> list[tuple[str, list[str]]]:
-    """Name and texts by adapter of recall, calibration, speed and memory, where known."""
-    means = pd.concat([each.means for each in summaries])
-    return [
-        (name, [NONE if pd.isna(x) else f"{factor * x:.{digits}f}" for x in means[column]])
-        for column, (name, factor, digits) in MEASURES.items()
-        if means[column].notna().any()
+def measures(*summaries: Summary) -> pd.DataFrame:
+    """Texts of recall, calibration, speed and memory, where known, by name and adapter."""
+    means = pd.concat([each.means for each in summaries]).dropna(axis=1, how="all")
+    rows = {
+        name: (factor * means[column]).map(form.format).replace("nan", NONE)
+        for column, (name, factor, form) in MEASURES.items()
+        if column in means
+    }
+    return pd.DataFrame(rows, means.index).T
+
+
+def worst_classes(summary: Summary, count: int = 10) -> pd.DataFrame:
+    """The classes with the lowest mean accuracy: accuracy and confusion by class and adapter."""
+    classes = summary.classes.copy()
+    classes["name"] = (classes["dataset"] + ": " + classes["class"]).str.removeprefix(": ")
+    columns = ["accuracy", "mistaken_for", "mistaken_share"]
+    classes["text"] = [
+        points(accuracy) + f" ({name}: {points(share)})" * (share > 0)
+        for accuracy, name, share in classes[columns].to_numpy()
     ]
-
-
-def worst_classes(summary: Summary, count: int = 10) -> list[tuple[str, list[str]]]:
-    """The classes with the lowest mean accuracy: name, and accuracy and confusion by adapter."""
-    classes = summary.classes.groupby(["dataset", "class", "label"])
-    rows = []
-    for key in classes["accuracy"].mean().nsmallest(count).index:
-        own = classes.get_group(key).set_index("adapter").reindex(summary.adapters)
-        texts = []
-        for _, entry in own.iterrows():
-            known = not pd.isna(entry["mistaken_share"])
-            confused = f" ({entry['mistaken_for']}: {points(entry['mistaken_share'])})"
-            texts.append(points(entry["accuracy"]) + (confused if known else ""))
-        rows.append((f"{key[0]}: {key[1]}" if key[0] else key[1], texts))
-    return rows
+    worst = classes.groupby(["name", "label"])["accuracy"].mean().nsmallest(count).index
+    texts = classes.pivot(index=["name", "label"], columns="adapter", values="text")
+    return texts.loc[worst].droplevel("label").reindex(columns=summary.adapters).fillna(NONE)
 
 
 def notes(*summaries: Summary) -> list[str]:
     """Sentences that tell what the table's means are over."""
-    said = []
+    said = {}
     for each in summaries:
-        if len(each.severities) > 1:
-            said.append(f"Each {each.noun} is the mean over severities {some(each.severities)}.")
-        if len(each.averaged) < len(each.corruptions):
-            said.append("The mean excludes clean images.")
-        if (seeds := each.segments["seed"].nunique()) > 1:
-            texts = ", ".join(f"{name} {points(x)}" for name, x in each.means["spread"].items())
-            said.append(f"Mean over {seeds} seeds; standard deviation over seeds: {texts}.")
+        levels = ", ".join(map(str, sorted({*each.segments["severity"]} - {0})))
+        over = counted(len(each.averaged), each.noun)
+        said[f"The mean is over {over}{f' at severity {levels}' if levels else ''}."] = None
     if len({frozenset(each.averaged) for each in summaries}) > 1:
-        said.append(f"The means are over different {summaries[0].noun}s, do not compare them.")
-    return [*dict.fromkeys(said)]
+        said[f"The means are over different {summaries[0].noun}s, do not compare them."] = None
+    return [*said]
 
 
 def warnings(summary: Summary) -> list[str]:
     """Sentences about what is missing, skipped or not finite."""
-    said, every = [], {(result.stream, result.seed) for result in summary.results}
-    for adapter in summary.adapters:
-        own = {(r.stream, r.seed) for r in summary.results if r.adapter == adapter}
-        if lacking := [f"{stream} (seed {seed})" for stream, seed in sorted(every - own)]:
-            said.append(
-                f"{adapter}: no results on {some(lacking)}, which other adapters have; its means "
-                "are over fewer streams."
-            )
+    said, lines = [], summary.segments
+    lines = lines.assign(run=lines["stream"] + " (seed " + lines["seed"].astype("str") + ")")
     if lost := sorted({name for result in summary.results for name in result.unreadable}):
-        said.append(f"{counted(len(lost), 'image')} could not be read: {some(lost)}.")
-    for adapter, own in summary.segments.groupby("adapter", sort=False):
-        hit = own[own["skipped_steps"] > 0].drop_duplicates(["stream", "seed"])
-        if len(hit):
-            steps = counted(int(hit["skipped_steps"].sum()), "step")
-            where = [f"{line.stream} (seed {line.seed})" for line in hit.itertuples()]
-            said.append(
-                f"{adapter}: {steps} skipped because the loss or the update was not finite, on "
-                f"{some(where)}."
-            )
+        said.append(f"{counted(len(lost), 'image')} could not be read: {truncate(lost)}.")
+    for adapter, own in lines.groupby("adapter", sort=False):
+        if lacking := sorted({*lines["run"]} - {*own["run"]}):
+            said.append(f"{adapter}: no results on {truncate(lacking)}, unlike other adapters.")
+        if skipped := own.groupby("run")["skipped_steps"].first().sum():
+            said.append(f"{adapter}: {counted(int(skipped), 'step')} skipped, as not finite.")
         if mute := own["without_prediction"].sum():
             said.append(f"{adapter}: without a finite prediction, counted as wrong: {mute}.")
     return said
-
-
-def counted(number: int, noun: str) -> str:
-    """A number and its noun."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
-def some(items: Sequence[object], shown: int = NAMED) -> str:
-    """List the first items, and how many more there are."""
-    more = f" and {len(items) - shown} more" if len(items) > shown else ""
-    return ", ".join(map(str, items[:shown])) + more

@@ -1,13 +1,23 @@
 """Writing the report of a sweep, and of several side by side."""
 
-from collections.abc import Mapping, Sequence
+import base64
+import contextlib
+import functools
+import io
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import jinja2
 import numpy as np
 import pandas as pd
+from markupsafe import Markup
 from matplotlib.figure import Figure
+from PIL import Image
 
-from jaxtta.data import Batches, Domain, UnreadableImageError
+from jaxtta.data import Batches, UnreadableImageError
 from jaxtta.data.datasets import read
 from jaxtta.evaluate.predictions import Predictions
 from jaxtta.evaluate.store import load_predictions
@@ -15,10 +25,7 @@ from jaxtta.images import printable
 from jaxtta.io import atomic_write, write_text
 from jaxtta.report import plots, text
 from jaxtta.report.examples import Example, draw_examples
-from jaxtta.report.render import png, render
 from jaxtta.report.summary import BASELINE, Summary, summarise
-
-TRIES = 20  # number of images tried for the samples
 
 
 def write_report(
@@ -28,109 +35,108 @@ def write_report(
     samples: Mapping[str, np.ndarray] | None = None,
     examples: Sequence[Example] = (),
 ) -> Summary:
-    """Print the table, and write table, CSV files, plots and page of a sweep.
-
-    `samples` are an image of each domain by its name, (height, width, 3) uint8.
-    """
+    """Print the table, and write table, CSV files, plots and page of a sweep, with uint8 images."""
     summary = summarise(results)
-    drawn = plots.figures(summary)
-    if examples:
-        drawn["examples"] = draw_examples(examples)
+    drawn = {"examples": draw_examples(examples)} if examples else {}
     frames = {"summary": summary.segments, "classes": summary.classes}
-    _write({"": summary}, Path(folder), title, frames, drawn, samples or {})
+    _write([summary], Path(folder), title, frames, drawn | plots.figures(summary), samples or {})
     return summary
 
 
 def compare(folders: Sequence[str | Path], output: str | Path = "comparison") -> None:
-    """Put sweeps side by side, each with gains over its own zero-shot.
-
-    Raises:
-        ValueError: if a folder is given twice.
-    """
+    """Put sweeps side by side, each with gains over its own zero-shot."""
     names = [printable(Path(folder).resolve().name) for folder in folders]
-    if len(set(names)) < len(names):
-        names = [printable(folder) for folder in folders]
-    if len(set(names)) < len(names):
-        raise ValueError(f"{max(names, key=names.count)}: is given twice")
-    summaries = {n: summarise(load_predictions(f)) for n, f in zip(names, folders, strict=True)}
-    table = pd.concat({name: each.table for name, each in summaries.items()}, names=["folder"])
-    drawn = {"gain": plots.dots(summaries)}
-    _write(summaries, Path(output), ", ".join(names), {"summary": table.reset_index()}, drawn, {})
+    if len({*names}) < len(names):
+        names = [*map(printable, folders)]
+    summaries = {}
+    for name, folder in zip(names, folders, strict=True):
+        results = [replace(r, adapter=f"{name}: {r.adapter}") for r in load_predictions(folder)]
+        summaries[name] = summarise(results, f"{name}: {BASELINE}")
+    tables = {name: each.table for name, each in summaries.items()}
+    frame = pd.concat(tables, names=["folder"]).reset_index()
+    pairs = zip(frame["folder"], frame["adapter"], strict=True)
+    frame["adapter"] = [adapter.removeprefix(f"{name}: ") for name, adapter in pairs]
+    drawn = {"gain": plots.dots(*summaries.values())}
+    _write([*summaries.values()], Path(output), ", ".join(names), {"summary": frame}, drawn, {})
 
 
 def _write(
-    summaries: Mapping[str, Summary],
-    folder: Path,
-    title: str,
-    frames: Mapping[str, pd.DataFrame],
-    drawn: Mapping[str, Figure],
-    samples: Mapping[str, np.ndarray],
+    summaries: Sequence[Summary], folder: Path, title: str, frames: dict, drawn: dict, samples: Any
 ) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    table, title = text.text_table(summaries), printable(title)
+    table, title = text.text_table(*summaries), printable(title)
     write_text(folder / "table.txt", table + "\n")
     for name, frame in frames.items():
         write_text(folder / f"{name}.csv", frame.to_csv(index=False))
     for name, figure in drawn.items():
         with atomic_write(folder / f"{name}.png") as temporary:
             temporary.write_bytes(png(figure))
-    several = [(f"{name}: " if name else "", each) for name, each in summaries.items()]
-    said = [name + text.answer(each) for name, each in several]
-    warned = [printable(name + line) for name, each in several for line in text.warnings(each)]
-    results = [result for _, each in several for result in each.results]
-    adapters = [name for _, each in several for name in each.adapters]
+    said = [text.answer(each) for each in summaries]
+    warned = [printable(line) for each in summaries for line in text.warnings(each)]
+    results = [result for each in summaries for result in each.results]
     page = render(
         "sweep.html.j2",
         title=title,
         sentences=said,
         warnings=warned,
         abouts=[result.about for result in results],
-        settings=[result.settings for result in results],
-        optimizers={n + r.adapter: optimizer_of(r) for n, each in several for r in each.results},
+        settings=[
+            r.settings | {"adapter": {r.adapter: r.settings.get("adapter")}} for r in results
+        ],
         summaries=summaries,
-        groups={n: len(each.adapters) for n, each in summaries.items() if n},
-        adapters=adapters,
-        rows=text.entries([*summaries.values()]),
-        measures=text.measures(summaries.values()),
-        worst=[] if len(several) > 1 else text.worst_classes(several[0][1]),
-        notes=text.notes(*summaries.values()),
-        colours={name: look["color"] for name, look in plots.styles(adapters).items()},
+        text=text,
         plots=drawn,
-        samples=[(name.replace("_", " "), image) for name, image in samples.items()],
+        samples=samples,
     )
     write_text(folder / "report.html", page)
-    over = f", and gain over {BASELINE} in points" if several[0][1].compared else ""
-    print(f"top-1 accuracy in %{over}; {title}\n\n{table}\n")
+    print(f"top-1 accuracy in %, gains over {BASELINE} in points; {title}\n\n{table}\n")
     print(*said, *warned, printable(f"results: {folder / 'report.html'}"), sep="\n")
 
 
-def optimizer_of(result: Predictions) -> str:
-    """An adapter's optimiser and learning rate, for the page."""
-    adapter = result.settings.get("adapter", {})
-    if tnt := adapter.get("tnt"):
-        steps = text.counted(tnt["steps"], "step")
-        return f"{steps} on each image's noise map at {tnt['learning_rate']}"
-    return adapter.get("optimizer", "none")
-
-
 def samples_of(batches: Batches) -> dict[str, np.ndarray]:
-    """The same image under every corruption, at the highest severity, by the domain's name.
+    """The first image, if it can be read, under every corruption at its highest severity."""
+    stream, images = batches.streams[0], {}
+    domains = [domain for each in batches.streams for domain in each.segments]
+    domains.sort(key=lambda domain: domain.severity)
+    for domain in {domain.corruption: domain for domain in domains}.values():
+        with contextlib.suppress(UnreadableImageError):
+            inputs = batches.benchmark[domain], stream.items[0, 1], stream.seed, batches.preprocess
+            images[str(domain).replace("_", " ")] = read(*inputs)[0]
+    return images
 
-    It is (size, size, 3) uint8. The result is empty if none of the first images can be read.
-    """
-    stream = batches.streams[0]
-    strongest: dict[str, Domain] = {}
-    for domain in (domain for each in batches.streams for domain in each.segments):
-        known = strongest.setdefault(domain.corruption, domain)
-        strongest[domain.corruption] = max(known, domain)
-    for image in stream.items[:TRIES, 1].tolist():
-        try:
-            return {
-                str(domain): read(
-                    batches.benchmark[domain], image, stream.seed, batches.preprocess
-                )[0]
-                for domain in strongest.values()
-            }
-        except UnreadableImageError:
-            continue
-    return {}
+
+def render(template: str, **context: Any) -> str:
+    """Fill in a template, such as a self-contained page; all text in it is escaped."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).with_name("templates")),
+        autoescape=True,
+        trim_blocks=True,
+        undefined=jinja2.StrictUndefined,
+        finalize=lambda x: printable(x) if isinstance(x, str) and not hasattr(x, "__html__") else x,
+    )
+    environment.filters |= {"percent": text.percent, "data_uri": data_uri, "flatten": flatten}
+    environment.filters["number"] = lambda value, digits=2: f"{value:,.{digits}f}"
+    environment.filters["plain"] = lambda name: name.replace("_", " ")
+    return environment.get_template(template).render(context)
+
+
+@functools.lru_cache(maxsize=8)  # a figure is drawn once for its file and the page
+def png(figure: Figure) -> bytes:
+    """Draw a figure."""
+    figure.savefig(file := io.BytesIO(), dpi=150)
+    return file.getvalue()
+
+
+def data_uri(picture: Figure | np.ndarray) -> Markup:
+    """A figure, or an image (height, width, 3) uint8, as a PNG in a data URI."""
+    if not isinstance(picture, Figure):
+        Image.fromarray(picture).save(file := io.BytesIO(), "PNG")
+    content = png(picture) if isinstance(picture, Figure) else file.getvalue()
+    return Markup("data:image/png;base64," + base64.b64encode(content).decode())
+
+
+def flatten(mappings: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """All values of each setting as text; one within another is named "outer: inner"."""
+    content = json.dumps([*mappings], ensure_ascii=False).encode(errors="replace")  # any file name
+    columns = pd.json_normalize(json.loads(content), sep=": ").items()
+    return {str(name): " / ".join(dict.fromkeys(map(str, x.dropna()))) for name, x in columns}
