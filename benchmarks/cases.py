@@ -32,7 +32,6 @@ class Settings:
     frameworks: tuple[Literal["jax", "torch"], ...] = ("jax", "torch")  # libraries to measure
     steps: int = 3  # measured steps per row, after one warm-up step
     projectors: bool = False  # also time what GNSP adds to training
-    debug: bool = False  # show the traceback of an error
 
 
 def print_row(measure: Callable[[Settings, str, str], tuple]) -> None:

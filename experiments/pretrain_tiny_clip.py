@@ -49,7 +49,6 @@ class Config:
     learning_rate: float = 5e-4  # peak rate of AdamW, with warm-up and cosine decay to 0
     seed: int = 0  # the same seed gives the same model
     layers: tuple[int, int] = (6, 3)  # blocks of the image tower and of the text tower
-    debug: bool = False  # show the traceback of an error
 
 
 def run(config: Config) -> None:

@@ -36,7 +36,6 @@ class Options:
     learning_rate: float = 1e-3  # of AdamW; 5e-4 is the paper's for ImageNet-C
     seeds: tuple[int, ...] = (1,)  # of the order, the corruptions and the protected images
     workers: int = 1  # processes that decode and corrupt images; 0 for none
-    debug: bool = False  # show tracebacks
 
 
 def main(options: Options) -> None:

@@ -1,8 +1,10 @@
 """The `jaxtta` command, run as a user runs it: on real images, and on what users get wrong."""
 
 import csv
+import dataclasses
 import json
 import logging
+import os
 import re
 import subprocess
 import sys
@@ -308,6 +310,55 @@ def test_bad_options_are_one_sentence(run_jaxtta, tmp_path, options, message):
 def test_debug_shows_the_traceback(run_jaxtta, tmp_path):
     with pytest.raises(ValueError, match="of severity 9, expected one of"):
         run_jaxtta("sweep", "--output", tmp_path, "--severities", "9", "--debug")
+
+
+@dataclasses.dataclass
+class NoOptions:
+    """A script without options of its own."""
+
+
+@pytest.mark.parametrize(
+    ("allocate", "asked"),
+    [
+        (
+            lambda: jnp.zeros((10**6, 10**7)).block_until_ready(),
+            "Out of memory allocating 4e+04 GB",
+        ),
+        (lambda: np.zeros((10**9, 10**9)), "Unable to allocate"),
+    ],
+)
+def test_memory_that_is_not_there_is_said_in_one_sentence(capsys, allocate, asked):
+    with pytest.raises(SystemExit, match="1"):
+        cli.run_script(NoOptions, lambda _: allocate(), __doc__, [])
+    err = capsys.readouterr().err
+    assert errors_in(err) == 1
+    assert asked in err
+    assert "--batch-size" in err
+    with pytest.raises((RuntimeError, MemoryError)):
+        cli.run_script(NoOptions, lambda _: allocate(), __doc__, ["--debug"])
+
+
+def test_compiled_programs_are_kept_for_the_next_run(tmp_path):
+    script = (
+        "import dataclasses, jax, jax.numpy as jnp\n"
+        "from jaxtta import cli\n"
+        "@dataclasses.dataclass\n"
+        "class Options:\n    pass\n"
+        "def main(options):\n"
+        "    x = jnp.ones((8, 8))\n"
+        "    jax.jit(lambda x: [x := jnp.linalg.svd(x)[0] @ x for _ in range(20)])(x)\n"
+        "cli.run_script(Options, main, None)\n"
+    )
+    given = ("JAX_COMPILATION", "JAX_PERSISTENT")  # the tests have a cache of their own
+    env = {name: x for name, x in os.environ.items() if not name.startswith(given)}
+    for options, kept in (["--no-cache"], False), ([], True):
+        command = [sys.executable, "-c", script, *options]
+        subprocess.run(command, env=env | {"XDG_CACHE_HOME": str(tmp_path)}, check=True)
+        assert any((tmp_path / "jaxtta").glob("*-cache")) == kept
+    elsewhere = env | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "own")}
+    elsewhere |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    subprocess.run([sys.executable, "-c", script], env=elsewhere, check=True)
+    assert [*(tmp_path / "own").glob("*-cache")]
 
 
 @pytest.mark.parametrize(

@@ -708,7 +708,7 @@ def test_an_interrupt_that_a_callback_drops_comes_again(monkeypatch, capsys):
 
     @dataclasses.dataclass
     class Options:
-        debug: bool = False
+        pass
 
     class Referent:
         pass

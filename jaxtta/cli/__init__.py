@@ -1,19 +1,31 @@
 """The `jaxtta` command, and `run_script`: options, one-line errors and exit codes of a script."""
 
 import contextlib
+import dataclasses
 import io
 import logging
 import os
+import re
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 Options = TypeVar("Options")
 
 _INSIST = 5.0  # seconds; longer than a stopped script needs to write its files
+
+
+@dataclasses.dataclass(frozen=True)
+class ProcessOptions:
+    """Errors and compilation."""
+
+    debug: bool = False  # show tracebacks
+    # compile anew; otherwise programs are kept in JAX_COMPILATION_CACHE_DIR or the user's cache
+    no_cache: bool = False
 
 
 def run_script(
@@ -23,14 +35,14 @@ def run_script(
     arguments: Sequence[str] | None = None,
     prog: str | None = None,
 ) -> None:
-    """Parse the command line, run, and exit with a code.
+    """Parse the command line, with `ProcessOptions` beside the script's own; run; exit with a code.
 
     The codes are 0, 1 for an error in one line (with `--debug` its traceback), 2 for options that
     cannot be parsed, 130 for Ctrl-C and 141 if nobody reads the output any more (`| head`), or what
     `main` returns.
 
     Args:
-        options: a documented dataclass with a field `debug`, or `run` of `RunOptions`.
+        options: a documented dataclass.
         main: does the work; returns None or the exit code.
         doc: the script's docstring, shown above the options.
         arguments: the command line; None for that of this process.
@@ -41,10 +53,15 @@ def run_script(
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # it may be closed or replaced
             stream.reconfigure(errors="backslashreplace")
-    debug, once = False, (tyro.conf.FlagCreatePairsOff,)
+    flat, debug = tyro.conf.arg(name=""), False
+    both: Any = {"own": Annotated[options, flat], "process": Annotated[ProcessOptions, flat]}
+    both = dataclasses.make_dataclass("Arguments", both.items())
+    once = (tyro.conf.FlagCreatePairsOff,)
     try:
-        parsed: Any = tyro.cli(options, prog=prog, description=doc, args=arguments, config=once)
-        debug = getattr(parsed, "run", parsed).debug
+        given: Any = tyro.cli(both, prog=prog, description=doc, args=arguments, config=once)
+        parsed, process = given.own, given.process
+        debug = process.debug
+        _keep_programs(not process.no_cache)
         with _notes_and_interrupts():
             code = main(parsed)
         sys.stdout.flush()  # here, so that an error is handled
@@ -57,16 +74,39 @@ def run_script(
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes at its end
         code = 141  # as the shell says for programs that this ends
-    except (ValueError, OSError, ImportError, FloatingPointError) as error:
-        if debug:
-            raise
+    except (ValueError, OSError, ImportError, ArithmeticError, MemoryError, RuntimeError) as error:
         sentence = str(error)
+        exhausted = "RESOURCE_EXHAUSTED" in sentence or isinstance(error, MemoryError)
+        if debug or (isinstance(error, RuntimeError) and not exhausted):
+            raise
+        if exhausted:
+            sentence = _memory(sentence)
         if isinstance(error, OSError) and error.filename and error.strerror:
             sentence = f"{error.filename}: {error.strerror}"
         print(f"error: {' '.join(sentence.split())}", file=sys.stderr)
         code = 1
     if code:
         sys.exit(code)
+
+
+def _memory(message: str) -> str:
+    """What was asked of the device's or this machine's memory, and what lowers it."""
+    asked = message.removeprefix("RESOURCE_EXHAUSTED: ").partition("\n")[0].rstrip(".")
+    asked = re.sub(r"(\d{6,}) bytes", lambda found: f"{int(found[1]) / 1e9:.3g} GB", asked)
+    lower = "use a smaller --batch-size (TNT: --tnt.views-per-chunk or --canvas), --remat"
+    return f"{asked}: {lower} or --compute-dtype bfloat16; finished results are kept"
+
+
+def _keep_programs(keep: bool) -> None:
+    """Keep compiled programs for later runs, where JAX_COMPILATION_CACHE_DIR says or by default."""
+    import jax
+
+    jax.config.update("jax_enable_compilation_cache", keep)
+    if jax.config.jax_compilation_cache_dir is None:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(cache / "jaxtta"))
+        jax.config.update("jax_compilation_cache_max_size", 2**31)  # bytes; the oldest go
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 @contextlib.contextmanager

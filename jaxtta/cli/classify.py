@@ -53,7 +53,6 @@ class Options:
     min_adapt: int = 4  # least number of images in a batch that is adapted to; TNT needs no batch
     learn_noise: Path | None = None  # learn one noise map over all images; save it here (tnt only)
     noise: Path | None = None  # saved map to apply (tnt only), or to begin with if it is learnt
-    debug: bool = False  # show tracebacks
     model: ModelOptions = ModelOptions()
 
 

@@ -72,7 +72,6 @@ class Options:
     seeds: tuple[int, ...] = (1,)  # of the order, the crops and the reference; each is a run
     training: Annotated[TrainingConfig, tyro.conf.arg(name="")] = TrainingConfig()
     trust_data: bool = False  # take earlier results without checking that the images are unchanged
-    debug: bool = False  # show tracebacks
 
 
 def run(options: Options) -> None:

@@ -35,7 +35,6 @@ class Options:
     config: Path | None = None
     tokenizer: Path | None = None  # folder with its files (default: beside the file)
     activation: Activation | None = None  # quick_gelu for OpenAI's weights, mostly gelu for others
-    debug: bool = False  # show tracebacks
 
 
 def run(options: Options) -> None:

@@ -86,7 +86,6 @@ class Options:
         batch_size: images encoded at a time.
         seed: of images, corruptions, permutations and the order in which adapters see images.
         workers: processes that read images; 0 to read in the main process.
-        debug: show tracebacks.
     """
 
     output: Path
@@ -95,7 +94,6 @@ class Options:
     batch_size: int = 100
     seed: int = 1
     workers: int = 1
-    debug: bool = False
     data: groups.DataOptions = groups.DataOptions()
     target: TargetOptions = TargetOptions()
     shifts: ShiftOptions = ShiftOptions()

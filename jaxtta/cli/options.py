@@ -41,10 +41,11 @@ class ModelOptions:
     # prompts with {} for the class, averaged; "imagenet": CLIP's 80, "usual": those of the layout
     templates: tuple[str, ...] = ("usual",)
     compute_dtype: Literal["float32", "bfloat16"] = "float32"  # dtype of the matrix products
+    remat: bool = False  # recompute activations in the backward pass: less memory, more time
 
     def load(self) -> tuple[Any, Params]:
         """The model and its parameters."""
-        return load(self.model, compute_dtype=jnp.dtype(self.compute_dtype))
+        return load(self.model, compute_dtype=jnp.dtype(self.compute_dtype), remat=self.remat)
 
     def templates_for(self, layout: str) -> tuple[str, ...]:
         """The templates in full."""
@@ -132,7 +133,6 @@ class RunOptions:
     trust_data: bool = False  # take earlier results without checking that the images are unchanged
     log: tuple[Literal["tensorboard", "wandb"], ...] = ()  # log every result there too
     dry_run: bool = False  # print streams, images, estimated time and memory, without tuning; stop
-    debug: bool = False  # show tracebacks
 
     @property
     def part(self) -> tuple[int, int]:

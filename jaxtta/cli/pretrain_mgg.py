@@ -53,7 +53,6 @@ class Options:
     seed: int = 0  # of images, order and initial weights
     workers: int = 1  # processes that read images; 0 to read in the main process
     trust_data: bool = False  # take earlier results without checking that images are unchanged
-    debug: bool = False  # show tracebacks
 
 
 IDENTITY = (

@@ -22,12 +22,10 @@ class Options:
     Attributes:
         folders: folders of jaxtta sweep or shifts.
         output: folder for the comparison of several.
-        debug: show tracebacks.
     """
 
     folders: Annotated[tuple[Path, ...], tyro.conf.Positional] = (Path(),)
     output: Path = Path("comparison")
-    debug: bool = False
 
 
 def run(options: Options) -> None:
