@@ -28,9 +28,15 @@ class Settings:
     batch: int = 16  # images per step (TNT: always one)
     views: int = 64  # views per image (TNT)
     views_per_chunk: int = 8  # views encoded at once (TNT in JAX); use more on an accelerator
-    adapters: tuple[str, ...] = ("zero_shot", "tent", "batclip")  # also tnt, tnt:steps=N, mgtta
+    # also tnt, tnt:steps=N, mgtta, and the parts of BATCLIP's step in JAX: text, text-gradient,
+    # image, image-gradient, loss, update
+    adapters: tuple[str, ...] = ("zero_shot", "tent", "batclip")
     frameworks: tuple[Literal["jax", "torch"], ...] = ("jax", "torch")  # libraries to measure
     steps: int = 3  # measured steps per row, after one warm-up step
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the matrix products
+    torch_float32: Literal["highest", "tf32"] = "highest"  # of PyTorch on a GPU; JAX's is TF32
+    profile: bool = False  # also list the twenty kernels that take longest (JAX)
+    reading: bool = False  # also time the reading of JPEG files
     projectors: bool = False  # also time what GNSP adds to training
 
 
@@ -45,6 +51,15 @@ def print_row(measure: Callable[[Settings, str, str], tuple]) -> None:
 def timed(step: Callable[[], Any], steps: int, wait: Callable[[Any], Any]) -> list[float]:
     """Seconds of each step after a warm-up step; `wait` waits for a result."""
     return timeit.repeat(lambda: wait(step()), number=1, repeat=steps + 1)[1:]
+
+
+def matmul_peak(product: Callable[[], Any], size: int, wait: Callable[[Any], Any]) -> float:
+    """Operations per second of large square products that queue."""
+
+    def queued() -> Any:
+        return [product() for _ in range(8)]
+
+    return 8 * 2 * size**3 / min(timed(queued, 4, wait))
 
 
 def resident_peak_gb() -> float:

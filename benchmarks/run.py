@@ -1,8 +1,11 @@
-"""Time, memory and arithmetic of one step of the adapters, beside the same step in PyTorch.
+r"""Time, memory and arithmetic of one step of the adapters, beside the same step in PyTorch.
 
     python benchmarks/run.py --classes 1000 --adapters tnt:steps=1 tnt:steps=3 --steps 1
     python benchmarks/run.py --classes 1000 --adapters mgtta --frameworks jax
     python benchmarks/run.py --adapters zero_shot --frameworks jax --projectors --steps 3
+    python benchmarks/run.py --adapters batclip text-gradient image-gradient loss update \
+        --frameworks jax --classes 1000 --batch 64 --dtype bfloat16 --profile
+    python benchmarks/run.py --adapters zero_shot --frameworks jax --reading
 
 A CLIP model with random weights adapts to random images; the prompts have the lengths of ImageNet's
 "a photo of a {}.". PyTorch runs BATCLIP and TNT on prompts padded to 77 tokens, as the reference
@@ -11,7 +14,8 @@ cuts its views; PyTorch gets them, and selects after running all of them.
 
 Every row is measured in a process of its own. s/step is the shortest step after a first one; peak
 GB is of the process, with libraries and compilation, or of a GPU; GFLOP are of matrix products;
-"% of peak" compares them per second with one large product, "faster" with PyTorch at 77 tokens.
+"% of peak" compares them per second with large products, "faster" with PyTorch at 77 tokens. JAX's
+float32 is TF32 on a GPU unless JAX_DEFAULT_MATMUL_PRECISION says otherwise, PyTorch's is not.
 """
 
 import dataclasses
@@ -23,6 +27,7 @@ from pathlib import Path
 import pandas as pd
 from cases import Settings
 from projectors import projection_times
+from reading import reading_times
 from tqdm import tqdm
 
 from jaxtta import cli
@@ -53,6 +58,8 @@ def main(settings: Settings) -> None:
     reference = rows[rows.prompts == "77 tokens"].set_index("adapter")
     rows["faster"] = rows.adapter.map(reference["s/step"]) / rows["s/step"]
     print(rows.to_string(index=False, na_rep="–", float_format="{:,.4g}".format))
+    if settings.reading:
+        print(reading_times().to_string())
     if settings.projectors:
         print(projection_times(settings).to_string())
 

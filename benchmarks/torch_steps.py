@@ -17,9 +17,11 @@ def measure(settings: cases.Settings, name: str, prompts: str) -> tuple:
     """Measure a step, its operations and its memory."""
     torch.manual_seed(0)
     torch.set_default_device("cuda" if CUDA else "cpu")
-    wait, size = (lambda _: CUDA and torch.cuda.synchronize()), 4096 if CUDA else 2048
-    a, b = torch.randn(2, size, size)
-    peak = 2 * size**3 / min(cases.timed(lambda: a @ b, 20, wait))
+    torch.set_float32_matmul_precision({"tf32": "high"}.get(settings.torch_float32, "highest"))
+    dtype = getattr(torch, settings.dtype)
+    wait, size = (lambda _: CUDA and torch.cuda.synchronize()), 8192 if CUDA else 2048
+    a, b = torch.randn(2, size, size, dtype=dtype)
+    peak = cases.matmul_peak(lambda: a @ b, size, wait)
     model = CLIPModel._from_config(cases.clip_config(settings.model), attn_implementation="sdpa")
     model.eval().requires_grad_(False)
     token_ids = torch.tensor(cases.prompt_tokens(settings.classes))
@@ -38,7 +40,9 @@ def measure(settings: cases.Settings, name: str, prompts: str) -> tuple:
         adapted = [parameter.requires_grad_() for norm in norms for parameter in norm.parameters()]
         optimizer = torch.optim.AdamW(adapted, 5e-4, weight_decay=1e-2)
         step = functools.partial(batclip_step, model, images, token_ids, optimizer)
-    seconds = min(cases.timed(step, settings.steps, wait))
+    cast = torch.autocast(torch.get_default_device().type, torch.bfloat16, dtype != torch.float32)
+    with cast:
+        seconds = min(cases.timed(step, settings.steps, wait))
     memory = torch.cuda.max_memory_allocated() / 1e9 if CUDA else cases.resident_peak_gb()
     aten = torch.ops.aten  # PyTorch counts its GPU kernels for attention, but not the CPU's
     flop_counter.flop_registry |= {
@@ -83,7 +87,7 @@ def tnt_step(model: Any, views: torch.Tensor, texts: torch.Tensor, updates: int)
         if selected is None:
             selected = Categorical(logits=logits.detach()).entropy().argsort()[:kept]
         marginal = Categorical(logits=logits[selected].log_softmax(-1).logsumexp(0))
-        loss = pdist(normalize(images[selected])).mean() + marginal.entropy()
+        loss = pdist(normalize(images[selected].float())).mean() + marginal.entropy()
         gradient = torch.autograd.grad(loss, noise)[0]
         noise = (noise.detach() - rate * gradient.sign()).clamp(-eps, eps)
     with torch.no_grad():
