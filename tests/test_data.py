@@ -275,6 +275,13 @@ class Torchvision:
         return PAIRS[number]
 
 
+class Fewer(Torchvision):
+    """One image of it, with all labels."""
+
+    def __len__(self):
+        return 1
+
+
 def hugging_face(folder):
     datasets = pytest.importorskip("datasets")
     for number, (image, label) in enumerate(PAIRS):
@@ -334,6 +341,7 @@ def test_images_of_sequences_may_be_files_or_grey(folder):
         ([(0, "cat"), (0, None)], KEYS, "expected an index or a name as the label of every item"),
         ([(0, 1), (0, None)], {"class_names": NAMES, **KEYS}, "expected an index or a name"),
         (Torchvision(), {"class_names": [*NAMES, "emu"], **KEYS}, "3 class names for 2 classes"),
+        (Fewer(), KEYS, r"has \d+ labels for 1 images"),
         ({"train": DICTS}, {}, "sequence of images and labels, not a dict"),
         (iter(DICTS), {}, "sequence of images and labels, not a list_iterator"),
     ],

@@ -96,6 +96,8 @@ def from_sequence(
         labels = np.asarray([names.index(name) if name in names else -1 for name in given])
     if not names or len(names) != len(own or names):
         raise ValueError(f"{len(names)} class names for {len(own)} classes: set class_names")
+    if len(labels) != len(ds):
+        raise ValueError(f"the dataset has {len(labels)} labels for {len(ds)} images")
     check_labels("the dataset", labels, len(names))
     return SequenceDataset(ds, image, labels.astype(np.int32), names)
 
