@@ -35,6 +35,8 @@ class SequenceDataset:
         name = self.name(number)
         try:
             image = self.items[number][self.image]
+            if isinstance(image, Mapping):  # Hugging Face's, not decoded
+                image = image.get("bytes") or image.get("path")
             if image is None:
                 raise ValueError("is missing")
             if isinstance(image, bytes | str | Path):
