@@ -33,6 +33,7 @@ def lock(root: Path, settings: Mapping[str, Any], shard: tuple[int, int]) -> Ite
         raise ValueError(f"{root}: {said}; choose another folder")
     (root / "predictions").mkdir(parents=True, exist_ok=True)
     own = root / f".lock-{shard[0]}-of-{shard[1]}"
+    held: Any = None
     known = [path for path in root.glob(".lock-*") if not path.name.endswith(f"-of-{shard[1]}")]
     for path in (*known, own):  # shards of another count have the same streams
         holder = path.with_name(path.name.replace("lock", "holder"))  # filelock empties its file
