@@ -85,9 +85,10 @@ def run(config: Config) -> None:
         found = np.concatenate([predict(state.params, images) for images in batches])
         history.loc[epoch] = [*sums / steps, np.mean(found == test.labels)]
         print(history.tail(1).to_string(header=epoch == 1))
-    record = {"settings": dataclasses.asdict(config), **history.to_dict("list")}
-    io.write_json(Path(config.output, "training.json"), record)  # raises if a loss is not finite
-    models.save(config.output, model, state.params)
+        record = {"settings": dataclasses.asdict(config), **history.to_dict("list")}
+        # Raises if a loss is not finite.
+        io.write_json(Path(config.output, "training.json"), record)
+        models.save(config.output, model, state.params)
 
 
 def read_images(root: str, model: models.CLIP, config: Config) -> data.ArrayDataset:

@@ -282,6 +282,8 @@ def test_natural_shifts_end_to_end(run_jaxtta, short, tmp_path, monkeypatch):
         ("--shard 2/2", "--shard is '2/2', expected i/n with i below n"),
         ("--tune-learning-rates -1", "lr is -1.0, expected a positive number"),
         ("--tune-learning-rates 0.1 --corruptions spatter", "select learning rates"),
+        ("--tune-adapters tent", "--tune-adapters and --validation need --tune-learning-rates"),
+        ("--tune-learning-rates 0.1 --save-examples 1", "needs zero_shot and tnt"),
         ("--tune-learning-rates 0.1 --tune-adapters tnt", "'tnt', which is not one of --adapters"),
         (
             "--tune-learning-rates 0.1 --adapters zero_shot --tune-adapters zero_shot",

@@ -275,6 +275,13 @@ class Torchvision:
         return PAIRS[number]
 
 
+class Fewer(Torchvision):
+    """One image of it, with all labels."""
+
+    def __len__(self):
+        return 1
+
+
 def hugging_face(folder):
     datasets = pytest.importorskip("datasets")
     for number, (image, label) in enumerate(PAIRS):
@@ -312,8 +319,10 @@ def test_sequences_of_other_libraries_are_datasets(kind, tmp_path):
 def test_images_of_sequences_may_be_files_or_grey(folder):
     file, grey = folder / "cat" / "0.png", PIXELS[0, :, :, 0]
     items = [(image, 0) for image in (str(file), file.read_bytes(), grey, b"broken")]
-    dataset = data.from_sequence([*items, (np.zeros((3, 8, 8), np.float32), 1)], 0, 1, NAMES)
-    for number in range(2):
+    items += [(np.zeros((3, 8, 8), np.float32), 1)]
+    items += [({"bytes": x, "path": y}, 0) for x, y in ((file.read_bytes(), None), (None, file))]
+    dataset = data.from_sequence(items, 0, 1, NAMES)
+    for number in (0, 1, 5, 6):
         np.testing.assert_array_equal(dataset[number], data.image_folder(folder)[0])
     np.testing.assert_array_equal(dataset[2], np.stack([grey] * 3, -1))
     with pytest.raises(data.UnreadableImageError, match="image 3: cannot be decoded"):
@@ -334,6 +343,7 @@ def test_images_of_sequences_may_be_files_or_grey(folder):
         ([(0, "cat"), (0, None)], KEYS, "expected an index or a name as the label of every item"),
         ([(0, 1), (0, None)], {"class_names": NAMES, **KEYS}, "expected an index or a name"),
         (Torchvision(), {"class_names": [*NAMES, "emu"], **KEYS}, "3 class names for 2 classes"),
+        (Fewer(), KEYS, r"has \d+ labels for 1 images"),
         ({"train": DICTS}, {}, "sequence of images and labels, not a dict"),
         (iter(DICTS), {}, "sequence of images and labels, not a list_iterator"),
     ],

@@ -349,11 +349,25 @@ def test_the_results_of_a_model_are_kept_if_a_later_one_fails(run, target, tmp_p
     assert str(nowhere) in err and "report.html" in out
 
 
+def test_an_output_that_is_no_folder_is_said_before_a_model_is_read(run, tmp_path):
+    (tmp_path / "out").touch()
+    code, _, err, _ = run("--models", tmp_path / "nowhere")
+    assert code == 1
+    assert f"{tmp_path / 'out'}: File exists" in err
+
+
 def test_a_reference_needs_no_class_names(run, short, target, tmp_path):
     for number, name in enumerate(("felines", "dog")):
         shutil.copytree(target / "labelled" / name, tmp_path / "numbers" / str(number))
     options = ("--target", target / "flat", "--class-names", "cat", "dog", "--models", short)
     code, *_, found = run(*options, "--data", tmp_path / "numbers")
+    assert (code, found["models"]["clip"]["reference"]["images"]) == (0, 40)
+    (tmp_path / "arrays").mkdir()
+    np.save(
+        tmp_path / "arrays" / "clean.npy", data.open_dataset("folder", assets.IMAGES).images[::50]
+    )
+    np.save(tmp_path / "arrays" / "labels.npy", np.arange(40) % 10)
+    code, *_, found = run(*options, "--layout", "arrays", "--data", tmp_path / "arrays")
     assert (code, found["models"]["clip"]["reference"]["images"]) == (0, 40)
 
 
@@ -389,6 +403,10 @@ def test_features_without_numbers_have_answers():
         ("--fractions 1 1", r"fractions is \[1.0, 1.0\], expected distinct numbers above 0"),
         ("--precision 1.5", r"precision is \[1.5\], expected .* above 0, at most 1"),
         ("--references a b", "--references takes some of --models"),
+        ("--models a b --references a", "--references needs two models or more"),
+        ("--target-labels {few}", "--target-labels a --target"),
+        ("--outlier-threshold 99", "^error: threshold is 99.0, expected a positive number"),
+        ("--reference-points {points}", "points.csv: an accuracy is 60.0, expected"),
         ("--reference-points {words}", "words.csv: could not convert string to float: 'a'"),
         ("--reference-points {nowhere}", "nowhere: no such file"),
         ("--reference-points published", "published needs --layout imagenet"),

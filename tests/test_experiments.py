@@ -37,6 +37,9 @@ def test_a_small_clip_is_trained_and_loads(run_script, tmp_path):
     record = json.loads((tmp_path / "model" / "training.json").read_text())
     assert len(record["loss"]) == len(record["test_accuracy"]) == 2
     assert run_script(*options)[0] == 1  # an earlier result is not replaced
+    code, out, _ = run_script(*options[:-4], tmp_path / "odd", "--learning-rate", "1e30")
+    assert code == 1
+    assert len(out.splitlines()) <= 2  # the table's head and the first epoch
 
 
 @pytest.mark.parametrize(

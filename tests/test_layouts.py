@@ -465,7 +465,11 @@ def test_arrays_of_one_severity(stacked):
         data.select(benchmark, [Domain("labels")])
 
 
-def test_arrays_and_cifar_c_are_told_apart(stacked):
+def test_arrays_and_cifar_c_are_told_apart(stacked, caplog):
+    open_c(stacked, "cifar-c", CLASSES)
+    assert not heard(caplog)
+    open_c(stacked, "arrays", CLASSES)
+    assert "the same labels five times; --layout cifar-c has five severities" in caplog.text
     np.save(stacked / "labels.npy", np.repeat([0, 1, 2], 2))
     with pytest.raises(ValueError, match=r"\(30, .* \(6, .* for 6 labels; --layout cifar-c"):
         data.select(open_c(stacked, "arrays", CLASSES), [Domain("fog")])

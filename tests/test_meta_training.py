@@ -248,6 +248,8 @@ def test_clean_images_of_imagenet_c_are_those_of_imagenet(run_jaxtta, tmp_path, 
     [
         ("--val-images 0", "--val-images is 0, expected at least 1"),
         ("--images 2", "--images is 2, expected at least 4"),
+        ("--learning-rate -1", "--learning-rate is -1.0, expected at least 0"),
+        ("--data {torn} --images 8 --val-images 1", "fewer than two batches"),
         ("--images 3000", "2000 images are fewer than --images and --val-images, 3256"),
         ("--max-images 9", "9 images are fewer"),
         ("--corruptions rain", "unknown corruption 'rain'"),
@@ -255,7 +257,14 @@ def test_clean_images_of_imagenet_c_are_those_of_imagenet(run_jaxtta, tmp_path, 
     ],
 )
 def test_bad_options_of_meta_training(run_jaxtta, tmp_path, options, message):
-    options = options.format(folder=tmp_path / "nowhere").split()
+    images = jaxtta.data.open_dataset("folder", jaxtta.assets.IMAGES)
+    for number in range(10):  # of which two can be read
+        path = tmp_path / "torn" / ("cat", "dog")[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        if number < 2:
+            Image.fromarray(images[number]).save(path)
+    options = options.format(folder=tmp_path / "nowhere", torn=tmp_path / "torn").split()
     code, _, err = run_jaxtta("pretrain-mgg", "--output", tmp_path / "a", *options)
     assert code == 1
     assert message in err

@@ -74,6 +74,7 @@ def test_other_files_are_counted_and_named_by_suffix(folder, said):
         (folder / name).write_bytes(b"")
     assert listed(folder) == PLAIN
     assert said() == [
+        f"{folder}: 1 images outside the class folders passed over",
         f"{folder}: 5 files passed over: 2 .heic, 1 .txt, 1 .mp4, 1 without a suffix",
     ]
     (folder / "eel").mkdir()

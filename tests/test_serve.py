@@ -76,8 +76,9 @@ def test_few_images_are_answered_but_not_adapted_to(run_jaxtta, folder, adapter)
     plain = run_jaxtta("classify", folder)[1]
     for batch, least, adapts in (("2", "4", False), ("2", "2", True), ("4", "4", True)):
         options = ["--adapter", f"{adapter}:lr=0.01", "--batch-size", batch, "--min-adapt", least]
-        code, out, _ = run_jaxtta("serve", folder, *options)
+        code, out, err = run_jaxtta("serve", folder, *options)
         assert code == 0
+        assert ("--batch-size is below --min-adapt" in err) != adapts
         updates = [int(number) for *_, number in answers(out)]
         assert updates == [n // int(batch) * adapts for n in range(12)]
         same = [a[:3] == b[:3] for a, b in zip(answers(out), answers(plain), strict=True)]
@@ -127,6 +128,10 @@ def test_class_names_from_files(run_jaxtta, folder, tmp_path):
             ("{folder}/cat-0000.png", "--class-names", "cat", "ship", "{folder}"),
             "files or folders before --class-names",
         ),
+        (
+            ("{folder}", "--class-names", "cat", "alone.png"),
+            "files or folders before --class-names",
+        ),
         (("{folder}", "--class-names", "gone.txt"), "gone.txt: cannot be read as class names"),
         (("{folder}", "--batch-size", "0"), "--batch-size is 0, expected at least 1"),
         (("{folder}", "--top-k", "0"), "--top-k is 0, expected at least 1"),
@@ -134,10 +139,12 @@ def test_class_names_from_files(run_jaxtta, folder, tmp_path):
         (("{folder}", "--adapter", "tnt", "--noise", "gone"), "gone: no such file"),
     ],
 )
-def test_bad_input_is_one_sentence(run_jaxtta, folder, tmp_path, options, message):
+def test_bad_input_is_one_sentence(run_jaxtta, folder, tmp_path, monkeypatch, options, message):
     places = {"folder": folder, "names": tmp_path / "names.txt"}
     places["names"].write_text("cat\nship\n")
     options = [option.format(**places) for option in options]
+    monkeypatch.chdir(tmp_path)
+    Path("alone.png").touch()
     code, out, err = run_jaxtta("serve", *options)
     assert (code, out) == (1, "")
     assert message.format(**places) in err

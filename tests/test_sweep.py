@@ -415,6 +415,9 @@ def test_two_runs_on_one_folder_are_refused(tmp_path):
         pass
     with held((0, 2)), held((1, 2)):
         pass
+    with held((1, 2)), pytest.raises(ValueError, match=message):  # of one stream, two would write
+        sweep(tmp_path)
+    sweep(tmp_path)
 
 
 def test_a_full_disk_loses_nothing_that_was_finished(whole, tmp_path):

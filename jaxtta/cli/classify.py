@@ -66,10 +66,13 @@ def run(options: Options) -> int:
     evaluate.require_at_least(batch_size=(size, 1), top_k=(options.top_k, 1))
     found = [data.list_images(path) if path.is_dir() else [path] for path in options.images]
     files, names = [*itertools.chain(*found)], options.class_names
-    if not files or any(os.sep in name and Path(name).exists() for name in names[1:]):
+    taken = [Path(name) for name in names[1:] if os.sep in name or Path(name).is_file()]
+    if not files or any(path.exists() for path in taken):
         raise ValueError(
             "no images: give files or folders before --class-names, which takes all words after it"
         )
+    if size < options.min_adapt and spec.name not in ("zero_shot", "tnt"):
+        print("the model is not adapted: --batch-size is below --min-adapt", file=sys.stderr)
     model, params = options.model.load()
     names = data.given_class_names(names) or getattr(model, "class_names", data.CIFAR10_CLASSES)
     task = evaluate.task_for(model, names, options.model.templates_for("folder"))

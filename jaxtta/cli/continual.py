@@ -176,6 +176,9 @@ def open_reference(options: Options) -> tuple[list[TaskData], TaskData]:
         raise ValueError(f"--retention is the same as --reference ({options.retention})")
     images, template = open_layout(options.reference or f"folder={assets.IMAGES}")
     count = options.reference_classes or (len(images.class_names) if options.reference else 5)
+    if not 1 < count <= len(images.class_names):
+        most = len(images.class_names)
+        raise ValueError(f"--reference-classes is {count}, expected 2 to {most}")
     shown, measured, caption = images.labels < count, None, template
     if options.retention:
         measured, caption = open_layout(options.retention)

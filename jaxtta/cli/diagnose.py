@@ -32,6 +32,7 @@ from tqdm import tqdm
 from jaxtta import assets, data, diagnose, evaluate, models, report
 from jaxtta.cli import options as groups
 from jaxtta.data import folders, layouts
+from jaxtta.data.arrays import read_labels
 from jaxtta.data.class_names import read_table
 from jaxtta.io import error_context, nfc, read_rows
 from jaxtta.report.diagnosis import Checked, write_check, write_diagnosis
@@ -121,16 +122,21 @@ def run(options: Options) -> None:
     named = dict(zip(options.models, names, strict=True))
     if {*references} - {*named} or (references and options.shifts.reference_points):
         raise ValueError("--references takes some of --models, and no --reference-points")
+    if len({*references}) == 1 or (options.target.target_labels and not root):
+        raise ValueError("--references needs two models or more, --target-labels a --target")
     points = () if root else points_of(options)
     images = target_folder(root, options) if root else None
     settings = json.loads(json.dumps(dataclasses.asdict(options), default=str))
     made = {"settings": settings, "about": evaluate.about(data=options.data.data)}
+    options.output.mkdir(parents=True, exist_ok=True)
     found, features = {}, {}
     try:
         for given, name in named.items():
             clip, params = models.load_clip(given)
             prepared = models.describe_preprocessing(clip).removeprefix("preprocessing: ")
             model = Model(name, clip, params, prepared)
+            nothing = np.zeros((1, clip.projection))  # raises for an odd threshold
+            diagnose.outlier_stats(nothing, threshold=options.metrics.outlier_threshold)
             if images:
                 folder = options.output / (name.replace("/", "-") if len(named) > 1 else "")
                 folder.mkdir(parents=True, exist_ok=True)
@@ -203,7 +209,10 @@ def points_of(options: Options) -> Sequence[tuple[float, float]]:
     if given != "published":
         rows = read_rows(given, ("base", "shifted")) if given else ()
         with error_context(given):
-            return [(float(row["base"]), float(row["shifted"])) for _, row in rows]
+            points = [(float(row["base"]), float(row["shifted"])) for _, row in rows]
+            if given:
+                diagnose.fit_baseline(*np.reshape(points, (-1, 2)).T)  # raises if there is no line
+        return points
     accuracies = [*read_table("reference-points")["models"].values()]
     names = [text.partition("=")[0] for text in shifts.shifted]
     odd = {*names} - {*accuracies[0]}
@@ -245,6 +254,8 @@ def check_one(options: Options, model: Model, images: data.ImageFolder, folder: 
     target, root, classes = options.target, options.data.data, ()
     if options.data.layout == "folder" and Path(root).is_dir():  # any names, they are not used
         classes = tuple(folder.name for folder in folders.class_folders(root))
+    elif options.data.layout == "arrays":
+        classes = tuple(map(str, range(read_labels(root).max() + 1)))
     opened = dataclasses.replace(options.data, class_names=classes).open(model.clip)
     reference = batches_of(options, model, opened, [data.CLEAN])
     batches = batches_of(options, model, {data.Domain("target"): images}, ["target"])

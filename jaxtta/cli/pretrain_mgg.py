@@ -67,7 +67,11 @@ def run(options: Options) -> None:
     """Train, and keep the weights of the best epoch."""
     evaluate.require_distinct(corruptions=options.corruptions)
     least = dict.fromkeys(("epochs", "batch", "test_batch", "truncation", "hidden"), 1)
-    least |= {"val_images": int(options.select_by == "accuracy"), "images": 2 * options.batch}
+    rates = ("learning_rate", "inner_learning_rate", "test_learning_rate")
+    least |= dict.fromkeys(rates, 0) | {
+        "val_images": int(options.select_by == "accuracy"),
+        "images": 2 * options.batch,
+    }
     evaluate.require_at_least(**{name: (getattr(options, name), n) for name, n in least.items()})
     output, checkpoints = options.output, options.output / "checkpoints"
     model, params = options.model.load()
@@ -128,7 +132,11 @@ def run(options: Options) -> None:
     }
     io.write_json(output / "training.json", record)
     print(f"{output} has the weights of epoch {best + 1}, selected by {options.select_by}")
-    print(pd.DataFrame([before, history[best]], ["untrained", f"epoch {best + 1}"]).to_string())
+    print(
+        pd.DataFrame([before, history[best]], ["untrained", f"epoch {best + 1}"]).to_string(
+            na_rep="–"
+        )
+    )
 
 
 def read_images(
@@ -156,6 +164,8 @@ def read_images(
     images = np.concatenate([batch.images[batch.mask] for batch in train])
     if len(images) < count:
         print(f"{count - len(images)} training images could not be read", file=sys.stderr)
+    if len(images) < 2 * options.batch:
+        raise ValueError(f"{len(images)} training images can be read, fewer than two batches")
     order = np.random.default_rng(seed).permutation(len(data.labels_of(clean)))
     stream = data.stream_of("clean", [clean_domain], order[: options.source_images], seed)
     pairs = [[(models.Batch(b.images, b.mask, b.index), b.labels) for b in part] for part in val]

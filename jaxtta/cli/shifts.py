@@ -16,7 +16,7 @@ from pathlib import Path
 
 from jaxtta import assets, data, evaluate
 from jaxtta.cli import options as groups
-from jaxtta.cli.sweep import measure, spec_of
+from jaxtta.cli.sweep import check_adapters, measure, spec_of
 
 LAYOUTS = {
     **dict.fromkeys(("imagenet", "imagenet-a", "imagenet-r", "imagenet-sketch"), "imagenet"),
@@ -47,6 +47,7 @@ def run(options: Options) -> None:
     named = all(root and re.fullmatch(r"\w[\w.-]*", name) for name, root in places.items())
     if not named or len(places) < len(given) or data.CLEAN in places:
         raise ValueError(f"--datasets has {' '.join(given)}, expected NAME=FOLDER, each name once")
+    check_adapters(options)
     model, params = options.model.load()
     parts, (number, count) = [], options.run.part
     for name in [*places][number::count]:

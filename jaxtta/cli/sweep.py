@@ -55,6 +55,10 @@ def run(options: Options) -> None:
         raise ValueError("corruptions that select learning rates cannot be tested too")
     if given.setting == "gradual" and given.severities:
         raise ValueError("--setting gradual has fixed severities, omit --severities")
+    tuned = options.tune
+    if (tuned.tune_adapters or tuned.validation) and not tuned.tune_learning_rates:
+        raise ValueError("--tune-adapters and --validation need --tune-learning-rates")
+    check_adapters(options)
     loaded = options.model.load()
     benchmark = source.open(loaded[0])
     shown = given.corruptions or (data.IMAGENET_C if source.layout in CORRUPTED else (data.CLEAN,))
@@ -121,14 +125,20 @@ def tune(options: Options, loaded: Any, benchmark: data.Benchmark, about: dict) 
     return adapters
 
 
+def check_adapters(options: Any) -> None:
+    """Raise a ValueError for adapters that a run would refuse at its end; also of shifts."""
+    given = options.adapters
+    specs = [evaluate.parse_adapter(text) for text in given.adapters]
+    if options.save_examples:
+        report.check_examples(specs, given.config)
+
+
 def measure(options: Any, loaded: Any, parts: list[Part], title: str, shard: Any = (0, 1)) -> None:
     """Run adapters and report, or estimate what that takes; also for natural shifts."""
     how, results, samples, examples = options.run, [], {}, []
     config, (_, count) = options.adapters.config, how.part
     for place, (spec, adapters, folder, about) in enumerate(parts):
         specs = [evaluate.parse_adapter(text) for text in adapters]
-        if options.save_examples:
-            report.check_examples(specs, config)
         if how.dry_run:
             estimate(options, loaded, spec, specs, range(shard[0], len(spec.streams), shard[1]))
             continue

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import logging
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from jaxtta.data.datasets import Domain
 from jaxtta.images import is_system
 from jaxtta.io import digest_array, digest_files
 
+log = logging.getLogger(__name__)
 _FILES = "; --layout cifar-c has five severities in a file, arrays one"
 
 
@@ -116,6 +118,8 @@ def open_arrays(
         repeated, labels = labels, labels[: len(_load(corrupted[0], "r")) // SEVERITIES]
         if not np.array_equal(np.resize(labels, len(repeated)), repeated):
             raise ValueError(f"{root}: labels.npy is not the same for each severity{_FILES}")
+    elif np.array_equal(np.tile(labels[: len(labels) // SEVERITIES], SEVERITIES), labels):
+        log.warning("%s: labels.npy has the same labels five times%s", root, _FILES)
     return {
         Domain(name, severity): ArrayDataset(path, labels, names, f"{path} row", severity)
         for name, path in found.items()

@@ -111,6 +111,8 @@ def list_folders(
 def image_folder(root: str | Path) -> ImageFolder:
     """List the images of `root/<class>/…`, to be opened upright; see `class_folders`."""
     folders = class_folders(root)
+    if alone := len(images.lone_images(root)):
+        log.warning("%s: %d images outside the class folders passed over", printable(root), alone)
     return list_folders(Path(root), folders, [nfc(folder.name) for folder in folders])
 
 

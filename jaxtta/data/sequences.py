@@ -35,6 +35,8 @@ class SequenceDataset:
         name = self.name(number)
         try:
             image = self.items[number][self.image]
+            if isinstance(image, Mapping):  # Hugging Face's, not decoded
+                image = image.get("bytes") or image.get("path")
             if image is None:
                 raise ValueError("is missing")
             if isinstance(image, bytes | str | Path):
@@ -96,6 +98,8 @@ def from_sequence(
         labels = np.asarray([names.index(name) if name in names else -1 for name in given])
     if not names or len(names) != len(own or names):
         raise ValueError(f"{len(names)} class names for {len(own)} classes: set class_names")
+    if len(labels) != len(ds):
+        raise ValueError(f"the dataset has {len(labels)} labels for {len(ds)} images")
     check_labels("the dataset", labels, len(names))
     return SequenceDataset(ds, image, labels.astype(np.int32), names)
 

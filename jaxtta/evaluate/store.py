@@ -33,12 +33,17 @@ def lock(root: Path, settings: Mapping[str, Any], shard: tuple[int, int]) -> Ite
         raise ValueError(f"{root}: {said}; choose another folder")
     (root / "predictions").mkdir(parents=True, exist_ok=True)
     own = root / f".lock-{shard[0]}-of-{shard[1]}"
-    holder = own.with_name(own.name.replace("lock", "holder"))  # filelock empties its own file
-    try:
-        held = FileLock(own).acquire(timeout=0)
-    except Timeout:
-        said = f"another run is writing to this folder ({holder.read_text()})"
-        raise ValueError(f"{root}: {said}") from None
+    held: Any = None
+    known = [path for path in root.glob(".lock-*") if not path.name.endswith(f"-of-{shard[1]}")]
+    for path in (*known, own):  # shards of another count have the same streams
+        holder = path.with_name(path.name.replace("lock", "holder"))  # filelock empties its file
+        try:
+            held = FileLock(path).acquire(timeout=0)
+        except Timeout:
+            said = f"another run is writing to this folder ({holder.read_text()})"
+            raise ValueError(f"{root}: {said}") from None
+        if path != own:
+            held.lock.release()
     with held:
         holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
         agree(root / "settings.json", settings)
