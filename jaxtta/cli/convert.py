@@ -2,8 +2,8 @@
 
     jaxtta convert ViT-B-32.pt vit-b-32                                    # OpenAI's archives
     jaxtta convert epoch_32.pt mine --config ViT-B-32.json                 # OpenCLIP's training
-    jaxtta convert finetuned.pt mine --activation quick_gelu               # a state dict
-    jaxtta convert model/pytorch_model.bin mine                            # with its config.json
+    jaxtta convert finetuned.pt tuned --activation quick_gelu              # a state dict
+    jaxtta convert model/pytorch_model.bin converted                       # with its config.json
 
 Run it once where PyTorch is installed; the folder needs none. Pickles are read with
 `weights_only=True`, so that nothing in them runs. Wrappers (`state_dict`, `module.`, `_orig_mod.`,

@@ -1,7 +1,7 @@
 r"""Train MGTTA's meta gradient generator on a small set of images.
 
-    jaxtta pretrain-mgg --layout arrays --data cifar10-c-severity5/meta_train \
-        --class-names airplane automobile bird cat deer dog frog horse ship truck --output runs/mgg
+    jaxtta pretrain-mgg --layout arrays --data cifar10-c-severity5/meta_train --output runs/phi \
+        --class-names airplane automobile bird cat deer dog frog horse ship truck
 
 adapts the model to a stream of images under the four corruptions that are in no benchmark, and
 trains the generator, without labels, on the loss of the next batch after each update. The epoch is

@@ -5,7 +5,7 @@ r"""Measure how much adapters gain on natural distribution shifts.
 runs zero-shot CLIP and TNT on bundled CIFAR-10 images with the bundled demo model. Your own images
 in class folders, beside a known dataset (docs/published.md has the usual ones):
 
-    jaxtta shifts --datasets shop=FOLDER imagenet-a=DATA/imagenet-a --output runs/own
+    jaxtta shifts --datasets shop=FOLDER imagenet-a=DATA/imagenet-a --output runs/shop
 
 Every dataset has its own folder in the output and is computed once: with --shard each machine runs
 some of them, and the same command with all folders present writes the report.
