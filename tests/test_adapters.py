@@ -463,7 +463,7 @@ def test_a_method_says_what_a_model_lacks(towers):
     params, images = {"norm": {"scale": jnp.ones(3)}}, jnp.ones((2, 32, 32, 3))
     adapter = adapters.batclip(Plain(), None)
     with pytest.raises(ValueError, match="class embeddings"):
-        adapter.step(params, adapter.init(params), images[0])
+        adapter.step(params, adapter.init(params), images)
 
 
 @pytest.mark.parametrize("size", [24, 29])

@@ -236,3 +236,14 @@ def optimizer_of(spec: AdapterSpec, config: AdapterConfig) -> partial:
     if rate is None and kind is None:
         return preset
     return partial(OPTIMIZERS[kind or usual], rate or preset.args[0])
+
+
+def has_rate(text: str) -> bool:
+    """Whether a named adapter has a learning rate that its text does not say."""
+    spec = parse_adapter(text)
+    return "lr" in SETTINGS.get(spec.name, ()) and "lr" not in spec.settings
+
+
+def with_rate(text: str, rate: float) -> str:
+    """An adapter's text with a learning rate: tent:lr=0.0001."""
+    return f"{text}{',' if parse_adapter(text).settings else ':'}lr={float(rate)!r}"

@@ -6,6 +6,8 @@ from jaxtta.adapters import MGTTAConfig as MGTTAConfig
 from jaxtta.adapters import make_adapter as make_adapter
 from jaxtta.adapters import parse_adapter as parse_adapter
 from jaxtta.adapters import tnt_config_of as tnt_config_of
+from jaxtta.adapters.by_name import has_rate as has_rate
+from jaxtta.adapters.by_name import with_rate as with_rate
 from jaxtta.evaluate.checks import default_severity as default_severity
 from jaxtta.evaluate.checks import require_at_least as require_at_least
 from jaxtta.evaluate.checks import require_distinct as require_distinct
@@ -19,11 +21,9 @@ from jaxtta.evaluate.store import agree as agree
 from jaxtta.evaluate.store import agree_on_images as agree_on_images
 from jaxtta.evaluate.store import load_predictions as load_predictions
 from jaxtta.evaluate.sweep import Spec as Spec
-from jaxtta.evaluate.sweep import has_rate as has_rate
 from jaxtta.evaluate.sweep import peak_memory_gb as peak_memory_gb
 from jaxtta.evaluate.sweep import sweep as sweep
 from jaxtta.evaluate.sweep import tune_learning_rate as tune_learning_rate
-from jaxtta.evaluate.sweep import with_rate as with_rate
 from jaxtta.evaluate.tracking import loggers as loggers
 from jaxtta.io import digest_of as digest_of
 from jaxtta.io import restore_checkpoint as restore_checkpoint

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from jaxtta import data
 from jaxtta.adapters import Adapter, AdapterConfig, AdapterSpec, make_adapter, parse_adapter
-from jaxtta.adapters.by_name import SETTINGS
+from jaxtta.adapters.by_name import with_rate
 from jaxtta.data import Batches, Domain, Stream
 from jaxtta.evaluate import provenance, store
 from jaxtta.evaluate.predictions import BATCH, IMAGE, Predictions, score
@@ -186,17 +186,6 @@ class Choice(NamedTuple):
     rate: float
     accuracies: dict[float, float]
     chosen_on: str
-
-
-def has_rate(text: str) -> bool:
-    """Whether a named adapter has a learning rate that its text does not say."""
-    spec = parse_adapter(text)
-    return "lr" in SETTINGS.get(spec.name, ()) and "lr" not in spec.settings
-
-
-def with_rate(text: str, rate: float) -> str:
-    """An adapter's text with a learning rate: tent:lr=0.0001."""
-    return f"{text}{',' if parse_adapter(text).settings else ':'}lr={float(rate)!r}"
 
 
 def tune_learning_rate(
