@@ -83,7 +83,7 @@ def sweep(  # noqa: D417
         adapters: texts as for `parse_adapter`, or functions `(model, task) -> Adapter` by name.
         folder: for the results, locked during the run; None to keep nothing.
         config: settings of adapters that their texts do not say.
-        workers: processes that read images ahead; 0 for a thread.
+        workers: as for `data.read_ahead`.
         shard: this run's index and the number of runs that share the streams.
         checkpoint_every: batches between two checkpoints within a stream.
         trust_data: take earlier results without checking that the stored images are the same.
