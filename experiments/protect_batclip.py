@@ -35,7 +35,7 @@ class Options:
     batch_size: int = 100  # images per batch
     learning_rate: float = 1e-3  # of AdamW; 5e-4 is the paper's for ImageNet-C
     seeds: tuple[int, ...] = (1,)  # of the order, the corruptions and the protected images
-    workers: int = 1  # processes that decode and corrupt images; 0 for none
+    workers: int = 1  # threads or processes that read images; 0 for one thread
 
 
 def main(options: Options) -> None:

@@ -319,6 +319,10 @@ class NoOptions:
     """A script without options of its own."""
 
 
+def raising(error):
+    raise error
+
+
 @pytest.mark.parametrize(
     ("allocate", "asked"),
     [
@@ -327,6 +331,7 @@ class NoOptions:
             "Out of memory allocating 4e+04 GB",
         ),
         (lambda: np.zeros((10**9, 10**9)), "Unable to allocate"),
+        (lambda: raising(MemoryError()), "error: memory is short: use a smaller"),
     ],
 )
 def test_memory_that_is_not_there_is_said_in_one_sentence(capsys, allocate, asked):
@@ -338,6 +343,12 @@ def test_memory_that_is_not_there_is_said_in_one_sentence(capsys, allocate, aske
     assert "--batch-size" in err
     with pytest.raises((RuntimeError, MemoryError)):
         cli.run_script(NoOptions, lambda _: allocate(), __doc__, ["--debug"])
+
+
+@pytest.mark.parametrize("what", ["bug", "RESOURCE_EXHAUSTED: open() failed: Too many open files"])
+def test_other_errors_at_run_time_keep_their_traceback(what):
+    with pytest.raises(RuntimeError, match=re.escape(what)):
+        cli.run_script(NoOptions, lambda _: raising(RuntimeError(what)), __doc__, [])
 
 
 def test_compiled_programs_are_kept_for_the_next_run(tmp_path):
@@ -357,9 +368,13 @@ def test_compiled_programs_are_kept_for_the_next_run(tmp_path):
         command = [sys.executable, "-c", script, *options]
         subprocess.run(command, env=env | {"XDG_CACHE_HOME": str(tmp_path)}, check=True)
         assert any((tmp_path / "jaxtta").glob("*-cache")) == kept
+    (tmp_path / "file").touch()  # where no folder can be made
+    command = [sys.executable, "-c", script]
+    nowhere = env | {"XDG_CACHE_HOME": str(tmp_path / "file")}
+    assert not subprocess.run(command, env=nowhere, check=True, stderr=subprocess.PIPE).stderr
     elsewhere = env | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "own")}
     elsewhere |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    subprocess.run([sys.executable, "-c", script], env=elsewhere, check=True)
+    subprocess.run(command, env=elsewhere, check=True)
     assert [*(tmp_path / "own").glob("*-cache")]
 
 

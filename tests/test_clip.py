@@ -106,6 +106,27 @@ def test_packing_prompts_changes_no_logit(tiny, data):
         np.testing.assert_allclose(found, expected, atol=1e-4 * max(1, abs(expected).max()))
 
 
+def test_prompts_may_be_mapped_over(tiny):
+    """Several tasks with as many tokens, whose prompts end elsewhere."""
+    model, params = tiny
+    tasks = []
+    for lengths in ([4, 6, 2, 3], [2, 4, 3, 6], [6, 3, 4, 2]):
+        ids = np.random.default_rng(0).integers(2, 60, (4, 16))
+        ids[:, 0], ids[np.arange(16) >= np.array(lengths)[:, None]] = 1, 63
+        tasks.append(model.prompts(task_from_token_ids(ids)))
+    weights = np.random.default_rng(1).normal(size=(4, 16))
+
+    @jax.value_and_grad
+    def score(params, packing):
+        return (model.class_embeddings(params, packing) * weights).sum()
+
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *tasks)
+    mapped = jax.jit(jax.vmap(score, (None, 0)))(params, stacked)
+    one = jax.jit(score)
+    alone = jax.tree.map(lambda *leaves: np.stack(leaves), *(one(params, task) for task in tasks))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-4), mapped, alone)
+
+
 @pytest.mark.parametrize("length", [1, 3])
 def test_derivatives_of_rows_are_those_of_indexing(length):
     """Also of second order, over streams, and of one class with one token."""

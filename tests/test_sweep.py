@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -180,6 +181,24 @@ def test_an_interrupted_sweep_goes_on_and_ends_the_same(
     reads = []
     assert same(sweep(folder, setting=setting, reads=reads), whole[setting][1])
     assert not reads
+
+
+def test_an_interrupted_sweep_leaves_no_thread_that_reads():
+    """While the error's frames are still held, as where the command waits for its threads."""
+
+    def stop(_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        sweep(None, run={"log": stop})
+    assert not [thread for thread in threading.enumerate() if "Pool" in thread.name], caught
+
+
+@pytest.mark.parametrize(("size", "timed"), [(20, [0]), (10, [1]), (2, [1, 9]), (1, [1, 9, 17])])
+def test_one_step_in_eight_is_timed_and_the_first_only_if_alone(size, timed):
+    spec = dataclasses.replace(spec_of(setting="reset_each_shift"), batch_size=size)
+    for result in evaluate.sweep(spec, ADAPTERS, Model(), PARAMS, progress=False, about={}):
+        assert np.flatnonzero(result.steps["seconds"].notna()).tolist() == timed
 
 
 @given(count=st.integers(1, 5), setting=st.sampled_from(["continual", "reset_each_shift"]))

@@ -16,6 +16,7 @@ from typing import Annotated, Any, TypeVar
 
 Options = TypeVar("Options")
 
+_EXHAUSTED = re.compile("RESOURCE_EXHAUSTED.*(memory|allocat)", re.IGNORECASE)  # or files, disks
 _INSIST = 5.0  # seconds; longer than a stopped script needs to write its files
 
 
@@ -76,7 +77,7 @@ def run_script(
         code = 141  # as the shell says for programs that this ends
     except (ValueError, OSError, ImportError, ArithmeticError, MemoryError, RuntimeError) as error:
         sentence = str(error)
-        exhausted = "RESOURCE_EXHAUSTED" in sentence or isinstance(error, MemoryError)
+        exhausted = _EXHAUSTED.search(sentence) or isinstance(error, MemoryError)
         if debug or (isinstance(error, RuntimeError) and not exhausted):
             raise
         if exhausted:
@@ -92,6 +93,7 @@ def run_script(
 def _memory(message: str) -> str:
     """What was asked of the device's or this machine's memory, and what lowers it."""
     asked = message.removeprefix("RESOURCE_EXHAUSTED: ").partition("\n")[0].rstrip(".")
+    asked = asked or "memory is short"
     asked = re.sub(r"(\d{6,}) bytes", lambda found: f"{int(found[1]) / 1e9:.3g} GB", asked)
     lower = "use a smaller --batch-size (TNT: --tnt.views-per-chunk or --canvas), --remat"
     return f"{asked}: {lower} or --compute-dtype bfloat16; finished results are kept"
@@ -102,11 +104,15 @@ def _keep_programs(keep: bool) -> None:
     import jax
 
     jax.config.update("jax_enable_compilation_cache", keep)
-    if jax.config.jax_compilation_cache_dir is None:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(cache / "jaxtta"))
-        jax.config.update("jax_compilation_cache_max_size", 2**31)  # bytes; the oldest go
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    if not keep or jax.config.jax_compilation_cache_dir is not None:
+        return
+    with contextlib.suppress(OSError, RuntimeError):  # no home, or not one's own
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "jaxtta")
+        cache.mkdir(0o700, parents=True, exist_ok=True)  # others' programs would be run
+        if os.access(cache, os.W_OK):  # JAX would warn of each program
+            jax.config.update("jax_compilation_cache_dir", str(cache))
+            jax.config.update("jax_compilation_cache_max_size", 2**31)  # bytes; the oldest go
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 @contextlib.contextmanager

@@ -86,7 +86,7 @@ class Options:
         templates: prompts as those of jaxtta sweep.
         batch_size: images encoded at a time.
         seed: of images, corruptions, permutations and the order in which adapters see images.
-        workers: processes that read images; 0 to read in the main process.
+        workers: threads that decode files, or processes that corrupt images; 0 for one thread.
     """
 
     output: Path

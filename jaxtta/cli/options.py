@@ -127,7 +127,8 @@ class RunOptions:
     """Where the results go, and how they are computed."""
 
     output: Path  # folder for the results; a run that was stopped goes on where it was
-    workers: int = 1  # processes that read images; 0 to read in the main process
+    # threads that decode files, or processes that corrupt images; 0 for one thread
+    workers: int = 1
     shard: str = "0/1"  # this machine's part, such as 0/4 to 3/4 on four (default: 0/1, all)
     checkpoint_every: int | None = None  # batches between two checkpoints within a stream
     trust_data: bool = False  # take earlier results without checking that the images are unchanged

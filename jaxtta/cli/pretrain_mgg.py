@@ -51,7 +51,8 @@ class Options:
     hidden: int = 8  # length of each parameter's memory
     tower: Literal["image", "both"] = "image"  # whose normalisation parameters are adapted
     seed: int = 0  # of images, order and initial weights
-    workers: int = 1  # processes that read images; 0 to read in the main process
+    # threads that decode files, or processes that corrupt images; 0 for one thread
+    workers: int = 1
     trust_data: bool = False  # take earlier results without checking that images are unchanged
 
 

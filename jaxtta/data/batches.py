@@ -11,7 +11,7 @@ import pickle
 import signal
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent import futures
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -119,7 +119,7 @@ def pad_to_canvas(original: np.ndarray, canvas: int) -> tuple[np.ndarray, np.nda
 
 def read_ahead(
     batches: Batches, workers: int = 0, numbers: Sequence[int] | None = None
-) -> Iterator[StreamBatch]:
+) -> Generator[StreamBatch]:
     """Prefetch batches in order, the same for any number of workers.
 
     Args:

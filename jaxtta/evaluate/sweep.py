@@ -28,7 +28,7 @@ from jaxtta.models import Batch, Classifier, Params, Task
 from jaxtta.models.preprocess import Preprocessing
 
 _log = logging.getLogger(__name__)
-TIMED = 8  # of so many batches one is waited for, and timed; the others queue
+TIMED = 8  # of so many batches the second is waited for, and timed; the others queue
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +83,7 @@ def sweep(  # noqa: D417
         adapters: texts as for `parse_adapter`, or functions `(model, task) -> Adapter` by name.
         folder: for the results, locked during the run; None to keep nothing.
         config: settings of adapters that their texts do not say.
-        workers: processes that read images ahead; 0 for a thread.
+        workers: as for `data.read_ahead`.
         shard: this run's index and the number of runs that share the streams.
         checkpoint_every: batches between two checkpoints within a stream.
         trust_data: take earlier results without checking that the stored images are the same.
@@ -145,7 +145,8 @@ def sweep(  # noqa: D417
             _log.warning("%s: %s, by which changes would be noticed", folder, said)
         places = [place for run in runs for place in run.places[run.done :]]
         total = sum(len(run.places) for run in runs)
-        source = iter(data.read_ahead(batches, workers, places)) if runs else iter(())
+        source = data.read_ahead(batches, workers, places)
+        stack.enter_context(contextlib.closing(source))  # ends its threads or processes
         steps: dict[str, Callable] = {}  # compiled
         hidden = not progress or not runs
         with tqdm(total=total, initial=total - len(places), unit="batch", disable=hidden) as bar:
@@ -160,7 +161,6 @@ def sweep(  # noqa: D417
                         log(result)
                 run.tree.clear()
                 shutil.rmtree(run.folder, ignore_errors=True)
-            next(source, None)  # ends the reader processes
     return [results[number, name] for number in share for name in names]
 
 
@@ -265,7 +265,8 @@ class StreamRun:
         bar.set_description(title)
         before: tuple[Any, ...] = ()  # a batch's scores are fetched while the next is computed
         for number in range(self.done, len(self.places)):
-            batch, timed = next(source), number % TIMED == 0  # arrays that the step transfers
+            batch = next(source)  # arrays that the step transfers
+            timed = number % TIMED == min(1, len(self.places) - 1)  # the first loads the program
             scores: dict[str, Any] = {}
             for name, node in self.tree.items():
                 spec, adapter = self.adapters[name]
