@@ -104,7 +104,7 @@ def _keep_programs(keep: bool) -> None:
     import jax
 
     jax.config.update("jax_enable_compilation_cache", keep)
-    if not keep or jax.config.jax_compilation_cache_dir is not None:
+    if not keep or getattr(jax.config, "jax_compilation_cache_dir", None):
         return
     with contextlib.suppress(OSError, RuntimeError):  # no home, or not one's own
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "jaxtta")

@@ -288,16 +288,16 @@ class StreamRun:
                 scores[name] = score(prediction.logits, batch.labels)
                 scores[name]["skipped"] = prediction.metrics.get("skipped", False)
             if before:
-                self._keep(*before, bar)
+                self._keep(bar, *before)
             before = number, batch, scores
             last = number + 1 == len(self.places)
             if last or (self.every and (number + 1) % self.every == 0):
-                self._keep(*before, bar)
+                self._keep(bar, *before)
                 before = ()
                 if not last:
                     save_checkpoint(self.folder, number + 1, self.tree, self.note)
 
-    def _keep(self, number: int, batch: Any, scores: dict[str, Any], bar: tqdm) -> None:
+    def _keep(self, bar: tqdm, number: int, batch: Any, scores: dict[str, Any]) -> None:
         """Fetch a batch's scores, and show the top-1 accuracy so far in per cent."""
         shown, seen = {}, batch.index[batch.mask]
         for name, values in scores.items():
