@@ -284,7 +284,7 @@ def test_a_dataset_that_cannot_tell_says_so(tmp_path, caplog):
     sweep(tmp_path, stored=None)
     assert not caplog.text
     sweep(tmp_path, stored=None, fatal=1, reads=[])
-    assert "since the images have no content()" in caplog.text
+    assert "the images have no content()" in caplog.text
 
 
 # --- what a folder refuses ---
@@ -363,7 +363,7 @@ def test_functions_of_one_name_are_told_apart(tmp_path, caplog, wrapped):
     results = run(0.1, 0.2)
     assert same(evaluate.load_predictions(tmp_path), results)
     assert same(run(0.1, 0.2), results)
-    assert "since the images have no content()" in caplog.text
+    assert "the images have no content()" in caplog.text
     with pytest.raises(ValueError, match=r"adapter.function.step.rate 0\.1 \(this run: 0\.3\)"):
         run(0.3, 0.2)
     with pytest.raises(ValueError, match=r"adapter.function.lr 0\.2 \(this run: 0\.3\)"):

@@ -25,7 +25,7 @@ import optax
 from jaxtta.adapters.base import Adapter, Array, Metrics, Objective
 from jaxtta.adapters.online import online
 from jaxtta.losses import entropy, masked_mean
-from jaxtta.models import Batch, Classifier, FeatureStatistics, Task, context_of
+from jaxtta.models import Batch, Classifier, FeatureStatistics, Task, as_batch, context_of
 from jaxtta.models.checks import require_model
 from jaxtta.models.feature_statistics import require_statistics
 from jaxtta.optim import MGGParams, meta_gradient_generator
@@ -193,8 +193,7 @@ def mgtta_training(
 
     def loss_of(frozen: Any, adapted: Any, images: Array) -> Array:
         params, context = frozen
-        batch = Batch(images, jnp.ones(len(images), bool), jnp.arange(len(images)))
-        return objective(merge(params, adapted), context, batch)[0]
+        return objective(merge(params, adapted), context, as_batch(images))[0]
 
     def adapter_of(frozen: Any, phi: MGGParams) -> Adapter:
         generator = meta_gradient_generator(phi, learning_rate)

@@ -24,7 +24,7 @@ class TrainingConfig:
     reference_batch: int = 64  # reference pairs per step
     wise_share: float = 0.5  # weight of the fine-tuned parameters in wise-ft's average
     max_images: int | None = None  # use at most so many test images of each task
-    workers: int = 0  # processes that read images; 0 to read in the main process
+    workers: int = 0  # threads that decode files, or processes for other images; 0 for one thread
 
     def __post_init__(self) -> None:
         """Validate the settings."""

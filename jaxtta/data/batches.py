@@ -1,4 +1,4 @@
-"""Batches of streams: images preprocessed, padded, and read ahead by other processes."""
+"""Batches of streams: images preprocessed, padded, and read ahead by threads or processes."""
 
 import collections
 import contextlib

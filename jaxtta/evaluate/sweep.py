@@ -60,7 +60,7 @@ class Spec:
         return Batches(self.benchmark, tuple(self.streams), self.batch_size, preprocess, canvas)
 
 
-def sweep(  # noqa: D417
+def sweep(
     spec: Spec,
     adapters: Iterable[str | AdapterSpec] | Mapping[str, Callable[..., Adapter]],
     model: Classifier,
@@ -81,6 +81,8 @@ def sweep(  # noqa: D417
     Args:
         spec: images, streams and classes.
         adapters: texts as for `parse_adapter`, or functions `(model, task) -> Adapter` by name.
+        model: any classifier.
+        params: its frozen parameters.
         folder: for the results, locked during the run; None to keep nothing.
         config: settings of adapters that their texts do not say.
         workers: as for `data.read_ahead`.
@@ -88,10 +90,14 @@ def sweep(  # noqa: D417
         checkpoint_every: batches between two checkpoints within a stream.
         trust_data: take earlier results without checking that the stored images are the same.
         log: called with each new result.
+        progress: show a progress bar.
         about: what to keep with the results that changes none; None for `about(model)`.
 
     Returns:
         The results of this shard's streams, by stream, then adapter.
+
+    Raises:
+        ValueError: for unknown adapters or domains, or a folder in use or of other settings.
     """
     given: Any = adapters
     if isinstance(given, Mapping):
@@ -141,15 +147,14 @@ def sweep(  # noqa: D417
                 inputs = (batches, number, made, params, note, kept, checkpoint_every)
                 runs.append(StreamRun(*inputs))
         if results and None in contents.values():
-            said = "earlier results are taken as they are, since the images have no content()"
-            _log.warning("%s: %s, by which changes would be noticed", folder, said)
+            _log.warning("%s: earlier results are unchecked: the images have no content()", folder)
         places = [place for run in runs for place in run.places[run.done :]]
-        total = sum(len(run.places) for run in runs)
         source = data.read_ahead(batches, workers, places)
         stack.enter_context(contextlib.closing(source))  # ends its threads or processes
         steps: dict[str, Callable] = {}  # compiled
-        hidden = not progress or not runs
-        with tqdm(total=total, initial=total - len(places), unit="batch", disable=hidden) as bar:
+        total = sum(len(run.places) for run in runs)
+        show = {"total": total, "initial": total - len(places), "unit": "batch"}
+        with tqdm(**show, disable=not progress or not runs) as bar:
             for run in runs:
                 run.finish(steps, source, bar)
                 for name in run.note["settings"]:
@@ -210,8 +215,7 @@ def tune_learning_rate(
         segments = (result.segment(number).query("seen") for number in range(len(result.domains)))
         top1[texts[result.adapter]] += [rows["top1"].mean() for rows in segments]
     accuracies = {rate: float(np.mean(values)) for rate, values in top1.items()}
-    images = len(np.unique(spec.streams[0].items[:, 1]))
-    chosen_on = f"{', '.join(shown)}; {images} images each"
+    chosen_on = f"{', '.join(shown)}; {len(np.unique(spec.streams[0].items[:, 1]))} images each"
     return Choice(max(accuracies, key=accuracies.__getitem__), accuracies, chosen_on)
 
 

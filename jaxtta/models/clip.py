@@ -24,7 +24,7 @@ from jaxtta.models.prompts import Prompts
 from jaxtta.models.resnet import ResNet
 from jaxtta.models.task import Task
 from jaxtta.models.text import TextTransformer
-from jaxtta.models.transformer import Attend, Select
+from jaxtta.models.transformer import Attend, Select, identity
 from jaxtta.models.vit import VisionOutput, VisionTransformer
 
 Array = jax.Array
@@ -90,7 +90,7 @@ class CLIP:
         size = self.preprocessing.image_size
         ids = jnp.zeros((1, 1), jnp.int32)
         vision = self.vision.init(vision_key, jnp.zeros((1, size, size, 3)))
-        text = self.text.init(text_key, ids[0], ids[0], lambda q, k, v: v, lambda x: x)
+        text = self.text.init(text_key, ids[0], ids[0], lambda q, k, v: v, identity)
         params = {
             "vision_model": vision["params"],
             "text_model": text["params"],

@@ -31,9 +31,8 @@ class Summary(NamedTuple):
     """What reports of a sweep show; shares and gains in [-1, 1], NaN where unknown."""
 
     segments: pd.DataFrame  # `summary.csv`
-    table: (
-        pd.DataFrame
-    )  # by corruption and adapter: means, gain, low, high, significance (1, 0, -1)
+    # by corruption and adapter: means, gain, low, high, significance (1, 0, -1)
+    table: pd.DataFrame
     means: pd.DataFrame  # by adapter, over corruptions; spread: standard deviation over seeds
     classes: pd.DataFrame  # `classes.csv`, of all images in the means
     results: Sequence[Predictions]
