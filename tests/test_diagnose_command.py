@@ -632,3 +632,14 @@ def test_the_words_of_a_check(changed, expected):
     assert all(map(re.match, expected, said)), said
     assert "never" in said[0] or "predicted" in changed
     assert last.startswith("Not measured: accuracy, and whether an adapter helps")
+
+
+def test_every_image_is_in_the_histogram():
+    entropies = np.full(7, np.log(3) + 1e-6), np.array([-1e-7, 0.5])
+    none = np.zeros(0)
+    answers = diagnose.Answers(none, none, none, entropies[0], none, entropies[1])
+    found = target_check(predicted=[0.2, 0.7, 0.1])
+    left, right = report.draw_predictions(found, answers).axes
+    assert sum(bar.get_height() for bar in left.patches) == pytest.approx(200)
+    assert [bar.get_width() for bar in right.patches] == pytest.approx([70, 20, 10])
+    assert [label.get_text() for label in right.get_yticklabels()] == ["dog", "cat", "cow"]
