@@ -59,7 +59,8 @@ class DataOptions:
 
     data: str = str(assets.IMAGES)  # folder, or NAME:SPLIT of tfds (default: bundled CIFAR-10)
     # folder (clean images by class), imagenet, imagenet-c, cifar-c, arrays (<corruption>.npy and
-    # labels.npy), tfds, …; an unknown name lists all. Clean images are corrupted as they are read
+    # labels.npy), arrayrecord (of tpu/data_to_array_record.py), tfds, …; an unknown name lists all.
+    # Clean images are corrupted as they are read
     layout: str = "folder"
     class_names: tuple[str, ...] = ()  # for the prompts, in label order, or a .json or .txt of them
     ids: str | None = None  # only images of a file of CLASS_FOLDER/FILE lines, or imagenet-c-5000

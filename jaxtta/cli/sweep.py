@@ -29,7 +29,7 @@ from jaxtta import data, evaluate, report
 from jaxtta.cli import options as groups
 from jaxtta.models import Batch
 
-CORRUPTED = ("folder", "imagenet", "tfds", "imagenet-c", "cifar-c", "arrays")
+CORRUPTED = ("folder", "imagenet", "tfds", "imagenet-c", "cifar-c", "arrays", "arrayrecord")
 """Layouts whose corruptions are ImageNet-C's by default; the others are shifts by themselves."""
 Part = tuple[evaluate.Spec, Sequence[str], Path, dict[str, Any]]
 """What to run on, the adapters, the folder for results, and what to keep with these."""

@@ -17,11 +17,11 @@ from jaxtta.data.arrays import open_arrays, open_npz, read_labels
 from jaxtta.data.class_names import CROSS_DATASETS, IMAGENET_CLASSES, given_class_names
 from jaxtta.data.datasets import Benchmark, Dataset, Domain, Preprocess, class_names_of, corrupted
 from jaxtta.data.folders import ImageFolder, class_folders, image_folder, imagenet_c, list_folders
-from jaxtta.data.sequences import open_tfds
+from jaxtta.data.sequences import open_array_records, open_tfds
 from jaxtta.images import printable
 from jaxtta.io import read_json, read_text
 
-_STORED = ("imagenet-c", "cifar-c", "arrays")
+_STORED = ("imagenet-c", "cifar-c", "arrays", "arrayrecord")
 _FOLDERS = ("folder", "imagenet", "imagenet-v2", "objectnet")
 LAYOUTS = (*_FOLDERS, *CROSS_DATASETS, *_STORED, "tfds")
 """The layouts that `open_dataset` and `open_benchmark` can open."""
@@ -35,10 +35,12 @@ def open_dataset(
     Args:
         layout: one of `LAYOUTS`: "folder" for `<class>/…` or an `.npz` file; "imagenet" for wnid
             folders; "imagenet-c" for `<corruption>/<severity>/<class>/…`; "cifar-c" for `.npy`
-            files with five severities each, "arrays" with one; the cross-dataset sets in the
-            folders that prompt-learning benchmarks use; "tfds" for tensorflow-datasets.
-        root: the folder; for a cross-dataset set its own or the parent folder; for "tfds" a name,
-            with a split after a colon if it is not the test split ("cifar10:train").
+            files with five severities each, "arrays" with one; "arrayrecord" for what
+            `tpu/data_to_array_record.py` wrote; the cross-dataset sets in the folders that
+            prompt-learning benchmarks use; "tfds" for tensorflow-datasets.
+        root: the folder; for a cross-dataset set its own or the parent folder; for "tfds" a name or
+            a prepared folder, with a split after a colon if it is not the test split
+            ("cifar10:train").
         class_names: to use instead of the layout's, or a file with them; needed where class folders
             are called by numbers.
         split: the split of a cross-dataset set, or of a tfds name without one.
@@ -91,6 +93,10 @@ def _open_stored(layout: str, root: Path, given: Sequence[str]) -> Benchmark:
         names = own_or_given(own, given)
         named = (dataclasses.replace(images, class_names=names) for images in benchmark.values())
         return dict(zip(benchmark, named, strict=True))
+    if layout == "arrayrecord":
+        benchmark = open_array_records(root)
+        names = own_or_given(class_names_of(benchmark), given)
+        return {key: dataclasses.replace(one, class_names=names) for key, one in benchmark.items()}
     names = given_class_names(given)
     if not names and layout == "arrays":
         raise ValueError(f"{root}: arrays have no class names, set them")

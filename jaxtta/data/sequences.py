@@ -11,8 +11,9 @@ from PIL import Image
 
 from jaxtta.data.arrays import check_labels
 from jaxtta.data.class_names import IMAGENET_CLASSES, given_class_names
+from jaxtta.data.datasets import Domain
 from jaxtta.images import UnreadableImageError, printable, read_image, to_rgb
-from jaxtta.io import digest_files, nfc
+from jaxtta.io import digest_files, error_context, nfc, read_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +27,7 @@ class SequenceDataset:
     what: str = "image"
     raw: bool = False  # as `jaxtta.data.ImageFolder.raw`
     stored_in: tuple[Path, ...] = ()  # files, if they are known
+    files: tuple[str, ...] = ()  # names of the files that the images were, if they are known
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -109,7 +111,11 @@ def open_tfds(name: str, split: str = "test", data_dir: Path | None = None) -> S
     import tensorflow_datasets as tfds
 
     try:
-        builder: Any = tfds.builder(name, data_dir=data_dir)
+        folder = Path(name).is_dir()
+        opened = (
+            tfds.builder_from_directory(name) if folder else tfds.builder(name, data_dir=data_dir)
+        )
+        builder: Any = opened
         image, label = builder.info.supervised_keys or ("image", "label")
         names = builder.info.features[label].names
         names = [IMAGENET_CLASSES.get(name, name).replace("_", " ") for name in names]
@@ -122,3 +128,25 @@ def open_tfds(name: str, split: str = "test", data_dir: Path | None = None) -> S
         raise ValueError(f"cannot read {what} ({reason}); to prepare it: {how}") from error
     files = tuple(sorted(path for path in Path(builder.data_path).glob("*") if path.is_file()))
     return dataclasses.replace(dataset, what=f"{name} {split} image", raw=True, stored_in=files)
+
+
+def open_array_records(root: Path) -> dict[Domain, SequenceDataset]:
+    """Open the domains that `tpu/data_to_array_record.py` wrote: `<corruption>/<severity>/…`."""
+    import tensorflow_datasets as tfds
+
+    listed, benchmark = read_json(root / "images.json"), {}
+    skip = {"image": tfds.decode.SkipDecoding()}
+    with error_context(f"{root}: is not what tpu/data_to_array_record.py writes"):
+        labels, names, files = (listed[key] for key in ("labels", "class_names", "files"))
+        shared = "image", np.asarray(labels, np.int32), tuple(names)
+        for info in sorted(root.glob("*/**/dataset_info.json")):
+            corruption, *severity = info.parent.relative_to(root).parts
+            domain = Domain(corruption, *map(int, severity))
+            items = tfds.builder_from_directory(info.parent).as_data_source("test", decoders=skip)
+            if len(items) != len(files):
+                raise ValueError(f"{domain} has {len(items)} images, expected {len(files)}")
+            known = {"stored_in": (root / "images.json", info), "files": tuple(files)}
+            benchmark[domain] = SequenceDataset(items, *shared, f"{domain} image", True, **known)
+        if not benchmark:
+            raise ValueError("no finished <corruption>/<severity>")
+    return benchmark

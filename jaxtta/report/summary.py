@@ -191,7 +191,7 @@ def _corruption_errors(segments: pd.DataFrame, results: Sequence[Predictions]) -
     """Mean corruption error by adapter; missing but for all of ImageNet-C."""
     layouts = {result.settings.get("streams", {}).get("layout") for result in results}
     whole = segments["images"] + segments["unreadable"] == IMAGENET_C_IMAGES
-    lines = segments[whole & (layouts == {"imagenet-c"})]
+    lines = segments[whole & (layouts <= {"imagenet-c", "arrayrecord"})]
     tops = lines.groupby(["adapter", "corruption", "severity"])["top1"].mean().unstack()
     errors = 1 - tops.reindex(columns=range(1, 6)).mean(axis=1, skipna=False).unstack()
     alexnet = pd.Series(metrics.ALEXNET_ERRORS)
