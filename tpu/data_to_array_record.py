@@ -138,9 +138,8 @@ def write_domain(images: data.ImageFolder, folder: Path, size: int, bar: tqdm) -
 
 def label_names(images: data.ImageFolder) -> list[str]:
     """The class folders' names, such as wnids; the classes' own where images lie otherwise."""
-    pairs = {
-        (label, path.split("/")[0]) for label, path in zip(images.labels.tolist(), images.paths)
-    }
+    tops = (path.split("/")[0] for path in images.paths)
+    pairs = {*zip(images.labels.tolist(), tops, strict=True)}
     folders = [name for _, name in sorted(pairs)]
     one_each = len(pairs) == len(images.class_names) == len({*folders})
     return folders if one_each else [*images.class_names]
