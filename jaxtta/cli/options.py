@@ -5,6 +5,7 @@ import typing
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
+import jax
 import jax.numpy as jnp
 import tyro
 
@@ -129,6 +130,10 @@ class RunOptions:
     output: Path  # folder for the results; a run that was stopped goes on where it was
     # threads that decode files, or processes that corrupt images; 0 for one thread
     workers: int = 1
+    devices: int | Literal["all"] = "all"  # how many to use, of this machine's
+    # each device steps through streams of its own, or all share each batch, those of other hosts
+    # too where JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID name them
+    split: evaluate.Split = "streams"
     shard: str = "0/1"  # this machine's part, such as 0/4 to 3/4 on four (default: 0/1, all)
     checkpoint_every: int | None = None  # batches between two checkpoints within a stream
     trust_data: bool = False  # take earlier results without checking that the images are unchanged
@@ -144,6 +149,12 @@ class RunOptions:
         return int(number), int(count)
 
     @property
+    def count(self) -> int:
+        """The number of devices."""
+        return jax.device_count() if self.devices == "all" else self.devices
+
+    @property
     def how(self) -> dict[str, Any]:
         """Arguments of `evaluate.sweep`."""
-        return {name: getattr(self, name) for name in ("workers", "checkpoint_every", "trust_data")}
+        names = ("workers", "checkpoint_every", "trust_data", "split")
+        return {name: getattr(self, name) for name in names} | {"devices": self.count}
