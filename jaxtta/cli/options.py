@@ -1,6 +1,7 @@
 """Groups of options that several commands share; comments at their fields are the help text."""
 
 import dataclasses
+import os
 import typing
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -131,8 +132,8 @@ class RunOptions:
     # threads that decode files, or processes that corrupt images; 0 for one thread
     workers: int = 1
     devices: int | Literal["all"] = "all"  # how many to use, of this machine's
-    # each device steps through streams of its own, or all share each batch, those of other hosts
-    # too where JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID name them
+    # each device has streams of its own, or all share each batch, also those of other hosts that
+    # JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID join
     split: evaluate.Split = "streams"
     shard: str = "0/1"  # this machine's part, such as 0/4 to 3/4 on four (default: 0/1, all)
     checkpoint_every: int | None = None  # batches between two checkpoints within a stream
@@ -147,6 +148,16 @@ class RunOptions:
         if not (number.isdecimal() and count.isdecimal() and int(number) < int(count)):
             raise ValueError(f"--shard is {self.shard!r}, expected i/n with i below n")
         return int(number), int(count)
+
+    def join_hosts(self) -> None:
+        """Join the processes of other hosts, if the environment says how many there are.
+
+        On a TPU pod JAX_NUM_PROCESSES alone is enough: there, JAX finds the rest.
+        """
+        count, number = (os.environ.get(f"JAX_{key}") for key in ("NUM_PROCESSES", "PROCESS_ID"))
+        if self.split == "batch" and count:
+            own = int(number) if number else None
+            jax.distributed.initialize(num_processes=int(count), process_id=own)
 
     @property
     def count(self) -> int:

@@ -16,7 +16,6 @@ and counted.
 """
 
 import dataclasses
-import os
 import time
 from collections.abc import Sequence
 from datetime import timedelta
@@ -50,6 +49,7 @@ class Options:
 
 def run(options: Options) -> None:
     """Run the sweep and report."""
+    options.run.join_hosts()
     given, source, shard = options.streams, options.data, options.run.part
     if options.tune.tune_learning_rates and {*given.corruptions} & {*data.IMAGENET_C_EXTRA}:
         raise ValueError("corruptions that select learning rates cannot be tested too")
@@ -136,13 +136,14 @@ def check_adapters(options: Any) -> None:
 def measure(options: Any, loaded: Any, parts: list[Part], title: str, shard: Any = (0, 1)) -> None:
     """Run adapters and report, or estimate what that takes; also for natural shifts."""
     how, results, samples, examples = options.run, [], {}, []
-    config, (_, count) = options.adapters.config, how.part
+    config, (_, count), first = options.adapters.config, how.part, jax.process_index() == 0
     for place, (spec, adapters, folder, about) in enumerate(parts):
         specs = [evaluate.parse_adapter(text) for text in adapters]
         if how.dry_run:
             estimate(options, loaded, spec, specs, range(shard[0], len(spec.streams), shard[1]))
             continue
-        log = evaluate.loggers(how.log, folder, dataclasses.asdict(options)) if how.log else None
+        logged = how.log if first else ()
+        log = evaluate.loggers(logged, folder, dataclasses.asdict(options)) if logged else None
         named: Any = {"config": config, "shard": shard, "about": about, **how.how}
         found = evaluate.sweep(spec, adapters, *loaded, folder=folder, log=log, **named)
         batches = spec.batches(loaded[0], specs)
@@ -154,7 +155,7 @@ def measure(options: Any, loaded: Any, parts: list[Part], title: str, shard: Any
     if count > 1 and not how.dry_run:
         print(f"shard {how.shard}: {len(results) or 'no'} results in {how.output}; when all shards")
         print("are done, put their folders together and run the same command without --shard")
-    elif not how.dry_run:
+    elif first and not how.dry_run:
         report.write_report(results, how.output, title, samples, examples)
 
 

@@ -151,7 +151,8 @@ class Group:
         states = {name: self.on.states(first.pop(name)) for name in names}
         before: tuple[Any, ...] = ()  # a round's scores are fetched while the next is computed
         while live := {place: run for place, run in enumerate(self.runs) if run.left}:
-            self._describe(bar, [*live.values()])
+            title = self._title([*live.values()])
+            bar.set_description(title)
             batches = [next(source) if run.left else None for run in self.runs]
             batch, placed = self.on.batch(batches)
             scores: dict[str, Any] = {}
@@ -159,10 +160,9 @@ class Group:
                 spec, adapter = self.runs[0].adapters[name]
                 inputs = inputs_of(placed, spec)
                 if name not in steps:  # once per sweep, and not timed
-                    shown = bar.desc
                     bar.set_description(f"compiling {name} …")
                     steps[name] = self.on.compile(adapter, states[name], inputs)
-                    bar.set_description(shown)
+                    bar.set_description(title)
                 timed = [run for run in live.values() if run.timed]
                 if timed:
                     jax.block_until_ready((before, scores, states[name]))
@@ -191,14 +191,14 @@ class Group:
                 self._save(due, states)
             yield from ended
 
-    def _describe(self, bar: tqdm, live: Sequence[StreamRun]) -> None:
+    def _title(self, live: Sequence[StreamRun]) -> str:
         stream, devices = live[0].stream, self.on.devices
         text = f"{stream.name} seed {stream.seed}"
         if len(live) > 1:
             text += f" and {len(live) - 1} more"
         if (idle := devices - len(live)) and not self.on.splits_batch:
             text += f", {idle} of {devices} devices idle"
-        bar.set_description(text)
+        return text
 
     def _save(self, due: Mapping[int, StreamRun], states: Mapping[str, Any]) -> None:
         if jax.process_index():
