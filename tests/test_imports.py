@@ -23,7 +23,8 @@ MAY_IMPORT = {
     "adapters": MODELS,
     "continual": MODELS,
     "diagnose": MODELS,
-    "evaluate": METHODS,
+    "parallel": {"adapters"},
+    "evaluate": METHODS | {"parallel"},
     "report": METHODS | {"evaluate"},
     "cli": METHODS | {"evaluate", "report"},
 }

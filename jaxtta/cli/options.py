@@ -1,10 +1,12 @@
 """Groups of options that several commands share; comments at their fields are the help text."""
 
 import dataclasses
+import os
 import typing
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
+import jax
 import jax.numpy as jnp
 import tyro
 
@@ -130,6 +132,10 @@ class RunOptions:
     output: Path  # folder for the results; a run that was stopped goes on where it was
     # threads that decode files, or processes that corrupt images; 0 for one thread
     workers: int = 1
+    devices: int | Literal["all"] = "all"  # how many to use, of this machine's
+    # each device has streams of its own, or all share each batch, also those of other hosts that
+    # JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID join
+    split: evaluate.Split = "streams"
     shard: str = "0/1"  # this machine's part, such as 0/4 to 3/4 on four (default: 0/1, all)
     checkpoint_every: int | None = None  # batches between two checkpoints within a stream
     trust_data: bool = False  # take earlier results without checking that the images are unchanged
@@ -144,7 +150,23 @@ class RunOptions:
             raise ValueError(f"--shard is {self.shard!r}, expected i/n with i below n")
         return int(number), int(count)
 
+    def join_hosts(self) -> None:
+        """Join the processes of other hosts, if the environment says how many there are.
+
+        On a TPU pod JAX_NUM_PROCESSES alone is enough: there, JAX finds the rest.
+        """
+        count, number = (os.environ.get(f"JAX_{key}") for key in ("NUM_PROCESSES", "PROCESS_ID"))
+        if self.split == "batch" and count:
+            own = int(number) if number else None
+            jax.distributed.initialize(num_processes=int(count), process_id=own)
+
+    @property
+    def count(self) -> int:
+        """The number of devices."""
+        return jax.device_count() if self.devices == "all" else self.devices
+
     @property
     def how(self) -> dict[str, Any]:
         """Arguments of `evaluate.sweep`."""
-        return {name: getattr(self, name) for name in ("workers", "checkpoint_every", "trust_data")}
+        names = ("workers", "checkpoint_every", "trust_data", "split")
+        return {name: getattr(self, name) for name in names} | {"devices": self.count}

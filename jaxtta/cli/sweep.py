@@ -27,7 +27,6 @@ import numpy as np
 
 from jaxtta import data, evaluate, report
 from jaxtta.cli import options as groups
-from jaxtta.models import Batch
 
 CORRUPTED = ("folder", "imagenet", "tfds", "imagenet-c", "cifar-c", "arrays", "arrayrecord")
 """Layouts whose corruptions are ImageNet-C's by default; the others are shifts by themselves."""
@@ -50,6 +49,7 @@ class Options:
 
 def run(options: Options) -> None:
     """Run the sweep and report."""
+    options.run.join_hosts()
     given, source, shard = options.streams, options.data, options.run.part
     if options.tune.tune_learning_rates and {*given.corruptions} & {*data.IMAGENET_C_EXTRA}:
         raise ValueError("corruptions that select learning rates cannot be tested too")
@@ -136,13 +136,14 @@ def check_adapters(options: Any) -> None:
 def measure(options: Any, loaded: Any, parts: list[Part], title: str, shard: Any = (0, 1)) -> None:
     """Run adapters and report, or estimate what that takes; also for natural shifts."""
     how, results, samples, examples = options.run, [], {}, []
-    config, (_, count) = options.adapters.config, how.part
+    config, (_, count), first = options.adapters.config, how.part, jax.process_index() == 0
     for place, (spec, adapters, folder, about) in enumerate(parts):
         specs = [evaluate.parse_adapter(text) for text in adapters]
         if how.dry_run:
             estimate(options, loaded, spec, specs, range(shard[0], len(spec.streams), shard[1]))
             continue
-        log = evaluate.loggers(how.log, folder, dataclasses.asdict(options)) if how.log else None
+        logged = how.log if first else ()
+        log = evaluate.loggers(logged, folder, dataclasses.asdict(options)) if logged else None
         named: Any = {"config": config, "shard": shard, "about": about, **how.how}
         found = evaluate.sweep(spec, adapters, *loaded, folder=folder, log=log, **named)
         batches = spec.batches(loaded[0], specs)
@@ -154,36 +155,41 @@ def measure(options: Any, loaded: Any, parts: list[Part], title: str, shard: Any
     if count > 1 and not how.dry_run:
         print(f"shard {how.shard}: {len(results) or 'no'} results in {how.output}; when all shards")
         print("are done, put their folders together and run the same command without --shard")
-    elif not how.dry_run:
+    elif first and not how.dry_run:
         report.write_report(results, how.output, title, samples, examples)
 
 
 def estimate(options: Any, loaded: Any, spec: evaluate.Spec, adapters: Any, share: range) -> None:
     """Print streams, images and steps; estimate time and memory from one step each."""
-    (model, params), count = loaded, 0
+    (model, params), counts = loaded, []
     batches = spec.batches(model, adapters)
     for number in share:
         stream, steps = spec.streams[number], len(batches.of(number))
         shape = f"{len(stream.items)} images, {steps} steps of {spec.batch_size}"
         print(f"{stream.name}, seed {stream.seed}: {shape}")
-        count += steps
+        counts.append(steps)
+    how = options.run
+    devices = evaluate.require_devices(how.count, how.split, spec.batch_size)
+    on = evaluate.place(params, devices, how.split, len(counts))
+    groups = (counts[start : start + on.streams] for start in range(0, len(counts), on.streams))
+    count, beside = sum(map(max, groups)), f" on {devices} devices" if devices > 1 else ""
     batches[0]  # the first imports what it needs
     start = time.perf_counter()
     batch: Any = batches[min(1, len(batches) - 1)]  # a stream's last batch may be small
-    reading = (time.perf_counter() - start) * count / max(options.run.workers, 1)
+    reading = (time.perf_counter() - start) * sum(counts) / max(how.workers, 1)
+    _, placed = on.batch([batch] * on.streams)
     total = peak = 0.0
     for each in adapters:
         adapter = evaluate.make_adapter(each, model, spec.task, options.adapters.config)
-        state, inputs = adapter.init(params), Batch(batch.images, batch.mask, batch.index)
-        if each.needs_originals:
-            inputs = Batch(batch.originals, batch.mask, batch.index, batch.sizes)
-        step = jax.jit(adapter.step).lower(params, state, inputs).compile()
+        state, inputs = on.states([adapter.init(params)]), evaluate.inputs_of(placed, each)
+        step = on.compile(adapter, state, inputs)
         for _ in range(2):  # the first call loads the program
             start = time.perf_counter()
-            jax.block_until_ready(step(params, state, inputs))
+            state, prediction = step(on.params, state, inputs)
+            jax.block_until_ready(prediction)
         seconds, sizes = time.perf_counter() - start, step.memory_analysis()
         used = (sizes.temp_size_in_bytes + sizes.argument_size_in_bytes) / 1e9 if sizes else 0
         total, peak = total + seconds * count, max(peak, used)
-        print(f"{each.text}: {count} steps of {seconds:.2g} s, {used:.2g} GB")
+        print(f"{each.text}: {count} steps of {seconds:.2g} s{beside}, {used:.2g} GB")
     took = timedelta(seconds=round(max(reading, total)))
     print(f"estimate without compilation: {took}, {peak:.2g} GB")

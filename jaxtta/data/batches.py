@@ -118,7 +118,7 @@ def pad_to_canvas(original: np.ndarray, canvas: int) -> tuple[np.ndarray, np.nda
 
 
 def read_ahead(
-    batches: Batches, workers: int = 0, numbers: Sequence[int] | None = None
+    batches: Batches, workers: int = 0, numbers: Sequence[int] | None = None, together: int = 1
 ) -> Generator[StreamBatch]:
     """Prefetch batches in order, the same for any number of workers.
 
@@ -128,6 +128,7 @@ def read_ahead(
             Python code; these import the script again, which needs `if __name__ == "__main__":`
             then. 0 for one thread.
         numbers: indices of the batches to read, for example to resume; None for all.
+        together: how many are used at once; at least as many are read ahead.
     """
     waiting = iter(range(len(batches)) if numbers is None else numbers)
     with contextlib.ExitStack() as stack:
@@ -145,7 +146,7 @@ def read_ahead(
             pool, read = futures.ThreadPoolExecutor(max(workers, 1)), batches.__getitem__
         stack.callback(pool.shutdown, cancel_futures=True)
         try:
-            first = itertools.islice(waiting, 2 * max(workers, 1))
+            first = itertools.islice(waiting, max(2 * workers, 2, together))
             ahead = collections.deque(pool.submit(read, number) for number in first)
             while ahead:
                 batch = ahead.popleft().result()

@@ -11,6 +11,9 @@ from jaxtta.adapters.by_name import with_rate as with_rate
 from jaxtta.evaluate.checks import default_severity as default_severity
 from jaxtta.evaluate.checks import require_at_least as require_at_least
 from jaxtta.evaluate.checks import require_distinct as require_distinct
+from jaxtta.evaluate.placement import Split as Split
+from jaxtta.evaluate.placement import place as place
+from jaxtta.evaluate.placement import require_devices as require_devices
 from jaxtta.evaluate.predictions import Predictions as Predictions
 from jaxtta.evaluate.predictions import mean_intervals as mean_intervals
 from jaxtta.evaluate.predictions import paired_gain as paired_gain
@@ -20,8 +23,9 @@ from jaxtta.evaluate.provenance import fingerprints as fingerprints
 from jaxtta.evaluate.store import agree as agree
 from jaxtta.evaluate.store import agree_on_images as agree_on_images
 from jaxtta.evaluate.store import load_predictions as load_predictions
+from jaxtta.evaluate.streams import inputs_of as inputs_of
+from jaxtta.evaluate.streams import peak_memory_gb as peak_memory_gb
 from jaxtta.evaluate.sweep import Spec as Spec
-from jaxtta.evaluate.sweep import peak_memory_gb as peak_memory_gb
 from jaxtta.evaluate.sweep import sweep as sweep
 from jaxtta.evaluate.sweep import tune_learning_rate as tune_learning_rate
 from jaxtta.evaluate.tracking import loggers as loggers

@@ -3,18 +3,15 @@
 import contextlib
 import dataclasses
 import logging
-import resource
 import shutil
-import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import pandas as pd
+from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from jaxtta import data
@@ -22,13 +19,14 @@ from jaxtta.adapters import Adapter, AdapterConfig, AdapterSpec, make_adapter, p
 from jaxtta.adapters.by_name import with_rate
 from jaxtta.data import Batches, Domain, Stream
 from jaxtta.evaluate import provenance, store
-from jaxtta.evaluate.predictions import BATCH, IMAGE, Predictions, score
-from jaxtta.io import as_json, digest_of, restore_checkpoint, save_checkpoint
-from jaxtta.models import Batch, Classifier, Params, Task
+from jaxtta.evaluate.placement import Split, place, require_devices
+from jaxtta.evaluate.predictions import Predictions
+from jaxtta.evaluate.streams import Group, StreamRun
+from jaxtta.io import as_json, digest_of
+from jaxtta.models import Classifier, Params, Task
 from jaxtta.models.preprocess import Preprocessing
 
 _log = logging.getLogger(__name__)
-TIMED = 8  # of so many batches the second is waited for, and timed; the others queue
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +68,8 @@ def sweep(
     config: AdapterConfig = AdapterConfig(),  # noqa: B008
     workers: int = 0,
     shard: tuple[int, int] = (0, 1),
+    devices: int | None = None,
+    split: Split = "streams",
     checkpoint_every: int | None = None,
     trust_data: bool = False,
     log: Callable[[Predictions], None] | None = None,
@@ -87,6 +87,9 @@ def sweep(
         config: settings of adapters that their texts do not say.
         workers: as for `data.read_ahead`.
         shard: this run's index and the number of runs that share the streams.
+        devices: how many to use; None for one.
+        split: "streams", each device steps through its own; "batch", all share each batch, and so
+            do the devices of other hosts that run the same after `jax.distributed.initialize`.
         checkpoint_every: batches between two checkpoints within a stream.
         trust_data: take earlier results without checking that the stored images are the same.
         log: called with each new result.
@@ -97,7 +100,8 @@ def sweep(
         The results of this shard's streams, by stream, then adapter.
 
     Raises:
-        ValueError: for unknown adapters or domains, or a folder in use or of other settings.
+        ValueError: for unknown adapters or domains, a folder in use or of other settings, or
+            devices that there are not or that do not divide the batch.
     """
     given: Any = adapters
     if isinstance(given, Mapping):
@@ -110,6 +114,7 @@ def sweep(
             raise ValueError(f"a sweep needs one or more {what} of distinct names, not {listed}")
     if spec.batch_size < 1:
         raise ValueError(f"batch_size is {spec.batch_size}, expected at least 1")
+    count = require_devices(devices, split, spec.batch_size)
     data.select(spec.benchmark, (d for stream in spec.streams for d in stream.segments))
     settings = _settings_of(spec, model, params)
     how = (model, spec.task, config, settings["model"]["weights"])
@@ -119,12 +124,13 @@ def sweep(
     told = as_json(provenance.about(model) if about is None else about)
     share = range(len(batches.streams))[shard[0] :: shard[1]]
     results: dict[tuple[int, str], Predictions] = {}
-    runs = []
+    runs, writes = [], jax.process_index() == 0  # of several hosts, one
     with contextlib.ExitStack() as stack:
         if folder is None:
             folder, trust_data = stack.enter_context(tempfile.TemporaryDirectory()), True
         root = Path(folder)
-        stack.enter_context(store.lock(root, settings, shard))
+        if writes:
+            stack.enter_context(store.lock(root, settings, shard))
         contents = {} if trust_data else provenance.contents_of(batches, share, progress)
         for number in share:
             stream, missing = batches.streams[number], {}
@@ -148,24 +154,31 @@ def sweep(
                 runs.append(StreamRun(*inputs))
         if results and None in contents.values():
             _log.warning("%s: earlier results are unchecked: the images have no content()", folder)
-        places = [place for run in runs for place in run.places[run.done :]]
-        source = data.read_ahead(batches, workers, places)
+        on = place(params, count, split, len(runs))
+        groups = Group.of(runs, on)
+        places = [number for group in groups for number in group.places]
+        if jax.process_count() > 1:  # the first writes when all have read
+            found = multihost_utils.process_allgather(np.array([len(results), len(places)]))
+            if (found != found[0]).any():
+                raise ValueError(f"{folder}: hosts do not find the same, expected a shared folder")
+        source = data.read_ahead(batches, workers, places, on.streams)
         stack.enter_context(contextlib.closing(source))  # ends its threads or processes
         steps: dict[str, Callable] = {}  # compiled
         total = sum(len(run.places) for run in runs)
         show = {"total": total, "initial": total - len(places), "unit": "batch"}
-        with tqdm(**show, disable=not progress or not runs) as bar:
-            for run in runs:
-                run.finish(steps, source, bar)
+        with tqdm(**show, disable=not progress or not runs or not writes) as bar:
+            for run in (run for group in groups for run in group.finish(steps, source, bar)):
                 for name in run.note["settings"]:
-                    place = {"place": [run.number, names.index(name)]}
-                    result = run.result(name, spec.setting, told | place)
-                    result.save(store.result_path(root, name, result.stream, result.seed))
+                    more = {"place": [run.number, names.index(name)], "devices": count}
+                    result = run.result(name, spec.setting, told | more)
                     results[run.number, name] = result
-                    if log is not None:
-                        log(result)
+                    if writes:
+                        result.save(store.result_path(root, name, result.stream, result.seed))
+                        if log is not None:
+                            log(result)
                 run.tree.clear()
-                shutil.rmtree(run.folder, ignore_errors=True)
+                if writes:
+                    shutil.rmtree(run.folder, ignore_errors=True)
     return [results[number, name] for number in share for name in names]
 
 
@@ -217,134 +230,3 @@ def tune_learning_rate(
     accuracies = {rate: float(np.mean(values)) for rate, values in top1.items()}
     chosen_on = f"{', '.join(shown)}; {len(np.unique(spec.streams[0].items[:, 1]))} images each"
     return Choice(max(accuracies, key=accuracies.__getitem__), accuracies, chosen_on)
-
-
-@dataclasses.dataclass
-class StreamRun:
-    """Stream `number` with the adapters that have not finished it, whose settings are given."""
-
-    batches: Batches
-    number: int
-    adapters: Mapping[str, tuple[AdapterSpec, Adapter]]
-    params: Any
-    note: Mapping[str, Any]  # the adapters' settings, and the content of the images
-    folder: Path  # of its checkpoints
-    every: int | None = None  # batches between two of them
-    done: int = 0
-    tree: dict[str, Any] = dataclasses.field(default_factory=dict)  # adapters' states and records
-
-    def __post_init__(self) -> None:
-        """Go to the newest checkpoint of these settings."""
-        self.stream = self.batches.streams[self.number]
-        self.places = self.batches.of(self.number)
-        self.labels = data.labels_of(self.batches.benchmark)[self.stream.items[:, 1]]
-        if not self.every or not self.folder.is_dir():
-            return
-        self._begin()
-        try:
-            if saved := restore_checkpoint(self.folder, self.tree):
-                done, tree, note = saved
-                fits = note["settings"].items() >= self.note["settings"].items()
-                if not fits or self.note["content"] not in (None, note["content"]):
-                    raise ValueError("other settings or images, or not known which")
-                for node in tree.values():  # arrays that can be written to
-                    node["record"] = {key: np.array(x) for key, x in node["record"].items()}
-                self.tree, self.done = tree, done
-        except ValueError as error:
-            _log.warning("%s: ignored, restarting the stream (%s)", self.folder, error)
-
-    def _begin(self) -> None:
-        for name in self.note["settings"]:
-            record = {key: np.zeros(len(self.labels), kind) for key, kind in IMAGE.items()}
-            record |= {key: np.zeros(len(self.places), kind) for key, kind in BATCH.items()}
-            record["seconds"][:] = np.nan
-            state = self.adapters[name][1].init(self.params, jax.random.key(self.stream.seed))
-            self.tree[name] = {"state": state, "record": record}
-
-    def finish(self, steps: dict[str, Callable], source: Iterator[Any], bar: tqdm) -> None:
-        """Step through the rest of the stream; `steps` are the adapters' compiled ones."""
-        if not self.tree:
-            self._begin()
-        title = f"{self.stream.name} seed {self.stream.seed}"
-        bar.set_description(title)
-        before: tuple[Any, ...] = ()  # a batch's scores are fetched while the next is computed
-        for number in range(self.done, len(self.places)):
-            batch = next(source)  # arrays that the step transfers
-            timed = number % TIMED == min(1, len(self.places) - 1)  # the first loads the program
-            scores: dict[str, Any] = {}
-            for name, node in self.tree.items():
-                spec, adapter = self.adapters[name]
-                inputs = Batch(batch.images, batch.mask, batch.index)
-                if spec.needs_originals:
-                    inputs = Batch(batch.originals, batch.mask, batch.index, batch.sizes)
-                if name not in steps:  # once per sweep, and not timed
-                    bar.set_description(f"compiling {name} …")
-                    step = jax.jit(adapter.step, donate_argnums=1)
-                    steps[name] = step.lower(self.params, node["state"], inputs).compile()
-                    bar.set_description(title)
-                if timed:
-                    jax.block_until_ready((before, scores, node["state"]))
-                start = time.perf_counter()
-                node["state"], prediction = steps[name](self.params, node["state"], inputs)
-                if timed:
-                    jax.block_until_ready(prediction)
-                    node["record"]["seconds"][number] = time.perf_counter() - start
-                scores[name] = score(prediction.logits, batch.labels)
-                scores[name]["skipped"] = prediction.metrics.get("skipped", False)
-            if before:
-                self._keep(bar, *before)
-            before = number, batch, scores
-            last = number + 1 == len(self.places)
-            if last or (self.every and (number + 1) % self.every == 0):
-                self._keep(bar, *before)
-                before = ()
-                if not last:
-                    save_checkpoint(self.folder, number + 1, self.tree, self.note)
-
-    def _keep(self, bar: tqdm, number: int, batch: Any, scores: dict[str, Any]) -> None:
-        """Fetch a batch's scores, and show the top-1 accuracy so far in per cent."""
-        shown, seen = {}, batch.index[batch.mask]
-        for name, values in scores.items():
-            record = self.tree[name]["record"]
-            record["skipped"][number] = bool(values.pop("skipped"))
-            record["seen"][seen] = True
-            for key, value in values.items():
-                record[key][seen] = np.asarray(value)[batch.mask]
-            right = (record["prediction"] == self.labels) & record["seen"]
-            shown[name] = f"{100 * right.sum() / max(record['seen'].sum(), 1):.1f}"
-        bar.set_postfix(shown)
-        bar.update()
-
-    def result(self, name: str, setting: str, about: dict[str, Any]) -> Predictions:
-        """The finished stream's predictions of one adapter."""
-        record, benchmark = self.tree[name]["record"], self.batches.benchmark
-        segments, images = self.stream.items.T
-        unreadable = tuple(
-            data.name_of(benchmark[self.stream.segments[segment]], image)
-            for segment, image in self.stream.items[~record["seen"]].tolist()
-        )
-        if len(unreadable) == len(images):
-            raise ValueError(f"none of the images could be read, such as {unreadable[0]}")
-        rows = {"segment": segments, "image": images, "label": self.labels}
-        return Predictions(
-            adapter=name,
-            stream=self.stream.name,
-            seed=self.stream.seed,
-            setting=setting,
-            domains=self.stream.segments,
-            class_names=tuple(data.class_names_of(benchmark)),
-            rows=pd.DataFrame(rows | {key: record[key] for key in IMAGE}),
-            steps=pd.DataFrame({key: record[key] for key in BATCH}),
-            unreadable=unreadable,
-            settings=self.note["settings"][name],
-            about=about,
-            peak_memory_gb=peak_memory_gb(),
-            content=self.note["content"],
-        )
-
-
-def peak_memory_gb() -> float:
-    """Peak memory so far, of the accelerator or of this process."""
-    used = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
-    unit = 1 if sys.platform == "darwin" else 1024
-    return (used or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit) / 1e9

@@ -1,0 +1,250 @@
+"""Streams that several adapters step through, one batch of each stream at a time."""
+
+import dataclasses
+import itertools
+import logging
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pandas as pd
+from tqdm import tqdm
+
+from jaxtta import data
+from jaxtta.adapters import Adapter, AdapterSpec
+from jaxtta.data import Batches, StreamBatch
+from jaxtta.evaluate.placement import Placement
+from jaxtta.evaluate.predictions import BATCH, IMAGE, Predictions, score
+from jaxtta.io import restore_checkpoint, save_checkpoint
+from jaxtta.models import Batch
+
+_log = logging.getLogger(__name__)
+TIMED = 8  # of so many batches the second is waited for, and timed; the others queue
+
+
+@dataclasses.dataclass(eq=False)
+class StreamRun:
+    """Stream `number` with the adapters that have not finished it, whose settings are given."""
+
+    batches: Batches
+    number: int
+    adapters: Mapping[str, tuple[AdapterSpec, Adapter]]
+    params: Any
+    note: Mapping[str, Any]  # the adapters' settings, and the content of the images
+    folder: Path  # of its checkpoints
+    every: int | None = None  # batches between two of them
+    done: int = 0
+    tree: dict[str, Any] = dataclasses.field(default_factory=dict)  # adapters' states and records
+
+    def __post_init__(self) -> None:
+        """Go to the newest checkpoint of these settings."""
+        self.stream = self.batches.streams[self.number]
+        self.places = self.batches.of(self.number)
+        self.labels = data.labels_of(self.batches.benchmark)[self.stream.items[:, 1]]
+        if not self.every or not self.folder.is_dir():
+            return
+        self.begin()
+        try:
+            if saved := restore_checkpoint(self.folder, self.tree):
+                done, tree, note = saved
+                fits = note["settings"].items() >= self.note["settings"].items()
+                if not fits or self.note["content"] not in (None, note["content"]):
+                    raise ValueError("other settings or images, or not known which")
+                for node in tree.values():  # arrays that can be written to
+                    node["record"] = {key: np.array(x) for key, x in node["record"].items()}
+                self.tree, self.done = tree, done
+        except ValueError as error:
+            _log.warning("%s: ignored, restarting the stream (%s)", self.folder, error)
+
+    @property
+    def left(self) -> range:
+        """Indices of the batches that are left."""
+        return self.places[self.done :]
+
+    @property
+    def timed(self) -> bool:
+        """Whether the next step is timed; the first loads the program."""
+        return self.done % TIMED == min(1, len(self.places) - 1)
+
+    @property
+    def due(self) -> bool:
+        """Whether a checkpoint is."""
+        return bool(self.left and self.every and self.done % self.every == 0)
+
+    def begin(self) -> None:
+        """Make the states and records, unless they were restored."""
+        for name in {} if self.tree else self.note["settings"]:
+            record = {key: np.zeros(len(self.labels), kind) for key, kind in IMAGE.items()}
+            record |= {key: np.zeros(len(self.places), kind) for key, kind in BATCH.items()}
+            record["seconds"][:] = np.nan
+            state = self.adapters[name][1].init(self.params, jax.random.key(self.stream.seed))
+            self.tree[name] = {"state": state, "record": record}
+
+    def result(self, name: str, setting: str, about: dict[str, Any]) -> Predictions:
+        """The finished stream's predictions of one adapter."""
+        record, benchmark = self.tree[name]["record"], self.batches.benchmark
+        segments, images = self.stream.items.T
+        unreadable = tuple(
+            data.name_of(benchmark[self.stream.segments[segment]], image)
+            for segment, image in self.stream.items[~record["seen"]].tolist()
+        )
+        if len(unreadable) == len(images):
+            raise ValueError(f"none of the images could be read, such as {unreadable[0]}")
+        rows = {"segment": segments, "image": images, "label": self.labels}
+        return Predictions(
+            adapter=name,
+            stream=self.stream.name,
+            seed=self.stream.seed,
+            setting=setting,
+            domains=self.stream.segments,
+            class_names=tuple(data.class_names_of(benchmark)),
+            rows=pd.DataFrame(rows | {key: record[key] for key in IMAGE}),
+            steps=pd.DataFrame({key: record[key] for key in BATCH}),
+            unreadable=unreadable,
+            settings=self.note["settings"][name],
+            about=about,
+            peak_memory_gb=peak_memory_gb(),
+            content=self.note["content"],
+        )
+
+
+@dataclasses.dataclass(eq=False)
+class Group:
+    """Streams of the same adapters that step at once."""
+
+    runs: Sequence[StreamRun]
+    on: Placement
+
+    @classmethod
+    def of(cls, runs: Sequence[StreamRun], on: Placement) -> "list[Group]":
+        """Groups of as many streams as step at once."""
+        alike: dict[tuple[str, ...], list[StreamRun]] = {}
+        for run in runs:
+            alike.setdefault((*run.note["settings"],), []).append(run)
+        size = on.streams
+        parts = (same[i : i + size] for same in alike.values() for i in range(0, len(same), size))
+        return [cls(part, on) for part in parts]
+
+    @property
+    def places(self) -> list[int]:
+        """Indices of the batches that are left, in the order in which they are taken."""
+        rounds = itertools.zip_longest(*(run.left for run in self.runs))
+        return [place for each in rounds for place in each if place is not None]
+
+    def finish(
+        self, steps: dict[str, Callable], source: Iterator[StreamBatch], bar: tqdm
+    ) -> Iterator[StreamRun]:
+        """Step through the rest of the streams, and give each at its end.
+
+        `steps` are the adapters' compiled ones. A stream that is shorter, or was restored nearer to
+        its end, has masked batches then.
+        """
+        for run in self.runs:
+            run.begin()
+        names = [*self.runs[0].note["settings"]]
+        first = {name: [run.tree[name].pop("state") for run in self.runs] for name in names}
+        states = {name: self.on.states(first.pop(name)) for name in names}
+        before: tuple[Any, ...] = ()  # a round's scores are fetched while the next is computed
+        while live := {place: run for place, run in enumerate(self.runs) if run.left}:
+            title = self._title([*live.values()])
+            bar.set_description(title)
+            batches = [next(source) if run.left else None for run in self.runs]
+            batch, placed = self.on.batch(batches)
+            scores: dict[str, Any] = {}
+            for name in names:
+                spec, adapter = self.runs[0].adapters[name]
+                inputs = inputs_of(placed, spec)
+                if name not in steps:  # once per sweep, and not timed
+                    bar.set_description(f"compiling {name} …")
+                    steps[name] = self.on.compile(adapter, states[name], inputs)
+                    bar.set_description(title)
+                timed = [run for run in live.values() if run.timed]
+                if timed:
+                    jax.block_until_ready((before, scores, states[name]))
+                start = time.perf_counter()
+                states[name], prediction = steps[name](self.on.params, states[name], inputs)
+                if timed:
+                    jax.block_until_ready(prediction)
+                    seconds = time.perf_counter() - start
+                    for run in timed:
+                        run.tree[name]["record"]["seconds"][run.done] = seconds
+                logits, metrics = self.on.local(prediction)
+                flat = logits.reshape(-1, logits.shape[-1])
+                scores[name] = score(flat, batch.labels.ravel())
+                scores[name]["skipped"] = metrics.get("skipped", np.zeros(self.on.streams, bool))
+            if before:
+                self._keep(bar, *before)
+            before = {place: (run, run.done) for place, run in live.items()}, batch, scores
+            for run in live.values():
+                run.done += 1
+            due = {place: run for place, run in live.items() if run.due}
+            ended = [run for run in live.values() if not run.left]
+            if due or ended:
+                self._keep(bar, *before)
+                before = ()
+            if due:
+                self._save(due, states)
+            yield from ended
+
+    def _title(self, live: Sequence[StreamRun]) -> str:
+        stream, devices = live[0].stream, self.on.devices
+        text = f"{stream.name} seed {stream.seed}"
+        if len(live) > 1:
+            text += f" and {len(live) - 1} more"
+        if (idle := devices - len(live)) and not self.on.splits_batch:
+            text += f", {idle} of {devices} devices idle"
+        return text
+
+    def _save(self, due: Mapping[int, StreamRun], states: Mapping[str, Any]) -> None:
+        if jax.process_index():
+            return
+        parts = {name: self.on.apart(state) for name, state in states.items()}
+        for place, run in due.items():
+            own = {name: {**node, "state": parts[name][place]} for name, node in run.tree.items()}
+            save_checkpoint(run.folder, run.done, own, run.note)
+
+    def _keep(
+        self,
+        bar: tqdm,
+        steps: Mapping[int, tuple[StreamRun, int]],
+        batch: StreamBatch,
+        scores: Mapping[str, Any],
+    ) -> None:
+        """Fetch a round's scores, and show the top-1 accuracy so far in per cent."""
+        shown, by_stream = {}, (self.on.streams, -1)
+        masks, indices = batch.mask.reshape(by_stream), batch.index.reshape(by_stream)
+        for name, values in scores.items():
+            values = {key: np.asarray(value).reshape(by_stream) for key, value in values.items()}
+            skipped, right, count = values.pop("skipped"), 0, 0
+            for place, (run, number) in steps.items():
+                record, mask = run.tree[name]["record"], masks[place]
+                seen = indices[place][mask]
+                record["skipped"][number] = skipped[place, 0]
+                record["seen"][seen] = True
+                for key, value in values.items():
+                    record[key][seen] = value[place][mask]
+                right += ((record["prediction"] == run.labels) & record["seen"]).sum()
+                count += record["seen"].sum()
+            shown[name] = f"{100 * right / max(count, 1):.1f}"
+        bar.set_postfix(shown)
+        bar.update(len(steps))
+
+
+def inputs_of(batch: StreamBatch, spec: AdapterSpec) -> Batch:
+    """What the adapter's step takes of a batch."""
+    if spec.needs_originals:
+        return Batch(batch.originals, batch.mask, batch.index, batch.sizes)
+    return Batch(batch.images, batch.mask, batch.index)
+
+
+def peak_memory_gb() -> float:
+    """Peak memory so far, of the fullest accelerator or of this process."""
+    each = [device.memory_stats() or {} for device in jax.local_devices()]
+    used = max(stats.get("peak_bytes_in_use", 0) for stats in each)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return (used or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit) / 1e9
