@@ -202,8 +202,10 @@ class Layers(nn.Module):
             x, normed = cast(tuple[Array, Array], block.apply({"params": params}, x))
             return x, (x, read(normed))
 
-        if self.arch.remat:
-            body = jax.checkpoint(body, prevent_cse=False)  # a loop keeps the two apart by itself
+        # A loop keeps all that its derivative reads, where XLA would recompute what costs little. So
+        # the matrix products alone are kept, or nothing.
+        keep = None if self.arch.remat else jax.checkpoint_policies.dots_saveable
+        body = jax.checkpoint(body, prevent_cse=False, policy=keep)
         params = [self.variables["params"][str(layer)] for layer in range(self.arch.layers - 1)]
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
         last, (outputs, normed) = jax.lax.scan(body, x, stacked)
