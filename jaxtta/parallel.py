@@ -126,8 +126,10 @@ def streams(
         return jax.lax.map(lambda one: adapter.step(params, *one), (states, batches))
 
     specs = P(), P("streams"), P("streams")
+    # An adapter may call back to the host only where no axis is automatic.
+    manual = {name for name, size in on.shape.items() if name == "streams" or size == 1}
     shared = jax.shard_map(
-        local, mesh=on, in_specs=specs, out_specs=P("streams"), axis_names={"streams"}
+        local, mesh=on, in_specs=specs, out_specs=P("streams"), axis_names=manual
     )
     init_all = jax.jit(
         jax.vmap(_of_arrays(adapter), (None, 0)), out_shardings=NamedSharding(on, P("streams"))
