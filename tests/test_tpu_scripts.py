@@ -105,7 +105,7 @@ def test_a_host_copies_the_data_and_sweeps():
     lines = out.splitlines()
     assert lines[:2] == [
         "mkdir -p '/my data'",
-        "gcloud storage rsync --recursive --preserve-posix gs://mine/data '/my data'",
+        "gcloud storage rsync --recursive gs://mine/data '/my data'",
     ]
     assert lines[2].startswith("jaxtta sweep --layout arrayrecord --data '/my data' ")
     assert lines[2].endswith(" --shard 1/4 --seeds 1 2")
@@ -223,3 +223,40 @@ def test_a_failed_sweep_shows_its_last_lines(cloud):
     code, out, _ = run("run_tpu.sh", "run", *GIVEN, env=env)
     assert code == 1
     assert "error: the bucket cannot be read" in out
+
+
+def test_shares_cover_each_stream_once(run_jaxtta):
+    """The `--shard`s that the scripts give, by the streams that a dry run lists."""
+    listed = []
+    for share in range(4):
+        _, out, _ = run("run_tpu.sh", "run", *GIVEN, "--nodes", "4", "--node", str(share), "--dry-run")
+        shard = re.search(r"--shard (\d/\d)", out)[1]
+        options = ("--output", "nowhere", "--shard", shard, "--max-images", "2", "--dry-run")
+        code, out, err = run_jaxtta("sweep", "--adapters", "zero_shot", *options)
+        assert code == 0, err
+        listed += re.findall(r"^(\S+), seed", out, re.M)
+    assert sorted(listed) == sorted(f"{name}-1" for name in data.IMAGENET_C)
+
+
+def commands():
+    """Every jaxtta command of the README and the scripts, and what tpu/*.py are called with."""
+    readme = (TPU / "README.md").read_text()
+    text = "".join(re.findall(r"^```sh\n(.*?)^```", readme, re.M | re.S))
+    for script in SCRIPTS:
+        text += run(script, "run", *GIVEN, "--dry-run")[1] if script == "run_tpu.sh" else ""
+    text += run("sweep_imagenet_c.sh", "--bucket", "gs://mine", "--shard", "0/1", "--dry-run")[1]
+    for path in sorted(TPU.glob("*.py")):
+        text += ast.get_docstring(ast.parse(path.read_text())) or ""
+    for line in text.replace("\\\n", " ").splitlines():
+        if re.match(r"\s*(jaxtta|python tpu/\S+\.py|bash tpu/\S+\.sh|gcloud) ", line):
+            yield line.split(" # ")[0].strip()
+
+
+@pytest.mark.parametrize("line", [*dict.fromkeys(commands())])
+def test_a_command_that_is_shown_is_understood(line, monkeypatch):
+    program, *words = shlex.split(line)
+    if program == "bash":
+        code, _, err = run(words[0].removeprefix("tpu/"), *words[1:], "--dry-run") if "--" not in words else run(
+            words[0].removeprefix("tpu/"), *words[1 : words.index("--")], "--dry-run", *words[words.index("--"):]
+        )
+        assert code == 0, err

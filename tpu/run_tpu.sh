@@ -24,6 +24,7 @@ options
   --type TYPE        of a node; it must have one host (default: v5litepod-8)
   --runtime VERSION  software version of the node (default: that of the type)
   --spot             cheaper nodes that may be taken away; see preemptible.sh
+  --precision P      of float32 products, such as highest (default: one bfloat16 pass)
   --output FOLDER    where collect puts the results (default: results)
   --dry-run          print every command and run none"
 
@@ -56,8 +57,8 @@ on_node() {
 }
 
 run() {
-    on_node "$1" bash tpu/sweep_imagenet_c.sh --bucket "$bucket" --data "$data" \
-        --shard "$1/$nodes" -- ${sweep[@]+"${sweep[@]}"}
+    on_node "$1" bash tpu/sweep_imagenet_c.sh "${place[@]}" --shard "$1/$nodes" \
+        -- ${sweep[@]+"${sweep[@]}"}
 }
 
 watch() {
@@ -93,10 +94,11 @@ case $command in
 esac
 
 zone='' bucket='' data='' name=jaxtta nodes=1 node='' type=v5litepod-8 runtime='' output=results
-spot=0 sweep=()
+precision='' spot=0 sweep=()
 while (($#)); do
     case $1 in
-        --zone | --bucket | --data | --name | --nodes | --node | --type | --runtime | --output)
+        --zone | --bucket | --data | --name | --nodes | --node | --type | --runtime | --output | \
+            --precision)
             (($# > 1)) || fail "$1 needs a value"
             printf -v "${1#--}" %s "$2"
             shift 2
@@ -109,7 +111,8 @@ while (($#)); do
     esac
 done
 bucket=${bucket%/}
-data=${data:-$bucket/data}
+place=(--bucket "$bucket" --data "${data:-$bucket/data}")
+[[ -z $precision ]] || place+=(--precision "$precision")
 
 [[ -n $zone ]] || fail "--zone is missing, such as --zone us-west4-a"
 [[ $nodes =~ ^[1-9][0-9]*$ ]] || fail "--nodes is '$nodes', expected a number from 1"
@@ -152,8 +155,7 @@ case $command in
         try gcloud storage ls "$bucket/results/predictions/"
         ;;
     collect)
-        on_node 0 bash tpu/sweep_imagenet_c.sh --bucket "$bucket" --data "$data" -- \
-            ${sweep[@]+"${sweep[@]}"}
+        on_node 0 bash tpu/sweep_imagenet_c.sh "${place[@]}" -- ${sweep[@]+"${sweep[@]}"}
         ((dry)) || mkdir -p "$output"
         try gcloud storage rsync --recursive "$bucket/results" "$output"
         ;;

@@ -12,14 +12,15 @@ again goes on where it was.
 options
   --bucket URL     gs://BUCKET or a folder in it: data in URL/data, results in URL/results
   --data PLACE     the data, if it lies elsewhere: a gs:// URL, or a folder, which is not copied
-  --copy FOLDER    where the data is copied to (default: ~/data)
+  --copy FOLDER    where the data is copied to (default: ~/data/BUCKET/...)
   --shard I/N      this host's share; without it, all, which also writes the report
+  --precision P    of float32 products, such as highest (default: one bfloat16 pass)
   --dry-run        print every command and run none"
 
-bucket='' data='' copy=$HOME/data shard=''
+bucket='' data='' copy='' shard='' precision=''
 while (($#)); do
     case $1 in
-        --bucket | --data | --copy | --shard)
+        --bucket | --data | --copy | --shard | --precision)
             (($# > 1)) || fail "$1 needs a value"
             printf -v "${1#--}" %s "$2"
             shift 2
@@ -39,12 +40,15 @@ if [[ -n $shard ]]; then
 fi
 
 if [[ $data == gs://* ]]; then
+    copy=${copy:-$HOME/data/${data#gs://}}
     try mkdir -p "$copy"
-    try gcloud storage rsync --recursive --preserve-posix "$data" "$copy"
+    try gcloud storage rsync --recursive "$data" "$copy"
     data=$copy
 fi
-# What follows "$@" may be given there too: the last one counts.
-try jaxtta sweep --layout arrayrecord --data "$data" --output "$bucket/results" \
+program=(jaxtta)
+[[ -z $precision ]] || program=(env "JAX_DEFAULT_MATMUL_PRECISION=$precision" jaxtta)
+# An option in "$@" replaces that of the same name: the last one counts.
+try "${program[@]}" sweep --layout arrayrecord --data "$data" --output "$bucket/results" \
     --model openai/clip-vit-base-patch16 --adapters zero_shot tent batclip \
     --preset imagenet-c --batch-size 64 --compute-dtype bfloat16 --scan-blocks \
     --devices all --split streams --checkpoint-every 200 --workers "$(nproc)" "$@"
