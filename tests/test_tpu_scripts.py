@@ -1,16 +1,43 @@
-"""The scripts of tpu/, with a gcloud that only remembers what it was asked."""
+"""The scripts of tpu/, with a gcloud that only remembers what it was asked, and its README."""
 
+import ast
+import importlib.util
+import math
 import os
 import re
+import runpy
+import shlex
 import shutil
 import subprocess
+import sys
+import time
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
+import tyro
+from conftest import errors_in, golden, outcome, write_images
+from PIL import Image
+
+import jaxtta
+from jaxtta import adapters, assets, data, evaluate, models
 
 TPU = Path(__file__).parents[1] / "tpu"
 SCRIPTS = ("run_tpu.sh", "sweep_imagenet_c.sh", "preemptible.sh")
+README = (TPU / "README.md").read_text()
 GIVEN = ("--zone", "us-west4-a", "--bucket", "gs://mine")
+
+
+def module_of(name):
+    """A program of tpu/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, TPU / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+plan = module_of("plan")
 
 
 def run(script, *arguments, **more):
@@ -80,9 +107,9 @@ def test_set_up_copies_installs_and_shows_the_chips():
     assert out.count("tpu-vm scp --quiet jaxtta.tar.gz jaxtta-") == 4
     assert out.count("-c constraints/common.txt -c constraints/transformers5.txt") == 4
     assert out.count("print(jax.devices())") == 4
-    assert {path.name for path in TPU.parent.iterdir()} >= {
-        *re.findall(r"(?<= )\w[\w.]+(?= |$)", out.split("\n")[0].split(" -C ")[1])[1:]
-    }
+    packed = out.split("\n")[0].partition(" -C ")[2].split()[1:]
+    assert {"jaxtta", "tpu", "pyproject.toml"} < {*packed}
+    assert all((TPU.parent / name).exists() for name in packed)
 
 
 @pytest.mark.parametrize(
@@ -169,6 +196,9 @@ case "$*" in
         ;;
 esac
 """
+TAR = r"""#!/usr/bin/env bash
+touch "$4"
+"""
 JAXTTA = r"""#!/usr/bin/env bash
 printf '%s\n' "$@" > "$CLOUD/share-$(echo "$*" | sed 's,.*--shard \([0-9]*\)/.*,\1,')"
 """
@@ -181,7 +211,7 @@ def cloud(tmp_path):
     (folder / "home").mkdir(parents=True)
     (folder / "home" / "jaxtta").symlink_to(TPU.parent)
     programs.mkdir()
-    for name, text in (("gcloud", GCLOUD), ("jaxtta", JAXTTA)):
+    for name, text in (("gcloud", GCLOUD), ("jaxtta", JAXTTA), ("tar", TAR)):
         (programs / name).write_text(text)
         (programs / name).chmod(0o755)
     path = f"{programs}:{os.environ['PATH']}"
@@ -225,38 +255,332 @@ def test_a_failed_sweep_shows_its_last_lines(cloud):
     assert "error: the bucket cannot be read" in out
 
 
-def test_shares_cover_each_stream_once(run_jaxtta):
-    """The `--shard`s that the scripts give, by the streams that a dry run lists."""
+def test_shares_cover_each_stream_once(run_jaxtta, short, monkeypatch):
     listed = []
-    for share in range(4):
-        _, out, _ = run("run_tpu.sh", "run", *GIVEN, "--nodes", "4", "--node", str(share), "--dry-run")
-        shard = re.search(r"--shard (\d/\d)", out)[1]
-        options = ("--output", "nowhere", "--shard", shard, "--max-images", "2", "--dry-run")
-        code, out, err = run_jaxtta("sweep", "--adapters", "zero_shot", *options)
+
+    def estimate(options, loaded, spec, specs, share):
+        listed.extend(spec.streams[number].name for number in share)
+
+    monkeypatch.setattr("jaxtta.cli.sweep.estimate", estimate)
+    for node in ("0", "1", "2", "3"):
+        options = (*GIVEN, "--nodes", "4", "--node", node, "--dry-run")
+        share = re.search(r"--shard \S+", run("run_tpu.sh", "run", *options)[1])[0].split()
+        how = ("--model", short, "--max-images", "2", "--output", "nowhere", "--dry-run")
+        code, _, err = run_jaxtta("sweep", *how, *share)
         assert code == 0, err
-        listed += re.findall(r"^(\S+), seed", out, re.M)
     assert sorted(listed) == sorted(f"{name}-1" for name in data.IMAGENET_C)
 
 
 def commands():
-    """Every jaxtta command of the README and the scripts, and what tpu/*.py are called with."""
-    readme = (TPU / "README.md").read_text()
-    text = "".join(re.findall(r"^```sh\n(.*?)^```", readme, re.M | re.S))
-    for script in SCRIPTS:
-        text += run(script, "run", *GIVEN, "--dry-run")[1] if script == "run_tpu.sh" else ""
-    text += run("sweep_imagenet_c.sh", "--bucket", "gs://mine", "--shard", "0/1", "--dry-run")[1]
-    for path in sorted(TPU.glob("*.py")):
-        text += ast.get_docstring(ast.parse(path.read_text())) or ""
-    for line in text.replace("\\\n", " ").splitlines():
-        if re.match(r"\s*(jaxtta|python tpu/\S+\.py|bash tpu/\S+\.sh|gcloud) ", line):
-            yield line.split(" # ")[0].strip()
+    """Every command of the README, of the programs' docstrings, and of a host's sweep."""
+    texts = re.findall(r"^ *```sh\n(.*?)^ *```", README, re.M | re.S)
+    texts += [ast.get_docstring(ast.parse(path.read_text())) or "" for path in TPU.glob("*.py")]
+    texts.append(run("sweep_imagenet_c.sh", "--bucket", "gs://b", "--shard", "0/1", "--dry-run")[1])
+    for text in texts:
+        for line in map(str.strip, text.replace("\\\n", " ").splitlines()):
+            if line.startswith(("jaxtta ", "python ", "bash ")):
+                yield line
 
 
 @pytest.mark.parametrize("line", [*dict.fromkeys(commands())])
 def test_a_command_that_is_shown_is_understood(line, monkeypatch):
+    line = line.replace("$ZONE", "us-west4-a").replace("$BUCKET", "gs://mine")
     program, *words = shlex.split(line)
     if program == "bash":
-        code, _, err = run(words[0].removeprefix("tpu/"), *words[1:], "--dry-run") if "--" not in words else run(
-            words[0].removeprefix("tpu/"), *words[1 : words.index("--")], "--dry-run", *words[words.index("--"):]
+        end = words.index("--") if "--" in words else len(words)
+        script = words[0].removeprefix("tpu/")
+        code, out, err = run(script, *words[1:end], "--dry-run", *words[end:])
+        assert (code, err) == (0, "")
+        assert out
+        program, words = "jaxtta", ["sweep", "--output", "results", *words[end + 1 :]]
+    parsed = []
+
+    def parse(options, main, doc, arguments=None, prog=None):
+        parsed.append(tyro.cli(options, args=arguments, config=(tyro.conf.FlagCreatePairsOff,)))
+
+    monkeypatch.setattr(jaxtta.cli, "run_script", parse)
+    monkeypatch.setattr(jaxtta.cli.main, "run_script", parse)
+    if program == "jaxtta":
+        jaxtta.cli.main.main(words)
+    else:
+        monkeypatch.setattr(sys, "argv", words)
+        monkeypatch.syspath_prepend(TPU.parent / Path(words[0]).parent)
+        runpy.run_path(str(TPU.parent / words[0]), run_name="__main__")
+    assert len(parsed) == 1
+
+
+def test_the_table_of_chip_hours_is_what_is_computed():
+    rows = re.findall(r"^\| (ViT-\S+) \| (\S+) \| (\S+) \| (\S+) \| (\S+) \|$", README, re.M)
+    assert {row[:2] for row in rows} == {
+        (model, adapter) for model, known in plan.GFLOP_AN_IMAGE.items() for adapter in known
+    }
+    for model, adapter, gflop, *hours in rows:
+        known = plan.GFLOP_AN_IMAGE[model][adapter]
+        assert float(gflop.replace(",", "")) == known
+        for cells, shown in zip((15, 75), hours, strict=True):
+            seconds = known * 1e9 * 50_000 * cells / (0.4 * 197e12)
+            assert float(shown) == pytest.approx(seconds / 3600, abs=0.006)
+
+
+STEPS = [plan.Step(0.1), plan.Step(0.1, 0.3)]  # 0.4 s a batch
+
+
+@pytest.mark.parametrize(
+    ("how", "rounds", "seconds", "busy", "bottleneck"),
+    [
+        ({"devices": 1}, 15, 15 * 10 * 0.4, 1, "HBM"),
+        ({"devices": 8}, 2, 2 * 10 * 0.4, 15 / 16, "HBM"),
+        ({"devices": 16, "hosts": 2}, 1, 10 * 0.4, 15 / 16, "HBM"),
+        ({"devices": 256, "hosts": 32}, 1, 10 * 0.4, 15 / 256, "HBM"),
+        ({"devices": 8, "split": "batch"}, 15, 15 * 10 * 0.4 / 8, 1, "HBM"),
+        ({"devices": 1, "read": 200}, 15, 15 * 5, 0.8, "reading"),
+        ({"devices": 8, "decode": 100}, 2, 80 + 70, 60 / 8 / 150, "host CPUs"),
+        ({"devices": 8, "decode": 1900}, 2, 8000 / 1900 + 4, 60 / 8 / (8000 / 1900 + 4), "HBM"),
+    ],
+)
+def test_a_plan_is_arithmetic(how, rounds, seconds, busy, bottleneck):
+    found = plan.plan(15, 1000, 100, STEPS, **how)
+    assert found.rounds == rounds
+    assert found.seconds == pytest.approx(seconds)
+    assert found.device_hours == pytest.approx(seconds * how["devices"] / 3600)
+    assert found.busy == pytest.approx(busy)
+    assert found.bottleneck == bottleneck
+
+
+def test_a_step_is_its_operations_or_its_bytes():
+    found = plan.step_of(76.2, 32.6, 64, plan.CHIPS["v5e"], 0.4)
+    assert found == pytest.approx((76.2e9 * 64 / 78.8e12, 32.6 / 819))
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"devices": 0}, "devices is 0, expected at least 1"),
+        ({"devices": 9, "hosts": 2}, "9 devices are not a multiple of 2 hosts"),
+        ({"devices": 1, "read": 0}, "read and decode are 0 and inf, expected above 0"),
+    ],
+)
+def test_bad_plans_are_refused(how, message):
+    with pytest.raises(ValueError, match=message):
+        plan.plan(15, 1000, 100, STEPS, **how)
+
+
+@pytest.fixture
+def run_program(monkeypatch, capsys):
+    """Run a program of tpu/ in this process; its exit code, output and errors."""
+
+    def run(name, *arguments):
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        return outcome(lambda: runpy.run_path(str(TPU / name), run_name="__main__"), capsys)
+
+    return run
+
+
+HOST = ("--read", "3000", "--decode", "500", "--cpus", "112")
+
+
+def test_the_plan_is_printed(run_program):
+    code, out, _ = run_program("plan.py", *HOST)
+    assert code == 0
+    assert "computed and not measured" in out
+    lines = {line.split()[0]: line for line in out.splitlines()[1:]}
+    assert [lines[count].split()[-1] for count in ("1", "8", "256")] == [
+        "compute",
+        "reading",
+        "compute",
+    ]
+    code, out, _ = run_program("plan.py", *HOST, "--adapters", "own", "--step-seconds", "own=0.9")
+    assert "measured steps" in out
+    assert math.isclose(75 * 782 * 0.9 / 3600, float(out.splitlines()[3].split()[6]), rel_tol=0.01)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--adapters", "own"), "--adapters has 'own': give its --step-seconds own=…"),
+        (
+            ("--step-seconds", "tent=fast"),
+            "--step-seconds has 'tent=fast', expected ADAPTER=NUMBER",
+        ),
+        (("--hbm-gb", "own=3"), "--hbm-gb has 'own=3', expected ADAPTER=NUMBER, an adapter of"),
+        (("--peak-share", "40"), "--peak-share is 40.0, expected above 0 and up to 1"),
+    ],
+)
+def test_bad_options_of_a_plan(run_program, options, message):
+    code, _, err = run_program("plan.py", *HOST, *options)
+    assert (code, errors_in(err)) == (1, 1)
+    assert message in err
+
+
+WAIT, BATCH, STREAMS = 0.2, 4, 5
+
+
+def waiting(model, task):
+    """Zero-shot whose step waits, so that devices wait beside each other."""
+    inner = adapters.zero_shot(model, task)
+
+    def wait(logits):
+        time.sleep(WAIT)
+        return logits
+
+    def step(params, state, batch):
+        state, prediction = inner.step(params, state, batch)
+        logits = jax.pure_callback(wait, prediction.logits, prediction.logits)
+        return state, prediction._replace(logits=logits)
+
+    return inner._replace(step=step)
+
+
+class Slow(data.ArrayDataset):
+    """Images that take their time to be read."""
+
+    def __getitem__(self, number):
+        time.sleep(self.pause)
+        return super().__getitem__(number)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("devices", "pause"), [(1, 0), (2, 0), (4, 0), (4, WAIT / BATCH)])
+def test_a_plan_is_what_is_measured(tiny, devices, pause):
+    """Within 20 %: what else a step takes on CPUs is small beside the wait."""
+    model, params = tiny
+    task = models.task_from_token_ids(golden("clip_forward")["token_ids"])
+    steps, clean = 20, data.Domain(data.CLEAN)
+    images = np.zeros((BATCH * steps, 32, 32, 3), np.uint8)
+    source = Slow(images, np.zeros(len(images), np.int32), task.class_names)
+    object.__setattr__(source, "pause", pause)
+    items = np.stack([np.zeros(len(images), int), np.arange(len(images))], 1)
+    streams = [data.Stream(f"stream {k}", k, (clean,), (items,)) for k in range(STREAMS)]
+    spec, planned = evaluate.Spec({clean: source}, streams, task, BATCH), [plan.Step(WAIT)]
+    read = 1 / pause if pause else math.inf
+    expected = plan.plan(STREAMS, len(images), BATCH, planned, devices, read=read)
+    how = {"devices": devices, "workers": 1, "progress": False}
+    start = time.perf_counter()
+    evaluate.sweep(spec, {"waiting": waiting}, model, params, **how)
+    ratio = (time.perf_counter() - start) / expected.seconds
+    print(f"{devices} devices, {expected.bottleneck}: {ratio:.3f} of the plan")
+    assert 1 / 1.2 < ratio < 1.2
+
+
+WNIDS = ("n01440764", "n01443537", "n01484850")
+
+
+@pytest.fixture
+def imagenet_c(tmp_path):
+    """Some JPEG files in ImageNet-C's folders."""
+    source = data.open_dataset("folder", assets.IMAGES)
+    for place, (corruption, severity) in enumerate((("fog", 3), ("fog", 5), ("snow", 5))):
+        for label, wnid in enumerate(WNIDS):
+            folder = tmp_path / "images" / corruption / str(severity) / wnid
+            folder.mkdir(parents=True)
+            for number in range(5):
+                image = Image.fromarray(source[200 * label + 5 * place + number])
+                image.save(folder / f"ILSVRC2012_val_{number:08}.JPEG")
+    return tmp_path / "images"
+
+
+def pack(run_program, images, output, *options):
+    return run_program("data_to_array_record.py", "--data", images, "--output", output, *options)
+
+
+def test_packed_images_are_those_of_the_folder(run_program, imagenet_c, tmp_path):
+    assert pack(run_program, imagenet_c, tmp_path / "all", "--images-per-shard", 4)[0] == 0
+    folder, packed = (
+        data.open_benchmark(layout, place, None)
+        for layout, place in (("imagenet-c", imagenet_c), ("arrayrecord", tmp_path / "all"))
+    )
+    assert [*folder] == [*packed] == [("fog", 3), ("fog", 5), ("snow", 5)]
+    for domain, images in folder.items():
+        np.testing.assert_array_equal(packed[domain].labels, images.labels)
+        assert (
+            packed[domain].class_names
+            == images.class_names
+            == ("tench", "goldfish", "great white shark")
         )
+        for number in range(15):
+            np.testing.assert_array_equal(packed[domain][number], images[number])
+            record = packed[domain].items[number]
+            assert record["image"] == images.files[number].read_bytes()
+            assert record["label"] == images.labels[number]
+    assert len({images.content() for images in packed.values()}) == 3
+    chosen = tmp_path / "ids.txt"
+    chosen.write_text(f"{WNIDS[2]}/ILSVRC2012_val_00000001.JPEG\n")
+    assert data.listed_subset(packed, chosen)[data.Domain("fog", 5)].labels.tolist() == [2]
+    one = data.open_dataset("tfds", tmp_path / "all" / "fog" / "3")  # a domain is a tfds folder
+    np.testing.assert_array_equal(one.labels, folder[data.Domain("fog", 3)].labels)
+    assert one.class_names == folder[data.Domain("fog", 3)].class_names
+
+
+def test_a_sweep_of_packed_images_is_that_of_the_folder(
+    run_program, run_jaxtta, short, imagenet_c, tmp_path
+):
+    assert pack(run_program, imagenet_c, tmp_path / "packed")[0] == 0
+    found = []
+    for layout, place in (("imagenet-c", imagenet_c), ("arrayrecord", tmp_path / "packed")):
+        options = ["--layout", layout, "--data", place, "--corruptions", "fog", "--model", short]
+        options += ["--adapters", "zero_shot", "--workers", 2, "--batch-size", 8]
+        code, _, err = run_jaxtta("sweep", *options, "--output", tmp_path / layout)
         assert code == 0, err
+        found.append(evaluate.load_predictions(tmp_path / layout)[0].rows)
+    np.testing.assert_array_equal(found[0], found[1])
+
+
+def test_packing_goes_on_where_it_was_stopped(run_program, imagenet_c, tmp_path):
+    bad = imagenet_c / "fog" / "5" / WNIDS[2] / "ILSVRC2012_val_00000002.JPEG"
+    kept = bad.read_bytes()
+    bad.unlink()
+    code, _, err = pack(run_program, imagenet_c, tmp_path / "packed", "--images-per-shard", 4)
+    assert (code, errors_in(err)) == (1, 1)
+    assert f"{bad}: No such file" in err
+    files = {
+        path: path.stat().st_mtime_ns for path in (tmp_path / "packed").rglob("*.array_record*")
+    }
+    assert len(files) == 4 + 3  # whole shards alone
+    with pytest.raises(ValueError, match="severity 5, expected one of fog-3"):
+        data.select(
+            data.open_benchmark("arrayrecord", tmp_path / "packed", None), [data.Domain("fog", 5)]
+        )
+    bad.write_bytes(kept)
+    assert pack(run_program, imagenet_c, tmp_path / "packed", "--images-per-shard", 4)[0] == 0
+    assert all(path.stat().st_mtime_ns == written for path, written in files.items())
+    assert len([*(tmp_path / "packed").rglob("*.array_record*")]) == 12
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--images-per-shard", 0), "--images-per-shard is 0, expected at least 1"),
+        (("--corruptions", "rain"), "--corruptions has 'rain', "),
+        (("--severities", 4), "--severities has 4, "),
+        (
+            ("--corruptions", "snow", "--severities", 3),
+            "none of these corruptions at these severities",
+        ),
+        (("--layout", "folder"), "expected at least two class folders"),
+        (("--layout", "cifar-c"), "labels.npy: No such file"),
+    ],
+)
+def test_bad_options_of_packing(run_program, imagenet_c, tmp_path, options, message):
+    code, _, err = pack(run_program, imagenet_c, tmp_path / "packed", *options)
+    assert (code, errors_in(err)) == (1, 1)
+    assert message in err
+
+
+def test_images_that_are_changed_when_read_are_not_packed(run_program, tmp_path):
+    own = write_images(tmp_path / "own", 1, ("cat", "dog"))
+    code, _, err = pack(run_program, own, tmp_path / "packed", "--layout", "folder")
+    assert (code, errors_in(err)) == (1, 1)
+    assert "--layout folder: its images are not files that are read as they are stored" in err
+
+
+def test_packed_folders_are_checked(run_program, imagenet_c, tmp_path):
+    packed = tmp_path / "packed"
+    packed.mkdir()
+    with pytest.raises(FileNotFoundError, match=r"images\.json: no such file"):
+        data.open_benchmark("arrayrecord", packed, None)
+    assert pack(run_program, imagenet_c, packed, "--corruptions", "snow")[0] == 0
+    _, _, err = pack(run_program, imagenet_c, packed, "--images-per-shard", 3)
+    assert "of other images or shards; choose another --output" in err
+    (packed / "snow" / "5" / "dataset_info.json").unlink()
+    with pytest.raises(ValueError, match=r"packed: is not what .*: no finished <corruption>/<sev"):
+        data.open_benchmark("arrayrecord", packed, None)

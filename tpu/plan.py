@@ -61,6 +61,7 @@ class Plan(NamedTuple):
     cpus: float
     memory: float
     compute: float
+    stepping: float  # memory or compute, whichever is longer for an adapter
     seconds: float  # of the whole sweep
     device_hours: float  # of all devices, idle ones too
     busy: float  # share of the device hours in which a device steps
@@ -68,13 +69,10 @@ class Plan(NamedTuple):
     @property
     def bottleneck(self) -> str:
         """The resource that is the slowest."""
-        times = {
-            "reading": self.reading,
-            "host CPUs": self.cpus,
-            "HBM": self.memory,
-            "compute": self.compute,
-        }
-        return max(times, key=times.__getitem__)
+        host = max(self.reading, self.cpus)
+        if host > self.stepping:
+            return "reading" if host == self.reading else "host CPUs"
+        return "HBM" if self.memory > self.compute else "compute"
 
 
 def plan(
@@ -129,16 +127,17 @@ def plan(
     sizes = [min(wide, share - wide * place) for place in range(rounds)]
     slowest = min(read, decode)
     seconds = sum(max(device, size * images / slowest) for size in sizes)
-    stepping = device * cells * (1 if split == "streams" else own)
+    used = device * cells * (1 if split == "streams" else own)
     return Plan(
         rounds,
         share * images / read,
         share * images / decode,
         rounds * memory,
         rounds * compute,
+        rounds * device,
         seconds,
         devices * seconds / 3600,
-        stepping / (devices * seconds) if seconds else 0.0,
+        used / (devices * seconds) if seconds else 0.0,
     )
 
 
