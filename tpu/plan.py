@@ -9,7 +9,7 @@ A bound by arithmetic, not a measurement, and only as good as its inputs: `--dec
 `--step-seconds` what `jaxtta sweep --dry-run` prints for the chip. Without the latter, a step is as
 long as its floating-point operations take at an assumed share of the chip's published peak, or as
 its bytes take at its published bandwidth, whatever is longer. A stream is one corruption at one
-severity; every device has one stream at a time.
+severity; every device has one stream at a time. Loading, copying and compilation are not in it.
 """
 
 import dataclasses
@@ -89,7 +89,8 @@ def plan(
     """Time of a sweep whose hosts each have an equal share of the cells, read once.
 
     Reading, decoding and stepping go on at the same time, so that each round of streams takes as
-    long as the slowest of them.
+    long as the slowest of them. Time runs from the first step: loading, copying the data and
+    compilation are not in it.
 
     Args:
         cells: streams, such as 75 corruptions and severities.
