@@ -73,8 +73,9 @@ gcloud compute tpus queued-resources create jaxtta-{i} --node-id jaxtta-{i} \
 --accelerator-type v5litepod-8 --runtime-version v2-alpha-tpuv5-lite --zone us-west4-a
 """
 SHARE = """\
-gcloud compute tpus tpu-vm ssh jaxtta-{i} --quiet --command 'cd jaxtta; PATH=$PWD/.venv/bin:$PATH \
-flock ../sweep.lock bash tpu/sweep_imagenet_c.sh --bucket gs://mine --data gs://mine/data \
+gcloud compute tpus tpu-vm ssh jaxtta-{i} --quiet \
+'--ssh-flag=-o ServerAliveInterval=60' --command 'cd jaxtta || exit; \
+PATH=$PWD/.venv/bin:$PATH flock ../sweep.lock bash tpu/sweep_imagenet_c.sh --bucket gs://mine --data gs://mine/data \
 --shard {i}/{n} -- --severities 5 >> ../sweep.log 2>&1 || \
 {{ tail -n 20 ../sweep.log; exit 1; }}' --zone us-west4-a
 """
@@ -187,13 +188,13 @@ case "$*" in
     *"describe "*) cat "$CLOUD/${5}" 2> /dev/null || { echo "ERROR: NOT_FOUND" >&2; exit 1; } ;;
     *"resources create "*) echo READY > "$CLOUD/$5" ;;
     *"resources delete "*) rm "$CLOUD/$5" ;;
-    *flock*)
+    *sweep_imagenet_c.sh*)
         if [[ ! -e "$CLOUD/began-$5" ]]; then
             touch "$CLOUD/began-$5"
             [[ $5 != *-1 ]] || echo PREEMPTED > "$CLOUD/$5"
             exit 255
         fi
-        cd "$CLOUD/home" && exec bash -c "$8"
+        cd "$CLOUD/home" && exec bash -c "${9}"
         ;;
 esac
 """
@@ -209,8 +210,10 @@ printf '%s\n' "$@" > "$CLOUD/share-$(echo "$*" | sed 's,.*--shard \([0-9]*\)/.*,
 def cloud(tmp_path):
     """A folder for the cloud's nodes, and an environment whose gcloud keeps them there."""
     folder, programs = tmp_path / "the cloud", tmp_path / "bin"
-    (folder / "home").mkdir(parents=True)
-    (folder / "home" / "jaxtta").symlink_to(TPU.parent)
+    installed = folder / "home" / "jaxtta" / "tpu"
+    installed.mkdir(parents=True)
+    for script in ("common.sh", "sweep_imagenet_c.sh"):
+        shutil.copy(TPU / script, installed)
     programs.mkdir()
     for name, text in (("gcloud", GCLOUD), ("jaxtta", JAXTTA), ("tar", TAR)):
         (programs / name).write_text(text)
@@ -241,14 +244,12 @@ def test_a_share_that_always_fails_is_given_up(cloud):
     code, out, _ = run("preemptible.sh", *GIVEN, "--wait", "0", "--tries", "2", env=env)
     assert code == 1
     assert out.splitlines()[-1].endswith("jaxtta-0: given up after 2 errors in a row")
-    assert (folder / "calls").read_text().count("flock") == 2
+    assert (folder / "calls").read_text().count("sweep_imagenet_c.sh") == 2
 
 
 def test_a_failed_sweep_shows_its_last_lines(cloud):
     folder, env = cloud
     (folder / "began-jaxtta-0").touch()
-    (folder / "home" / "jaxtta").unlink()
-    (folder / "home" / "jaxtta" / "tpu").mkdir(parents=True)
     broken = folder / "home" / "jaxtta" / "tpu" / "sweep_imagenet_c.sh"
     broken.write_text("echo 'error: the bucket cannot be read' >&2; exit 1")
     code, out, _ = run("run_tpu.sh", "run", *GIVEN, env=env)

@@ -80,16 +80,18 @@ todo() {
 }
 
 keep() {
-    local node=$1 errors=0 what
+    local node=$1 errors=0 what began
     while ((errors < tries)); do
         what=$(todo "$node")
         say "$node" "$what"
         case $what in
             run)
+                began=$SECONDS
                 if tpu setup "$node" && tpu run "$node"; then
                     say "$node" "share done"
                     return
                 fi
+                ((SECONDS - began < 600)) || errors=0 # a connection may be lost now and then
                 # Not an error if it was preempted.
                 [[ $(todo "$node") != run ]] || errors=$((errors + 1))
                 ;;

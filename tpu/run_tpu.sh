@@ -30,7 +30,9 @@ options
 
 tpus() { try gcloud compute tpus "$@" --zone "$zone"; }
 
-ssh_() { tpus tpu-vm ssh "$name-$1" --quiet --command "$2"; }
+ssh_() {
+    tpus tpu-vm ssh "$name-$1" --quiet --ssh-flag='-o ServerAliveInterval=60' --command "$2"
+}
 
 create() {
     local more=()
@@ -41,19 +43,20 @@ create() {
 
 setup() {
     tpus tpu-vm scp --quiet "$archive" "$name-$1:jaxtta.tar.gz"
-    # Nodes have Python 3.10, too old; uv fetches a newer one.
-    ssh_ "$1" "set -e; mkdir -p jaxtta; tar -xzf jaxtta.tar.gz -C jaxtta; cd jaxtta
+    # Not while a sweep runs. Nodes have Python 3.10, too old; uv fetches a newer one.
+    ssh_ "$1" "set -e; exec 9> sweep.lock; flock 9
+mkdir -p jaxtta; tar -xzf jaxtta.tar.gz -C jaxtta; cd jaxtta
 python3 -m pip install --quiet --user uv
 test -d .venv || ~/.local/bin/uv venv --quiet --seed --python 3.11 .venv
 .venv/bin/python -m pip install --quiet -c constraints/common.txt -c constraints/transformers5.txt '.[experiments,tpu]' gcsfs
-.venv/bin/python -c 'import jax; print(jax.devices())'"
+.venv/bin/python -c 'import jax; print(jax.devices()); jax.devices(\"tpu\")'"
 }
 
 # One sweep at a time on a node: a second one waits for the first, whose connection may be lost.
 on_node() {
     local node=$1
     shift
-    ssh_ "$node" "cd jaxtta; PATH=\$PWD/.venv/bin:\$PATH flock ../sweep.lock $(line "$@") >> ../sweep.log 2>&1 || { tail -n 20 ../sweep.log; exit 1; }"
+    ssh_ "$node" "cd jaxtta || exit; PATH=\$PWD/.venv/bin:\$PATH flock ../sweep.lock $(line "$@") >> ../sweep.log 2>&1 || { tail -n 20 ../sweep.log; exit 1; }"
 }
 
 run() {
@@ -152,7 +155,7 @@ case $command in
     watch)
         each watch
         ((dry)) || echo "results in the bucket, one for each adapter and stream:"
-        try gcloud storage ls "$bucket/results/predictions/"
+        try gcloud storage ls "$bucket/results/predictions/" || echo "none yet"
         ;;
     collect)
         on_node 0 bash tpu/sweep_imagenet_c.sh "${place[@]}" -- ${sweep[@]+"${sweep[@]}"}
