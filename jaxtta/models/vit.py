@@ -72,7 +72,7 @@ class VisionEmbeddings(nn.Module):
 
 
 def _for_each_image(token: Array, tokens: Array) -> Array:
-    """One token (width,) in front of those of each image, on the same devices: (batch, 1, width)."""
+    """One token (width,) for each image, on the devices of its tokens: (batch, 1, width)."""
     return jnp.zeros_like(tokens[:, :1]) + token.astype(tokens.dtype)
 
 
