@@ -1,6 +1,5 @@
 """Measure a step of one of jaxtta's adapters."""
 
-import math
 import re
 import sys
 import tempfile
@@ -16,6 +15,7 @@ import numpy as np
 import optax
 
 from jaxtta import adapters, models, optim, tree
+from jaxtta.flops import count_flops
 
 PARTS = ("text", "text-gradient", "image", "image-gradient", "loss", "update")
 
@@ -147,20 +147,6 @@ def random_params(model: models.CLIP) -> dict[str, Any]:
         return jnp.asarray(noise + path[-1].key.endswith("scale"))
 
     return jax.tree.map_with_path(draw, jax.eval_shape(model.init, jax.random.key(0)))
-
-
-def count_flops(program: Any) -> int:
-    """Operations of a jaxpr's matrix products; XLA counts loops as one iteration."""
-    total = 0
-    for equation in program.eqns:
-        if equation.primitive.name == "dot_general":
-            (contracted, _), _ = equation.params["dimension_numbers"]
-            terms = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
-            total += 2 * terms * math.prod(equation.outvars[0].aval.shape)
-        inner = [getattr(value, "jaxpr", value) for value in equation.params.values()]
-        inside = sum(count_flops(program) for program in inner if hasattr(program, "eqns"))
-        total += equation.params.get("length", 1) * inside  # loops, jitted and derived functions
-    return total
 
 
 if __name__ == "__main__":

@@ -44,6 +44,7 @@ from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
 from jaxtta import adapters, cli, models, optim, parallel
+from jaxtta.flops import count_flops
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import cases
@@ -226,7 +227,7 @@ def compile_case(case: Case, devices: list[Any], options: Options, remat: bool) 
     if is_tnt and shared:
         return row
     traced, state = trace(case, devices, options, remat)
-    flops = jax_steps.count_flops(traced.jaxpr.jaxpr) / (len(devices) if shared else 1)
+    flops = count_flops(traced.jaxpr.jaxpr) / (len(devices) if shared else 1)
     lowered = traced.lower()
     row["GF"], start, exhausted = flops / 1e9, time.perf_counter(), None
     try:
@@ -364,7 +365,7 @@ def chip_hours(options: Options) -> str:
         case = Case("", model, adapter, "streams", "float32")
         traced, _ = trace(case, jax.devices()[:1], options)
         images = 1 if adapter.partition(":")[0] == "tnt" else options.batch
-        flops = jax_steps.count_flops(traced.jaxpr.jaxpr) / images
+        flops = count_flops(traced.jaxpr.jaxpr) / images
         for topology in options.topology:
             chip = CHIPS[layout_of(topology)[0]]
             hours = [hours_of(flops, cells, chip) for cells in CELLS]

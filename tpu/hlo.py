@@ -138,11 +138,15 @@ def trips(program: Program, loop: Instruction) -> int:
 
 def _read(program: Program, computation: Computation, one: Instruction) -> float:
     total = 0.0
-    for place, name in enumerate(one.operands):
-        arrays = _arrays(computation[name].result)
-        size = sum(_size(array) for array in arrays if _in_memory(array))
-        total += min(size, _touched(program, one, place)) if size else 0
+    for name in dict.fromkeys(one.operands):
+        size = sum(_size(array) for array in _arrays(computation[name].result) if _in_memory(array))
+        total += min(size, _touched_by_name(program, one, name)) if size else 0
     return total
+
+
+def _touched_by_name(program: Program, one: Instruction, name: str) -> float:
+    places = [place for place, used in enumerate(one.operands) if used == name]
+    return sum(_touched(program, one, place) for place in places)
 
 
 def _touched(program: Program, one: Instruction, place: int) -> float:
@@ -163,8 +167,7 @@ def _touched(program: Program, one: Instruction, place: int) -> float:
             if user.opcode == "bitcast":
                 waiting.append(user.name)
             else:
-                places = [place for place, used in enumerate(user.operands) if used == name]
-                total += sum(_touched(program, user, place) for place in places)
+                total += _touched_by_name(program, user, name)
         if not users:  # what is given back as it is
             return math.inf
     return total
