@@ -129,10 +129,10 @@ def streams(
     shared = jax.shard_map(
         local, mesh=on, in_specs=specs, out_specs=P("streams"), axis_names={"streams"}
     )
-    init_all = jax.jit(
-        jax.vmap(_of_arrays(adapter), (None, 0)), out_shardings=NamedSharding(on, P("streams"))
-    )
-    step_all = jax.jit(shared)
+    share = NamedSharding(on, P("streams"))
+    init_all = jax.jit(jax.vmap(_of_arrays(adapter), (None, 0)), out_shardings=share)
+    # States leave a step as they came, or the next would be compiled anew.
+    step_all = jax.jit(shared, out_shardings=(share, None))
 
     def init(params: Any, key: Array | None = None) -> Any:
         _require_divisible(_count_streams(keys=key), on)
