@@ -33,9 +33,7 @@ from jaxtta.adapters import Adapter, Prediction
 Array = jax.Array
 
 
-def mesh(
-    streams: int | None = None, batch: int = 1, devices: Sequence[jax.Device] | None = None
-) -> Mesh:
+def mesh(streams: int | None = None, batch: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
     """Arrange devices by streams and, within a stream, by images.
 
     Args:
@@ -50,15 +48,15 @@ def mesh(
         ValueError: if streams times batch is not the number of devices.
     """
     chosen = np.asarray(jax.devices() if devices is None else devices)
-    if streams is None and batch > 0:
-        streams = chosen.size // batch
-    if min(streams or 0, batch) < 1 or (streams or 0) * batch != chosen.size:
+    if streams is None:
+        streams = chosen.size // max(batch, 1)
+    if min(streams, batch) < 1 or streams * batch != chosen.size:
         raise ValueError(
             f"a mesh of {streams} × {batch} (streams × batch) does not hold {chosen.size} devices, "
             "expected their number as the product; devices=jax.devices()[:n] chooses some"
         )
     types = (AxisType.Auto, AxisType.Auto)
-    return Mesh(chosen.reshape(streams or 0, batch), ("streams", "batch"), axis_types=types)
+    return Mesh(chosen.reshape(streams, batch), ("streams", "batch"), axis_types=types)
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
@@ -158,7 +156,8 @@ def pmap(adapter: Adapter) -> Adapter:
 
     Returns:
         An adapter of as many streams as there are devices, or fewer, with the leading axes of
-        `streams`. Both functions raise a ValueError for more streams than devices.
+        `streams`. Parameters from `replicate(params, mesh())` are not copied at each step. Both
+        functions raise a ValueError for more streams than devices.
     """
     init_all = jax.pmap(_of_arrays(adapter), in_axes=(None, 0))
     step_all = jax.pmap(adapter.step, in_axes=(None, 0, 0))
