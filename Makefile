@@ -5,9 +5,10 @@ TRANSFORMERS ?= 5
 TESTS ?= tests
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 CONSTRAINTS = -c constraints/common.txt -c constraints/transformers$(TRANSFORMERS).txt
+TPU = .venv-tpu
 OFFLINE = HF_HUB_OFFLINE=1
 
-.PHONY: help venv demo test test-slow parity bench lint clean
+.PHONY: help venv demo test test-slow parity bench tpu-check tpu-compile lint clean
 
 help:  ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 18
@@ -41,10 +42,21 @@ parity: $(VENV)/torch  ## Install PyTorch and compare with it and with reference
 bench: $(VENV)/torch  ## Time the adapters on ViT-B/16, beside PyTorch
 	$(OFFLINE) $(VENV)/bin/python benchmarks/run.py
 
+tpu-check:  ## Compile steps for a TPU with none attached, where libtpu can be installed
+	$(PYTHON) -m venv $(TPU)
+	@if $(TPU)/bin/python -m pip install --quiet --disable-pip-version-check 'libtpu==0.0.42.*'; \
+	then $(MAKE) --no-print-directory tpu-compile; \
+	else echo 'tpu-check is skipped: libtpu cannot be installed here'; fi
+
+tpu-compile:
+	$(TPU)/bin/python -m pip install --quiet $(CONSTRAINTS) --editable .
+	$(OFFLINE) $(TPU)/bin/python tpu/aot_check.py --models ViT-B/16 --adapters zero_shot tent \
+	    --dtypes bfloat16 --layers 1
+
 lint: venv  ## Check style and types
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 
 clean:  ## Remove the environment and all results
-	rm -rf $(VENV) runs .pytest_cache
+	rm -rf $(VENV) $(TPU) runs .pytest_cache

@@ -13,8 +13,11 @@ import numpy as np
 NAME_LENGTHS = (0, 246, 508, 155, 49, 24, 9, 7, 1, 0, 0, 1)  # ImageNet's names of 0, 1, … tokens
 START, SHARED, FULL_STOP, END = 49406, (320, 1125, 539, 320), 269, 49407
 TINY = dict(hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4)
+LARGE = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16)
+LARGE_TEXT = dict(hidden_size=768, intermediate_size=3072, num_attention_heads=12)
 MODELS = {  # what differs from transformers' default, ViT-B/32: vision, text, projection
     "ViT-B/16": ({"image_size": 224, "patch_size": 16}, {}, 512),
+    "ViT-L/14": (LARGE | {"image_size": 224, "patch_size": 14}, LARGE_TEXT, 768),
     "tiny": (TINY | {"image_size": 32, "patch_size": 8}, TINY, 32),
 }
 
@@ -23,7 +26,7 @@ MODELS = {  # what differs from transformers' default, ViT-B/32: vision, text, p
 class Settings:
     """Benchmark settings."""
 
-    model: Literal["ViT-B/16", "tiny"] = "ViT-B/16"  # size; tiny is a test
+    model: Literal["ViT-B/16", "ViT-L/14", "tiny"] = "ViT-B/16"  # size; tiny is a test
     classes: int = 100  # number of classes, with one prompt per class
     batch: int = 16  # images per step (TNT: always one)
     views: int = 64  # views per image (TNT)

@@ -1,6 +1,5 @@
 """Measure a step of one of jaxtta's adapters."""
 
-import math
 import re
 import sys
 import tempfile
@@ -16,6 +15,7 @@ import numpy as np
 import optax
 
 from jaxtta import adapters, models, optim, tree
+from jaxtta.flops import count_flops
 
 PARTS = ("text", "text-gradient", "image", "image-gradient", "loss", "update")
 
@@ -37,14 +37,8 @@ def measure(settings: cases.Settings, name: str, _: str) -> tuple:
     if name in PARTS:
         function, arguments = part(name, model, task, params, images)
     else:
-        if name == "mgtta":
-            ones = jnp.ones(model.feature_shape)
-            clean = models.FeatureStatistics(jnp.array(2.0), 0 * ones, ones)
-            adapter = adapters.mgtta(model, task, optimizer=generator, statistics=clean)
-        else:
-            tnt = adapters.TNTConfig(settings.views, views_per_chunk=settings.views_per_chunk)
-            how = (model, task, adapters.AdapterConfig(tnt=tnt))
-            adapter = adapters.make_adapter(adapters.parse_adapter(name), *how)
+        tnt = adapters.TNTConfig(settings.views, views_per_chunk=settings.views_per_chunk)
+        adapter = make_adapter(name, model, task, tnt, generator)
         function, arguments, state = adapter.step, (images,), wait(adapter.init(params))
     start = time.perf_counter()
     if state is None:
@@ -73,6 +67,18 @@ def measure(settings: cases.Settings, name: str, _: str) -> tuple:
         held = sum(leaf.nbytes for leaf in jax.tree.leaves(state.optimizer))
         more |= {"generator s": min(own), "its MB": held / 1e6}
     return f"jax {jax.__version__}", seconds, memory, flops, peak, more
+
+
+def make_adapter(
+    name: str, model: models.CLIP, task: models.Task, tnt: adapters.TNTConfig, generator: Any
+) -> adapters.Adapter:
+    """An adapter by name, MGTTA's with this generator and made-up statistics."""
+    if name != "mgtta":
+        spec, config = adapters.parse_adapter(name), adapters.AdapterConfig(tnt=tnt)
+        return adapters.make_adapter(spec, model, task, config)
+    ones = jnp.ones(model.feature_shape)
+    clean = models.FeatureStatistics(jnp.array(2.0), 0 * ones, ones)
+    return adapters.mgtta(model, task, optimizer=generator, statistics=clean)
 
 
 def part(name: str, model: models.CLIP, task: Any, params: Any, images: jax.Array) -> tuple:
@@ -141,20 +147,6 @@ def random_params(model: models.CLIP) -> dict[str, Any]:
         return jnp.asarray(noise + path[-1].key.endswith("scale"))
 
     return jax.tree.map_with_path(draw, jax.eval_shape(model.init, jax.random.key(0)))
-
-
-def count_flops(program: Any) -> int:
-    """Operations of a jaxpr's matrix products; XLA counts loops as one iteration."""
-    total = 0
-    for equation in program.eqns:
-        if equation.primitive.name == "dot_general":
-            (contracted, _), _ = equation.params["dimension_numbers"]
-            terms = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
-            total += 2 * terms * math.prod(equation.outvars[0].aval.shape)
-        inner = [getattr(value, "jaxpr", value) for value in equation.params.values()]
-        inside = sum(count_flops(program) for program in inner if hasattr(program, "eqns"))
-        total += equation.params.get("length", 1) * inside  # loops, jitted and derived functions
-    return total
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import pytest
 from conftest import EXPERIMENTS
 
+from jaxtta.flops import count_flops
+
 BENCHMARKS = EXPERIMENTS.with_name("benchmarks")
 RUN = "../benchmarks/run.py"
 TINY = {"model": "tiny", "classes": 10, "steps": 1, "views": 4}
@@ -54,8 +56,6 @@ def test_rows_that_fail_are_told(run_script):
 
 
 def test_operations_are_counted_with_all_turns_of_a_loop():
-    from jax_steps import count_flops
-
     @jax.jit
     def program(a, b):
         turned = jax.lax.scan(lambda c, _: (jnp.tanh(c @ b), None), a, length=5)[0]

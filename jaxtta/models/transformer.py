@@ -180,33 +180,36 @@ class Layers(nn.Module):
 
         Of the last block only the tokens that are read need computing: `last` says which.
         """
-        first = self.arch.layers - 1
-        special = self.is_initializing() or self.is_mutable_collection("inputs")
+        first = [str(layer) for layer in range(self.arch.layers - 1)]
+        blocks = self.variables.get("params", {})
+        there = all(name in blocks for name in first)  # not where they are drawn: in `init`
         outputs, normed = [], []
-        if self.arch.scan and first > 1 and not special:
-            outputs, normed = self._scan(x, AttentionPlan(attend), read)
+        if self.arch.scan and len(first) > 1 and there and not self.is_mutable_collection("inputs"):
+            plan = AttentionPlan(attend)
+            outputs, normed = self._scan([blocks[name] for name in first], x, plan, read)
             x = outputs[-1]
         block = nn.remat(Block) if self.arch.remat else Block
         for layer in range(len(outputs), self.arch.layers):
-            plan = last if layer == first else AttentionPlan(attend)
+            plan = last if layer == len(first) else AttentionPlan(attend)
             x, y = block(self.arch, plan, name=str(layer))(x)
             outputs.append(x)
             normed.append(read(y))
         return outputs, normed
 
-    def _scan(self, x: Array, plan: AttentionPlan, read: Select) -> tuple[list[Array], list[Array]]:
-        """All blocks but the last, as one loop over their stacked parameters."""
+    def _scan(
+        self, params: list[Any], x: Array, plan: AttentionPlan, read: Select
+    ) -> tuple[list[Array], list[Array]]:
+        """The blocks of these parameters, as one loop over the parameters' stack."""
         block = Block(self.arch, plan, parent=None)
 
         def body(x: Array, params: Any) -> tuple[Array, tuple[Array, Array]]:
             x, normed = cast(tuple[Array, Array], block.apply({"params": params}, x))
             return x, (x, read(normed))
 
-        # A loop keeps all that its derivative reads, where XLA would recompute what costs little. So
-        # the matrix products alone are kept, or nothing.
+        # A loop keeps all that its derivative reads, though XLA would recompute what costs little:
+        # so the matrix products alone are kept, or nothing.
         keep = None if self.arch.remat else jax.checkpoint_policies.dots_saveable
         body = jax.checkpoint(body, prevent_cse=False, policy=keep)
-        params = [self.variables["params"][str(layer)] for layer in range(self.arch.layers - 1)]
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
         last, (outputs, normed) = jax.lax.scan(body, x, stacked)
         # The stacks that nobody reads are not kept; the last output is at hand without its stack.
