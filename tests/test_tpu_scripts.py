@@ -38,6 +38,7 @@ def module_of(name):
     return module
 
 
+sys.path.append(str(TPU))  # as for a program there
 plan = module_of("plan")
 
 
@@ -73,11 +74,10 @@ gcloud compute tpus queued-resources create jaxtta-{i} --node-id jaxtta-{i} \
 --accelerator-type v5litepod-8 --runtime-version v2-alpha-tpuv5-lite --zone us-west4-a
 """
 SHARE = """\
-gcloud compute tpus tpu-vm ssh jaxtta-{i} --quiet \
-'--ssh-flag=-o ServerAliveInterval=60' --command 'cd jaxtta || exit; \
-PATH=$PWD/.venv/bin:$PATH flock ../sweep.lock bash tpu/sweep_imagenet_c.sh --bucket gs://mine --data gs://mine/data \
---shard {i}/{n} -- --severities 5 >> ../sweep.log 2>&1 || \
-{{ tail -n 20 ../sweep.log; exit 1; }}' --zone us-west4-a
+gcloud compute tpus tpu-vm ssh jaxtta-{i} --quiet '--ssh-flag=-o ServerAliveInterval=60' \
+--command 'cd jaxtta || exit; PATH=$PWD/.venv/bin:$PATH flock ../sweep.lock \
+bash tpu/sweep_imagenet_c.sh --bucket gs://mine --data gs://mine/data --shard {i}/{n} -- \
+--severities 5 >> ../sweep.log 2>&1 || {{ tail -n 20 ../sweep.log; exit 1; }}' --zone us-west4-a
 """
 REPORT = (
     SHARE.replace(" --shard {i}/{n}", "")
@@ -324,6 +324,15 @@ def test_the_table_of_chip_hours_is_what_is_computed():
             assert float(shown) == pytest.approx(seconds / 3600, abs=0.006)
 
 
+@pytest.mark.slow
+def test_the_operations_are_those_that_are_counted():
+    check = module_of("aot_check")
+    known = plan.GFLOP_AN_IMAGE["ViT-B/16"]
+    table = check.chip_hours(check.Options(models=("ViT-B/16",), adapters=(*known,)))
+    counted = {row.split()[2]: row.split()[3] for row in table.splitlines()[2:]}
+    assert counted == {adapter: f"{gflop:,.1f}" for adapter, gflop in known.items()}
+
+
 STEPS = [plan.Step(0.1), plan.Step(0.1, 0.3)]  # 0.4 s a batch
 
 
@@ -521,9 +530,10 @@ def test_packed_images_are_those_of_the_folder(run_program, imagenet_c, tmp_path
 
 
 def test_a_sweep_of_packed_images_is_that_of_the_folder(
-    run_program, run_jaxtta, short, imagenet_c, tmp_path
+    run_program, run_jaxtta, short, imagenet_c, tmp_path, monkeypatch
 ):
     assert pack(run_program, imagenet_c, tmp_path / "packed")[0] == 0
+    monkeypatch.setattr("concurrent.futures.ProcessPoolExecutor", None)  # threads read both
     found = []
     for layout, place in (("imagenet-c", imagenet_c), ("arrayrecord", tmp_path / "packed")):
         options = ["--layout", layout, "--data", place, "--corruptions", "fog", "--model", short]
@@ -590,6 +600,17 @@ def test_packed_folders_are_checked(run_program, imagenet_c, tmp_path):
     assert pack(run_program, imagenet_c, packed, "--corruptions", "snow")[0] == 0
     _, _, err = pack(run_program, imagenet_c, packed, "--images-per-shard", 3)
     assert "of other images or shards; choose another --output" in err
+    shard = next((packed / "snow" / "5").glob("*.array_record*"))
+    shard.rename(tmp_path / "elsewhere")
+    with pytest.raises(
+        ValueError, match=r"packed: is not what .*snow-5 lacks some of its 15 images"
+    ):
+        data.open_benchmark("arrayrecord", packed, None)
     (packed / "snow" / "5" / "dataset_info.json").unlink()
-    with pytest.raises(ValueError, match=r"packed: is not what .*: no finished <corruption>/<sev"):
+    with pytest.raises(
+        ValueError, match=r"packed: is not what .*no <corruption>/<severity> is fin"
+    ):
+        data.open_benchmark("arrayrecord", packed, None)
+    (packed / "images.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"packed: is not what .*'labels'"):
         data.open_benchmark("arrayrecord", packed, None)

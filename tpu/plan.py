@@ -18,18 +18,9 @@ from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import pandas as pd
+from aot_check import CHIPS, Chip
 
 from jaxtta import cli
-
-
-class Chip(NamedTuple):
-    """A chip's published figures."""
-
-    flops: float  # a second, bfloat16
-    bandwidth: float  # bytes of its memory (HBM) a second
-
-
-CHIPS = {"v4": Chip(275e12, 1228e9), "v5e": Chip(197e12, 819e9), "v6e": Chip(918e12, 1638e9)}
 
 # Of matrix products, 1,000 classes, batches of 64; computed, as `tpu/aot_check.py --table` prints.
 GFLOP_AN_IMAGE = {
@@ -42,7 +33,8 @@ GFLOP_AN_IMAGE = {
         **{"tnt:steps=1": 21940.5, "tnt:steps=3": 25768.5},
     },
 }
-# A step of 64 images in bfloat16 on v5e, by the compiled program; for others give --hbm-gb.
+# A step of 64 images in bfloat16 on v5e, by an earlier version's compiled program; `aot_check.py`
+# prints today's as HBM GB, for --hbm-gb.
 HBM_GB_A_STEP = {"ViT-B/16": {"zero_shot": 4.2, "tent": 32.6}, "ViT-L/14": {}}
 
 
@@ -155,7 +147,7 @@ def step_of(gflop: float, gigabytes: float, batch_size: int, chip: Chip, share: 
     Returns:
         The step.
     """
-    return Step(1e9 * gflop * batch_size / (share * chip.flops), 1e9 * gigabytes / chip.bandwidth)
+    return Step(gflop * batch_size / (share * 1e3 * chip.peak), gigabytes / chip.bandwidth)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ from jaxtta.data.arrays import check_labels
 from jaxtta.data.class_names import IMAGENET_CLASSES, given_class_names
 from jaxtta.data.datasets import Domain
 from jaxtta.images import UnreadableImageError, printable, read_image, to_rgb
-from jaxtta.io import digest_files, error_context, nfc, read_json
+from jaxtta.io import digest_files, nfc, read_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,17 +136,23 @@ def open_array_records(root: Path) -> dict[Domain, SequenceDataset]:
 
     listed, benchmark = read_json(root / "images.json"), {}
     skip = {"image": tfds.decode.SkipDecoding()}
-    with error_context(f"{root}: is not what tpu/data_to_array_record.py writes"):
+    try:
         labels, names, files = (listed[key] for key in ("labels", "class_names", "files"))
-        shared = "image", np.asarray(labels, np.int32), tuple(names)
-        for info in sorted(root.glob("*/**/dataset_info.json")):
+        shared = {"image": "image", "labels": np.asarray(labels, np.int32), "raw": True}
+        shared |= {"class_names": tuple(names), "files": tuple(files)}
+        for info in sorted(root.glob("*/**/dataset_info.json")):  # has a digest of the shards
             corruption, *severity = info.parent.relative_to(root).parts
             domain = Domain(corruption, *map(int, severity))
-            items = tfds.builder_from_directory(info.parent).as_data_source("test", decoders=skip)
-            if len(items) != len(files):
-                raise ValueError(f"{domain} has {len(items)} images, expected {len(files)}")
-            known = {"stored_in": (root / "images.json", info), "files": tuple(files)}
-            benchmark[domain] = SequenceDataset(items, *shared, f"{domain} image", True, **known)
+            builder: Any = tfds.builder_from_directory(info.parent)
+            items = builder.as_data_source("test", decoders=skip)
+            whole = all(path.exists() for path in builder.info.splits["test"].filepaths)
+            if not whole or len(items) != len(files):
+                raise ValueError(f"{domain} lacks some of its {len(files)} images")
+            own = {"what": f"{domain} image", "stored_in": (root / "images.json", info)}
+            benchmark[domain] = SequenceDataset(items, **shared, **own)
         if not benchmark:
-            raise ValueError("no finished <corruption>/<severity>")
+            raise ValueError("no <corruption>/<severity> is finished")
+    except Exception as error:  # tensorflow-datasets may raise any exception
+        said = f"{root}: is not what tpu/data_to_array_record.py writes ({printable(error)})"
+        raise ValueError(said) from error
     return benchmark
