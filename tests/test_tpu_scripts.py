@@ -238,6 +238,19 @@ def test_a_preempted_node_is_made_again_until_every_share_is_done(cloud):
     assert out.splitlines()[-1].startswith("all shares are done")
 
 
+def test_only_nodes_that_are_there_are_asked_for_their_log(cloud):
+    folder, env = cloud
+    (folder / "jaxtta-0").write_text("ACTIVE")
+    (folder / "jaxtta-1").write_text("PROVISIONING")
+    code, out, _ = run("run_tpu.sh", "watch", *GIVEN, "--nodes", "3", env=env)
+    assert code == 0
+    states = [f"jaxtta-{i} is {s}" for i, s in enumerate(("ACTIVE", "PROVISIONING", "not there"))]
+    assert out.splitlines()[:3] == states
+    calls = (folder / "calls").read_text()
+    assert re.findall(r"ssh (\S+)", calls) == ["jaxtta-0"]
+    assert "storage ls gs://mine/results/predictions/" in calls
+
+
 def test_a_share_that_always_fails_is_given_up(cloud):
     folder, env = cloud
     shutil.rmtree(folder / "home")

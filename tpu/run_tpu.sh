@@ -65,9 +65,12 @@ run() {
 }
 
 watch() {
-    ((dry)) || echo "$name-$1:"
-    tpus queued-resources describe "$name-$1" --format 'value(state.state)' || true
-    ssh_ "$1" "tail -c 2000 sweep.log | tr '\\r' '\\n' | tail -n 3" || true
+    local state
+    state=$(tpus queued-resources describe "$name-$1" --format 'value(state.state)') || state="not there"
+    if ((dry)); then echo "$state"; else echo "$name-$1 is $state"; fi
+    if ((dry)) || [[ $state == ACTIVE ]]; then
+        ssh_ "$1" "test ! -e sweep.log || tail -c 2000 sweep.log | tr '\\r' '\\n' | tail -n 3" || true
+    fi
 }
 
 delete() { tpus queued-resources delete "$name-$1" --force --quiet; }

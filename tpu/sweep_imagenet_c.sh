@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One TPU host's share of an ImageNet-C sweep; see tpu/README.md.
+# One host's share of an ImageNet-C sweep, on all of its TPU chips or GPUs; see tpu/README.md.
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=common.sh
 source "$(dirname "$0")/common.sh"
@@ -10,7 +10,8 @@ Copies the data to this machine, then runs BATCLIP, TENT and zero-shot CLIP on i
 again goes on where it was.
 
 options
-  --bucket URL     gs://BUCKET or a folder in it: data in URL/data, results in URL/results
+  --bucket URL     gs://BUCKET, a folder in it, or a local folder: data in URL/data, results in
+                   URL/results
   --data PLACE     the data, if it lies elsewhere: a gs:// URL, or a folder, which is not copied
   --copy FOLDER    where the data is copied to (default: ~/data/BUCKET/...)
   --shard I/N      this host's share; without it, all, which also writes the report
