@@ -42,8 +42,7 @@ class ModelOptions:
     templates: tuple[str, ...] = ("usual",)
     compute_dtype: Literal["float32", "bfloat16"] = "float32"  # dtype of the matrix products
     remat: bool = False  # recompute activations in the backward pass: less memory, more time
-    # blocks as one loop: compiles several times faster, for TPU; a little slower on a CPU
-    scan_blocks: bool = False
+    scan_blocks: bool = False  # blocks as one loop: deep models compile faster for TPU
 
     def load(self) -> tuple[Any, Params]:
         """The model and its parameters."""
