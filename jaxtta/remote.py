@@ -140,10 +140,12 @@ class _Copy:
 
     def _upload(self) -> None:
         """Upload what is new or changed, then remove checkpoints that were removed here."""
-        present = self._present()
         self._renew()
+        present = self._present()
         for name in sorted(present, key=lambda name: present[name][1]):  # as they were written
-            if self.sent.get(name) != present[name] and (self.folder / name).exists():
+            if self.sent.get(name) != present[name]:
+                if not (self.folder / name).exists():  # a later checkpoint has come
+                    return self._upload()
                 self.files.put_file(str(self.folder / name), f"{self.root}/{name}")
                 self.sent[name] = present[name]
                 self._renew()

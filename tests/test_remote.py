@@ -131,6 +131,31 @@ def test_removed_checkpoints_vanish_and_nothing_else_does(store):
     assert names(store) == [*kept[:2], "checkpoints/snow/step-1", kept[2]]
 
 
+def test_a_checkpoint_is_removed_after_the_next_is_uploaded(store, monkeypatch):
+    with mirror(URL) as folder:
+        write(folder, "checkpoints/step-1")
+    done, put, remove = [], MemoryFileSystem.put_file, MemoryFileSystem.rm_file
+
+    def slow_put(self, source, target):
+        done.append(("put", target.rpartition("/")[2]))
+        put(self, source, target)
+        if target.endswith("settings.json"):  # meanwhile the run has written another checkpoint
+            (folder / "checkpoints/step-2").rename(folder / "checkpoints/step-3")
+
+    def noted_remove(self, path):
+        done.append(("remove", path.rpartition("/")[2]))
+        remove(self, path)
+
+    monkeypatch.setattr(remote, "EVERY", 1000)
+    monkeypatch.setattr(MemoryFileSystem, "put_file", slow_put)
+    monkeypatch.setattr(MemoryFileSystem, "rm_file", noted_remove)
+    with mirror(URL, None) as folder:
+        os.utime(write(folder, "settings.json"), (1, 1))
+        (folder / "checkpoints/step-1").rename(folder / "checkpoints/step-2")
+        os.utime(folder / "checkpoints/step-2", (2, 2))
+    assert done == [("put", "settings.json"), ("put", "step-3"), ("remove", "step-1")]
+
+
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
 def test_a_run_that_fails_is_uploaded_too(store, copies, error):
     with pytest.raises(error, match=f"^{URL}/x is odd$"), mirror(URL) as folder:
