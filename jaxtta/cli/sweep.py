@@ -153,7 +153,7 @@ def measure(options: Any, loaded: Any, parts: list[Part], title: str, shard: Any
         results, samples = results + found, samples | report.samples_of(batches)
     if count > 1 and not how.dry_run:
         print(f"shard {how.shard}: {len(results) or 'no'} results in {how.output}; when all shards")
-        print("are done, and their folders are one, run the same command without --shard")
+        print("are done, put their folders together and run the same command without --shard")
     elif not how.dry_run:
         report.write_report(results, how.output, title, samples, examples)
 
