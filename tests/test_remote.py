@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from test_sweep import same, sweep
 
 from jaxtta import cli, remote
+from jaxtta.cli import continual
 from jaxtta.remote import mirror
 
 URL = "memory://bucket/runs"
@@ -312,6 +314,24 @@ def test_commands_write_to_a_url(store, copies, command):
         assert (MARKER + ("0-of-1" if hasattr(given, "shard") else "")) in store
 
     cli.run_script(options, main, None, ["--output", URL, "--no-cache"])
+    assert [*store] == ["/bucket/runs/x"] and not copies()
+
+
+def test_ctrl_c_does_not_cut_the_last_upload(store, copies, monkeypatch):
+    put = MemoryFileSystem.put_file
+
+    def slow_put(*args):
+        time.sleep(0.5)
+        put(*args)
+
+    def main(options):
+        write(options.output, "x")
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(MemoryFileSystem, "put_file", slow_put)
+    monkeypatch.setattr(cli, "_INSIST", 0.1)  # after which a run is interrupted again
+    with pytest.raises(SystemExit, match="130"):
+        cli.run_script(continual.Options, main, None, ["--output", URL, "--no-cache"])
     assert [*store] == ["/bucket/runs/x"] and not copies()
 
 
