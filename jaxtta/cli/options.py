@@ -128,7 +128,8 @@ class TuneOptions:
 class RunOptions:
     """Where the results go, and how they are computed."""
 
-    output: Path  # folder for the results; a run that was stopped goes on where it was
+    # folder, or a URL such as gs://BUCKET/runs; a run that was stopped goes on where it was
+    output: Path
     # threads that decode files, or processes that corrupt images; 0 for one thread
     workers: int = 1
     shard: str = "0/1"  # this machine's part, such as 0/4 to 3/4 on four (default: 0/1, all)
