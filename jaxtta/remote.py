@@ -81,7 +81,7 @@ class _Copy:
     """A local copy of the files at a URL."""
 
     def __init__(self, url: str, part: str | None) -> None:
-        self.url, self.part = url, part
+        self.url, self.marker = url, None if part is None else _MARKER + part
         self.files, root = _open(url)
         self.root = root.rstrip("/")
         self.me = {"id": uuid.uuid4().hex, "host": socket.gethostname(), "process": os.getpid()}
@@ -97,14 +97,15 @@ class _Copy:
         with _named(f"{self.url}: cannot be read; is there such a bucket, and who may read it?"):
             start, found = f"{self.root}/", self.files.find(self.root)
             names = [path.removeprefix(start) for path in found if path.startswith(start)]
-            holders = [self._holder(name) for name in names if self._excludes(name)]
-        for other in filter(None, holders):
-            if not _has_ended(other):
+            holders = {name: self._holder(name) for name in names if self._excludes(name)}
+        for name, other in holders.items():
+            if other and not _has_ended(other):
                 raise ValueError(
-                    f"{self.url}: is written to by {_who(other)}; run another share, or wait: "
-                    f"the share is free after {ENDED:g} s without a sign"
+                    f"{self.url}/{name}: {_who(other)}, holds this share; run another one, or wait "
+                    f"until it ends ({ENDED:g} s without a sign count as the end)"
                 )
-            _log.info("%s: taken over from %s", self.url, _who(other))
+            if other:
+                _log.info("%s/%s: taken over from %s", self.url, name, _who(other))
         with _named(f"{self.url}: cannot be written to"):
             self._sign()
         names = [name for name in names if not _SKIPPED.search(name)]
@@ -120,8 +121,8 @@ class _Copy:
         self.uploads.join()
         with _named(f"{self.url}: the last upload failed, the files are in {self.folder}"):
             self._upload()
-            if self.part is not None:
-                self.files.rm_file(f"{self.root}/{_MARKER}{self.part}")
+            if self.marker:
+                self.files.rm_file(f"{self.root}/{self.marker}")
         _log.info("%s: has all files of %s, which is removed", self.url, self.folder)
         shutil.rmtree(self.temporary)
 
@@ -139,10 +140,12 @@ class _Copy:
 
     def _upload(self) -> None:
         """Upload what is new or changed, then remove checkpoints that were removed here."""
-        present = self._present()
         self._renew()
+        present = self._present()
         for name in sorted(present, key=lambda name: present[name][1]):  # as they were written
-            if self.sent.get(name) != present[name] and (self.folder / name).exists():
+            if self.sent.get(name) != present[name]:
+                if not (self.folder / name).exists():  # a later checkpoint has come
+                    return self._upload()
                 self.files.put_file(str(self.folder / name), f"{self.root}/{name}")
                 self.sent[name] = present[name]
                 self._renew()
@@ -173,9 +176,9 @@ class _Copy:
 
     def _excludes(self, name: str) -> bool:
         """Whether a file is the marker of this share, or of one of another number of shares."""
-        own, count = f"{_MARKER}{self.part}", f"-of-{str(self.part).rpartition('-')[2]}"
-        marker = self.part is not None and name.startswith(_MARKER)
-        return marker and (name == own or not name.endswith(count))
+        if not self.marker or not name.startswith(_MARKER):
+            return False
+        return name == self.marker or name.partition("-of-")[2] != self.marker.partition("-of-")[2]
 
     def _holder(self, marker: str) -> dict[str, Any] | None:
         """The process that wrote a marker; None for this one."""
@@ -187,14 +190,14 @@ class _Copy:
 
     def _sign(self) -> None:
         """Write the marker by which others know that this process is running."""
-        if self.part is not None:
+        if self.marker:
             self.me["time"] = time.time()
-            self.files.pipe_file(f"{self.root}/{_MARKER}{self.part}", json.dumps(self.me).encode())
+            self.files.pipe_file(f"{self.root}/{self.marker}", json.dumps(self.me).encode())
 
     def _renew(self) -> None:
         """Write the marker again, if it is old and still this process's; else a ValueError."""
-        if self.part is not None and time.time() - self.me["time"] > EVERY / 2:
-            if other := self._holder(f"{_MARKER}{self.part}"):
+        if self.marker and time.time() - self.me["time"] > EVERY / 2:
+            if other := self._holder(self.marker):
                 raise ValueError(f"the share was taken over by {_who(other)}")
             self._sign()
 
@@ -226,12 +229,12 @@ def _named(what: str) -> Iterator[None]:
 
 
 def _text(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
 
 
 def _who(other: dict[str, Any]) -> str:
-    ago = f"last seen {time.time() - other['time']:.0f} s ago"
-    return f"process {other['process']} on {other['host']} since {other['since']}, {ago}"
+    seen = f"since {other['since']} and last seen {time.time() - other['time']:.0f} s ago"
+    return f"process {other['process']} on {other['host']}, running {seen}"
 
 
 def _has_ended(other: dict[str, Any]) -> bool:
