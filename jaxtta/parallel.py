@@ -33,9 +33,7 @@ from jaxtta.adapters import Adapter, Prediction
 Array = jax.Array
 
 
-def mesh(
-    streams: int | None = None, batch: int = 1, devices: Sequence[jax.Device] | None = None
-) -> Mesh:
+def mesh(streams: int | None = None, batch: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
     """Arrange devices by streams and, within a stream, by images.
 
     Args:
@@ -50,16 +48,15 @@ def mesh(
         ValueError: if streams times batch is not the number of devices.
     """
     chosen = np.asarray(jax.devices() if devices is None else devices)
-    if streams is None and batch > 0:
-        streams = chosen.size // batch
-    if min(streams or 0, batch) < 1 or (streams or 0) * batch != chosen.size:
+    if streams is None:
+        streams = chosen.size // max(batch, 1)
+    if min(streams, batch) < 1 or streams * batch != chosen.size:
         raise ValueError(
-            f"a mesh of {streams} streams × {batch} for the batch does not use {chosen.size} "
-            "devices: their product must be the number of devices (devices=jax.devices()[:n] "
-            "for fewer)"
+            f"a mesh of {streams} × {batch} (streams × batch) does not hold {chosen.size} devices, "
+            "expected their number as the product; devices=jax.devices()[:n] chooses some"
         )
     types = (AxisType.Auto, AxisType.Auto)
-    return Mesh(chosen.reshape(streams or 0, batch), ("streams", "batch"), axis_types=types)
+    return Mesh(chosen.reshape(streams, batch), ("streams", "batch"), axis_types=types)
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
@@ -113,12 +110,16 @@ def streams(
         a TypeError for a state that holds anything but arrays.
 
     Raises:
-        ValueError: if the mesh has no axis "streams", or `within` is neither.
+        ValueError: if the mesh has no axis "streams" or explicit axes, or `within` is neither.
     """
     if within not in ("map", "vmap"):
-        raise ValueError(f'within is {within!r}, expected "map" or "vmap"')
+        raise ValueError(f'within is "{within}", expected "map" or "vmap"')
     on = _local_mesh() if mesh is None else mesh
     _require_axis(on, "streams")
+    if any(kind != AxisType.Auto for kind in on.axis_types):
+        raise ValueError(
+            "the mesh has explicit axes, expected automatic ones as of jaxtta.parallel.mesh()"
+        )
 
     def local(params: Any, states: Any, batches: Any) -> tuple[Any, Prediction]:
         if within == "vmap":
@@ -129,10 +130,10 @@ def streams(
     shared = jax.shard_map(
         local, mesh=on, in_specs=specs, out_specs=P("streams"), axis_names={"streams"}
     )
-    init_all = jax.jit(
-        jax.vmap(_of_arrays(adapter), (None, 0)), out_shardings=NamedSharding(on, P("streams"))
-    )
-    step_all = jax.jit(shared)
+    share = NamedSharding(on, P("streams"))
+    init_all = jax.jit(jax.vmap(_of_arrays(adapter), (None, 0)), out_shardings=share)
+    # States leave a step as they came, or the next would be compiled anew.
+    step_all = jax.jit(shared, out_shardings=(share, None))
 
     def init(params: Any, key: Array | None = None) -> Any:
         _require_divisible(_count_streams(keys=key), on)
@@ -155,7 +156,8 @@ def pmap(adapter: Adapter) -> Adapter:
 
     Returns:
         An adapter of as many streams as there are devices, or fewer, with the leading axes of
-        `streams`. Both functions raise a ValueError for more streams than devices.
+        `streams`. Parameters from `replicate(params, mesh())` are not copied at each step. Both
+        functions raise a ValueError for more streams than devices.
     """
     init_all = jax.pmap(_of_arrays(adapter), in_axes=(None, 0))
     step_all = jax.pmap(adapter.step, in_axes=(None, 0, 0))
@@ -213,15 +215,20 @@ def _require_axis(mesh: Mesh, name: str) -> None:
 
 def _count_streams(**trees: Any) -> int:
     """The leading axis of every leaf; a ValueError if they differ."""
-    counts = [(name, np.shape(leaf)[:1]) for name, leaf in _leaves(trees)]
-    if not counts:
-        raise ValueError(f"{' and '.join(trees)} are empty, expected a leading axis of streams")
-    first, expected = counts[0]
-    for name, count in counts:
-        if not count or count != expected:
+    shapes = [(name, np.shape(leaf)) for name, leaf in _leaves(trees)]
+    if not shapes:
+        raise ValueError(
+            f"{' and '.join(trees)} hold no array, expected a leading axis of streams (keys are "
+            "jax.random.split(key, streams))"
+        )
+    first, expected = shapes[0]
+    for name, shape in shapes:
+        if not shape:
+            raise ValueError(f"{name} is a scalar, expected a leading axis of streams")
+        if shape[0] != expected[0]:
             raise ValueError(
-                f"{name} has the leading axis {count} and {first} {expected}, expected the number "
-                "of streams in front of every leaf"
+                f"{name} has {shape[0]} streams in front and {first} {expected[0]}, expected the "
+                "same number in every leaf"
             )
     return expected[0]
 

@@ -76,6 +76,15 @@ def test_a_recipe_runs(small_model, heading, capsys):
         for batch, logits in zip(names["batches"], last.logits, strict=True):
             state, prediction = step(names["params"], state, batch)
             np.testing.assert_allclose(prediction.logits, logits, atol=1e-4)
+    elif heading == "Many streams over many devices":
+        assert last.logits.shape == (16, 8, 3)
+        assert len(last.logits.sharding.device_set) == 8
+        adapter, params = names["adapter"], names["params"]
+        state, step = adapter.init(params), jax.jit(adapter.step)
+        for batch in names["batches"]:
+            state, prediction = step(params, state, batch)
+        for logits in last.logits:
+            np.testing.assert_allclose(logits, prediction.logits, atol=1e-4)
     elif heading.startswith("Many streams"):
         assert last.logits.shape == (4, 8, 3)
         width = names["model"].projection

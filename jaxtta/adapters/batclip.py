@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxtta.adapters.base import Adapter, Array, Metrics, Objective, Preset
 from jaxtta.adapters.online import online
@@ -51,7 +52,11 @@ def prototypes(
     members = jax.nn.one_hot(labels, classes, dtype=embeddings.dtype) * mask[:, None]
     counts = members.sum(0)
     # where, not a product: a padded image's embedding may be anything, even NaN
-    sums = jnp.matmul(members.T, jnp.where(mask[:, None], embeddings, 0), precision="highest")
+    valid = jnp.where(mask[:, None], embeddings, 0)
+    mesh = jax.typeof(embeddings).sharding.mesh
+    # A sum over devices: on explicit mesh axes JAX asks where it shall be.
+    whole = NamedSharding(mesh, PartitionSpec()) if mesh.explicit_axes else None
+    sums = jnp.matmul(members.T, valid, precision="highest", out_sharding=whole)
     return sums / jnp.maximum(counts, 1)[:, None], counts > 0
 
 

@@ -303,7 +303,8 @@ class CLIP:
         token_ids, positions = packing.rows(prompts)
         attend = packing.packed_attention(prompts, self.text.causal)
         read = packing.read_ends(prompts)
-        flat = self._encode_rows(params, token_ids, positions, attend, read)
+        spread = packing.over_devices(token_ids, positions, attend, read)
+        flat = self._encode_rows(params, *spread)[: prompts.ends.size]
         embeddings = l2_normalize(flat).reshape(*prompts.ends.shape, -1)
         return embeddings[:, 0] if embeddings.shape[1] == 1 else l2_normalize(embeddings.mean(1))
 

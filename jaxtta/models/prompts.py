@@ -14,6 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType, PartitionSpec, get_abstract_mesh
 
 from jaxtta.models.attention import attention
 from jaxtta.models.task import Task
@@ -196,3 +197,41 @@ def rows(prompts: Prompts) -> tuple[Array, Array]:
     shared = prompts.prefix.shape[0]
     ids = jnp.concatenate([prompts.prefix, prompts.tokens])
     return ids, jnp.concatenate([np.arange(shared, dtype=np.int32), prompts.positions])
+
+
+def over_devices(
+    token_ids: Array, positions: Array, attend: Attend, read: Select
+) -> tuple[Array, Array, Attend, Select]:
+    """Spread the rows over the automatic mesh axis "batch", if one is set and has several devices.
+
+    Attention is spread by heads, which need nothing from each other, all else by rows. Either is
+    filled up to a multiple of the devices. Without such an axis nothing changes.
+
+    Args:
+        token_ids: (rows,).
+        positions: (rows,).
+        attend: attention over these rows.
+        read: selects some of them.
+
+    Returns:
+        The same four for the rows as they are spread; what is read is filled up, too.
+    """
+    mesh = get_abstract_mesh()
+    types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    devices = mesh.shape["batch"] if types.get("batch") == AxisType.Auto else 1
+    if devices == 1:
+        return token_ids, positions, attend, read
+    count = len(token_ids)
+
+    def split(x: Array, axis: int = 0) -> Array:
+        padding = [(0, 0)] * x.ndim
+        padding[axis] = (0, -x.shape[axis] % devices)
+        spec = PartitionSpec(*[None] * axis, "batch")
+        return jax.lax.with_sharding_constraint(jnp.pad(x, padding), spec)
+
+    def attend_by_head(query: Array, key: Array, value: Array) -> Array:
+        heads = query.shape[1]
+        y = attend(*(split(x, 1)[:count] for x in (query, key, value)))
+        return split(y[:, :heads])
+
+    return split(token_ids), split(positions), attend_by_head, lambda x: split(read(x[:count]))

@@ -36,7 +36,10 @@ class PatchEmbedding(nn.Module):
         kernel = self.param("kernel", init, (patch, patch, 3, width))
         batch, side = pixels.shape[0], pixels.shape[1] // patch
         patches = pixels[:, : side * patch, : side * patch]
+        # One axis at a time, as explicit mesh axes ask of a reshape.
+        patches = patches.reshape(batch, side, patch, side * patch, 3)
         patches = patches.reshape(batch, side, patch, side, patch, 3).swapaxes(2, 3)
+        patches = patches.reshape(batch, side * side, patch, patch, 3)
         dtype = self.arch.compute_dtype or kernel.dtype
         patches = patches.reshape(batch, side * side, patch * patch * 3).astype(dtype)
         tokens = patches @ kernel.reshape(-1, width).astype(dtype)
@@ -63,10 +66,14 @@ class VisionEmbeddings(nn.Module):
         tokens = patches(pixels)
         if self.class_token:
             first = self.param("class_embedding", nn.initializers.normal(0.02), (width,))
-            first = jnp.broadcast_to(first.astype(tokens.dtype), (len(tokens), 1, width))
-            tokens = jnp.concatenate([first, tokens], 1)
+            tokens = jnp.concatenate([_for_each_image(first, tokens), tokens], 1)
         positions = Table(side * side + self.class_token, width, name="position_embedding")()
         return tokens + positions.astype(tokens.dtype)
+
+
+def _for_each_image(token: Array, tokens: Array) -> Array:
+    """One token (width,) for each image, on the devices of its tokens: (batch, 1, width)."""
+    return jnp.zeros_like(tokens[:, :1]) + token.astype(tokens.dtype)
 
 
 class AttentionPool(nn.Module):
@@ -79,8 +86,8 @@ class AttentionPool(nn.Module):
         """Map tokens (batch, tokens, width) to (batch, width)."""
         width = self.arch.width
         probe = self.param("probe", nn.initializers.normal(0.02), (width,))
-        probe = jnp.broadcast_to(probe.astype(x.dtype), (len(x), 1, width))
-        plan = AttentionPlan(attention, select_queries=lambda _: probe)
+        queries = _for_each_image(probe, x)
+        plan = AttentionPlan(attention, select_queries=lambda _: queries)
         x = Attention(self.arch, name="attention")(x, plan)
         x += MLP(self.arch, name="mlp")(LayerNorm(self.arch.epsilon, name="layernorm")(x))
         return x[:, 0]

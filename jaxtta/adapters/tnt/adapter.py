@@ -187,6 +187,11 @@ def tnt(
         require_state(TNTState, params, state)
         batch = as_batch(batch, state.seen)
         require_layout(batch.images)
+        if jax.typeof(batch.images).sharding.spec[0] is not None:
+            raise ValueError(
+                "TNT takes images one after another and cannot split them over explicit mesh axes: "
+                "split the stream with jaxtta.parallel.streams"
+            )
         check_values(batch.images)
         key = jax.random.wrap_key_data(state.key)
 
