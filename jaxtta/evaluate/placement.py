@@ -57,12 +57,6 @@ class Placement:
         states = jax.device_get(states)
         return [jax.tree.map(itemgetter(place), states) for place in range(self.streams)]
 
-    def local(self, prediction: Any) -> Any:
-        """A prediction where it is scored."""
-        if self.splits_batch:  # each device has all of it
-            return jax.tree.map(lambda x: x.addressable_data(0), prediction)
-        return prediction
-
     def batch(self, batches: Sequence[StreamBatch | None]) -> tuple[StreamBatch, StreamBatch]:
         """The streams' batches, (streams, …) if several: in numpy, and where the step wants them.
 
@@ -77,10 +71,7 @@ class Placement:
             filled += [blank] * (self.streams - len(batches))
             joined = jax.tree.map(lambda *arrays: np.stack(arrays), *filled)
         sharding = NamedSharding(self.mesh, P("batch" if self.splits_batch else "streams"))
-
-        def put(x: np.ndarray) -> jax.Array:  # of several hosts, each its own part
-            return jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
-
+        put = lambda x: jax.make_array_from_callback(x.shape, sharding, x.__getitem__)  # noqa: E731
         return joined, jax.tree.map(put, joined._replace(source_index=None, segments=None))
 
 

@@ -1,7 +1,6 @@
 """Streams that several adapters step through, one batch of each stream at a time."""
 
 import dataclasses
-import itertools
 import logging
 import resource
 import sys
@@ -66,11 +65,6 @@ class StreamRun:
         """Indices of the batches that are left."""
         return self.places[self.done :]
 
-    @property
-    def is_due(self) -> bool:
-        """Whether a checkpoint is."""
-        return bool(self.left and self.every and self.done % self.every == 0)
-
     def begin(self) -> None:
         """Make the states and records, unless they were restored."""
         for name in {} if self.tree else self.note["settings"]:
@@ -116,12 +110,6 @@ def groups_of(runs: Sequence[StreamRun], size: int) -> list[list[StreamRun]]:
     return [same[i : i + size] for same in alike.values() for i in range(0, len(same), size)]
 
 
-def order_of(group: Sequence[StreamRun]) -> list[int]:
-    """Indices of the batches that `finish` takes: one of each stream, and again."""
-    rounds = itertools.zip_longest(*(run.left for run in group))
-    return [place for each in rounds for place in each if place is not None]
-
-
 def finish(
     runs: Sequence[StreamRun],
     on: Placement,
@@ -134,7 +122,7 @@ def finish(
     `steps` are the adapters' compiled ones. A stream at its end has masked batches.
     """
     states: dict[str, Any] = {}
-    before: tuple[Any, ...] = ()  # a round's scores are fetched while the next is computed
+    queue: list[Any] = []  # a round's scores are fetched while the next is computed
     for run in runs:
         run.begin()
     for name in runs[0].note["settings"]:
@@ -153,29 +141,26 @@ def finish(
                 steps[name] = on.compile(adapter, state, inputs)
                 bar.set_description(title)
             if timed:
-                jax.block_until_ready((before, scores, state))
+                jax.block_until_ready((queue, scores, state))
             start = time.perf_counter()
             states[name], prediction = steps[name](on.params, state, inputs)
             jax.block_until_ready(prediction if timed else None)
             for run in timed:
                 run.tree[name]["record"]["seconds"][run.done] = time.perf_counter() - start
-            logits, metrics = on.local(prediction)
+            logits, metrics = prediction
             scores[name] = score(logits.reshape(-1, logits.shape[-1]), batch.labels.ravel())
             scores[name]["skipped"] = metrics.get("skipped", np.zeros(on.streams, bool))
-        if before:
-            _keep(bar, *before)
-        before = {place: (run, run.done) for place, run in live.items()}, batch, scores
+        queue.append(({place: (run, run.done) for place, run in live.items()}, batch, scores))
         for run in live.values():
             run.done += 1
-        due = {place: run for place, run in live.items() if run.is_due}
         ended = [run for run in live.values() if not run.left]
-        if due or ended:
-            _keep(bar, *before)
-            before = ()
+        due = {i: r for i, r in live.items() if r.left and r.every and r.done % r.every == 0}
+        while len(queue) > (0 if due or ended else 1):
+            _keep(bar, *queue.pop(0))
         if due and jax.process_index() == 0:
             apart = {name: on.apart(state) for name, state in states.items()}
-            for place, run in due.items():
-                tree = {name: x | {"state": apart[name][place]} for name, x in run.tree.items()}
+            for i, run in due.items():
+                tree = {name: x | {"state": apart[name][i]} for name, x in run.tree.items()}
                 save_checkpoint(run.folder, run.done, tree, run.note)
         yield from ended
 
@@ -186,18 +171,12 @@ def _title(live: Sequence[StreamRun], on: Placement) -> str:
     return text + (f", {idle} of {on.devices} devices idle" if idle and not on.splits_batch else "")
 
 
-def _keep(
-    bar: tqdm,
-    steps: Mapping[int, tuple[StreamRun, int]],
-    batch: StreamBatch,
-    scores: Mapping[str, Any],
-) -> None:
+def _keep(bar: tqdm, steps: Mapping[int, Any], batch: StreamBatch, scores: Any) -> None:
     """Fetch a round's scores, and show the top-1 accuracy so far in per cent."""
-    shown, count = {}, batch.mask.shape[-1]
-    masks, indices = batch.mask.reshape(-1, count), batch.index.reshape(-1, count)
+    shown, masks, indices = {}, np.atleast_2d(batch.mask), np.atleast_2d(batch.index)
     for name, values in scores.items():
         right, total, skipped = 0, 0, np.ravel(values.pop("skipped"))
-        values = {key: np.reshape(value, masks.shape) for key, value in values.items()}
+        values = {key: np.asarray(value).reshape(masks.shape) for key, value in values.items()}
         for place, (run, number) in steps.items():
             record, mask = run.tree[name]["record"], masks[place]
             seen = indices[place][mask]

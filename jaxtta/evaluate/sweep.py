@@ -22,7 +22,7 @@ from jaxtta.data import Batches, Domain, Stream
 from jaxtta.evaluate import provenance, store
 from jaxtta.evaluate.placement import Split, place, require_devices
 from jaxtta.evaluate.predictions import Predictions
-from jaxtta.evaluate.streams import StreamRun, finish, groups_of, order_of
+from jaxtta.evaluate.streams import StreamRun, finish, groups_of
 from jaxtta.io import as_json, digest_of
 from jaxtta.models import Classifier, Params, Task
 from jaxtta.models.preprocess import Preprocessing
@@ -157,7 +157,8 @@ def sweep(
             _log.warning("%s: earlier results are unchecked: the images have no content()", folder)
         on = place(params, count, split, len(runs))
         groups = groups_of(runs, on.streams)
-        places = [number for group in groups for number in order_of(group)]
+        rounds = (one for runs in groups for one in itertools.zip_longest(*(r.left for r in runs)))
+        places = [place for one in rounds for place in one if place is not None]
         if jax.process_count() > 1:  # the first writes when all have read
             found = multihost_utils.process_allgather(np.array([len(results), len(places)]))
             if (found != found[0]).any():
@@ -168,8 +169,7 @@ def sweep(
         total = sum(len(run.places) for run in runs)
         show = {"total": total, "initial": total - len(places), "unit": "batch"}
         with tqdm(**show, disable=not progress or not runs or not writes) as bar:
-            how = (on, steps, source, bar)
-            for run in itertools.chain.from_iterable(finish(group, *how) for group in groups):
+            for run in (run for group in groups for run in finish(group, on, steps, source, bar)):
                 for name in run.note["settings"]:
                     more = {"place": [run.number, names.index(name)], "devices": count}
                     result = run.result(name, spec.setting, told | more)
