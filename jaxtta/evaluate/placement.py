@@ -9,7 +9,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxtta import parallel
@@ -26,7 +26,7 @@ class Placement:
     params: Any
     devices: int = 1  # without streams of their own, some are idle
     streams: int = 1  # step at once, each on its own device
-    mesh: Mesh | None = None  # None for one device
+    mesh: Any = None  # of jaxtta.parallel; None for one device
 
     @property
     def splits_batch(self) -> bool:
