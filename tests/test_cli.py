@@ -116,6 +116,9 @@ def test_a_dry_run_says_what_it_takes_and_writes_nothing(run_jaxtta, short, tmp_
     common = ("sweep", *TWO, "--model", short, "--output", tmp_path / "a", "--adapters")
     code, out, _ = run_jaxtta(*common, "zero_shot", "tent", "--dry-run")
     assert code == 0
+    assert re.search("tent: 2 steps of .* s on 8 devices", out)  # of both streams at once
+    code, out, _ = run_jaxtta(*common, "zero_shot", "tent", "--dry-run", "--devices", 1)
+    assert code == 0
     assert "fog-1, seed 1: 20 images, 2 steps of 10" in out
     assert "tent: 4 steps of" in out and "estimate" in out and "GB" in out
     assert not (tmp_path / "a").exists()

@@ -154,22 +154,15 @@ class RunOptions:
         return int(number), int(count)
 
     def join_hosts(self) -> None:
-        """Join the processes of other hosts, if the environment says how many there are.
-
-        On a TPU pod JAX_NUM_PROCESSES alone is enough: there, JAX finds the rest.
-        """
+        """Join the other hosts' processes if JAX_NUM_PROCESSES is set, on TPU pods that alone."""
         count, number = (os.environ.get(f"JAX_{key}") for key in ("NUM_PROCESSES", "PROCESS_ID"))
-        if self.split == "batch" and count:
-            own = int(number) if number else None
+        if count and self.split == "batch":
+            own = int(number) if number else None  # None for what JAX finds itself
             jax.distributed.initialize(num_processes=int(count), process_id=own)
-
-    @property
-    def count(self) -> int:
-        """The number of devices."""
-        return jax.device_count() if self.devices == "all" else self.devices
 
     @property
     def how(self) -> dict[str, Any]:
         """Arguments of `evaluate.sweep`."""
+        count = jax.device_count() if self.devices == "all" else self.devices
         names = ("workers", "checkpoint_every", "trust_data", "split")
-        return {name: getattr(self, name) for name in names} | {"devices": self.count}
+        return {name: getattr(self, name) for name in names} | {"devices": count}

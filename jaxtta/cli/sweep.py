@@ -169,7 +169,7 @@ def estimate(options: Any, loaded: Any, spec: evaluate.Spec, adapters: Any, shar
         print(f"{stream.name}, seed {stream.seed}: {shape}")
         counts.append(steps)
     how = options.run
-    devices = evaluate.require_devices(how.count, how.split, spec.batch_size)
+    devices = evaluate.require_devices(how.how["devices"], how.split, spec.batch_size)
     on = evaluate.place(params, devices, how.split, len(counts))
     groups = (counts[start : start + on.streams] for start in range(0, len(counts), on.streams))
     count, beside = sum(map(max, groups)), f" on {devices} devices" if devices > 1 else ""

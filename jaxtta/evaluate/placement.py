@@ -3,17 +3,18 @@
 import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
+from operator import itemgetter
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxtta import parallel
 from jaxtta.adapters import Adapter
-from jaxtta.data.batches import StreamBatch
+from jaxtta.data import StreamBatch
 
 Split = Literal["streams", "batch"]
 
@@ -25,7 +26,7 @@ class Placement:
     params: Any
     devices: int = 1  # without streams of their own, some are idle
     streams: int = 1  # step at once, each on its own device
-    mesh: Mesh | None = None  # None for one device
+    mesh: Any = None  # of jaxtta.parallel; None for one device
 
     @property
     def splits_batch(self) -> bool:
@@ -34,62 +35,44 @@ class Placement:
 
     def compile(self, adapter: Adapter, states: Any, inputs: Any) -> Callable[..., Any]:
         """Compile the step for what `states` and `batch` give."""
-        options, context = {}, contextlib.nullcontext()
         if self.streams > 1:
             adapter = parallel.streams(adapter, self.mesh)
-        elif self.mesh is not None:
-            options = {"out_shardings": NamedSharding(self.mesh, P())}
-            context = jax.set_mesh(self.mesh)
-        with context:
-            step = jax.jit(adapter.step, donate_argnums=1, **options)
+        whole = NamedSharding(self.mesh, P()) if self.splits_batch else None
+        with jax.set_mesh(self.mesh) if self.splits_batch else contextlib.nullcontext():
+            step = jax.jit(adapter.step, donate_argnums=1, out_shardings=whole)
             return step.lower(self.params, states, inputs).compile()
 
     def states(self, states: Sequence[Any]) -> Any:
         """The streams' states where the step wants them."""
-        if self.mesh is None:
-            return states[0]
         if self.streams == 1:
-            return parallel.replicate(states[0], self.mesh)
-        states = [*states, *states[:1] * (self.streams - len(states))]
-        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+            return states[0] if self.mesh is None else parallel.replicate(states[0], self.mesh)
+        filled = [*states] + [states[0]] * (self.streams - len(states))
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *filled)
         return jax.device_put(stacked, NamedSharding(self.mesh, P("streams")))
 
     def apart(self, states: Any) -> list[Any]:
         """Each stream's state."""
         if self.streams == 1:
             return [states]
-        leaves, structure = jax.tree.flatten(jax.device_get(states))
-        places = range(self.streams)
-        return [structure.unflatten([leaf[place] for leaf in leaves]) for place in places]
-
-    def local(self, prediction: Any) -> Any:
-        """A prediction where it is scored."""
-        if self.splits_batch:  # each device has all of it
-            return jax.tree.map(lambda x: x.addressable_data(0), prediction)
-        return prediction
+        states = jax.device_get(states)
+        return [jax.tree.map(itemgetter(place), states) for place in range(self.streams)]
 
     def batch(self, batches: Sequence[StreamBatch | None]) -> tuple[StreamBatch, StreamBatch]:
-        """Join the streams' batches, (streams, …) if several; in numpy, and where they step.
+        """The streams' batches, (streams, …) if several: in numpy, and where the step wants them.
 
-        None, of a stream at its end, gives a masked batch, which leaves the state as it was.
+        None, for a stream at its end, gives a masked batch.
         """
-        first = next(batch for batch in batches if batch is not None)
+        joined = next(batch for batch in batches if batch is not None)
         if self.mesh is None:
-            return first, first  # the step transfers it
-        joined = first
+            return joined, joined
         if self.streams > 1:
-            blank = first._replace(mask=np.zeros_like(first.mask))
+            blank = joined._replace(mask=np.zeros_like(joined.mask))
             filled = [batch or blank for batch in batches]
             filled += [blank] * (self.streams - len(batches))
             joined = jax.tree.map(lambda *arrays: np.stack(arrays), *filled)
         sharding = NamedSharding(self.mesh, P("batch" if self.splits_batch else "streams"))
-
-        def put(x: np.ndarray) -> jax.Array:  # of several hosts, each its own part
-            return jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
-
-        return joined, jax.tree.map(
-            put, joined._replace(labels=None, source_index=None, segments=None)
-        )
+        put = lambda x: jax.make_array_from_callback(x.shape, sharding, x.__getitem__)  # noqa: E731
+        return joined, jax.tree.map(put, joined._replace(source_index=None, segments=None))
 
 
 def require_devices(devices: int | None, split: Split, batch_size: int) -> int:

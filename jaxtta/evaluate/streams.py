@@ -1,7 +1,6 @@
 """Streams that several adapters step through, one batch of each stream at a time."""
 
 import dataclasses
-import itertools
 import logging
 import resource
 import sys
@@ -66,16 +65,6 @@ class StreamRun:
         """Indices of the batches that are left."""
         return self.places[self.done :]
 
-    @property
-    def timed(self) -> bool:
-        """Whether the next step is timed; the first loads the program."""
-        return self.done % TIMED == min(1, len(self.places) - 1)
-
-    @property
-    def due(self) -> bool:
-        """Whether a checkpoint is."""
-        return bool(self.left and self.every and self.done % self.every == 0)
-
     def begin(self) -> None:
         """Make the states and records, unless they were restored."""
         for name in {} if self.tree else self.note["settings"]:
@@ -113,129 +102,96 @@ class StreamRun:
         )
 
 
-@dataclasses.dataclass(eq=False)
-class Group:
-    """Streams of the same adapters that step at once."""
-
-    runs: Sequence[StreamRun]
-    on: Placement
-
-    @classmethod
-    def of(cls, runs: Sequence[StreamRun], on: Placement) -> "list[Group]":
-        """Groups of as many streams as step at once."""
-        alike: dict[tuple[str, ...], list[StreamRun]] = {}
-        for run in runs:
-            alike.setdefault((*run.note["settings"],), []).append(run)
-        size = on.streams
-        parts = (same[i : i + size] for same in alike.values() for i in range(0, len(same), size))
-        return [cls(part, on) for part in parts]
-
-    @property
-    def places(self) -> list[int]:
-        """Indices of the batches that are left, in the order in which they are taken."""
-        rounds = itertools.zip_longest(*(run.left for run in self.runs))
-        return [place for each in rounds for place in each if place is not None]
-
-    def finish(
-        self, steps: dict[str, Callable], source: Iterator[StreamBatch], bar: tqdm
-    ) -> Iterator[StreamRun]:
-        """Step through the rest of the streams, and give each at its end.
-
-        `steps` are the adapters' compiled ones. A stream that is shorter, or was restored nearer to
-        its end, has masked batches then.
-        """
-        for run in self.runs:
-            run.begin()
-        names = [*self.runs[0].note["settings"]]
-        first = {name: [run.tree[name].pop("state") for run in self.runs] for name in names}
-        states = {name: self.on.states(first.pop(name)) for name in names}
-        before: tuple[Any, ...] = ()  # a round's scores are fetched while the next is computed
-        while live := {place: run for place, run in enumerate(self.runs) if run.left}:
-            title = self._title([*live.values()])
-            bar.set_description(title)
-            batches = [next(source) if run.left else None for run in self.runs]
-            batch, placed = self.on.batch(batches)
-            scores: dict[str, Any] = {}
-            for name in names:
-                spec, adapter = self.runs[0].adapters[name]
-                inputs = inputs_of(placed, spec)
-                if name not in steps:  # once per sweep, and not timed
-                    bar.set_description(f"compiling {name} …")
-                    steps[name] = self.on.compile(adapter, states[name], inputs)
-                    bar.set_description(title)
-                timed = [run for run in live.values() if run.timed]
-                if timed:
-                    jax.block_until_ready((before, scores, states[name]))
-                start = time.perf_counter()
-                states[name], prediction = steps[name](self.on.params, states[name], inputs)
-                if timed:
-                    jax.block_until_ready(prediction)
-                    seconds = time.perf_counter() - start
-                    for run in timed:
-                        run.tree[name]["record"]["seconds"][run.done] = seconds
-                logits, metrics = self.on.local(prediction)
-                flat = logits.reshape(-1, logits.shape[-1])
-                scores[name] = score(flat, batch.labels.ravel())
-                scores[name]["skipped"] = metrics.get("skipped", np.zeros(self.on.streams, bool))
-            if before:
-                self._keep(bar, *before)
-            before = {place: (run, run.done) for place, run in live.items()}, batch, scores
-            for run in live.values():
-                run.done += 1
-            due = {place: run for place, run in live.items() if run.due}
-            ended = [run for run in live.values() if not run.left]
-            if due or ended:
-                self._keep(bar, *before)
-                before = ()
-            if due:
-                self._save(due, states)
-            yield from ended
-
-    def _title(self, live: Sequence[StreamRun]) -> str:
-        stream, devices = live[0].stream, self.on.devices
-        text = f"{stream.name} seed {stream.seed}"
-        if len(live) > 1:
-            text += f" and {len(live) - 1} more"
-        if (idle := devices - len(live)) and not self.on.splits_batch:
-            text += f", {idle} of {devices} devices idle"
-        return text
-
-    def _save(self, due: Mapping[int, StreamRun], states: Mapping[str, Any]) -> None:
-        if jax.process_index():
-            return
-        parts = {name: self.on.apart(state) for name, state in states.items()}
-        for place, run in due.items():
-            own = {name: {**node, "state": parts[name][place]} for name, node in run.tree.items()}
-            save_checkpoint(run.folder, run.done, own, run.note)
-
-    def _keep(
-        self,
-        bar: tqdm,
-        steps: Mapping[int, tuple[StreamRun, int]],
-        batch: StreamBatch,
-        scores: Mapping[str, Any],
-    ) -> None:
-        """Fetch a round's scores, and show the top-1 accuracy so far in per cent."""
-        shown, by_stream = {}, (self.on.streams, -1)
-        masks, indices = batch.mask.reshape(by_stream), batch.index.reshape(by_stream)
-        for name, values in scores.items():
-            values = {key: np.asarray(value).reshape(by_stream) for key, value in values.items()}
-            skipped, right, count = values.pop("skipped"), 0, 0
-            for place, (run, number) in steps.items():
-                record, mask = run.tree[name]["record"], masks[place]
-                seen = indices[place][mask]
-                record["skipped"][number] = skipped[place, 0]
-                record["seen"][seen] = True
-                for key, value in values.items():
-                    record[key][seen] = value[place][mask]
-                right += ((record["prediction"] == run.labels) & record["seen"]).sum()
-                count += record["seen"].sum()
-            shown[name] = f"{100 * right / max(count, 1):.1f}"
-        bar.set_postfix(shown)
-        bar.update(len(steps))
+def groups_of(runs: Sequence[StreamRun], size: int) -> list[list[StreamRun]]:
+    """Groups of streams that step at once, at most `size`, each of the same adapters."""
+    alike: dict[tuple[str, ...], list[StreamRun]] = {}
+    for run in runs:
+        alike.setdefault((*run.note["settings"],), []).append(run)
+    return [same[i : i + size] for same in alike.values() for i in range(0, len(same), size)]
 
 
-def inputs_of(batch: StreamBatch, spec: AdapterSpec) -> Batch:
+def finish(
+    runs: Sequence[StreamRun],
+    on: Placement,
+    steps: dict[str, Callable],
+    source: Iterator[StreamBatch],
+    bar: tqdm,
+) -> Iterator[StreamRun]:
+    """Step through the rest of a group's streams; give each at its end, before the others go on.
+
+    `steps` are the adapters' compiled ones. A stream at its end has masked batches.
+    """
+    states: dict[str, Any] = {}
+    queue: list[Any] = []  # a round's scores are fetched while the next is computed
+    for run in runs:
+        run.begin()
+    for name in runs[0].note["settings"]:
+        states[name] = on.states([run.tree[name].pop("state") for run in runs])
+    while live := {place: run for place, run in enumerate(runs) if run.left}:
+        title = _title([*live.values()], on)
+        bar.set_description(title, refresh=False)
+        batch, placed = on.batch([next(source) if run.left else None for run in runs])
+        timed = [run for run in live.values() if run.done % TIMED == min(1, len(run.places) - 1)]
+        scores: dict[str, Any] = {}
+        for name, state in states.items():
+            spec, adapter = runs[0].adapters[name]
+            inputs = inputs_of(placed, spec)
+            if name not in steps:  # once per sweep, and not timed
+                bar.set_description(f"compiling {name} …")
+                steps[name] = on.compile(adapter, state, inputs)
+                bar.set_description(title)
+            if timed:
+                jax.block_until_ready((queue, scores, state))
+            start = time.perf_counter()
+            states[name], prediction = steps[name](on.params, state, inputs)
+            jax.block_until_ready(prediction if timed else None)
+            for run in timed:
+                run.tree[name]["record"]["seconds"][run.done] = time.perf_counter() - start
+            logits, metrics = prediction
+            scores[name] = score(logits.reshape(-1, logits.shape[-1]), batch.labels.ravel())
+            scores[name]["skipped"] = metrics.get("skipped", np.zeros(on.streams, bool))
+        queue.append(({place: (run, run.done) for place, run in live.items()}, batch, scores))
+        for run in live.values():
+            run.done += 1
+        ended = [run for run in live.values() if not run.left]
+        due = {i: r for i, r in live.items() if r.left and r.every and r.done % r.every == 0}
+        while len(queue) > (0 if due or ended else 1):
+            _keep(bar, *queue.pop(0))
+        if due and jax.process_index() == 0:
+            apart = {name: on.apart(state) for name, state in states.items()}
+            for i, run in due.items():
+                tree = {name: x | {"state": apart[name][i]} for name, x in run.tree.items()}
+                save_checkpoint(run.folder, run.done, tree, run.note)
+        yield from ended
+
+
+def _title(live: Sequence[StreamRun], on: Placement) -> str:
+    first, more, idle = live[0].stream, len(live) - 1, on.devices - len(live)
+    text = f"{first.name} seed {first.seed}" + (f" and {more} more" if more else "")
+    return text + (f", {idle} of {on.devices} devices idle" if idle and not on.splits_batch else "")
+
+
+def _keep(bar: tqdm, steps: Mapping[int, Any], batch: StreamBatch, scores: Any) -> None:
+    """Fetch a round's scores, and show the top-1 accuracy so far in per cent."""
+    shown, masks, indices = {}, np.atleast_2d(batch.mask), np.atleast_2d(batch.index)
+    for name, values in scores.items():
+        right, total, skipped = 0, 0, np.ravel(values.pop("skipped"))
+        values = {key: np.asarray(value).reshape(masks.shape) for key, value in values.items()}
+        for place, (run, number) in steps.items():
+            record, mask = run.tree[name]["record"], masks[place]
+            seen = indices[place][mask]
+            record["skipped"][number] = skipped[place]
+            record["seen"][seen] = True
+            for key, value in values.items():
+                record[key][seen] = value[place][mask]
+            right += ((record["prediction"] == run.labels) & record["seen"]).sum()
+            total += record["seen"].sum()
+        shown[name] = f"{100 * right / max(total, 1):.1f}"
+    bar.set_postfix(shown)
+    bar.update(len(steps))
+
+
+def inputs_of(batch: Any, spec: AdapterSpec) -> Batch:
     """What the adapter's step takes of a batch."""
     if spec.needs_originals:
         return Batch(batch.originals, batch.mask, batch.index, batch.sizes)

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import logging
 import shutil
 import tempfile
@@ -21,7 +22,7 @@ from jaxtta.data import Batches, Domain, Stream
 from jaxtta.evaluate import provenance, store
 from jaxtta.evaluate.placement import Split, place, require_devices
 from jaxtta.evaluate.predictions import Predictions
-from jaxtta.evaluate.streams import Group, StreamRun
+from jaxtta.evaluate.streams import StreamRun, finish, groups_of
 from jaxtta.io import as_json, digest_of
 from jaxtta.models import Classifier, Params, Task
 from jaxtta.models.preprocess import Preprocessing
@@ -155,8 +156,9 @@ def sweep(
         if results and None in contents.values():
             _log.warning("%s: earlier results are unchecked: the images have no content()", folder)
         on = place(params, count, split, len(runs))
-        groups = Group.of(runs, on)
-        places = [number for group in groups for number in group.places]
+        groups = groups_of(runs, on.streams)
+        rounds = (one for runs in groups for one in itertools.zip_longest(*(r.left for r in runs)))
+        places = [place for one in rounds for place in one if place is not None]
         if jax.process_count() > 1:  # the first writes when all have read
             found = multihost_utils.process_allgather(np.array([len(results), len(places)]))
             if (found != found[0]).any():
@@ -167,7 +169,7 @@ def sweep(
         total = sum(len(run.places) for run in runs)
         show = {"total": total, "initial": total - len(places), "unit": "batch"}
         with tqdm(**show, disable=not progress or not runs or not writes) as bar:
-            for run in (run for group in groups for run in group.finish(steps, source, bar)):
+            for run in (run for group in groups for run in finish(group, on, steps, source, bar)):
                 for name in run.note["settings"]:
                     more = {"place": [run.number, names.index(name)], "devices": count}
                     result = run.result(name, spec.setting, told | more)
