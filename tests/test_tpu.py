@@ -71,6 +71,14 @@ ENTRY %main.1 (x.1: f32[7,8], y.1: f32[7,8]) -> (f32[7,8], f32[7,8]) {
 ROW, MATRIX = 4 * 8, 4 * 7 * 8  # bytes
 
 
+@pytest.fixture(autouse=True)
+def keep_programs():
+    """The script compiles anew; later tests take what was compiled."""
+    before = jax.config.jax_enable_compilation_cache
+    yield
+    jax.config.update("jax_enable_compilation_cache", before)
+
+
 @pytest.fixture
 def check(monkeypatch):
     """The script as a module."""
@@ -304,7 +312,10 @@ def test_the_chip_hours_are_computed_without_libtpu(run_script, check):
     assert "Computed, not measured" in out
     rows = [line.split() for line in out.splitlines()[2:]]
     assert [row[0] for row in rows] == ["v4-8", "v6e-8"] * 2
-    assert float(rows[2][3]) > 64 * float(rows[0][3]) > 0  # TNT's views
+    flops, hours, cost, *_ = map(float, rows[2][3:])  # of TNT on a v4
+    assert flops > 64 * float(rows[0][3]) > 0  # its views
+    assert hours == pytest.approx(check.hours_of(1e9 * flops, 15, check.CHIPS["v4"]), abs=0.006)
+    assert cost == pytest.approx(3.5 * hours, abs=0.03)
 
 
 @pytest.mark.parametrize(
@@ -314,7 +325,7 @@ def test_the_chip_hours_are_computed_without_libtpu(run_script, check):
         (["--batch", "0"], "--batch is 0, expected at least 1"),
         (["--classes", "1"], "--classes is 1, expected at least 2"),
         (["--layers", "0"], "--layers is 0, expected at least 1"),
-        (["--adapters", "tend", "--table", "--models", "tiny"], "unknown adapter 'tend'"),
+        (["--adapters", "tent", "tend"], "unknown adapter 'tend'"),
     ],
 )
 def test_bad_options(run_script, options, message):

@@ -38,6 +38,7 @@ from typing import Any, Literal, NamedTuple
 import hlo
 import jax
 import jax.numpy as jnp
+import pandas as pd
 from jax.experimental import topologies
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -73,8 +74,13 @@ RENTED = {  # the chip, and the layout by the number in the name; v4's is of cor
 IMAGES, CELLS, SHARE = 50_000, (15, 75), 0.4  # of ImageNet-C; an assumed share of the peak
 FORMATS = {  # what a row holds: place and format
     **{"topology": ("<11", ""), "model": ("<8", ""), "adapter": ("<9", ""), "mode": ("<7", "")},
-    **{"dtype": ("<8", ""), "remat": ("<5", ""), "arg GB": (">6", ".3f"), "temp GB": (">7", ".3f")},
-    **{"peak GB": (">7", ".3f"), "of GB": (">5", ".0f"), "GF": (">7", ",.0f")},
+    **{"dtype": ("<8", ""), "scan": ("<4", ""), "remat": ("<5", ""), "arg GB": (">6", ".3f")},
+    **{
+        "temp GB": (">7", ".3f"),
+        "peak GB": (">7", ".3f"),
+        "of GB": (">5", ".0f"),
+        "GF": (">7", ",.0f"),
+    },
     **{"HBM GB": (">6", ".2f"), "XLA GB": (">6", ".2f"), "FLOP/byte": (">9", ",.0f")},
     **{"bound ms": (">8", ",.1f"), "images/s": (">8", ",.0f"), "float64": (">7", "")},
     **{"callbacks": (">9", ""), "dynamic": (">7", ""), "collectives": (">11", "")},
@@ -104,7 +110,7 @@ class Options:
     classes: int = 1000  # number of classes, with one prompt per class
     batch: int = 64  # images per step of one stream (TNT: always one)
     layers: int | None = None  # cut both towers to so many blocks, for a quick check
-    scan: bool = False  # blocks as one loop, as in jaxtta sweep --scan: compiles much faster
+    scan: bool = False  # blocks as one loop, as in jaxtta sweep --scan: compiles faster
     # recompute activations in the backward pass: never, always, or where it does not fit without
     remat: Literal["no", "yes", "auto"] = "auto"
     output: Path | None = None  # also write the rows to this CSV file
@@ -130,6 +136,8 @@ def main(options: Options) -> int:
             raise ValueError(f"--{name} is {value}, expected at least {least}")
     if options.layers is not None and options.layers < 1:
         raise ValueError(f"--layers is {options.layers}, expected at least 1")
+    for name in options.adapters:
+        adapters.parse_adapter(name)  # raises for an unknown one, before anything is compiled
     chips = {name: layout_of(name) for name in options.topology}
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_compilation_cache", False)  # the time to compile is shown
@@ -222,7 +230,8 @@ def compile_case(case: Case, devices: list[Any], options: Options, remat: bool) 
     """Compile a program and say what its text tells."""
     chip = CHIPS[layout_of(case.topology)[0]]
     row = dict.fromkeys(FORMATS) | case._asdict()
-    row |= {"remat": "yes" if remat else "no", "of GB": chip.memory, "verdict": NO_SPLIT}
+    row |= {"remat": "yes" if remat else "no", "scan": "yes" if options.scan else "no"}
+    row |= {"of GB": chip.memory, "verdict": NO_SPLIT}
     is_tnt, shared = case.adapter.partition(":")[0] == "tnt", case.mode == "batch"
     if is_tnt and shared:
         return row
@@ -271,10 +280,8 @@ def trace(case: Case, devices: list[Any], options: Options, remat: bool = False)
     model = models.from_config(config, compute_dtype=dtype, remat=remat, scan=options.scan)
     task = models.task_from_token_ids(cases.prompt_tokens(options.classes))
     phi = optim.init_meta_gradient_generator(jax.random.key(0))
-    generator, tnt = (
-        optim.meta_gradient_generator(phi, 1e-3),
-        adapters.TNTConfig(views_per_chunk=64),
-    )
+    generator = optim.meta_gradient_generator(phi, 1e-3)
+    tnt = adapters.TNTConfig(views_per_chunk=64)  # all at once: fewer would not fill a chip
     adapter = jax_steps.make_adapter(case.adapter, model, task, tnt, generator)
     params = jax.eval_shape(model.init, jax.random.key(0))
     count = 1 if case.adapter.partition(":")[0] == "tnt" else options.batch
@@ -348,32 +355,25 @@ def verdict(row: dict[str, Any], batch: int) -> str:
 
 def chip_hours(options: Options) -> str:
     """ImageNet-C's chip-hours by the operations of a step, as a table."""
-    lines = [
-        f"Computed, not measured: matrix products at an assumed {SHARE:.0%} of the published peak, "
-        f"{IMAGES:,} images a cell."
-    ]
-    titles = [
-        *(f"hours, {cells} cells" for cells in CELLS),
-        *(f"cost, {cells} cells" for cells in CELLS),
-    ]
-    titles = titles if options.price is not None else titles[: len(CELLS)]
-    head = f"{'topology':<12} {'model':<9} {'adapter':<11} {'GF an image':>11}"
-    lines.append(" ".join([head, *(f"{title:>15}" for title in titles)]))
-    for model, adapter in tqdm(
-        [*itertools.product(options.models, options.adapters)], disable=None
-    ):
+    rows = []
+    for model, adapter in itertools.product(options.models, options.adapters):
         case = Case("", model, adapter, "streams", "float32")
         traced, _ = trace(case, jax.devices()[:1], options)
         images = 1 if adapter.partition(":")[0] == "tnt" else options.batch
         flops = count_flops(traced.jaxpr.jaxpr) / images
         for topology in options.topology:
-            chip = CHIPS[layout_of(topology)[0]]
-            hours = [hours_of(flops, cells, chip) for cells in CELLS]
-            figures = hours + [one * (options.price or 0) for one in hours]
-            row = f"{topology:<12} {model:<9} {adapter:<11} {flops / 1e9:>11,.1f}"
-            shown = zip(titles, figures, strict=False)
-            lines.append(" ".join([row, *(f"{figure:>15,.2f}" for _, figure in shown)]))
-    return "\n".join(lines)
+            row = {"topology": topology, "model": model, "adapter": adapter}
+            row |= {"GF an image": flops / 1e9}
+            for cells in CELLS:
+                hours = hours_of(flops, cells, CHIPS[layout_of(topology)[0]])
+                row |= {f"chip-hours, {cells} cells": hours}
+                row |= {f"cost, {cells} cells": hours * options.price} if options.price else {}
+            rows.append(row)
+    table = pd.DataFrame(rows).to_string(index=False, float_format="{:,.2f}".format)
+    return (
+        f"Computed, not measured: matrix products at an assumed {SHARE:.0%} of the published peak, "
+        f"{IMAGES:,} images a cell.\n{table}"
+    )
 
 
 def hours_of(flops: float, cells: int, chip: Chip) -> float:
