@@ -401,3 +401,20 @@ MISTAKES = {
 def test_mistakes_get_a_sentence(message):
     with pytest.raises((ValueError, TypeError), match=re.escape(message)):
         MISTAKES[message]()
+
+
+def test_an_adapter_may_call_back_to_the_host(small):
+    model, params = small["vit"]
+    inner = adapters.zero_shot(model, small["task"])
+
+    def step(params, state, batch):
+        state, prediction = inner.step(params, state, batch)
+        logits = prediction.logits
+        return state, prediction._replace(logits=jax.pure_callback(np.negative, logits, logits))
+
+    params, batch = parallel.replicate(params, parallel.mesh()), batches_of()[0]
+    found = []
+    for adapter in (inner, inner._replace(step=step)):
+        many = parallel.streams(adapter, parallel.mesh())
+        found.append(many.step(params, many.init(params, KEYS), batch)[1].logits)
+    np.testing.assert_array_equal(-found[0], found[1])
