@@ -88,7 +88,8 @@ def alone(small):
         step = jax.jit(adapter.step)
         starts, ends, logits = [], [], []
         for number in range(STREAMS):
-            starts.append(jax.device_get(state := adapter.init(params, KEYS[number])))
+            state = adapter.init(params, KEYS[number])
+            starts.append(jax.device_get(state))
             for batch in batches_of():
                 state, prediction = step(params, state, stream(batch, number))
                 logits.append(prediction.logits)
@@ -153,7 +154,9 @@ RUNS = [(case, form) for case in CASES for form in FORMS]
 RUNS = [run for run in RUNS if run[0][0] == "vit" or run[1] == "map"]  # a ResNet compiles long
 
 
-@pytest.mark.parametrize(("case", "form"), RUNS)
+@pytest.mark.parametrize(
+    ("case", "form"), RUNS, ids=lambda x: x if isinstance(x, str) else "-".join(x)
+)
 def test_streams_over_devices_are_single_streams(alone, case, form):
     """Without a word between devices; a fully masked batch leaves its stream as it is."""
     expected = alone(*case)
