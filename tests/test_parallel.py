@@ -7,6 +7,7 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -59,6 +60,8 @@ def adapter_of(method, model, task):
     """An adapter by its name, with settings that suit a small model."""
     if method == "tnt":
         return adapters.tnt(model, task, config=adapters.TNTConfig(views=4))
+    if method == "tent":  # its updates are a few last bits of a parameter otherwise
+        return adapters.tent(model, task, optimizer=optax.sgd(0.05))
     return make(method, model, task)
 
 
