@@ -42,8 +42,7 @@ class ModelOptions:
     templates: tuple[str, ...] = ("usual",)
     compute_dtype: Literal["float32", "bfloat16"] = "float32"  # dtype of the matrix products
     remat: bool = False  # recompute activations in the backward pass: less memory, more time
-    # blocks as one loop: compiles several times faster, for TPU; a little slower on a CPU
-    scan_blocks: bool = False
+    scan_blocks: bool = False  # blocks as one loop: deep models compile faster for TPU
 
     def load(self) -> tuple[Any, Params]:
         """The model and its parameters."""
@@ -129,7 +128,8 @@ class TuneOptions:
 class RunOptions:
     """Where the results go, and how they are computed."""
 
-    output: Path  # folder for the results; a run that was stopped goes on where it was
+    # folder, or a URL such as gs://BUCKET/runs; a run that was stopped goes on where it was
+    output: Path
     # threads that decode files, or processes that corrupt images; 0 for one thread
     workers: int = 1
     shard: str = "0/1"  # this machine's part, such as 0/4 to 3/4 on four (default: 0/1, all)

@@ -66,9 +66,9 @@ def load(
         compute_dtype: of the matrix products, `jnp.bfloat16` say; None for that of the parameters.
             LayerNorm, softmax, losses and adapted parameters stay in float32.
         remat: recompute each block's activations in the backward pass: less memory, more time.
-        scan: run the blocks of ViT and text towers as one loop, which compiles several times faster
-            (for TPU, where compiling takes minutes) and runs a little slower on a CPU. A ResNet's
-            blocks differ and are not scanned.
+        scan: run the blocks of ViT and text towers as one loop: deep models compile faster for TPU,
+            where that takes minutes; nothing is gained on a CPU. A ResNet's blocks differ and are
+            not scanned.
         revision: of the hub's model.
 
     Returns:
