@@ -238,7 +238,7 @@ def test_the_compilers_message_says_how_much_memory_is_needed(check, message, gi
 )
 def test_a_program_is_compiled_and_described(check, adapter, mode):
     case = check.Case("v5litepod-8", "tiny", adapter, mode, "bfloat16")
-    options = check.Options(classes=5, batch=8, layers=1)
+    options = check.Options(classes=5, batch=8, layers=1, scan=True, quick=True)
     row = check.compile_case(case, jax.devices(), options, remat=False)
     assert [*row] == [*check.FORMATS]
     assert row["verdict"] == "fits"
@@ -247,6 +247,7 @@ def test_a_program_is_compiled_and_described(check, adapter, mode):
     assert (row["collectives"] > 0) == (mode == "batch")
     assert 0 < row["arg GB"] <= row["peak GB"] < 0.1
     assert row["GF"] > 0 and row["HBM GB"] > 0 and row["images/s"] > 0
+    assert row["how"] == "scan quick"
     assert "–" not in check.line(row)
 
 

@@ -1,7 +1,7 @@
 r"""Compile every adapter for TPUs, with none attached, and say what its step needs there.
 
     python tpu/aot_check.py --topology v5litepod-8
-    python tpu/aot_check.py --topology v4-8 v6e-8 --layers 2 --models ViT-B/16
+    python tpu/aot_check.py --topology v4-8 v6e-8 --scan --quick --models ViT-B/16
     python tpu/aot_check.py --topology v5litepod-8 --table --price 1.2
 
 It needs `libtpu`, in the version that jax asks for (`pip install 'libtpu==0.0.42.*'` beside jax
@@ -74,7 +74,7 @@ RENTED = {  # the chip, and the layout by the number in the name; v4's is of cor
 IMAGES, CELLS, SHARE = 50_000, (15, 75), 0.4  # of ImageNet-C; an assumed share of the peak
 FORMATS = {  # what a row holds: place and format
     **{"topology": ("<11", ""), "model": ("<8", ""), "adapter": ("<9", ""), "mode": ("<7", "")},
-    **{"dtype": ("<8", ""), "scan": ("<4", ""), "remat": ("<5", ""), "arg GB": (">6", ".3f")},
+    **{"dtype": ("<8", ""), "how": ("<10", ""), "remat": ("<5", ""), "arg GB": (">6", ".3f")},
     **{
         "temp GB": (">7", ".3f"),
         "peak GB": (">7", ".3f"),
@@ -92,6 +92,7 @@ FORBIDDEN = {
     "callbacks": "callbacks to the host",
     "dynamic": "dynamic shapes",
 }
+LESS_EFFORT = {"exec_time_optimization_effort": -1.0}
 FITS = "fits"
 NO_SPLIT = "not possible: TNT takes its images one by one; spread its streams"
 PASSED = (FITS, NO_SPLIT)
@@ -110,7 +111,10 @@ class Options:
     classes: int = 1000  # number of classes, with one prompt per class
     batch: int = 64  # images per step of one stream (TNT: always one)
     layers: int | None = None  # cut both towers to so many blocks, for a quick check
-    scan: bool = False  # blocks as one loop, as in jaxtta sweep --scan: compiles faster
+    scan: bool = False  # blocks as one loop, as with jaxtta sweep --scan-blocks
+    # compile several times faster, with less optimisation: for what a program holds and whether it
+    # fits; its memory and bytes are more than those of what will run
+    quick: bool = False
     # recompute activations in the backward pass: never, always, or where it does not fit without
     remat: Literal["no", "yes", "auto"] = "auto"
     output: Path | None = None  # also write the rows to this CSV file
@@ -230,7 +234,8 @@ def compile_case(case: Case, devices: list[Any], options: Options, remat: bool) 
     """Compile a program and say what its text tells."""
     chip = CHIPS[layout_of(case.topology)[0]]
     row = dict.fromkeys(FORMATS) | case._asdict()
-    row |= {"remat": "yes" if remat else "no", "scan": "yes" if options.scan else "no"}
+    how = [name for name in ("scan", "quick") if getattr(options, name)]
+    row |= {"remat": "yes" if remat else "no", "how": " ".join(how) or None}
     row |= {"of GB": chip.memory, "verdict": NO_SPLIT}
     is_tnt, shared = case.adapter.partition(":")[0] == "tnt", case.mode == "batch"
     if is_tnt and shared:
@@ -240,7 +245,7 @@ def compile_case(case: Case, devices: list[Any], options: Options, remat: bool) 
     lowered = traced.lower()
     row["GF"], start, exhausted = flops / 1e9, time.perf_counter(), None
     try:
-        compiled = lowered.compile()
+        compiled = lowered.compile(LESS_EFFORT if options.quick else None)
     except jax.errors.JaxRuntimeError as error:
         exhausted = needed_memory(str(error))
         if exhausted is None:
