@@ -182,10 +182,19 @@ def test_bad_options_get_one_sentence(script, arguments, message):
 
 GCLOUD = r"""#!/usr/bin/env bash
 # A cloud in a folder: $CLOUD/NAME holds a node's state. The first sweep of node 0 fails, and
-# node 1 is preempted during its first.
+# node 1 is preempted during its first; its queued resource takes its time to notice.
 echo "$*" >> "$CLOUD/calls"
 case "$*" in
-    *"describe "*) cat "$CLOUD/${5}" 2> /dev/null || { echo "ERROR: NOT_FOUND" >&2; exit 1; } ;;
+    *"describe "*)
+        echo "WARNING: a newer gcloud is there" >&2
+        state=$(cat "$CLOUD/$5" 2> /dev/null) || { echo "ERROR: NOT_FOUND: $5" >&2; exit 1; }
+        if [[ $3 == queued-resources && $state == PREEMPTED ]]; then
+            echo >> "$CLOUD/asked-$5"
+            state=SUSPENDING
+            (($(wc -l < "$CLOUD/asked-$5") < 3)) || state=SUSPENDED
+        fi
+        echo "$state"
+        ;;
     *"resources create "*) echo READY > "$CLOUD/$5" ;;
     *"resources delete "*) rm "$CLOUD/$5" ;;
     *sweep_imagenet_c.sh*)
@@ -194,7 +203,7 @@ case "$*" in
             [[ $5 != *-1 ]] || echo PREEMPTED > "$CLOUD/$5"
             exit 255
         fi
-        cd "$CLOUD/home" && exec bash -c "${9}"
+        cd "$CLOUD/home" && exec bash -c "$9"
         ;;
 esac
 """
@@ -233,6 +242,10 @@ def test_a_preempted_node_is_made_again_until_every_share_is_done(cloud):
         assert calls.count(f"queued-resources create jaxtta-{node} ") == times
         assert calls.count(f"queued-resources delete jaxtta-{node} ") == times - 1
         assert out.count(f"jaxtta-{node}: share done") == 1
+        does = re.findall(rf"jaxtta-{node}: (\w+)$", out, re.M)
+        assert (
+            does == (["create", "run", "run"], ["create", "run", "wait", "recreate", "run"])[node]
+        )
         words = (folder / f"share-{node}").read_text().splitlines()
         assert words[-6:] == ["--shard", f"{node}/2", *given]
     assert out.splitlines()[-1].startswith("all shares are done")

@@ -51,10 +51,10 @@ tpu() {
 
 # The state of a node or queued resource; GONE if there is none, UNKNOWN if gcloud cannot say.
 state_of() {
-    local found
-    if found=$(gcloud compute tpus "$@" --zone "$zone" 2>&1); then
-        echo "${found##*$'\n'}"
-    elif [[ $found == *NOT_FOUND* ]]; then
+    local said
+    if said=$(gcloud compute tpus "$@" --zone "$zone" 2>&1); then
+        grep -xE '[A-Z_]+' <<< "$said" | tail -n 1 || echo UNKNOWN # beside warnings
+    elif [[ $said == *NOT_FOUND* || $said == *"not found"* ]]; then
         echo GONE
     else
         echo UNKNOWN
@@ -63,18 +63,17 @@ state_of() {
 
 # What is to be done with a node: run, create, recreate or wait.
 todo() {
-    local state
-    state=$(state_of tpu-vm describe "$name-$1" --format 'value(state)')
-    case $state in
+    local node queued
+    node=$(state_of tpu-vm describe "$name-$1" --format 'value(state)')
+    case $node in
         READY) echo run && return ;;
-        PREEMPTED | TERMINATED | STOPPED | SUSPENDED) echo recreate && return ;;
-        GONE) ;;
+        GONE | PREEMPTED | TERMINATED | STOPPED) ;;
         *) echo wait && return ;;
     esac
-    state=$(state_of queued-resources describe "$name-$1" --format 'value(state.state)')
-    case $state in
-        GONE) echo create ;;
-        SUSPENDED | FAILED) echo recreate ;;
+    queued=$(state_of queued-resources describe "$name-$1" --format 'value(state.state)')
+    case $queued in
+        GONE) [[ $node == GONE ]] && echo create || echo recreate ;;
+        ACTIVE | SUSPENDED | FAILED) echo recreate ;;
         *) echo wait ;;
     esac
 }

@@ -10,7 +10,7 @@ commands
   create    ask for the nodes; each waits in the queue by itself
   setup     copy this checkout to the nodes and install it; prints the chips that JAX sees
   run       run each node's share of the sweep, and wait for all; again to resume
-  watch     show each node's state and last lines, and the number of results
+  watch     show each node's state and progress, and the results in the bucket
   collect   write the report of all shares on node 0, and download the results
   delete    delete the nodes; the bucket stays
 
