@@ -48,7 +48,7 @@ setup() {
 mkdir -p jaxtta; tar -xzf jaxtta.tar.gz -C jaxtta; cd jaxtta
 python3 -m pip install --quiet --user uv
 test -d .venv || ~/.local/bin/uv venv --quiet --seed --python 3.11 .venv
-.venv/bin/python -m pip install --quiet -c constraints/common.txt -c constraints/transformers5.txt '.[experiments,tpu]' gcsfs
+.venv/bin/python -m pip install --quiet -c constraints/common.txt -c constraints/transformers5.txt '.[experiments,tpu]'
 .venv/bin/python -c 'import jax; print(jax.devices()); jax.devices(\"tpu\")'"
 }
 
