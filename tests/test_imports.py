@@ -16,6 +16,7 @@ METHODS = MODELS | {"adapters", "continual", "diagnose", "data"}
 MAY_IMPORT = {
     **{name: set() for name in FUNCTIONS},
     "assets": set(),
+    "remote": set(),
     "__main__": {"cli"},
     "models": {"io", "images"},
     "data": {"io", "images", "corruptions"},
@@ -26,7 +27,7 @@ MAY_IMPORT = {
     "parallel": {"adapters"},
     "evaluate": METHODS | {"parallel"},
     "report": METHODS | {"evaluate"},
-    "cli": METHODS | {"evaluate", "report"},
+    "cli": METHODS | {"evaluate", "report", "remote"},
 }
 
 

@@ -7,6 +7,7 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -17,7 +18,7 @@ import jaxtta
 from jaxtta import adapters, models, parallel
 from jaxtta.models.resnet import ResNet, ResNetArchitecture
 
-STREAMS, BATCH, STEPS, SIDE = 8, 8, 4, 16
+STREAMS, BATCH, STEPS, SIDE = 8, 8, 4, 32
 KEYS = jax.random.split(jax.random.key(3), STREAMS)
 COLLECTIVES = r"(all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)"
 
@@ -34,11 +35,11 @@ def small():
     text = {"vocab_size": 50, "max_position_embeddings": 8, "bos_token_id": 48, "eos_token_id": 49}
     config = CLIPConfig(
         text_config=tower | text,
-        vision_config=tower | {"image_size": SIDE, "patch_size": 8},
+        vision_config=tower | {"image_size": SIDE, "patch_size": 16},
         projection_dim=8,
     )
     vit = models.from_config(config)
-    resnet = dataclasses.replace(vit, vision=ResNet(ResNetArchitecture((1, 1, 1, 1), 4, 2), SIDE))
+    resnet = dataclasses.replace(vit, vision=ResNet(ResNetArchitecture((1, 1, 1, 1), 8, 4), SIDE))
     return {
         "vit": (vit, vit.init(jax.random.key(0))),
         "resnet": (resnet, resnet.init(jax.random.key(1))),
@@ -59,6 +60,8 @@ def adapter_of(method, model, task):
     """An adapter by its name, with settings that suit a small model."""
     if method == "tnt":
         return adapters.tnt(model, task, config=adapters.TNTConfig(views=4))
+    if method == "tent":  # its updates are a few last bits of a parameter otherwise
+        return adapters.tent(model, task, optimizer=optax.sgd(0.05))
     return make(method, model, task)
 
 
@@ -88,7 +91,8 @@ def alone(small):
         step = jax.jit(adapter.step)
         starts, ends, logits = [], [], []
         for number in range(STREAMS):
-            starts.append(jax.device_get(state := adapter.init(params, KEYS[number])))
+            state = adapter.init(params, KEYS[number])
+            starts.append(jax.device_get(state))
             for batch in batches_of():
                 state, prediction = step(params, state, stream(batch, number))
                 logits.append(prediction.logits)
@@ -142,21 +146,21 @@ def first_devices(count):
 
 
 METHODS = ("zero_shot", "tent", "batclip", "mgtta", "tnt")
-CASES = [("vit", method) for method in METHODS] + [("resnet", "batclip")]
+CASES = [("vit", method) for method in METHODS] + [("resnet", "tent")]
 FORMS = {
     "map": parallel.streams,
     "vmap": lambda adapter: parallel.streams(adapter, within="vmap"),
     "two a device": lambda adapter: parallel.streams(adapter, first_devices(4)),
     "pmap": parallel.pmap,
 }
-RUNS = [(case, form) for case in CASES for form in FORMS]
-RUNS = [run for run in RUNS if run[0][0] == "vit" or run[1] == "map"]  # a ResNet compiles long
+RUNS = [(method, form) for method in METHODS for form in FORMS]
+RUNS.remove(("tnt", "vmap"))  # what compiles longest is run in fewer forms
 
 
-@pytest.mark.parametrize(("case", "form"), RUNS)
-def test_streams_over_devices_are_single_streams(alone, case, form):
+@pytest.mark.parametrize(("method", "form"), RUNS)
+def test_streams_over_devices_are_single_streams(alone, method, form):
     """Without a word between devices; a fully masked batch leaves its stream as it is."""
-    expected = alone(*case)
+    expected = alone("vit", method)
     adapter, params, starts, _, _ = expected
     many = FORMS[form](adapter)
     params = parallel.replicate(params, first_devices(4 if form.startswith("two") else 8))
@@ -167,7 +171,7 @@ def test_streams_over_devices_are_single_streams(alone, case, form):
     assert not re.search(COLLECTIVES, step.as_text())
     states, logits = run(step, params, states, batches)
     # A generator of updates makes more of a last bit.
-    require_equal(case[1], states, logits, expected, 1e-3 if case[1] == "mgtta" else 1e-5)
+    require_equal(method, states, logits, expected, 1e-3 if method == "mgtta" else 1e-5)
 
     ended, before = (1, 4, 5), jax.device_get(states)
     mask = np.ones((STREAMS, BATCH), bool)
@@ -250,7 +254,7 @@ def test_class_prompts_are_split_over_devices():
     text = {"vocab_size": 50, "max_position_embeddings": 8, "bos_token_id": 48, "eos_token_id": 49}
     config = CLIPConfig(
         text_config=tower | text | {"num_hidden_layers": 2},
-        vision_config=tower | {"num_hidden_layers": 1, "image_size": SIDE, "patch_size": 8},
+        vision_config=tower | {"num_hidden_layers": 1, "image_size": SIDE, "patch_size": 16},
         projection_dim=32,
     )
     model = models.from_config(config)
@@ -263,8 +267,8 @@ def test_class_prompts_are_split_over_devices():
         return (embeddings**3).sum(), embeddings
 
     flops, results = [], []
-    for context in (contextlib.nullcontext(), jax.set_mesh(mesh)):
-        with context:
+    for context in (contextlib.nullcontext, lambda: jax.set_mesh(mesh)):
+        with context():
             step = jax.jit(jax.value_and_grad(loss, has_aux=True)).lower(params).compile()
         flops.append(step.cost_analysis()["flops"])
         results.append(step(params))

@@ -14,6 +14,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, TypeVar
 
+from jaxtta.remote import mirror
+
 Options = TypeVar("Options")
 
 _EXHAUSTED = re.compile("RESOURCE_EXHAUSTED.*(memory|allocat)", re.IGNORECASE)  # or files, disks
@@ -63,8 +65,10 @@ def run_script(
         parsed, process = given.own, given.process
         debug = process.debug
         _keep_programs(not process.no_cache)
-        with _notes_and_interrupts():
-            code = main(parsed)
+        with _notes(), contextlib.ExitStack() as stack:
+            parsed = _with_local_folders(parsed, stack)
+            with _interrupts():  # which insist; the last upload may take longer
+                code = main(parsed)
         sys.stdout.flush()  # here, so that an error is handled
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -115,19 +119,41 @@ def _keep_programs(keep: bool) -> None:
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
+def _with_local_folders(options: Any, stack: contextlib.ExitStack) -> Any:
+    """Options with a local copy, until the stack closes, of folders of results that are URLs."""
+    given, copies = vars(options), {}
+    if given.get("dry_run"):
+        return options
+    if "run" in given:
+        copies["run"] = _with_local_folders(given["run"], stack)
+    if "output" in given:
+        part = "{}-of-{}".format(*options.part) if "shard" in given else ""
+        copies["output"] = stack.enter_context(mirror(given["output"], part))
+    if "folders" in given:  # of a report
+        copies["folders"] = tuple(stack.enter_context(mirror(x, None)) for x in given["folders"])
+    return dataclasses.replace(options, **copies)
+
+
 @contextlib.contextmanager
-def _notes_and_interrupts() -> Iterator[None]:
-    """Print what the package logs, and repeat Ctrl-C: Python drops it in garbage collection."""
+def _interrupts() -> Iterator[None]:
+    """Repeat Ctrl-C, which Python drops in garbage collection."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         signal.setitimer(signal.ITIMER_REAL, _INSIST)
         raise KeyboardInterrupt
 
-    log, handler = logging.getLogger("jaxtta"), logging.StreamHandler()
     with contextlib.ExitStack() as stack:
         for number in (signal.SIGINT, signal.SIGALRM):
             stack.callback(signal.signal, number, signal.signal(number, interrupt))
         stack.callback(signal.setitimer, signal.ITIMER_REAL, 0)
+        yield
+
+
+@contextlib.contextmanager
+def _notes() -> Iterator[None]:
+    """Print what the package logs."""
+    log, handler = logging.getLogger("jaxtta"), logging.StreamHandler()
+    with contextlib.ExitStack() as stack:
         stack.callback(log.removeHandler, handler)
         stack.callback(log.setLevel, log.level)
         stack.callback(setattr, log, "propagate", log.propagate)

@@ -48,7 +48,7 @@ TUNING = 5  # every fifth training and retention image is for --validate
 class Options:
     """Train on one task after another."""
 
-    output: Path  # folder for the results
+    output: Path  # folder for the results, or its URL (gs://, s3://)
     # in training order: order-1 or order-2 (the MTIL sets), names of MTIL sets, textile, digits,
     # turned-digits, or NAME=FOLDER
     tasks: tuple[str, ...] = ("textile", "digits", "turned-digits")

@@ -81,7 +81,7 @@ class Options:
     """The models, and how they are run.
 
     Attributes:
-        output: folder for the results.
+        output: folder for the results, or its URL (gs://, s3://).
         models: folders or hub ids of CLIP models (default: the bundled demo model).
         templates: prompts as those of jaxtta sweep.
         batch_size: images encoded at a time.

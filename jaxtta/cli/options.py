@@ -44,10 +44,12 @@ class ModelOptions:
     templates: tuple[str, ...] = ("usual",)
     compute_dtype: Literal["float32", "bfloat16"] = "float32"  # dtype of the matrix products
     remat: bool = False  # recompute activations in the backward pass: less memory, more time
+    scan_blocks: bool = False  # blocks as one loop: deep models compile faster for TPU
 
     def load(self) -> tuple[Any, Params]:
         """The model and its parameters."""
-        return load(self.model, compute_dtype=jnp.dtype(self.compute_dtype), remat=self.remat)
+        dtype = jnp.dtype(self.compute_dtype)
+        return load(self.model, compute_dtype=dtype, remat=self.remat, scan=self.scan_blocks)
 
     def templates_for(self, layout: str) -> tuple[str, ...]:
         """The templates in full."""
@@ -128,7 +130,8 @@ class TuneOptions:
 class RunOptions:
     """Where the results go, and how they are computed."""
 
-    output: Path  # folder for the results; a run that was stopped goes on where it was
+    # folder, or a URL such as gs://BUCKET/runs; a run that was stopped goes on where it was
+    output: Path
     # threads that decode files, or processes that corrupt images; 0 for one thread
     workers: int = 1
     devices: int | Literal["all"] = "all"  # how many to use, of this machine's

@@ -30,7 +30,7 @@ from jaxtta.optim import EpochMetrics
 class Options:
     """Train the meta gradient generator."""
 
-    output: Path  # folder for the results
+    output: Path  # folder for the results, or its URL (gs://, s3://)
     model: ModelOptions = ModelOptions()
     data: DataOptions = DataOptions()
     source: str | None = None  # clean images for the source statistics (default: --data)

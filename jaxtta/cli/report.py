@@ -20,7 +20,7 @@ class Options:
     """Report on results that are stored.
 
     Attributes:
-        folders: folders of jaxtta sweep or shifts.
+        folders: folders of jaxtta sweep or shifts, or their URLs.
         output: folder for the comparison of several.
     """
 

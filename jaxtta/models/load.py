@@ -51,6 +51,7 @@ def load(
     dtype: Any = jnp.float32,
     compute_dtype: Any = None,
     remat: bool = False,
+    scan: bool = False,
     revision: str | None = None,
 ) -> tuple[CLIP | ImageClassifier, Params]:
     """Load a checkpoint: CLIP or SigLIP of transformers or OpenCLIP, or a supervised ViT.
@@ -65,6 +66,9 @@ def load(
         compute_dtype: of the matrix products, `jnp.bfloat16` say; None for that of the parameters.
             LayerNorm, softmax, losses and adapted parameters stay in float32.
         remat: recompute each block's activations in the backward pass: less memory, more time.
+        scan: run the blocks of ViT and text towers as one loop: deep models compile faster for TPU,
+            where that takes minutes; nothing is gained on a CPU. A ResNet's blocks differ and are
+            not scanned.
         revision: of the hub's model.
 
     Returns:
@@ -85,7 +89,7 @@ def load(
     folder = find_folder(path_or_hub_id, revision)
     if compute_dtype is None and jnp.finfo(dtype).bits < 32:
         compute_dtype = dtype  # adapted parameters are float32 and must not decide it
-    model, params = reader_of(folder).load_folder(folder, dtype, compute_dtype, remat)
+    model, params = reader_of(folder).load_folder(folder, dtype, compute_dtype, remat, scan)
     log.info("%s", describe_preprocessing(model))
     return model, params
 
@@ -97,7 +101,7 @@ def reader_of(folder: Path) -> ModuleType:
         folder: the checkpoint's.
 
     Returns:
-        A module with `load_folder(folder, dtype, compute_dtype, remat)`.
+        A module with `load_folder(folder, dtype, compute_dtype, remat, scan)`.
 
     Raises:
         ValueError: if its configuration is of an unknown kind of model.

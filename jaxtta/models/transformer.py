@@ -7,7 +7,7 @@ the text tower run on packed prompts (see `prompts.py`) with the same parameters
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -61,6 +61,7 @@ class Architecture(NamedTuple):
         compute_dtype: dtype of matrix products; None for that of the parameters. LayerNorm,
             softmax and everything after the embeddings stay in float32.
         remat: recompute each block in the backward pass instead of keeping its activations.
+        scan: run the blocks as one loop, which compiles faster for TPU and computes the same.
     """
 
     width: int
@@ -71,6 +72,7 @@ class Architecture(NamedTuple):
     epsilon: float = 1e-5
     compute_dtype: Any = None
     remat: bool = False
+    scan: bool = False
 
 
 class LayerNorm(nn.Module):
@@ -172,20 +174,46 @@ class Layers(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, attend: Attend, last: AttentionPlan
+        self, x: Array, attend: Attend, last: AttentionPlan, read: Select = identity
     ) -> tuple[list[Array], list[Array]]:
-        """Return every block's output and every block's first LayerNorm's output.
+        """Return every block's output and what `read` selects of its first LayerNorm's output.
 
         Of the last block only the tokens that are read need computing: `last` says which.
         """
-        block = nn.remat(Block) if self.arch.remat else Block
+        first = [str(layer) for layer in range(self.arch.layers - 1)]
+        blocks = self.variables.get("params", {})
+        there = all(name in blocks for name in first)  # not where they are drawn: in `init`
         outputs, normed = [], []
-        for layer in range(self.arch.layers):
-            plan = last if layer == self.arch.layers - 1 else AttentionPlan(attend)
+        if self.arch.scan and len(first) > 1 and there and not self.is_mutable_collection("inputs"):
+            plan = AttentionPlan(attend)
+            outputs, normed = self._scan([blocks[name] for name in first], x, plan, read)
+            x = outputs[-1]
+        block = nn.remat(Block) if self.arch.remat else Block
+        for layer in range(len(outputs), self.arch.layers):
+            plan = last if layer == len(first) else AttentionPlan(attend)
             x, y = block(self.arch, plan, name=str(layer))(x)
             outputs.append(x)
-            normed.append(y)
+            normed.append(read(y))
         return outputs, normed
+
+    def _scan(
+        self, params: list[Any], x: Array, plan: AttentionPlan, read: Select
+    ) -> tuple[list[Array], list[Array]]:
+        """The blocks of these parameters, as one loop over the parameters' stack."""
+        block = Block(self.arch, plan, parent=None)
+
+        def body(x: Array, params: Any) -> tuple[Array, tuple[Array, Array]]:
+            x, normed = cast(tuple[Array, Array], block.apply({"params": params}, x))
+            return x, (x, read(normed))
+
+        # A loop keeps all that its derivative reads, though XLA would recompute what costs little:
+        # so the matrix products alone are kept, or nothing.
+        keep = None if self.arch.remat else jax.checkpoint_policies.dots_saveable
+        body = jax.checkpoint(body, prevent_cse=False, policy=keep)
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
+        last, (outputs, normed) = jax.lax.scan(body, x, stacked)
+        # The stacks that nobody reads are not kept; the last output is at hand without its stack.
+        return [*outputs[:-1], last], [*normed]
 
 
 class Encoder(nn.Module):
@@ -195,10 +223,10 @@ class Encoder(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, attend: Attend, last: AttentionPlan
+        self, x: Array, attend: Attend, last: AttentionPlan, read: Select = identity
     ) -> tuple[list[Array], list[Array]]:
         """As `Layers`."""
-        return Layers(self.arch, name="layers")(x, attend, last)
+        return Layers(self.arch, name="layers")(x, attend, last, read)
 
 
 class Table(nn.Module):

@@ -163,13 +163,13 @@ class VisionTransformer(nn.Module):
             x = LayerNorm(self.arch.epsilon, name="pre_layrnorm")(x)
         read = _class_token if self.class_token and not all_tokens else identity
         last = AttentionPlan(attention, read, read)
-        outputs, normed = Encoder(self.arch, name="encoder")(x, attention, last)
+        outputs, first = Encoder(self.arch, name="encoder")(x, attention, last, _class_token)
         norm = LayerNorm(self.arch.epsilon, name="post_layernorm")
         if not self.class_token:
             pooled = AttentionPool(self.arch, name="head")(norm(outputs[-1]))
             return VisionOutput(pooled, [x, *outputs], None)
         pooled = norm(outputs[-1][:, 0])
-        features = [y[:, 0] for y in normed[1:]] + [pooled]
+        features = [y[:, 0] for y in first[1:]] + [pooled]
         return VisionOutput(pooled, [x, *outputs], jnp.stack(features, 1))
 
 

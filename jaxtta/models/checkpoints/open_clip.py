@@ -157,9 +157,13 @@ class ConfigSection(NamedTuple):
                 )
 
 
-def load_folder(folder: Path, dtype: Any, compute_dtype: Any, remat: bool) -> tuple[CLIP, Params]:
+def load_folder(
+    folder: Path, dtype: Any, compute_dtype: Any, remat: bool, scan: bool
+) -> tuple[CLIP, Params]:
     """Load an OpenCLIP checkpoint; all as in `jaxtta.load`, which calls this."""
-    model = from_config(folder / OPEN_CLIP_CONFIG, compute_dtype=compute_dtype, remat=remat)
+    model = from_config(
+        folder / OPEN_CLIP_CONFIG, compute_dtype=compute_dtype, remat=remat, scan=scan
+    )
     shapes = flatten_dict(jax.eval_shape(model.init, jax.random.key(0)))
     table = _RESNET_NAMES if isinstance(model.vision, ResNet) else _VIT_NAMES
     weights, entries = read_weights(folder, lambda name: _path(name, table), OPEN_CLIP_WEIGHTS)
@@ -167,13 +171,16 @@ def load_folder(folder: Path, dtype: Any, compute_dtype: Any, remat: bool) -> tu
     return model, match_parameters(entries, shapes, weights, dtype, OPEN_CLIP_CONFIG)
 
 
-def from_config(path: Path, *, compute_dtype: Any = None, remat: bool = False) -> CLIP:
+def from_config(
+    path: Path, *, compute_dtype: Any = None, remat: bool = False, scan: bool = False
+) -> CLIP:
     """Make a model of an `open_clip_config.json`; `model.init(key)` draws its parameters.
 
     Args:
         path: of the file.
         compute_dtype: of the matrix products; None for that of the parameters.
         remat: recompute each block's activations in the backward pass.
+        scan: run the blocks as one loop (not a ResNet's).
 
     Returns:
         The model; its tokenizer is looked for beside the file.
@@ -192,7 +199,7 @@ def from_config(path: Path, *, compute_dtype: Any = None, remat: bool = False) -
     known = "embed_dim", "quick_gelu", "vision_cfg", "text_cfg", "init_logit_bias"
     config.check(*known)
     activation = "quick_gelu" if config.values.get("quick_gelu") else "gelu"
-    options = activation, compute_dtype, remat
+    options = activation, compute_dtype, remat, scan
     vision, text = _vision_tower(vision_section, *options), _text_tower(text_section, *options)
     projection = config.integer("embed_dim")
     for tower in (vision, text):
@@ -240,7 +247,9 @@ def _timm_siglip(name: Any) -> re.Match | None:
     return re.fullmatch(rf"vit_({'|'.join(TIMM_SIZES)})_patch(\d+)_siglip_(\d+)", str(name))
 
 
-def _timm_tower(section: ConfigSection, compute_dtype: Any, remat: bool) -> VisionTransformer:
+def _timm_tower(
+    section: ConfigSection, compute_dtype: Any, remat: bool, scan: bool
+) -> VisionTransformer:
     name = section.values["timm_model_name"]
     found = _timm_siglip(name)
     assert found is not None  # other names were refused
@@ -260,15 +269,16 @@ def _timm_tower(section: ConfigSection, compute_dtype: Any, remat: bool) -> Visi
         1e-6,
         compute_dtype,
         remat,
+        scan,
     )
     return VisionTransformer(arch, image_size, patch, pre_norm=False, class_token=False)
 
 
 def _vision_tower(
-    section: ConfigSection, activation: str, compute_dtype: Any, remat: bool
+    section: ConfigSection, activation: str, compute_dtype: Any, remat: bool, scan: bool
 ) -> VisionTransformer | ResNet:
     if section.values.get("timm_model_name"):
-        return _timm_tower(section, compute_dtype, remat)
+        return _timm_tower(section, compute_dtype, remat, scan)
     known = "image_size", "layers", "width", "head_width", "patch_size", "mlp_ratio"
     standard = {"pool_type": "tok", "pos_embed_type": "learnable"}
     if isinstance(section.values.get("layers"), list):
@@ -279,7 +289,8 @@ def _vision_tower(
     if size < patch:
         raise section.error("patch_size", f"at most the image_size of {size}")
     width = section.integer("width", 768)
-    arch = _architecture(section, width, _heads(section, width), activation, compute_dtype, remat)
+    heads = _heads(section, width)
+    arch = _architecture(section, width, heads, activation, compute_dtype, remat, scan)
     return VisionTransformer(arch, size, patch)
 
 
@@ -297,7 +308,7 @@ def _resnet(section: ConfigSection, compute_dtype: Any, remat: bool) -> ResNet:
 
 
 def _text_tower(
-    section: ConfigSection, activation: str, compute_dtype: Any, remat: bool
+    section: ConfigSection, activation: str, compute_dtype: Any, remat: bool, scan: bool
 ) -> TextTransformer:
     known = "context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio"
     known = *known, "act_kwargs", "norm_kwargs", "no_causal_mask", "proj_bias", "tokenizer_kwargs"
@@ -313,7 +324,7 @@ def _text_tower(
     if width % heads:
         raise section.error("heads", f"a divisor of the width of {width}")
     return TextTransformer(
-        _architecture(section, width, heads, activation, compute_dtype, remat),
+        _architecture(section, width, heads, activation, compute_dtype, remat, scan),
         section.integer("vocab_size", 49408),
         section.integer("context_length", 77),
         causal,
@@ -323,7 +334,13 @@ def _text_tower(
 
 
 def _architecture(
-    section: ConfigSection, width: int, heads: int, activation: str, compute_dtype: Any, remat: bool
+    section: ConfigSection,
+    width: int,
+    heads: int,
+    activation: str,
+    compute_dtype: Any,
+    remat: bool,
+    scan: bool,
 ) -> Architecture:
     ratio = section.values.get("mlp_ratio", 4.0)
     if not _is_number(ratio) or int(width * ratio) < 1:
@@ -346,6 +363,7 @@ def _architecture(
         epsilon,
         compute_dtype,
         remat,
+        scan,
     )
 
 

@@ -36,13 +36,15 @@ if TYPE_CHECKING:
     from transformers import SiglipConfig
 
 
-def load_folder(folder: Path, dtype: Any, compute_dtype: Any, remat: bool) -> tuple[CLIP, Params]:
+def load_folder(
+    folder: Path, dtype: Any, compute_dtype: Any, remat: bool, scan: bool
+) -> tuple[CLIP, Params]:
     """Load a SigLIP checkpoint of transformers; all as in `jaxtta.load`, which calls this."""
     from transformers import SiglipConfig
 
     config = read_config(folder, SiglipConfig)
     with error_context(folder / "config.json"):
-        model = from_config(config, compute_dtype=compute_dtype, remat=remat)
+        model = from_config(config, compute_dtype=compute_dtype, remat=remat, scan=scan)
     model = with_preprocessing(model, folder, "SiglipImageProcessor")
     model = dataclasses.replace(model, source=str(folder))
     weights, entries = read_weights(folder, _path, WEIGHTS[:2])
@@ -51,13 +53,16 @@ def load_folder(folder: Path, dtype: Any, compute_dtype: Any, remat: bool) -> tu
     return model, match_parameters(entries, shapes, weights, dtype)
 
 
-def from_config(config: "SiglipConfig", *, compute_dtype: Any = None, remat: bool = False) -> CLIP:
+def from_config(
+    config: "SiglipConfig", *, compute_dtype: Any = None, remat: bool = False, scan: bool = False
+) -> CLIP:
     """Make a model of a transformers configuration; `model.init(key)` draws its parameters.
 
     Args:
         config: the configuration.
         compute_dtype: of the matrix products; None for that of the parameters.
         remat: recompute each block's activations in the backward pass.
+        scan: run the blocks as one loop.
 
     Returns:
         The model, without tokenizer.
@@ -75,7 +80,7 @@ def from_config(config: "SiglipConfig", *, compute_dtype: Any = None, remat: boo
             f"text_config.projection_size is {text.projection_size}, expected the image tower's "
             f"hidden_size of {vision.hidden_size}"
         )
-    options, size = (compute_dtype, remat), square_side(vision, "image_size")
+    options, size = (compute_dtype, remat, scan), square_side(vision, "image_size")
     return CLIP(
         vision_tower(vision, "vision_config", *options, pre_norm=False).clone(class_token=False),
         TextTransformer(

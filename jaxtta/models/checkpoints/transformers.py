@@ -23,13 +23,15 @@ if TYPE_CHECKING:  # transformers is imported where it is used: it brings PyTorc
     from transformers import CLIPConfig
 
 
-def load_folder(folder: Path, dtype: Any, compute_dtype: Any, remat: bool) -> tuple[CLIP, Params]:
+def load_folder(
+    folder: Path, dtype: Any, compute_dtype: Any, remat: bool, scan: bool
+) -> tuple[CLIP, Params]:
     """Load a CLIP checkpoint of transformers; all as in `jaxtta.load`, which calls this."""
     from transformers import CLIPConfig
 
     config = read_config(folder, CLIPConfig)
     with error_context(folder / "config.json"):
-        model = from_config(config, compute_dtype=compute_dtype, remat=remat)
+        model = from_config(config, compute_dtype=compute_dtype, remat=remat, scan=scan)
     model = dataclasses.replace(with_preprocessing(model, folder), source=str(folder))
     shapes = flatten_dict(jax.eval_shape(model.init, jax.random.key(0)))
     names = {_torch_name(path): path for path in shapes}
@@ -37,13 +39,16 @@ def load_folder(folder: Path, dtype: Any, compute_dtype: Any, remat: bool) -> tu
     return model, match_parameters(entries, shapes, weights, dtype)
 
 
-def from_config(config: "CLIPConfig", *, compute_dtype: Any = None, remat: bool = False) -> CLIP:
+def from_config(
+    config: "CLIPConfig", *, compute_dtype: Any = None, remat: bool = False, scan: bool = False
+) -> CLIP:
     """Make a model of a transformers configuration; `model.init(key)` draws its parameters.
 
     Args:
         config: the configuration.
         compute_dtype: as in `load`.
         remat: as in `load`.
+        scan: as in `load`.
 
     Returns:
         The model, without tokenizer.
@@ -54,7 +59,7 @@ def from_config(config: "CLIPConfig", *, compute_dtype: Any = None, remat: bool 
     values = cast(Any, config)  # its annotations allow None and lists where CLIP has numbers
     vision, text = values.vision_config, values.text_config
     size = square_side(vision, "image_size")
-    options = compute_dtype, remat
+    options = compute_dtype, remat, scan
     return CLIP(
         vision_tower(vision, "vision_config", *options),
         TextTransformer(
@@ -69,7 +74,12 @@ def from_config(config: "CLIPConfig", *, compute_dtype: Any = None, remat: bool 
 
 
 def vision_tower(
-    config: Any, name: str, compute_dtype: Any, remat: bool = False, pre_norm: bool = True
+    config: Any,
+    name: str,
+    compute_dtype: Any,
+    remat: bool = False,
+    scan: bool = False,
+    pre_norm: bool = True,
 ) -> VisionTransformer:
     """Make an image tower of a transformers configuration.
 
@@ -78,6 +88,7 @@ def vision_tower(
         name: what to call the configuration in a message.
         compute_dtype: as in `load`.
         remat: as in `load`.
+        scan: as in `load`.
         pre_norm: whether the tokens pass a LayerNorm before the blocks.
 
     Returns:
@@ -89,7 +100,7 @@ def vision_tower(
     size, patch = square_side(config, "image_size"), square_side(config, "patch_size")
     if size < patch:
         raise ValueError(f"an image size of {size} is smaller than a patch of {patch}")
-    arch = architecture(config, name, compute_dtype, remat)
+    arch = architecture(config, name, compute_dtype, remat, scan)
     return VisionTransformer(arch, size, patch, pre_norm)
 
 
@@ -122,7 +133,9 @@ def _end_of_text(text: Any) -> int:
     return value
 
 
-def architecture(tower: Any, name: str, compute_dtype: Any, remat: bool = False) -> Architecture:
+def architecture(
+    tower: Any, name: str, compute_dtype: Any, remat: bool = False, scan: bool = False
+) -> Architecture:
     """Read what a tower's blocks look like; arguments and errors are `vision_tower`'s."""
     if tower.hidden_act not in ACTIVATIONS:
         raise ValueError(
@@ -142,6 +155,7 @@ def architecture(tower: Any, name: str, compute_dtype: Any, remat: bool = False)
         tower.layer_norm_eps,
         compute_dtype,
         remat,
+        scan,
     )
 
 

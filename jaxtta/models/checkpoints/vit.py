@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 
 
 def load_folder(
-    folder: Path, dtype: Any, compute_dtype: Any, remat: bool
+    folder: Path, dtype: Any, compute_dtype: Any, remat: bool, scan: bool
 ) -> tuple[ImageClassifier, Params]:
     """Load a ViTForImageClassification checkpoint; all as in `jaxtta.load`, which calls this."""
     from transformers import ViTConfig
 
     config = read_config(folder, ViTConfig)
     with error_context(folder / "config.json"):
-        model = from_config(config, compute_dtype=compute_dtype, remat=remat)
+        model = from_config(config, compute_dtype=compute_dtype, remat=remat, scan=scan)
     model = with_preprocessing(model, folder, "ViTImageProcessor")
     weights, entries = read_weights(folder, _path, WEIGHTS[:2])
     found = dict(entries)
@@ -46,7 +46,7 @@ def load_folder(
 
 
 def from_config(
-    config: "ViTConfig", *, compute_dtype: Any = None, remat: bool = False
+    config: "ViTConfig", *, compute_dtype: Any = None, remat: bool = False, scan: bool = False
 ) -> ImageClassifier:
     """Make a model of a transformers configuration; `model.init(key)` draws its parameters.
 
@@ -54,6 +54,7 @@ def from_config(
         config: the configuration.
         compute_dtype: of the matrix products; None for that of the parameters.
         remat: recompute each block's activations in the backward pass.
+        scan: run the blocks as one loop.
 
     Returns:
         The model.
@@ -66,7 +67,7 @@ def from_config(
     values = cast(Any, config)  # its annotations allow None and lists where ViT has neither
     side, names = square_side(values, "image_size"), values.id2label
     return ImageClassifier(
-        vision_tower(config, "the configuration", compute_dtype, remat, pre_norm=False),
+        vision_tower(config, "the configuration", compute_dtype, remat, scan, pre_norm=False),
         tuple(names[number] for number in sorted(names)),
         Preprocessing(
             side, (side, side), None, int(Image.Resampling.BILINEAR), HALF_MEAN, HALF_MEAN
