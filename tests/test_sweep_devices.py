@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 import pytest
+from jax.experimental import multihost_utils
 from test_sweep import PARAMS, Images, Model, drifting
 
 import jaxtta
@@ -231,6 +232,17 @@ def test_a_table_does_not_depend_on_devices(named, devices, split):
 
 
 # --- several hosts ---
+
+
+def test_hosts_that_cannot_work_together_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    for run in ({"devices": 8}, {"devices": 2, "split": "batch"}):
+        with pytest.raises(ValueError, match=r"2 hosts with split .* expected split batch and all"):
+            sweep(tmp_path, **run)
+    found = np.array([[0, 13], [2, 12]])  # results, and batches that are left
+    monkeypatch.setattr(multihost_utils, "process_allgather", lambda own: found)
+    with pytest.raises(ValueError, match=f"{tmp_path}: hosts do not find the same, expected a sha"):
+        sweep(tmp_path, size=8, devices=8, split="batch")
 
 
 @pytest.mark.slow
