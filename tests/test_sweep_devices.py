@@ -6,15 +6,37 @@ import subprocess
 import sys
 from functools import partial
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 import pytest
-from test_sweep import ADAPTERS, PARAMS, Images, Model, drifting
+from jax.experimental import multihost_utils
+from test_sweep import PARAMS, Images, Model, drifting
 
 import jaxtta
 from jaxtta import assets, data, evaluate, models, optim
 from jaxtta.evaluate import placement
 
+
+def noisy(model, task):
+    """An adapter that carries a random key and a number in bfloat16."""
+    init, step = drifting(0.3)(model, task)
+
+    def noisy_init(params, key):
+        return init(params, key) | {"key": key, "half": jnp.ones((), jnp.bfloat16)}
+
+    def noisy_step(params, state, batch):
+        key, own = jax.random.split(state["key"])
+        after, prediction = step(params, state, batch)
+        noise = jax.random.normal(own, prediction.logits.shape) * state["half"]
+        after |= {"key": key, "half": state["half"] * 0.9}
+        return after, prediction._replace(logits=prediction.logits + noise)
+
+    return jaxtta.Adapter(noisy_init, noisy_step)
+
+
+ADAPTERS = {"zero_shot": drifting(0.0), "drift": drifting(0.3), "noisy": noisy}
 SIZES = (20, 3, 11, 20, 7)  # 4, 1, 2, 4 and 2 batches of 6
 
 
@@ -81,10 +103,10 @@ def test_checkpoints_of_different_ages_step_together(one, tmp_path):
     """One device has finished a stream and half of the next; the others start."""
     with pytest.raises(KeyboardInterrupt):
         sweep(tmp_path, fatal=30, reads=[], checkpoint_every=1)
-    assert len([*tmp_path.glob("predictions/*")]) == 4
+    assert len([*tmp_path.glob("predictions/*")]) == 2 * len(ADAPTERS)
     results = sweep(tmp_path, devices=8, checkpoint_every=1)
     assert alike(results, one[0])
-    assert [result.about["devices"] for result in results[2:6]] == [1, 1, 8, 8]
+    assert [result.about["devices"] for result in results[:: len(ADAPTERS)]] == [1, 1, 8, 8, 8]
 
 
 def test_an_adapter_that_is_added_later_has_all_streams(one, tmp_path):
@@ -212,11 +234,22 @@ def test_a_table_does_not_depend_on_devices(named, devices, split):
 # --- several hosts ---
 
 
+def test_hosts_that_cannot_work_together_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    for run in ({"devices": 8}, {"devices": 2, "split": "batch"}):
+        with pytest.raises(ValueError, match=r"2 hosts with split .* expected split batch and all"):
+            sweep(tmp_path, **run)
+    found = np.array([[0, 13], [2, 12]])  # results, and batches that are left
+    monkeypatch.setattr(multihost_utils, "process_allgather", lambda own: found)
+    with pytest.raises(ValueError, match=f"{tmp_path}: hosts do not find the same, expected a sha"):
+        sweep(tmp_path, size=8, devices=8, split="batch")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("devices", [1, 2])
 def test_two_hosts_share_each_batch(run_jaxtta, short, tmp_path, devices):
     command = ["sweep", "--corruptions", "fog", "snow", "--max-images", "20", "--batch-size", "8"]
-    command += ["--model", str(short), "--adapters", "zero_shot", "batclip", "--output"]
+    command += ["--model", str(short), "--adapters", "batclip", "tnt:steps=1,views=8", "--output"]
     assert run_jaxtta(*command, tmp_path / "one", "--devices", 1)[0] == 0
     with socket.socket() as free:
         free.bind(("localhost", 0))

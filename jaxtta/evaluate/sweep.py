@@ -2,11 +2,11 @@
 
 import contextlib
 import dataclasses
-import itertools
 import logging
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -157,7 +157,7 @@ def sweep(
             _log.warning("%s: earlier results are unchecked: the images have no content()", folder)
         on = place(params, count, split, len(runs))
         groups = groups_of(runs, on.streams)
-        rounds = (one for runs in groups for one in itertools.zip_longest(*(r.left for r in runs)))
+        rounds = (one for group in groups for one in zip_longest(*(run.left for run in group)))
         places = [place for one in rounds for place in one if place is not None]
         if jax.process_count() > 1:  # the first writes when all have read
             found = multihost_utils.process_allgather(np.array([len(results), len(places)]))
