@@ -126,7 +126,7 @@ def _with_local_folders(options: Any, stack: contextlib.ExitStack) -> Any:
         return options
     if "run" in given:
         copies["run"] = _with_local_folders(given["run"], stack)
-    if "output" in given:
+    if given.get("output"):
         part = "{}-of-{}".format(*options.part) if "shard" in given else ""
         copies["output"] = stack.enter_context(mirror(given["output"], part))
     if "folders" in given:  # of a report
