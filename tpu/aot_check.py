@@ -10,12 +10,14 @@ own stream, in batches of `--batch` images. Batch: all chips share one stream's 
 is one image.
 
 arg, temp and peak GB are a chip's, by the compiler; all of the model's parameters are among the
-arguments. GF are the matrix products of a chip's step, loops counted, bytes those of its main
-memory (HBM) by the compiled program's text; "XLA GB" is the compiler's own count, which takes a
-loop's body once and what lies in fast memory too. `bound ms` and `images/s` are what a chip would
-need at its published peak and bandwidth: a bound, not a measurement. Both dtypes have one peak: a
-float32 product is one bfloat16 pass on a TPU where no higher precision is asked for, which column
-"highest" counts, of all products.
+arguments. A peak is what is in use at once; the compiler lays it out with gaps, so that a program
+needs arguments, temp, outputs that take no argument's place, and its code. GF are the matrix
+products of a chip's step, loops counted, bytes those of its main memory (HBM) by the compiled
+program's text; "XLA GB" is the compiler's own count, which takes a loop's body once and what lies
+in fast memory too. `bound ms` and `images/s` are what a chip would need at its published peak and
+bandwidth: a bound, not a measurement. Both dtypes have one peak: a float32 product is one bfloat16
+pass on a TPU where no higher precision is asked for, which column "highest" counts, of all
+products.
 
 Exit codes: 0; 1 where a program does not fit or compile, holds float64, callbacks or dynamic
 shapes, or collectives between independent streams; 2 for options that cannot be parsed.
@@ -78,6 +80,7 @@ FORMATS = {  # what a row holds: place and format
     **{
         "temp GB": (">7", ".3f"),
         "peak GB": (">7", ".3f"),
+        "need GB": (">7", ".3f"),
         "of GB": (">5", ".0f"),
         "GF": (">7", ",.0f"),
     },
@@ -252,9 +255,12 @@ def compile_case(case: Case, devices: list[Any], options: Options, remat: bool) 
             return row | {"verdict": f"does not compile: {str(error).splitlines()[0]}"}
     row["compile s"] = time.perf_counter() - start
     if exhausted is not None:
-        row["peak GB"] = exhausted
+        row["need GB"] = exhausted
         return row | {"verdict": verdict(row, options.batch)}
     program, memory = hlo.parse(compiled.as_text()), compiled.memory_analysis()
+    needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    needed += memory.output_size_in_bytes - memory.alias_size_in_bytes
+    needed += memory.generated_code_size_in_bytes
     counted = hlo.counts(program, lowered.as_text())
     names = ("float64", "callbacks", "dynamic", "collectives", "scatters")
     row |= {name: counted[name] for name in names}
@@ -263,7 +269,8 @@ def compile_case(case: Case, devices: list[Any], options: Options, remat: bool) 
     row |= {
         "arg GB": memory.argument_size_in_bytes / 1e9,
         "temp GB": memory.temp_size_in_bytes / 1e9,
-        "peak GB": (memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes) / 1e9,
+        "peak GB": memory.peak_memory_in_bytes / 1e9,
+        "need GB": needed / 1e9,
         "XLA GB": compiled.cost_analysis()["bytes accessed"] / 1e9,
         "aliased": f"{counted['aliased']}/{len(jax.tree.leaves(state))}",
         "highest": f"{counted['highest']}/{counted['products']}",
@@ -340,8 +347,8 @@ def bound(flops: float, moved: float, images: float, chip: Chip) -> dict[str, fl
 
 
 def fits(row: dict[str, Any]) -> bool:
-    """Whether a program's peak is within the chip's memory."""
-    return row["peak GB"] is None or row["peak GB"] <= row["of GB"]
+    """Whether what a program needs is within the chip's memory."""
+    return row["need GB"] is None or row["need GB"] <= row["of GB"]
 
 
 def verdict(row: dict[str, Any], batch: int) -> str:
