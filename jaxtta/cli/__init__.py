@@ -127,7 +127,10 @@ def _with_local_folders(options: Any, stack: contextlib.ExitStack) -> Any:
     if "run" in given:
         copies["run"] = _with_local_folders(given["run"], stack)
     if given.get("output"):
-        part = "{}-of-{}".format(*options.part) if "shard" in given else ""
+        part: str | None = ""
+        if "shard" in given:
+            part = "{}-of-{}".format(*options.part)
+            part = part if options.join_hosts() == 0 else None  # of several hosts, one writes
         copies["output"] = stack.enter_context(mirror(given["output"], part))
     if "folders" in given:  # of a report
         copies["folders"] = tuple(stack.enter_context(mirror(x, None)) for x in given["folders"])

@@ -153,12 +153,17 @@ class RunOptions:
             raise ValueError(f"--shard is {self.shard!r}, expected i/n with i below n")
         return int(number), int(count)
 
-    def join_hosts(self) -> None:
-        """Join the other hosts' processes if JAX_NUM_PROCESSES is set, on TPU pods that alone."""
+    def join_hosts(self) -> int:
+        """Join other hosts' processes if JAX_NUM_PROCESSES is set, on TPU pods that alone.
+
+        Returns this process's number.
+        """
         count, number = (os.environ.get(f"JAX_{key}") for key in ("NUM_PROCESSES", "PROCESS_ID"))
         if count and self.split == "batch":
             own = int(number) if number else None  # None for what JAX finds itself
             jax.distributed.initialize(num_processes=int(count), process_id=own)
+            return jax.process_index()
+        return 0
 
     @property
     def how(self) -> dict[str, Any]:

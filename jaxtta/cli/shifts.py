@@ -42,7 +42,6 @@ class Options:
 
 def run(options: Options) -> None:
     """Run every dataset and report."""
-    options.run.join_hosts()
     given = options.datasets or (f"cifar10={assets.IMAGES}",)
     places = {name: root for name, _, root in (text.partition("=") for text in given)}
     named = all(root and re.fullmatch(r"\w[\w.-]*", name) for name, root in places.items())

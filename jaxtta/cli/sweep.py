@@ -49,7 +49,6 @@ class Options:
 
 def run(options: Options) -> None:
     """Run the sweep and report."""
-    options.run.join_hosts()
     given, source, shard = options.streams, options.data, options.run.part
     if options.tune.tune_learning_rates and {*given.corruptions} & {*data.IMAGENET_C_EXTRA}:
         raise ValueError("corruptions that select learning rates cannot be tested too")
@@ -154,7 +153,7 @@ def measure(options: Any, loaded: Any, parts: list[Part], title: str, shard: Any
         results, samples = results + found, samples | report.samples_of(batches)
     if count > 1 and not how.dry_run:
         print(f"shard {how.shard}: {len(results) or 'no'} results in {how.output}; when all shards")
-        print("are done, put their folders together and run the same command without --shard")
+        print("are done, and their results are in one folder, run it again without --shard")
     elif first and not how.dry_run:
         report.write_report(results, how.output, title, samples, examples)
 
