@@ -226,3 +226,6 @@ def tnt(
         return state, Prediction(logits, metrics)
 
     return Adapter(init, step)
+
+
+vars(tnt)["needs_originals"] = True
