@@ -88,7 +88,10 @@ def on_features(
         # Several images: some methods refuse a batch of one.
         images = np.zeros((16, model.image_size, model.image_size, 3), np.uint8)
         _, prediction = jax.eval_shape(below.step, params, state, images)
-        return StackedState(state, method.init(_outputs_of(prediction)))
+        outputs = _outputs_of(prediction)
+        memory, mask = method.init(outputs), jax.ShapeDtypeStruct((16,), bool)
+        jax.eval_shape(method.apply, params, memory, outputs, mask)  # for its errors
+        return StackedState(state, memory)
 
     def step(
         params: Any, state: StackedState, batch: Batch | Array

@@ -159,13 +159,9 @@ def transductive(
     at_least(1, neighbours=neighbours, **loops)
     fit = partial(fit, laplacian=laplacian, neighbours=neighbours, **loops)
 
-    def init(outputs: Outputs) -> tuple[()]:
-        class_embeddings(outputs, name)
-        return ()
-
     def apply(params: Any, memory: Any, outputs: Outputs, mask: Array) -> tuple[Any, Array]:
         del params
         texts, logits = class_embeddings(outputs, name), scaled_logits(outputs, scale, name)
         return memory, fit(outputs.embeddings, texts, logits, mask).log_z
 
-    return on_features(model, task, FeatureMethod(init, apply), on)
+    return on_features(model, task, FeatureMethod(lambda outputs: (), apply), on)
