@@ -15,7 +15,7 @@ from conftest import NNXClassifier, golden
 
 import jaxtta
 from jaxtta import models
-from jaxtta.adapters import Prediction, State, batclip, tent, tnt, zero_shot
+from jaxtta.adapters import Adapter, Prediction, State, batclip, tent, tnt, zero_shot
 from jaxtta.adapters.lame import AFFINITIES, lame, lame_affinity, lame_log_probabilities
 from jaxtta.adapters.on_features import FeatureMethod, StackedState, on_features, unit
 from jaxtta.adapters.stata import stata, stata_fit
@@ -486,15 +486,9 @@ def test_tda_on_batclip_is_tda_of_its_adapted_features(tiny, task, images):
             np.testing.assert_allclose(prediction.metrics[metric], value, rtol=1e-4, atol=1e-5)
     chex.assert_trees_all_close(state.below, alone, atol=1e-5)
     chex.assert_trees_all_close(state.memory, caches, atol=1e-5)
-    # and they are adapted: the model as it is has others
-    frozen = tda(model, task)
-    moved = [x.features for x in state.memory]
-    state = frozen.init(params)
-    for batch in images:
-        state, _ = jax.jit(frozen.step)(params, state, batch)
-    assert any(
-        np.abs(a - b.features).max() > 1e-3 for a, b in zip(moved, state.memory, strict=True)
-    )
+    source = zero_shot(model, task)  # whose features are others
+    _, other = jax.jit(source.step)(params, source.init(params), images[-1])
+    assert np.abs(unit(other.outputs.embeddings) - features).max() > 1e-3
 
 
 def test_stata_on_any_adapter(tiny, task, images):
@@ -552,6 +546,23 @@ def test_a_step_skipped_below_is_said_above(tiny, task, images):
     same(after, state)
     assert prediction.metrics["skipped"]
     assert np.isfinite(prediction.logits).all()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_precision_is_that_of_the_widest(name, tiny, task, images, dtype):
+    model, params = tiny
+    plain = zero_shot(model, task)
+
+    def step(params, state, batch):
+        state, prediction = plain.step(params, state, batch)
+        narrow = jax.tree.map(lambda x: x.astype(dtype), prediction.outputs)
+        return state, prediction._replace(outputs=narrow)
+
+    adapter = METHODS[name](model, task, on=Adapter(plain.init, step))
+    state = adapter.init(params)
+    after, prediction = jax.eval_shape(adapter.step, params, state, images[0])
+    assert {x.dtype.name for x in jax.tree.leaves(after.memory)} <= {"float32"}
+    assert prediction.logits.dtype == "float32"
 
 
 # Bad input

@@ -30,8 +30,8 @@ class Prediction(NamedTuple):
         logits: (batch, classes), unnormalised log-probabilities.
         metrics: named scalars: loss terms, update norm, and `skipped`, true where the state is
             unchanged because the loss or update was not finite.
-        outputs: what the model gave in the pass that the logits are from, without layer features:
-            what a method on features works on (`on_features`); None where the method keeps none.
+        outputs: what the model gave in the pass that the logits are from, without layer features;
+            methods on features read it (`on_features`). None where the method keeps none.
     """
 
     logits: Array

@@ -118,22 +118,19 @@ def on_features(
 
 
 def _outputs_of(prediction: Prediction) -> Outputs:
-    outputs = prediction.outputs
-    if outputs is None:
+    """The features and logits from below, or their shapes, in one dtype: at least float32."""
+    if prediction.outputs is None:
         raise ValueError(
             "the predictions of the adapter below have no outputs, which a method on features needs"
         )
-    return outputs._replace(
-        logits=_wide(outputs.logits), embeddings=_wide(outputs.embeddings), layer_features=None
-    )
+    outputs = prediction.outputs._replace(logits=prediction.logits)
+    dtype = jnp.result_type(jnp.float32, *(x.dtype for x in jax.tree.leaves(outputs)))
 
+    def cast(x: Any) -> Any:
+        shape_alone = isinstance(x, jax.ShapeDtypeStruct)
+        return jax.ShapeDtypeStruct(x.shape, dtype) if shape_alone else x.astype(dtype)
 
-def _wide(x: Any) -> Any:
-    """In at least float32; of shapes, the same."""
-    dtype = jnp.promote_types(x.dtype, jnp.float32)
-    if isinstance(x, jax.ShapeDtypeStruct):
-        return jax.ShapeDtypeStruct(x.shape, dtype)
-    return x.astype(dtype)
+    return jax.tree.map(cast, outputs)
 
 
 def at_least(least: float, **settings: float) -> None:
