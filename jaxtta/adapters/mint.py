@@ -31,25 +31,14 @@ import optax
 
 from jaxtta import tree
 from jaxtta.adapters.base import Adapter, Array, Preset
-from jaxtta.adapters.image_views import require_cosines
+from jaxtta.adapters.descent import Descent
 from jaxtta.adapters.on_features import class_embeddings, unit
-from jaxtta.adapters.per_batch import Descent, per_batch, unit_embeddings
-from jaxtta.models import (
-    Batch,
-    Classifier,
-    Outputs,
-    Task,
-    as_batch,
-    context_of,
-    with_batch_norm_statistics,
-)
-from jaxtta.optim import require_optimizer
-from jaxtta.tree import Trainable, normalisation_parameters
+from jaxtta.adapters.per_batch import choices, per_batch, unit_embeddings
+from jaxtta.models import Batch, Classifier, Outputs, Task, as_batch, context_of
 
-MINT_PRESETS = {
-    name: Preset(partial(optax.adam, 7e-3), 20)
-    for name in ("cifar10-c", "cifar100-c", "imagenet-c")
-}
+MINT_PRESETS = dict.fromkeys(
+    ("cifar10-c", "cifar100-c", "imagenet-c"), Preset(partial(optax.adam, 7e-3), 20)
+)
 """The published settings for ViT-B; ViT-L takes 1.5e-2. A first step of Adam is of this size in
 every parameter, whatever the size of the gradient."""
 
@@ -128,7 +117,7 @@ def mint(
     task: Task | None,
     *,
     optimizer: optax.GradientTransformation | None = None,
-    trainable: Trainable | None = None,
+    trainable: tree.Trainable | None = None,
     prior: float = 10_000.0,
     scale: float | None = None,
 ) -> Adapter:
@@ -157,13 +146,10 @@ def mint(
             has no cosine logits; in `init`, if it has no class embeddings, or no parameter is
             chosen, or one of the text tower.
     """
-    require_cosines(model, "Mint")
     if not prior > 0:
         raise ValueError(f"prior is {prior}, expected a positive number of images")
-    model = with_batch_norm_statistics(model, "batch")
-    trainable = normalisation_parameters("image") if trainable is None else trainable
-    optimizer = MINT_PRESETS["imagenet-c"].optimizer() if optimizer is None else optimizer
-    require_optimizer(optimizer)
+    given = optimizer, trainable, MINT_PRESETS["imagenet-c"]
+    model, optimizer, trainable = choices("Mint", model, *given)
     scale_of = cast(Any, model).logit_scale
 
     def remember(params: Any, start: Any, context: Any) -> MintMemory:

@@ -4,7 +4,8 @@ A method says how a batch moves the adapted parameters, and what it predicts wit
 it may remember something along the stream:
 
     def adapt(params, start, context, memory, batch):
-        return descend(loss, start, optimizer, iterations), memory
+        descent, _ = descend(loss, start, optimizer, optimizer.init(start), iterations)
+        return descent, memory
 
     adapter = per_batch(adapt, predict, context, trainable)
 
@@ -12,7 +13,7 @@ The text is encoded once, in `init`: the text tower's parameters are not adapted
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,24 +24,23 @@ from jaxtta.adapters.base import (
     Adapter,
     Array,
     Prediction,
+    Preset,
     State,
     image_check,
     require_state,
 )
-from jaxtta.models import Batch, Outputs, as_batch, l2_normalize
-
-
-class Descent(NamedTuple):
-    """Where some steps of an optimiser lead.
-
-    Attributes:
-        adapted: the adapted parameters.
-        losses: (…) the loss before each step, in order.
-    """
-
-    adapted: Any
-    losses: Array
-
+from jaxtta.adapters.descent import Descent
+from jaxtta.adapters.image_views import require_cosines
+from jaxtta.adapters.on_features import scaled_logits
+from jaxtta.models import (
+    Batch,
+    Classifier,
+    Outputs,
+    as_batch,
+    l2_normalize,
+    with_batch_norm_statistics,
+)
+from jaxtta.optim import require_optimizer
 
 Adapt = Callable[[Any, Any, Any, Any, Batch], tuple[Descent, Any]]
 """(params, start, context, memory, batch) to where the batch leads, and the memory."""
@@ -118,41 +118,47 @@ def per_batch(
             (state.optimizer, state.seen),
         )
         outputs = outputs._replace(layer_features=None)
-        return state._replace(optimizer=memory, seen=seen), Prediction(
-            outputs.logits, metrics, outputs
-        )
+        prediction = Prediction(outputs.logits, metrics, outputs)
+        return state._replace(optimizer=memory, seen=seen), prediction
 
     return Adapter(init, step)
 
 
-def descend(
-    loss: Callable[[Any], Array],
-    start: Any,
-    optimizer: optax.GradientTransformation,
-    moments: Any,
-    iterations: int,
-) -> tuple[Descent, Any]:
-    """Take some steps of an optimiser.
+def choices(
+    method: str,
+    model: Classifier,
+    optimizer: optax.GradientTransformation | None,
+    trainable: tree.Trainable | None,
+    preset: Preset,
+) -> tuple[Classifier, optax.GradientTransformation, tree.Trainable]:
+    """A method's model, optimiser and parameters, with the defaults in the place of None.
 
-    Args:
-        loss: of the adapted parameters.
-        start: where they start.
-        optimizer: an optax transformation.
-        moments: its state.
-        iterations: steps, at least one.
+    Batch norms use each batch's own statistics, and the image tower's norms are adapted.
 
-    Returns:
-        Where they lead, and the optimiser's state there.
+    Raises:
+        TypeError: if the model is not a classifier, or the optimizer no optax transformation.
+        ValueError: if the model's logits are not scaled cosines.
     """
+    require_cosines(model, method)
+    if optimizer is None:
+        optimizer = preset.optimizer()
+    require_optimizer(optimizer)
+    if trainable is None:
+        trainable = tree.normalisation_parameters("image")
+    return with_batch_norm_statistics(model, "batch"), optimizer, trainable
 
-    def iterate(carry: tuple[Any, Any], _: None) -> tuple[tuple[Any, Any], Array]:
-        adapted, moments = carry
-        value, gradients = jax.value_and_grad(loss)(adapted)
-        updates, moments = optimizer.update(gradients, moments, adapted)
-        return (optax.apply_updates(adapted, updates), moments), value
 
-    (adapted, moments), losses = jax.lax.scan(iterate, (start, moments), length=iterations)
-    return Descent(adapted, losses), moments
+def class_predictions(model: Classifier, scale: float | None) -> Predict:
+    """Predict with `context.classes`, at the model's own scale or another; nothing to remember."""
+
+    def predict(params: Any, context: Any, memory: Any, batch: Batch) -> tuple[Outputs, Any]:
+        outputs = model(params, context.classes, batch)
+        if scale is not None:
+            unit = outputs._replace(embeddings=l2_normalize(outputs.embeddings))
+            outputs = outputs._replace(logits=scaled_logits(unit, scale, "this method"))
+        return outputs, memory
+
+    return predict
 
 
 def unit_embeddings(outputs: Outputs, mask: Array) -> Array:
