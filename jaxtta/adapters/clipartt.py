@@ -22,7 +22,7 @@ References:
 """
 
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,13 +32,19 @@ from jaxtta import tree
 from jaxtta.adapters.base import Adapter, Array, Preset
 from jaxtta.adapters.combined_prompts import (
     ClassWords,
-    class_words,
     combined_length,
     combined_prompts,
+    words_for,
 )
 from jaxtta.adapters.descent import Descent, descend
 from jaxtta.adapters.on_features import at_least
-from jaxtta.adapters.per_batch import choices, class_predictions, per_batch, unit_embeddings
+from jaxtta.adapters.per_batch import (
+    Adapt,
+    choices,
+    class_predictions,
+    per_batch,
+    unit_embeddings,
+)
 from jaxtta.models import Batch, Classifier, Task, l2_normalize
 
 CLIPARTT_PRESETS = dict.fromkeys(
@@ -84,6 +90,49 @@ def clipartt_loss(
     return terms.sum() / jnp.maximum(mask.sum(), 1)
 
 
+def clipartt_adaptation(
+    model: Any,
+    optimizer: optax.GradientTransformation,
+    length: int,
+    *,
+    iterations: int = 10,
+    labels: int = 3,
+    temperature: float = 0.01,
+) -> Adapt:
+    """Adapt to a batch from fresh moments of the optimiser.
+
+    Args:
+        model: CLIP.
+        optimizer: an optax transformation.
+        length: of the longest prompt (`combined_length`).
+        iterations: steps of the optimiser.
+        labels: classes that a prompt names.
+        temperature: of the targets.
+
+    Returns:
+        `adapt(params, start, context, memory, batch)`, the context a `CLIPArTTContext`.
+    """
+
+    def adapt(
+        params: Any, start: Any, context: CLIPArTTContext, memory: tuple[()], batch: Batch
+    ) -> tuple[Descent, tuple[()]]:
+        mask = jnp.asarray(batch.mask)
+
+        def loss(adapted: Any) -> Array:
+            merged = tree.merge(params, adapted)
+            outputs = model(merged, context.classes, batch)
+            _, likeliest = jax.lax.top_k(jax.lax.stop_gradient(outputs.logits), labels)
+            prompts = combined_prompts(context.words, likeliest, length)
+            texts = l2_normalize(model.encode_text(params, prompts))
+            features = unit_embeddings(outputs, mask)
+            return clipartt_loss(features, texts, model.logit_scale(merged), mask, temperature)
+
+        descent, _ = descend(loss, start, optimizer, optimizer.init(start), iterations)
+        return descent, memory
+
+    return adapt
+
+
 def clipartt(
     model: Classifier,
     task: Task | None,
@@ -99,10 +148,8 @@ def clipartt(
 ) -> Adapter:
     """Adapt the image tower to prompts of each image's likeliest classes, anew for every batch.
 
-    Batch norms use each batch's own statistics.
-
     Args:
-        model: CLIP; SigLIP reads its prompts whole.
+        model: CLIP; batch norms use each batch's own statistics. SigLIP reads its prompts whole.
         task: the classes, which are predicted and chosen by its own prompts. The published code's
             are "a photo of a {}", with no full stop.
         optimizer: an optax transformation, begun anew for every batch; None for
@@ -129,57 +176,22 @@ def clipartt(
             chosen, or one of the text tower.
     """
     at_least(1, iterations=iterations, labels=labels)
-    if not temperature > 0:
-        raise ValueError(f"temperature is {temperature}, expected a positive number")
+    require_temperature(temperature)
     defaults = optimizer, trainable, CLIPARTT_PRESETS["imagenet-c"]
     model, optimizer, trainable = choices("CLIPArTT", model, *defaults)
-    clip = cast(Any, model)
-    if not hasattr(model, "encode_text"):
-        raise ValueError("CLIPArTT needs a text tower, for prompts of its own; this model has none")
-    if clip.padded_prompts:
-        raise ValueError(
-            "CLIPArTT's prompts end at different places; this model, as SigLIP, reads each whole"
-        )
-    clip.prompts(task)  # for its errors
-    given = cast(Task, task)
-    if words is None:
-        if not given.class_names:
-            raise ValueError(
-                "CLIPArTT writes class names into prompts and the task has none: zero_shot_task "
-                "keeps them, or give words"
-            )
-        words = class_words(model, given.class_names, template)
-    if not labels <= given.classes == len(words.names):
-        raise ValueError(
-            f"{labels} labels a prompt and {len(words.names)} names, the task has "
-            f"{given.classes} classes"
-        )
+    words = words_for(model, task, labels, template, words)
     length = combined_length(words, labels)
-    if length > clip.max_length:
-        raise ValueError(
-            f"a prompt of {labels} classes may have {length} tokens, the model takes at most "
-            f"{clip.max_length}"
-        )
-
-    def adapt(
-        params: Any, start: Any, context: CLIPArTTContext, memory: tuple[()], batch: Batch
-    ) -> tuple[Descent, tuple[()]]:
-        mask = jnp.asarray(batch.mask)
-
-        def loss(adapted: Any) -> Array:
-            merged = tree.merge(params, adapted)
-            outputs = model(merged, context.classes, batch)
-            _, likeliest = jax.lax.top_k(jax.lax.stop_gradient(outputs.logits), labels)
-            prompts = combined_prompts(context.words, likeliest, length)
-            texts = l2_normalize(clip.encode_text(params, prompts))
-            features = unit_embeddings(outputs, mask)
-            return clipartt_loss(features, texts, clip.logit_scale(merged), mask, temperature)
-
-        descent, _ = descend(loss, start, optimizer, optimizer.init(start), iterations)
-        return descent, memory
 
     def context(params: Any) -> CLIPArTTContext:
         return CLIPArTTContext(model.init_context(params, task), words)
 
+    settings = {"iterations": iterations, "labels": labels, "temperature": temperature}
+    adapt = clipartt_adaptation(model, optimizer, length, **settings)
     predict = class_predictions(model, scale)
     return per_batch(adapt, predict, context, trainable, method="CLIPArTT")
+
+
+def require_temperature(temperature: float) -> None:
+    """Raise a ValueError for one that is not positive."""
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature}, expected a positive number")

@@ -102,3 +102,56 @@ def combined_prompts(words: ClassWords, chosen: Array, length: int) -> Array:
     order = jnp.argsort((row < 0).astype(jnp.int32), axis=1, stable=True)
     row = jnp.take_along_axis(row, order, axis=1)[:, :length]
     return jnp.where(row < 0, jnp.asarray(words.suffix)[-1], row)
+
+
+def words_for(
+    model: Any,
+    task: Any,
+    labels: int = 3,
+    template: str = "a photo of a {}",
+    words: ClassWords | None = None,
+) -> ClassWords:
+    """What CLIPArTT's prompts are made of: the words given, or else the task's class names.
+
+    Args:
+        model: CLIP.
+        task: the classes.
+        labels: classes that a prompt names.
+        template: with `{}` where the names go.
+        words: ready tokens; None for none.
+
+    Returns:
+        The words.
+
+    Raises:
+        FileNotFoundError: as `class_words`.
+        TypeError: if the task or words are something else.
+        ValueError: as `class_words`, or if the model or the task is not what CLIPArTT needs, or a
+            prompt of several classes is too long for the model.
+    """
+    if not hasattr(model, "encode_text"):
+        raise ValueError("CLIPArTT needs a text tower, for prompts of its own; this model has none")
+    if model.padded_prompts:
+        raise ValueError(
+            "CLIPArTT's prompts end at different places; this model, as SigLIP, reads each whole"
+        )
+    model.prompts(task)  # for its errors
+    if words is None and not task.class_names:
+        raise ValueError(
+            "CLIPArTT writes class names into prompts and the task has none: zero_shot_task keeps "
+            "them, or give words"
+        )
+    words = class_words(model, task.class_names, template) if words is None else words
+    if not isinstance(words, ClassWords):
+        raise TypeError(f"words is a {type(words).__name__}, expected ClassWords: class_words(…)")
+    if len(words.names) != task.classes:
+        raise ValueError(f"words of {len(words.names)} classes, the task has {task.classes}")
+    if labels > task.classes:
+        raise ValueError(f"a prompt names {labels} labels, the task has {task.classes} classes")
+    length = combined_length(words, labels)
+    if length > model.max_length:
+        raise ValueError(
+            f"a prompt of {labels} classes may have {length} tokens, the model takes at most "
+            f"{model.max_length}"
+        )
+    return words

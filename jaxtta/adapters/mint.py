@@ -31,9 +31,10 @@ import optax
 
 from jaxtta import tree
 from jaxtta.adapters.base import Adapter, Array, Preset
+from jaxtta.adapters.class_sums import ClassSums, members_of, no_images
 from jaxtta.adapters.descent import Descent
 from jaxtta.adapters.on_features import class_embeddings, unit
-from jaxtta.adapters.per_batch import choices, per_batch, unit_embeddings
+from jaxtta.adapters.per_batch import Adapt, choices, per_batch, unit_embeddings
 from jaxtta.models import Batch, Classifier, Outputs, Task, as_batch, context_of
 
 MINT_PRESETS = dict.fromkeys(
@@ -43,33 +44,6 @@ MINT_PRESETS = dict.fromkeys(
 every parameter, whatever the size of the gradient."""
 
 dot = partial(jnp.matmul, precision="highest")
-
-
-class ClassSums(NamedTuple):
-    """Sums of unit embeddings along a stream.
-
-    Attributes:
-        sums: (classes, projection).
-        counts: (classes,) int32, how many images they are of.
-    """
-
-    sums: Array
-    counts: Array
-
-    @property
-    def means(self) -> Array:
-        """Class means (classes, projection), 0 for a class without images."""
-        return self.sums / jnp.maximum(self.counts, 1)[:, None]
-
-    @property
-    def mean(self) -> Array:
-        """Mean of all images (projection,)."""
-        return self.sums.sum(0) / jnp.maximum(self.counts.sum(), 1)
-
-    def add(self, features: Array, members: Array) -> "ClassSums":
-        """With a batch's features (batch, projection); members is (batch, classes) bool."""
-        added = dot(members.T.astype(features.dtype), jax.lax.stop_gradient(features))
-        return ClassSums(self.sums + added, self.counts + members.sum(0, dtype=jnp.int32))
 
 
 class MintMemory(NamedTuple):
@@ -86,11 +60,6 @@ class MintMemory(NamedTuple):
     adapted: ClassSums
     gradient: Any
     batches: Array
-
-
-def members_of(logits: Array, mask: Array) -> Array:
-    """Which class each image is predicted as, (batch, classes) bool; padding is of none."""
-    return (logits.argmax(-1)[:, None] == jnp.arange(logits.shape[-1])) & mask[:, None]
 
 
 def mint_inter_variance(features: Array, members: Array, means: Array, mean: Array) -> Array:
@@ -110,6 +79,38 @@ def mint_inter_variance(features: Array, members: Array, means: Array, mean: Arr
     weights = dot(rows, 1 / jnp.maximum(counts, 1)) / jnp.maximum((counts > 0).sum(), 1)
     around_all, around_own = ((features - x) ** 2 for x in (mean, dot(rows, means)))
     return (weights * (around_all - around_own).sum(-1)).sum()
+
+
+def mint_adaptation(model: Classifier, optimizer: optax.GradientTransformation) -> Adapt:
+    """Adapt to a batch along the mean gradient of the stream.
+
+    Args:
+        model: any classifier; its own context is the method's.
+        optimizer: takes one first step.
+
+    Returns:
+        `adapt(params, start, context, memory, batch)`, the memory a `MintMemory`.
+    """
+
+    def adapt(
+        params: Any, start: Any, context: Any, memory: MintMemory, batch: Batch
+    ) -> tuple[Descent, MintMemory]:
+        mask = jnp.asarray(batch.mask)
+
+        def loss_of(adapted: Any) -> tuple[Array, ClassSums]:
+            outputs = model(tree.merge(params, adapted), context, batch)
+            features, members = unit_embeddings(outputs, mask), members_of(outputs.logits, mask)
+            sums = memory.source.add(features, members)
+            return -mint_inter_variance(features, members, sums.means, sums.mean), sums
+
+        (loss, sums), gradient = jax.value_and_grad(loss_of, has_aux=True)(start)
+        batches = memory.batches + 1
+        mean = jax.tree.map(lambda old, new: old + (new - old) / batches, memory.gradient, gradient)
+        updates, _ = optimizer.update(mean, optimizer.init(start), start)
+        descent = Descent(optax.apply_updates(start, updates), loss)
+        return descent, MintMemory(sums, memory.adapted, mean, batches)
+
+    return adapt
 
 
 def mint(
@@ -155,37 +156,16 @@ def mint(
     def remember(params: Any, start: Any, context: Any) -> MintMemory:
         images = jnp.zeros((1, model.image_size, model.image_size, 3), jnp.uint8)
         outputs = jax.eval_shape(model, params, context, as_batch(images))
-        shape, dtype = class_embeddings(outputs, "Mint").shape, outputs.embeddings.dtype
-
-        def none() -> ClassSums:  # each its own buffers, which are donated
-            return ClassSums(jnp.zeros(shape, dtype), jnp.zeros(shape[0], jnp.int32))
-
-        return MintMemory(none(), none(), jax.tree.map(jnp.zeros_like, start), jnp.int32(0))
-
-    def adapt(
-        params: Any, start: Any, context: Any, memory: MintMemory, batch: Batch
-    ) -> tuple[Descent, MintMemory]:
-        mask = jnp.asarray(batch.mask)
-
-        def loss_of(adapted: Any) -> tuple[Array, ClassSums]:
-            outputs = model(tree.merge(params, adapted), context, batch)
-            features, members = unit_embeddings(outputs, mask), members_of(outputs.logits, mask)
-            sums = memory.source.add(features, members)
-            return -mint_inter_variance(features, members, sums.means, sums.mean), sums
-
-        (loss, sums), gradient = jax.value_and_grad(loss_of, has_aux=True)(start)
-        batches = memory.batches + 1
-        mean = jax.tree.map(lambda old, new: old + (new - old) / batches, memory.gradient, gradient)
-        updates, _ = optimizer.update(mean, optimizer.init(start), start)
-        descent = Descent(optax.apply_updates(start, updates), loss)
-        return descent, MintMemory(sums, memory.adapted, mean, batches)
+        like = class_embeddings(outputs, "Mint").shape, outputs.embeddings.dtype
+        gradient = jax.tree.map(jnp.zeros_like, start)
+        return MintMemory(no_images(*like), no_images(*like), gradient, jnp.int32(0))
 
     def predict(
         params: Any, context: Any, memory: MintMemory, batch: Batch
     ) -> tuple[Outputs, MintMemory]:
         outputs = model(params, context, batch)
         texts = class_embeddings(outputs, "Mint")
-        finite = batch.mask & jnp.isfinite(outputs.embeddings).all(-1)
+        finite = jnp.asarray(batch.mask) & jnp.isfinite(outputs.embeddings).all(-1)
         clean, members = unit_embeddings(outputs, finite), members_of(outputs.logits, finite)
         sums = memory.adapted.add(clean, members)
         images = memory.source.counts.sum()
@@ -196,4 +176,5 @@ def mint(
         return outputs._replace(logits=logits), memory._replace(adapted=sums)
 
     context = context_of(model, task, lambda path: False)
+    adapt = mint_adaptation(model, optimizer)
     return per_batch(adapt, predict, context, trainable, remember=remember, method="Mint")

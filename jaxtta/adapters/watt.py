@@ -9,9 +9,8 @@ round's start, 50 rounds. Every batch begins anew.
 Adam is one for all templates and rounds, as in the published code: WATT-S never clears its moments,
 WATT-P before each template of the first round alone.
 
-Cost per image: 80 image passes forward and backward and one forward (WATT-S), or 800 and one
-(WATT-P). The published code has 160 and 1,600 forward: it chooses the classes in passes of their
-own, with the same weights. The text is encoded once, in `init`.
+Cost per image: 81 image passes forward and 80 backward (WATT-S), 801 and 800 (WATT-P). The published
+code has 161 and 1,601 forward, with passes of their own to choose the classes.
 
     task = jaxtta.zero_shot_task(model, class_names, WATT_TEMPLATES)
     adapter = jaxtta.adapters.watt(model, task)
@@ -32,10 +31,16 @@ import optax
 
 from jaxtta import tree
 from jaxtta.adapters.base import Adapter, Array, Preset
-from jaxtta.adapters.clipartt import clipartt_loss, dot
+from jaxtta.adapters.clipartt import clipartt_loss, dot, require_temperature
 from jaxtta.adapters.descent import Descent, descend
 from jaxtta.adapters.on_features import at_least
-from jaxtta.adapters.per_batch import choices, class_predictions, per_batch, unit_embeddings
+from jaxtta.adapters.per_batch import (
+    Adapt,
+    choices,
+    class_predictions,
+    per_batch,
+    unit_embeddings,
+)
 from jaxtta.models import Batch, Classifier, Task, l2_normalize
 
 WATT_TEMPLATES = (
@@ -71,6 +76,63 @@ class WATTContext(NamedTuple):
     templates: Array
 
 
+def watt_adaptation(
+    model: Any,
+    optimizer: optax.GradientTransformation,
+    *,
+    parallel: bool = False,
+    rounds: int = 5,
+    iterations: int = 2,
+    temperature: float = 0.01,
+) -> Adapt:
+    """Adapt to a batch from fresh moments of the optimiser.
+
+    Args:
+        model: CLIP or SigLIP.
+        optimizer: an optax transformation.
+        parallel: whether each template starts from the round's start, as in WATT-P.
+        rounds: m, averages one after another.
+        iterations: l, steps of the optimiser for each template.
+        temperature: of the targets.
+
+    Returns:
+        As `clipartt_adaptation`; context a `WATTContext`, losses (rounds, templates, iterations).
+    """
+
+    def adapt(
+        params: Any, start: Any, context: WATTContext, memory: tuple[()], batch: Batch
+    ) -> tuple[Descent, tuple[()]]:
+        mask, fresh = jnp.asarray(batch.mask), optimizer.init(start)
+        share = 1 / len(context.templates)
+
+        def loss(texts: Array, adapted: Any) -> Array:
+            merged = tree.merge(params, adapted)
+            features = unit_embeddings(model(merged, context.classes, batch), mask)
+            own = texts[jax.lax.stop_gradient(dot(features, texts.T)).argmax(-1)]
+            return clipartt_loss(features, own, model.logit_scale(merged), mask, temperature)
+
+        def one_round(carry: Any, first: Array) -> Any:
+            begin, moments = carry
+
+            def one_template(carry: Any, texts: Array) -> Any:
+                weights, moments, average = carry
+                if parallel:
+                    weights, moments = begin, optax.tree.where(first, fresh, moments)
+                of_template = partial(loss, texts)
+                found, moments = descend(of_template, weights, optimizer, moments, iterations)
+                average = optax.tree.add_scale(average, share, found.adapted)
+                return (found.adapted, moments, average), found.losses
+
+            carry = begin, moments, optax.tree.zeros_like(begin)
+            (_, moments, average), losses = jax.lax.scan(one_template, carry, context.templates)
+            return (average, moments), losses
+
+        (adapted, _), losses = jax.lax.scan(one_round, (start, fresh), jnp.arange(rounds) == 0)
+        return Descent(adapted, losses), memory
+
+    return adapt
+
+
 def watt(
     model: Classifier,
     task: Task | None,
@@ -85,10 +147,8 @@ def watt(
 ) -> Adapter:
     """Average the image tower's weights over templates, anew for every batch.
 
-    Batch norms use each batch's own statistics.
-
     Args:
-        model: CLIP or SigLIP.
+        model: CLIP or SigLIP; batch norms use each batch's own statistics.
         task: the classes with several templates, `WATT_TEMPLATES` in the published runs.
         mode: "sequential" for WATT-S, "parallel" for WATT-P.
         optimizer: an optax transformation, begun anew for every batch; None for
@@ -98,8 +158,7 @@ def watt(
         rounds: m, averages one after another; None for `WATT_ROUNDS[mode]`.
         iterations: l, steps of the optimiser for each template.
         temperature: of the targets, as in `clipartt`.
-        scale: of the cosines in the prediction; None for the model's own. The reference
-            implementation's 100 is CLIP's.
+        scale: of the cosines in the prediction; None for the model's own, CLIP's 100.
 
     Returns:
         The adapter. Its state remembers nothing but the number of images. `metrics["loss"]` and
@@ -115,14 +174,12 @@ def watt(
         raise ValueError(f"mode is {mode!r}, expected {' or '.join(WATT_ROUNDS)}")
     number = WATT_ROUNDS[mode] if rounds is None else rounds
     at_least(1, rounds=number, iterations=iterations)
-    if not temperature > 0:
-        raise ValueError(f"temperature is {temperature}, expected a positive number")
+    require_temperature(temperature)
     defaults = optimizer, trainable, WATT_PRESETS["imagenet-c"]
     model, optimizer, trainable = choices("WATT", model, *defaults)
-    clip = cast(Any, model)
     if not hasattr(model, "prompts"):
         raise ValueError("WATT needs a text tower, for its templates; this model has none")
-    clip.prompts(task)  # for its errors
+    cast(Any, model).prompts(task)  # for its errors
     classes, templates, length = cast(Task, task).token_ids.shape
     if templates < 2:
         raise ValueError(
@@ -136,38 +193,7 @@ def watt(
         texts = model.init_context(params, Task(single)).reshape(classes, templates, -1)
         return WATTContext(l2_normalize(texts.mean(1)), texts.swapaxes(0, 1))
 
-    def adapt(
-        params: Any, start: Any, context: WATTContext, memory: tuple[()], batch: Batch
-    ) -> tuple[Descent, tuple[()]]:
-        mask, fresh = jnp.asarray(batch.mask), optimizer.init(start)
-
-        def loss(texts: Array, adapted: Any) -> Array:
-            merged = tree.merge(params, adapted)
-            features = unit_embeddings(model(merged, context.classes, batch), mask)
-            own = texts[jax.lax.stop_gradient(dot(features, texts.T)).argmax(-1)]
-            return clipartt_loss(features, own, clip.logit_scale(merged), mask, temperature)
-
-        def one_round(carry: Any, first: Array) -> Any:
-            begin, moments = carry
-
-            def one_template(carry: Any, texts: Array) -> Any:
-                weights, moments, average = carry
-                if mode == "parallel":
-                    weights, moments = begin, optax.tree.where(first, fresh, moments)
-                descent, moments = descend(
-                    partial(loss, texts), weights, optimizer, moments, iterations
-                )
-                average = jax.tree.map(lambda x, y: x + y / templates, average, descent.adapted)
-                return (descent.adapted, moments, average), descent.losses
-
-            nothing = optax.tree.zeros_like(begin)
-            carry = begin, moments, nothing
-            (_, moments, average), losses = jax.lax.scan(one_template, carry, context.templates)
-            return (average, moments), losses
-
-        firsts = jnp.arange(number) == 0
-        (adapted, _), losses = jax.lax.scan(one_round, (start, fresh), firsts)
-        return Descent(adapted, losses), memory
-
+    settings = {"rounds": number, "iterations": iterations, "temperature": temperature}
+    adapt = watt_adaptation(model, optimizer, parallel=mode == "parallel", **settings)
     predict = class_predictions(model, scale)
     return per_batch(adapt, predict, context, trainable, method="WATT")
