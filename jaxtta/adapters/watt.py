@@ -9,8 +9,8 @@ round's start, 50 rounds. Every batch begins anew.
 Adam is one for all templates and rounds, as in the published code: WATT-S never clears its moments,
 WATT-P before each template of the first round alone.
 
-Cost per image: 81 image passes forward and 80 backward (WATT-S), 801 and 800 (WATT-P). The published
-code has 161 and 1,601 forward, with passes of their own to choose the classes.
+Cost per image: 81 image passes forward and 80 backward (WATT-S), or 801 and 800 (WATT-P). The
+published code has 161 and 1,601 forward, with passes of their own to choose the classes.
 
     task = jaxtta.zero_shot_task(model, class_names, WATT_TEMPLATES)
     adapter = jaxtta.adapters.watt(model, task)
