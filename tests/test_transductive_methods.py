@@ -47,8 +47,7 @@ WORDS = ClassWords(
 METHODS = {
     "mint": mint,
     "clipartt": partial(clipartt, words=WORDS, iterations=2),
-    "watt-s": partial(watt, rounds=1, iterations=1),
-    "watt-p": partial(watt, mode="parallel", rounds=2, iterations=1),
+    "watt": partial(watt, mode="parallel", rounds=2, iterations=1),
 }
 BATCH = 6
 
@@ -376,7 +375,7 @@ def test_one_image_a_batch(tiny, adapter, images):
 
 def test_methods_on_features_go_on_top(tiny, task, images):
     model, params = tiny
-    adapter = stata(model, task, on=METHODS["watt-s"](model, task))
+    adapter = stata(model, task, on=METHODS["watt"](model, task))
     _, prediction = jax.jit(adapter.step)(params, adapter.init(params), images[0])
     np.testing.assert_allclose(np.exp(prediction.logits).sum(1), 1, rtol=1e-4)
     assert "last_loss" in prediction.metrics

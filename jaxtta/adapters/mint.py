@@ -168,7 +168,7 @@ def mint(
         finite = jnp.asarray(batch.mask) & jnp.isfinite(outputs.embeddings).all(-1)
         clean, members = unit_embeddings(outputs, finite), members_of(outputs.logits, finite)
         sums = memory.adapted.add(clean, members)
-        images = memory.source.counts.sum()
+        images = memory.source.counts.sum().astype(texts.dtype)
         share = images / (prior + images)
         classes = unit((1 - share) * texts + share * sums.means)
         factor = scale_of(params) if scale is None else scale
