@@ -493,6 +493,9 @@ def test_what_a_model_or_task_lacks_is_said_in_one_sentence(name, tiny, task):
     adapter = method(model, task)
     with pytest.raises(TypeError, match="params and state are swapped"):
         adapter.step(adapter.init(params), params, np.zeros((2, 32, 32, 3), np.uint8))
+    other = zero_shot(model, task).init(params)
+    with pytest.raises(ValueError, match=r"the state is another adapter's, expected .* from init"):
+        adapter.step(params, other, np.zeros((2, 32, 32, 3), np.uint8))
 
 
 class Cosines:

@@ -188,7 +188,8 @@ def clipartt(
     settings = {"iterations": iterations, "labels": labels, "temperature": temperature}
     adapt = clipartt_adaptation(model, optimizer, length, **settings)
     predict = class_predictions(model, scale)
-    return per_batch(adapt, predict, context, trainable, method="CLIPArTT")
+    known = {"kinds": (CLIPArTTContext, tuple), "method": "CLIPArTT"}
+    return per_batch(adapt, predict, context, trainable, **known)
 
 
 def require_temperature(temperature: float) -> None:

@@ -177,4 +177,5 @@ def mint(
 
     context = context_of(model, task, lambda path: False)
     adapt = mint_adaptation(model, optimizer)
-    return per_batch(adapt, predict, context, trainable, remember=remember, method="Mint")
+    known = {"kinds": (object, MintMemory), "method": "Mint"}
+    return per_batch(adapt, predict, context, trainable, remember=remember, **known)

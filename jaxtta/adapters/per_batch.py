@@ -55,6 +55,7 @@ def per_batch(
     trainable: tree.Trainable,
     *,
     remember: Callable[[Any, Any, Any], Any] = lambda params, start, context: (),
+    kinds: tuple[type, type] = (object, object),
     method: str = "this method",
 ) -> Adapter:
     """Adapt to each batch from the same start, and predict it with what it was adapted to.
@@ -69,6 +70,7 @@ def per_batch(
         trainable: which parameters to adapt, a predicate on paths.
         remember: `remember(params, start, context)` gives the memory of a new stream; start holds
             the parameters that are to be adapted.
+        kinds: of the context and the memory, by which another adapter's state is refused.
         method: its name, for errors.
 
     Returns:
@@ -94,6 +96,10 @@ def per_batch(
 
     def step(params: Any, state: State, batch: Batch | Array) -> tuple[State, Prediction]:
         require_state(State, params, state)
+        if not all(map(isinstance, (state.context, state.optimizer), kinds)):
+            raise ValueError(
+                f"the state is another adapter's, expected {method}'s from init(params)"
+            )
         batch = as_batch(batch, state.seen)
         check_values(batch.images)
         start = _start(params, trainable)

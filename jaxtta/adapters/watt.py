@@ -196,4 +196,5 @@ def watt(
     settings = {"rounds": number, "iterations": iterations, "temperature": temperature}
     adapt = watt_adaptation(model, optimizer, parallel=mode == "parallel", **settings)
     predict = class_predictions(model, scale)
-    return per_batch(adapt, predict, context, trainable, method="WATT")
+    known = {"kinds": (WATTContext, tuple), "method": "WATT"}
+    return per_batch(adapt, predict, context, trainable, **known)
