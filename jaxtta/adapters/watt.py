@@ -182,10 +182,8 @@ def watt(
     cast(Any, model).prompts(task)  # for its errors
     classes, templates, length = cast(Task, task).token_ids.shape
     if templates < 2:
-        raise ValueError(
-            "WATT averages over templates and the task has one: give zero_shot_task several, "
-            "WATT_TEMPLATES for one"
-        )
+        hint = "zero_shot_task(model, class_names, WATT_TEMPLATES) has eight"
+        raise ValueError(f"WATT averages over templates and the task has one: {hint}")
     # Each prompt a class of its own: one pass of the text tower, at any number of templates.
     single = cast(Task, task).token_ids.reshape(-1, 1, length)
 
