@@ -2,16 +2,11 @@
 
 from jaxtta.adapters.base import Adapter, Metrics, Objective, Prediction, Preset, State
 from jaxtta.adapters.batclip import BATCLIP_PRESETS, adam_with_l2, batclip, batclip_objective
-from jaxtta.adapters.by_name import (
-    AdapterConfig,
-    AdapterSpec,
-    MGTTAConfig,
-    make_adapter,
-    parse_adapter,
-    tnt_config_of,
-)
+from jaxtta.adapters.by_name import parse_adapter
 from jaxtta.adapters.mgtta import MGTTAContext, mgtta, mgtta_objective, mgtta_training
+from jaxtta.adapters.named import make_adapter
 from jaxtta.adapters.online import online
+from jaxtta.adapters.specs import AdapterConfig, AdapterSpec, MGTTAConfig, tnt_config_of
 from jaxtta.adapters.tent import TENT_PRESETS, tent, tent_objective
 from jaxtta.adapters.tnt.adapter import TNTState, tnt, tnt_image
 from jaxtta.adapters.tnt.config import TNT_PRESETS, TNTConfig, load_noise, save_noise

@@ -17,7 +17,8 @@ import numpy as np
 from tqdm import tqdm
 
 from jaxtta.adapters import AdapterConfig, AdapterSpec, tnt_config_of
-from jaxtta.adapters.by_name import mgtta_config_of, optimizer_of
+from jaxtta.adapters.named import METHODS, optimizer_of, settings_of
+from jaxtta.adapters.specs import mgtta_config_of
 from jaxtta.data import Batches, Dataset, Subset, content_of
 from jaxtta.data.datasets import stored_in
 from jaxtta.io import digest_array, digest_of
@@ -71,15 +72,17 @@ def identity_of(spec: AdapterSpec, config: AdapterConfig, canvas: int | None = N
     own: dict[str, Any] = {"name": spec.name}
     if spec.needs_originals:
         own["canvas"] = canvas
-    if spec.function is not None:
-        function, settings = model_settings(spec.function), model_settings(spec.settings)
-        source = source_of(spec.function)
+    if spec.own:
+        function, settings = model_settings(spec.make), model_settings(spec.settings)
+        source = source_of(spec.make)
         return own | {"function": function, "settings": settings, "source": source}
     if spec.name == "tnt":
         settings = dataclasses.asdict(tnt_config_of(spec, config))
         return own | {"tnt": {k: v for k, v in settings.items() if k not in _SPEED_ONLY}}
-    if spec.name == "zero_shot":
-        return own
+    if spec.name != "mgtta":
+        own |= model_settings(settings_of(spec))
+        if not METHODS[spec.name].presets:
+            return own
     made = optimizer_of(spec, config)
     given = [str(made.args[0]), *(f"{key}={value}" for key, value in made.keywords.items())]
     own["optimizer"] = f"{made.func.__name__}({', '.join(given)})"

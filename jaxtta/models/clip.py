@@ -287,7 +287,9 @@ class CLIP:
             )
         return prompts
 
-    def class_embeddings(self, params: Params, prompts: Prompts) -> Array:
+    def class_embeddings(
+        self, params: Params, prompts: Prompts, context: Array | None = None
+    ) -> Array:
         """Encode a task's classes.
 
         Several templates are averaged as CLIP does: each embedding normalised, their mean
@@ -296,6 +298,8 @@ class CLIP:
         Args:
             params: the parameter tree.
             prompts: from `prompts`.
+            context: (n, width), vectors in place of the embeddings of tokens 1 to n, which all
+                prompts share (`Prompts.prefix`); None for the tokens' own.
 
         Returns:
             (classes, projection), of unit norm.
@@ -304,7 +308,7 @@ class CLIP:
         attend = packing.packed_attention(prompts, self.text.causal)
         read = packing.read_ends(prompts)
         spread = packing.over_devices(token_ids, positions, attend, read)
-        flat = self._encode_rows(params, *spread)[: prompts.ends.size]
+        flat = self._encode_rows(params, *spread, context)[: prompts.ends.size]
         embeddings = l2_normalize(flat).reshape(*prompts.ends.shape, -1)
         return embeddings[:, 0] if embeddings.shape[1] == 1 else l2_normalize(embeddings.mean(1))
 
@@ -360,9 +364,10 @@ class CLIP:
         positions: Array | np.ndarray,
         attend: Attend,
         read: Select,
+        context: Array | None = None,
     ) -> Array:
         variables = {"params": part(params, "text_model")}
-        pooled = self.text.apply(variables, token_ids, positions, attend, read)
+        pooled = self.text.apply(variables, token_ids, positions, attend, read, context)
         return _project(cast(Array, pooled), params.get("text_projection"))
 
 

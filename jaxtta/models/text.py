@@ -2,6 +2,7 @@
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from jaxtta.models.transformer import (
     Architecture,
@@ -24,12 +25,16 @@ class TextEmbeddings(nn.Module):
     max_length: int
 
     @nn.compact
-    def __call__(self, token_ids: Array, positions: Array) -> Array:
-        """Map ids and positions (rows…) to tokens (rows…, width)."""
+    def __call__(self, token_ids: Array, positions: Array, context: Array | None = None) -> Array:
+        """Map ids and positions (rows…) to tokens (rows…, width); see `TextTransformer`."""
         tokens = Table(self.vocabulary, self.arch.width, name="token_embedding")()
         table = Table(self.max_length, self.arch.width, name="position_embedding")()
         dtype = self.arch.compute_dtype or tokens.dtype
-        return tokens[token_ids].astype(dtype) + table[positions].astype(dtype)
+        embedded = tokens[token_ids].astype(dtype)
+        if context is not None:
+            parts = embedded[:1], context.astype(dtype), embedded[1 + len(context) :]
+            embedded = jnp.concatenate(parts)
+        return embedded + table[positions].astype(dtype)
 
 
 class TextTransformer(nn.Module):
@@ -53,7 +58,14 @@ class TextTransformer(nn.Module):
     projection_bias: bool = False
 
     @nn.compact
-    def __call__(self, token_ids: Array, positions: Array, attend: Attend, read: Select) -> Array:
+    def __call__(
+        self,
+        token_ids: Array,
+        positions: Array,
+        attend: Attend,
+        read: Select,
+        context: Array | None = None,
+    ) -> Array:
         """Encode rows of tokens and read them at the ends of the prompts.
 
         Args:
@@ -61,12 +73,14 @@ class TextTransformer(nn.Module):
             positions: (rows,), each token's place in its prompt.
             attend: attention over the rows as they are arranged.
             read: selects the rows (prompts, …) at which prompts are read.
+            context: (n, width), what stands for the token embeddings of rows 1 to n; None for
+                their own.
 
         Returns:
             (prompts, width), after the final LayerNorm.
         """
         x = TextEmbeddings(self.arch, self.vocabulary, self.max_length, name="embeddings")(
-            token_ids, positions
+            token_ids, positions, context
         )
         last = AttentionPlan(lambda *rows: read(attend(*rows)), select_outputs=read)
         outputs, _ = Encoder(self.arch, name="encoder")(x, attend, last)

@@ -10,22 +10,19 @@ scale there too. All variants share one state type, so that a frozen map can be 
 time by the online adapter.
 """
 
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxtta import tree
-from jaxtta import views as views_of
 from jaxtta.adapters.base import Adapter, Array, Prediction, image_check, require_state
+from jaxtta.adapters.image_views import cut_views, require_views
 from jaxtta.adapters.tnt.config import TNT_PRESETS, TNTConfig, require_noise
 from jaxtta.adapters.tnt.optimize import TNTOutput, optimize_noise
 from jaxtta.augmix import augmix
 from jaxtta.models import Batch, Classifier, Task, as_batch, context_of
 from jaxtta.models.checks import require_layout, require_model
-
-PIL_KERNELS = {2: "bilinear", 3: "bicubic"}
-"""PIL's numbers of the kernels that views can be resized with."""
 
 
 class TNTState(NamedTuple):
@@ -72,36 +69,14 @@ def tnt_image(
     Returns:
         The views (N, size, size, 3) without noise, the plain one first, and the result.
     """
-    preprocessing = model.preprocessing
-    side, kernel = preprocessing.image_size, PIL_KERNELS[preprocessing.resample]
+    side = model.image_size
     noise_key, view_key, mix_key = jax.random.split(key, 3)
     start = initial_noise(noise_key, side, config.epsilon) if noise is None else noise
-    if size is None and image.shape[:2] != (side, side):
-        raise ValueError(
-            f"an image of {image.shape[0]}×{image.shape[1]} pixels, expected {side}×{side}, "
-            "or an original with its size"
-        )
-    original = image.astype(jnp.float32) / 255 if image.dtype == jnp.uint8 else image
-    if size is None:
-        first, size = original, jnp.array(original.shape[:2])
-    else:
-        first = views_of.plain(
-            original,
-            size,
-            side,
-            preprocessing.resize,
-            kernel,
-            rounding=preprocessing.rounding,
-            resize_longer=preprocessing.resize_longer,
-            fill=preprocessing.fill,
-        )
-    others = views_of.random_resized_crops(
-        view_key, original, size, config.views - 1, side, config.scale, config.ratio
-    )
+    views = cut_views(model, view_key, image, size, config.views, config.scale, config.ratio)
     if config.augmix:
-        keys = jax.random.split(mix_key, len(others))
-        others = jax.vmap(augmix, (0, 0, None))(keys, others, config.augmix)
-    views = jnp.concatenate([first[None], others])
+        keys = jax.random.split(mix_key, config.views - 1)
+        others = jax.vmap(augmix, (0, 0, None))(keys, views[1:], config.augmix)
+        views = jnp.concatenate([views[:1], others])
 
     def embed(params: Any, images: Array) -> Array:
         return model(params, classes, as_batch(images)).embeddings
@@ -149,15 +124,8 @@ def tnt(
     for name, meaning in (("logit_scale", "cosine logits"), ("preprocessing", "preprocessing")):
         if not hasattr(model, name):
             raise ValueError(f"TNT needs a model with {meaning}; this one has no {name}")
-    if model.mixes_batch:
-        raise ValueError('TNT needs images that do not mix: with_batch_norm_statistics("running")')
+    require_views(model, "TNT")
     side = model.image_size
-    preprocessing = cast(Any, model).preprocessing  # it has one, see above
-    if preprocessing.resample not in PIL_KERNELS:
-        raise ValueError(
-            f"the checkpoint resizes with PIL's filter {preprocessing.resample}, expected 2 "
-            "(bilinear) or 3 (bicubic)"
-        )
     if noise is not None:
         require_noise(noise, (side, side, 3))
     own_map = not config.online and noise is None
@@ -231,3 +199,6 @@ def tnt(
         return state, Prediction(logits, metrics)
 
     return Adapter(init, step)
+
+
+vars(tnt)["needs_originals"] = True

@@ -23,8 +23,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtta.adapters.base import Array
+from jaxtta.adapters.image_views import (
+    in_chunks,
+    marginal_entropy,
+    mean_log_probability,
+    most_confident,
+    share_of,
+)
 from jaxtta.adapters.tnt.config import TNTConfig
-from jaxtta.losses import entropy
 from jaxtta.models import l2_normalize
 
 Embed = Callable[[Any, Array], Array]
@@ -92,14 +98,14 @@ def optimize_noise(
         return scale * jnp.matmul(embedded, classes.T, precision="highest")
 
     def logits_of_all(noise: Array) -> Array:
-        return logits_of(_in_chunks(lambda x: embeddings(x, noise), views, config.views_per_chunk))
+        return logits_of(in_chunks(lambda x: embeddings(x, noise), views, config.views_per_chunk))
 
     fractions = config.select_fraction, config.ensemble_fraction
-    kept, averaged = (max(int(fraction * len(views)), 1) for fraction in fractions)
+    kept, averaged = (share_of(fraction, len(views)) for fraction in fractions)
     selected = jnp.arange(0)
     losses, noise_steps = jnp.zeros((0, 3)), jnp.zeros((0, *noise.shape))
     if config.steps:
-        selected = _most_confident(logits_of_all(noise), kept)
+        selected = most_confident(logits_of_all(noise), kept)
         chosen = views[selected] if select else views
 
         def loss(noise: Array) -> tuple[Array, Array]:
@@ -117,40 +123,19 @@ def optimize_noise(
 
         noise, (losses, noise_steps) = jax.lax.scan(update, noise, length=config.steps)
     logits = logits_of_all(noise)
-    ensemble = _most_confident(logits, averaged)
+    ensemble = most_confident(logits, averaged)
     votes, temperature = logits[ensemble], config.temperature
     if temperature == "code":  # half precision's epsilon, and the entropy added to it
         temperature = 2.0**-10 * (1 + marginal_entropy(logits))
     if config.steps and temperature != "model":
         votes = votes / scale / temperature
-    log_probabilities = jax.nn.logsumexp(jax.nn.log_softmax(votes), 0) - jnp.log(averaged)
+    log_probabilities = mean_log_probability(votes)
     return TNTOutput(noise, log_probabilities, noise_steps, losses, selected, ensemble, logits)
-
-
-def _in_chunks(function: Callable[[Array], Array], rows: Array, views_per_chunk: int) -> Array:
-    """Apply a function of rows to at most `views_per_chunk` of them at a time."""
-    count = -(-len(rows) // views_per_chunk)
-    if count == 1:
-        return function(rows)
-    size = -(-len(rows) // count)  # all chunks as even as can be, so that few rows are padding
-    padded = jnp.pad(rows, ((0, count * size - len(rows)), *((0, 0),) * (rows.ndim - 1)))
-    parts = jax.lax.map(function, padded.reshape(count, size, *rows.shape[1:]))
-    return parts.reshape(count * size, *parts.shape[2:])[: len(rows)]
-
-
-def _most_confident(logits: Array, count: int) -> Array:
-    return jnp.argsort(entropy(logits))[:count]
 
 
 def _clip(x: Array) -> Array:
     # Unlike jnp.clip's, the derivative is 1 at the ends too, where many pixels lie.
     return jnp.where((x >= 0) & (x <= 1), x, jax.lax.stop_gradient(x.clip(0, 1)))
-
-
-def marginal_entropy(logits: Array) -> Array:
-    """Entropy in nats of the mean probability over views (views, classes)."""
-    mean = jax.nn.logsumexp(jax.nn.log_softmax(logits), 0) - jnp.log(len(logits))
-    return -(jnp.exp(mean) * mean).sum()
 
 
 def inter_view_distance(embeddings: Array) -> Array:
