@@ -27,7 +27,6 @@ BATCH = 12
 METHODS = {
     "tda": partial(tda, scale=100.0, entropy_range=(0.02, 0.6)),
     "lame": lame,
-    "lame-rbf": partial(lame, affinity="rbf"),
     "t3a": partial(t3a, supports=2),
     "stata": stata,
     "transclip": transclip,
@@ -316,6 +315,17 @@ def test_images_that_are_all_the_same():
 
 
 # The laws
+
+
+@pytest.mark.parametrize("affinity", AFFINITIES)
+@pytest.mark.parametrize("valid", [1, 3, 8])  # fewer than the neighbours, too
+def test_padding_has_no_affinity(affinity, valid):
+    features = unit(jax.random.normal(jax.random.key(0), (valid, 6)))
+    alone = lame_affinity(features, all_of(features), affinity)
+    mask = np.arange(9) < valid
+    padded = lame_affinity(jnp.pad(features, ((0, 9 - valid), (0, 0))), mask, affinity)
+    np.testing.assert_allclose(padded[:valid, :valid], alone, atol=1e-6)
+    assert not np.any(padded[valid:]) and not np.any(padded[:, valid:])
 
 
 def test_padding_changes_nothing(tiny, adapter, step, images):
@@ -623,7 +633,7 @@ def test_a_model_without_class_embeddings_is_refused(name):
             return jaxtta.Outputs(features, features)
 
     params, images = {"scale": jnp.ones(3)}, jax.random.uniform(jax.random.key(0), (8, 32, 32, 3))
-    if name in ("lame", "lame-rbf"):
+    if name == "lame":
         adapter = METHODS[name](Plain(), None)
         _, prediction = adapter.step(params, adapter.init(params), images)
         np.testing.assert_allclose(np.exp(prediction.logits).sum(1), 1, rtol=1e-5)
