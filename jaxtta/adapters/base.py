@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import jax
 import optax
@@ -21,6 +21,9 @@ ObjectiveValue = tuple[Array, tuple[Array | Outputs, Metrics]]
 methods on features can be put on top (`on_features`)."""
 Objective = Callable[[Any, Any, Batch], ObjectiveValue]
 """(params, context, batch) to an `ObjectiveValue`."""
+
+
+M = TypeVar("M", bound=Callable[..., "Adapter"])
 
 
 class Prediction(NamedTuple):
@@ -116,6 +119,12 @@ def image_check() -> Callable[[Any], None]:
                 log.warning(problem)
 
     return check
+
+
+def cuts_views(method: M) -> M:
+    """Mark a method that cuts its own views: streams give it full-size images."""
+    vars(method)["needs_originals"] = True
+    return method
 
 
 class Preset(NamedTuple):

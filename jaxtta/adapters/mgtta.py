@@ -31,8 +31,7 @@ from jaxtta.models.feature_statistics import require_statistics
 from jaxtta.optim import MGGParams, meta_gradient_generator
 from jaxtta.tree import Trainable, merge, normalisation_parameters
 
-SCALE = 64  # also the paper's batch size
-"""What the reference implementation divides the weight by, whatever the batch size."""
+SCALE = 64  # what the reference implementation divides the weight by, whatever the batch size
 PAPER_LEARNING_RATE = 1e-3
 
 
@@ -142,9 +141,8 @@ def mgtta(
 
     Raises:
         TypeError: as `tent`, or if the statistics are not `FeatureStatistics`.
-        ValueError: if the statistics are another model's, of fewer than two images or not finite,
-            the weight is below 0, the model has no layer features, or it needs a task and there is
-            none.
+        ValueError: for statistics of another model or that are not finite, a weight below 0, a
+            model without layer features, or one that needs a task and has none.
     """
     if optimizer is None:
         raise ValueError("MGTTA needs an optimizer: a meta gradient generator for this model")
@@ -198,5 +196,4 @@ def mgtta_training(
         generator = meta_gradient_generator(phi, learning_rate)
         return online(objective, lambda _: frozen[1], trainable, generator)
 
-    context = MGTTAContext(classes, statistics.mean, statistics.std)
-    return loss_of, adapter_of, (params, context)
+    return loss_of, adapter_of, (params, MGTTAContext(classes, statistics.mean, statistics.std))

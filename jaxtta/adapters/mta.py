@@ -28,8 +28,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxtta.adapters import image_views
-from jaxtta.adapters.base import Adapter, Array
-from jaxtta.adapters.of_views import Predict, cuts_views, of_views, unit_embeddings
+from jaxtta.adapters.base import Adapter, Array, cuts_views
+from jaxtta.adapters.of_views import Predict, of_views, unit_embeddings
 from jaxtta.models import Classifier, Task, l2_normalize
 
 ROUNDS, INNER, SMALL_CHANGE, NEIGHBOURS = 5, 5, 1e-6, 0.3

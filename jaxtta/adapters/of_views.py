@@ -13,7 +13,7 @@ An image's views are keyed by its number in the stream: they do not depend on it
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +37,6 @@ Encode = Callable[[Any, Any, Array], Any]
 """(params, context, images (views, side, side, 3)) to a tree of arrays (views, …)."""
 Predict = Callable[[Any], tuple[Array, Metrics]]
 """What one image's views were encoded to, to logits (classes,) and named scalars."""
-F = TypeVar("F", bound=Callable[..., Adapter])
 
 
 class ViewContext(NamedTuple):
@@ -50,12 +49,6 @@ class ViewContext(NamedTuple):
 
     model: Any
     key: Array
-
-
-def cuts_views(method: F) -> F:
-    """Mark a method that cuts its own views: streams give it full-size images."""
-    vars(method)["needs_originals"] = True
-    return method
 
 
 def unit_embeddings(model: Classifier) -> Encode:

@@ -29,8 +29,8 @@ import jax
 import optax
 
 from jaxtta.adapters import image_views
-from jaxtta.adapters.base import Adapter, Array
-from jaxtta.adapters.of_views import Predict, cuts_views, of_views
+from jaxtta.adapters.base import Adapter, Array, cuts_views
+from jaxtta.adapters.of_views import Predict, of_views
 from jaxtta.adapters.prompt_tuning import initial_context, tune_context
 from jaxtta.models import Classifier, Prompts, Task, l2_normalize
 from jaxtta.models.checks import require_model

@@ -24,8 +24,8 @@ from typing import Any, cast
 import jax.numpy as jnp
 
 from jaxtta.adapters import image_views
-from jaxtta.adapters.base import Adapter, Array
-from jaxtta.adapters.of_views import Predict, cuts_views, of_views, unit_embeddings
+from jaxtta.adapters.base import Adapter, Array, cuts_views
+from jaxtta.adapters.of_views import Predict, of_views, unit_embeddings
 from jaxtta.models import Classifier, Task
 
 

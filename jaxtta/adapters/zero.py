@@ -27,8 +27,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxtta.adapters import image_views
-from jaxtta.adapters.base import Adapter, Array
-from jaxtta.adapters.of_views import Predict, cuts_views, of_views
+from jaxtta.adapters.base import Adapter, Array, cuts_views
+from jaxtta.adapters.of_views import Predict, of_views
 from jaxtta.models import Classifier, Task, as_batch
 
 HALF_PRECISION = 2.0**-10

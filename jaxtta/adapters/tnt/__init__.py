@@ -1,1 +1,1 @@
-"""TNT: settings (`config`), the optimisation (`optimize`), and the adapter (`adapter`)."""
+"""TNT: settings (`config`), the optimisation, one image (`image`), and the adapter."""
