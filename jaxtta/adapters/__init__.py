@@ -3,29 +3,53 @@
 from jaxtta.adapters.base import Adapter, Metrics, Objective, Prediction, Preset, State
 from jaxtta.adapters.batclip import BATCLIP_PRESETS, adam_with_l2, batclip, batclip_objective
 from jaxtta.adapters.by_name import parse_adapter
+from jaxtta.adapters.clipartt import CLIPARTT_PRESETS, clipartt, clipartt_loss
+from jaxtta.adapters.combined_prompts import ClassWords
+from jaxtta.adapters.lame import lame, lame_affinity, lame_log_probabilities
 from jaxtta.adapters.mgtta import MGTTAContext, mgtta, mgtta_objective, mgtta_training
+from jaxtta.adapters.mint import MINT_PRESETS, mint
+from jaxtta.adapters.mta import mean_shift, mta
 from jaxtta.adapters.named import make_adapter
+from jaxtta.adapters.of_views import of_views
+from jaxtta.adapters.on_features import FeatureMethod, StackedState, on_features
 from jaxtta.adapters.online import online
 from jaxtta.adapters.specs import AdapterConfig, AdapterSpec, MGTTAConfig, tnt_config_of
+from jaxtta.adapters.stata import stata, stata_fit
+from jaxtta.adapters.t3a import t3a
+from jaxtta.adapters.tda import TDA_PRESETS, tda
 from jaxtta.adapters.tent import TENT_PRESETS, tent, tent_objective
-from jaxtta.adapters.tnt.adapter import TNTState, tnt, tnt_image
+from jaxtta.adapters.tnt.adapter import TNTState, tnt
 from jaxtta.adapters.tnt.config import TNT_PRESETS, TNTConfig, load_noise, save_noise
+from jaxtta.adapters.tnt.image import tnt_image
 from jaxtta.adapters.tnt.optimize import TNTOutput, optimize_noise
+from jaxtta.adapters.tpt import ctpt, tpt
+from jaxtta.adapters.transclip import transclip, transclip_fit
+from jaxtta.adapters.vte import vte, vte_logits
+from jaxtta.adapters.watt import WATT_PRESETS, WATT_TEMPLATES, watt
+from jaxtta.adapters.zero import zero, zero_soft_votes, zero_votes
 from jaxtta.adapters.zero_shot import zero_shot
 
 __all__ = [
     "BATCLIP_PRESETS",
+    "CLIPARTT_PRESETS",
+    "MINT_PRESETS",
+    "TDA_PRESETS",
     "TENT_PRESETS",
     "TNT_PRESETS",
+    "WATT_PRESETS",
+    "WATT_TEMPLATES",
     "Adapter",
     "AdapterConfig",
     "AdapterSpec",
+    "ClassWords",
+    "FeatureMethod",
     "MGTTAConfig",
     "MGTTAContext",
     "Metrics",
     "Objective",
     "Prediction",
     "Preset",
+    "StackedState",
     "State",
     "TNTConfig",
     "TNTOutput",
@@ -33,19 +57,43 @@ __all__ = [
     "adam_with_l2",
     "batclip",
     "batclip_objective",
+    "clipartt",
+    "clipartt_loss",
+    "ctpt",
+    "lame",
+    "lame_affinity",
+    "lame_log_probabilities",
     "load_noise",
     "make_adapter",
+    "mean_shift",
     "mgtta",
     "mgtta_objective",
     "mgtta_training",
+    "mint",
+    "mta",
+    "of_views",
+    "on_features",
     "online",
     "optimize_noise",
     "parse_adapter",
     "save_noise",
+    "stata",
+    "stata_fit",
+    "t3a",
+    "tda",
     "tent",
     "tent_objective",
     "tnt",
     "tnt_config_of",
     "tnt_image",
+    "tpt",
+    "transclip",
+    "transclip_fit",
+    "vte",
+    "vte_logits",
+    "watt",
+    "zero",
     "zero_shot",
+    "zero_soft_votes",
+    "zero_votes",
 ]

@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any, cast
 
-from jaxtta.adapters.named import METHODS, check_settings, known_settings
+from jaxtta.adapters.methods import METHODS
+from jaxtta.adapters.named import check_settings, known_settings
 from jaxtta.adapters.specs import AdapterSpec
 
 

@@ -47,7 +47,7 @@ from jaxtta.adapters.per_batch import (
 )
 from jaxtta.models import Batch, Classifier, Task, l2_normalize
 
-CLIPARTT_PRESETS = dict.fromkeys(
+CLIPARTT_PRESETS: dict[str, Preset] = dict.fromkeys(
     ("cifar10-c", "cifar100-c", "imagenet-c"), Preset(partial(optax.adam, 1e-3), 128)
 )
 """The published settings, which were used on CIFAR."""

@@ -37,7 +37,7 @@ from jaxtta.adapters.on_features import class_embeddings, unit
 from jaxtta.adapters.per_batch import Adapt, choices, per_batch, unit_embeddings
 from jaxtta.models import Batch, Classifier, Outputs, Task, as_batch, context_of
 
-MINT_PRESETS = dict.fromkeys(
+MINT_PRESETS: dict[str, Preset] = dict.fromkeys(
     ("cifar10-c", "cifar100-c", "imagenet-c"), Preset(partial(optax.adam, 7e-3), 20)
 )
 """The published settings for ViT-B; ViT-L takes 1.5e-2. A first step of Adam is of this size in

@@ -1,17 +1,17 @@
-"""The methods that have a name: how each is made, with which optimiser and settings."""
+"""Making adapters of the named methods, from a text's settings."""
 
 import dataclasses
 import inspect
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import optax
 
-from jaxtta.adapters.base import Adapter, Preset
-from jaxtta.adapters.batclip import BATCLIP_PRESETS, batclip
+from jaxtta.adapters.base import Adapter
+from jaxtta.adapters.methods import METHODS
 from jaxtta.adapters.mgtta import PAPER_LEARNING_RATE, check_statistics, mgtta
 from jaxtta.adapters.specs import (
     AdapterConfig,
@@ -21,10 +21,8 @@ from jaxtta.adapters.specs import (
     require_type,
     tnt_config_of,
 )
-from jaxtta.adapters.tent import TENT_PRESETS, tent
 from jaxtta.adapters.tnt.adapter import tnt
 from jaxtta.adapters.tnt.config import TNTConfig
-from jaxtta.adapters.zero_shot import zero_shot
 from jaxtta.models import Classifier, Task, load_statistics
 from jaxtta.optim import load_mgg, meta_gradient_generator
 from jaxtta.tree import normalisation_parameters
@@ -32,27 +30,7 @@ from jaxtta.tree import normalisation_parameters
 log = logging.getLogger(__name__)
 
 
-class Method(NamedTuple):
-    """How a method is made.
-
-    Attributes:
-        make: `make(model, task, **settings)`; its keywords are its settings.
-        presets: the papers' optimisers by benchmark; empty for a method that has none.
-        optimizer: the key of `OPTIMIZERS` where only a learning rate is given.
-    """
-
-    make: Callable[..., Adapter]
-    presets: Mapping[str, Preset] = {}
-    optimizer: str = "sgd"
-
-
-METHODS = {
-    "zero_shot": Method(zero_shot),
-    "tent": Method(tent, TENT_PRESETS),
-    "batclip": Method(batclip, BATCLIP_PRESETS, "adamw"),
-    "tnt": Method(tnt),
-    "mgtta": Method(mgtta),
-}
+_ARGUMENTS = ("optimizer", "trainable", "on", "words")  # that no text can say
 OPTIMIZERS = {
     "sgd": partial(optax.sgd, momentum=0.9),
     "adam": partial(optax.adam),
@@ -75,7 +53,7 @@ def default_settings(make: Callable[..., Adapter]) -> dict[str, Any]:
     """A method's keywords with their defaults, but for the optimiser and the parameters."""
     keywords = inspect.signature(make).parameters.values()
     named = (each for each in keywords if each.kind is each.KEYWORD_ONLY)
-    return {e.name: e.default for e in named if e.name not in ("optimizer", "trainable")}
+    return {e.name: e.default for e in named if e.name not in _ARGUMENTS}
 
 
 def settings_of(spec: AdapterSpec) -> dict[str, Any]:

@@ -55,7 +55,7 @@ WATT_TEMPLATES = (
 )
 """The published templates, for `zero_shot_task`."""
 
-WATT_PRESETS = dict.fromkeys(
+WATT_PRESETS: dict[str, Preset] = dict.fromkeys(
     ("cifar10-c", "cifar100-c", "imagenet-c"), Preset(partial(optax.adam, 1e-3), 128)
 )
 """The published settings, which were used on CIFAR."""

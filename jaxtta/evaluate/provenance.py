@@ -17,7 +17,8 @@ import numpy as np
 from tqdm import tqdm
 
 from jaxtta.adapters import AdapterConfig, AdapterSpec, tnt_config_of
-from jaxtta.adapters.named import METHODS, optimizer_of, settings_of
+from jaxtta.adapters.methods import METHODS
+from jaxtta.adapters.named import optimizer_of, settings_of
 from jaxtta.adapters.specs import mgtta_config_of
 from jaxtta.data import Batches, Dataset, Subset, content_of
 from jaxtta.data.datasets import stored_in

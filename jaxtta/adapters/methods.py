@@ -1,0 +1,68 @@
+"""The methods that have a name: what makes them, and with which optimiser."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import NamedTuple
+
+from jaxtta.adapters.base import Adapter, Preset
+from jaxtta.adapters.batclip import BATCLIP_PRESETS, batclip
+from jaxtta.adapters.clipartt import CLIPARTT_PRESETS, clipartt
+from jaxtta.adapters.lame import lame
+from jaxtta.adapters.mgtta import mgtta
+from jaxtta.adapters.mint import MINT_PRESETS, mint
+from jaxtta.adapters.mta import mta
+from jaxtta.adapters.stata import stata
+from jaxtta.adapters.t3a import t3a
+from jaxtta.adapters.tda import tda
+from jaxtta.adapters.tent import TENT_PRESETS, tent
+from jaxtta.adapters.tnt.adapter import tnt
+from jaxtta.adapters.tpt import TPT_OPTIMIZER, ctpt, tpt
+from jaxtta.adapters.transclip import transclip
+from jaxtta.adapters.vte import vte
+from jaxtta.adapters.watt import WATT_PRESETS, watt
+from jaxtta.adapters.zero import zero
+from jaxtta.adapters.zero_shot import zero_shot
+
+
+class Method(NamedTuple):
+    """How a method is made.
+
+    Attributes:
+        make: `make(model, task, **settings)`; its keywords are its settings.
+        presets: the papers' optimisers by benchmark; empty for a method that has none.
+        optimizer: the key of `OPTIMIZERS` where only a learning rate is given.
+    """
+
+    make: Callable[..., Adapter]
+    presets: Mapping[str, Preset] = {}
+    optimizer: str = "sgd"
+
+
+def _one_preset(optimizer: partial, batch_size: int) -> dict[str, Preset]:
+    """The same settings for every benchmark."""
+    return dict.fromkeys(TENT_PRESETS, Preset(optimizer, batch_size))
+
+
+METHODS = {
+    "zero_shot": Method(zero_shot),
+    "tent": Method(tent, TENT_PRESETS),
+    "batclip": Method(batclip, BATCLIP_PRESETS, "adamw"),
+    "tnt": Method(tnt),
+    "mgtta": Method(mgtta),
+    # in many views of one image
+    "zero": Method(zero),
+    "vte": Method(vte),
+    "mta": Method(mta),
+    "tpt": Method(tpt, _one_preset(TPT_OPTIMIZER, 1), "adamw"),
+    "ctpt": Method(ctpt, _one_preset(TPT_OPTIMIZER, 1), "adamw"),
+    # without training
+    "tda": Method(tda),
+    "lame": Method(lame),
+    "t3a": Method(t3a),
+    "stata": Method(stata),
+    "transclip": Method(transclip),
+    # anew for every batch
+    "mint": Method(mint, MINT_PRESETS, "adam"),
+    "clipartt": Method(clipartt, CLIPARTT_PRESETS, "adam"),
+    "watt": Method(watt, WATT_PRESETS, "adam"),
+}
