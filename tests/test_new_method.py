@@ -107,7 +107,7 @@ def test_another_version_of_a_method_is_another_adapter(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("tnet", "unknown adapter 'tnet', expected zero_shot, tent, batclip, tnt, mgtta, with"),
+        ("tnet", "unknown adapter 'tnet', expected zero_shot, tent, batclip, tnt, mgtta, "),
         ("tent@1e-4", "unknown adapter .* as in tent:lr=1e-4"),
         ("tnt-3", "unknown adapter 'tnt-3'"),
         ("tnet:lr=1", "unknown adapter 'tnet:lr=1'"),

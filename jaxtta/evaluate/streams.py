@@ -147,7 +147,7 @@ def finish(
             jax.block_until_ready(prediction if timed else None)
             for run in timed:
                 run.tree[name]["record"]["seconds"][run.done] = time.perf_counter() - start
-            logits, metrics = prediction
+            logits, metrics = prediction.logits, prediction.metrics
             scores[name] = score(logits.reshape(-1, logits.shape[-1]), batch.labels.ravel())
             scores[name]["skipped"] = metrics.get("skipped", np.zeros(on.streams, bool))
         queue.append(({place: (run, run.done) for place, run in live.items()}, batch, scores))
