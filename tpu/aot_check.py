@@ -164,7 +164,7 @@ def main(options: Options) -> int:
         file = options.output and stack.enter_context(options.output.open("w", newline=""))
         write = csv.writer(file).writerow if file else lambda values: None
         write(FORMATS)
-        print(*(f"{title:{place}}" for title, (place, _) in FORMATS.items()))
+        print(*(f"{title:{place}}" for title, (place, _) in FORMATS.items()), flush=True)
         for case in tqdm(planned, unit="program", disable=None):
             row = {}
             for row in attempts(case, devices[case.topology], options):
