@@ -10,14 +10,17 @@ import optax
 from jax.core import Tracer
 
 from jaxtta import tree
-from jaxtta.models import Batch
+from jaxtta.models import Batch, Outputs
 from jaxtta.models.checks import out_of_range
 
 log = logging.getLogger(__name__)
 Array = jax.Array
 Metrics = dict[str, Array]
-Objective = Callable[[Any, Any, Batch], tuple[Array, tuple[Array, Metrics]]]
-"""(params, context, batch) to (loss, (logits (batch, classes), named scalars))."""
+ObjectiveValue = tuple[Array, tuple[Array | Outputs, Metrics]]
+"""(loss, (logits (batch, classes), named scalars)); with the model's outputs in the logits' place,
+methods on features can be put on top (`on_features`)."""
+Objective = Callable[[Any, Any, Batch], ObjectiveValue]
+"""(params, context, batch) to an `ObjectiveValue`."""
 
 
 class Prediction(NamedTuple):
@@ -27,10 +30,13 @@ class Prediction(NamedTuple):
         logits: (batch, classes), unnormalised log-probabilities.
         metrics: named scalars: loss terms, update norm, and `skipped`, true where the state is
             unchanged because the loss or update was not finite.
+        outputs: what the model gave in the pass that the logits are from, without layer features:
+            what a method on features works on (`on_features`); None where the method keeps none.
     """
 
     logits: Array
     metrics: Metrics
+    outputs: Outputs | None = None
 
 
 class State(NamedTuple):

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxtta.adapters.base import Adapter, Array, Metrics, Objective, Preset
+from jaxtta.adapters.base import Adapter, Array, Objective, ObjectiveValue, Preset
 from jaxtta.adapters.online import online
 from jaxtta.losses import entropy, masked_mean
 from jaxtta.models import Batch, Classifier, Task, context_of, with_batch_norm_statistics
@@ -87,8 +87,9 @@ def batclip_objective(model: Classifier) -> Objective:
         The objective; it raises a ValueError if the model has no class embeddings.
     """
 
-    def objective(params: Any, context: Any, batch: Batch) -> tuple[Array, tuple[Array, Metrics]]:
-        logits, embeddings, texts, _ = model(params, context, batch)
+    def objective(params: Any, context: Any, batch: Batch) -> ObjectiveValue:
+        outputs = model(params, context, batch)
+        logits, embeddings, texts, _ = outputs
         if texts is None:
             raise ValueError("BATCLIP needs class embeddings, which this model's outputs lack")
         means, present = prototypes(embeddings, logits.argmax(-1), batch.mask, len(texts))
@@ -98,7 +99,7 @@ def batclip_objective(model: Classifier) -> Objective:
             "separation": prototype_separation(means, present),
         }
         loss = metrics["entropy"] - metrics["image_text"] - metrics["separation"]
-        return loss, (logits, metrics)
+        return loss, (outputs, metrics)
 
     return objective
 

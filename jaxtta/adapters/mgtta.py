@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxtta.adapters.base import Adapter, Array, Metrics, Objective
+from jaxtta.adapters.base import Adapter, Array, Objective, ObjectiveValue
 from jaxtta.adapters.online import online
 from jaxtta.losses import entropy, masked_mean
 from jaxtta.models import Batch, Classifier, FeatureStatistics, Task, as_batch, context_of
@@ -96,23 +96,22 @@ def mgtta_objective(model: Classifier, weight: float = 0.4) -> Objective:
         The objective; it raises a ValueError if the statistics are another model's.
     """
 
-    def objective(
-        params: Any, context: MGTTAContext, batch: Batch
-    ) -> tuple[Array, tuple[Array, Metrics]]:
+    def objective(params: Any, context: MGTTAContext, batch: Batch) -> ObjectiveValue:
         if not isinstance(context, MGTTAContext):
             given = type(context).__name__
             raise TypeError(
                 f"the state's context is a {given}, not MGTTA's: it is another adapter's"
             )
-        logits, _, _, features = model(params, context.classes, batch)
+        outputs = model(params, context.classes, batch)
+        features = outputs.layer_features
         check_statistics(context.mean, None if features is None else features.shape[1:])
         assert features is not None  # checked above; for the type checker
         distance = feature_discrepancy(features, batch.mask, context.mean, context.std)
         metrics = {
-            "entropy": masked_mean(entropy(logits), batch.mask),
+            "entropy": masked_mean(entropy(outputs.logits), batch.mask),
             "discrepancy": weight / SCALE * distance,
         }
-        return metrics["entropy"] + metrics["discrepancy"], (logits, metrics)
+        return metrics["entropy"] + metrics["discrepancy"], (outputs, metrics)
 
     return objective
 

@@ -11,14 +11,13 @@ from jaxtta import tree
 from jaxtta.adapters.base import (
     Adapter,
     Array,
-    Metrics,
     Objective,
     Prediction,
     State,
     image_check,
     require_state,
 )
-from jaxtta.models import Batch, as_batch
+from jaxtta.models import Batch, Outputs, as_batch
 from jaxtta.optim import require_optimizer
 
 USES = {
@@ -39,7 +38,8 @@ def online(
     update is not finite, or whose optimiser state overflows (`metrics["skipped"]` is true then).
 
     Args:
-        objective: `objective(params, context, batch) -> (loss, (logits, metrics))`.
+        objective: `objective(params, context, batch) -> (loss, (logits, metrics))`, or the model's
+            outputs in the logits' place; the predictions then have them too.
         context: `context(params)`, evaluated once in `init` and kept in the state.
         trainable: which parameters to adapt, a predicate on paths.
         optimizer: any optax transformation.
@@ -81,12 +81,10 @@ def online(
         batch = as_batch(batch, state.seen)
         check_values(batch.images)
 
-        def loss_of(adapted: Any) -> tuple[Array, tuple[Array, Metrics]]:
+        def loss_of(adapted: Any) -> tuple[Array, Prediction]:
             return _checked(objective(tree.merge(params, adapted), state.context, batch))
 
-        (loss, (logits, metrics)), gradients = jax.value_and_grad(loss_of, has_aux=True)(
-            state.adapted
-        )
+        (loss, prediction), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.adapted)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.adapted)
         # A gradient can be finite and its square, in the optimiser's moments, no longer.
         finite = (
@@ -96,7 +94,7 @@ def online(
         )
         valid = batch.mask.sum(dtype=jnp.int32)
         metrics = {
-            **metrics,
+            **prediction.metrics,
             "loss": loss,
             "update_norm": optax.tree.norm(updates),
             "skipped": (valid > 0) & ~finite,
@@ -108,7 +106,7 @@ def online(
             (state.adapted, state.optimizer, state.seen),
         )
         state = state._replace(adapted=adapted, optimizer=optimizer_state, seen=seen)
-        return state, Prediction(logits, metrics)
+        return state, prediction._replace(metrics=metrics)
 
     return Adapter(init, step)
 
@@ -132,8 +130,8 @@ def _require_same_adapter(
         )
 
 
-def _checked(result: Any) -> tuple[Array, tuple[Array, Metrics]]:
-    """What an objective gives, if it is (loss, (logits, metrics))."""
+def _checked(result: Any) -> tuple[Array, Prediction]:
+    """Loss and prediction of an objective's (loss, (logits or outputs, metrics))."""
 
     def is_pair(x: Any) -> bool:
         return isinstance(x, tuple | list) and len(x) == 2
@@ -149,7 +147,9 @@ def _checked(result: Any) -> tuple[Array, tuple[Array, Metrics]]:
             f"the objective's loss has shape {jnp.shape(loss)}, expected a scalar: "
             "jaxtta.losses.masked_mean(values, batch.mask)"
         )
-    return loss, (logits, metrics)
+    if isinstance(logits, Outputs):
+        return loss, Prediction(logits.logits, metrics, logits._replace(layer_features=None))
+    return loss, Prediction(logits, metrics)
 
 
 def _layout(result: Any) -> str:

@@ -21,7 +21,7 @@ from typing import Any
 
 import optax
 
-from jaxtta.adapters.base import Adapter, Array, Metrics, Objective, Preset
+from jaxtta.adapters.base import Adapter, Objective, ObjectiveValue, Preset
 from jaxtta.adapters.online import online
 from jaxtta.losses import entropy, masked_mean
 from jaxtta.models import Batch, Classifier, Task, context_of, with_batch_norm_statistics
@@ -45,10 +45,10 @@ def tent_objective(model: Classifier) -> Objective:
         The objective.
     """
 
-    def objective(params: Any, context: Any, batch: Batch) -> tuple[Array, tuple[Array, Metrics]]:
-        logits = model(params, context, batch).logits
-        loss = masked_mean(entropy(logits), batch.mask)
-        return loss, (logits, {"entropy": loss})
+    def objective(params: Any, context: Any, batch: Batch) -> ObjectiveValue:
+        outputs = model(params, context, batch)
+        loss = masked_mean(entropy(outputs.logits), batch.mask)
+        return loss, (outputs, {"entropy": loss})
 
     return objective
 

@@ -44,8 +44,9 @@ def zero_shot(model: Classifier, task: Task | None) -> Adapter:
             )
         batch = as_batch(batch, state.seen)
         check_values(batch.images)
-        logits = model(params, state.context, batch).logits
+        outputs = model(params, state.context, batch)._replace(layer_features=None)
         seen = state.seen + batch.mask.sum(dtype=jnp.int32)
-        return state._replace(seen=seen), Prediction(logits, {"skipped": jnp.zeros((), bool)})
+        metrics = {"skipped": jnp.zeros((), bool)}
+        return state._replace(seen=seen), Prediction(outputs.logits, metrics, outputs)
 
     return Adapter(init, step)
