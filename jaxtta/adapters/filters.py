@@ -1,0 +1,105 @@
+"""What the methods that adapt on some images of a batch share: pure functions of arrays.
+
+Margins of entropy are parts of log C, the entropy of a uniform distribution over C classes, so that
+one setting fits all numbers of classes.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxtta.adapters.base import Array, Metrics, Objective
+from jaxtta.losses import entropy
+from jaxtta.models import Batch, Outputs
+
+MakeObjective = Callable[[Any], Objective]
+"""Makes an objective of a model, as `tent_objective` and `batclip_objective` do."""
+
+
+def log_classes(logits: Array) -> Array:
+    """Logarithm of C, in the dtype of the logits (…, C)."""
+    return jnp.log(jnp.asarray(logits.shape[-1], logits.dtype))
+
+
+def reliable(logits: Array, mask: Array, margin: float) -> Array:
+    """Which images are predicted with an entropy below a margin.
+
+    Args:
+        logits: (batch, classes).
+        mask: (batch,) bool, false for padding.
+        margin: part of log C.
+
+    Returns:
+        (batch,) bool.
+    """
+    return mask & (entropy(logits) < margin * log_classes(logits))
+
+
+def loss_of_selected(
+    make: MakeObjective, outputs: Outputs, params: Any, context: Any, batch: Batch, selected: Array
+) -> tuple[Array, Metrics]:
+    """The loss of an objective on some images of a batch, of outputs that are there already.
+
+    The model has seen all of the batch: batch norms' statistics are not those of the selected.
+
+    Args:
+        make: makes the objective of a model.
+        outputs: the model's, of the whole batch.
+        params: the model's parameters.
+        context: the objective's context.
+        batch: the whole batch.
+        selected: (batch,) bool.
+
+    Returns:
+        The loss and its metrics, among them `selected`, the number of images.
+    """
+    known = _Known(outputs)
+    loss, (_, metrics) = make(known)(params, context, batch._replace(mask=selected))
+    return loss, {**metrics, "selected": selected.sum(dtype=jnp.int32)}
+
+
+class _Known:
+    """A classifier whose outputs are there already."""
+
+    image_size, mixes_batch, feature_shape = 0, True, None
+
+    def __init__(self, outputs: Outputs) -> None:
+        self.outputs = outputs
+
+    def init_context(self, params: Any, task: Any) -> Any:
+        del params, task
+        return ()
+
+    def __call__(self, params: Any, context: Any, batch: Batch) -> Outputs:
+        del params, context, batch
+        return self.outputs
+
+
+def moving_average(before: Array, new: Array, decay: float, some: Array) -> Array:
+    """Move an average, which is infinite before its first value.
+
+    Args:
+        before: the average.
+        new: the new value, of the same shape.
+        decay: share of the average that stays.
+        some: () bool; where false, the average stays as it is.
+
+    Returns:
+        The average, the new value itself if it is the first.
+    """
+    moved = jnp.where(jnp.isinf(before), new, decay * before + (1 - decay) * new)
+    return jax.lax.stop_gradient(jnp.where(some, moved, before)).astype(before.dtype)
+
+
+def towards(adapted: Any, source: Any, share: float) -> Any:
+    """Move parameters a share of the way to others, leaf by leaf."""
+    return jax.tree.map(lambda x, y: (1 - share) * x + share * y, adapted, source)
+
+
+def require_range(low: float, high: float, **settings: float) -> None:
+    """Raise a ValueError for a setting outside of a range, or NaN."""
+    for name, value in settings.items():
+        if not low <= value <= high:
+            raise ValueError(f"{name} is {value}, expected between {low} and {high}")

@@ -1,0 +1,100 @@
+"""SAR, EATA, ETA, DeYO, ROID and RoTTA: golden numbers, laws, and their compositions."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import golden, images_of
+from flax.traverse_util import flatten_dict
+
+from jaxtta import models
+from jaxtta.adapters.sar import sar
+
+PRECISIONS = pytest.mark.parametrize("dtype", ["float32", "float64"])
+
+
+def close(dtype, single):
+    return 1e-9 if dtype == "float64" else single
+
+
+class Golden:
+    """A golden file, or a part of one, with the model in a precision."""
+
+    def __init__(self, name, tiny, dtype, part=""):
+        self.file, self.part, self.dtype = golden(name), part, dtype
+        self.meta = json.loads(str(self.file["meta"]))
+        self.model = tiny[0]
+        self.params = jax.tree.map(lambda x: jnp.asarray(x, dtype), tiny[1])
+        self.task = models.task_from_token_ids(self.file["token_ids"])
+
+    def __getitem__(self, name):
+        return self.file[self.part + name]
+
+    def images(self, name="images", part=None):
+        """Such that the model's pixels are the file's, in double precision too."""
+        settings = self.model.preprocessing
+        mean, std = np.asarray(settings.mean), np.asarray(settings.std)
+        raw = self.file[(self.part if part is None else part) + name]
+        return np.asarray(images_of(self.model, (raw / 255 - mean) / std), self.dtype)
+
+    def change(self, params, source=None, step=None, name="ln"):
+        """The adapted parameters' change from the source as one vector, and the file's."""
+        start, end = (flatten_dict(tree) for tree in (source or self.params, params))
+        names = {p: f"{name}/{'.'.join(p).replace('scale', 'weight')}" for p in end}
+        ours = np.concatenate([np.ravel(np.asarray(end[p], np.float64) - start[p]) for p in end])
+        rows = [np.ravel(self[names[p]][step] - np.asarray(start[p], np.float64)) for p in end]
+        return ours, np.concatenate(rows)
+
+    def run(self, adapter, batches, params=None):
+        """State and prediction of each batch."""
+        params = self.params if params is None else params
+        state, step = adapter.init(params), jax.jit(adapter.step)
+        for number, batch in enumerate(batches):
+            state, prediction = step(params, state, batch)
+            assert prediction.logits.dtype == self.dtype
+            assert not prediction.metrics["skipped"]
+            yield number, state, prediction
+
+    def near(self, ours, name, step, single=1e-4):
+        gap = np.abs(np.asarray(ours, np.float64) - self[name][step]).max()
+        assert gap < close(self.dtype, single), (name, step, gap)
+
+    def near_update(self, adapted, step, name="ln"):
+        ours, theirs = self.change(adapted, step=step, name=name)
+        gap = np.linalg.norm(ours - theirs)
+        share = gap / max(np.linalg.norm(theirs), 1e-30) if np.any(theirs) else gap
+        assert share < close(self.dtype, 2e-4), (name, step, share)
+
+
+# Golden numbers
+
+
+@PRECISIONS
+@pytest.mark.parametrize("part", ["", "recovery/"])
+def test_sar_equals_the_published_code(tiny, part, dtype):
+    with jax.enable_x64(dtype == "float64"):
+        reference = Golden("sar", tiny, dtype, part)
+        meta, params = reference.meta, dict(reference.params)
+        if part:
+            params["logit_scale"] = jnp.log(jnp.asarray(meta["recovery_logit_scale"], dtype))
+        adapter = sar(
+            reference.model,
+            reference.task,
+            optimizer=optax.sgd(meta["lr"], momentum=meta["momentum"]),
+            margin=meta["margin_fraction"],
+            radius=meta["rho"],
+            recovery=meta["recovery_threshold"],
+            reference_quirks=True,
+        )
+        for number, state, prediction in reference.run(adapter, reference.images(), params):
+            metrics = prediction.metrics
+            reference.near(prediction.logits, "logits", number)
+            reference.near(metrics["loss"], "loss", number)
+            reference.near(metrics["loss_perturbed"], "loss_perturbed", number, 2e-3)
+            reference.near(state.memory, "ema", number, 2e-3 if part else 1e-4)
+            assert metrics["selected"] == reference["selected"][number].sum()
+            assert metrics["reset"] == reference["reset"][number]
+            reference.near_update(state.adapted, number)
