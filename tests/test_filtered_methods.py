@@ -11,13 +11,22 @@ from conftest import golden, images_of
 from flax.traverse_util import flatten_dict
 
 from jaxtta import models
+from jaxtta.adapters.deyo import deyo_objective
+from jaxtta.adapters.eata import eata, eta
+from jaxtta.adapters.fisher import eata_fisher
+from jaxtta.adapters.online import online
 from jaxtta.adapters.sar import sar
+from jaxtta.tree import normalisation_parameters
 
 PRECISIONS = pytest.mark.parametrize("dtype", ["float32", "float64"])
 
 
 def close(dtype, single):
     return 1e-9 if dtype == "float64" else single
+
+
+def same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
 class Golden:
@@ -97,4 +106,72 @@ def test_sar_equals_the_published_code(tiny, part, dtype):
             reference.near(state.memory, "ema", number, 2e-3 if part else 1e-4)
             assert metrics["selected"] == reference["selected"][number].sum()
             assert metrics["reset"] == reference["reset"][number]
+            reference.near_update(state.adapted, number)
+
+
+@PRECISIONS
+@pytest.mark.parametrize("part", ["", "eta/"])
+def test_eata_equals_the_published_code(tiny, part, dtype):
+    with jax.enable_x64(dtype == "float64"):
+        reference = Golden("eata", tiny, dtype, part)
+        meta, model, task = reference.meta, reference.model, reference.task
+        settings = {
+            "optimizer": optax.sgd(meta["lr"], momentum=meta["momentum"]),
+            "margin": meta["margin_fraction"],
+            "similarity": meta["d_margin"],
+        }
+        if part:
+            adapter = eta(model, task, **settings)
+        else:
+            clean = reference.images("source_images")
+            fisher = eata_fisher(model, task, reference.params, clean)
+            zero = jax.tree.map(jnp.zeros_like, fisher)
+            ours, theirs = reference.change(fisher, zero, ..., "fisher")
+            assert np.linalg.norm(ours - theirs) / np.linalg.norm(theirs) < close(dtype, 2e-4)
+            weight = meta["fisher_alpha"]
+            adapter = eata(model, task, fisher=fisher, fisher_weight=weight, **settings)
+        before = 0
+        for number, state, prediction in reference.run(adapter, reference.images(part="")):
+            metrics = prediction.metrics
+            reference.near(prediction.logits, "logits", number)
+            reference.near(metrics["loss"], "loss", number)
+            reference.near(state.memory, "model_probs", number)
+            assert metrics["selected"] == reference["selected"][number].sum()
+            if not part:
+                reference.near(metrics["entropy"], "entropy_term", number)
+                reference.near(metrics["fisher"], "fisher_term", number)
+                assert metrics["reliable"] == reference["reliable"][number].sum()
+            reference.near_update(state.adapted, number)
+            if not metrics["selected"]:
+                same(state._replace(seen=before.seen), before)
+            before = state
+        assert not metrics["selected"]  # the last batch
+
+
+@PRECISIONS
+def test_deyo_equals_the_published_code(tiny, dtype):
+    with jax.enable_x64(dtype == "float64"):
+        reference = Golden("deyo", tiny, dtype)
+        meta = reference.meta
+        table = jnp.asarray(np.concatenate(reference["permutation"]))
+        objective = deyo_objective(
+            reference.model,
+            meta["entropy_margin_fraction"],
+            meta["weight_margin_fraction"],
+            meta["plpd_threshold"],
+            permute=lambda key, index: table[index],
+        )
+        adapter = online(
+            objective,
+            lambda params: reference.model.init_context(params, reference.task),
+            normalisation_parameters("image"),
+            optax.sgd(meta["lr"], momentum=meta["momentum"]),
+            memory=lambda params, context, key: jax.random.key_data(key),
+        )
+        for number, state, prediction in reference.run(adapter, reference.images()):
+            metrics = prediction.metrics
+            reference.near(prediction.logits, "logits", number)
+            reference.near(metrics["loss"], "loss", number)
+            for name in ("reliable", "selected"):
+                assert metrics[name] == reference[name][number].sum()
             reference.near_update(state.adapted, number)

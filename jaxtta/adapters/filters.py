@@ -9,10 +9,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxtta.adapters.base import Array, Metrics, Objective
-from jaxtta.losses import entropy
-from jaxtta.models import Batch, Outputs
+from jaxtta.losses import entropy, masked_mean
+from jaxtta.models import Batch, Classifier, Outputs, as_batch
 
 MakeObjective = Callable[[Any], Objective]
 """Makes an objective of a model, as `tent_objective` and `batclip_objective` do."""
@@ -35,6 +36,28 @@ def reliable(logits: Array, mask: Array, margin: float) -> Array:
         (batch,) bool.
     """
     return mask & (entropy(logits) < margin * log_classes(logits))
+
+
+def weighted_entropy(logits: Array, weights: Array, selected: Array) -> tuple[Array, Metrics]:
+    """Mean over the selected images of weight times entropy; no gradient through the weights.
+
+    Args:
+        logits: (batch, classes).
+        weights: (batch,).
+        selected: (batch,) bool.
+
+    Returns:
+        The mean, 0 where none is selected, and it as a metric, `entropy`, with `selected`, the
+        number of images.
+    """
+    loss = masked_mean(jax.lax.stop_gradient(weights) * entropy(logits), selected)
+    return loss, {"entropy": loss, "selected": selected.sum(dtype=jnp.int32)}
+
+
+def logits_of_one(model: Classifier, params: Any, context: Any) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of a model's logits (1, classes); nothing is computed."""
+    images = np.zeros((1, model.image_size, model.image_size, 3), np.uint8)
+    return jax.eval_shape(lambda: model(params, context, as_batch(images)).logits)
 
 
 def loss_of_selected(
@@ -91,6 +114,15 @@ def moving_average(before: Array, new: Array, decay: float, some: Array) -> Arra
     """
     moved = jnp.where(jnp.isinf(before), new, decay * before + (1 - decay) * new)
     return jax.lax.stop_gradient(jnp.where(some, moved, before)).astype(before.dtype)
+
+
+def require_context(context: Any, kind: type, method: str) -> None:
+    """Raise a TypeError for the context of another method's state."""
+    if not isinstance(context, kind):
+        given = type(context).__name__
+        raise TypeError(
+            f"the state's context is a {given}, not {method}'s: it is another adapter's"
+        )
 
 
 def towards(adapted: Any, source: Any, share: float) -> Any:

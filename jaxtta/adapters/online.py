@@ -48,7 +48,7 @@ def online(
     trainable: tree.Trainable,
     optimizer: optax.GradientTransformation,
     *,
-    memory: Callable[[Any, Array], Any] | None = None,
+    memory: Callable[[Any, Any, Array], Any] | None = None,
     sharpness: Sharpness | None = None,
     restore: Callable[[State, State], tuple[State, Metrics]] | None = None,
 ) -> Adapter:
@@ -65,7 +65,7 @@ def online(
         context: `context(params)`, evaluated once in `init` and kept in the state.
         trainable: which parameters to adapt, a predicate on paths.
         optimizer: any optax transformation.
-        memory: `memory(params, key)`, what a method remembers at first, a pytree of arrays of fixed
+        memory: `memory(params, context, key)`, what a method remembers at first, arrays of fixed
             shapes; the objective is then `objective(params, context, batch, memory) -> (loss,
             (logits, metrics, memory))`. None for an objective without.
         sharpness: take the step along the gradient of a second pass nearby. Its metrics are said
@@ -91,28 +91,28 @@ def online(
     require_optimizer(optimizer)
     check_values, remembers = image_check(), memory is not None
 
-    def first_memory(params: Any, key: Array | None = None) -> Any:
+    def first_memory(params: Any, own: Any, key: Array | None = None) -> Any:
         if memory is None:
             return ()
-        return memory(params, jax.random.key(0) if key is None else key)
+        return memory(params, own, jax.random.key(0) if key is None else key)
 
     def init(params: Any, key: Array | None = None) -> State:
         tree.require_params(params)
         chosen, _ = tree.partition(params, trainable)
         adapted = jax.tree.map(_own, chosen)
+        own = jax.tree.map(jnp.copy, context(params))
         return State(
             adapted,
             optimizer.init(adapted),
-            jax.tree.map(jnp.copy, context(params)),
+            own,
             jnp.zeros((), jnp.int32),
             tree.fingerprint(params),
-            first_memory(params, key),
+            first_memory(params, own, key),
         )
 
     def step(params: Any, state: State, batch: Batch | Array) -> tuple[State, Prediction]:
         require_state(State, params, state)
-        new = jax.eval_shape(lambda: (optimizer.init(state.adapted), first_memory(params)))
-        require_same_adapter(params, state, trainable, *new)
+        require_same_adapter(params, state, trainable, optimizer.init, first_memory)
         batch = as_batch(batch, state.seen)
         check_values(batch.images)
 
@@ -155,7 +155,9 @@ def online(
         after = state._replace(adapted=adapted, optimizer=optimizer_state, memory=memory_after)
         if restore is not None:
             start = jax.tree.map(_own, tree.partition(params, trainable)[0])
-            source = State(start, optimizer.init(start), (), 0, None, first_memory(params))
+            source = State(
+                start, optimizer.init(start), (), 0, None, first_memory(params, state.context)
+            )
             after, said = restore(after, source)
             metrics |= {name: moved & flag for name, flag in said.items()}
         # Neither context nor fingerprint takes part: under vmap they need no stream axis.

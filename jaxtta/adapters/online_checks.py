@@ -1,6 +1,6 @@
 """What `online` checks: whose state it is given, and what an objective gives."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -11,14 +11,21 @@ from jaxtta.adapters.base import Array, Prediction, State
 from jaxtta.models import Outputs
 
 
-def require_same_adapter(params: Any, state: State, trainable: tree.Trainable, *first: Any) -> None:
+def require_same_adapter(
+    params: Any,
+    state: State,
+    trainable: tree.Trainable,
+    optimizer: Callable[[Any], Any],
+    memory: Callable[[Any, Any], Any],
+) -> None:
     """Raise a ValueError for another adapter's state; only names are compared, never values.
 
     Args:
         params: the model's parameters.
         state: what the step was given.
         trainable: which parameters this adapter adapts.
-        first: the optimiser's state and the memory of a new state, or their shapes.
+        optimizer: makes the optimiser's first state of the adapted parameters.
+        memory: makes the method's first memory of params and context.
     """
     adapted = tree.paths_of(state.adapted)
     chosen = set(filter(trainable, tree.paths_of(params)))
@@ -28,13 +35,16 @@ def require_same_adapter(params: Any, state: State, trainable: tree.Trainable, *
             f"{odd[0]} is adapted by {whose} alone: the state is another adapter's, or params are "
             "another model's"
         )
-    for name, whose, wanted in zip(
-        ("optimizer", "memory"), ("optimizer", "method"), first, strict=True
-    ):
-        if jax.tree.structure(getattr(state, name)) != jax.tree.structure(wanted):
-            raise ValueError(
-                f"state.{name} is not of this adapter's {whose}: the state is another adapter's"
-            )
+    structure = jax.tree.structure(jax.eval_shape(optimizer, state.adapted))
+    if structure != jax.tree.structure(state.optimizer):
+        raise ValueError(
+            "state.optimizer is not of this adapter's optimizer: the state is another adapter's"
+        )
+    wanted = jax.eval_shape(lambda: memory(params, state.context))
+    if jax.tree.map(jnp.shape, wanted) != jax.tree.map(jnp.shape, state.memory):
+        raise ValueError(
+            "state.memory is not of this adapter's method: the state is another adapter's"
+        )
 
 
 def checked(result: Any, remembers: bool) -> tuple[Array, tuple[Prediction, Any]]:
