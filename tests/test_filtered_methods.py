@@ -11,12 +11,11 @@ from conftest import golden, images_of
 from flax.traverse_util import flatten_dict
 
 from jaxtta import models
-from jaxtta.adapters.deyo import deyo_objective
+from jaxtta.adapters.deyo import deyo
 from jaxtta.adapters.eata import eata, eta
 from jaxtta.adapters.fisher import eata_fisher
-from jaxtta.adapters.online import online
+from jaxtta.adapters.roid import roid
 from jaxtta.adapters.sar import sar
-from jaxtta.tree import normalisation_parameters
 
 PRECISIONS = pytest.mark.parametrize("dtype", ["float32", "float64"])
 
@@ -154,19 +153,15 @@ def test_deyo_equals_the_published_code(tiny, dtype):
         reference = Golden("deyo", tiny, dtype)
         meta = reference.meta
         table = jnp.asarray(np.concatenate(reference["permutation"]))
-        objective = deyo_objective(
+        adapter = deyo(
             reference.model,
-            meta["entropy_margin_fraction"],
-            meta["weight_margin_fraction"],
-            meta["plpd_threshold"],
+            reference.task,
+            optimizer=optax.sgd(meta["lr"], momentum=meta["momentum"]),
+            margin=meta["entropy_margin_fraction"],
+            weight_margin=meta["weight_margin_fraction"],
+            threshold=meta["plpd_threshold"],
+            patches=meta["patches_per_side"],
             permute=lambda key, index: table[index],
-        )
-        adapter = online(
-            objective,
-            lambda params: reference.model.init_context(params, reference.task),
-            normalisation_parameters("image"),
-            optax.sgd(meta["lr"], momentum=meta["momentum"]),
-            memory=lambda params, context, key: jax.random.key_data(key),
         )
         for number, state, prediction in reference.run(adapter, reference.images()):
             metrics = prediction.metrics
@@ -174,4 +169,32 @@ def test_deyo_equals_the_published_code(tiny, dtype):
             reference.near(metrics["loss"], "loss", number)
             for name in ("reliable", "selected"):
                 assert metrics[name] == reference[name][number].sum()
+            reference.near_update(state.adapted, number)
+
+
+@PRECISIONS
+def test_roid_equals_the_published_code(tiny, dtype):
+    with jax.enable_x64(dtype == "float64"):
+        reference = Golden("roid", tiny, dtype)
+        meta = reference.meta
+        views = jnp.asarray(np.concatenate(reference.images("views")))
+
+        def fed(key, index, image):
+            return views[index]
+
+        adapter = roid(
+            reference.model,
+            reference.task,
+            optimizer=optax.sgd(meta["lr"], momentum=meta["momentum"], nesterov=True),
+            temperature=meta["temperature"],
+            source_share=1 - meta["source_momentum"],
+            reference_quirks=True,
+            augment=fed,
+        )
+        for number, state, prediction in reference.run(adapter, reference.images()):
+            metrics = prediction.metrics
+            reference.near(prediction.logits, "corrected_logits", number)
+            reference.near(metrics["loss"], "loss", number)
+            reference.near(state.memory.average, "class_probs", number)
+            assert metrics["selected"] == reference["kept"][number].sum()
             reference.near_update(state.adapted, number)

@@ -141,6 +141,7 @@ def deyo(
     weight_margin: float = 0.4,
     threshold: float = 0.2,
     patches: int = 4,
+    permute: Callable[[Array, Array], Array] | None = None,
 ) -> Adapter:
     """Minimise the entropy of reliable images whose prediction needs the shape of an object.
 
@@ -159,6 +160,7 @@ def deyo(
         weight_margin: E₁, part of log C.
         threshold: τ; 0.3 with batch norms, 0.5 on Waterbirds.
         patches: a side of an image.
+        permute: `permute(key, index)`, another order of its patches; None for a random one.
 
     Returns:
         The adapter; `init` takes a key, from which each image's permutation is drawn by its number.
@@ -176,7 +178,7 @@ def deyo(
     trainable = normalisation_parameters("image") if trainable is None else trainable
     optimizer = DEYO_PRESETS["imagenet-c"].optimizer() if optimizer is None else optimizer
     return online(
-        deyo_objective(model, margin, weight_margin, threshold, patches, objective),
+        deyo_objective(model, margin, weight_margin, threshold, patches, objective, permute),
         context_of(model, task, trainable),
         trainable,
         optimizer,

@@ -127,7 +127,37 @@ def require_context(context: Any, kind: type, method: str) -> None:
 
 def towards(adapted: Any, source: Any, share: float) -> Any:
     """Move parameters a share of the way to others, leaf by leaf."""
-    return jax.tree.map(lambda x, y: (1 - share) * x + share * y, adapted, source)
+    return jax.tree.map(lambda x, y: x + share * (y - x), adapted, source)
+
+
+def scaled(values: Array, mask: Array) -> Array:
+    """Scale (batch,) to [0, 1] over the images of a batch; to 0 where all are equal."""
+    low, high = jnp.where(mask, values, jnp.inf).min(), jnp.where(mask, values, -jnp.inf).max()
+    return jnp.where(mask & (high > low), values - low, 0) / jnp.where(high > low, high - low, 1)
+
+
+def prior_corrected(
+    logits: Array, mask: Array, count: Array | int, reference_quirks: bool = False
+) -> Array:
+    """Correct predictions by the smoothed mean of a batch's probabilities.
+
+    Args:
+        logits: (batch, classes).
+        mask: (batch,) bool, false for padding.
+        count: images in the batch.
+        reference_quirks: whether the prior multiplies the logits, which is right only while all are
+            positive; otherwise it multiplies the probabilities.
+
+    Returns:
+        Logits (batch, classes).
+    """
+    classes = logits.shape[-1]
+    p = jnp.where(mask[:, None], jax.nn.softmax(logits), 0)
+    prior = p.sum(0) / jnp.maximum(mask.sum(), 1)
+    greatest = jnp.where(mask.any(), prior.max(), 1)
+    smoothing = jnp.maximum(1 / jnp.maximum(count, 1), 1 / classes) / greatest
+    prior = (prior + smoothing) / (1 + smoothing * classes)
+    return logits * prior if reference_quirks else logits + jnp.log(prior)
 
 
 def require_range(low: float, high: float, **settings: float) -> None:
