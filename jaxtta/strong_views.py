@@ -8,6 +8,7 @@ The ranges are those of CoTTA's augmentation, which later methods took over.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Array = jax.Array
 
@@ -73,6 +74,12 @@ def blur_and_noise(key: Array, image: Array) -> Array:
     return image + NOISE * jax.random.normal(noise_key, image.shape, image.dtype)
 
 
+def in_unit_range(images: Array | np.ndarray) -> Array:
+    """Images, uint8 or float in [0, 1], as float in [0, 1]."""
+    images = jnp.asarray(images)
+    return images / 255 if images.dtype == jnp.uint8 else images
+
+
 def strong_view(key: Array, image: Array, noisy: bool = False) -> Array:
     """Draw one strongly augmented view of an image.
 
@@ -87,8 +94,7 @@ def strong_view(key: Array, image: Array, noisy: bool = False) -> Array:
     References:
         Wang et al., CVPR 2022, https://arxiv.org/abs/2203.13591
     """
-    image = jnp.asarray(image)
-    image = image / 255 if image.dtype == jnp.uint8 else image
+    image = in_unit_range(image)
     colour_key, affine_key, noise_key, flip_key = jax.random.split(key, 4)
     image = small_affine(affine_key, jitter(colour_key, image))
     image = blur_and_noise(noise_key, image) if noisy else image

@@ -15,6 +15,7 @@ from jaxtta.adapters.deyo import deyo
 from jaxtta.adapters.eata import eata, eta
 from jaxtta.adapters.fisher import eata_fisher
 from jaxtta.adapters.roid import roid
+from jaxtta.adapters.rotta import rotta
 from jaxtta.adapters.sar import sar
 
 PRECISIONS = pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -198,3 +199,35 @@ def test_roid_equals_the_published_code(tiny, dtype):
             reference.near(state.memory.average, "class_probs", number)
             assert metrics["selected"] == reference["kept"][number].sum()
             reference.near_update(state.adapted, number)
+
+
+@PRECISIONS
+def test_rotta_equals_the_published_code(tiny, dtype):
+    with jax.enable_x64(dtype == "float64"):
+        reference = Golden("rotta", tiny, dtype)
+        meta = reference.meta
+        views = jnp.asarray(np.concatenate(reference.images("views")))
+        adapter = rotta(
+            reference.model,
+            reference.task,
+            optimizer=optax.adam(meta["lr"]),
+            places=meta["capacity"],
+            every=meta["update_frequency"],
+            teacher_share=meta["nu"],
+            augment=lambda key, index, image: views[index],
+        )
+        updates = 0
+        for number, state, prediction in reference.run(adapter, reference.images()):
+            reference.near(prediction.logits, "logits", number)
+            bank = state.memory.bank
+            order = np.lexsort((bank.arrival, bank.label, bank.label < 0))
+            there = np.asarray(bank.label)[order] >= 0
+            for ours, theirs in (("index", "memory"), ("age", "ages"), ("label", "memory_classes")):
+                found, expected = np.asarray(getattr(bank, ours))[order], reference[theirs][number]
+                np.testing.assert_array_equal(found[there], expected[there])
+            np.testing.assert_array_equal(there, reference["memory"][number] >= 0)
+            reference.near_update(state.adapted, number)
+            ours, theirs = reference.change(state.memory.teacher, step=number, name="teacher")
+            assert np.abs(ours - theirs).max() < close(dtype, 2e-7)
+            updates += int(prediction.metrics["updates"])
+        assert updates == meta["updates"]

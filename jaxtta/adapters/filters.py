@@ -24,7 +24,7 @@ def log_classes(logits: Array) -> Array:
     return jnp.log(jnp.asarray(logits.shape[-1], logits.dtype))
 
 
-def reliable(logits: Array, mask: Array, margin: float) -> Array:
+def reliable(logits: Array, mask: Array | np.ndarray, margin: float) -> Array:
     """Which images are predicted with an entropy below a margin.
 
     Args:
@@ -35,7 +35,7 @@ def reliable(logits: Array, mask: Array, margin: float) -> Array:
     Returns:
         (batch,) bool.
     """
-    return mask & (entropy(logits) < margin * log_classes(logits))
+    return jnp.asarray(mask) & (entropy(logits) < margin * log_classes(logits))
 
 
 def weighted_entropy(logits: Array, weights: Array, selected: Array) -> tuple[Array, Metrics]:

@@ -80,7 +80,7 @@ def eata_fisher(
             return masked_mean(optax.softmax_cross_entropy(logits, labels), batch.mask)
 
         gradients = jax.grad(loss_of)(chosen)
-        return jax.tree.map(lambda x, g: x + g**2, total, gradients), batch.mask.any()
+        return jax.tree.map(lambda x, g: x + g**2, total, gradients), jnp.any(batch.mask)
 
     total, count = jax.tree.map(jnp.zeros_like, chosen), 0
     for each in batches:

@@ -117,7 +117,7 @@ def online(
         check_values(batch.images)
 
         def loss_of(adapted: Any, *first: Any) -> tuple[Array, tuple[Prediction, Any]]:
-            function = sharpness.objective if first and sharpness else objective
+            function: Any = sharpness.objective if first and sharpness else objective
             remembered = first or ((state.memory,) if remembers else ())
             result = function(tree.merge(params, adapted), state.context, batch, *remembered)
             return checked(result, bool(remembered))

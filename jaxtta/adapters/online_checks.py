@@ -58,7 +58,7 @@ def checked(result: Any, remembers: bool) -> tuple[Array, tuple[Prediction, Any]
         The loss, and a pair of the prediction and the memory, () where there is none.
     """
     wanted = "(loss, (logits, metrics, memory))" if remembers else "(loss, (logits, metrics))"
-    auxiliary = result[1] if _has(result, 2) else None
+    auxiliary: Any = result[1] if _has(result, 2) else None
     if not (_has(auxiliary, 2 + remembers) and isinstance(auxiliary[1], Mapping)):
         raise TypeError(
             f"the objective gives {_layout(result)}, expected {wanted} with a "
