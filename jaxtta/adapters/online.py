@@ -107,7 +107,8 @@ def online(
             own,
             jnp.zeros((), jnp.int32),
             tree.fingerprint(params),
-            first_memory(params, own, key),
+            # Of a dtype of its own, not weakly that of a Python number: one compilation a stream.
+            jax.tree.map(lambda x: jnp.array(x, x.dtype), first_memory(params, own, key)),
         )
 
     def step(params: Any, state: State, batch: Batch | Array) -> tuple[State, Prediction]:

@@ -41,10 +41,14 @@ def require_same_adapter(
             "state.optimizer is not of this adapter's optimizer: the state is another adapter's"
         )
     wanted = jax.eval_shape(lambda: memory(params, state.context))
-    if jax.tree.map(jnp.shape, wanted) != jax.tree.map(jnp.shape, state.memory):
+    if _shapes(wanted) != _shapes(state.memory):
         raise ValueError(
             "state.memory is not of this adapter's method: the state is another adapter's"
         )
+
+
+def _shapes(memory: Any) -> list[tuple[Any, tuple[int, ...]]]:
+    return [(path, jnp.shape(leaf)) for path, leaf in jax.tree.leaves_with_path(memory)]
 
 
 def checked(result: Any, remembers: bool) -> tuple[Array, tuple[Prediction, Any]]:

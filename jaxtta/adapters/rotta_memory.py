@@ -58,8 +58,9 @@ class RoTTAMemory(NamedTuple):
 
 def empty_bank(places: int, dtype: jax.typing.DTypeLike) -> Bank:
     """A memory without images."""
-    zeros, none = jnp.zeros(places, jnp.int32), jnp.full(places, -1, jnp.int32)
-    return Bank(none, zeros, jnp.zeros(places, dtype), zeros, none, none)
+    label, index, row = (jnp.full(places, -1, jnp.int32) for _ in range(3))
+    age, arrival = (jnp.zeros(places, jnp.int32) for _ in range(2))  # a donated state has no twins
+    return Bank(label, age, jnp.zeros(places, dtype), arrival, index, row)
 
 
 def enter(

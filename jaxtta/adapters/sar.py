@@ -149,7 +149,7 @@ def sar(
         context_of(model, task, trainable),
         trainable,
         optimizer,
-        memory=lambda params, context, key: jnp.asarray(jnp.inf),
+        memory=lambda params, context, key: jnp.full((), jnp.inf),
         sharpness=Sharpness(radius, nearby),
         restore=restore,
     )
