@@ -13,6 +13,7 @@ import optax
 import pytest
 from conftest import NNXClassifier, golden, images_of
 from flax.traverse_util import flatten_dict
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jaxtta
 from jaxtta import models, strong_views, tree
@@ -27,6 +28,7 @@ from jaxtta.adapters.roid import roid
 from jaxtta.adapters.rotta import rotta
 from jaxtta.adapters.rotta_memory import Bank, empty_bank, fill_bank
 from jaxtta.adapters.sar import sar
+from jaxtta.adapters.stata import stata
 from jaxtta.models import context_of
 from jaxtta.optim import init_meta_gradient_generator, meta_gradient_generator
 from jaxtta.tree import normalisation_parameters
@@ -388,6 +390,51 @@ def test_a_saved_state_goes_on(nnx, adapter, step, middle, images, tmp_path):
     jaxtta.save_state(tmp_path / "state.safetensors", middle)
     loaded = jaxtta.load_state(tmp_path / "state.safetensors", like=adapter.init(nnx.params))
     same(step(nnx.params, loaded, images[2]), step(nnx.params, middle, images[2]))
+
+
+@pytest.mark.parametrize("tower", ["resnet", "supervised"])
+def test_any_classifier(towers, name, images, tower):
+    """Traced alone."""
+    model, params, task = towers[tower]
+    fisher = {}
+    if name == "eata":
+        chosen, _ = tree.partition(params, normalisation_parameters("image"))
+        fisher = {"fisher": chosen}
+    adapter = METHODS[name](model, task, **fisher)
+    state = adapter.init(params)
+    if name.endswith("batclip") and tower == "supervised":
+        with pytest.raises(ValueError, match="BATCLIP needs class embeddings, which this model"):
+            adapter.step(params, state, images[0])
+        return
+    after, prediction = jax.eval_shape(adapter.step, params, state, images[0])
+    assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
+    assert prediction.logits.dtype == jnp.float32
+    assert prediction.outputs.embeddings.shape[0] == BATCH
+
+
+def test_no_step_adds_up_by_index(nnx, adapter, images):
+    made = jax.make_jaxpr(adapter.step)(nnx.params, adapter.init(nnx.params), images[0])
+    assert "scatter" not in str(made)
+
+
+@pytest.mark.parametrize("name", ["sar", "rotta"])
+def test_one_device_or_eight_give_the_same(nnx, images, name):
+    mesh = Mesh(np.array(jax.devices()), ("batch",))
+    split, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (["batch"], []))
+    adapter = METHODS[name](nnx, None)
+    state, step = adapter.init(nnx.params), jax.jit(adapter.step)
+    batch = batch_of(images[:2].reshape(-1, 32, 32, 3), start=0)
+    after, expected = step(nnx.params, state, batch)
+    everywhere = jax.device_put((nnx.params, state), whole)
+    after8, prediction = step(*everywhere, jax.device_put(batch, split))
+    np.testing.assert_allclose(prediction.logits, expected.logits, atol=1e-5)
+    chex.assert_trees_all_close(after8, after, atol=1e-5)
+
+
+def test_a_method_on_features_goes_on_top(nnx, adapter, images):
+    top = stata(nnx, None, on=adapter)
+    made = jax.eval_shape(top.step, nnx.params, top.init(nnx.params), images[0])
+    assert made[1].logits.shape == (BATCH, 5)
 
 
 @pytest.mark.parametrize("name", FILTERED)
