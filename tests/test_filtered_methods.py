@@ -402,10 +402,6 @@ def test_any_classifier(towers, name, images, tower):
         fisher = {"fisher": chosen}
     adapter = METHODS[name](model, task, **fisher)
     state = adapter.init(params)
-    if name.endswith("batclip") and tower == "supervised":
-        with pytest.raises(ValueError, match="BATCLIP needs class embeddings, which this model"):
-            adapter.step(params, state, images[0])
-        return
     after, prediction = jax.eval_shape(adapter.step, params, state, images[0])
     assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
     assert prediction.logits.dtype == jnp.float32
