@@ -146,10 +146,10 @@ def online(
         if remembers:
             finite &= tree.stays_finite(state.memory, memory_after)
         valid = batch.mask.sum(dtype=jnp.int32)
-        metrics |= {
-            "update_norm": optax.tree.norm(updates),
-            "skipped": (valid > 0) & ~finite,
-        }
+        norm = optax.tree.norm(updates)
+        if selected is not None:
+            norm = jnp.where(selected > 0, norm, 0)
+        metrics |= {"update_norm": norm, "skipped": (valid > 0) & ~finite}
         taken = finite & (valid > 0)
         moved = taken if selected is None else taken & (selected > 0)
         adapted = optax.apply_updates(state.adapted, updates)
