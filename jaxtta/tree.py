@@ -1,6 +1,7 @@
 """Taking a parameter tree apart by the paths of its leaves, and putting it together again."""
 
 import difflib
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -160,6 +161,27 @@ def normalisation_parameters(tower: str = "both") -> Trainable:
         return leaf == "scale" or ("norm" in layer and leaf == "bias")
 
     return trainable
+
+
+def below_block(trainable: Trainable, number: int) -> Trainable:
+    """Leave out a tower's top blocks.
+
+    Args:
+        trainable: a predicate on paths.
+        number: of the first block that is left out, from 0 as in "layers/9/…"; a ResNet's stages
+            are "layer1/…" to "layer4/…".
+
+    Returns:
+        A predicate that chooses what `trainable` does in the blocks below and outside of blocks;
+        `below_block(normalisation_parameters("image"), 9)` for the published rule on ViT-B.
+    """
+    require_trainable(trainable)
+
+    def chosen(path: str) -> bool:
+        found = re.search(r"(?:^|/)(?:layer|layers/|blocks/)(\d+)(?:/|$)", path)
+        return trainable(path) and (found is None or int(found[1]) < number)
+
+    return chosen
 
 
 def fingerprint(params: Any) -> jax.Array:

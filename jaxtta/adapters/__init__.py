@@ -5,6 +5,9 @@ from jaxtta.adapters.batclip import BATCLIP_PRESETS, adam_with_l2, batclip, batc
 from jaxtta.adapters.by_name import parse_adapter
 from jaxtta.adapters.clipartt import CLIPARTT_PRESETS, clipartt, clipartt_loss
 from jaxtta.adapters.combined_prompts import ClassWords
+from jaxtta.adapters.deyo import DEYO_PRESETS, deyo
+from jaxtta.adapters.eata import EATA_PRESETS, EATA_SETTINGS, eata, eta
+from jaxtta.adapters.fisher import eata_fisher
 from jaxtta.adapters.lame import lame, lame_affinity, lame_log_probabilities
 from jaxtta.adapters.mgtta import MGTTAContext, mgtta, mgtta_objective, mgtta_training
 from jaxtta.adapters.mint import MINT_PRESETS, mint
@@ -12,7 +15,10 @@ from jaxtta.adapters.mta import mean_shift, mta
 from jaxtta.adapters.named import make_adapter
 from jaxtta.adapters.of_views import of_views
 from jaxtta.adapters.on_features import FeatureMethod, StackedState, on_features
-from jaxtta.adapters.online import online
+from jaxtta.adapters.online import Sharpness, online
+from jaxtta.adapters.roid import ROID_PRESETS, roid
+from jaxtta.adapters.rotta import ROTTA_PRESETS, rotta
+from jaxtta.adapters.sar import SAR_PRESETS, sar
 from jaxtta.adapters.specs import AdapterConfig, AdapterSpec, MGTTAConfig, tnt_config_of
 from jaxtta.adapters.stata import stata, stata_fit
 from jaxtta.adapters.t3a import t3a
@@ -32,7 +38,13 @@ from jaxtta.adapters.zero_shot import zero_shot
 __all__ = [
     "BATCLIP_PRESETS",
     "CLIPARTT_PRESETS",
+    "DEYO_PRESETS",
+    "EATA_PRESETS",
+    "EATA_SETTINGS",
     "MINT_PRESETS",
+    "ROID_PRESETS",
+    "ROTTA_PRESETS",
+    "SAR_PRESETS",
     "TDA_PRESETS",
     "TENT_PRESETS",
     "TNT_PRESETS",
@@ -49,6 +61,7 @@ __all__ = [
     "Objective",
     "Prediction",
     "Preset",
+    "Sharpness",
     "StackedState",
     "State",
     "TNTConfig",
@@ -60,6 +73,10 @@ __all__ = [
     "clipartt",
     "clipartt_loss",
     "ctpt",
+    "deyo",
+    "eata",
+    "eata_fisher",
+    "eta",
     "lame",
     "lame_affinity",
     "lame_log_probabilities",
@@ -76,6 +93,9 @@ __all__ = [
     "online",
     "optimize_noise",
     "parse_adapter",
+    "roid",
+    "rotta",
+    "sar",
     "save_noise",
     "stata",
     "stata_fit",

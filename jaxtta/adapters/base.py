@@ -54,6 +54,8 @@ class State(NamedTuple):
         seen: () number of valid images so far.
         fingerprint: () uint32 checksum of the frozen parameters, by which `load_state` refuses the
             state of another model.
+        memory: what the method remembers of the images so far; () for one that does not. Under
+            `vmap` over streams it has an axis as `adapted` has.
     """
 
     adapted: Any
@@ -61,6 +63,7 @@ class State(NamedTuple):
     context: Any
     seen: Any
     fingerprint: Any = None
+    memory: Any = ()
 
 
 class Init(Protocol):

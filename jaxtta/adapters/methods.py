@@ -7,10 +7,15 @@ from typing import NamedTuple
 from jaxtta.adapters.base import Adapter, Preset
 from jaxtta.adapters.batclip import BATCLIP_PRESETS, batclip
 from jaxtta.adapters.clipartt import CLIPARTT_PRESETS, clipartt
+from jaxtta.adapters.deyo import DEYO_PRESETS, deyo
+from jaxtta.adapters.eata import EATA_PRESETS, eta
 from jaxtta.adapters.lame import lame
 from jaxtta.adapters.mgtta import mgtta
 from jaxtta.adapters.mint import MINT_PRESETS, mint
 from jaxtta.adapters.mta import mta
+from jaxtta.adapters.roid import ROID_PRESETS, roid
+from jaxtta.adapters.rotta import ROTTA_PRESETS, rotta
+from jaxtta.adapters.sar import SAR_PRESETS, sar
 from jaxtta.adapters.stata import stata
 from jaxtta.adapters.t3a import t3a
 from jaxtta.adapters.tda import tda
@@ -49,6 +54,12 @@ METHODS = {
     "batclip": Method(batclip, BATCLIP_PRESETS, "adamw"),
     "tnt": Method(tnt),
     "mgtta": Method(mgtta),
+    # entropy with filters; eata needs clean images, which no text can say
+    "sar": Method(sar, SAR_PRESETS),
+    "eta": Method(eta, EATA_PRESETS),
+    "deyo": Method(deyo, DEYO_PRESETS),
+    "roid": Method(roid, ROID_PRESETS),
+    "rotta": Method(rotta, ROTTA_PRESETS, "adam"),
     # in many views of one image
     "zero": Method(zero),
     "vte": Method(vte),

@@ -30,7 +30,7 @@ from jaxtta.tree import normalisation_parameters
 log = logging.getLogger(__name__)
 
 
-_ARGUMENTS = ("optimizer", "trainable", "on", "words")  # that no text can say
+NO_SETTINGS = ("optimizer", "trainable", "on", "words", "objective", "fisher", "permute", "augment")
 OPTIMIZERS = {
     "sgd": partial(optax.sgd, momentum=0.9),
     "adam": partial(optax.adam),
@@ -50,10 +50,10 @@ def known_settings(name: str) -> tuple[str, ...]:
 
 
 def default_settings(make: Callable[..., Adapter]) -> dict[str, Any]:
-    """A method's keywords with their defaults, but for the optimiser and the parameters."""
+    """A method's keywords with their defaults, but for those that are functions or arrays."""
     keywords = inspect.signature(make).parameters.values()
     named = (each for each in keywords if each.kind is each.KEYWORD_ONLY)
-    return {e.name: e.default for e in named if e.name not in _ARGUMENTS}
+    return {e.name: e.default for e in named if e.name not in NO_SETTINGS}
 
 
 def settings_of(spec: AdapterSpec) -> dict[str, Any]:

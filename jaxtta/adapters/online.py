@@ -1,7 +1,7 @@
 """An adapter of any objective, any choice of parameters and any optimiser."""
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +11,15 @@ from jaxtta import tree
 from jaxtta.adapters.base import (
     Adapter,
     Array,
+    Metrics,
     Objective,
     Prediction,
     State,
     image_check,
     require_state,
 )
-from jaxtta.models import Batch, Outputs, as_batch
+from jaxtta.adapters.online_checks import checked, require_same_adapter
+from jaxtta.models import Batch, as_batch
 from jaxtta.optim import require_optimizer
 
 USES = {
@@ -26,16 +28,36 @@ USES = {
 }
 
 
+class Sharpness(NamedTuple):
+    """The gradient is taken nearby, where the loss is higher: at θ + radius · g/‖g‖.
+
+    Attributes:
+        radius: ρ.
+        objective: of this second gradient, `objective(params, context, batch, memory, first)` with
+            the memory that the first pass gave and its prediction; it gives what an objective with
+            a memory does. None for the objective itself, which then runs twice on all images.
+    """
+
+    radius: float = 0.05
+    objective: Callable[..., Any] | None = None
+
+
 def online(
-    objective: Objective,
+    objective: Objective | Callable[..., Any],
     context: Callable[[Any], Any],
     trainable: tree.Trainable,
     optimizer: optax.GradientTransformation,
+    *,
+    memory: Callable[[Any, Any, Array], Any] | None = None,
+    sharpness: Sharpness | None = None,
+    restore: Callable[[State, State], tuple[State, Metrics]] | None = None,
 ) -> Adapter:
     """Take one optimiser step per batch; predictions are those before the step.
 
     A fully masked batch leaves the state as it was, bit for bit, and so does a step whose loss or
     update is not finite, or whose optimiser state overflows (`metrics["skipped"]` is true then).
+    An objective of selected images says in `metrics["selected"]` how many they are: where there are
+    none there is no step at all, and only its memory and the count of images go on.
 
     Args:
         objective: `objective(params, context, batch) -> (loss, (logits, metrics))`, or the model's
@@ -43,6 +65,13 @@ def online(
         context: `context(params)`, evaluated once in `init` and kept in the state.
         trainable: which parameters to adapt, a predicate on paths.
         optimizer: any optax transformation.
+        memory: `memory(params, context, key)`, what a method remembers at first, arrays of fixed
+            shapes; the objective is then `objective(params, context, batch, memory) -> (loss,
+            (logits, metrics, memory))`. None for an objective without.
+        sharpness: take the step along the gradient of a second pass nearby. Its metrics are said
+            too, as `loss_perturbed` and so on, and whether it selects any decides on the step.
+        restore: `restore(state, source) -> (state, metrics)`, after the step: a new `adapted`,
+            `optimizer` or `memory`, from those now and those of a new stream; metrics are flags.
 
     Returns:
         The adapter. Its `init` raises a ValueError if `trainable` chooses nothing. Its step raises
@@ -60,102 +89,91 @@ def online(
             raise TypeError(f"{name} is a {given}, expected a function: {USES[name]}")
     tree.require_trainable(trainable)
     require_optimizer(optimizer)
-    check_values = image_check()
+    check_values, remembers = image_check(), memory is not None
+
+    def first_memory(params: Any, own: Any, key: Array | None = None) -> Any:
+        if memory is None:
+            return ()
+        return memory(params, own, jax.random.key(0) if key is None else key)
 
     def init(params: Any, key: Array | None = None) -> State:
-        del key  # nothing random here
         tree.require_params(params)
         chosen, _ = tree.partition(params, trainable)
         adapted = jax.tree.map(_own, chosen)
+        own = jax.tree.map(jnp.copy, context(params))
         return State(
             adapted,
             optimizer.init(adapted),
-            jax.tree.map(jnp.copy, context(params)),
+            own,
             jnp.zeros((), jnp.int32),
             tree.fingerprint(params),
+            # Of a dtype of its own, not weakly that of a Python number: one compilation a stream.
+            jax.tree.map(lambda x: jnp.array(x, x.dtype), first_memory(params, own, key)),
         )
 
     def step(params: Any, state: State, batch: Batch | Array) -> tuple[State, Prediction]:
         require_state(State, params, state)
-        _require_same_adapter(params, state, trainable, optimizer)
+        require_same_adapter(params, state, trainable, optimizer.init, first_memory)
         batch = as_batch(batch, state.seen)
         check_values(batch.images)
 
-        def loss_of(adapted: Any) -> tuple[Array, Prediction]:
-            return _checked(objective(tree.merge(params, adapted), state.context, batch))
+        def loss_of(adapted: Any, *first: Any) -> tuple[Array, tuple[Prediction, Any]]:
+            function: Any = sharpness.objective if first and sharpness else objective
+            remembered = first or ((state.memory,) if remembers else ())
+            result = function(tree.merge(params, adapted), state.context, batch, *remembered)
+            return checked(result, bool(remembered))
 
-        (loss, prediction), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.adapted)
+        gradient = jax.value_and_grad(loss_of, has_aux=True)
+        (loss, (prediction, memory_after)), gradients = gradient(state.adapted)
+        losses, metrics = loss, {**prediction.metrics, "loss": loss}
+        selected = metrics.get("selected")
+        if sharpness is not None:
+            scale = sharpness.radius / (optax.tree.norm(gradients) + 1e-12)
+            nearby = jax.tree.map(lambda x, g: x + scale * g, state.adapted, gradients)
+            first = (memory_after, prediction) if sharpness.objective else ()
+            (perturbed, (second, after)), gradients = gradient(nearby, *first)
+            memory_after = after if first and remembers else memory_after
+            said = {**second.metrics, "loss": perturbed}
+            metrics |= {f"{name}_perturbed": value for name, value in said.items()}
+            losses, selected = loss + perturbed, second.metrics.get("selected")
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.adapted)
         # A gradient can be finite and its square, in the optimiser's moments, no longer.
         finite = (
-            jnp.isfinite(loss)
+            jnp.isfinite(losses)
             & tree.all_finite(updates)
             & tree.stays_finite(state.optimizer, optimizer_state)
         )
+        if remembers:
+            finite &= tree.stays_finite(state.memory, memory_after)
         valid = batch.mask.sum(dtype=jnp.int32)
-        metrics = {
-            **prediction.metrics,
-            "loss": loss,
-            "update_norm": optax.tree.norm(updates),
-            "skipped": (valid > 0) & ~finite,
-        }
+        norm = optax.tree.norm(updates)
+        if selected is not None:
+            norm = jnp.where(selected > 0, norm, 0)
+        metrics |= {"update_norm": norm, "skipped": (valid > 0) & ~finite}
+        taken = finite & (valid > 0)
+        moved = taken if selected is None else taken & (selected > 0)
+        adapted = optax.apply_updates(state.adapted, updates)
+        after = state._replace(adapted=adapted, optimizer=optimizer_state, memory=memory_after)
+        if restore is not None:
+            start = jax.tree.map(_own, tree.partition(params, trainable)[0])
+            source = State(
+                start, optimizer.init(start), (), 0, None, first_memory(params, state.context)
+            )
+            after, said = restore(after, source)
+            metrics |= {name: moved & flag for name, flag in said.items()}
         # Neither context nor fingerprint takes part: under vmap they need no stream axis.
-        adapted, optimizer_state, seen = optax.tree.where(
-            finite & (valid > 0),
-            (optax.apply_updates(state.adapted, updates), optimizer_state, state.seen + valid),
-            (state.adapted, state.optimizer, state.seen),
+        adapted, optimizer_state, memory_after = optax.tree.where(
+            moved,
+            (after.adapted, after.optimizer, after.memory),
+            (state.adapted, state.optimizer, memory_after),
         )
-        state = state._replace(adapted=adapted, optimizer=optimizer_state, seen=seen)
-        return state, prediction._replace(metrics=metrics)
+        memory_after, seen = optax.tree.where(
+            taken, (memory_after, state.seen + valid), (state.memory, state.seen)
+        )
+        changed = {"adapted": adapted, "optimizer": optimizer_state, "memory": memory_after}
+        return state._replace(seen=seen, **changed), prediction._replace(metrics=metrics)
 
     return Adapter(init, step)
-
-
-def _require_same_adapter(
-    params: Any, state: State, trainable: tree.Trainable, optimizer: optax.GradientTransformation
-) -> None:
-    """Raise a ValueError for another adapter's state; only names are compared, never values."""
-    adapted = tree.paths_of(state.adapted)
-    chosen = set(filter(trainable, tree.paths_of(params)))
-    if odd := sorted({path for path in adapted if not trainable(path)} | chosen - adapted):
-        whose = "the state" if odd[0] in adapted else "this adapter"
-        raise ValueError(
-            f"{odd[0]} is adapted by {whose} alone: the state is another adapter's, or params are "
-            "another model's"
-        )
-    structure = jax.tree.structure(jax.eval_shape(optimizer.init, state.adapted))
-    if structure != jax.tree.structure(state.optimizer):
-        raise ValueError(
-            "state.optimizer is not of this adapter's optimizer: the state is another adapter's"
-        )
-
-
-def _checked(result: Any) -> tuple[Array, Prediction]:
-    """Loss and prediction of an objective's (loss, (logits or outputs, metrics))."""
-
-    def is_pair(x: Any) -> bool:
-        return isinstance(x, tuple | list) and len(x) == 2
-
-    if not (is_pair(result) and is_pair(result[1]) and isinstance(result[1][1], Mapping)):
-        raise TypeError(
-            f"the objective gives {_layout(result)}, expected (loss, (logits, metrics)) with a "
-            "dict of metrics, {} for none"
-        )
-    loss, (logits, metrics) = result
-    if jnp.shape(loss):
-        raise ValueError(
-            f"the objective's loss has shape {jnp.shape(loss)}, expected a scalar: "
-            "jaxtta.losses.masked_mean(values, batch.mask)"
-        )
-    if isinstance(logits, Outputs):
-        return loss, Prediction(logits.logits, metrics, logits._replace(layer_features=None))
-    return loss, Prediction(logits, metrics)
-
-
-def _layout(result: Any) -> str:
-    if isinstance(result, tuple | list):
-        return f"({', '.join(map(_layout, result))})"
-    return "an array" if isinstance(result, jax.Array) else f"a {type(result).__name__}"
 
 
 def _own(leaf: Array) -> Array:
