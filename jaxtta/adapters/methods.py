@@ -21,7 +21,7 @@ from jaxtta.adapters.t3a import t3a
 from jaxtta.adapters.tda import tda
 from jaxtta.adapters.tent import TENT_PRESETS, tent
 from jaxtta.adapters.tnt.adapter import tnt
-from jaxtta.adapters.tpt import TPT_OPTIMIZER, ctpt, tpt
+from jaxtta.adapters.tpt import TPT_OPTIMIZER, tpt
 from jaxtta.adapters.transclip import transclip
 from jaxtta.adapters.vte import vte
 from jaxtta.adapters.watt import WATT_PRESETS, watt
@@ -65,7 +65,7 @@ METHODS = {
     "vte": Method(vte),
     "mta": Method(mta),
     "tpt": Method(tpt, _one_preset(TPT_OPTIMIZER, 1), "adamw"),
-    "ctpt": Method(ctpt, _one_preset(TPT_OPTIMIZER, 1), "adamw"),
+    "ctpt": Method(partial(tpt, dispersion=20.0), _one_preset(TPT_OPTIMIZER, 1), "adamw"),
     # without training
     "tda": Method(tda),
     "lame": Method(lame),
