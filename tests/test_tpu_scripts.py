@@ -461,8 +461,12 @@ def test_the_plan_is_printed(run_program):
         "reading",
         "compute",
     ]
+    assert "HBM is without" not in out
+    _, out, _ = run_program("plan.py", *HOST, "--adapters", "tent", "tnt:steps=3")
+    assert out.splitlines()[-1].startswith("HBM is without tnt:steps=3: give --hbm-gb")
     code, out, _ = run_program("plan.py", *HOST, "--adapters", "own", "--step-seconds", "own=0.9")
     assert "measured steps" in out
+    assert "HBM is without" not in out
     assert math.isclose(75 * 782 * 0.9 / 3600, float(out.splitlines()[3].split()[6]), rel_tol=0.01)
 
 
