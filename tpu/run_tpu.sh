@@ -47,7 +47,7 @@ setup() {
     ssh_ "$1" "set -e; exec 9> sweep.lock; flock 9
 mkdir -p jaxtta; tar -xzf jaxtta.tar.gz -C jaxtta; cd jaxtta
 python3 -m pip install --quiet --user uv
-test -d .venv || ~/.local/bin/uv venv --quiet --seed --python 3.11 .venv
+test -e .venv/bin/pip || { rm -rf .venv; ~/.local/bin/uv venv --quiet --seed --python 3.11 .venv; }
 .venv/bin/python -m pip install --quiet -c constraints/common.txt -c constraints/transformers5.txt '.[experiments,tpu]'
 .venv/bin/python -c 'import jax; print(jax.devices()); jax.devices(\"tpu\")'"
 }
