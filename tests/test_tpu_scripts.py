@@ -479,6 +479,7 @@ def test_the_plan_is_printed(run_program):
             "--step-seconds has 'tent=fast', expected ADAPTER=NUMBER",
         ),
         (("--hbm-gb", "own=3"), "--hbm-gb has 'own=3', expected ADAPTER=NUMBER, an adapter of"),
+        (("--per-host", "0"), "--per-host is 0, expected at least 1"),
         (("--peak-share", "40"), "--peak-share is 40.0, expected above 0 and up to 1"),
     ],
 )

@@ -180,6 +180,8 @@ class Options:
 
 def main(options: Options) -> None:
     """Print a line for each number of devices."""
+    if options.per_host < 1:
+        raise ValueError(f"--per-host is {options.per_host}, expected at least 1")
     steps = steps_of(options)
     lines = {}
     for count in options.devices:
