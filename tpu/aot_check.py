@@ -251,7 +251,7 @@ def compile_case(case: Case, devices: list[Any], options: Options, remat: bool) 
         compiled = lowered.compile(LESS_EFFORT if options.quick else None)
     except jax.errors.JaxRuntimeError as error:
         exhausted = needed_memory(str(error))
-        if exhausted is None:
+        if exhausted is None or exhausted <= chip.memory:  # not of its main memory
             return row | {"verdict": f"does not compile: {str(error).splitlines()[0]}"}
     row["compile s"] = time.perf_counter() - start
     if exhausted is not None:
