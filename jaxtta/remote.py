@@ -173,6 +173,7 @@ class _Copy:
         path.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileNotFoundError):  # another share's, removed meanwhile
             self.files.get_file(f"{self.root}/{name}", str(path))
+        self._renew()  # many files may take longer than a share is kept without a sign
 
     def _excludes(self, name: str) -> bool:
         """Whether a file is the marker of this share, or of one of another number of shares."""

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from io import StringIO
 from pathlib import Path
 
@@ -242,6 +243,23 @@ def test_a_sign_is_given_again_and_again(store):
         fsspec.filesystem("memory").rm_file(MARKER)
         wait_until(time_of_sign)
     assert not store
+
+
+def test_a_sign_is_given_while_files_are_downloaded(store, monkeypatch):
+    for name in "abc":
+        fsspec.filesystem("memory").pipe_file(f"{URL}/{name}", b"")
+    original, sent = MemoryFileSystem.get_file, []
+
+    def slow(self, *args, **kwargs):
+        time.sleep(0.05)
+        sent.append(json.loads(store[MARKER].getvalue())["time"])
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(MemoryFileSystem, "get_file", slow)
+    monkeypatch.setattr(remote, "ThreadPoolExecutor", lambda: ThreadPoolExecutor(1))
+    with mirror(URL):
+        pass
+    assert sent == sorted({*sent}) and len(sent) == 3
 
 
 def test_a_share_that_was_taken_over_is_not_written_any_more(store, caplog):

@@ -47,8 +47,8 @@ class Placement:
         if self.streams == 1:
             return states[0] if self.mesh is None else parallel.replicate(states[0], self.mesh)
         filled = [*states] + [states[0]] * (self.streams - len(states))
-        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *filled)
-        return jax.device_put(stacked, NamedSharding(self.mesh, P("streams")))
+        share = NamedSharding(self.mesh, P("streams"))  # leaf by leaf, as all are on one device
+        return jax.tree.map(lambda *leaves: jax.device_put(jnp.stack(leaves), share), *filled)
 
     def apart(self, states: Any) -> list[Any]:
         """Each stream's state."""
