@@ -51,7 +51,7 @@ tpu-check:  ## Compile steps for a TPU with none attached, where libtpu can be i
 tpu-compile:
 	$(TPU)/bin/python -m pip install --quiet $(CONSTRAINTS) --editable .
 	$(OFFLINE) $(TPU)/bin/python tpu/aot_check.py --models ViT-B/16 --dtypes bfloat16 \
-	    --layers 1 --quick
+	    --adapters zero_shot tent batclip --layers 1 --quick
 
 lint: venv  ## Check style and types
 	$(VENV)/bin/ruff check .

@@ -14,7 +14,8 @@ def count_flops(program: Any) -> int:
             `shard_map` it is one device's, otherwise all devices' together.
 
     Returns:
-        Multiplications and additions, with all turns of loops of a known length.
+        Multiplications and additions, with all turns of loops of a known length, and of the
+        branches of a condition the one that has most.
     """
     total = 0
     for equation in program.eqns:
@@ -25,4 +26,6 @@ def count_flops(program: Any) -> int:
         inner = [getattr(value, "jaxpr", value) for value in equation.params.values()]
         inside = sum(count_flops(program) for program in inner if hasattr(program, "eqns"))
         total += equation.params.get("length", 1) * inside  # loops, jitted and derived functions
+        branches = (count_flops(branch.jaxpr) for branch in equation.params.get("branches", ()))
+        total += max(branches, default=0)
     return total

@@ -66,6 +66,14 @@ def test_operations_are_counted_with_all_turns_of_a_loop():
     assert count_flops(traced.jaxpr.jaxpr) == 5 * 2 * 3 * 4 * 4 + 3 * 2 * 4 * 4 + 2 * 2 * 4 * 4 * 4
 
 
+def test_operations_of_a_condition_are_those_of_its_largest_branch():
+    @jax.jit
+    def program(a):
+        return jax.lax.cond(a.sum() > 0, lambda a: a @ a, lambda a: a @ a @ a, a)
+
+    assert count_flops(program.trace(jnp.ones((4, 4))).jaxpr.jaxpr) == 2 * 2 * 4 * 4 * 4
+
+
 def test_a_diagnosis_of_synthetic_features_is_timed(run_script):
     sizes = ("--images", 1000, "--classes", 51, "--size", 128)  # odd: halves have all classes
     code, out, _ = run_script("../benchmarks/diagnosis.py", *sizes)

@@ -411,7 +411,7 @@ def test_files_of_another_model(run_jaxtta, tmp_path):
 def test_what_the_package_logs_is_printed_once(capsys):
     log, others = logging.getLogger("jaxtta.test"), StringIO()
     handler = logging.StreamHandler(others)
-    with cli._notes_and_interrupts():
+    with cli._notes():
         logging.root.addHandler(handler)  # by a library that is imported late
         log.info("a note")
         logging.root.removeHandler(handler)

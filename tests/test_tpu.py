@@ -251,6 +251,34 @@ def test_a_program_is_compiled_and_described(check, adapter, mode):
     assert "–" not in check.line(row)
 
 
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ("Ran out of memory in memory space hbm. Used 20.0G of 15.7G", "does not fit: try --remat"),
+        (
+            "Ran out of memory in memory space vmem. Used 17.0M of 16.0M",
+            "does not compile: Ran out",
+        ),
+        ("INTERNAL: something else", "does not compile: INTERNAL: something else"),
+    ],
+)
+def test_a_program_that_does_not_compile_never_fits(check, monkeypatch, message, expected):
+    class Program:
+        jaxpr = jax.make_jaxpr(jnp.sin)(1.0)
+
+        def lower(self):
+            return self
+
+        def compile(self, options):
+            raise jax.errors.JaxRuntimeError(message)
+
+    monkeypatch.setattr(check, "trace", lambda *given: (Program(), None))
+    case = check.Case("v5litepod-8", "tiny", "tent", "streams", "float32")
+    row = check.compile_case(case, jax.devices(), check.Options(), remat=False)
+    assert row["verdict"].startswith(expected)
+    assert row["verdict"] not in check.PASSED
+
+
 def test_operations_of_a_chip_are_its_share(check):
     options = check.Options(classes=5, batch=8, layers=1)
     both = [

@@ -110,7 +110,7 @@ def test_set_up_copies_installs_and_shows_the_chips():
     assert out.count("-c constraints/common.txt -c constraints/transformers5.txt") == 4
     assert out.count("print(jax.devices())") == 4
     packed = out.split("\n")[0].partition(" -C ")[2].split()[1:]
-    assert {"jaxtta", "tpu", "pyproject.toml"} < {*packed}
+    assert {"jaxtta", "tpu", "benchmarks", "pyproject.toml"} < {*packed}
     assert all((TPU.parent / name).exists() for name in packed)
 
 
@@ -157,6 +157,11 @@ def test_a_host_copies_the_data_and_sweeps():
         ("run_tpu.sh", ("create", "--zone"), "--zone needs a value"),
         ("run_tpu.sh", ("create", "--zone", "z", "--nodes", "none"), "--nodes is 'none'"),
         ("run_tpu.sh", ("create", "--zone", "z", "--node", "1"), "--node is '1', expected 0 to 0"),
+        (
+            "run_tpu.sh",
+            ("create", "--zone", "z", "--nodes", "9", "--node", "08"),
+            "expected 0 to 8",
+        ),
         ("run_tpu.sh", ("create", "--zone", "z", "--type", "v5litepod-16"), "one with one host"),
         ("run_tpu.sh", ("create", "--zone", "z", "--seeds", "2"), "'--seeds'; options of jaxtta"),
         (
@@ -262,6 +267,36 @@ def test_only_nodes_that_are_there_are_asked_for_their_log(cloud):
     calls = (folder / "calls").read_text()
     assert re.findall(r"ssh (\S+)", calls) == ["jaxtta-0"]
     assert "storage ls gs://mine/results/predictions/" in calls
+
+
+def test_why_a_state_is_not_known_is_shown(cloud):
+    folder, env = cloud
+    program = folder.parent / "bin" / "gcloud"
+    once = 'test -e "$CLOUD/asked" || { touch "$CLOUD/asked"; echo "no account" >&2; exit 1; }'
+    program.write_text(program.read_text().replace("case", f"{once}\ncase", 1))
+    code, out, err = run("preemptible.sh", *GIVEN, "--wait", "0", env=env)
+    assert (code, err) == (0, "no account\n")
+    assert re.findall(r"jaxtta-0: (\w+)$", out, re.M) == ["wait", "create", "run", "run"]
+
+
+def test_nodes_that_are_left_are_listed_where_one_was_not_there(cloud):
+    folder, env = cloud
+    (folder / "jaxtta-1").write_text("ACTIVE")
+    (folder / "jaxtta-2").write_text("ACTIVE")
+    code, _, err = run("run_tpu.sh", "delete", *GIVEN, "--nodes", "2", env=env)
+    assert code == 1
+    assert "jaxtta-0" in err
+    assert [path.name for path in folder.glob("jaxtta-*")] == ["jaxtta-2"]
+    assert (folder / "calls").read_text().splitlines()[-1] == LEFT.strip().removeprefix("gcloud ")
+
+
+@pytest.mark.parametrize("version", ["4.2", "5.1"])  # 4.2: also macOS's 3.2 quotes so
+def test_a_printed_command_can_be_typed_in_any_bash(version):
+    folder = "a friend's data & more"
+    options = ("--bucket", "gs://mine", "--copy", folder, "--dry-run")
+    env = os.environ | {"BASH_COMPAT": version}
+    _, out, _ = run("sweep_imagenet_c.sh", *options, env=env)
+    assert shlex.split(out.splitlines()[0]) == ["mkdir", "-p", folder]
 
 
 def test_a_share_that_always_fails_is_given_up(cloud):
@@ -426,8 +461,12 @@ def test_the_plan_is_printed(run_program):
         "reading",
         "compute",
     ]
+    assert "HBM is without" not in out
+    _, out, _ = run_program("plan.py", *HOST, "--adapters", "tent", "tnt:steps=3")
+    assert out.splitlines()[-1].startswith("HBM is without tnt:steps=3: give --hbm-gb")
     code, out, _ = run_program("plan.py", *HOST, "--adapters", "own", "--step-seconds", "own=0.9")
     assert "measured steps" in out
+    assert "HBM is without" not in out
     assert math.isclose(75 * 782 * 0.9 / 3600, float(out.splitlines()[3].split()[6]), rel_tol=0.01)
 
 
@@ -440,6 +479,7 @@ def test_the_plan_is_printed(run_program):
             "--step-seconds has 'tent=fast', expected ADAPTER=NUMBER",
         ),
         (("--hbm-gb", "own=3"), "--hbm-gb has 'own=3', expected ADAPTER=NUMBER, an adapter of"),
+        (("--per-host", "0"), "--per-host is 0, expected at least 1"),
         (("--peak-share", "40"), "--peak-share is 40.0, expected above 0 and up to 1"),
     ],
 )

@@ -164,7 +164,7 @@ def main(options: Options) -> int:
         file = options.output and stack.enter_context(options.output.open("w", newline=""))
         write = csv.writer(file).writerow if file else lambda values: None
         write(FORMATS)
-        print(*(f"{title:{place}}" for title, (place, _) in FORMATS.items()))
+        print(*(f"{title:{place}}" for title, (place, _) in FORMATS.items()), flush=True)
         for case in tqdm(planned, unit="program", disable=None):
             row = {}
             for row in attempts(case, devices[case.topology], options):
@@ -251,7 +251,7 @@ def compile_case(case: Case, devices: list[Any], options: Options, remat: bool) 
         compiled = lowered.compile(LESS_EFFORT if options.quick else None)
     except jax.errors.JaxRuntimeError as error:
         exhausted = needed_memory(str(error))
-        if exhausted is None:
+        if exhausted is None or exhausted <= chip.memory:  # not of its main memory
             return row | {"verdict": f"does not compile: {str(error).splitlines()[0]}"}
     row["compile s"] = time.perf_counter() - start
     if exhausted is not None:

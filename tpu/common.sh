@@ -10,12 +10,12 @@ fail() {
 
 # A command line as one would type it.
 line() {
-    local word quoted=()
+    local word quoted=() quote="'" escaped="'\\''" # named, since older bashes keep escapes
     for word in "$@"; do
         if [[ $word =~ ^[A-Za-z0-9_./:=@%+,-]+$ ]]; then
             quoted+=("$word")
         else
-            quoted+=("'${word//\'/\'\\\'\'}'")
+            quoted+=("'${word//$quote/$escaped}'")
         fi
     done
     echo "${quoted[*]}"

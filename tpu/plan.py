@@ -33,9 +33,15 @@ GFLOP_AN_IMAGE = {
         **{"tnt:steps=1": 21940.5, "tnt:steps=3": 25768.5},
     },
 }
-# A step of 64 images in bfloat16 on v5e, by an earlier version's compiled program; `aot_check.py`
-# prints today's as HBM GB, for --hbm-gb.
-HBM_GB_A_STEP = {"ViT-B/16": {"zero_shot": 4.2, "tent": 32.6}, "ViT-L/14": {}}
+# A step of 64 images in bfloat16 on v5e, as `aot_check.py --scan` counted them in the compiled
+# programs, up to 10 % too many: an operand that an instruction takes twice was counted twice.
+HBM_GB_A_STEP = {
+    "ViT-B/16": {
+        **{"zero_shot": 4.3, "tent": 30.1, "mgtta": 33.3, "batclip": 51.2},
+        "tnt:steps=1": 64 * 8.67,
+    },
+    "ViT-L/14": {},
+}
 
 
 class Step(NamedTuple):
@@ -174,6 +180,8 @@ class Options:
 
 def main(options: Options) -> None:
     """Print a line for each number of devices."""
+    if options.per_host < 1:
+        raise ValueError(f"--per-host is {options.per_host}, expected at least 1")
     steps = steps_of(options)
     lines = {}
     for count in options.devices:
@@ -206,6 +214,10 @@ def main(options: Options) -> None:
     )
     table = pd.DataFrame(lines).T.rename(columns={"cpus": "host CPUs", "memory": "HBM"})
     print(table.rename_axis("chips").to_string(float_format="{:.3g}".format))
+    timed = numbers("step_seconds", options.step_seconds, options.adapters)
+    pairs = zip(options.adapters, steps, strict=True)
+    if without := [name for name, step in pairs if not step.memory and name not in timed]:
+        print(f"HBM is without {', '.join(without)}: give --hbm-gb, as aot_check.py prints it")
 
 
 def steps_of(options: Options) -> list[Step]:

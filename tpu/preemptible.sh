@@ -52,11 +52,13 @@ tpu() {
 # The state of a node or queued resource; GONE if there is none, UNKNOWN if gcloud cannot say.
 state_of() {
     local said
-    if said=$(gcloud compute tpus "$@" --zone "$zone" 2>&1); then
-        grep -xE '[A-Z_]+' <<< "$said" | tail -n 1 || echo UNKNOWN # beside warnings
+    if said=$(gcloud compute tpus "$@" --zone "$zone" 2>&1) &&
+        grep -xE '[A-Z_]+' <<< "$said" | tail -n 1; then # beside warnings
+        return
     elif [[ $said == *NOT_FOUND* || $said == *"not found"* ]]; then
         echo GONE
     else
+        echo "$said" >&2
         echo UNKNOWN
     fi
 }

@@ -47,7 +47,7 @@ setup() {
     ssh_ "$1" "set -e; exec 9> sweep.lock; flock 9
 mkdir -p jaxtta; tar -xzf jaxtta.tar.gz -C jaxtta; cd jaxtta
 python3 -m pip install --quiet --user uv
-test -d .venv || ~/.local/bin/uv venv --quiet --seed --python 3.11 .venv
+test -e .venv/bin/pip || { rm -rf .venv; ~/.local/bin/uv venv --quiet --seed --python 3.11 .venv; }
 .venv/bin/python -m pip install --quiet -c constraints/common.txt -c constraints/transformers5.txt '.[experiments,tpu]'
 .venv/bin/python -c 'import jax; print(jax.devices()); jax.devices(\"tpu\")'"
 }
@@ -123,7 +123,7 @@ place=(--bucket "$bucket" --data "${data:-$bucket/data}")
 [[ -n $zone ]] || fail "--zone is missing, such as --zone us-west4-a"
 [[ $nodes =~ ^[1-9][0-9]*$ ]] || fail "--nodes is '$nodes', expected a number from 1"
 if [[ -n $node ]]; then
-    if ! [[ $node =~ ^[0-9]+$ ]] || ((node >= nodes)); then
+    if ! [[ $node =~ ^(0|[1-9][0-9]*)$ ]] || ((node >= nodes)); then
         fail "--node is '$node', expected 0 to $((nodes - 1))"
     fi
     chosen=("$node")
@@ -152,7 +152,8 @@ case $command in
             archive=$(mktemp -d)/jaxtta.tar.gz
             trap 'rm -r "$(dirname "$archive")"' EXIT
         fi
-        try tar --exclude __pycache__ -czf "$archive" -C "$root" jaxtta tpu constraints pyproject.toml README.md LICENSE
+        try tar --exclude __pycache__ -czf "$archive" -C "$root" jaxtta tpu benchmarks constraints \
+            pyproject.toml README.md LICENSE
         each setup
         ;;
     watch)
@@ -166,8 +167,10 @@ case $command in
         try gcloud storage rsync --recursive "$bucket/results" "$output"
         ;;
     delete)
-        each delete
+        failed=0
+        each delete || failed=1 # such as one that is not there; the rest is shown all the same
         tpus queued-resources list
+        exit "$failed"
         ;;
     *) each "$command" ;;
 esac

@@ -160,6 +160,9 @@ class RunOptions:
         """
         count, number = (os.environ.get(f"JAX_{key}") for key in ("NUM_PROCESSES", "PROCESS_ID"))
         if count and self.split == "batch":
+            if not f"{count}{number or 0}".isdecimal():
+                said = f"JAX_NUM_PROCESSES is {count!r} and JAX_PROCESS_ID {number!r}"
+                raise ValueError(f"{said}, expected numbers")
             own = int(number) if number else None  # None for what JAX finds itself
             jax.distributed.initialize(num_processes=int(count), process_id=own)
             return jax.process_index()
