@@ -182,6 +182,23 @@ def pmap(adapter: Adapter) -> Adapter:
     return Adapter(init, step)
 
 
+def require_arrays(state: Any) -> None:
+    """Raise a TypeError for a state that cannot be stacked with those of other streams.
+
+    Args:
+        state: of an adapter.
+
+    Raises:
+        TypeError: if a leaf is not an array or a number; it is named.
+    """
+    for name, leaf in _leaves(state):
+        if not isinstance(leaf, jax.Array | np.ndarray | np.generic | bool | int | float):
+            raise TypeError(
+                f"{name} of the adapter's state is a {type(leaf).__name__}, expected an "
+                "array: the states of many streams are stacked"
+            )
+
+
 def _local_mesh() -> Mesh:
     return mesh(devices=jax.local_devices())
 
@@ -191,12 +208,7 @@ def _of_arrays(adapter: Adapter) -> Any:
 
     def init(params: Any, key: Array) -> Any:
         state = adapter.init(params, key)
-        for name, leaf in _leaves(state):
-            if not isinstance(leaf, jax.Array | np.ndarray | np.generic | bool | int | float):
-                raise TypeError(
-                    f"{name} of the adapter's state is a {type(leaf).__name__}, expected an "
-                    "array: the states of many streams are stacked"
-                )
+        require_arrays(state)
         return state
 
     return init

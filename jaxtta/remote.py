@@ -62,6 +62,8 @@ def mirror(url: str | Path, part: str | None = "") -> Iterator[Path]:
         copy.begin()
     except BaseException:
         shutil.rmtree(copy.temporary)
+        with contextlib.suppress(Exception):  # or it counts as ended later
+            copy.give_back()
         raise
     try:
         yield copy.folder
@@ -121,10 +123,14 @@ class _Copy:
         self.uploads.join()
         with _named(f"{self.url}: the last upload failed, the files are in {self.folder}"):
             self._upload()
-            if self.marker:
-                self.files.rm_file(f"{self.root}/{self.marker}")
+            self.give_back()
         _log.info("%s: has all files of %s, which is removed", self.url, self.folder)
         shutil.rmtree(self.temporary)
+
+    def give_back(self) -> None:
+        """Remove the marker, if it is this process's."""
+        if self.marker and self.me["time"] and not self._holder(self.marker):
+            self.files.rm_file(f"{self.root}/{self.marker}")
 
     def _upload_until_stopped(self) -> None:
         """Upload every few seconds; of several failures in a row the first is logged."""
@@ -173,6 +179,7 @@ class _Copy:
         path.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileNotFoundError):  # another share's, removed meanwhile
             self.files.get_file(f"{self.root}/{name}", str(path))
+        self._renew()  # many files may take longer than a share is kept without a sign
 
     def _excludes(self, name: str) -> bool:
         """Whether a file is the marker of this share, or of one of another number of shares."""

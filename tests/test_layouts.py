@@ -520,6 +520,19 @@ def test_a_prepared_tensorflow_dataset_is_read_without_tensorflow():
     assert source.name(3) == "tiny_pictures:1.0.0 test image 3"
 
 
+def test_a_prepared_folder_is_read_and_is_the_same_wherever_it_is(copied):
+    here, there = (open_tfds(str(one)) for one in (PREPARED / "tiny_pictures" / "1.0.0", copied))
+    assert here.content() == there.content()
+    assert there.name(3) == "tiny_pictures/1.0.0 test image 3"
+    assert {*map(len, (here, there, prepared()))} == {12}
+
+
+def test_another_folder_of_a_dataset_s_name_is_not_taken_for_it(tmp_path, monkeypatch):
+    (tmp_path / "tiny_pictures").mkdir()  # such as the images that it was made of
+    monkeypatch.chdir(tmp_path)
+    assert len(prepared()) == 12
+
+
 def test_splits_of_a_dataset_are_told_apart():
     assert prepared().content() == prepared().content() != prepared("test[:50%]").content()
 

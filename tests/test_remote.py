@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from io import StringIO
 from pathlib import Path
 
@@ -244,6 +245,23 @@ def test_a_sign_is_given_again_and_again(store):
     assert not store
 
 
+def test_a_sign_is_given_while_files_are_downloaded(store, monkeypatch):
+    for name in "abc":
+        fsspec.filesystem("memory").pipe_file(f"{URL}/{name}", b"")
+    original, sent = MemoryFileSystem.get_file, []
+
+    def slow(self, *args, **kwargs):
+        time.sleep(0.05)
+        sent.append(json.loads(store[MARKER].getvalue())["time"])
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(MemoryFileSystem, "get_file", slow)
+    monkeypatch.setattr(remote, "ThreadPoolExecutor", lambda: ThreadPoolExecutor(1))
+    with mirror(URL):
+        pass
+    assert sent == sorted({*sent}) and len(sent) == 3
+
+
 def test_a_share_that_was_taken_over_is_not_written_any_more(store, caplog):
     message = "the files are in .*was taken over by process 1 on elsewhere"
     with pytest.raises(OSError, match=message), mirror(URL, "0-of-2") as folder:
@@ -279,7 +297,7 @@ def test_a_download_that_fails_leaves_nothing_behind(store, copies, monkeypatch)
         patch.setattr(MemoryFileSystem, "get_file", failing(OSError("cut")))
         with pytest.raises(OSError, match=r"cannot be read \(OSError: cut\)"), mirror(URL):
             pass
-    assert not copies()
+    assert not copies() and MARKER not in store
     with monkeypatch.context() as patch:  # another share has removed it
         patch.setattr(MemoryFileSystem, "get_file", failing(FileNotFoundError("x")))
         with mirror(URL, None) as folder:

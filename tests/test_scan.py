@@ -1,5 +1,6 @@
 """Blocks under one loop give what unrolled blocks give, and are compiled once for all."""
 
+import contextlib
 import dataclasses
 import sys
 
@@ -12,7 +13,7 @@ from conftest import EXPERIMENTS, GOLDEN, relative
 from transformers import CLIPConfig, SiglipConfig, ViTConfig
 
 import jaxtta
-from jaxtta import adapters, continual, models, optim
+from jaxtta import adapters, continual, models, optim, parallel
 from jaxtta.cli.options import ModelOptions
 
 SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
@@ -128,6 +129,22 @@ def test_steps_adapt_as_with_unrolled_blocks(kind, params, images, method):
         ends.append((jax.tree.map(jnp.subtract, state.adapted, start), prediction.logits))
     assert relative(ends[1][1], ends[0][1]) < 1e-5
     close(ends[1][0], ends[0][0], 1e-4)  # the change alone, a thousandth of the parameters
+
+
+def test_scanned_blocks_adapt_a_batch_that_lies_on_several_devices(params, images, kind):
+    """Also where each device has a part of the prompts."""
+    if kind == "supervised":
+        pytest.skip("has no text tower")
+    mesh, ends = parallel.mesh(1, 8), []
+    for adapter in pair_of_adapters("batclip", kind):
+        whole = parallel.replicate((params, adapter.init(params)), mesh)
+        batch = jax.device_put(images[0], parallel.batch_sharding(mesh))
+        with jax.set_mesh(mesh) if ends else contextlib.nullcontext():
+            state, prediction = jax.jit(adapter.step)(*whole, batch)
+        change = jax.tree.map(jnp.subtract, state.adapted, whole[1].adapted)
+        ends.append((change, prediction.logits))
+    assert relative(ends[1][1], ends[0][1]) < 1e-5
+    close(ends[1][0], ends[0][0], 1e-4)
 
 
 @pytest.mark.parametrize("method", ["zero_shot", "tent", "batclip", "mgtta"])

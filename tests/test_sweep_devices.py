@@ -162,6 +162,15 @@ def test_a_state_without_arrays_is_stepped_too():
     assert alike(sweep(adapters={"a": make}, **run), sweep(adapters={"a": make}))
 
 
+def test_a_state_that_cannot_be_stacked_is_refused():
+    def make(model, task):
+        init, step = drifting(0.3)(model, task)
+        return jaxtta.Adapter(lambda params, key: init(params) | {"name": "x"}, step)
+
+    with pytest.raises(TypeError, match="name of the adapter's state is a str, expected an array"):
+        sweep(adapters={"a": make}, devices=2)
+
+
 def test_weights_are_copied_to_the_devices_once(monkeypatch):
     placed = []
     original = placement.parallel.replicate

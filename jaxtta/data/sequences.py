@@ -111,11 +111,11 @@ def open_tfds(name: str, split: str = "test", data_dir: Path | None = None) -> S
     import tensorflow_datasets as tfds
 
     try:
-        folder = Path(name).is_dir()
-        opened = (
-            tfds.builder_from_directory(name) if folder else tfds.builder(name, data_dir=data_dir)
-        )
-        builder: Any = opened
+        if (Path(name) / "dataset_info.json").is_file():
+            builder: Any = tfds.builder_from_directory(name)
+            name = builder.info.full_name  # the same wherever the folder is
+        else:
+            builder = tfds.builder(name, data_dir=data_dir)
         image, label = builder.info.supervised_keys or ("image", "label")
         names = builder.info.features[label].names
         names = [IMAGENET_CLASSES.get(name, name).replace("_", " ") for name in names]

@@ -46,15 +46,16 @@ class Placement:
         """The streams' states where the step wants them."""
         if self.streams == 1:
             return states[0] if self.mesh is None else parallel.replicate(states[0], self.mesh)
+        parallel.require_arrays(states[0])
         filled = [*states] + [states[0]] * (self.streams - len(states))
-        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *filled)
-        return jax.device_put(stacked, NamedSharding(self.mesh, P("streams")))
+        share = NamedSharding(self.mesh, P("streams"))  # leaf by leaf, as all are on one device
+        return jax.tree.map(lambda *leaves: jax.device_put(jnp.stack(leaves), share), *filled)
 
     def apart(self, states: Any) -> list[Any]:
-        """Each stream's state."""
+        """Each stream's state, in numpy."""
+        states = jax.device_get(states)  # cut here, as devices would do it together
         if self.streams == 1:
             return [states]
-        states = jax.device_get(states)
         return [jax.tree.map(itemgetter(place), states) for place in range(self.streams)]
 
     def batch(self, batches: Sequence[StreamBatch | None]) -> tuple[StreamBatch, StreamBatch]:
