@@ -107,7 +107,7 @@ class Options:
 
     # as they are rented (v5litepod-8, v4-8, v6e-8), or a chip and its layout (v5e:2x4)
     topology: tuple[str, ...] = ("v5litepod-8",)
-    models: tuple[Literal["ViT-B/16", "ViT-L/14", "tiny"], ...] = ("ViT-B/16", "ViT-L/14")
+    models: tuple[Literal["ViT-B/16", "ViT-L/14", "tiny"], ...] = ("ViT-B/16", "ViT-L/14")  # widths
     adapters: tuple[str, ...] = ("zero_shot", "tent", "batclip", "mgtta", "tnt")  # also tnt:steps=3
     dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")  # of the products
     modes: tuple[Literal["streams", "batch"], ...] = ("streams", "batch")
