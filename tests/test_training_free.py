@@ -20,7 +20,8 @@ from jaxtta.adapters.lame import AFFINITIES, lame, lame_affinity, lame_log_proba
 from jaxtta.adapters.on_features import FeatureMethod, StackedState, on_features, unit
 from jaxtta.adapters.stata import stata, stata_fit
 from jaxtta.adapters.t3a import t3a, t3a_logits, t3a_supports
-from jaxtta.adapters.tda import TDA_PRESETS, tda, tda_caches, tda_logits
+from jaxtta.adapters.tda import TDA_PRESETS, tda, tda_logits
+from jaxtta.adapters.tda_cache import tda_caches
 from jaxtta.adapters.transclip import transclip, transclip_fit
 
 BATCH = 12
@@ -446,6 +447,20 @@ def test_one_device_or_eight_give_the_same(tiny, adapter, step, images):
     chex.assert_trees_all_close(after8, after, atol=2e-5)
 
 
+def test_a_batch_on_explicit_axes(tiny, adapter, step, images):
+    """As `jax.make_mesh` gives them."""
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    mesh, batch = jax.make_mesh((8,), ("batch",)), batch_of(images[:2].reshape(-1, 32, 32, 3))
+    split, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (["batch"], []))
+    state = adapter.init(tiny[1])
+    after, expected = step(tiny[1], state, batch)
+    spread, state = jax.device_put(batch, split), jax.device_put(state, whole)
+    after8, prediction = step(jax.device_put(tiny[1], whole), state, spread)
+    np.testing.assert_allclose(prediction.logits, expected.logits, atol=2e-4)
+    chex.assert_trees_all_close(after8, after, atol=2e-5)
+
+
 def test_a_saved_state_goes_on(tiny, adapter, step, images, tmp_path):
     params = tiny[1]
     state, _ = step(params, adapter.init(params), images[0])
@@ -583,6 +598,19 @@ def test_precision_is_that_of_the_widest(name, tiny, task, images, dtype):
     [
         (tda, {"size": 0}, "size is 0, expected at least 1"),
         (tda, {"negative_size": 0}, "negative_size is 0, expected at least 1"),
+        (tda, {"negative_beta": -1}, "negative_beta is -1, expected at least 0"),
+        (tda, {"scale": "big"}, "scale is 'big', expected a positive number or None"),
+        (
+            tda,
+            {"entropy_range": (0.5, 0.2)},
+            r"entropy_range is \(0.5, 0.2\), expected two",
+        ),
+        (
+            tda,
+            {"probability_range": (0.1,)},
+            r"probability_range is \(0.1,\), expected two",
+        ),
+        (stata, {"scale": 0}, "scale is 0, expected a positive number or None"),
         (lame, {"affinity": "cosine"}, "affinity is 'cosine', expected one of knn_symmetric, knn"),
         (lame, {"neighbours": 0}, "neighbours is 0, expected at least 1"),
         (lame, {"iterations": 0}, "iterations is 0, expected at least 1"),

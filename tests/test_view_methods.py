@@ -13,7 +13,7 @@ import pytest
 from conftest import NNXClassifier, golden, relative
 
 import jaxtta
-from jaxtta import models
+from jaxtta import models, parallel
 from jaxtta.adapters.image_views import cut_views
 from jaxtta.adapters.mta import mean_shift, mta
 from jaxtta.adapters.of_views import of_views
@@ -246,6 +246,17 @@ def test_a_stream_compiles_once_without_scatters(case, tiny, images):
     assert "scatter" not in str(jax.make_jaxpr(adapter.step)(params, state, images))
 
 
+def test_a_batch_on_explicit_axes_is_refused(tiny, task):
+    model, params = tiny
+    mesh = jax.make_mesh((8,), ("batch",))
+    whole, split = parallel.replicate(params, mesh), parallel.batch_sharding(mesh)
+    adapter = zero(model, task, views=VIEWS)
+    state = parallel.replicate(adapter.init(params), mesh)
+    batch = jax.device_put(batch_of(np.zeros((8, 32, 32, 3), np.float32)), split)
+    with pytest.raises(ValueError, match="ZERO takes images one after another and cannot split"):
+        jax.eval_shape(adapter.step, whole, state, batch)
+
+
 def test_full_size_images_give_their_own_views(tiny, task):
     model, params = tiny
     canvas = jax.random.randint(jax.random.key(1), (2, 50, 50, 3), 0, 256).astype(jnp.uint8)
@@ -399,10 +410,12 @@ def test_passes_per_image_are_those_that_are_documented(tiny, task, monkeypatch)
         (zero, {"views_per_chunk": 0}, "views_per_chunk is 0, expected at least 1"),
         (zero, {"fraction": 0.0}, "fraction is 0.0, expected above 0 and at most 1"),
         (zero, {"temperature": -1.0}, "temperature is -1.0, expected a positive number or None"),
-        (zero, {"scale": (0.5, 0.2)}, "scale is 0.5 to 0.2, expected shares in order"),
+        (zero, {"scale": (0.5, 0.2)}, r"scale is \(0.5, 0.2\), expected two numbers from 0 to"),
+        (zero, {"scale": (0, 0.2)}, "the least scale is 0, expected above 0 and at most 1"),
+        (zero, {"temperature": "warm"}, "temperature is 'warm', expected a positive number or"),
         (vte, {"fraction": 1.5}, "fraction is 1.5, expected above 0 and at most 1"),
         (mta, {"views": 1}, "views is 1, expected at least 2"),
-        (mta, {"lambda_y": 0.0}, "lambda_q is 4.0 and lambda_y 0.0, expected positive"),
+        (mta, {"lambda_y": 0.0}, "lambda_y is 0.0, expected a positive number"),
         (tpt, {"steps": 0}, "steps is 0, expected at least 1"),
         (tpt, {"context_tokens": 9}, "share 4 tokens after the beginning of text, expected 9"),
         (ctpt, {"dispersion": -1.0}, "dispersion is -1.0, expected at least 0"),
@@ -416,9 +429,17 @@ def test_settings_that_make_no_sense(tiny, task, method, settings, message):
 def test_what_a_model_lacks_is_said_in_one_sentence(tiny, task, siglip, images):
     model, params = tiny
     own = NNXClassifier()
+
+    class Scaled(NNXClassifier):  # whose context is no class embeddings
+        def logit_scale(self, params):
+            return jnp.ones(())
+
     for method, name in ((vte, "VTE"), (mta, "MTA")):
         with pytest.raises(ValueError, match=f"{name} needs a model with cosine logits"):
             method(own, None)
+        with pytest.raises(ValueError, match=rf"{name} needs class embeddings \(classes, 16\) as"):
+            other = method(Scaled(), None, views=VIEWS)
+            jax.eval_shape(other.step, own.params, other.init(own.params), images[:1])
     with pytest.raises(ValueError, match="ZERO with a temperature needs a model with cosine"):
         zero(own, None, temperature=1e-3)
     with pytest.raises(ValueError, match="TPT needs a text tower"):
