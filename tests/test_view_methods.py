@@ -13,7 +13,7 @@ import pytest
 from conftest import NNXClassifier, golden, relative
 
 import jaxtta
-from jaxtta import models
+from jaxtta import models, parallel
 from jaxtta.adapters.image_views import cut_views
 from jaxtta.adapters.mta import mean_shift, mta
 from jaxtta.adapters.of_views import of_views
@@ -61,15 +61,17 @@ def test_zero_equals_the_published_code(tiny, precise):
     votes = jax.jit(jax.vmap(zero_votes))(logits)
     np.testing.assert_array_equal(votes, reference["votes"])
     np.testing.assert_array_equal(votes.argmax(-1), reference["prediction"])
-    soft = jax.vmap(lambda x: zero_soft_votes(x, scale, HALF_PRECISION))(logits)
+    soft = jax.jit(jax.vmap(lambda x: zero_soft_votes(x, scale, HALF_PRECISION)))(logits)
     near(np.exp(soft), reference["soft_votes"], precise)
 
 
 def test_ties_are_broken_by_the_views_that_follow():
+    count = jax.jit(zero_votes, static_argnums=1)
+
     def votes(choices, sure, fraction):
         """Of views for these classes, the more certain the larger `sure`; ranks among the rest."""
         logits = np.array(sure)[:, None] * np.eye(4)[choices]
-        return np.asarray(zero_votes(jnp.asarray(logits), fraction)).tolist()
+        return np.asarray(count(jnp.asarray(logits), fraction)).tolist()
 
     # The third in order is for a class that is not tied, the fourth decides, not the fifth.
     assert votes([0, 1, 2, 1, 0], [9, 8, 7, 6, 5], 0.4) == [1, 2, 0, 0]
@@ -77,7 +79,7 @@ def test_ties_are_broken_by_the_views_that_follow():
     assert votes([0, 0, 1], [3, 2, 1], 1.0) == [2, 1, 0, 0]  # no tie
     # Nobody is for a tied class: the surest of the others prefers one of them.
     logits = np.array([[9, 0, 0.0, 0], [0, 0, 0, 8], [0, 0, 6, 2.0], [3, 2, 5.0, 1]])
-    assert zero_votes(jnp.asarray(logits), 0.5).tolist() == [1, 0, 0, 2]
+    assert count(jnp.asarray(logits), 0.5).tolist() == [1, 0, 0, 2]
     # All have voted: the surest of all.
     assert votes([0, 1], [5, 9], 1.0) == [1, 2, 0, 0]
 
@@ -85,7 +87,7 @@ def test_ties_are_broken_by_the_views_that_follow():
 def test_vte_equals_the_published_code(tiny, precise):
     reference, unit, classes, scale, *_ = encoded(tiny, "vte", precise)
     near(classes, reference["text_embeds"], precise)
-    logits = jax.vmap(lambda views: vte_logits(views, classes, scale))(unit)
+    logits = jax.jit(jax.vmap(lambda views: vte_logits(views, classes, scale)))(unit)
     near(logits, reference["logits"], precise)
 
 
@@ -246,6 +248,17 @@ def test_a_stream_compiles_once_without_scatters(case, tiny, images):
     assert "scatter" not in str(jax.make_jaxpr(adapter.step)(params, state, images))
 
 
+def test_a_batch_on_explicit_axes_is_refused(tiny, task):
+    model, params = tiny
+    mesh = jax.make_mesh((8,), ("batch",))
+    whole, split = parallel.replicate(params, mesh), parallel.batch_sharding(mesh)
+    adapter = zero(model, task, views=VIEWS)
+    state = parallel.replicate(adapter.init(params), mesh)
+    batch = jax.device_put(batch_of(np.zeros((8, 32, 32, 3), np.float32)), split)
+    with pytest.raises(ValueError, match="ZERO takes images one after another and cannot split"):
+        jax.eval_shape(adapter.step, whole, state, batch)
+
+
 def test_full_size_images_give_their_own_views(tiny, task):
     model, params = tiny
     canvas = jax.random.randint(jax.random.key(1), (2, 50, 50, 3), 0, 256).astype(jnp.uint8)
@@ -255,9 +268,15 @@ def test_full_size_images_give_their_own_views(tiny, task):
     batch = batch_of(canvas, index=jnp.array([7, 8]), sizes=sizes)
     state = adapter.init(params)
     _, prediction = jax.jit(adapter.step)(params, state, batch)
-    views = cut_views(model, jax.random.fold_in(jax.random.key(0), 8), canvas[1], sizes[1], VIEWS)
-    unit = models.l2_normalize(jax.jit(model.encode_image)(params, model.normalize(views)))
-    expected = vte_logits(unit, state.context.model, model.logit_scale(params))
+
+    @jax.jit
+    def from_views(image, size):
+        key = jax.random.fold_in(jax.random.key(0), 8)
+        views = cut_views(model, key, image, size, VIEWS)
+        unit = models.l2_normalize(model.encode_image(params, model.normalize(views)))
+        return vte_logits(unit, state.context.model, model.logit_scale(params))
+
+    expected = from_views(canvas[1], sizes[1])
     np.testing.assert_allclose(prediction.logits[1], expected, atol=2e-3)
 
 
@@ -275,10 +294,15 @@ def test_soft_votes_of_an_adapter_are_the_functions(tiny, task, images):
     model, params = tiny
     adapter = zero(model, task, temperature=HALF_PRECISION, views=VIEWS, fraction=0.5)
     _, prediction = jax.jit(adapter.step)(params, adapter.init(params), images[:1])
-    views = cut_views(model, jax.random.fold_in(jax.random.key(0), 0), images[0], None, VIEWS)
     classes, scale = model.init_context(params, task), model.logit_scale(params)
-    logits = jax.jit(model)(params, classes, views).logits
-    votes = np.exp(zero_soft_votes(logits, scale, HALF_PRECISION, 0.5))
+
+    @jax.jit
+    def from_views(image):
+        key = jax.random.fold_in(jax.random.key(0), 0)
+        logits = model(params, classes, cut_views(model, key, image, None, VIEWS)).logits
+        return zero_soft_votes(logits, scale, HALF_PRECISION, 0.5)
+
+    votes = np.exp(from_views(images[0]))
     assert votes.sum() == pytest.approx(3, abs=1e-4)
     np.testing.assert_allclose(np.exp(prediction.logits[0]), votes / 3, atol=2e-3)
 
@@ -309,15 +333,16 @@ def test_tpt_takes_the_first_template_and_falls_back_to_it(tiny, task, images):
         np.concatenate([task.token_ids, golden("vte")["token_ids"]], 1)
     )
     answers = []
-    for given, optimizer in ((task, None), (several, None), (several, optax.sgd(jnp.inf))):
-        adapter = tpt(model, given, optimizer=optimizer, views=VIEWS, steps=2)
-        answers.append(jax.jit(adapter.step)(params, adapter.init(params), images[:2])[1])
-    np.testing.assert_allclose(answers[1].logits, answers[0].logits, atol=1e-5)
+    for given, optimizer in ((task, None), (several, optax.sgd(jnp.inf))):
+        adapter = tpt(model, given, optimizer=optimizer, views=VIEWS)
+        state = adapter.init(params)
+        answers.append((state, jax.jit(adapter.step)(params, state, images[:2])[1]))
+    same(answers[0][0].context, answers[1][0].context)  # the prompts
     plain = jax.jit(model)(params, model.init_context(params, task), images[:2]).logits
-    assert np.abs(answers[0].logits - plain).max() > 1e-2
+    assert np.abs(answers[0][1].logits - plain).max() > 1e-2
     # An infinite step is not taken.
-    np.testing.assert_allclose(answers[2].logits, plain, atol=1e-4)
-    assert answers[2].metrics["skipped"]
+    np.testing.assert_allclose(answers[1][1].logits, plain, atol=1e-4)
+    assert answers[1][1].metrics["skipped"]
 
 
 def test_a_context_is_what_a_table_with_other_embeddings_would_give(tiny, task):
@@ -340,13 +365,19 @@ def test_a_context_is_what_a_table_with_other_embeddings_would_give(tiny, task):
         return models.l2_normalize(encoded)
 
     assert (task.token_ids == 11).sum() == len(task.token_ids)
-    (ours, pull), (theirs, their_pull) = (
-        jax.jit(lambda x, f=f: jax.vjp(f, x))(shift) for f in (packed, whole)
-    )
+    weights = jax.random.normal(jax.random.key(0), (8, 16))
+
+    def run(function):
+        def weighted(shift):
+            encoded = function(shift)
+            return (weights * encoded).sum(), encoded
+
+        return jax.jit(jax.grad(weighted, has_aux=True))
+
+    (ours_pull, ours), (their_pull, theirs) = run(packed)(shift), run(whole)(shift)
     np.testing.assert_allclose(ours, theirs, atol=1e-6)
-    assert np.abs(ours - packed(0 * shift)).max() > 1e-3
-    weights = jax.random.normal(jax.random.key(0), ours.shape)
-    np.testing.assert_allclose(pull(weights)[0], their_pull(weights)[0], atol=1e-5)
+    np.testing.assert_allclose(ours_pull, their_pull, atol=1e-5)
+    assert np.abs(ours - model.init_context(params, task)).max() > 1e-3
 
 
 def test_passes_per_image_are_those_that_are_documented(tiny, task, monkeypatch):
@@ -399,10 +430,12 @@ def test_passes_per_image_are_those_that_are_documented(tiny, task, monkeypatch)
         (zero, {"views_per_chunk": 0}, "views_per_chunk is 0, expected at least 1"),
         (zero, {"fraction": 0.0}, "fraction is 0.0, expected above 0 and at most 1"),
         (zero, {"temperature": -1.0}, "temperature is -1.0, expected a positive number or None"),
-        (zero, {"scale": (0.5, 0.2)}, "scale is 0.5 to 0.2, expected shares in order"),
+        (zero, {"scale": (0.5, 0.2)}, r"scale is \(0.5, 0.2\), expected two numbers from 0 to"),
+        (zero, {"scale": (0, 0.2)}, "the least scale is 0, expected above 0 and at most 1"),
+        (zero, {"temperature": "warm"}, "temperature is 'warm', expected a positive number or"),
         (vte, {"fraction": 1.5}, "fraction is 1.5, expected above 0 and at most 1"),
         (mta, {"views": 1}, "views is 1, expected at least 2"),
-        (mta, {"lambda_y": 0.0}, "lambda_q is 4.0 and lambda_y 0.0, expected positive"),
+        (mta, {"lambda_y": 0.0}, "lambda_y is 0.0, expected a positive number"),
         (tpt, {"steps": 0}, "steps is 0, expected at least 1"),
         (tpt, {"context_tokens": 9}, "share 4 tokens after the beginning of text, expected 9"),
         (ctpt, {"dispersion": -1.0}, "dispersion is -1.0, expected at least 0"),
@@ -416,9 +449,17 @@ def test_settings_that_make_no_sense(tiny, task, method, settings, message):
 def test_what_a_model_lacks_is_said_in_one_sentence(tiny, task, siglip, images):
     model, params = tiny
     own = NNXClassifier()
+
+    class Scaled(NNXClassifier):  # whose context is no class embeddings
+        def logit_scale(self, params):
+            return jnp.ones(())
+
     for method, name in ((vte, "VTE"), (mta, "MTA")):
         with pytest.raises(ValueError, match=f"{name} needs a model with cosine logits"):
             method(own, None)
+        with pytest.raises(ValueError, match=rf"{name} needs class embeddings \(classes, 16\) as"):
+            other = method(Scaled(), None, views=VIEWS)
+            jax.eval_shape(other.step, own.params, other.init(own.params), images[:1])
     with pytest.raises(ValueError, match="ZERO with a temperature needs a model with cosine"):
         zero(own, None, temperature=1e-3)
     with pytest.raises(ValueError, match="TPT needs a text tower"):
@@ -468,8 +509,13 @@ def test_a_method_of_ones_own_takes_two_functions(tiny, task, images):
     adapter = of_views(model, task, encode, prepare, views=VIEWS)
     _, prediction = jax.jit(adapter.step)(params, adapter.init(params), images[:2])
     assert set(prediction.metrics) == {"spread", "skipped"}
-    views = cut_views(model, jax.random.fold_in(jax.random.key(0), 1), images[1], None, VIEWS)
-    logits = jax.jit(model)(params, model.init_context(params, task), views).logits
+
+    @jax.jit
+    def from_views(image):
+        views = cut_views(model, jax.random.fold_in(jax.random.key(0), 1), image, None, VIEWS)
+        return model(params, model.init_context(params, task), views).logits
+
+    logits = from_views(images[1])
     np.testing.assert_allclose(prediction.logits[1], logits.mean(0), atol=2e-3)
 
 

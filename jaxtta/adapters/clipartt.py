@@ -37,7 +37,6 @@ from jaxtta.adapters.combined_prompts import (
     words_for,
 )
 from jaxtta.adapters.descent import Descent, descend
-from jaxtta.adapters.on_features import at_least
 from jaxtta.adapters.per_batch import (
     Adapt,
     choices,
@@ -45,6 +44,7 @@ from jaxtta.adapters.per_batch import (
     per_batch,
     unit_embeddings,
 )
+from jaxtta.adapters.settings import at_least
 from jaxtta.models import Batch, Classifier, Task, l2_normalize
 
 CLIPARTT_PRESETS: dict[str, Preset] = dict.fromkeys(

@@ -35,8 +35,8 @@ from jaxtta.adapters.filters import (
     require_range,
     weighted_entropy,
 )
-from jaxtta.adapters.on_features import at_least
 from jaxtta.adapters.online import online
+from jaxtta.adapters.settings import at_least
 from jaxtta.losses import entropy
 from jaxtta.models import Batch, Classifier, Task, context_of, with_batch_norm_statistics
 from jaxtta.tree import Trainable, normalisation_parameters

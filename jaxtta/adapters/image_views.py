@@ -138,7 +138,10 @@ def require_views(model: Any, method: str) -> None:
         )
 
 
-def require_fraction(name: str, fraction: float) -> None:
-    """Raise a ValueError for a share of the views that is not above 0 and at most 1."""
-    if not 0 < fraction <= 1:
-        raise ValueError(f"{name} is {fraction}, expected above 0 and at most 1")
+def require_one_by_one(images: Any, method: str) -> None:
+    """Raise a ValueError for a batch split over explicit mesh axes, whose images no loop takes."""
+    if jax.typeof(images).sharding.spec[0] is not None:
+        raise ValueError(
+            f"{method} takes images one after another and cannot split them over explicit mesh "
+            "axes: split the stream with jaxtta.parallel.streams"
+        )

@@ -22,8 +22,9 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from jaxtta.adapters import settings
 from jaxtta.adapters.base import Adapter, Array
-from jaxtta.adapters.on_features import FeatureMethod, at_least, nearest, on_features
+from jaxtta.adapters.on_features import FeatureMethod, nearest, on_features
 from jaxtta.models import Classifier, Outputs, Task
 
 Affinity = Literal["knn_symmetric", "knn", "rbf", "linear"]
@@ -133,7 +134,7 @@ def lame(
     """
     if affinity not in AFFINITIES:
         raise ValueError(f"affinity is {affinity!r}, expected one of {', '.join(AFFINITIES)}")
-    at_least(1, neighbours=neighbours, iterations=iterations)
+    settings.at_least(1, neighbours=neighbours, iterations=iterations)
 
     def apply(params: Any, memory: Any, outputs: Outputs, mask: Array) -> tuple[Any, Array]:
         del params

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 
-from jaxtta.adapters import image_views
+from jaxtta.adapters import image_views, settings
 from jaxtta.adapters.base import Adapter, Array, cuts_views
 from jaxtta.adapters.of_views import Predict, of_views, unit_embeddings
 from jaxtta.models import Classifier, Task, l2_normalize
@@ -154,18 +154,15 @@ def mta(
         Zanella and Ben Ayed 2024, https://arxiv.org/abs/2405.02266
     """
     image_views.require_cosines(model, "MTA")
-    if views < 2:
-        raise ValueError(f"views is {views}, expected at least 2: MTA's bandwidth is a distance")
-    if not (lambda_q >= 0 and lambda_y > 0):
-        raise ValueError(
-            f"lambda_q is {lambda_q} and lambda_y {lambda_y}, expected positive numbers"
-        )
+    settings.at_least(2, views=views)  # the bandwidth is a distance
+    settings.at_least(0, lambda_q=lambda_q)
+    settings.positive(lambda_y=lambda_y)
 
     def prepare(params: Any, classes: Array) -> Predict:
         factor = cast(Any, model).logit_scale(params)
-        settings = {"lambda_q": lambda_q, "lambda_y": lambda_y}
-        return lambda embeddings: (mean_shift(embeddings, classes, factor, **settings).logits, {})
+        lambdas = {"lambda_q": lambda_q, "lambda_y": lambda_y}
+        return lambda embeddings: (mean_shift(embeddings, classes, factor, **lambdas).logits, {})
 
-    encode = unit_embeddings(model)
+    encode = unit_embeddings(model, "MTA")
     how = {"views": views, "scale": scale, "views_per_chunk": views_per_chunk}
     return of_views(model, task, encode, prepare, method="MTA", **how)

@@ -7,7 +7,7 @@ and what it makes of them:
     def prepare(params, classes):  # once a batch
         return lambda embeddings: (model.logit_scale(params) * embeddings.mean(0) @ classes.T, {})
 
-    adapter = of_views(model, task, unit_embeddings(model), prepare, views=64)
+    adapter = of_views(model, task, unit_embeddings(model, "mine"), prepare, views=64)
 
 An image's views are keyed by its number in the stream: they do not depend on its batch.
 """
@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxtta import tree
+from jaxtta.adapters import settings
 from jaxtta.adapters.base import (
     Adapter,
     Array,
@@ -28,7 +29,7 @@ from jaxtta.adapters.base import (
     image_check,
     require_state,
 )
-from jaxtta.adapters.image_views import cut_views, in_chunks, require_views
+from jaxtta.adapters.image_views import cut_views, in_chunks, require_one_by_one, require_views
 from jaxtta.losses import masked_mean
 from jaxtta.models import Batch, Classifier, Task, as_batch, context_of, l2_normalize
 from jaxtta.models.checks import require_layout
@@ -51,11 +52,24 @@ class ViewContext(NamedTuple):
     key: Array
 
 
-def unit_embeddings(model: Classifier) -> Encode:
-    """Encode views to embeddings (views, projection) of unit norm, the model's context given."""
-    return lambda params, context, images: l2_normalize(
-        model(params, context, as_batch(images)).embeddings
-    )
+def unit_embeddings(model: Classifier, method: str) -> Encode:
+    """Encode views to unit embeddings (views, projection), of a model that has class embeddings.
+
+    Args:
+        model: any classifier whose context is its class embeddings; else there is a ValueError.
+        method: its name, for the error.
+    """
+
+    def encode(params: Any, context: Any, images: Array) -> Array:
+        embeddings = model(params, context, as_batch(images)).embeddings
+        if jnp.shape(context)[1:] != embeddings.shape[1:]:
+            raise ValueError(
+                f"{method} needs class embeddings (classes, {embeddings.shape[1]}) as the "
+                "model's context"
+            )
+        return l2_normalize(embeddings)
+
+    return encode
 
 
 def of_views(
@@ -93,11 +107,9 @@ def of_views(
             images mix.
     """
     require_views(model, method)
-    for name, count in (("views", views), ("views_per_chunk", views_per_chunk)):
-        if count < 1:
-            raise ValueError(f"{name} is {count}, expected at least 1")
-    if not 0 < scale[0] <= scale[1] <= 1:
-        raise ValueError(f"scale is {scale[0]} to {scale[1]}, expected shares in order, at most 1")
+    settings.at_least(1, views=views, views_per_chunk=views_per_chunk)
+    settings.in_order(scale=scale)
+    settings.fraction(**{"the least scale": scale[0]})
     own_context = context or context_of(model, task, lambda path: False)
     check_values = image_check()
 
@@ -114,6 +126,7 @@ def of_views(
             raise ValueError("the state's context has no key of views: it is another adapter's")
         batch = as_batch(batch, state.seen)
         require_layout(batch.images)
+        require_one_by_one(batch.images, method)
         check_values(batch.images)
         held, key = state.context.model, jax.random.wrap_key_data(state.context.key)
         predict = prepare(params, held)

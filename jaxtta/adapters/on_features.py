@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxtta.adapters.base import Adapter, Array, Prediction, require_state
 from jaxtta.adapters.zero_shot import zero_shot
@@ -99,17 +100,17 @@ def on_features(
         require_state(StackedState, params, state)
         batch = as_batch(batch, state.seen)
         own, prediction = below.step(params, state.below, batch)
-        outputs = _outputs_of(prediction)
+        outputs, valid = gathered((_outputs_of(prediction), batch.mask))
         features = unit(outputs.embeddings)
         finite = jnp.isfinite(features).all(-1) & jnp.isfinite(outputs.logits).all(-1)
-        mask = jnp.asarray(batch.mask) & finite
+        mask = valid & finite
         rows = mask[:, None]
         clean = outputs._replace(
             logits=jnp.where(rows, outputs.logits, 0), embeddings=jnp.where(rows, features, 0)
         )
         memory, logits = method.apply(params, state.memory, clean, mask)
         logits = jnp.where(rows, logits, outputs.logits)
-        skipped = prediction.metrics.get("skipped", False) | (batch.mask & ~finite).any()
+        skipped = prediction.metrics.get("skipped", False) | (valid & ~finite).any()
         metrics = {**prediction.metrics, "skipped": skipped}
         prediction = Prediction(logits, metrics, outputs._replace(logits=logits))
         return StackedState(own, memory), prediction
@@ -133,11 +134,19 @@ def _outputs_of(prediction: Prediction) -> Outputs:
     return jax.tree.map(cast, outputs)
 
 
-def at_least(least: float, **settings: float) -> None:
-    """Raise a ValueError for a setting below a number, or NaN."""
-    for name, value in settings.items():
-        if not value >= least:
-            raise ValueError(f"{name} is {value}, expected at least {least}")
+def gathered(x: Any) -> Any:
+    """A tree of arrays, whole on every device if it is split over explicit mesh axes.
+
+    Methods on features compare all images of a batch.
+    """
+
+    def gather(leaf: Array) -> Array:
+        sharding = jax.typeof(leaf).sharding
+        if all(axis is None for axis in sharding.spec):
+            return leaf
+        return jax.sharding.reshard(leaf, NamedSharding(sharding.mesh, PartitionSpec()))
+
+    return jax.tree.map(gather, x)
 
 
 def unit(x: Array) -> Array:

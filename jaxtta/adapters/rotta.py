@@ -37,7 +37,6 @@ from jaxtta.adapters.base import (
     require_state,
 )
 from jaxtta.adapters.filters import logits_of_one, require_range, towards
-from jaxtta.adapters.on_features import at_least
 from jaxtta.adapters.online_checks import require_same_adapter
 from jaxtta.adapters.rotta_memory import (
     RoTTAMemory,
@@ -45,6 +44,7 @@ from jaxtta.adapters.rotta_memory import (
     fill_bank,
     newcomers_of,
 )
+from jaxtta.adapters.settings import at_least
 from jaxtta.losses import masked_mean
 from jaxtta.models import Batch, Classifier, Task, as_batch, context_of, with_batch_norm_statistics
 from jaxtta.optim import require_optimizer

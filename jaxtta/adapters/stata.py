@@ -22,6 +22,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from jaxtta.adapters import settings
 from jaxtta.adapters.base import Adapter, Array
 from jaxtta.adapters.on_features import unit
 from jaxtta.adapters.transductive import (
@@ -124,8 +125,7 @@ def stata(
         ValueError: if a setting is out of range, the model needs a task and there is none, or, in
             `init`, it has no class embeddings.
     """
-    if not alpha > 0:
-        raise ValueError(f"alpha is {alpha}, expected a positive number")
+    settings.positive(alpha=alpha)
     fit = partial(stata_fit, alpha=alpha, soft_beta=soft_beta)
     options = laplacian, neighbours, iterations, inner_iterations
     return transductive("StatA", model, task, fit, scale, on, *options)

@@ -21,10 +21,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxtta.adapters import settings
 from jaxtta.adapters.base import Adapter, Array
 from jaxtta.adapters.on_features import (
     FeatureMethod,
-    at_least,
     class_embeddings,
     on_features,
     unit,
@@ -116,7 +116,7 @@ def t3a(
             cosine logits or, in `init`, no class embeddings.
     """
     require_model(model)
-    at_least(1, supports=supports)
+    settings.at_least(1, supports=supports)
     scale_of: Any = getattr(model, "logit_scale", None)
     if scale_of is None:
         raise ValueError("T3A needs a model with cosine logits; this one has no logit_scale")

@@ -20,14 +20,16 @@ References:
 """
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxtta.adapters import settings
 from jaxtta.adapters.base import Adapter, Array
-from jaxtta.adapters.on_features import FeatureMethod, at_least, on_features, scaled_logits
+from jaxtta.adapters.on_features import FeatureMethod, on_features, scaled_logits
+from jaxtta.adapters.tda_cache import Caches, TDACache, enter, tda_caches
 from jaxtta.models import Classifier, Outputs, Task
 
 TDA_PRESETS = {
@@ -40,37 +42,8 @@ TDA_PRESETS = {
         *(("stanford-cars", 1.0, 7.0), ("sun397", 2.0, 3.0), ("ucf101", 3.0, 8.0)),
     )
 }
-"""α⁺ and β⁺ of the reference implementation (kdiAAA/TDA @e697fb0), chosen with labels there."""
-
-
-class TDACache(NamedTuple):
-    """The images that each class keeps.
-
-    Attributes:
-        features: (classes, size, projection), of unit norm.
-        entropy: (classes, size) in nats, infinite where there is room.
-        probabilities: (classes, size, classes) of the negative cache; None in the positive one.
-    """
-
-    features: Array
-    entropy: Array
-    probabilities: Any = None
-
-
-Caches = tuple[TDACache, TDACache]  # positive and negative
-
-
-def tda_caches(
-    classes: int, projection: int, size: int = 3, negative_size: int = 2, dtype: Any = jnp.float32
-) -> Caches:
-    """Empty caches, positive and negative, of `size` and `negative_size` images a class."""
-
-    def empty(size: int) -> TDACache:
-        features = jnp.zeros((classes, size, projection), dtype)
-        return TDACache(features, jnp.full((classes, size), jnp.inf, dtype))
-
-    probabilities = jnp.zeros((classes, negative_size, classes), dtype)
-    return empty(size), empty(negative_size)._replace(probabilities=probabilities)
+"""α⁺ and β⁺ of the reference implementation (kdiAAA/TDA @e697fb0), chosen with labels there. Its
+runs on ImageNet-A, V2, R and Sketch average the surest of 64 views of an image; here it is one."""
 
 
 def tda_logits(
@@ -118,28 +91,14 @@ def tda_logits(
     def one(caches: Caches, row: tuple[Array, ...]) -> tuple[Caches, Array]:
         feature, own, p, unsure, valid, candidate = row
         label, (positive, negative) = own.argmax(), caches
-        positive = _enter(positive, label, TDACache(feature, unsure), valid)
-        negative = _enter(negative, label, TDACache(feature, unsure, p), candidate)
+        positive = enter(positive, label, TDACache(feature, unsure), valid)
+        negative = enter(negative, label, TDACache(feature, unsure, p), candidate)
         speaks = (rare < negative.probabilities) & (negative.probabilities < sure)
         against = near(negative, feature, negative_beta)[..., None] * speaks
         own = own + alpha * near(positive, feature, beta).sum(-1)
         return (positive, negative), own - negative_alpha * against.sum((0, 1))
 
     return jax.lax.scan(one, caches, (features, logits, probabilities, unsure, mask, candidates))
-
-
-def _enter(cache: TDACache, label: Array, image: TDACache, enters: Array) -> TDACache:
-    """Put an image in the place of its class's least sure one, if it is surer than that."""
-    slots = jax.lax.dynamic_index_in_dim(cache.entropy, label, keepdims=False)
-    worst = slots.argmax()  # the first where there is room
-    here = enters & (image.entropy < slots[worst]) & (jnp.arange(len(slots)) == worst)
-
-    def put(kept: Array, new: Array) -> Array:
-        row = jax.lax.dynamic_index_in_dim(kept, label, keepdims=False)
-        row = jnp.where(here.reshape(-1, *[1] * new.ndim), new, row)
-        return jax.lax.dynamic_update_index_in_dim(kept, row, label, 0)
-
-    return jax.tree.map(put, cache, image)
 
 
 def tda(
@@ -182,10 +141,14 @@ def tda(
         TypeError: if the model is not a classifier, the task not a `Task` or `on` no adapter.
         ValueError: if a setting is out of range, or the model needs a task and there is none.
     """
-    at_least(1, size=size, negative_size=negative_size)
-    predict = partial(tda_logits, alpha=alpha, beta=beta)
-    predict = partial(predict, negative_alpha=negative_alpha, negative_beta=negative_beta)
-    predict = partial(predict, entropy_range=entropy_range, probability_range=probability_range)
+    weights = {"alpha": alpha, "beta": beta}
+    weights |= {"negative_alpha": negative_alpha, "negative_beta": negative_beta}
+    settings.at_least(0, **weights)
+    settings.at_least(1, size=size, negative_size=negative_size)
+    settings.positive_or_none(scale=scale)
+    ranges = {"entropy_range": entropy_range, "probability_range": probability_range}
+    settings.in_order(**ranges)
+    predict = partial(tda_logits, **weights, **ranges)
 
     def init(outputs: Outputs) -> Caches:
         sizes = outputs.logits.shape[-1], outputs.embeddings.shape[-1]

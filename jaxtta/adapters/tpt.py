@@ -28,7 +28,7 @@ from typing import Any, cast
 import jax
 import optax
 
-from jaxtta.adapters import image_views
+from jaxtta.adapters import image_views, settings
 from jaxtta.adapters.base import Adapter, Array, cuts_views
 from jaxtta.adapters.of_views import Predict, of_views
 from jaxtta.adapters.prompt_tuning import initial_context, tune_context
@@ -89,12 +89,9 @@ def tpt(
             "TPT tunes what all prompts begin with; this model, as SigLIP, reads each prompt whole"
         )
     image_views.require_cosines(model, "TPT")
-    image_views.require_fraction("fraction", fraction)
-    for name, count in (("steps", steps), ("context_tokens", context_tokens)):
-        if count < 1:
-            raise ValueError(f"{name} is {count}, expected at least 1")
-    if not dispersion >= 0:
-        raise ValueError(f"dispersion is {dispersion}, expected at least 0")
+    settings.fraction(fraction=fraction)
+    settings.at_least(1, steps=steps, context_tokens=context_tokens)
+    settings.at_least(0, dispersion=dispersion)
     optimizer = TPT_OPTIMIZER() if optimizer is None else optimizer
     require_optimizer(optimizer)
     if hasattr(task, "token_ids"):
@@ -105,7 +102,7 @@ def tpt(
             f"the prompts share {shared} tokens after the beginning of text, expected "
             f"{context_tokens} as in 'a photo of a {{}}.'"
         )
-    settings = {"steps": steps, "fraction": fraction, "dispersion": dispersion}
+    tuning = {"steps": steps, "fraction": fraction, "dispersion": dispersion}
 
     def encode(params: Any, prompts: Prompts, images: Array) -> Array:
         return l2_normalize(clip.encode_image(params, clip.normalize(images)))
@@ -118,9 +115,7 @@ def tpt(
         first = jax.vjp(texts, start)  # every image begins here
 
         def predict(embeddings: Array) -> tuple[Array, dict[str, Array]]:
-            tuned = tune_context(
-                texts, start, embeddings, factor, optimizer, first=first, **settings
-            )
+            tuned = tune_context(texts, start, embeddings, factor, optimizer, first=first, **tuning)
             return tuned.logits, {"loss": tuned.losses[-1], "skipped": ~tuned.finite}
 
         return predict

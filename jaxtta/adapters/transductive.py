@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxtta.adapters import settings
 from jaxtta.adapters.base import Adapter, Array
 from jaxtta.adapters.on_features import (
     FeatureMethod,
-    at_least,
     class_embeddings,
     nearest,
     on_features,
@@ -155,8 +155,9 @@ def transductive(
         ValueError: if a setting is out of range.
     """
     loops = {"iterations": iterations, "inner_iterations": inner_iterations}
-    at_least(0, laplacian=laplacian)
-    at_least(1, neighbours=neighbours, **loops)
+    settings.at_least(0, laplacian=laplacian)
+    settings.positive_or_none(scale=scale)
+    settings.at_least(1, neighbours=neighbours, **loops)
     fit = partial(fit, laplacian=laplacian, neighbours=neighbours, **loops)
 
     def apply(params: Any, memory: Any, outputs: Outputs, mask: Array) -> tuple[Any, Array]:

@@ -23,7 +23,7 @@ from typing import Any, cast
 
 import jax.numpy as jnp
 
-from jaxtta.adapters import image_views
+from jaxtta.adapters import image_views, settings
 from jaxtta.adapters.base import Adapter, Array, cuts_views
 from jaxtta.adapters.of_views import Predict, of_views, unit_embeddings
 from jaxtta.models import Classifier, Task
@@ -83,12 +83,12 @@ def vte(
         Döbler et al. 2024, https://arxiv.org/abs/2405.14977
     """
     image_views.require_cosines(model, "VTE")
-    image_views.require_fraction("fraction", fraction)
+    settings.fraction(fraction=fraction)
 
     def prepare(params: Any, classes: Array) -> Predict:
         factor = cast(Any, model).logit_scale(params)
         return lambda embeddings: (vte_logits(embeddings, classes, factor, fraction), {})
 
-    encode = unit_embeddings(model)
+    encode = unit_embeddings(model, "VTE")
     how = {"views": views, "scale": scale, "views_per_chunk": views_per_chunk}
     return of_views(model, task, encode, prepare, method="VTE", **how)

@@ -33,7 +33,6 @@ from jaxtta import tree
 from jaxtta.adapters.base import Adapter, Array, Preset
 from jaxtta.adapters.clipartt import clipartt_loss, dot, require_temperature
 from jaxtta.adapters.descent import Descent, descend
-from jaxtta.adapters.on_features import at_least
 from jaxtta.adapters.per_batch import (
     Adapt,
     choices,
@@ -41,6 +40,7 @@ from jaxtta.adapters.per_batch import (
     per_batch,
     unit_embeddings,
 )
+from jaxtta.adapters.settings import at_least
 from jaxtta.models import Batch, Classifier, Task, l2_normalize
 
 WATT_TEMPLATES = (

@@ -26,7 +26,7 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 
-from jaxtta.adapters import image_views
+from jaxtta.adapters import image_views, settings
 from jaxtta.adapters.base import Adapter, Array, cuts_views
 from jaxtta.adapters.of_views import Predict, of_views
 from jaxtta.models import Classifier, Task, as_batch
@@ -118,10 +118,9 @@ def zero(
     References:
         Farina et al. 2024, https://arxiv.org/abs/2405.18330
     """
-    image_views.require_fraction("fraction", fraction)
+    settings.fraction(fraction=fraction)
+    settings.positive_or_none(temperature=temperature)
     if temperature is not None:
-        if not 0 < temperature < math.inf:
-            raise ValueError(f"temperature is {temperature}, expected a positive number or None")
         image_views.require_cosines(model, "ZERO with a temperature")
 
     def encode(params: Any, context: Any, images: Array) -> Array:

@@ -24,7 +24,7 @@ from jaxtta.adapters.base import (
     image_check,
     require_state,
 )
-from jaxtta.adapters.image_views import require_views
+from jaxtta.adapters.image_views import require_one_by_one, require_views
 from jaxtta.adapters.tnt.config import TNT_PRESETS, TNTConfig, require_noise
 from jaxtta.adapters.tnt.image import initial_noise, tnt_image
 from jaxtta.models import Batch, Classifier, Task, as_batch, context_of
@@ -115,11 +115,7 @@ def tnt(
         require_state(TNTState, params, state)
         batch = as_batch(batch, state.seen)
         require_layout(batch.images)
-        if jax.typeof(batch.images).sharding.spec[0] is not None:
-            raise ValueError(
-                "TNT takes images one after another and cannot split them over explicit mesh axes: "
-                "split the stream with jaxtta.parallel.streams"
-            )
+        require_one_by_one(batch.images, "TNT")
         check_values(batch.images)
         key = jax.random.wrap_key_data(state.key)
 
