@@ -131,7 +131,8 @@ def _with_local_folders(options: Any, stack: contextlib.ExitStack) -> Any:
         if "shard" in given:
             part = "{}-of-{}".format(*options.part)
             part = part if options.join_hosts() == 0 else None  # of several hosts, one writes
-        copies["output"] = stack.enter_context(mirror(given["output"], part))
+        local = stack.enter_context(mirror(given["output"], part))
+        copies["output"] = type(given["output"])(local)  # some have it as text
     if "folders" in given:  # of a report
         copies["folders"] = tuple(stack.enter_context(mirror(x, None)) for x in given["folders"])
     return dataclasses.replace(options, **copies)
