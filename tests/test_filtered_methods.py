@@ -16,7 +16,7 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jaxtta
-from jaxtta import models, strong_views, tree
+from jaxtta import evaluate, models, strong_views, tree
 from jaxtta.adapters import State, batclip, batclip_objective, tent
 from jaxtta.adapters.deyo import deyo, shuffle_patches
 from jaxtta.adapters.eata import eata, eta
@@ -29,6 +29,7 @@ from jaxtta.adapters.rotta import rotta
 from jaxtta.adapters.rotta_memory import Bank, empty_bank, fill_bank
 from jaxtta.adapters.sar import sar
 from jaxtta.adapters.stata import stata
+from jaxtta.evaluate import provenance
 from jaxtta.models import context_of
 from jaxtta.optim import init_meta_gradient_generator, meta_gradient_generator
 from jaxtta.tree import normalisation_parameters
@@ -778,6 +779,42 @@ def test_an_objective_with_a_memory_gives_it_back(nnx, images):
     )
     with pytest.raises(TypeError, match=r"expected \(loss, \(logits, metrics, memory\)\)"):
         adapter.step(nnx.params, adapter.init(nnx.params), images[0])
+
+
+@pytest.mark.parametrize(
+    ("text", "preset", "expected"),
+    [
+        ("roid", "cifar10-c", {"optimizer": "adam(0.001)"}),
+        ("roid:lr=0.01", "cifar10-c", {"optimizer": "adam(0.01)"}),
+        ("roid:lr=0.01", "imagenet-c", {"optimizer": "sgd(0.01, momentum=0.9, nesterov=True)"}),
+        ("roid:optimizer=adamw", "imagenet-c", {"optimizer": "adamw(0.00025, weight_decay=0.01)"}),
+        ("eta", "cifar10-c", {"similarity": 0.4, "optimizer": "adam(0.001)"}),
+        ("eta", "imagenet-c", {"similarity": 0.05}),
+        ("eta:similarity=0.2", "cifar10-c", {"similarity": 0.2}),
+        ("watt:rounds=3,scale=100", "cifar10-c", {"rounds": 3, "scale": 100}),
+    ],
+)
+def test_published_settings_go_with_a_name(text, preset, expected):
+    """What a text does not say is as in the paper's runs on the benchmark."""
+    spec = evaluate.parse_adapter(text)
+    found = provenance.identity_of(spec, evaluate.AdapterConfig(preset), None)
+    assert {key: found[key] for key in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("sar:margin=low", "margin is 'low', expected type float"),
+        ("sar:margin=true", "margin is True, expected type float"),
+        ("watt:rounds=many", "rounds is 'many', expected type int"),
+        ("watt:rounds=2.5", "rounds is 2.5, expected type int"),
+        ("mint:scale=(1,2)", r"scale is \(1, 2\), expected type float"),
+        ("roid:reference_quirks=1", "reference_quirks is 1, expected type bool"),
+    ],
+)
+def test_settings_of_another_type_are_refused(text, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate.parse_adapter(text)
 
 
 def test_functions_and_arrays_are_no_settings_of_a_name():
