@@ -87,7 +87,7 @@ def per_batch(
     def init(params: Any, key: Array | None = None) -> State:
         del key  # nothing random here
         tree.require_params(params)
-        start = _start(params, trainable)
+        start = tree.adapted_part(params, trainable)
         if text := sorted(p for p in tree.paths_of(start) if p.startswith("text_")):
             raise ValueError(f"{method} adapts the image tower alone; trainable chooses {text[0]}")
         held = jax.tree.map(jnp.copy, context(params))
@@ -102,7 +102,7 @@ def per_batch(
             )
         batch = as_batch(batch, state.seen)
         check_values(batch.images)
-        start = _start(params, trainable)
+        start = tree.adapted_part(params, trainable)
         descent, memory = adapt(params, start, state.context, state.optimizer, batch)
         finite = jnp.isfinite(descent.losses).all() & tree.all_finite(descent.adapted)
         finite &= tree.stays_finite(state.optimizer, memory)
@@ -170,9 +170,3 @@ def class_predictions(model: Classifier, scale: float | None) -> Predict:
 def unit_embeddings(outputs: Outputs, mask: Array) -> Array:
     """A batch's embeddings (batch, projection), of unit norm, padding too, whatever it was."""
     return l2_normalize(jnp.where(mask[:, None], outputs.embeddings, 1))
-
-
-def _start(params: Any, trainable: tree.Trainable) -> Any:
-    # In at least float32 under bfloat16 parameters: an update of 1e-3 would be lost.
-    chosen, _ = tree.partition(params, trainable)
-    return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), chosen)
