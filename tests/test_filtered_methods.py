@@ -365,6 +365,9 @@ def test_an_image_that_is_not_finite_leaves_the_state_bit_identical(nnx, step, m
     after, prediction = step(nnx.params, middle, spoilt)
     same(after, middle)
     assert prediction.metrics["skipped"]
+    np.testing.assert_array_equal(
+        np.isnan(prediction.logits).any(1), np.arange(BATCH) == 3, "the others are predicted"
+    )
     after, prediction = step(nnx.params, middle, images[2])
     assert not prediction.metrics["skipped"]
 
@@ -732,6 +735,7 @@ def test_top_blocks_stay_fixed(tiny):
         (eta, {"similarity": -0.1}, "similarity is -0.1, expected between 0 and inf"),
         (deyo, {"threshold": 2.0}, "threshold is 2.0, expected between -1 and 1"),
         (deyo, {"patches": 0}, "patches is 0, expected at least 1"),
+        (deyo, {"patches": 33}, "patches is 33, the model's images have 32 pixels a side"),
         (roid, {"temperature": 0.0}, "temperature is 0.0, expected between 1e-06 and inf"),
         (roid, {"source_share": 1.5}, "source_share is 1.5, expected between 0 and 1"),
         (rotta, {"places": 0}, "places is 0, expected at least 1"),
