@@ -184,6 +184,17 @@ def below_block(trainable: Trainable, number: int) -> Trainable:
     return chosen
 
 
+def adapted_part(params: Any, trainable: Trainable) -> Tree:
+    """Copy the leaves that a method adapts, in at least float32.
+
+    An update of 1e-3 would be lost in bfloat16. Arguments and errors are those of `partition`.
+    """
+    chosen, _ = partition(params, trainable)
+    return jax.tree.map(
+        lambda x: jnp.array(x, jnp.promote_types(x.dtype, jnp.float32), copy=True), chosen
+    )
+
+
 def fingerprint(params: Any) -> jax.Array:
     """A checksum of a tree of arrays, by which its state is recognised.
 

@@ -34,6 +34,7 @@ from jaxtta.adapters.combined_prompts import (
 from jaxtta.adapters.mint import MINT_PRESETS, mint, mint_adaptation, mint_inter_variance
 from jaxtta.adapters.per_batch import choices
 from jaxtta.adapters.stata import stata
+from jaxtta.adapters.tent import tent
 from jaxtta.adapters.watt import WATT_PRESETS, WATT_TEMPLATES, watt, watt_adaptation
 from jaxtta.adapters.zero_shot import zero_shot
 from jaxtta.models.resnet import ResNet, ResNetArchitecture
@@ -157,12 +158,12 @@ def test_mint_equals_the_published_code(tiny, dtype):
         before, (state, prediction) = state, step(run.params, state, batch)
         run.near(prediction.logits, expected["logits"])
         run.near(-prediction.metrics["loss"], expected["inter_variance"])
-        memory = state.optimizer
+        memory = state.memory
         run.near(memory.source.means, expected["class_means"])
         run.near(memory.source.mean, expected["mean"])
         np.testing.assert_array_equal(memory.source.counts, expected["class_counts"])
         run.same_norms(memory.gradient, "gradients/", number, start=nothing)
-        descent, _ = adapt(run.params, run.start, run.classes, before.optimizer, batch)
+        descent, _ = adapt(run.params, run.start, run.classes, before.memory, batch)
         run.same_norms(descent.adapted, "ln/", number)
     assert int(memory.batches) == meta["steps"]
     assert int(state.seen) == meta["steps"] * meta["batch"]
@@ -326,14 +327,14 @@ def test_two_streams_are_each_alone(tiny, adapter, step, images):
     states.append(step(params, states[0], batch_of(images[0]))[0])
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *(s._replace(context=()) for s in states))
     stacked = stacked._replace(context=states[0].context)
-    axes = State(0, 0, None, 0, 0)
+    axes = State(0, 0, None, 0, 0, 0)
     run = jax.jit(jax.vmap(adapter.step, (None, axes, 0), (axes, 0)))
     after, predictions = run(params, stacked, images[1:])
     for number, state in enumerate(states):
         alone, expected = step(params, state, batch_of(images[1 + number]))
         np.testing.assert_allclose(predictions.logits[number], expected.logits, atol=1e-3)
-        memory = jax.tree.map(lambda x, number=number: x[number], after.optimizer)
-        chex.assert_trees_all_close(memory, alone.optimizer, atol=2e-5)
+        memory = jax.tree.map(lambda x, number=number: x[number], after.memory)
+        chex.assert_trees_all_close(memory, alone.memory, atol=2e-5)
 
 
 def test_an_image_that_is_not_finite_keeps_the_source_weights(
@@ -493,9 +494,12 @@ def test_what_a_model_or_task_lacks_is_said_in_one_sentence(name, tiny, task):
     adapter = method(model, task)
     with pytest.raises(TypeError, match="params and state are swapped"):
         adapter.step(adapter.init(params), params, np.zeros((2, 32, 32, 3), np.uint8))
-    other = zero_shot(model, task).init(params)
-    with pytest.raises(ValueError, match=r"the state is another adapter's, expected .* from init"):
-        adapter.step(params, other, np.zeros((2, 32, 32, 3), np.uint8))
+    below = tree.below_block(tree.normalisation_parameters("image"), 1)
+    others = [zero_shot(model, task), tent(model, task), mint(model, task, trainable=below)]
+    others += [METHODS["clipartt" if name != "clipartt" else "watt"](model, task)]
+    for other in others:
+        with pytest.raises(ValueError, match=r"the state is another adapter's, expected .* from"):
+            jax.eval_shape(adapter.step, params, other.init(params), np.zeros((2, 32, 32, 3)))
 
 
 class Cosines:

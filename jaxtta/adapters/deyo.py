@@ -39,6 +39,7 @@ from jaxtta.adapters.online import online
 from jaxtta.adapters.settings import at_least
 from jaxtta.losses import entropy
 from jaxtta.models import Batch, Classifier, Task, context_of, with_batch_norm_statistics
+from jaxtta.models.checks import require_model
 from jaxtta.tree import Trainable, normalisation_parameters
 
 DEYO_PRESETS = {
@@ -159,7 +160,7 @@ def deyo(
         margin: E₀, part of log C.
         weight_margin: E₁, part of log C.
         threshold: τ; 0.3 with batch norms, 0.5 on Waterbirds.
-        patches: a side of an image.
+        patches: a side of an image, at most its pixels.
         permute: `permute(key, index)`, another order of its patches; None for a random one.
 
     Returns:
@@ -174,6 +175,10 @@ def deyo(
     require_range(0, np.inf, margin=margin, weight_margin=weight_margin)
     require_range(-1, 1, threshold=threshold)
     at_least(1, patches=patches)
+    require_model(model)
+    if patches > model.image_size:
+        side = model.image_size
+        raise ValueError(f"patches is {patches}, the model's images have {side} pixels a side")
     model = with_batch_norm_statistics(model, "batch")
     trainable = normalisation_parameters("image") if trainable is None else trainable
     optimizer = DEYO_PRESETS["imagenet-c"].optimizer() if optimizer is None else optimizer

@@ -152,6 +152,7 @@ def prior_corrected(
         Logits (batch, classes).
     """
     classes = logits.shape[-1]
+    mask = mask & jnp.isfinite(logits).all(-1)  # one image that is not spoils no others
     p = jnp.where(mask[:, None], jax.nn.softmax(logits), 0)
     prior = p.sum(0) / jnp.maximum(mask.sum(), 1)
     greatest = jnp.where(mask.any(), prior.max(), 1)

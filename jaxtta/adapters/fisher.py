@@ -66,8 +66,7 @@ def eata_fisher(
     """
     model = with_batch_norm_statistics(model, "batch")
     trainable = trainable or normalisation_parameters("image")
-    chosen, _ = tree.partition(params, trainable)
-    chosen = jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), chosen)
+    chosen = tree.adapted_part(params, trainable)
     context = context_of(model, task, trainable)(params)
 
     @jax.jit

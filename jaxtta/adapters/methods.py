@@ -2,13 +2,13 @@
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jaxtta.adapters.base import Adapter, Preset
 from jaxtta.adapters.batclip import BATCLIP_PRESETS, batclip
 from jaxtta.adapters.clipartt import CLIPARTT_PRESETS, clipartt
 from jaxtta.adapters.deyo import DEYO_PRESETS, deyo
-from jaxtta.adapters.eata import EATA_PRESETS, eta
+from jaxtta.adapters.eata import EATA_PRESETS, EATA_SETTINGS, eta
 from jaxtta.adapters.lame import lame
 from jaxtta.adapters.mgtta import mgtta
 from jaxtta.adapters.mint import MINT_PRESETS, mint
@@ -35,12 +35,12 @@ class Method(NamedTuple):
     Attributes:
         make: `make(model, task, **settings)`; its keywords are its settings.
         presets: the papers' optimisers by benchmark; empty for a method that has none.
-        optimizer: the key of `OPTIMIZERS` where only a learning rate is given.
+        settings: the papers' settings by benchmark, where they are not the defaults.
     """
 
     make: Callable[..., Adapter]
     presets: Mapping[str, Preset] = {}
-    optimizer: str = "sgd"
+    settings: Mapping[str, Mapping[str, Any]] = {}
 
 
 def _one_preset(optimizer: partial, batch_size: int) -> dict[str, Preset]:
@@ -48,24 +48,26 @@ def _one_preset(optimizer: partial, batch_size: int) -> dict[str, Preset]:
     return dict.fromkeys(TENT_PRESETS, Preset(optimizer, batch_size))
 
 
+_ETA_SETTINGS = {name: {"similarity": own["similarity"]} for name, own in EATA_SETTINGS.items()}
+
 METHODS = {
     "zero_shot": Method(zero_shot),
     "tent": Method(tent, TENT_PRESETS),
-    "batclip": Method(batclip, BATCLIP_PRESETS, "adamw"),
+    "batclip": Method(batclip, BATCLIP_PRESETS),
     "tnt": Method(tnt),
     "mgtta": Method(mgtta),
     # entropy with filters; eata needs clean images, which no text can say
     "sar": Method(sar, SAR_PRESETS),
-    "eta": Method(eta, EATA_PRESETS),
+    "eta": Method(eta, EATA_PRESETS, _ETA_SETTINGS),
     "deyo": Method(deyo, DEYO_PRESETS),
     "roid": Method(roid, ROID_PRESETS),
-    "rotta": Method(rotta, ROTTA_PRESETS, "adam"),
+    "rotta": Method(rotta, ROTTA_PRESETS),
     # in many views of one image
     "zero": Method(zero),
     "vte": Method(vte),
     "mta": Method(mta),
-    "tpt": Method(tpt, _one_preset(TPT_OPTIMIZER, 1), "adamw"),
-    "ctpt": Method(partial(tpt, dispersion=20.0), _one_preset(TPT_OPTIMIZER, 1), "adamw"),
+    "tpt": Method(tpt, _one_preset(TPT_OPTIMIZER, 1)),
+    "ctpt": Method(partial(tpt, dispersion=20.0), _one_preset(TPT_OPTIMIZER, 1)),
     # without training
     "tda": Method(tda),
     "lame": Method(lame),
@@ -73,7 +75,7 @@ METHODS = {
     "stata": Method(stata),
     "transclip": Method(transclip),
     # anew for every batch
-    "mint": Method(mint, MINT_PRESETS, "adam"),
-    "clipartt": Method(clipartt, CLIPARTT_PRESETS, "adam"),
-    "watt": Method(watt, WATT_PRESETS, "adam"),
+    "mint": Method(mint, MINT_PRESETS),
+    "clipartt": Method(clipartt, CLIPARTT_PRESETS),
+    "watt": Method(watt, WATT_PRESETS),
 }

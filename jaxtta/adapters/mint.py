@@ -139,7 +139,7 @@ def mint(
             implementation's 100 is CLIP's.
 
     Returns:
-        The adapter; `metrics["loss"]` is −V. `State.optimizer` is a `MintMemory`.
+        The adapter; `metrics["loss"]` is −V. `State.memory` is a `MintMemory`.
 
     Raises:
         TypeError: if the model, task, optimizer or trainable is something else.

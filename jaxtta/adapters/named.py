@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import optax
 
@@ -56,13 +56,20 @@ def default_settings(make: Callable[..., Adapter]) -> dict[str, Any]:
     return {e.name: e.default for e in named if e.name not in NO_SETTINGS}
 
 
-def settings_of(spec: AdapterSpec) -> dict[str, Any]:
-    """A method's settings, those of its text before the defaults; a ValueError for another type."""
+def settings_of(spec: AdapterSpec, config: AdapterConfig) -> dict[str, Any]:
+    """A method's settings: those of its text, then its paper's for the benchmark, then defaults.
+
+    Raises:
+        ValueError: for a setting of another type.
+    """
     own = {key: value for key, value in spec.settings.items() if key not in ("lr", "optimizer")}
-    defaults = default_settings(spec.make)
+    defaults, keywords = default_settings(spec.make), inspect.signature(spec.make).parameters
     for key, value in own.items():
-        require_type(spec, key, value, defaults[key])
-    return defaults | own
+        default = defaults[key]
+        if default is None:
+            default = get_args(keywords[key].annotation)[0]()  # of a type that may be None
+        require_type(spec, key, value, default)
+    return defaults | {**METHODS[spec.name].settings.get(config.preset, {})} | own
 
 
 def check_settings(spec: AdapterSpec) -> None:
@@ -77,7 +84,7 @@ def check_settings(spec: AdapterSpec) -> None:
     elif spec.name == "mgtta":
         mgtta_config_of(spec, AdapterConfig())
     else:
-        settings_of(spec)
+        settings_of(spec, AdapterConfig())
     if "lr" in known:
         optimizer_of(spec, AdapterConfig())
 
@@ -102,7 +109,7 @@ def make_adapter(
     optimizer = {}
     if METHODS[spec.name].presets:
         optimizer["optimizer"] = optimizer_of(spec, config)()
-    return spec.make(model, task, **optimizer, **settings_of(spec))
+    return spec.make(model, task, **optimizer, **settings_of(spec, config))
 
 
 def _make_mgtta(
@@ -140,10 +147,10 @@ def optimizer_of(spec: AdapterSpec, config: AdapterConfig) -> partial:
     if spec.name == "mgtta":
         make = OPTIMIZERS.get(kind or "mgg", partial(meta_gradient_generator))
         return partial(make, rate or PAPER_LEARNING_RATE)
-    _, presets, usual = METHODS[spec.name]
+    presets = METHODS[spec.name].presets
     if config.preset not in presets:
         raise ValueError(f"preset is {config.preset!r}, expected {', '.join(presets)}")
     preset = presets[config.preset].optimizer
-    if rate is None and kind is None:
-        return preset
-    return partial(OPTIMIZERS[kind or usual], rate or preset.args[0])
+    if kind is not None:
+        return partial(OPTIMIZERS[kind], rate or preset.args[0])
+    return partial(preset.func, rate or preset.args[0], **preset.keywords)

@@ -98,8 +98,7 @@ def online(
 
     def init(params: Any, key: Array | None = None) -> State:
         tree.require_params(params)
-        chosen, _ = tree.partition(params, trainable)
-        adapted = jax.tree.map(_own, chosen)
+        adapted = tree.adapted_part(params, trainable)
         own = jax.tree.map(jnp.copy, context(params))
         return State(
             adapted,
@@ -155,7 +154,7 @@ def online(
         adapted = optax.apply_updates(state.adapted, updates)
         after = state._replace(adapted=adapted, optimizer=optimizer_state, memory=memory_after)
         if restore is not None:
-            start = jax.tree.map(_own, tree.partition(params, trainable)[0])
+            start = tree.adapted_part(params, trainable)
             source = State(
                 start, optimizer.init(start), (), 0, None, first_memory(params, state.context)
             )
@@ -174,8 +173,3 @@ def online(
         return state._replace(seen=seen, **changed), prediction._replace(metrics=metrics)
 
     return Adapter(init, step)
-
-
-def _own(leaf: Array) -> Array:
-    # Adapted leaves stay in float32 under bfloat16 parameters: an update of 1e-3 would be lost.
-    return jnp.array(leaf, jnp.promote_types(leaf.dtype, jnp.float32), copy=True)

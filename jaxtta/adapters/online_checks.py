@@ -40,15 +40,19 @@ def require_same_adapter(
         raise ValueError(
             "state.optimizer is not of this adapter's optimizer: the state is another adapter's"
         )
-    wanted = jax.eval_shape(lambda: memory(params, state.context))
-    if _shapes(wanted) != _shapes(state.memory):
+    if not alike(lambda: memory(params, state.context), state.memory):
         raise ValueError(
             "state.memory is not of this adapter's method: the state is another adapter's"
         )
 
 
-def _shapes(memory: Any) -> list[tuple[Any, tuple[int, ...]]]:
-    return [(path, jnp.shape(leaf)) for path, leaf in jax.tree.leaves_with_path(memory)]
+def alike(make: Callable[[], Any], memory: Any) -> bool:
+    """Whether a memory has the paths and shapes of what `make()` gives; nothing is computed."""
+    made, given = (
+        [(path, jnp.shape(leaf)) for path, leaf in jax.tree.leaves_with_path(each)]
+        for each in (jax.eval_shape(make), memory)
+    )
+    return made == given
 
 
 def checked(result: Any, remembers: bool) -> tuple[Array, tuple[Prediction, Any]]:

@@ -32,6 +32,7 @@ from jaxtta.adapters.base import (
 from jaxtta.adapters.descent import Descent
 from jaxtta.adapters.image_views import require_cosines
 from jaxtta.adapters.on_features import scaled_logits
+from jaxtta.adapters.online_checks import alike
 from jaxtta.models import (
     Batch,
     Classifier,
@@ -55,7 +56,7 @@ def per_batch(
     trainable: tree.Trainable,
     *,
     remember: Callable[[Any, Any, Any], Any] = lambda params, start, context: (),
-    kinds: tuple[type, type] = (object, object),
+    kinds: tuple[type, type] = (object, tuple),
     method: str = "this method",
 ) -> Adapter:
     """Adapt to each batch from the same start, and predict it with what it was adapted to.
@@ -74,9 +75,9 @@ def per_batch(
         method: its name, for errors.
 
     Returns:
-        The adapter. Its state adapts nothing; `State.optimizer` is what the method remembers.
-        Metrics are the first and the last loss, the norm of the whole update, and `skipped`. Its
-        `init` raises a ValueError if `trainable` chooses nothing, or a parameter of the text tower.
+        The adapter. Its state adapts nothing; `State.memory` is what the method remembers. Metrics
+        are the first and the last loss, the norm of the whole update, and `skipped`. Its `init`
+        raises a ValueError if `trainable` chooses nothing, or a parameter of the text tower.
 
     Raises:
         TypeError: if `trainable` is not a predicate.
@@ -87,30 +88,30 @@ def per_batch(
     def init(params: Any, key: Array | None = None) -> State:
         del key  # nothing random here
         tree.require_params(params)
-        start = _start(params, trainable)
+        start = tree.adapted_part(params, trainable)
         if text := sorted(p for p in tree.paths_of(start) if p.startswith("text_")):
             raise ValueError(f"{method} adapts the image tower alone; trainable chooses {text[0]}")
         held = jax.tree.map(jnp.copy, context(params))
-        memory = remember(params, start, held)
-        return State({}, memory, held, jnp.zeros((), jnp.int32), tree.fingerprint(params))
+        memory, seen = remember(params, start, held), jnp.zeros((), jnp.int32)
+        return State({}, (), held, seen, tree.fingerprint(params), memory)
 
     def step(params: Any, state: State, batch: Batch | Array) -> tuple[State, Prediction]:
         require_state(State, params, state)
-        if not all(map(isinstance, (state.context, state.optimizer), kinds)):
+        start = tree.adapted_part(params, trainable)
+
+        of_kind = all(map(isinstance, (state.context, state.memory), kinds))
+        if not (of_kind and alike(lambda: remember(params, start, state.context), state.memory)):
             raise ValueError(
                 f"the state is another adapter's, expected {method}'s from init(params)"
             )
         batch = as_batch(batch, state.seen)
         check_values(batch.images)
-        start = _start(params, trainable)
-        descent, memory = adapt(params, start, state.context, state.optimizer, batch)
+        descent, memory = adapt(params, start, state.context, state.memory, batch)
         finite = jnp.isfinite(descent.losses).all() & tree.all_finite(descent.adapted)
-        finite &= tree.stays_finite(state.optimizer, memory)
-        adapted, memory = optax.tree.where(
-            finite, (descent.adapted, memory), (start, state.optimizer)
-        )
+        finite &= tree.stays_finite(state.memory, memory)
+        adapted, memory = optax.tree.where(finite, (descent.adapted, memory), (start, state.memory))
         outputs, memory = predict(tree.merge(params, adapted), state.context, memory, batch)
-        finite &= tree.stays_finite(state.optimizer, memory)
+        finite &= tree.stays_finite(state.memory, memory)
         valid = batch.mask.sum(dtype=jnp.int32)
         metrics = {
             "loss": descent.losses.ravel()[0],
@@ -121,11 +122,11 @@ def per_batch(
         memory, seen = optax.tree.where(
             finite & (valid > 0),
             (memory, state.seen + valid),
-            (state.optimizer, state.seen),
+            (state.memory, state.seen),
         )
         outputs = outputs._replace(layer_features=None)
         prediction = Prediction(outputs.logits, metrics, outputs)
-        return state._replace(optimizer=memory, seen=seen), prediction
+        return state._replace(memory=memory, seen=seen), prediction
 
     return Adapter(init, step)
 
@@ -170,9 +171,3 @@ def class_predictions(model: Classifier, scale: float | None) -> Predict:
 def unit_embeddings(outputs: Outputs, mask: Array) -> Array:
     """A batch's embeddings (batch, projection), of unit norm, padding too, whatever it was."""
     return l2_normalize(jnp.where(mask[:, None], outputs.embeddings, 1))
-
-
-def _start(params: Any, trainable: tree.Trainable) -> Any:
-    # In at least float32 under bfloat16 parameters: an update of 1e-3 would be lost.
-    chosen, _ = tree.partition(params, trainable)
-    return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), chosen)

@@ -121,9 +121,7 @@ def rotta(
 
     def init(params: Any, key: Array | None = None) -> State:
         tree.require_params(params)
-        chosen, _ = tree.partition(params, trainable)
-        wide = partial(jnp.promote_types, jnp.float32)
-        student = jax.tree.map(lambda x: jnp.array(x, wide(x.dtype), copy=True), chosen)
+        student = tree.adapted_part(params, trainable)
         own = jax.tree.map(jnp.copy, context(params))
         memory = first_memory(params, own, jax.random.key(0) if key is None else key, student)
         seen = jnp.zeros((), jnp.int32)

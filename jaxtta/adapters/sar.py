@@ -120,7 +120,7 @@ def sar(
 
     Returns:
         The adapter. Metrics have `selected` and `selected_perturbed`, the numbers of images in R
-        and R', and `reset`.
+        and R' (the latter not with `reference_quirks`), and `reset`.
 
     Raises:
         TypeError: as `tent`.

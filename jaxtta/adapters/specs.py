@@ -96,5 +96,6 @@ def require_type(spec: AdapterSpec, key: str, value: Any, default: Any) -> None:
     """Raise a ValueError for a setting of another type than its default's."""
     kind = type(default)
     wanted = (int, float) if kind is float else kind
-    if default is not None and not isinstance(value, wanted):
+    fits = isinstance(value, wanted) and isinstance(value, bool) == (kind is bool)
+    if default is not None and not fits:
         raise ValueError(f"{spec.text}: {key} is {value!r}, expected type {kind.__name__}")

@@ -81,7 +81,7 @@ def identity_of(spec: AdapterSpec, config: AdapterConfig, canvas: int | None = N
         settings = dataclasses.asdict(tnt_config_of(spec, config))
         return own | {"tnt": {k: v for k, v in settings.items() if k not in _SPEED_ONLY}}
     if spec.name != "mgtta":
-        own |= model_settings(settings_of(spec))
+        own |= model_settings(settings_of(spec, config))
         if not METHODS[spec.name].presets:
             return own
     made = optimizer_of(spec, config)
