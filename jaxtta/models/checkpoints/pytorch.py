@@ -110,7 +110,7 @@ def convert(
         from jaxtta.models.load import reader_of  # which imports this package's other modules
 
         try:
-            model, params = reader_of(folder).load_folder(folder, np.float32, None, False)
+            model, params = reader_of(folder).load_folder(folder, np.float32, None, False, False)
         except ValueError as error:  # it does not fit
             raise ValueError(str(error).replace(str(folder), str(out))) from error
     origin = Path(model.preprocessing_origin)
