@@ -127,23 +127,17 @@ def test_the_contributing_guides_method_runs(small_model):
     assert state.adapted.keys() == {"vision_model"}
 
 
-PROGRAMS = ("jaxtta ", "python experiments/", "python benchmarks/", "python tpu/")
+PROGRAMS = ("jaxtta ", "python experiments/", "python benchmarks/")
 
 
 def commands():
     """Every command line of the documents and of the programs' docstrings."""
-    documents = (
-        "README.md",
-        "docs/published.md",
-        "docs/recipes.md",
-        "CONTRIBUTING.md",
-        "tpu/README.md",
-    )
+    documents = ("README.md", "docs/published.md", "docs/recipes.md", "CONTRIBUTING.md")
     texts = {
         name: "".join(re.findall(r"^```sh\n(.*?)^```", (ROOT / name).read_text(), re.M | re.S))
         for name in documents
     }
-    for folder in ("jaxtta/cli", "experiments", "benchmarks", "tpu"):
+    for folder in ("jaxtta/cli", "experiments", "benchmarks"):
         for path in sorted((ROOT / folder).glob("*.py")):
             source = path.read_text()
             if folder == "jaxtta/cli" or "run_script(" in source or "main([" in source:

@@ -454,8 +454,6 @@ def test_a_saved_state_goes_on(tiny, adapter, step, images, tmp_path):
 
 @pytest.mark.parametrize("tower", ["siglip", "nnx"])
 def test_any_classifier(name, siglip, images, tower):
-    if tower == "siglip" and name in ("lame", "transclip"):
-        pytest.skip("as StatA")
     if tower == "siglip":
         own = models.task_from_token_ids(golden("siglip")["token_ids"])
         model, params = siglip

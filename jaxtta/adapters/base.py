@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.core import Tracer
 
@@ -15,6 +16,8 @@ from jaxtta.models.checks import out_of_range
 
 log = logging.getLogger(__name__)
 Array = jax.Array
+dot = partial(jnp.matmul, precision="highest")
+"""Matrix product in full precision, on every backend."""
 Metrics = dict[str, Array]
 ObjectiveValue = tuple[Array, tuple[Array | Outputs, Metrics]]
 """(loss, (logits (batch, classes), named scalars)); with the model's outputs in the logits' place,

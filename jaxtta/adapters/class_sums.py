@@ -5,14 +5,12 @@ sums = sums.add(features, members_of(logits, mask))
 sums.means, sums.mean
 """
 
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-Array = jax.Array
-dot = partial(jnp.matmul, precision="highest")
+from jaxtta.adapters.base import Array, dot
 
 
 class ClassSums(NamedTuple):

@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxtta import tree
-from jaxtta.adapters.base import Adapter, Array, Preset
+from jaxtta.adapters.base import Adapter, Array, Preset, dot
 from jaxtta.adapters.combined_prompts import (
     ClassWords,
     combined_length,
@@ -51,8 +51,6 @@ CLIPARTT_PRESETS: dict[str, Preset] = dict.fromkeys(
     ("cifar10-c", "cifar100-c", "imagenet-c"), Preset(partial(optax.adam, 1e-3), 128)
 )
 """The published settings, which were used on CIFAR."""
-
-dot = partial(jnp.matmul, precision="highest")
 
 
 class CLIPArTTContext(NamedTuple):

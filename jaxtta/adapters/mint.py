@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxtta import tree
-from jaxtta.adapters.base import Adapter, Array, Preset
+from jaxtta.adapters.base import Adapter, Array, Preset, dot
 from jaxtta.adapters.class_sums import ClassSums, members_of, no_images
 from jaxtta.adapters.descent import Descent
 from jaxtta.adapters.on_features import class_embeddings, unit
@@ -42,8 +42,6 @@ MINT_PRESETS: dict[str, Preset] = dict.fromkeys(
 )
 """The published settings for ViT-B; ViT-L takes 1.5e-2. A first step of Adam is of this size in
 every parameter, whatever the size of the gradient."""
-
-dot = partial(jnp.matmul, precision="highest")
 
 
 class MintMemory(NamedTuple):

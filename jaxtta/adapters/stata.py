@@ -23,12 +23,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxtta.adapters import settings
-from jaxtta.adapters.base import Adapter, Array
+from jaxtta.adapters.base import Adapter, Array, dot
 from jaxtta.adapters.on_features import unit
 from jaxtta.adapters.transductive import (
     LEAST_VARIANCE,
     Fit,
-    dot,
     fit_classes,
     probabilities,
     shares,

@@ -21,11 +21,10 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from jaxtta.adapters.base import Adapter, Array
+from jaxtta.adapters.base import Adapter, Array, dot
 from jaxtta.adapters.on_features import unit
 from jaxtta.adapters.transductive import (
     Fit,
-    dot,
     fit_classes,
     probabilities,
     shares,

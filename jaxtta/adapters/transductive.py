@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxtta.adapters import settings
-from jaxtta.adapters.base import Adapter, Array
+from jaxtta.adapters.base import Adapter, Array, dot
 from jaxtta.adapters.on_features import (
     FeatureMethod,
     class_embeddings,
@@ -45,11 +45,6 @@ class Fit(NamedTuple):
     means: Array
     variances: Array
     weights: Array
-
-
-def dot(a: Array, b: Array) -> Array:
-    """Matrix product in full precision."""
-    return jnp.matmul(a, b, precision="highest")
 
 
 def probabilities(log_z: Array, mask: Array) -> Array:

@@ -30,8 +30,8 @@ import jax.numpy as jnp
 import optax
 
 from jaxtta import tree
-from jaxtta.adapters.base import Adapter, Array, Preset
-from jaxtta.adapters.clipartt import clipartt_loss, dot, require_temperature
+from jaxtta.adapters.base import Adapter, Array, Preset, dot
+from jaxtta.adapters.clipartt import clipartt_loss, require_temperature
 from jaxtta.adapters.descent import Descent, descend
 from jaxtta.adapters.per_batch import (
     Adapt,
