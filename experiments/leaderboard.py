@@ -1,0 +1,279 @@
+r"""Which methods help, at which cost, and where do they harm? All named methods, the same streams.
+
+    unzip cifar10-c-severity5.zip -d DATA
+    python experiments/leaderboard.py --data DATA/cifar10-c-severity5 --output runs/leaderboard
+
+`--data` has the folders `test` and `meta_train`, each with a `<corruption>.npy` for every
+corruption and `labels.npy`. Each method runs with its published settings, and with the learning rate that is
+the most accurate on the four validation corruptions of `meta_train`, which has other images. The
+last part times one step of every method (`--part cost`, on an idle machine). Each part goes on where
+it was stopped; `--part report` makes the tables and the plot again from what there is.
+
+Methods that begin anew at every image have one row of results for all streams, and methods that
+begin anew at every batch give the same answers with and without a reset at each corruption.
+"""
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+import pandas as pd
+
+from jaxtta import adapters, assets, cli, data, evaluate, models, report
+from jaxtta.adapters.watt import WATT_TEMPLATES
+from jaxtta.cli.options import ModelOptions, group
+from jaxtta.optim import load_mgg, meta_gradient_generator
+
+CLASSES_A_BATCH = 3  # in the streams of few classes
+MULTIPLES = (0.1, 1.0, 3.0, 10.0, 30.0)  # of the published rate, to choose from
+VIEWS = ("tnt", "zero", "vte", "mta", "tpt", "ctpt")  # begin anew at every image
+SLOW = ("clipartt", "watt")  # begin anew at every batch, with many passes
+ONLINE = ("tent", "batclip", "mgtta", "sar", "eta", "deyo", "roid", "rotta", "mint")
+UNTRAINED = ("tda", "lame", "t3a", "stata", "transclip")
+
+
+class Cell(NamedTuple):
+    """A kind of stream: the setting and order, images a batch, images of each corruption."""
+
+    setting: str
+    order: str
+    batch_size: int
+    images: int
+
+
+CELLS = {
+    "reset": Cell("reset_each_shift", "shuffled", 16, 128),
+    "continual": Cell("continual", "shuffled", 16, 64),
+    "mixed": Cell("mixed", "shuffled", 16, 64),
+    "sorted": Cell("continual", "correlated", 16, 64),
+    "few classes": Cell("reset_each_shift", "few", 16, 64),
+    "batch 1": Cell("reset_each_shift", "shuffled", 1, 32),
+    "batch 100": Cell("reset_each_shift", "shuffled", 100, 300),
+}
+IMAGES = {"views": 24, "slow": 32}  # of each corruption, for methods of many passes
+
+
+@group
+class Options:
+    """Run all methods over the same streams."""
+
+    data: Path  # folder with `test` and `meta_train`
+    output: Path = Path("runs/leaderboard")  # of all results
+    results: Path = Path("docs/results")  # of the tables and the plot
+    part: Literal["all", "rates", "streams", "cost", "report"] = "all"
+    seeds: tuple[int, ...] = (1, 2, 3)  # of the order and the choice of images
+    validation_images: int = 128  # of each validation corruption
+    model: ModelOptions = ModelOptions()
+
+
+def main(options: Options) -> None:
+    """Choose rates, run the streams, time the steps, and report."""
+    loaded = options.model.load()
+    parts: dict[str, Callable[[], None]] = {
+        "rates": partial(choose_rates, options, loaded),
+        "streams": partial(run_streams, options, loaded),
+        "cost": partial(time_steps, options, loaded),
+        "report": partial(write_results, options),
+    }
+    for name in parts if options.part == "all" else [options.part]:
+        parts[name]()
+
+
+def few_classes(stream: data.Stream, labels: np.ndarray, batch_size: int) -> data.Stream:
+    """The same images in another order: each batch has few classes, as many as there are left."""
+    rng = np.random.default_rng([stream.seed, 2])
+
+    def reordered(part: np.ndarray) -> np.ndarray:
+        left = {name: [*np.flatnonzero(labels[part[:, 1]] == name)] for name in np.unique(labels)}
+        order: list[int] = []
+        while any(left.values()):
+            counts = np.array([len(rows) for rows in left.values()])
+            some = min(CLASSES_A_BATCH, int((counts > 0).sum()))
+            chosen = rng.choice([*left], some, replace=False, p=counts / counts.sum())
+            rows = rng.permutation([row for name in chosen for row in left[name]])[:batch_size]
+            order += rows.tolist()
+            left = {name: [row for row in own if row not in rows] for name, own in left.items()}
+        return part[order]
+
+    return stream._replace(parts=tuple(map(reordered, stream.parts)))
+
+
+def spec_of(
+    options: Options,
+    model: Any,
+    cells: Sequence[str],
+    images: int | None = None,
+    part: str = "test",
+    seeds: Sequence[int] = (),
+    templates: Sequence[str] = (),
+) -> evaluate.Spec:
+    """What to run on: the streams of these cells, whose batches have the same size."""
+    benchmark = data.open_benchmark(
+        "arrays", str(options.data / part), model.preprocessing, data.CIFAR10_CLASSES
+    )
+    labels, size = data.labels_of(benchmark), CELLS[cells[0]].batch_size
+    corruptions = data.IMAGENET_C if part == "test" else data.IMAGENET_C_EXTRA
+    streams = []
+    for name in cells:
+        setting, order, _, limit = CELLS[name]
+        how: Any = {"order": order if order != "few" else "shuffled", "limit": images or limit}
+        for seed in seeds or options.seeds:
+            for each in data.make_streams(setting, corruptions, (0,), labels, seed=seed, **how):
+                few = few_classes(each, labels, size) if order == "few" else each
+                streams.append(few._replace(name=f"{name}, {each.name}"))
+    templates = templates or data.templates_for("arrays")
+    task = evaluate.task_for(model, data.class_names_of(benchmark), templates)
+    return evaluate.Spec(benchmark, streams, task, size, templates=templates)
+
+
+def choose_rates(options: Options, loaded: Any) -> None:
+    """Choose each method's learning rate on the validation corruptions."""
+    file = options.output / "rates.json"
+    chosen = json.loads(file.read_text()) if file.exists() else {}
+    for name in (*ONLINE, *SLOW, "tpt", "ctpt"):
+        if name in chosen:
+            continue
+        published = adapters.named.optimizer_of(
+            evaluate.parse_adapter(name), evaluate.AdapterConfig()
+        ).args[-1]
+        few = IMAGES["slow" if name in SLOW else "views"]
+        images = options.validation_images if name in ONLINE else few
+        templates = WATT_TEMPLATES if name == "watt" else ()
+        spec = spec_of(options, loaded[0], ["reset"], images, "meta_train", (1,), templates)
+        rates = [float(f"{many * published:.3g}") for many in MULTIPLES]
+        folder = options.output / "validation" / name
+        choice = evaluate.tune_learning_rate(name, rates, spec, *loaded, folder)
+        base = evaluate.sweep(spec, ["zero_shot"], *loaded, folder)
+        zero_shot = float(np.mean([each.top1.mean() for each in base]))
+        gains = {f"{rate:g}": top1 - zero_shot for rate, top1 in choice.accuracies.items()}
+        chosen[name] = {"published": published, "rate": choice.rate, "gains": gains}
+        options.output.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(chosen, indent=1))
+
+
+def compositions(rates: dict[str, Any]) -> dict[str, Callable[..., adapters.Adapter]]:
+    """Methods made of two, with the rate chosen for the first."""
+    rate = rates["batclip"]["rate"]
+    adamw = adapters.BATCLIP_PRESETS["cifar10-c"].optimizer
+
+    def optimizer() -> Any:
+        return adamw.func(rate, **adamw.keywords)
+
+    objective = adapters.batclip_objective
+    phi = load_mgg(assets.PHI)[0]
+
+    def on_batclip(method: Callable[..., Any], model: models.CLIP, task: Any) -> adapters.Adapter:
+        return method(model, task, on=adapters.batclip(model, task, optimizer=optimizer()))
+
+    return {
+        "batclip, steps of sar": lambda model, task: adapters.sar(
+            model, task, objective=objective, optimizer=optimizer()
+        ),
+        "batclip, filter of deyo": lambda model, task: adapters.deyo(
+            model, task, objective=objective, optimizer=optimizer()
+        ),
+        "tda on batclip": partial(on_batclip, adapters.tda),
+        "stata on batclip": partial(on_batclip, adapters.stata),
+        "sar, generator of mgtta": lambda model, task: adapters.sar(
+            model, task, optimizer=meta_gradient_generator(phi, rates["mgtta"]["rate"])
+        ),
+    }
+
+
+def methods(options: Options, names: Sequence[str]) -> list[evaluate.AdapterSpec]:
+    """Published settings, and chosen rates where these are others."""
+    rates = json.loads((options.output / "rates.json").read_text())
+    texts = ["zero_shot", *names]
+    for name in names:
+        own = rates.get(name)
+        if own and not np.isclose(own["rate"], own["published"]):
+            texts.append(evaluate.with_rate(name, own["rate"]))
+    found = [evaluate.parse_adapter(text) for text in texts]
+    if "batclip" in names:
+        found += [evaluate.AdapterSpec(t, t, {}, make) for t, make in compositions(rates).items()]
+    return found
+
+
+def run_streams(options: Options, loaded: Any) -> None:
+    """Run every method over the streams on which its answers can differ."""
+    of_16 = [name for name, cell in CELLS.items() if cell.batch_size == 16]
+    quick = methods(options, (*ONLINE, *UNTRAINED))
+
+    def run(name: str, cells: Sequence[str], specs: Any, images: int | None, **how: Any) -> None:
+        spec = spec_of(options, loaded[0], cells, images, **how)
+        evaluate.sweep(spec, specs, *loaded, options.output / name)
+
+    run("batch-16", of_16, quick, None)
+    run("views", ["reset"], methods(options, VIEWS), IMAGES["views"])
+    run("batch-1", ["batch 1"], quick, None)
+    run("batch-100", ["batch 100"], quick, None)
+    anew = ["reset", "mixed", "sorted", "few classes"]
+    for name in SLOW:
+        templates = WATT_TEMPLATES if name == "watt" else ()
+        run(name, anew, methods(options, [name]), IMAGES["slow"], templates=templates)
+
+
+def time_steps(options: Options, loaded: Any, batch_size: int = 16, seconds: float = 2.0) -> None:
+    """Time the steps of every method, in one run; zero-shot first and last."""
+    model, params = loaded
+    lines = []
+    everything = methods(options, (*ONLINE, *UNTRAINED, *SLOW, *VIEWS))
+    plain = [each for each in everything if each.own or not each.settings]
+    for each in [*plain, plain[0]]:
+        templates = WATT_TEMPLATES if each.name == "watt" else ()
+        spec = spec_of(options, model, ["reset"], batch_size, seeds=(1,), templates=templates)
+        adapter = evaluate.make_adapter(each, model, spec.task)
+        step, state = jax.jit(adapter.step), adapter.init(params, jax.random.key(0))
+        batch: Any = spec.batches(model, [each])[0]
+        inputs = evaluate.inputs_of(batch, each)
+        jax.block_until_ready(step(params, state, inputs))
+        times: list[float] = []
+        while sum(times) < seconds or len(times) < 3:
+            start = time.perf_counter()
+            jax.block_until_ready(step(params, state, inputs))
+            times.append(time.perf_counter() - start)
+        lines.append({"adapter": each.text, "milliseconds": 1e3 * np.median(times) / batch_size})
+        print(f"{each.text}: {lines[-1]['milliseconds']:.2f} ms an image")
+    pd.DataFrame(lines).to_csv(options.output / "cost.csv", index=False)
+
+
+def write_results(options: Options) -> None:
+    """Write the long table, the wide one and the plot."""
+    lines = []
+    for folder in ("batch-16", "batch-1", "batch-100", "views", *SLOW):
+        found = evaluate.load_predictions([options.output / folder])
+        for name in CELLS:
+            own = [each for each in found if each.stream.startswith(f"{name}, ")]
+            if not own:
+                continue
+            summary = report.summarise(own)
+            worst = summary.table["gain"].groupby("adapter").agg(["min", "idxmin"])
+            for text, row in summary.means.iterrows():
+                line = {"adapter": text, "stream": name, "batch_size": CELLS[name].batch_size}
+                line |= {"images": sum(len(each.rows) for each in own if each.adapter == text)}
+                line |= {key: row[key] for key in ("top1", "gain", "low", "high", "spread", "ece")}
+                if text in worst.index and text != "zero_shot":
+                    least = worst.loc[text]
+                    line |= {"worst_gain": least["min"], "worst_corruption": least["idxmin"][0]}
+                lines.append(line | {"run": folder})
+    table = pd.DataFrame(lines)
+    options.results.mkdir(parents=True, exist_ok=True)
+    table.to_csv(options.results / "leaderboard.csv", index=False, float_format="%.5f")
+    print(wide(table))
+
+
+def wide(table: pd.DataFrame) -> pd.DataFrame:
+    """Gains in points by adapter and kind of stream."""
+    gains = 100 * table[table["adapter"] != "zero_shot"].pivot_table(
+        index="adapter", columns="stream", values="gain", sort=False
+    )
+    return gains.round(1)
+
+
+if __name__ == "__main__":
+    cli.run_script(Options, main, __doc__)
