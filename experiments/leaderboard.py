@@ -4,29 +4,31 @@ r"""Which methods help, at which cost, and where do they harm? All named methods
     python experiments/leaderboard.py --data DATA/cifar10-c-severity5 --output runs/leaderboard
 
 `--data` has the folders `test` and `meta_train`, each with a `<corruption>.npy` for every
-corruption and `labels.npy`. Each method runs with its published settings, and with the learning rate that is
-the most accurate on the four validation corruptions of `meta_train`, which has other images. The
-last part times one step of every method (`--part cost`, on an idle machine). Each part goes on where
-it was stopped; `--part report` makes the tables and the plot again from what there is.
+corruption and `labels.npy`. Each method runs with its published settings, and with the learning
+rate that is the most accurate on the four validation corruptions of `meta_train`, which has other
+images. `--part cost` times one step of every method, on a machine that does nothing else. A run
+that was stopped goes on; `--part report` makes the tables and the plot again.
 
-Methods that begin anew at every image have one row of results for all streams, and methods that
-begin anew at every batch give the same answers with and without a reset at each corruption.
+Methods that begin anew at every image have one kind of stream, since the others only change the
+order of the images. CLIPArTT and WATT begin anew at every batch, and are in two kinds of stream.
 """
 
-import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
 from jaxtta import adapters, assets, cli, data, evaluate, models, report
+from jaxtta.adapters.named import optimizer_of
 from jaxtta.adapters.watt import WATT_TEMPLATES
 from jaxtta.cli.options import ModelOptions, group
+from jaxtta.io import read_json, write_json
 from jaxtta.optim import load_mgg, meta_gradient_generator
 
 CLASSES_A_BATCH = 3  # in the streams of few classes
@@ -47,15 +49,15 @@ class Cell(NamedTuple):
 
 
 CELLS = {
-    "reset": Cell("reset_each_shift", "shuffled", 16, 128),
-    "continual": Cell("continual", "shuffled", 16, 64),
-    "mixed": Cell("mixed", "shuffled", 16, 64),
-    "sorted": Cell("continual", "correlated", 16, 64),
-    "few classes": Cell("reset_each_shift", "few", 16, 64),
-    "batch 1": Cell("reset_each_shift", "shuffled", 1, 32),
-    "batch 100": Cell("reset_each_shift", "shuffled", 100, 300),
+    "reset": Cell("reset_each_shift", "shuffled", 16, 96),
+    "continual": Cell("continual", "shuffled", 16, 48),
+    "mixed": Cell("mixed", "shuffled", 16, 48),
+    "sorted": Cell("continual", "correlated", 16, 48),
+    "few classes": Cell("reset_each_shift", "few", 16, 48),
+    "batch 1": Cell("continual", "shuffled", 1, 32),
+    "batch 100": Cell("continual", "shuffled", 100, 100),
 }
-IMAGES = {"views": 24, "slow": 32}  # of each corruption, for methods of many passes
+IMAGES = {"views": 16, "slow": 16}  # of each corruption, for methods of many passes
 
 
 @group
@@ -132,28 +134,32 @@ def spec_of(
 
 
 def choose_rates(options: Options, loaded: Any) -> None:
-    """Choose each method's learning rate on the validation corruptions."""
+    """Choose learning rates on the validation corruptions; methods without are measured there."""
     file = options.output / "rates.json"
-    chosen = json.loads(file.read_text()) if file.exists() else {}
-    for name in (*ONLINE, *SLOW, "tpt", "ctpt"):
+    chosen = read_json(file) if file.exists() else {}
+    for name in (*ONLINE, *UNTRAINED, *SLOW, *VIEWS):
         if name in chosen:
             continue
-        published = adapters.named.optimizer_of(
-            evaluate.parse_adapter(name), evaluate.AdapterConfig()
-        ).args[-1]
-        few = IMAGES["slow" if name in SLOW else "views"]
-        images = options.validation_images if name in ONLINE else few
+        images = IMAGES["slow" if name in SLOW else "views"]
+        images = options.validation_images if name in (*ONLINE, *UNTRAINED) else images
         templates = WATT_TEMPLATES if name == "watt" else ()
         spec = spec_of(options, loaded[0], ["reset"], images, "meta_train", (1,), templates)
-        rates = [float(f"{many * published:.3g}") for many in MULTIPLES]
         folder = options.output / "validation" / name
-        choice = evaluate.tune_learning_rate(name, rates, spec, *loaded, folder)
+        if evaluate.has_rate(name):
+            method = evaluate.parse_adapter(name)
+            published = optimizer_of(method, evaluate.AdapterConfig()).args[-1]
+            rates = [float(f"{many * published:.3g}") for many in MULTIPLES]
+            choice = evaluate.tune_learning_rate(name, rates, spec, *loaded, folder)
+            rate, tops = choice.rate, choice.accuracies
+        else:
+            published = rate = None
+            found = evaluate.sweep(spec, [name], *loaded, folder)
+            tops = {"": np.mean([each.top1.mean() for each in found])}
         base = evaluate.sweep(spec, ["zero_shot"], *loaded, folder)
-        zero_shot = float(np.mean([each.top1.mean() for each in base]))
-        gains = {f"{rate:g}": top1 - zero_shot for rate, top1 in choice.accuracies.items()}
-        chosen[name] = {"published": published, "rate": choice.rate, "gains": gains}
-        options.output.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(chosen, indent=1))
+        zero_shot = np.mean([each.top1.mean() for each in base])
+        gains = {str(each): float(top1 - zero_shot) for each, top1 in tops.items()}
+        chosen[name] = {"published": published, "rate": rate, "gains": gains}
+        write_json(file, chosen)
 
 
 def compositions(rates: dict[str, Any]) -> dict[str, Callable[..., adapters.Adapter]]:
@@ -187,12 +193,11 @@ def compositions(rates: dict[str, Any]) -> dict[str, Callable[..., adapters.Adap
 
 def methods(options: Options, names: Sequence[str]) -> list[evaluate.AdapterSpec]:
     """Published settings, and chosen rates where these are others."""
-    rates = json.loads((options.output / "rates.json").read_text())
+    rates = read_json(options.output / "rates.json")
     texts = ["zero_shot", *names]
     for name in names:
-        own = rates.get(name)
-        if own and not np.isclose(own["rate"], own["published"]):
-            texts.append(evaluate.with_rate(name, own["rate"]))
+        if (rate := rates[name]["rate"]) != rates[name]["published"]:
+            texts.append(evaluate.with_rate(name, rate))
     found = [evaluate.parse_adapter(text) for text in texts]
     if "batclip" in names:
         found += [evaluate.AdapterSpec(t, t, {}, make) for t, make in compositions(rates).items()]
@@ -212,10 +217,10 @@ def run_streams(options: Options, loaded: Any) -> None:
     run("views", ["reset"], methods(options, VIEWS), IMAGES["views"])
     run("batch-1", ["batch 1"], quick, None)
     run("batch-100", ["batch 100"], quick, None)
-    anew = ["reset", "mixed", "sorted", "few classes"]
     for name in SLOW:
         templates = WATT_TEMPLATES if name == "watt" else ()
-        run(name, anew, methods(options, [name]), IMAGES["slow"], templates=templates)
+        cells = ["reset", "few classes"]  # whose batches have all classes, and few
+        run(name, cells, methods(options, [name]), IMAGES["slow"], templates=templates)
 
 
 def time_steps(options: Options, loaded: Any, batch_size: int = 16, seconds: float = 2.0) -> None:
@@ -244,35 +249,94 @@ def time_steps(options: Options, loaded: Any, batch_size: int = 16, seconds: flo
 
 def write_results(options: Options) -> None:
     """Write the long table, the wide one and the plot."""
-    lines = []
-    for folder in ("batch-16", "batch-1", "batch-100", "views", *SLOW):
-        found = evaluate.load_predictions([options.output / folder])
-        for name in CELLS:
-            own = [each for each in found if each.stream.startswith(f"{name}, ")]
-            if not own:
-                continue
-            summary = report.summarise(own)
-            worst = summary.table["gain"].groupby("adapter").agg(["min", "idxmin"])
-            for text, row in summary.means.iterrows():
-                line = {"adapter": text, "stream": name, "batch_size": CELLS[name].batch_size}
-                line |= {"images": sum(len(each.rows) for each in own if each.adapter == text)}
-                line |= {key: row[key] for key in ("top1", "gain", "low", "high", "spread", "ece")}
-                if text in worst.index and text != "zero_shot":
-                    least = worst.loc[text]
-                    line |= {"worst_gain": least["min"], "worst_corruption": least["idxmin"][0]}
-                lines.append(line | {"run": folder})
+    lines = [
+        line
+        for folder in ("batch-16", "batch-1", "batch-100", "views", *SLOW)
+        for line in lines_of(evaluate.load_predictions(options.output / folder))
+    ]
     table = pd.DataFrame(lines)
+    cost = pd.read_csv(options.output / "cost.csv").groupby("adapter")["milliseconds"].min()
     options.results.mkdir(parents=True, exist_ok=True)
     table.to_csv(options.results / "leaderboard.csv", index=False, float_format="%.5f")
-    print(wide(table))
+    cost.to_csv(options.results / "leaderboard-cost.csv", float_format="%.3f")
+    shown = wide(table, cost)
+    (options.results / "leaderboard.md").write_text(as_markdown(shown))
+    plot(table, cost, options.results / "leaderboard.png")
+    print(shown.to_string())
 
 
-def wide(table: pd.DataFrame) -> pd.DataFrame:
-    """Gains in points by adapter and kind of stream."""
-    gains = 100 * table[table["adapter"] != "zero_shot"].pivot_table(
-        index="adapter", columns="stream", values="gain", sort=False
+def lines_of(found: Sequence[evaluate.Predictions]) -> Iterator[dict[str, Any]]:
+    """A line for each kind of stream and adapter; zero-shot has a line for each run."""
+    for name, cell in CELLS.items():
+        own = [each for each in found if each.stream.startswith(f"{name}, ")]
+        if not own:
+            continue
+        summary = report.summarise(own)
+        gains = summary.table["gain"].unstack("adapter").iloc[:-1]
+        for text, row in summary.means.iterrows():
+            images = sum(len(each.rows) for each in own if each.adapter == text)
+            line = {"adapter": text, "stream": name, "batch_size": cell.batch_size}
+            line |= {"images": images, **row[["top1", "gain", "low", "high", "spread", "ece"]]}
+            if text != "zero_shot":
+                line |= {"worst": gains[text].min(), "worst_corruption": gains[text].idxmin()}
+            yield line
+
+
+def wide(table: pd.DataFrame, cost: pd.Series) -> pd.DataFrame:
+    """Gains in points by adapter and kind of stream; + and - where the interval is off zero."""
+    rows = table[table["adapter"] != "zero_shot"].copy()
+    sign = np.where(rows["low"] > 0, "+", np.where(rows["high"] < 0, "-", ""))
+    rows["shown"] = [
+        f"{100 * gain:.1f} {mark}".strip() for gain, mark in zip(rows["gain"], sign, strict=True)
+    ]
+    shown = rows.pivot_table("shown", "adapter", "stream", "first", sort=False)
+    shown = shown.reindex(columns=[*CELLS])
+    for text in shown.index:
+        if text.partition(":")[0] in VIEWS:
+            shown.loc[text] = shown.loc[text].fillna("as reset")
+    ece = table.query("stream == 'reset'").groupby("adapter")["ece"].first()
+    least = rows.loc[rows.groupby("adapter", sort=False)["gain"].idxmin()].set_index("adapter")
+    shown.insert(
+        0,
+        "ms an image",
+        [f"{cost.get(text.partition(':')[0], np.nan):.1f}" for text in shown.index],
     )
-    return gains.round(1)
+    shown["worst"] = [
+        f"{100 * least['gain'][text]:.1f} ({least['stream'][text]})" for text in shown.index
+    ]
+    shown["ECE"] = [f"{100 * ece[text]:.1f}" for text in shown.index]
+    order = rows.groupby("adapter")["gain"].mean().sort_values(ascending=False).index
+    return shown.loc[order].fillna("")
+
+
+def as_markdown(shown: pd.DataFrame) -> str:
+    """The table for the documentation."""
+    head = ["method", *shown.columns]
+    lines = [head, ["---"] + ["---:"] * len(shown.columns)]
+    lines += [[f"`{text}`", *row] for text, row in zip(shown.index, shown.to_numpy(), strict=True)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def plot(table: pd.DataFrame, cost: pd.Series, path: Path) -> None:
+    """Gain against cost: the mean over the kinds of streams, and a line to the worst of them."""
+    rows = table[table["adapter"] != "zero_shot"].groupby("adapter")["gain"].agg(["mean", "min"])
+    figure, axes = plt.subplots(figsize=(9, 6), layout="constrained")
+    for text, (mean, least) in (100 * rows).iterrows():
+        milliseconds = cost[text.partition(":")[0]]
+        colour = "tab:blue" if ":" not in text else "tab:orange"
+        axes.plot([milliseconds] * 2, [mean, least], color=colour, alpha=0.4, linewidth=1)
+        axes.plot(milliseconds, mean, "o", color=colour, markersize=5)
+        axes.annotate(text, (milliseconds, mean), (4, 3), textcoords="offset points", fontsize=7)
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.set(
+        xscale="log", yscale=("symlog"), xlabel="milliseconds an image (2 CPU cores, batch 16)"
+    )
+    axes.set_ylabel("gain over zero-shot in points; the line ends at the worst kind of stream")
+    axes.set_yticks(
+        [-50, -20, -10, -5, -2, -1, 0, 1, 2, 5], [-50, -20, -10, -5, -2, -1, 0, 1, 2, 5]
+    )
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
 
 
 if __name__ == "__main__":

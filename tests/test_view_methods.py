@@ -380,6 +380,14 @@ def test_a_context_is_what_a_table_with_other_embeddings_would_give(tiny, task):
     assert np.abs(ours - model.init_context(params, task)).max() > 1e-3
 
 
+def test_one_class_has_no_dispersion_to_keep(tiny, task, images):
+    model, params = tiny
+    one = task._replace(token_ids=task.token_ids[:1])
+    adapter = ctpt(model, one, views=2)
+    _, prediction = jax.jit(adapter.step)(params, adapter.init(params), images[:1])
+    assert np.isfinite(prediction.logits).all() and not prediction.metrics["skipped"]
+
+
 def test_passes_per_image_are_those_that_are_documented(tiny, task, monkeypatch):
     """Counted as the operations of the matrix products that one image more costs."""
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")

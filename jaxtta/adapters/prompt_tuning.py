@@ -91,7 +91,9 @@ def tune_context(
 
     def loss(texts: Array) -> Array:
         logits = cosine_logits(scale, chosen, texts)
-        spread = jnp.linalg.norm(texts - texts.mean(0), axis=-1).mean() if dispersion else 0.0
+        # A single class is its own mean; the norm's gradient there is 0, and not NaN.
+        apart = optax.safe_norm(texts - texts.mean(0), 0.0, axis=-1)
+        spread = apart.mean() if dispersion else 0.0
         return marginal_entropy(logits) - dispersion * spread
 
     def update(tuned: tuple[Array, Any], encoded: Encoded) -> tuple[tuple[Array, Any], Array]:
