@@ -57,7 +57,8 @@ def make_streams(
     """
     shifts = [d for d in benchmark if d not in (CLEAN, NOISE, BLANK)]
     labels, classes = data.labels_of(benchmark), len(data.class_names_of(benchmark))
-    few = [shifts[(seed - 1 + 3 * n) % len(shifts)] for n in range(min(5, len(shifts)))]
+    some = min(5, len(shifts))
+    few = [shifts[(seed - 1 + n * len(shifts) // some) % len(shifts)] for n in range(some)]
 
     def draw(rng: np.random.Generator, count: int, among: np.ndarray | None = None) -> np.ndarray:
         return rng.permutation(np.arange(len(labels)) if among is None else among)[:count]

@@ -1,0 +1,88 @@
+"""The streams of the guard's experiment."""
+
+import sys
+
+import numpy as np
+import pytest
+from conftest import EXPERIMENTS
+
+from jaxtta import data
+
+sys.path.insert(0, str(EXPERIMENTS))
+import guard_streams
+
+IMAGES = 30
+NAMES = ("clean", "fog", "snow", "frost", "contrast", "pixelate", "brightness")
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    rng = np.random.default_rng(0)
+    labels = rng.permutation(np.arange(200) % 5).astype(np.int32)
+    known = labels, ("a", "b", "c", "d", "e")
+    images = {name: rng.integers(0, 256, (200, 4, 4, 3), np.uint8) for name in NAMES}
+    stored = {data.Domain(name): data.ArrayDataset(x, *known) for name, x in images.items()}
+    return guard_streams.with_frames(stored)
+
+
+def wrong_for_odd(domain, images):
+    return images % 2 == 0
+
+
+@pytest.fixture(scope="module")
+def streams(benchmark):
+    return guard_streams.make_streams(benchmark, IMAGES, 1, wrong_for_odd)
+
+
+def test_every_kind_has_distinct_images_of_known_domains(benchmark, streams):
+    assert tuple(streams) == guard_streams.KINDS
+    for made in streams.values():
+        assert len({stream.name for stream in made}) == len(made)
+        data.Batches(benchmark, tuple(made), 8, lambda image: np.asarray(image))
+        for stream in made:
+            assert len(np.unique(stream.items, axis=0)) == len(stream.items)
+            assert stream.items[:, 0].max() < len(stream.segments)
+    shifts = len(NAMES) - 1
+    assert [len(x.items) for x in streams["friendly"]] == [IMAGES] * shifts
+    lengths = {kind: sum(len(x.items) for x in made) for kind, made in streams.items()}
+    assert lengths["continual"] == shifts * IMAGES
+    for kind in ("clean", "alternating", "mixed", "sorted", "label_shift", "wrong_first"):
+        assert lengths[kind] == 5 * IMAGES
+    assert lengths["half_noise"] == lengths["half_blank"] == 10 * IMAGES
+
+
+def test_kinds_are_what_their_names_say(benchmark, streams):
+    labels = data.labels_of(benchmark)
+
+    def shown(kind):
+        return [labels[stream.items[:, 1]] for stream in streams[kind]]
+
+    assert {len(set(x)) for x in shown("one_class")} == {1}
+    assert {len(set(x)) for x in shown("three_classes")} == {3}
+    assert all((np.diff(x) != 0).sum() == 4 for x in shown("sorted"))
+    assert all(
+        np.bincount(x).max() > 2 * np.bincount(x, minlength=5).min() for x in shown("long_tail")
+    )
+    for stream in streams["wrong_first"]:
+        assert (np.diff(wrong_for_odd(None, stream.items[:, 1]).astype(int)) >= 0).all()
+    for stream in streams["noise_first"]:
+        first = stream.items[:, 0] == 1
+        assert first[: guard_streams.BLOCK].all()
+        assert first.sum() == guard_streams.BLOCK
+    (turns,) = streams["alternating"]
+    assert set(np.flatnonzero(np.diff(turns.items[:, 0])) + 1) == {64, 128}
+    blank = benchmark[guard_streams.BLANK][3]
+    assert blank.min() == blank.max()
+    assert benchmark[guard_streams.NOISE][3].std() > 50
+
+
+def test_seeds_are_reproducible_and_differ(benchmark, streams):
+    again = guard_streams.make_streams(benchmark, IMAGES, 1, wrong_for_odd)
+    other = guard_streams.make_streams(benchmark, IMAGES, 2, wrong_for_odd)
+    for kind, made in streams.items():
+        for one, same in zip(made, again[kind], strict=True):
+            assert np.array_equal(one.items, same.items)
+        assert not np.array_equal(made[0].items, other[kind][0].items)
+    assert streams["sorted"][0].segments != other["sorted"][0].segments
+    with pytest.raises(ValueError, match="unknown stream 'odd'"):
+        guard_streams.make_streams(benchmark, IMAGES, 1, wrong_for_odd, ["odd"])
