@@ -20,10 +20,11 @@ from guard_streams import BLANK, KINDS, NOISE, make_streams, with_frames
 from matplotlib.figure import Figure
 
 from jaxtta import adapters, bootstrap, cli, data, evaluate, io, metrics, models
+from jaxtta.adapters.guard.policy import DECISIONS
 from jaxtta.cli.options import ModelOptions, group
 
 ZERO_SHOT, TEXTILE = "zero_shot", "textile"
-STOPPED = ("stop", "stopped")  # decisions of a guard
+STOPPED = [DECISIONS.index(name) for name in ("stop", "stopped")]
 
 
 @group
@@ -170,7 +171,7 @@ def line(found: list[dict[str, np.ndarray]], frozen: list[dict[str, np.ndarray]]
         float(metrics.expected_calibration_error(top, right))
         for top, right in zip(tops.T, rows[:, 1:3].T.astype(bool), strict=True)
     ]
-    ends = [np.isin(own.get("decision", ()), codes()) for own in found]
+    ends = [np.isin(own.get("decision", ()), STOPPED) for own in found]
     stops = [int(end.argmax()) for end in ends if end.any()]
     return {
         "images": len(rows),
@@ -186,12 +187,6 @@ def line(found: list[dict[str, np.ndarray]], frozen: list[dict[str, np.ndarray]]
         "stopped_at": float(np.mean(stops)) if stops else np.nan,  # images seen before, on average
         "seconds": float(sum(own["seconds"] for own in found)),
     }
-
-
-def codes() -> list[int]:
-    """The guard's numbers of the decisions by which it has stopped."""
-    known = getattr(adapters, "DECISIONS", ())
-    return [known.index(name) for name in STOPPED if name in known]
 
 
 def write(folder: Path, rows: pd.DataFrame, final: bool) -> None:

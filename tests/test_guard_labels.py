@@ -39,7 +39,7 @@ def test_a_model_that_is_no_worse_is_rarely_accused(wins, losses):
 
 
 def test_a_model_that_is_worse_is_found_and_one_within_the_margin_is_not():
-    pairs = run(np.random.default_rng(1), 0.05, 0.25, runs=300)
+    pairs = run(np.random.default_rng(1), 0.05, 0.25, runs=200, length=200)
     first = np.asarray(ever_worse(pairs)).argmax(1)
     assert np.median(first) < 80
     within = over_all(lambda x: labels.is_worse(x, margin=0.2))
@@ -48,7 +48,7 @@ def test_a_model_that_is_worse_is_found_and_one_within_the_margin_is_not():
 
 @pytest.mark.parametrize(("wins", "losses"), [(0.1, 0.1), (0.02, 0.3), (0.0, 1.0)])
 def test_bounds_hold_at_all_times(wins, losses):
-    pairs = run(np.random.default_rng(2), wins, losses, runs=200, length=200)
+    pairs = run(np.random.default_rng(2), wins, losses, runs=100, length=100)
     low, high = (np.asarray(x) for x in over_all(labels.bounds)(pairs))
     inside = (low <= wins - losses) & (wins - losses <= high)
     assert inside.all(1).mean() >= 0.95

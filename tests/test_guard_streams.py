@@ -67,8 +67,8 @@ def test_kinds_are_what_their_names_say(benchmark, streams):
         assert (np.diff(wrong_for_odd(None, stream.items[:, 1]).astype(int)) >= 0).all()
     for stream in streams["noise_first"]:
         first = stream.items[:, 0] == 1
-        assert first[: guard_streams.BLOCK].all()
-        assert first.sum() == guard_streams.BLOCK
+        assert first[: guard_streams.BURST].all()
+        assert first.sum() == guard_streams.BURST
     (turns,) = streams["alternating"]
     assert set(np.flatnonzero(np.diff(turns.items[:, 0])) + 1) == {64, 128}
     blank = benchmark[guard_streams.BLANK][3]
