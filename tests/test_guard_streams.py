@@ -3,6 +3,7 @@
 import sys
 
 import numpy as np
+import pandas as pd
 import pytest
 from conftest import EXPERIMENTS
 
@@ -86,3 +87,68 @@ def test_seeds_are_reproducible_and_differ(benchmark, streams):
     assert streams["sorted"][0].segments != other["sorted"][0].segments
     with pytest.raises(ValueError, match="unknown stream 'odd'"):
         guard_streams.make_streams(benchmark, IMAGES, 1, wrong_for_odd, ["odd"])
+
+
+@pytest.mark.parametrize("script", ["guard.py", "guard_canary.py"])
+def test_help_teaches(run_script, script):
+    code, out, _ = run_script(script, "--help")
+    assert code == 0
+    assert f"python experiments/{script}" in out.replace("\n", " ")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A few stored images of three classes, under four corruptions."""
+    rng = np.random.default_rng(0)
+    np.save(tmp_path / "labels.npy", np.arange(24) % 3)
+    for name in NAMES[:5]:
+        np.save(tmp_path / f"{name}.npy", rng.integers(0, 256, (24, 32, 32, 3), np.uint8))
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_the_experiment_goes_on_and_its_labels_are_simulated(run_script, short, folder, tmp_path):
+    run = ("--data", folder, "--output", tmp_path / "run", "--class-names", "cat", "dog", "ship")
+    few = ("--images", "8", "--batch-size", "4", "--model", short)
+    kinds = ("--streams", "noise_first", "clean", "wrong_first")
+    options = (*run, *few, *kinds, "--adapters", "tent:lr=0.1", "guarded:tent:lr=0.1")
+    assert run_script("guard.py", *options)[0] == 0
+    rows = pd.read_csv(tmp_path / "run" / "results.csv")
+    assert rows.groupby("stream")["adapter"].count().to_dict() == dict.fromkeys(kinds[1:], 3)
+    burst = rows[rows["stream"] == "noise_first"]
+    assert set(burst["images"]) == {4 * 8}  # frames do not count
+    assert (burst["low"] <= burst["gain"]).all()
+    assert (burst["gain"] <= burst["high"]).all()
+    zero_shot = rows[rows["adapter"] == "zero_shot"]
+    assert (zero_shot["gain"] == 0).all()
+    assert (zero_shot["ece"] == zero_shot["ece_zero_shot"]).all()
+    files = {x: x.stat().st_mtime_ns for x in (tmp_path / "run" / "predictions").iterdir()}
+    assert run_script("guard.py", *options)[0] == 0
+    again = {x: x.stat().st_mtime_ns for x in (tmp_path / "run" / "predictions").iterdir()}
+    assert files == again  # nothing is computed twice
+    pd.testing.assert_frame_equal(rows, pd.read_csv(tmp_path / "run" / "results.csv"))
+    code, _, err = run_script("guard.py", *options, "--images", "6")
+    assert code == 1
+    assert "choose another --output" in err
+
+
+def test_a_label_that_decides_is_found():
+    import guard_canary
+
+    bets, sign = guard_canary.stop_tables(0.05)
+    assert not bets[0, 4]
+    assert bets[0, 10]
+    assert sign[0, 5] == pytest.approx(0.5**5 / 0.05)
+    rng, label = np.random.default_rng(0), np.zeros(320, int)
+    classes = {"good": np.eye(3)[label], "bad": np.eye(3)[label + 1]}
+    known = {"label": label, "counted": np.ones(320, bool)}
+    good, bad = ({"logits": classes[x], **known} for x in ("good", "bad"))
+    assert guard_canary.review(bad, good, bets, rng) < 100
+    assert guard_canary.review(good, bad, bets, rng) == np.inf
+    assert guard_canary.review(good, good, bets, rng) == np.inf
+    lost = np.ones((3, 128), bool)
+    assert guard_canary.drawn(~lost, lost, sign, rng) == guard_canary.EVERY
+    assert guard_canary.drawn(~lost, ~lost, sign, rng) == np.inf
+    assert guard_canary.facts(bad, good, 0.05)["gain"] == -1
+    assert guard_canary.needed(0.0, 1.0, 0.05) == 5
+    assert guard_canary.needed(0.04, 0.06, 0.05) > 1000
