@@ -4,17 +4,19 @@ r"""How soon do 32 labels stop an adapter that does harm, and how often one that
     python experiments/guard_canary.py --data FOLDER/test --guard runs/guard --output runs/canary
 
 Two ways to spend the labels, each simulated many times. "review": on images of the stream for which
-the two models' answers differ, from what guard.py has stored; one a batch, four while the bets win.
-"canary": images of the same domains, or clean ones, that are held out, and asked about every 64
-images of the stream; each simulation draws 32 of 128. The output has a row for each stream, adapter
-and way in stops.csv: how many simulations stop within 200 images and at all, and how many labels
-the best of all tests would need, of images drawn at random and where answers differ.
+the two models' answers differ, from what guard.py has stored; in batches where more than a quarter
+do, one, and four while the bets win. "canary": images of the same domains, or clean ones, that are
+held out, and asked about every 64 images of the stream; each simulation draws 32 of 128. The output
+has a row for each stream, adapter and way in stops.csv: the share of simulations that stop within
+200 images of where harm begins (the first 200 images that lose more than 2 points) and at all, the
+gain if the frozen model answers from then on, and how many labels the best of all tests would need
+for a single look, of images drawn at random and of those where answers differ.
 """
 
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -29,6 +31,7 @@ from jaxtta.cli.options import group
 
 LABELS, POOL, EVERY, SOON, BATCH = 32, 128, 64, 200, 16
 CALM, WORRIED = 1, 4  # labels of a batch for review, while the bets lose and while they win
+ASK, HARM = 1 / 4, 0.02  # share of answers that differ, to ask at all; a loss to be found
 NEEDED = 0.8  # power of the test whose labels are counted
 
 
@@ -40,7 +43,8 @@ class CanaryOptions:
     guard: Path  # guard.py's --output, of unguarded adapters
     output: Path  # folder for the results; what is there is not computed again
     harmful: tuple[str, ...] = ("tent:lr=0.1", "batclip:lr=1e-2")  # tried on all streams
-    friendly: tuple[str, ...] = ("tent", "batclip:lr=1e-3")  # only where adaptation is reset
+    friendly: tuple[str, ...] = ("batclip:lr=1e-3",)  # tried on the friendly streams too
+    ways: tuple[Literal["review", "canary"], ...] = ("review", "canary")
     streams: tuple[str, ...] = KINDS  # of guard.py
     alpha: float = 0.05  # allowed probability of a stop by mistake
     runs: int = 200  # simulations of a stream's labels; of all friendly streams together
@@ -61,18 +65,18 @@ def main(options: CanaryOptions) -> None:
                     runner.run(x, benchmark, stream, size, kind) for x in (name, ZERO_SHOT)
                 )
                 rng = np.random.default_rng([stream.seed, number])
-                runs = -(-options.runs // len(streams))
-                about = {"stream": kind, "domain": stream.name, "adapter": name}
-                about |= facts(own, frozen, options.alpha)
-                stops = [review(own, frozen, tables[0], rng) for _ in range(runs)]
-                rows.append(about | {"way": "review"} | summary(stops))
-                if size == 1 or (number > 4 and kind != "friendly"):
-                    continue
-                looks = look(options, runner, name, benchmark, stream, kind)
-                for way in ("canary", "clean canary"):
-                    wins, losses = (looks[f"{way} {x}"] for x in ("wins", "losses"))
-                    stops = [drawn(wins, losses, tables[1], rng) for _ in range(runs)]
-                    rows.append(about | {"way": way} | summary(stops))
+                runs = range(-(-options.runs // len(streams)))
+                gains, about = facts(own, frozen, options.alpha)
+                about = {"stream": kind, "domain": stream.name, "adapter": name, **about}
+                found = {}
+                if "review" in options.ways:
+                    found["review"] = [review(own, frozen, tables[0], rng) for _ in runs]
+                if "canary" in options.ways and size > 1:
+                    looks = look(options, runner, name, benchmark, stream, kind)
+                    for way in dict.fromkeys(key.rsplit(" ", 1)[0] for key in looks):
+                        seen = looks[f"{way} wins"], looks[f"{way} losses"]
+                        found[way] = [drawn(*seen, tables[1], rng) for _ in runs]
+                rows += [about | {"way": w} | summary(x, gains) for w, x in found.items()]
             io.write_text(
                 options.output / "stops.csv", pd.DataFrame(rows).round(4).to_csv(index=False)
             )
@@ -90,20 +94,19 @@ def stop_tables(alpha: float) -> tuple[np.ndarray, np.ndarray]:
     return np.asarray(bets).reshape(wins.shape), tail / alpha
 
 
-def facts(own: Any, frozen: Any, alpha: float) -> dict[str, float]:
-    """The gain, in the first images and in all; and how many labels the best test needs."""
+def facts(own: Any, frozen: Any, alpha: float) -> tuple[np.ndarray, dict[str, float]]:
+    """Each image's gain, 0 for a frame; their mean, and how many labels the best test needs."""
     known = own["counted"]
-    right = [(x["logits"].argmax(-1) == x["label"])[known] for x in (own, frozen)]
-    differ = (own["logits"].argmax(-1) != frozen["logits"].argmax(-1))[known]
+    right = [(x["logits"].argmax(-1) == x["label"]) & known for x in (own, frozen)]
+    differ = own["logits"].argmax(-1) != frozen["logits"].argmax(-1)
     wins, losses = right[0] & ~right[1], right[1] & ~right[0]
-    gain = right[0].astype(float) - right[1]
-    return {
-        "gain": gain.mean(),
-        "gain_soon": gain[:SOON].mean(),
-        "needed": needed(wins.mean(), losses.mean(), alpha),
-        "needed_where_different": needed(
-            *(x.sum() / max(differ.sum(), 1) for x in (wins, losses)), alpha
-        ),
+    everywhere = needed(wins.sum() / known.sum(), losses.sum() / known.sum(), alpha)
+    among = max((differ & known).sum(), 1)
+    gains = (1.0 * wins - losses) / known.sum()
+    return gains, {
+        "gain": gains.sum(),
+        "needed": everywhere,
+        "needed_where_different": needed(wins.sum() / among, losses.sum() / among, alpha),
     }
 
 
@@ -125,7 +128,10 @@ def review(own: Any, frozen: Any, table: np.ndarray, rng: np.random.Generator) -
     wins = losses = asked = 0
     for start in range(0, len(mine), BATCH):
         place = np.arange(start, min(start + BATCH, len(mine)))
-        place = rng.permutation(place[mine[place] != other[place]])
+        differ = mine[place] != other[place]
+        place = rng.permutation(place[differ])
+        if differ.mean() <= ASK and losses <= wins:
+            continue
         place = place[: min(WORRIED if losses > wins else CALM, LABELS - asked)]
         asked += len(place)
         place = place[own["counted"][place]]  # a frame without a class costs a label, in vain
@@ -158,8 +164,10 @@ def look(
     rest = rng.permutation(np.setdiff1d(np.arange(len(labels)), stream.items[:, 1]))[:POOL]
     shown = [d for d in stream.segments if not str(d).endswith("_frames")]
     own = [benchmark[shown[n % len(shown)]][i] for n, i in enumerate(rest)]
-    clean = [benchmark[data.Domain(data.CLEAN)][i] for i in rest]
-    pools = {"canary": np.stack(own), "clean canary": np.stack(clean)}
+    pools = {"canary": np.stack(own)}
+    if kind == "friendly":
+        clean = [benchmark[data.Domain(data.CLEAN)][i] for i in rest]
+        pools["clean canary"] = np.stack(clean)
     names = tuple(data.class_names_of(benchmark))
     adapter, frozen = (runner.adapter(x, names) for x in (name, ZERO_SHOT))
 
@@ -169,8 +177,7 @@ def look(
 
     before = right(ZERO_SHOT, frozen.init(runner.params))
     state, found = adapter.init(runner.params, jax.random.key(stream.seed)), []
-    cut = stream._replace(parts=(stream.items[: 240 if kind == "friendly" else SOON],))
-    spec = evaluate.Spec(benchmark, [cut], None, BATCH)
+    spec = evaluate.Spec(benchmark, [stream], None, BATCH)
     for number, batch in enumerate(data.read_ahead(spec.batches(runner.model)), 1):
         inputs = evaluate.inputs_of(batch, evaluate.parse_adapter(name))
         state, _ = adapter.step(runner.params, state, inputs)
@@ -192,28 +199,32 @@ def asking(runner: Runner, name: str, class_names: tuple[str, ...]) -> Callable[
     return jax.jit(lambda images, state: step(runner.params, state, images)[1].logits.argmax(-1))
 
 
-def summary(stops: list[float]) -> dict[str, float]:
-    """Of simulations of one stream: the shares that stop, and when."""
-    at = np.asarray(stops)
+def summary(stops: list[float], gains: np.ndarray) -> dict[str, float]:
+    """Of simulations of one stream: the shares that stop, when, and what is gained until then."""
+    at, so_far = np.asarray(stops), np.append(0, gains.cumsum())
+    windows = so_far[SOON:] - so_far[:-SOON] if len(gains) > SOON else so_far[-1:]
+    lost = np.flatnonzero(windows < -HARM * min(SOON, len(gains)) / len(gains))
     ended = at[np.isfinite(at)]
-    when = np.median(ended) if len(ended) else np.nan
-    soon = (at <= SOON).mean()
-    return {"runs": len(at), "soon": soon, "ever": np.isfinite(at).mean(), "median": when}
+    return {
+        "runs": len(at),
+        "begins": lost[0] if len(lost) else np.nan,
+        "soon": (at <= lost[0] + SOON).mean() if len(lost) else np.nan,
+        "ever": np.isfinite(at).mean(),
+        "median": np.median(ended) if len(ended) else np.nan,
+        "gain_stopped": so_far[np.minimum(at, len(gains)).astype(int)].mean(),
+    }
 
 
 def report(rows: pd.DataFrame) -> str:
     """Two tables: streams where the loss is above two points, and friendly streams without one."""
-    keys = ["adapter", "stream", "way"]
-    means = rows.groupby(keys, sort=False).mean(numeric_only=True)
-    harm = means[means["gain"] < -0.02].drop(columns="runs")
+    means = rows.groupby(["adapter", "stream", "way"], sort=False).mean(numeric_only=True)
+    harm = means[means["gain"] < -HARM].drop(columns="runs")
     calm = rows[(rows["stream"] == "friendly") & (rows["gain"] >= 0)]
     weighted = calm.assign(mistakes=calm["ever"] * calm["runs"])
     false = weighted.groupby(["adapter", "way"], sort=False)[["runs", "mistakes"]].sum()
     false["share"] = false["mistakes"] / false["runs"]
-    text = (
-        f"share of simulations that stop within {SOON} images (soon) or ever, with {LABELS} labels"
-    )
-    text += f"\nwhere the loss is above 2 points\n\n{harm.round(3).to_string()}"
+    text = f"with {LABELS} labels, where the loss is above {100 * HARM:.0f} points\n\n"
+    text += harm.round(3).to_string()
     return text + f"\n\nstopped by mistake, where nothing is lost\n\n{false.to_string()}\n"
 
 

@@ -149,6 +149,10 @@ def test_a_label_that_decides_is_found():
     lost = np.ones((3, 128), bool)
     assert guard_canary.drawn(~lost, lost, sign, rng) == guard_canary.EVERY
     assert guard_canary.drawn(~lost, ~lost, sign, rng) == np.inf
-    assert guard_canary.facts(bad, good, 0.05)["gain"] == -1
+    gains, about = guard_canary.facts(bad, good, 0.05)
+    assert about["gain"] == pytest.approx(-1)
+    found = guard_canary.summary([64, np.inf], gains)
+    assert (found["begins"], found["soon"], found["ever"], found["median"]) == (0, 0.5, 0.5, 64)
+    assert found["gain_stopped"] == pytest.approx(-(64 + 320) / 640)
     assert guard_canary.needed(0.0, 1.0, 0.05) == 5
     assert guard_canary.needed(0.04, 0.06, 0.05) > 1000
