@@ -5,12 +5,13 @@ r"""How soon do 32 labels stop an adapter that does harm, and how often one that
 
 Two ways to spend the labels, each simulated many times. "review": on images of the stream for which
 the two models' answers differ, from what guard.py has stored; in batches where more than a quarter
-do, one, and four while the bets win. "canary": images of the same domains, or clean ones, that are
-held out, and asked about every 64 images of the stream; each simulation draws 32 of 128. The output
-has a row for each stream, adapter and way in stops.csv: the share of simulations that stop within
-200 images of where harm begins (the first 200 images that lose more than 2 points) and at all, the
-gain if the frozen model answers from then on, and how many labels the best of all tests would need
-for a single look, of images drawn at random and of those where answers differ.
+do (half, for the second half of the labels), one, and four while the bets win. "canary": images of
+the same domains, or clean ones, that are held out, and asked about every 64 images of the stream;
+each simulation draws 32 of 64. The output has a row for each stream, adapter and way in stops.csv:
+the share of simulations that stop within 200 images of where harm begins (the first 200 images that
+lose more than 2 points) and at all, the gain if the frozen model answers from then on, and how many
+labels the best of all tests would need for a single look, of images drawn at random and of those
+where answers differ.
 """
 
 import functools
@@ -29,9 +30,10 @@ from jaxtta import cli, data, evaluate, io
 from jaxtta.adapters.guard.labels import Pairs, is_worse
 from jaxtta.cli.options import group
 
-LABELS, POOL, EVERY, SOON, BATCH = 32, 128, 64, 200, 16
+LABELS, POOL, EVERY, SOON, BATCH = 32, 64, 64, 200, 16
 CALM, WORRIED = 1, 4  # labels of a batch for review, while the bets lose and while they win
-ASK, HARM = 1 / 4, 0.02  # share of answers that differ, to ask at all; a loss to be found
+ASK = (1 / 4, 1 / 2)  # share of a batch's answers that differ, to ask at all, early and late
+HARM = 0.02  # a loss to be found
 NEEDED = 0.8  # power of the test whose labels are counted
 
 
@@ -53,6 +55,7 @@ class CanaryOptions:
 def main(options: CanaryOptions) -> None:
     """Simulate both ways."""
     guard = Options(options.data, options.guard, streams=options.streams)
+    options.output.mkdir(parents=True, exist_ok=True)
     model, params = guard.model.load()
     runner, rows = Runner(guard, model, params), []
     tables = stop_tables(options.alpha)
@@ -76,7 +79,9 @@ def main(options: CanaryOptions) -> None:
                     for way in dict.fromkeys(key.rsplit(" ", 1)[0] for key in looks):
                         seen = looks[f"{way} wins"], looks[f"{way} losses"]
                         found[way] = [drawn(*seen, tables[1], rng) for _ in runs]
-                rows += [about | {"way": w} | summary(x, gains) for w, x in found.items()]
+                rows += [
+                    about | {"way": w} | summary(x, gains, own["counted"]) for w, x in found.items()
+                ]
             io.write_text(
                 options.output / "stops.csv", pd.DataFrame(rows).round(4).to_csv(index=False)
             )
@@ -95,17 +100,15 @@ def stop_tables(alpha: float) -> tuple[np.ndarray, np.ndarray]:
 
 
 def facts(own: Any, frozen: Any, alpha: float) -> tuple[np.ndarray, dict[str, float]]:
-    """Each image's gain, 0 for a frame; their mean, and how many labels the best test needs."""
+    """The gain of each image that counts, and how many labels the best test needs."""
     known = own["counted"]
-    right = [(x["logits"].argmax(-1) == x["label"]) & known for x in (own, frozen)]
-    differ = own["logits"].argmax(-1) != frozen["logits"].argmax(-1)
+    right = [(x["logits"].argmax(-1) == x["label"])[known] for x in (own, frozen)]
+    differ = (own["logits"].argmax(-1) != frozen["logits"].argmax(-1))[known]
     wins, losses = right[0] & ~right[1], right[1] & ~right[0]
-    everywhere = needed(wins.sum() / known.sum(), losses.sum() / known.sum(), alpha)
-    among = max((differ & known).sum(), 1)
-    gains = (1.0 * wins - losses) / known.sum()
-    return gains, {
-        "gain": gains.sum(),
-        "needed": everywhere,
+    among = max(differ.sum(), 1)
+    return 1.0 * wins - losses, {
+        "gain": wins.mean() - losses.mean(),
+        "needed": needed(wins.mean(), losses.mean(), alpha),
         "needed_where_different": needed(wins.sum() / among, losses.sum() / among, alpha),
     }
 
@@ -130,7 +133,7 @@ def review(own: Any, frozen: Any, table: np.ndarray, rng: np.random.Generator) -
         place = np.arange(start, min(start + BATCH, len(mine)))
         differ = mine[place] != other[place]
         place = rng.permutation(place[differ])
-        if differ.mean() <= ASK and losses <= wins:
+        if differ.mean() <= ASK[asked >= LABELS // 2] and losses <= wins:
             continue
         place = place[: min(WORRIED if losses > wins else CALM, LABELS - asked)]
         asked += len(place)
@@ -199,19 +202,23 @@ def asking(runner: Runner, name: str, class_names: tuple[str, ...]) -> Callable[
     return jax.jit(lambda images, state: step(runner.params, state, images)[1].logits.argmax(-1))
 
 
-def summary(stops: list[float], gains: np.ndarray) -> dict[str, float]:
-    """Of simulations of one stream: the shares that stop, when, and what is gained until then."""
-    at, so_far = np.asarray(stops), np.append(0, gains.cumsum())
-    windows = so_far[SOON:] - so_far[:-SOON] if len(gains) > SOON else so_far[-1:]
-    lost = np.flatnonzero(windows < -HARM * min(SOON, len(gains)) / len(gains))
-    ended = at[np.isfinite(at)]
+def summary(stops: list[float], gains: np.ndarray, counted: np.ndarray) -> dict[str, float]:
+    """Of simulations of one stream: the shares that stop, when, and what is gained until then.
+
+    All in images that count: `stops` are converted.
+    """
+    before = np.append(0, counted.cumsum())
+    ever = np.isfinite(stops)
+    at = before[np.minimum(stops, len(counted)).astype(int)]
+    so_far, window = np.append(0, gains.cumsum()), min(SOON, len(gains))
+    lost = np.flatnonzero(so_far[window:] - so_far[:-window] < -HARM * window)
     return {
         "runs": len(at),
         "begins": lost[0] if len(lost) else np.nan,
-        "soon": (at <= lost[0] + SOON).mean() if len(lost) else np.nan,
-        "ever": np.isfinite(at).mean(),
-        "median": np.median(ended) if len(ended) else np.nan,
-        "gain_stopped": so_far[np.minimum(at, len(gains)).astype(int)].mean(),
+        "soon": (ever & (at <= lost[0] + SOON)).mean() if len(lost) else np.nan,
+        "ever": ever.mean(),
+        "median": np.median(at[ever]) if ever.any() else np.nan,
+        "gain_stopped": so_far[at].mean() / len(gains),
     }
 
 

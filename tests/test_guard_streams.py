@@ -151,7 +151,7 @@ def test_a_label_that_decides_is_found():
     assert guard_canary.drawn(~lost, ~lost, sign, rng) == np.inf
     gains, about = guard_canary.facts(bad, good, 0.05)
     assert about["gain"] == pytest.approx(-1)
-    found = guard_canary.summary([64, np.inf], gains)
+    found = guard_canary.summary([64, np.inf], gains, good["counted"])
     assert (found["begins"], found["soon"], found["ever"], found["median"]) == (0, 0.5, 0.5, 64)
     assert found["gain_stopped"] == pytest.approx(-(64 + 320) / 640)
     assert guard_canary.needed(0.0, 1.0, 0.05) == 5
