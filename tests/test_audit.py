@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxtta.adapters import Prediction
+from jaxtta.adapters.base import Answers
 from jaxtta.deploy.audit import AuditLog, as_log_record, read_log, record_of, steps_of
 
 HEADER = {"model": "clip", "class_names": ["cat", "NaN"]}
@@ -78,20 +79,9 @@ def test_a_log_torn_at_any_byte_has_all_earlier_records_and_goes_on(tmp_path_fac
 
 
 def test_a_record_says_what_both_models_answer():
-    from typing import NamedTuple
-
-    class Answers(NamedTuple):
-        reference: np.ndarray
-        adapted: np.ndarray
-
-    class Guarded(NamedTuple):
-        logits: np.ndarray
-        metrics: dict
-        answers: Answers
-
     both = Answers(np.log([[0.75, 0.25]] * 4), np.log([[0.5, 0.5]] * 3 + [[np.nan, 1]]))
     metrics = {"share": np.float32(0.1), "decision": np.int32(3), "reason": np.int32(4)}
-    prediction = Guarded(both.reference, {**metrics, "strikes": np.int32(2)}, both)
+    prediction = Prediction(both.reference, {**metrics, "strikes": np.int32(2)}, None, both)
     images = np.arange(4 * 12, dtype=np.uint8).reshape(4, 2, 2, 3)
     record = record_of(prediction, 5, "abcd", images, ["cat", "dog"], "0f", 1.5)
     assert record["time"] == "1970-01-01T00:00:01.500000+00:00"

@@ -34,11 +34,10 @@ import numpy as np
 from scipy.special import softmax
 
 from jaxtta.adapters import Prediction
+from jaxtta.adapters.guard import DECISIONS, REASONS
 from jaxtta.io import digest_array
 
 FORMAT = 1
-DECISIONS = ("adapt", "skip", "forget", "roll_back", "stop", "stopped")
-REASONS = ("calm", "few_images", "not_finite", "environment_changed", "narrowing", "strikes")
 ANSWERS = ("reference", "adapted", "served")
 """The fields of a step's record that list what is answered."""
 _BEGINNING = b'{"event":"start","format":'
@@ -75,7 +74,7 @@ def record_of(
         answer is not finite); share, decision and reason, None without a guard; signals, all other
         scalars; state_digest.
     """
-    metrics, both = dict(prediction.metrics), getattr(prediction, "answers", None)
+    metrics, both = dict(prediction.metrics), prediction.answers
     reference, adapted = (None, None) if both is None else both
     decision, reason = metrics.pop("decision", None), metrics.pop("reason", None)
     share = metrics.pop("share", None)
@@ -86,9 +85,10 @@ def record_of(
         with np.errstate(invalid="ignore"):
             scores = softmax(np.asarray(logits)[: len(names)], axis=-1)
         places = scores.argmax(-1)
-        best = scores[np.arange(len(names)), places]
-        labels = [class_names[n] if np.isfinite(x) else None for n, x in zip(places, best)]
-        return [{"label": a, "probability": _number(b)} for a, b in zip(labels, best)]
+        best = [(n, row[n]) for n, row in zip(places, scores, strict=True)]
+        labels = (class_names[n] if np.isfinite(x) else None for n, x in best)
+        numbers = (_number(x) for _, x in best)
+        return [{"label": a, "probability": b} for a, b in zip(labels, numbers, strict=True)]
 
     return {
         "time": _time(now),
