@@ -57,7 +57,7 @@ class Options:
 def run(options: Options) -> int:
     """Print one line per image; return the exit code."""
     size, spec = options.batch_size, evaluate.parse_adapter(options.adapter)
-    if spec.name != "tnt" and (options.noise or options.learn_noise):
+    if (spec.name != "tnt" or spec.guard) and (options.noise or options.learn_noise):
         raise ValueError("--noise and --learn-noise are for --adapter tnt")
     if options.learn_noise and not options.learn_noise.parent.is_dir():
         raise FileNotFoundError(f"{options.learn_noise.parent}: no such folder")
