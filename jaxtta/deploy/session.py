@@ -21,10 +21,11 @@ from scipy.special import softmax
 
 from jaxtta import data, io, tree
 from jaxtta.adapters import Adapter, Prediction
+from jaxtta.adapters.guard import DECISIONS
+from jaxtta.deploy.audit import record_of
 from jaxtta.models import Batch, Task
 
 CANVAS = 512  # side in pixels to which full-size images are padded; larger ones are shrunk
-DECISIONS = ("adapt", "skip", "forget", "roll_back", "stop", "stopped")
 
 
 class Log(Protocol):
@@ -32,7 +33,6 @@ class Log(Protocol):
 
     def write(self, record: dict[str, Any]) -> None:
         """Keep a record; must not wait for a disk."""
-        ...
 
 
 class Prepared(NamedTuple):
@@ -90,7 +90,29 @@ class Answer(NamedTuple):
         """Whether the frozen and the adapted model name different classes."""
         if self.reference is None or self.adapted is None:
             return False
-        return bool(self.reference.argmax() != self.adapted.argmax())
+        finite = np.isfinite(self.adapted).all()
+        return bool(finite and self.reference.argmax() != self.adapted.argmax())
+
+
+def described(answer: Answer, class_names: Sequence[str], count: int) -> dict[str, Any]:
+    """An answer in JSON.
+
+    Args:
+        answer: of a session.
+        class_names: one a class.
+        count: how many of the likeliest classes are named.
+
+    Returns:
+        labels and scores, the likeliest first and empty where the answer is not finite; updates;
+        with a guard its decision and the adapted model's share.
+    """
+    best = np.argsort(-answer.scores, kind="stable")[:count] if answer.finite else []
+    return {
+        "labels": [class_names[n] for n in best],
+        "scores": [float(answer.scores[n]) for n in best],
+        "updates": answer.updates,
+        **({} if answer.decision is None else {"decision": answer.decision, "share": answer.share}),
+    }
 
 
 class Session:
@@ -172,6 +194,15 @@ class Session:
         # The state is not donated: an error must not take it away.
         self._step = step
 
+    def compile(self) -> None:
+        """Compile the step now, not when the first images come."""
+        side = CANVAS if self.full_size else self.model.image_size
+        blank = np.zeros((self.batch_size, side, side, 3), np.uint8)
+        sizes = np.ones((self.batch_size, 2), np.int32) if self.full_size else None
+        mask = np.zeros(self.batch_size, bool)
+        batch = Batch(blank, mask, self.seen + np.arange(self.batch_size), sizes)
+        jax.block_until_ready(self._step(self._params, self.state, batch, False))
+
     def prepare(self, image: Image.Image | np.ndarray) -> Prepared:
         """Bring an image to the form that the model takes; may run in other threads.
 
@@ -227,7 +258,11 @@ class Session:
         else:
             self.updates += learn and not metrics.get("skipped", False)
         if self._log is not None:
-            self._log.write(self._record(answers))
+            pixels = [x.pixels for x in ready]
+            now, step = self._now(), self.steps - 1
+            self._log.write(
+                record_of(prediction, step, names, pixels, self.class_names, self.digest, now)
+            )
         return answers
 
     def _answers(self, prediction: Prediction, names: Sequence[Any], updates: int) -> list[Answer]:
@@ -249,15 +284,6 @@ class Session:
             )
             for n, name in enumerate(names)
         ]
-
-    def _record(self, answers: Sequence[Answer]) -> dict[str, Any]:
-        return {
-            "time": self._now(),
-            "step": answers[0].step,
-            "images": [answer.name for answer in answers],
-            "served": [[self.class_names[a.label], a.confidence] for a in answers],
-            "state_digest": self.digest,
-        }
 
     def save(self, path: str | Path) -> None:
         """Save the state and the counters, atomically."""
