@@ -127,6 +127,8 @@ class Session:
         seen: number of images answered.
         updates: number of batches learnt from, since the last return to the source.
         class_names: one name a class.
+        params: the model's parameters.
+        log: gets a record of each step, or None; one that is set later does from then on.
     """
 
     def __init__(
@@ -180,7 +182,8 @@ class Session:
         )
         self.state, self.prediction, self.digest = adapter.init(params, key), None, ""
         self.steps = self.seen = self.updates = 0
-        self._params, self._min_adapt, self._log, self._now = params, min_adapt, log, now
+        self.params, self.log = params, log
+        self._min_adapt, self._now = min_adapt, now
         with_digest = digests or log is not None
 
         @jax.jit
@@ -201,7 +204,7 @@ class Session:
         sizes = np.ones((self.batch_size, 2), np.int32) if self.full_size else None
         mask = np.zeros(self.batch_size, bool)
         batch = Batch(blank, mask, self.seen + np.arange(self.batch_size), sizes)
-        jax.block_until_ready(self._step(self._params, self.state, batch, False))
+        jax.block_until_ready(self._step(self.params, self.state, batch, False))
 
     def prepare(self, image: Image.Image | np.ndarray) -> Prepared:
         """Bring an image to the form that the model takes; may run in other threads.
@@ -244,7 +247,7 @@ class Session:
             sizes[: len(ready)] = [x.size for x in ready]
             batch = batch._replace(sizes=sizes)
         learn = len(images) >= self._min_adapt
-        state, given, digest = self._step(self._params, self.state, batch, learn)
+        state, given, digest = self._step(self.params, self.state, batch, learn)
         prediction = jax.device_get(given)
         metrics, before = prediction.metrics, self.updates
         guarded = "decision" in metrics
@@ -257,10 +260,10 @@ class Session:
             self.updates = int(metrics["updates"])
         else:
             self.updates += learn and not metrics.get("skipped", False)
-        if self._log is not None:
+        if self.log is not None:
             pixels = [x.pixels for x in ready]
             now, step = self._now(), self.steps - 1
-            self._log.write(
+            self.log.write(
                 record_of(prediction, step, names, pixels, self.class_names, self.digest, now)
             )
         return answers
