@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxtta import images, io
-from jaxtta.deploy.audit import ANSWERS, read_log
+from jaxtta.deploy.audit import read_log
+from jaxtta.deploy.lines import ANSWERS
 from jaxtta.deploy.session import Session
 from jaxtta.deploy.setup import Setup, digest_of_state, fingerprint_of, sha256_of
 from jaxtta.images import printable

@@ -143,6 +143,7 @@ class Session:
         full_size: bool = False,
         class_names: Sequence[Any] = (),
         settings: Mapping[str, Any] | None = None,
+        about: Any = None,
         log: Log | None = None,
         digests: bool = False,
         key: jax.Array | None = None,
@@ -162,6 +163,7 @@ class Session:
                 (`AdapterSpec.needs_originals`).
             class_names: by default the task's or the model's.
             settings: JSON that a loaded state must have been saved with, beside the classes.
+            about: JSON that is saved with a state, and not compared.
             log: gets a record of each step.
             digests: whether to compute `digest` without a log too.
             key: PRNG key for the adapter's `init`.
@@ -182,7 +184,7 @@ class Session:
         )
         self.state, self.prediction, self.digest = adapter.init(params, key), None, ""
         self.steps = self.seen = self.updates = 0
-        self.params, self.log = params, log
+        self.params, self.log, self._about = params, log, about
         self._min_adapt, self._now = min_adapt, now
         with_digest = digests or log is not None
 
@@ -291,7 +293,8 @@ class Session:
     def save(self, path: str | Path) -> None:
         """Save the state and the counters, atomically."""
         counts = {"steps": self.steps, "seen": self.seen, "updates": self.updates}
-        io.save_state(path, self.state, {"settings": self.settings, "counts": counts})
+        note = {"settings": self.settings, "counts": counts, "about": self._about}
+        io.save_state(path, self.state, note)
 
     def load(self, path: str | Path) -> None:
         """Go on from what `save` saved.
