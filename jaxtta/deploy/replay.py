@@ -91,16 +91,17 @@ def replay(
     run = _Run(path, events, state, {"model": model, "adapter": adapter})
     steps = count = 0
     for event in events:
-        if event["event"] == "start":
-            run.start(event)
-        elif event["event"] == "step":
-            try:
+        try:
+            if event["event"] == "start":
+                run.start(event)
+            elif event["event"] == "step":
                 run.step(event, Path(folder), read)
-            except Differs as found:
-                sentence, field = found.args
-                sentence = f"step {event['step']}: {sentence}{_elsewhere(run.header)}"
-                return Replayed(steps, count, lost, sentence, event["step"], field)
-            steps, count = steps + 1, count + len(event["images"])
+                steps, count = steps + 1, count + len(event["images"])
+        except Differs as found:
+            sentence, field = found.args
+            step = run.session.steps if event["event"] == "start" else event["step"]
+            sentence = f"step {step}: {sentence}{_elsewhere(run.header)}"
+            return Replayed(steps, count, lost, sentence, step, field)
     return Replayed(steps, count, lost)
 
 
@@ -109,6 +110,7 @@ class _Run:
 
     session: Session
     header: dict[str, Any]
+    new: Any
 
     def __init__(
         self,
@@ -124,7 +126,7 @@ class _Run:
         self.states: dict[str, Any] = {}
 
     def start(self, header: dict[str, Any]) -> None:
-        """Make the session of a header, in the state that it begins with."""
+        """Make the session of a header, in the state that it begins with; may raise `Differs`."""
         self.header = header
         with io.error_context(self.path):
             setup = dataclasses.replace(Setup.of(header["setup"]), **self.given)
@@ -133,11 +135,17 @@ class _Run:
             _require_same(setup, header, fingerprint_of(model, params))
             self.setup, self.session = setup, setup.session(model, params)
             self.session.log = self.log = _Last()
-            self._keep(digest_of_state(self.session.state))
+            self.new = self.session.state
+            self._keep(digest_of_state(self.new))
         digest = header["state_digest"]
         if digest not in self.states and self.file:
             self.session.load(self.file)
             self._keep(digest_of_state(self.session.state))
+        elif digest not in self.states and not header["steps"]:
+            if "adapter" not in self.given:
+                own = digest_of_state(self.new)
+                raise Differs(f"a new state is {own}, the log has {digest}", "state_digest")
+            self.states[digest] = self.new
         if digest not in self.states:
             found = "; that of --state is another" if self.file else ", give it with --state"
             raise ValueError(
