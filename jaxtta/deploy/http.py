@@ -238,9 +238,7 @@ def make_app(
         Route("/health", answered(health)),
         Route("/metrics", answered(metric)),
     ]
-    return Starlette(
-        routes=routes, lifespan=lifespan, exception_handlers={HTTPException: unknown}
-    )
+    return Starlette(routes=routes, lifespan=lifespan, exception_handlers={HTTPException: unknown})
 
 
 async def _outcome(

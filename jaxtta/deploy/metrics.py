@@ -1,8 +1,8 @@
 """Counts of what is served, in the text that Prometheus reads.
 
-    metrics = Metrics(session)
-    metrics.count(items, answers)  # after each batch
-    content, status, headers = metrics.text(waiting=len(queue))
+metrics = Metrics(session)
+metrics.count(items, answers)  # after each batch
+content, status, headers = metrics.text(waiting=len(queue))
 """
 
 from collections.abc import Sequence
@@ -43,13 +43,19 @@ class Metrics:
             "jaxtta_request_seconds", "Seconds to an answer", buckets=SECONDS, **own
         )
         self.lost = Counter("jaxtta_lost", "What could not be written", ("what",), **own)
-        self._images = Counter("jaxtta_images", "Images answered, by likeliest class", ("label",), **own)
+        self._images = Counter(
+            "jaxtta_images", "Images answered, by likeliest class", ("label",), **own
+        )
         self._failed = Counter("jaxtta_not_finite", "Images without a finite answer", **own)
-        self._disagree = Counter("jaxtta_disagreements", "Images both models label otherwise", **own)
+        self._disagree = Counter(
+            "jaxtta_disagreements", "Images both models label otherwise", **own
+        )
         self._confidence = Histogram(
             "jaxtta_confidence", "Probability of the likeliest class", buckets=TENTHS, **own
         )
-        self._batches = Counter("jaxtta_batches", "Batches, by the guard's decision", ("decision",), **own)
+        self._batches = Counter(
+            "jaxtta_batches", "Batches, by the guard's decision", ("decision",), **own
+        )
         self._waiting = Gauge("jaxtta_waiting_images", "Images that wait", **own)
         self._updates = Gauge("jaxtta_updates", "Batches learnt from since the source state", **own)
         self._signals = Gauge("jaxtta_signal", "Scalars of the last batch", ("signal",), **own)

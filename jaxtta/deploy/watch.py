@@ -1,10 +1,10 @@
 """Files that come to a folder while it is watched; a file that is being written is tried again.
 
-    watcher = Watcher(folder)
-    for path in watcher.poll():
-        try: image = open_image(path)
-        except UnreadableImageError: broken = watcher.failed(path)  # False: it may be half-written
-        else: watcher.done(path)
+watcher = Watcher(folder)
+for path in watcher.poll():
+    try: image = open_image(path)
+    except UnreadableImageError: broken = watcher.failed(path)  # False: it may be half-written
+    else: watcher.done(path)
 """
 
 import time
