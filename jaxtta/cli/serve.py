@@ -47,7 +47,7 @@ from jaxtta import evaluate
 from jaxtta.cli import classify
 from jaxtta.cli.options import group
 from jaxtta.deploy.audit import AuditLog
-from jaxtta.deploy.lines import Lines
+from jaxtta.deploy.answers import Lines
 from jaxtta.deploy.queue import NEVER, BatchQueue, Item, answer_all
 from jaxtta.deploy.review import Review
 from jaxtta.deploy.session import Answer, Session, described
