@@ -124,7 +124,7 @@ class Session:
         model: the model.
         params: its parameters.
         state: the adapter's.
-        log: gets a record of each step; None for no log.
+        log: gets a record of each step, or None; one that is set later does from then on.
         prediction: of the last step, in numpy, padding included; None before the first.
         digest: eight hexadecimal digits of the state's checksum; "" where `digests` is false.
         steps: number of batches answered.
@@ -145,6 +145,7 @@ class Session:
         full_size: bool = False,
         class_names: Sequence[Any] = (),
         settings: Mapping[str, Any] | None = None,
+        about: Any = None,
         log: Log | None = None,
         digests: bool = False,
         served: Callable[[str], bool] | None = None,
@@ -165,6 +166,7 @@ class Session:
                 (`AdapterSpec.needs_originals`).
             class_names: by default the task's or the model's.
             settings: JSON that a loaded state must have been saved with, beside the classes.
+            about: JSON that is saved with a state, and not compared.
             log: gets a record of each step; may be set later too, with `digests`.
             digests: whether to compute `digest` without a log too.
             served: from an image's name to whether the guard's mixture is its answer, or the frozen
@@ -186,7 +188,7 @@ class Session:
         self.settings = io.as_json(
             {**(settings or {}), "class names": self.class_names, "prompts": prompts}
         )
-        self._min_adapt, self._served, self._now = min_adapt, served, now
+        self._min_adapt, self._served, self._now, self._about = min_adapt, served, now, about
         self._digests = digests or log is not None
         self.prediction: Prediction | None = None
         self.steps = self.seen = self.updates = 0
@@ -315,7 +317,8 @@ class Session:
     def save(self, path: str | Path) -> None:
         """Save the state and the counters, atomically."""
         counts = {"steps": self.steps, "seen": self.seen, "updates": self.updates}
-        io.save_state(path, self.state, {"settings": self.settings, "counts": counts})
+        note = {"settings": self.settings, "counts": counts, "about": self._about}
+        io.save_state(path, self.state, note)
 
     def load(self, path: str | Path) -> None:
         """Go on from what `save` saved.
