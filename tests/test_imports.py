@@ -27,7 +27,8 @@ MAY_IMPORT = {
     "parallel": {"adapters"},
     "evaluate": METHODS | {"parallel"},
     "report": METHODS | {"evaluate"},
-    "cli": METHODS | {"evaluate", "report", "remote"},
+    "deploy": METHODS,
+    "cli": METHODS | {"deploy"} | {"evaluate", "report", "remote"},
 }
 
 

@@ -29,6 +29,18 @@ Objective = Callable[[Any, Any, Batch], ObjectiveValue]
 M = TypeVar("M", bound=Callable[..., "Adapter"])
 
 
+class Answers(NamedTuple):
+    """What the two models of a guarded adapter say of a batch (`guarded`).
+
+    Attributes:
+        reference: the frozen model's logits (batch, classes).
+        adapted: the adapted model's logits (batch, classes).
+    """
+
+    reference: Array
+    adapted: Array
+
+
 class Prediction(NamedTuple):
     """What a step predicts for its batch.
 
@@ -38,11 +50,13 @@ class Prediction(NamedTuple):
             unchanged because the loss or update was not finite.
         outputs: what the model gave in the pass that the logits are from, without layer features;
             methods on features read it (`on_features`). None where the method keeps none.
+        answers: both models' logits, of a guarded adapter; None of any other.
     """
 
     logits: Array
     metrics: Metrics
     outputs: Outputs | None = None
+    answers: Answers | None = None
 
 
 class State(NamedTuple):

@@ -1,4 +1,6 @@
-"""Adapters by name with settings: `tent:lr=1e-4`, `tnt:steps=3,views=32`, `mymodule:make`."""
+"""Adapters by name with settings: `tent:lr=1e-4`, `tnt:steps=3,views=32`, `mymodule:make`,
+`guarded:tent`.
+"""
 
 import ast
 import importlib
@@ -12,15 +14,20 @@ from jaxtta.adapters.methods import METHODS
 from jaxtta.adapters.named import check_settings, known_settings
 from jaxtta.adapters.specs import AdapterSpec
 
+GUARDED = "guarded"
+
 
 def parse_adapter(text: str) -> AdapterSpec:
     """Read an adapter's name and settings.
 
     Args:
         text: `tent`, `tent:lr=1e-4`, `package.module:function` or
-            `package.module:function:key=value,…`; modules in the current folder are found.
+            `package.module:function:key=value,…`; modules in the current folder are found. After
+            `guarded:` the adapter is guarded: `guarded:tent:lr=1e-4`.
     """
     name, _, rest = text.partition(":")
+    if name == GUARDED and not rest.startswith(GUARDED):
+        return parse_adapter(rest)._replace(text=text, guard=True)
     if name not in METHODS:
         return _parse_function(text, name, *rest.partition(":")[::2])
     spec = AdapterSpec(text, name, _parse_settings(text, rest), METHODS[name].make, own=False)

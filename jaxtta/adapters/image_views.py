@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jaxtta import views as view_ops
 from jaxtta.adapters.base import Array
 from jaxtta.losses import entropy
+from jaxtta.models import Batch
 from jaxtta.models.checks import require_model
 
 PIL_KERNELS = {2: "bilinear", 3: "bicubic"}
@@ -77,6 +78,19 @@ def cut_views(
         )
     others = view_ops.random_resized_crops(key, original, size, count - 1, side, scale, ratio)
     return jnp.concatenate([first[None], others])
+
+
+def preprocessed(model: Any, batch: Batch) -> Batch:
+    """Bring full-size images to the model's resolution; a batch without sizes stays as it is."""
+    if batch.sizes is None:
+        return batch
+    key = jax.random.key(0)  # the plain view has nothing random
+
+    def plain(row: tuple[Array, Array]) -> Array:
+        return cut_views(model, key, *row, 1)[0]
+
+    images = jax.lax.map(plain, (batch.images, batch.sizes))
+    return batch._replace(images=images, sizes=None)
 
 
 def in_chunks(function: Callable[[Array], Any], rows: Array, rows_per_chunk: int) -> Any:

@@ -11,6 +11,7 @@ from typing import Any, get_args
 import optax
 
 from jaxtta.adapters.base import Adapter
+from jaxtta.adapters.guard import guarded
 from jaxtta.adapters.methods import METHODS
 from jaxtta.adapters.mgtta import PAPER_LEARNING_RATE, check_statistics, mgtta
 from jaxtta.adapters.specs import (
@@ -23,6 +24,7 @@ from jaxtta.adapters.specs import (
 )
 from jaxtta.adapters.tnt.adapter import tnt
 from jaxtta.adapters.tnt.config import TNTConfig
+from jaxtta.adapters.zero_shot import zero_shot
 from jaxtta.models import Classifier, Task, load_statistics
 from jaxtta.optim import load_mgg, meta_gradient_generator
 from jaxtta.tree import normalisation_parameters
@@ -97,6 +99,9 @@ def make_adapter(
     weights: str | None = None,
 ) -> Adapter:
     """Make an adapter; `weights`, a digest, tells whether MGTTA's files are the model's."""
+    if spec.guard:
+        inner = make_adapter(spec._replace(guard=False), model, task, config, weights)
+        return guarded(inner, zero_shot(model, task))
     if spec.own:
         made = spec.make(model, task, **spec.settings)
         if not (hasattr(made, "init") and hasattr(made, "step")):

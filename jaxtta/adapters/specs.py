@@ -55,6 +55,7 @@ class AdapterSpec(NamedTuple):
         settings: what the text says of settings.
         make: the function.
         own: whether it is a user's function.
+        guard: whether it is guarded; name, settings and function are those of the adapter inside.
     """
 
     text: str
@@ -62,6 +63,7 @@ class AdapterSpec(NamedTuple):
     settings: Mapping[str, Any]
     make: Callable[..., Adapter]
     own: bool = True
+    guard: bool = False
 
     @property
     def needs_originals(self) -> bool:

@@ -7,11 +7,12 @@ import jax.numpy as jnp
 
 from jaxtta import tree
 from jaxtta.adapters.base import Adapter, Array, Prediction, State, image_check, require_state
+from jaxtta.adapters.image_views import preprocessed
 from jaxtta.models import Batch, Classifier, Task, as_batch, context_of
 
 
 def zero_shot(model: Classifier, task: Task | None) -> Adapter:
-    """Predict with the model as it is.
+    """Predict with the model as it is; full-size images (`Batch.sizes`) are preprocessed first.
 
     Args:
         model: the model.
@@ -42,11 +43,12 @@ def zero_shot(model: Classifier, task: Task | None) -> Adapter:
                 f"the state adapts {adapted[0]}, which zero_shot would not use: it is another "
                 "adapter's"
             )
-        batch = as_batch(batch, state.seen)
+        batch = preprocessed(model, as_batch(batch, state.seen))
         check_values(batch.images)
         outputs = model(params, state.context, batch)._replace(layer_features=None)
         seen = state.seen + batch.mask.sum(dtype=jnp.int32)
         metrics = {"skipped": jnp.zeros((), bool)}
         return state._replace(seen=seen), Prediction(outputs.logits, metrics, outputs)
 
+    vars(init)["image_size"] = model.image_size  # by which a guard learns what it gives
     return Adapter(init, step)

@@ -23,7 +23,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import jax
 import numpy as np
 import tyro
 from PIL import Image
@@ -31,10 +30,9 @@ from PIL import Image
 from jaxtta import data, evaluate
 from jaxtta.adapters import TNTConfig, load_noise, save_noise, tnt
 from jaxtta.cli.options import ModelOptions, group
+from jaxtta.deploy.session import Answer, Session
 from jaxtta.images import printable
-from jaxtta.models import Batch
 
-CANVAS = 512  # side in pixels to which full-size images are padded; larger ones are shrunk
 INCOMPLETE = 3  # exit code if some images have no label
 
 
@@ -59,7 +57,7 @@ class Options:
 def run(options: Options) -> int:
     """Print one line per image; return the exit code."""
     size, spec = options.batch_size, evaluate.parse_adapter(options.adapter)
-    if spec.name != "tnt" and (options.noise or options.learn_noise):
+    if (spec.name != "tnt" or spec.guard) and (options.noise or options.learn_noise):
         raise ValueError("--noise and --learn-noise are for --adapter tnt")
     if options.learn_noise and not options.learn_noise.parent.is_dir():
         raise FileNotFoundError(f"{options.learn_noise.parent}: no such folder")
@@ -83,25 +81,25 @@ def run(options: Options) -> int:
         noise: Any = load_noise(options.noise)[0]
         adapter = tnt(model, task, config=evaluate.tnt_config_of(spec, settings), noise=noise)
     say = writer(options, files, names, counted=spec.name not in ("zero_shot", "tnt"))
-    # The state is not donated: it is kept where a batch is too small to adapt to.
-    state, step, seen, updates, answered = adapter.init(params), jax.jit(adapter.step), 0, 0, 0
+    # TNT takes images one by one: no batch is too small for it.
+    least = 1 if spec.name == "tnt" else options.min_adapt
+    session = Session(
+        *(model, params, task, adapter),
+        batch_size=size,
+        min_adapt=least,
+        full_size=spec.needs_originals,
+    )
+    answered = 0
     print(f"compiling {options.adapter} …", file=sys.stderr)
     images = readable(files)
     while batch := list(itertools.islice(images, size)):
-        inputs = batch_of(model, [x for _, x in batch], size, seen, spec.needs_originals)
-        after, prediction = step(params, state, inputs)
-        for (file, _), logits in zip(batch, np.asarray(prediction.logits), strict=False):
-            finite = bool(np.isfinite(logits).all())
-            say(file, np.asarray(jax.nn.softmax(logits)) if finite else np.zeros(0), updates)
-            answered += finite
-        if spec.name == "tnt" or len(batch) >= options.min_adapt:
-            state = after
-            updates += not prediction.metrics.get("skipped", False)
-        seen += len(batch)
-    if not seen:
+        for answer in session.answer([x for _, x in batch], [file for file, _ in batch]):
+            say(answer)
+            answered += answer.finite
+    if not session.seen:
         raise ValueError(f"none of the {len(files)} images could be read")
     if options.learn_noise:
-        save_noise(options.learn_noise, state.noise, settings.tnt)
+        save_noise(options.learn_noise, session.state.noise, settings.tnt)
     if answered == len(files):
         return 0
     print(f"{len(files) - answered} of {len(files)} images have no answer", file=sys.stderr)
@@ -117,20 +115,9 @@ def readable(files: Sequence[Path]) -> Iterator[tuple[Path, Image.Image]]:
             print(printable(error), file=sys.stderr)
 
 
-def batch_of(model: Any, images: Sequence[Image.Image], size: int, seen: int, full: bool) -> Batch:
-    """Pad a batch; of full-size images for methods that make their own views."""
-    if not full:
-        return Batch.padded(model.preprocess(images), size, seen)
-    rgb = [np.asarray(model.preprocessing.rgb(image)) for image in images]
-    pairs = [data.pad_to_canvas(image, CANVAS) for image in rgb]
-    pixels, sizes = (np.stack(arrays) for arrays in zip(*pairs, strict=True))
-    sizes = np.pad(sizes, ((0, size - len(images)), (0, 0)), constant_values=1)
-    return Batch.padded(pixels, size, seen)._replace(sizes=sizes)
-
-
 def writer(
     options: Options, files: Sequence[Path], names: Sequence[str], counted: bool
-) -> Callable[[Path, np.ndarray, int], None]:
+) -> Callable[[Answer], None]:
     """A function that prints an image's likeliest classes, and the updates if `counted`."""
     width, places = max(len(printable(file)) for file in files), min(options.top_k, len(names))
     table = csv.writer(sys.stdout, lineterminator="\n")
@@ -139,9 +126,10 @@ def writer(
         columns = [f"{what}{rank}" for rank in ranks for what in ("label", "score")]
         table.writerow(["file", *columns, *["updates"] * counted])
 
-    def say(file: Path, scores: np.ndarray, updates: int) -> None:
-        best = np.argsort(-scores, kind="stable")[:places]
-        labels, values = [names[n] for n in best], scores[best].tolist()
+    def say(answer: Answer) -> None:
+        file, scores, updates = answer.name, answer.scores, answer.updates
+        best = np.argsort(-scores, kind="stable")[:places] if answer.finite else []
+        labels, values = [names[n] for n in best], [float(scores[n]) for n in best]
         pairs, more = [*zip(labels, values, strict=True)], {"updates": updates} if counted else {}
         # Readers of JSON and CSV refuse what is not UTF-8; line breaks they can read.
         name = os.fsencode(file).decode("utf-8", "backslashreplace")

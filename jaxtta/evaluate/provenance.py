@@ -17,6 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from jaxtta.adapters import AdapterConfig, AdapterSpec, tnt_config_of
+from jaxtta.adapters.guard import Policy
 from jaxtta.adapters.methods import METHODS
 from jaxtta.adapters.named import optimizer_of, settings_of
 from jaxtta.adapters.specs import mgtta_config_of
@@ -71,6 +72,8 @@ def source_of(function: Any) -> str | None:
 def identity_of(spec: AdapterSpec, config: AdapterConfig, canvas: int | None = None) -> dict:
     """What decides an adapter's results: settings, and digests of files and of its source."""
     own: dict[str, Any] = {"name": spec.name}
+    if spec.guard:
+        own["guard"] = dataclasses.asdict(Policy())
     if spec.needs_originals:
         own["canvas"] = canvas
     if spec.own:

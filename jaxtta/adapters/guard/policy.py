@@ -1,0 +1,119 @@
+"""What a guard decides: pure functions of named signals and of a policy's numbers."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax.numpy as jnp
+
+from jaxtta.adapters.base import Array, Metrics
+
+DECISIONS = ("adapt", "skip", "forget", "roll_back", "stop", "stopped")
+"""What is done with a batch: it is learnt from; its update is dropped; the source state is taken
+because the environment changed; an earlier state is taken because adaptation failed; adaptation
+ends; it ended before."""
+REASONS = (
+    "calm",
+    "few_images",
+    "not_finite",
+    "environment_changed",
+    "narrowing",
+    "strikes",
+    "canary",
+    "stopped_before",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """The numbers of a guard.
+
+    Attributes:
+        share: of the adapted model in the mixture, while all is calm.
+        narrowing: nats of the class marginal's entropy that adaptation may take away; there the
+            share has faded to 0 and adaptation has failed.
+        strikes: failures in one environment that stop adaptation.
+        environment: z of an image statistic at which the environment has changed.
+        half_life: images after which an average has forgotten half.
+        recent: the same for the image statistics of the last images.
+        least_images: valid images that a batch must have to be learnt from.
+        snapshots: states that are kept to go back to.
+        snapshot_every: batches between them.
+    """
+
+    share: float = 0.5
+    narrowing: float = 0.1
+    strikes: int = 3
+    environment: float = 6.0
+    half_life: float = 64.0
+    recent: float = 24.0
+    least_images: int = 4
+    snapshots: int = 2
+    snapshot_every: int = 8
+
+    def __post_init__(self) -> None:
+        """Validate the settings."""
+        if not 0 <= self.share <= 1:
+            raise ValueError(f"share is {self.share}, expected 0 to 1")
+        for name in ("narrowing", "environment", "half_life", "recent"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected a positive number")
+        for name in ("strikes", "least_images", "snapshots", "snapshot_every"):
+            value = getattr(self, name)
+            if not (isinstance(value, int) and value >= 1):
+                raise ValueError(f"{name} is {value!r}, expected a whole number, at least 1")
+
+
+class Verdict(NamedTuple):
+    """What is decided for a batch.
+
+    Attributes:
+        decision: () int32, a place in `DECISIONS`.
+        reason: () int32, a place in `REASONS`.
+        share: () of the adapted model in the mixture.
+        strikes: () int32, from now on.
+        stopped: () bool, from now on.
+    """
+
+    decision: Array
+    reason: Array
+    share: Array
+    strikes: Array
+    stopped: Array
+
+
+def share_of(signals: Metrics, policy: Policy) -> Array:
+    """The adapted model's share: it fades to 0 as narrowing grows to the policy's."""
+    calm = jnp.clip(1 - signals["narrowing"] / policy.narrowing, 0, 1)
+    return policy.share * calm
+
+
+def decide(signals: Metrics, strikes: Array, stopped: Array, policy: Policy) -> Verdict:
+    """Decide on a batch.
+
+    Args:
+        signals: scalars by name: images (valid ones), finite (whether the update is), environment
+            and narrowing.
+        strikes: () int32, failures in this environment so far.
+        stopped: () bool, whether adaptation has ended.
+        policy: the numbers.
+    """
+    failed = signals["narrowing"] > policy.narrowing
+    changed = signals["environment"] > policy.environment
+    last = failed & (strikes + 1 >= policy.strikes)
+    rules = (  # the first that holds
+        (stopped & ~changed, "stopped", "stopped_before"),
+        (changed, "forget", "environment_changed"),
+        (last, "stop", "strikes"),
+        (failed, "roll_back", "narrowing"),
+        (signals["images"] < policy.least_images, "skip", "few_images"),
+        (~signals["finite"], "skip", "not_finite"),
+    )
+    decision, reason = DECISIONS.index("adapt"), REASONS.index("calm")
+    for holds, what, why in reversed(rules):
+        decision = jnp.where(holds, DECISIONS.index(what), decision)
+        reason = jnp.where(holds, REASONS.index(why), reason)
+    strikes = jnp.where(changed, 0, strikes + (failed & ~stopped))
+    stopped = ~changed & (stopped | last)
+    share = jnp.where(stopped, 0, share_of(signals, policy))
+    integers = (x.astype(jnp.int32) for x in (decision, reason))
+    return Verdict(*integers, share, strikes.astype(jnp.int32), stopped)
