@@ -11,6 +11,7 @@ sequence of these bets holds however often one looks.
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 
 from jaxtta.bootstrap import LEVEL, bootstrap, interval
 
@@ -73,6 +74,28 @@ class Shadow(NamedTuple):
         return self.chosen == self.labels[:, None]
 
 
+class Trial(NamedTuple):
+    """A run of a guarded adapter in shadow mode, or of zero-shot alone.
+
+    Attributes:
+        shadow: the answers, in the order of the stream.
+        numbers: (images,) integers, each image's number in its folder.
+        step_of: (images,) integers, the step that answered it, from 0.
+        steps: a row a step: images, seconds and the guard's metrics.
+        unreadable: what is wrong with the images that could not be read.
+        not_finite: number of images without a finite answer, which are left out.
+        zero_shot_ms: milliseconds an image that zero-shot alone takes; None if not timed.
+    """
+
+    shadow: Shadow
+    numbers: np.ndarray
+    step_of: np.ndarray
+    steps: pd.DataFrame
+    unreadable: tuple[str, ...] = ()
+    not_finite: int = 0
+    zero_shot_ms: float | None = None
+
+
 class Fit(NamedTuple):
     """Whether zero-shot can tell these images apart at all.
 
@@ -129,6 +152,13 @@ def gain_of(shadow: Shadow) -> Estimate:
     low, high = bounds_of_mean(bets)
     value = share * float(bets.mean()) if len(bets) else None
     return Estimate(value, share * low, share * high)
+
+
+def bets_of(shadow: Shadow) -> tuple[int, int, int]:
+    """Where the models differ and labels are known: the guarded adapter right, zero-shot, none."""
+    right = shadow.right()[shadow.differ & (shadow.labels >= 0)]
+    won, lost = right[:, 1].sum(), right[:, 0].sum()
+    return int(won), int(lost), int(len(right) - won - lost)
 
 
 def accuracies_of(shadow: Shadow) -> tuple[Estimate, Estimate] | None:
