@@ -21,10 +21,11 @@ from scipy.special import softmax
 
 from jaxtta import data, io, tree
 from jaxtta.adapters import Adapter, Prediction
+from jaxtta.adapters.guard import DECISIONS
+from jaxtta.deploy.audit import record_of
 from jaxtta.models import Batch, Task
 
 CANVAS = 512  # side in pixels to which full-size images are padded; larger ones are shrunk
-DECISIONS = ("adapt", "skip", "forget", "roll_back", "stop", "stopped")
 
 
 class Log(Protocol):
@@ -32,7 +33,6 @@ class Log(Protocol):
 
     def write(self, record: dict[str, Any]) -> None:
         """Keep a record; must not wait for a disk."""
-        ...
 
 
 class Prepared(NamedTuple):
@@ -59,6 +59,7 @@ class Answer(NamedTuple):
         updates: number of batches learnt from before it, since the last return to the source.
         decision: the guard's for its batch, one of `DECISIONS`; None without a guard.
         share: of the adapted model in the answer, 0 to 1; None without a guard.
+        guarded: whether the guard's mixture is the answer, and not the frozen model's alone.
     """
 
     name: Any
@@ -69,6 +70,7 @@ class Answer(NamedTuple):
     updates: int
     decision: str | None
     share: float | None
+    guarded: bool
 
     @property
     def finite(self) -> bool:
@@ -90,17 +92,41 @@ class Answer(NamedTuple):
         """Whether the frozen and the adapted model name different classes."""
         if self.reference is None or self.adapted is None:
             return False
-        return bool(self.reference.argmax() != self.adapted.argmax())
+        finite = np.isfinite(self.adapted).all()
+        return bool(finite and self.reference.argmax() != self.adapted.argmax())
+
+
+def described(answer: Answer, class_names: Sequence[str], count: int) -> dict[str, Any]:
+    """An answer in JSON.
+
+    Args:
+        answer: of a session.
+        class_names: one a class.
+        count: how many of the likeliest classes are named.
+
+    Returns:
+        labels and scores, the likeliest first and empty where the answer is not finite; updates;
+        with a guard its decision and the adapted model's share.
+    """
+    best = np.argsort(-answer.scores, kind="stable")[:count] if answer.finite else []
+    return {
+        "labels": [class_names[n] for n in best],
+        "scores": [float(answer.scores[n]) for n in best],
+        "updates": answer.updates,
+        **({} if answer.decision is None else {"decision": answer.decision, "share": answer.share}),
+    }
 
 
 class Session:
     """One stream of images, its adapter's state and its counters.
 
     Attributes:
+        model: the model.
+        params: its parameters.
         state: the adapter's.
+        log: gets a record of each step; None for no log.
         prediction: of the last step, in numpy, padding included; None before the first.
-        digest: eight hexadecimal digits of the state's checksum after the last step; "" before the
-            first and where `digests` is false.
+        digest: eight hexadecimal digits of the state's checksum; "" where `digests` is false.
         steps: number of batches answered.
         seen: number of images answered.
         updates: number of batches learnt from, since the last return to the source.
@@ -121,6 +147,7 @@ class Session:
         settings: Mapping[str, Any] | None = None,
         log: Log | None = None,
         digests: bool = False,
+        served: Callable[[str], bool] | None = None,
         key: jax.Array | None = None,
         now: Callable[[], float] = time.time,
     ) -> None:
@@ -138,8 +165,10 @@ class Session:
                 (`AdapterSpec.needs_originals`).
             class_names: by default the task's or the model's.
             settings: JSON that a loaded state must have been saved with, beside the classes.
-            log: gets a record of each step.
+            log: gets a record of each step; may be set later too, with `digests`.
             digests: whether to compute `digest` without a log too.
+            served: from an image's name to whether the guard's mixture is its answer, or the frozen
+                model's; the adapter learns from all images. None for the mixture always.
             key: PRNG key for the adapter's `init`.
             now: the time of a record in seconds since 1970.
 
@@ -149,28 +178,39 @@ class Session:
         for name, value in (("batch_size", batch_size), ("min_adapt", min_adapt)):
             if value < 1:
                 raise ValueError(f"{name} is {value}, expected at least 1")
-        self.model, self.batch_size, self.full_size = model, batch_size, full_size
+        self.model, self.params, self.log = model, params, log
+        self.batch_size, self.full_size = batch_size, full_size
         own = getattr(task, "class_names", ()) or getattr(model, "class_names", ()) or ()
         self.class_names = tuple(class_names or own)
         prompts = "" if task is None else io.digest_array(task.token_ids)
         self.settings = io.as_json(
             {**(settings or {}), "class names": self.class_names, "prompts": prompts}
         )
-        self.state, self.prediction, self.digest = adapter.init(params, key), None, ""
+        self._min_adapt, self._served, self._now = min_adapt, served, now
+        self._digests = digests or log is not None
+        self.prediction: Prediction | None = None
         self.steps = self.seen = self.updates = 0
-        self._params, self._min_adapt, self._log, self._now = params, min_adapt, log, now
-        with_digest = digests or log is not None
+        self._begin(adapter.init(params, key))
 
         @jax.jit
         def step(params: Any, state: Any, batch: Batch, learn: Any) -> tuple[Any, Prediction, Any]:
             after, prediction = adapter.step(params, state, batch)
             if "decision" not in prediction.metrics:
                 after = optax.tree.where(learn, after, state)
-            digest = tree.fingerprint(after) if with_digest else None
+            digest = tree.fingerprint(after) if self._digests else None
             return after, prediction._replace(outputs=None), digest
 
         # The state is not donated: an error must not take it away.
         self._step = step
+
+    def compile(self) -> None:
+        """Compile the step now, not when the first images come."""
+        side = CANVAS if self.full_size else self.model.image_size
+        blank = np.zeros((self.batch_size, side, side, 3), np.uint8)
+        sizes = np.ones((self.batch_size, 2), np.int32) if self.full_size else None
+        mask = np.zeros(self.batch_size, bool)
+        batch = Batch(blank, mask, self.seen + np.arange(self.batch_size), sizes)
+        jax.block_until_ready(self._step(self.params, self.state, batch, False))
 
     def prepare(self, image: Image.Image | np.ndarray) -> Prepared:
         """Bring an image to the form that the model takes; may run in other threads.
@@ -213,25 +253,46 @@ class Session:
             sizes[: len(ready)] = [x.size for x in ready]
             batch = batch._replace(sizes=sizes)
         learn = len(images) >= self._min_adapt
-        state, given, digest = self._step(self._params, self.state, batch, learn)
-        prediction = jax.device_get(given)
-        metrics, before = prediction.metrics, self.updates
-        guarded = "decision" in metrics
-        answers = self._answers(prediction, names, before)
+        state, given, digest = self._step(self.params, self.state, batch, learn)
+        prediction, guarded = self._chosen(jax.device_get(given), names)
+        metrics = prediction.metrics
+        answers = self._answers(prediction, guarded, names)
         # What follows cannot fail: the state and its counters change together.
         self.state, self.prediction = state, prediction
-        self.digest = "" if digest is None else f"{int(digest):08x}"
+        self.digest = _hexadecimal(digest)
         self.steps, self.seen = self.steps + 1, self.seen + len(images)
-        if guarded:
+        if "decision" in metrics:
             self.updates = int(metrics["updates"])
         else:
             self.updates += learn and not metrics.get("skipped", False)
-        if self._log is not None:
-            self._log.write(self._record(answers))
+        if self.log is not None:
+            pixels = [x.pixels for x in ready]
+            now, step = self._now(), self.steps - 1
+            self.log.write(
+                record_of(prediction, step, names, pixels, self.class_names, self.digest, now)
+            )
         return answers
 
-    def _answers(self, prediction: Prediction, names: Sequence[Any], updates: int) -> list[Answer]:
-        metrics, both = prediction.metrics, getattr(prediction, "answers", None)
+    def _begin(self, state: Any) -> None:
+        self.state = state
+        self.digest = _hexadecimal(jax.jit(tree.fingerprint)(state) if self._digests else None)
+
+    def _chosen(
+        self, prediction: Prediction, names: Sequence[Any]
+    ) -> tuple[Prediction, Sequence[bool]]:
+        """The prediction with the frozen model's answers where those are to be served."""
+        if self._served is None or prediction.answers is None:
+            return prediction, [prediction.answers is not None] * len(names)
+        chosen = [bool(self._served(str(name))) for name in names]
+        logits, reference = np.array(prediction.logits), prediction.answers.reference
+        for n in np.flatnonzero(~np.array(chosen)):
+            logits[n] = reference[n]
+        return prediction._replace(logits=logits), chosen
+
+    def _answers(
+        self, prediction: Prediction, guarded: Sequence[bool], names: Sequence[Any]
+    ) -> list[Answer]:
+        metrics, both = prediction.metrics, prediction.answers
         decision = DECISIONS[int(metrics["decision"])] if "decision" in metrics else None
         share = float(metrics["share"]) if "share" in metrics else None
         scores = _softmax(prediction.logits)
@@ -243,21 +304,13 @@ class Session:
                 None if reference is None else reference[n],
                 None if adapted is None else adapted[n],
                 self.steps,
-                updates,
+                self.updates,
                 decision,
-                share,
+                share if guarded[n] or share is None else 0.0,
+                guarded[n],
             )
             for n, name in enumerate(names)
         ]
-
-    def _record(self, answers: Sequence[Answer]) -> dict[str, Any]:
-        return {
-            "time": self._now(),
-            "step": answers[0].step,
-            "images": [answer.name for answer in answers],
-            "served": [[self.class_names[a.label], a.confidence] for a in answers],
-            "state_digest": self.digest,
-        }
 
     def save(self, path: str | Path) -> None:
         """Save the state and the counters, atomically."""
@@ -279,10 +332,14 @@ class Session:
         for name in sorted({*saved, *self.settings}):
             if saved.get(name) != (own := self.settings.get(name)):
                 raise ValueError(f"{path}: has {name} {saved.get(name)!r}, expected {own!r}")
-        self.state = io.load_state(path, self.state)
+        self._begin(io.load_state(path, self.state))
         counts = (note["counts"][name] for name in ("steps", "seen", "updates"))
         self.steps, self.seen, self.updates = counts
-        self.prediction, self.digest = None, ""
+        self.prediction = None
+
+
+def _hexadecimal(digest: Any) -> str:
+    return "" if digest is None else f"{int(digest):08x}"
 
 
 def _softmax(logits: Any) -> np.ndarray:

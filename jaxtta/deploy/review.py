@@ -1,0 +1,139 @@
+"""A folder of images that a person should look at, and the labels that the person gives them.
+
+    review = Review("review", class_names, below=0.5, limit=1000)
+    review.offer(item, answer)  # copied if the answer is unsure, or both models disagree
+    for label, record in review.labelled(): ...  # of review/labels.csv, with columns file and label
+
+`review.jsonl` in the folder has a line for each image: its file there, where it came from, and what
+the models said.
+"""
+
+import datetime
+import json
+import logging
+import re
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxtta.deploy.queue import Item
+from jaxtta.deploy.session import Answer, described
+from jaxtta.images import lone_images, printable
+from jaxtta.io import atomic_write, read_rows
+
+log = logging.getLogger(__name__)
+TOP = 3  # labels in a line
+RECOUNT = 60.0  # seconds between two counts of the images in a full folder
+
+
+class Review:
+    """The images that wait for a person.
+
+    Attributes:
+        lost: number of images that could not be copied.
+    """
+
+    def __init__(
+        self, folder: str | Path, class_names: Sequence[str], below: float, limit: int
+    ) -> None:
+        """Open the folder; it is made where there is none.
+
+        Args:
+            folder: its path.
+            class_names: one a class.
+            below: an answer is unsure where its likeliest class has a lower probability.
+            limit: images in the folder at which no more are copied to it.
+
+        Raises:
+            OSError: if it cannot be made or read.
+        """
+        self._folder, self._names = Path(folder), tuple(class_names)
+        self._below, self._limit, self.lost = below, limit, 0
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._lines, self._labels = self._folder / "review.jsonl", self._folder / "labels.csv"
+        self._records: dict[str, dict[str, Any]] = {}
+        text = self._lines.read_text() if self._lines.exists() else ""
+        for line in text.split("\n")[:-1]:  # a torn last line is passed over
+            record = json.loads(line) if line.startswith("{") and line.endswith("}") else {}
+            self._records |= {record["file"]: record} if "file" in record else {}
+        if text and not text.endswith("\n"):
+            self._append("")
+        self._counted, self._count = time.monotonic(), len(lone_images(self._folder))
+        self._read: Any = None
+
+    def offer(self, item: Item, answer: Answer) -> bool:
+        """Copy an image to the folder if a person should look at it and there is room.
+
+        Args:
+            item: the image; it needs its original.
+            answer: its answer.
+
+        Returns:
+            Whether it was copied. A copy that fails is logged once, and counted.
+        """
+        unsure = answer.finite and answer.confidence < self._below
+        if not (unsure or answer.disagree) or item.original is None:
+            return False
+        if self._count >= self._limit and time.monotonic() - self._counted > RECOUNT:
+            self._counted, self._count = time.monotonic(), len(lone_images(self._folder))
+        if self._count >= self._limit:
+            return False
+        both = {"reference": answer.reference, "adapted": answer.adapted}
+        stem, _, suffix = str(item.name).replace("\\", "/").rpartition("/")[2].rpartition(".")
+        stem = re.sub(r"[^\w-]+", "_", stem or suffix)[-60:] or "image"
+        name = f"{len(self._records):06}-{stem}.{re.sub(r'[^a-zA-Z0-9]', '', suffix)[:5] or 'png'}"
+        record = {
+            "file": name,
+            "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "image": printable(item.name),
+            "step": answer.step,
+            "why": "disagree" if answer.disagree else "unsure",
+            **described(answer, self._names, TOP),
+            **{key: self._names[x.argmax()] for key, x in both.items() if x is not None},
+        }
+        try:
+            with atomic_write(self._folder / name) as temporary:
+                if isinstance(item.original, bytes):
+                    temporary.write_bytes(item.original)
+                else:
+                    shutil.copyfile(item.original, temporary)
+            self._append(json.dumps(record, ensure_ascii=False) + "\n")
+        except OSError as error:
+            if not self.lost:
+                log.warning("%s: %s; images for review are lost", self._folder, error.strerror)
+            self.lost += 1
+            return False
+        self._records[name], self._count = record, self._count + 1
+        return True
+
+    def labelled(self) -> list[tuple[int, dict[str, Any]]]:
+        """The labels given so far, if there are others than at the last call; else none.
+
+        Returns:
+            The class's number and the image's line of `review.jsonl`, for each line of
+            `labels.csv`. Names that are unknown are logged and left out.
+        """
+        try:
+            stat = self._labels.stat()
+        except FileNotFoundError:
+            return []
+        if self._read == (stat.st_mtime_ns, stat.st_size):
+            return []
+        self._read = stat.st_mtime_ns, stat.st_size
+        found = []
+        try:
+            for place, row in read_rows(self._labels, ("file", "label")):
+                record = self._records.get(row["file"].strip())
+                if record is None or row["label"].strip() not in self._names:
+                    log.warning("%s: file or label is unknown, it is left out", place)
+                else:
+                    found.append((self._names.index(row["label"].strip()), record))
+        except (OSError, ValueError) as error:  # a person may be editing it
+            log.warning("%s", error)
+        return found
+
+    def _append(self, line: str) -> None:
+        with self._lines.open("a", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(line or "\n")
