@@ -8,7 +8,7 @@ A guarded adapter answers all images in their order, beside zero-shot, and nothi
 yet. Labels come from class folders, or from a .csv with the columns file and label (or image and
 class) for some of the images. The folder of results has report.html for people, result.json for
 programs, and to_label.csv: images on which the two models differ, in random order. Labels of the
-first hundred usually decide; fill in the column class and give the file to --labels.
+first hundred usually decide; fill in the column label and give the file to --labels.
 
 Without labels nobody can tell which model is right: the verdict is then no-go or undecided, unless
 --without-labels allows go on signals alone. Images that the model does not fit end in no-go before
@@ -32,17 +32,19 @@ import pandas as pd
 import tyro
 
 from jaxtta import assets, data, evaluate
-from jaxtta.adapters import zero_shot
 from jaxtta.adapters.guard import DECISIONS, REASONS
 from jaxtta.cli.diagnose import target_folder
 from jaxtta.cli.options import ModelOptions, group
 from jaxtta.data import folders
+from jaxtta.deploy.audit import AuditLog
 from jaxtta.deploy.pilot import VERDICTS, Thresholds, judge
 from jaxtta.deploy.rollout import STOPS
 from jaxtta.deploy.session import Answer, Prepared, Session
+from jaxtta.deploy.setup import Setup, header_of
 from jaxtta.deploy.shadow import Shadow, Trial, ms_of
 from jaxtta.report.pilot import write_pilot
 
+LOG = "log.jsonl"  # jaxtta replay reads it
 FIRST_LOOK = 500  # images that zero-shot is tried on before anything adapts
 
 
@@ -81,22 +83,23 @@ def run(options: Options) -> int:
     if flat and not names:
         names = getattr(model, "class_names", ()) or (data.CIFAR10_CLASSES if demo else ())
     images = target_folder(options.images, names, options.labels)
-    task = evaluate.task_for(model, images.class_names, options.model.templates_for("folder"))
     options.output.mkdir(parents=True, exist_ok=True)
-    shared = {"batch_size": options.batch_size, "class_names": images.class_names}
+    shared = {name: getattr(options.model, name) for name in ("model", "compute_dtype", "remat")}
+    shared |= {"templates": options.model.templates_for("folder"), "seed": options.seed}
+    shared |= {"class_names": images.class_names, "batch_size": options.batch_size}
     rng = np.random.default_rng(options.seed)
     numbers = rng.permutation(len(images))[: options.max_images]
-    first = Session(model, params, task, zero_shot(model, task), **shared)
-    trial = ask(first, images, numbers[:FIRST_LOOK], options.workers)
+    first = Setup("zero_shot", **shared, scan=options.model.scan_blocks)
+    trial = ask(first.session(model, params), images, numbers[:FIRST_LOOK], options.workers)
     found = judge(trial.shadow, options.thresholds)
     if found.verdict != "no-go" or options.anyway:
         stored = (options.order or ("stored" if flat else "shuffled")) == "stored"
-        adapter = evaluate.make_adapter(spec, model, task, evaluate.AdapterConfig())
-        full = {"full_size": spec.needs_originals}
-        session = Session(model, params, task, adapter, **shared, **full)
         numbers = np.sort(numbers) if stored else numbers
-        alone = ms_of(trial.shadow)
-        trial = ask(session, images, numbers, options.workers)._replace(zero_shot_ms=alone)
+        setup = dataclasses.replace(first, adapter=options.adapter)
+        session, alone = setup.session(model, params), ms_of(trial.shadow)
+        (options.output / LOG).unlink(missing_ok=True)
+        with AuditLog(options.output / LOG, header_of(session, setup)) as session.log:
+            trial = ask(session, images, numbers, options.workers)._replace(zero_shot_ms=alone)
         allowed = {"without_labels": options.without_labels}
         found = judge(trial.shadow, options.thresholds, **allowed)
     settings = json.loads(json.dumps(dataclasses.asdict(options), default=str))

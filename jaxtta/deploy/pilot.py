@@ -193,14 +193,14 @@ def judge(
         own = calibration[1] if calibration else None
         criteria.append(_at_most("calibration error", own, most, "%"))
     elif calibration:
-        name = "calibration error, more than zero-shot's"
+        name = "rise of the calibration error"
         criteria.append(_at_most(name, calibration[2], MISCALIBRATION, "points"))
     ms = ms_of(shadow)
     if limits.most_ms is not None:
         measured = None if ms is None else Estimate(ms)
         criteria.append(_at_most("time an image", measured, limits.most_ms, "ms"))
     status = "failed" if shadow.stopped else "met"
-    criteria.append(Criterion("the guard goes on", status, why=shadow.stopped))
+    criteria.append(Criterion("the guard kept adapting", status, why=shadow.stopped))
     order = [*STATUSES]
     criteria.sort(key=lambda one: order.index(one.status))
     verdict, accuracy = STATUSES[criteria[0].status], accuracies_of(shadow)
@@ -214,7 +214,7 @@ def judge_gain(gain: Estimate, limits: Thresholds) -> list[Criterion]:
     enough = gain.value is not None and 100 * gain.value >= least
     first = "failed" if high < least else "met" if enough else "open"
     second = "failed" if high < loss else "met" if low >= loss else "open"
-    named = (("gain", first, least), ("loss", second, loss))
+    named = (("gain", first, least), ("loss", second, limits.most_loss))
     return [Criterion(name, status, gain, at, "points") for name, status, at in named]
 
 

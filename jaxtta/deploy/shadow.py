@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
+from jaxtta.adapters.guard.labels import Pairs, bounds, count_pairs
 from jaxtta.bootstrap import LEVEL, bootstrap, interval
 
 BINS = 15  # of confidence, for the calibration error
@@ -148,17 +149,18 @@ def gain_of(shadow: Shadow) -> Estimate:
         low -= unseen * (not (change < 0).any())
         high += unseen * (not (change > 0).any())
         return Estimate(float(change.mean()), low, high)
-    share, bets = float(differ.mean()), change[known & differ]
-    low, high = bounds_of_mean(bets)
-    value = share * float(bets.mean()) if len(bets) else None
-    return Estimate(value, share * low, share * high)
+    share, pairs = float(differ.mean()), pairs_of(shadow)
+    low, high = (share * float(bound) for bound in bounds(pairs, 1 - LEVEL))
+    count = sum(map(int, pairs))
+    value = share * float(pairs.wins - pairs.losses) / count if count else None
+    return Estimate(value, low, high)
 
 
-def bets_of(shadow: Shadow) -> tuple[int, int, int]:
-    """Where the models differ and labels are known: the guarded adapter right, zero-shot, none."""
-    right = shadow.right()[shadow.differ & (shadow.labels >= 0)]
-    won, lost = right[:, 1].sum(), right[:, 0].sum()
-    return int(won), int(lost), int(len(right) - won - lost)
+def pairs_of(shadow: Shadow) -> Pairs:
+    """How often which model is right where the two differ and a label is known."""
+    known = shadow.differ & (shadow.labels >= 0)
+    zero_shot, guarded = shadow.right()[known].T
+    return count_pairs(guarded, zero_shot)
 
 
 def accuracies_of(shadow: Shadow) -> tuple[Estimate, Estimate] | None:
@@ -174,11 +176,14 @@ def accuracies_of(shadow: Shadow) -> tuple[Estimate, Estimate] | None:
 
 
 def _weights(shadow: Shadow, least: int = 10) -> np.ndarray | None:
-    """Of each label: how many images it stands for; labels may be of differing images alone.
+    """Of each label: how many images it stands for; None where labels do not tell.
 
-    None where all labels are of images on which the models differ, or nearly all.
+    Labels may have been given to images on which the models differ alone; zero-shot is less
+    accurate on these.
     """
     known, differ = shadow.labels >= 0, shadow.differ
+    if shadow.served is None and not known.all():
+        return None
     weights = np.zeros(len(known))
     for group in (differ, ~differ):
         if (known & group).sum() < min(least, group.sum()):
@@ -236,16 +241,3 @@ def entropy_of(probabilities: np.ndarray) -> np.ndarray:
     """Entropies along the last axis, in nats."""
     safe = np.where(probabilities > 0, probabilities, 1)
     return -(safe * np.log(safe)).sum(-1)
-
-
-def bounds_of_mean(values: np.ndarray) -> tuple[float, float]:
-    """A confidence sequence for the mean of numbers in [-1, 1], at its end."""
-    means = np.linspace(-1, 1, 401)
-    bets = np.linspace(0.02, 0.48, 24)
-    wealth = np.zeros((2, len(bets), len(means)))
-    for side, sign in enumerate((1, -1)):
-        for value in values:
-            wealth[side] += np.log1p(sign * bets[:, None] * (value - means))
-    total = np.logaddexp.reduce(wealth, 1) - np.log(len(bets))
-    inside = means[(total < np.log(2 / (1 - LEVEL))).all(0)]
-    return float(inside.min()), float(inside.max())

@@ -13,7 +13,7 @@ from PIL import Image
 from jaxtta.adapters.guard import DECISIONS
 from jaxtta.data import ImageFolder
 from jaxtta.deploy.pilot import VERDICTS, Criterion, Judgement, Thresholds
-from jaxtta.deploy.shadow import Estimate, Trial, bets_of, ms_of, to_label
+from jaxtta.deploy.shadow import Estimate, Trial, ms_of, pairs_of, to_label
 from jaxtta.images import printable
 from jaxtta.io import atomic_write, write_json, write_text
 from jaxtta.report.diagnosis import sentences
@@ -23,16 +23,21 @@ from jaxtta.report.write import png, render
 
 NAMES = ("zero-shot", "guarded")
 LOOKS = {"zero-shot": GREY, "guarded": COLOURS[0]}
-MARKS = {"forget": ("D", COLOURS[1]), "roll_back": ("v", COLOURS[3]), "stop": ("X", "black")}
-"""Of the guard's decisions, marker and colour."""
-WORDS = {
-    "adapt": "learnt from the batch",
-    "skip": "left the batch out",
-    "forget": "began anew, as the images changed",
-    "roll_back": "went back to an earlier state",
-    "stop": "stopped adapting",
-    "stopped": "did not adapt any more",
+MARKS = {
+    "forget": ("began anew", "D", COLOURS[1]),
+    "roll_back": ("went back", "v", COLOURS[3]),
+    "stop": ("stopped adapting", "X", "black"),
 }
+"""Decisions of the guard, with words, marker and colour."""
+WORDS = {
+    "adapt": "learnt from {}",
+    "skip": "left out {}",
+    "forget": "began anew at {}, as the images had changed",
+    "roll_back": "went back to an earlier state at {}",
+    "stop": "stopped adapting at {}",
+    "stopped": "no longer adapted at {}",
+}
+"""What the guard did, and with how many batches."""
 STATUSES = {"failed": "✗ failed", "open": "? open", "met": "✓ met"}
 SHOWN = 12  # examples, and classes in a plot
 SIZE = (5.6, 3.3)  # inches of a plot, which a phone shows whole
@@ -52,7 +57,14 @@ def write_pilot(
     adapter = made["settings"]["adapter"]
     told = {"found": found, "trial": trial, "adapter": adapter, "thresholds": thresholds}
     guard = {} if trial.shadow.served is None else decisions(trial)
-    told |= {"reason": reason, "say": say, "counts": guard, "words": WORDS, "bets": bets_of}
+    told |= {
+        "reason": reason,
+        "say": say,
+        "counts": guard,
+        "words": WORDS,
+        "pairs": pairs_of(trial.shadow),
+        "plain": plain,
+    }
     told |= {"waiting": len(to_label(trial.shadow))}
     said, steps = sentences("pilot.txt.j2", **told), sentences("pilot-next.txt.j2", **told)
     criteria, numbers = table_of_criteria(found), table_of_numbers(found, trial)
@@ -134,26 +146,44 @@ def say(estimate: Estimate | None, unit: str = "points", sign: str = "") -> str:
     return f"{value} [{low}, {high}]".strip() if low else value
 
 
+def plain(estimate: Estimate) -> str:
+    """A gain or loss in points, as a sentence has it."""
+    assert estimate.value is not None and estimate.low is not None and estimate.high is not None
+    low, high = sorted((estimate.low, estimate.high), key=abs)
+    sign = estimate.value < 0
+    value, low, high = (f"{-100 * x if sign else 100 * x:.1f}" for x in (estimate.value, low, high))
+    return f"{value} points (95 % interval {low} to {high})".replace("-", "−")
+
+
 def reason(one: Criterion) -> str:
     """Why a criterion failed or is open, as the end of a sentence."""
     if one.why:
         return one.why
-    limit = "" if one.threshold is None else f"{one.threshold:g}".replace("-", "−")
+    limit = number(one.threshold)
     value = say(one.measured, one.unit, "+" if one.unit == "points" else "")
     known = one.measured is not None and one.measured.value is not None
     if one.name == "gain" and not known:
         return "without labels nobody can tell which model is right where they differ"
+    if one.name == "gain" and one.status == "failed":
+        most = f"{100 * one.measured.high:.1f}".replace("-", "−")
+        return f"a gain of {limit} points is asked for, and at most {most} are possible"
     if one.name == "gain":
-        return f"a gain of {limit} points is asked for, {value} was measured"
+        return f"a gain of {limit} points is asked for, and {plain(one.measured)} was measured"
+    if one.name == "loss" and one.status == "failed":
+        return f"accuracy falls by {plain(one.measured)}"
     if one.name == "loss":
-        beyond = "shown" if one.status == "failed" else "not ruled out"
-        lost = f"a loss of more than {limit.removeprefix('−')} points"
-        return f"{lost} is {beyond}{f': the gain is {value} points' if known else ''}"
+        worst = f"{-100 * one.measured.low:.1f}"
+        return f"a loss of up to {worst} points is not ruled out, {limit} are allowed"
     if one.name == "images":
         return f"{counted(int(value.replace(',', '')), 'image')} are too few, {limit} are asked for"
     if not known:
         return f"{one.name} is not known, and a threshold is given for it"
     return f"{one.name} is {value} {one.unit}, and {limit} {one.unit} are allowed"
+
+
+def number(threshold: float | None) -> str:
+    """Format a threshold."""
+    return "" if threshold is None else f"{threshold:g}".replace("-", "−")
 
 
 def decisions(trial: Trial) -> dict[str, int]:
@@ -164,16 +194,15 @@ def decisions(trial: Trial) -> dict[str, int]:
 
 def table_of_criteria(found: Judgement) -> pd.DataFrame:
     """Each criterion with what is asked for, what was measured, and its status."""
-    signs = {"gain": "at least ", "loss": "above ", "images": "at least "}
     rows = {}
     for one in found.criteria:
-        asked, measured = "yes", "yes" if one.status == "met" else "no"
+        asked, measured = "yes", {"met": "yes", "failed": "no", "open": "not known"}[one.status]
         if one.threshold is not None:
-            number = f"{one.threshold:g}".replace("-", "−")
-            asked = f"{signs.get(one.name, 'at most ')}{number} {one.unit}"
+            least = "at least" if one.name in ("gain", "images") else "at most"
+            asked = f"{least} {number(one.threshold)} {one.unit}"
             measured = say(one.measured, one.unit, "+" if one.unit == "points" else "")
-        elif one.status == "open":
-            measured = "not known"
+        if one.name == "loss":
+            measured = f"gain of {say(Estimate(one.measured.low), sign='+')} at worst"
         rows[one.name] = (asked, measured or NONE, STATUSES[one.status])
     frame = pd.DataFrame.from_dict(rows, "index", columns=["asked for", "measured", "result"])
     return frame.rename_axis("threshold")
@@ -207,7 +236,7 @@ def tables_of(found: Judgement, trial: Trial, images: ImageFolder) -> dict[str, 
     """The answers to all images, and those images whose labels would tell most."""
     shadow, names = trial.shadow, np.array([*map(printable, images.class_names)])
     files = np.array([printable(images.paths[number]) for number in trial.numbers])
-    columns = {"image": files, "class": np.where(shadow.labels < 0, "", names[shadow.labels])}
+    columns = {"file": files, "label": np.where(shadow.labels < 0, "", names[shadow.labels])}
     for name, answers in (("zero_shot", shadow.reference), ("guarded", shadow.served)):
         if answers is not None:
             columns[name] = names[answers.argmax(1)]
@@ -215,7 +244,7 @@ def tables_of(found: Judgement, trial: Trial, images: ImageFolder) -> dict[str, 
     columns["step"] = trial.step_of
     tables = {"images": pd.DataFrame(columns)}
     if found.labelled != "all" and shadow.served is not None:
-        tables["to_label"] = pd.DataFrame({"image": files[to_label(shadow)], "class": ""})
+        tables["to_label"] = pd.DataFrame({"file": files[to_label(shadow)], "label": ""})
     return tables
 
 
@@ -286,12 +315,12 @@ def draw_running(found: Judgement, trial: Trial) -> Figure:
 def mark(axes: Axes, trial: Trial) -> None:
     """Mark the guard's decisions at the lower edge."""
     ends, kinds = trial.steps["images"].cumsum(), trial.steps["decision"].astype(int)
-    for name, (marker, colour) in MARKS.items():
+    for name, (words, marker, colour) in MARKS.items():
         places = ends[kinds == DECISIONS.index(name)]
         if len(places):
             at = axes.get_xaxis_transform()
             points = {"transform": at, "clip_on": False, "zorder": 3, "linestyle": "none"}
-            look = {"marker": marker, "color": colour, "markersize": 7, "label": WORDS[name]}
+            look = {"marker": marker, "color": colour, "markersize": 7, "label": words}
             axes.plot(places, np.full(len(places), 0.02), **points, **look)
 
 
@@ -310,6 +339,8 @@ def draw_signals(trial: Trial) -> Figure:
     for axes, name in zip(panels, names, strict=True):
         axes.plot(ends, trial.steps[name], color=COLOURS[0], linewidth=1.4)
         axes.margins(y=0.15)
+        if name in ("share", "disagreement"):
+            axes.set_ylim(-0.05, max(0.6, 1.1 * trial.steps[name].max()))
         finish(axes, "", wanted[name], grid="both", legend=False)
         axes.yaxis.label.set_size(8)
     mark(panels[0], trial)
