@@ -72,6 +72,7 @@ class Options:
 
 def run(options: Options) -> int:
     """Run a pilot, write its report; return the exit code."""
+    options.thresholds.check()
     spec = evaluate.parse_adapter(options.adapter)
     if not spec.guard:
         raise ValueError(f"--adapter is {spec.text}, expected guarded:{spec.text}: pilots are safe")

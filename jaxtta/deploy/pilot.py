@@ -59,8 +59,8 @@ class Thresholds:
     most_ms: float | None = None
     least_images: int = 200
 
-    def __post_init__(self) -> None:
-        """Refuse numbers out of range, and those that contradict each other."""
+    def check(self) -> None:
+        """Raise a ValueError for numbers out of range, and for those that contradict each other."""
         ranges = {
             "least_gain": (-100, 100),
             "most_loss": (0, 100),
@@ -162,9 +162,10 @@ def judge(
         The verdict and what it rests on.
 
     Raises:
-        ValueError: if there are no images, or arrays do not match.
+        ValueError: if there are no images, arrays do not match, or thresholds contradict.
     """
     limits, count = thresholds or Thresholds(), len(shadow.labels)
+    limits.check()
     shapes = {np.shape(x) for x in (shadow.reference, shadow.served) if x is not None}
     if len(shapes) != 1 or not count or len(shape := shapes.pop()) != 2 or shape[0] != count:
         raise ValueError(f"{count} labels, expected (images, classes) answers of both models")
@@ -173,7 +174,7 @@ def judge(
     criteria = [judge_fit(fit)]
     if shadow.served is None:
         status = "no-go" if criteria[0].status == "failed" else "undecided"
-        return Judgement(status, criteria, shadow.labelled, *counts, fit)
+        return Judgement(status, criteria, shadow.labelled, *counts, fit, accuracies_of(shadow))
     gain, blind = gain_of(shadow), shadow.labelled == "none"
     disagreement = Estimate(float(differ.mean()), *accuracy_interval(differ))
     narrowing = Estimate(float(np.subtract(*entropy_of(shadow.marginals))))
@@ -220,23 +221,27 @@ def judge_gain(gain: Estimate, limits: Thresholds) -> list[Criterion]:
 
 def judge_fit(fit: Fit) -> Criterion:
     """Whether zero-shot tells the images apart; adaptation cannot mend a model that does not."""
-    judged = Criterion("the model fits the images", "met")
-    if fit.skill is not None and fit.skill.high < LEAST_SKILL:
-        why = (
-            f"with labels, zero-shot comes {100 * fit.skill.value:.0f} % of the way from guessing "
-            f"to no error (at most {100 * fit.skill.high:.0f} %; {100 * LEAST_SKILL:.0f} % are "
-            "asked for)"
-        )
-        return judged._replace(status="failed", why=why)
-    if fit.information >= LEAST_INFORMATION or (fit.skill and fit.skill.low >= LEAST_SKILL):
+    judged, unfit = Criterion("the model fits the images", "met"), "the model does not fit them: "
+    if fit.recall is not None and fit.recall.low is not None and fit.recall.high is not None:
+        guessing = 1 / len(fit.predicted)
+        least = guessing + LEAST_SKILL * (1 - guessing)
+        if fit.recall.high < least:
+            found, low, high, guessed = (f"{100 * x:.0f}" for x in (*fit.recall, guessing))
+            why = (
+                f"zero-shot recognises {found} % of a class on average (95 % interval {low} to "
+                f"{high}), guessing {guessed} %"
+            )
+            return judged._replace(status="failed", why=unfit + why)
+        if fit.recall.low >= least:
+            return judged
+    if fit.information >= LEAST_INFORMATION:
         return judged
     why = (
-        f"zero-shot's answers hardly depend on the image: they hold {100 * fit.information:.1f} % "
-        f"of the information that would tell the classes apart ({100 * LEAST_INFORMATION:.0f} % "
-        "are asked for)"
+        "zero-shot's answers hardly depend on the image and hold "
+        f"{100 * fit.information:.1f} % of the information that tells all classes apart"
     )
     if fit.entropy >= LEAST_ENTROPY:
-        return judged._replace(status="failed", why=f"{why}, and are unsure")
+        return judged._replace(status="failed", why=unfit + why)
     return judged._replace(status="open", why=f"{why}, but are sure: all may be of one class")
 
 

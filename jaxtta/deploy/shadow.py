@@ -10,12 +10,14 @@ sequence of these bets holds however often one looks.
 
 from typing import NamedTuple
 
+import jax
 import numpy as np
 import pandas as pd
 
 from jaxtta.adapters.guard.labels import Pairs, bounds, count_pairs
 from jaxtta.bootstrap import LEVEL, bootstrap, interval
 
+_anytime = jax.jit(bounds)
 BINS = 15  # of confidence, for the calibration error
 
 
@@ -106,15 +108,14 @@ class Fit(NamedTuple):
         entropy: mean of the answers, as such a share.
         confidence: mean probability of the predicted class.
         predicted: (classes,) how often each is predicted, as a share.
-        skill: mean recall of the labelled classes, from guessing (0) to no error (1); None without
-            labels.
+        recall: mean over the labelled classes; None where labels do not tell.
     """
 
     information: float
     entropy: float
     confidence: float
     predicted: np.ndarray
-    skill: Estimate | None = None
+    recall: Estimate | None = None
 
 
 def fit_of(shadow: Shadow) -> Fit:
@@ -123,26 +124,29 @@ def fit_of(shadow: Shadow) -> Fit:
     count, classes = answers.shape
     entropy, most = entropy_of(answers).mean(), np.log(classes)
     labels, right = answers.argmax(1), shadow.right()[:, 0]
-    skill, weights = None, _weights(shadow)
+    recall, weights = None, _weights(shadow)
     if weights is not None:
         known = shadow.labels >= 0
         given, weights, right = shadow.labels[known], weights[known], right[known]
         of_class = np.bincount(given, weights, classes)
         weights /= of_class[given] * (of_class > 0).sum()
-        means = _bootstrapped(len(given) * weights * right)
-        recalls = [float((weights * right).sum()), *_bounds(means)]
-        skill = Estimate(*((recall - 1 / classes) / (1 - 1 / classes) for recall in recalls))
+        value = float((weights * right).sum())
+        recall = Estimate(value, *_bounds(_bootstrapped(len(given) * weights * right)))
     predicted = np.bincount(labels, minlength=classes) / count
     information = (entropy_of(answers.mean(0)) - entropy) / most
     measured = float(information), float(entropy / most), float(answers.max(1).mean())
-    return Fit(*measured, predicted, skill)
+    return Fit(*measured, predicted, recall)
 
 
 def gain_of(shadow: Shadow) -> Estimate:
-    """The guarded adapter's gain in accuracy; its interval holds for these images."""
+    """The guarded adapter's gain in accuracy.
+
+    The interval is a bootstrap over images if a label is known wherever the models differ, and a
+    confidence sequence for these images otherwise.
+    """
     known, differ, right = shadow.labels >= 0, shadow.differ, shadow.right().astype(float)
     change = right[:, 1] - right[:, 0]
-    if known.all():
+    if (known | ~differ).all():  # where they agree, labels change nothing
         low, high = _bounds(_bootstrapped(change))
         # What was never seen has no part in a resample, and may still occur as often as this.
         unseen = 1 - ((1 - LEVEL) / 2) ** (1 / len(change))
@@ -150,7 +154,7 @@ def gain_of(shadow: Shadow) -> Estimate:
         high += unseen * (not (change > 0).any())
         return Estimate(float(change.mean()), low, high)
     share, pairs = float(differ.mean()), pairs_of(shadow)
-    low, high = (share * float(bound) for bound in bounds(pairs, 1 - LEVEL))
+    low, high = (share * float(bound) for bound in _anytime(pairs, 1 - LEVEL))
     count = sum(map(int, pairs))
     value = share * float(pairs.wins - pairs.losses) / count if count else None
     return Estimate(value, low, high)

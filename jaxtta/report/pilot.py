@@ -55,17 +55,18 @@ def write_pilot(
     for name, table in tables_of(found, trial, images).items():
         write_text(folder / f"{name}.csv", table.to_csv(index=False, float_format="%.4f"))
     adapter = made["settings"]["adapter"]
-    told = {"found": found, "trial": trial, "adapter": adapter, "thresholds": thresholds}
-    guard = {} if trial.shadow.served is None else decisions(trial)
-    told |= {
+    told: dict[str, Any] = {
+        "found": found,
+        "trial": trial,
+        "adapter": adapter,
+        "pairs": pairs_of(trial.shadow),
+        "counts": {} if trial.shadow.served is None else decisions(trial),
+        "waiting": len(to_label(trial.shadow)),
+        "words": WORDS,
         "reason": reason,
         "say": say,
-        "counts": guard,
-        "words": WORDS,
-        "pairs": pairs_of(trial.shadow),
         "plain": plain,
     }
-    told |= {"waiting": len(to_label(trial.shadow))}
     said, steps = sentences("pilot.txt.j2", **told), sentences("pilot-next.txt.j2", **told)
     criteria, numbers = table_of_criteria(found), table_of_numbers(found, trial)
     plots = plots_of(found, trial, images.class_names)
