@@ -1,6 +1,4 @@
-"""Adapters by name with settings: `tent:lr=1e-4`, `tnt:steps=3,views=32`, `mymodule:make`,
-`guarded:tent`.
-"""
+"""Adapters by name with settings: `tent:lr=1e-4`, `mymodule:make`, `guarded:tnt:steps=3`."""
 
 import ast
 import importlib

@@ -11,6 +11,7 @@ COMMANDS = {
     "sweep": "Measure adapters on corrupted images.",
     "shifts": "Measure adapters on natural distribution shifts.",
     "diagnose": "Diagnose models, or check a folder of your own images.",
+    "pilot": "Find out on your own images whether to switch adaptation on.",
     "serve": "Label a stream of images with a model that adapts while it runs.",
     "continual": "Train a model on one task after another.",
     "pretrain-mgg": "Train MGTTA's generator of updates.",

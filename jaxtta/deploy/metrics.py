@@ -1,11 +1,12 @@
 """Counts of what is served, in the text that Prometheus reads.
 
-    metrics = Metrics(session)
-    metrics.count(items, answers)  # after each batch
-    content, status, headers = metrics.text(waiting=len(queue))
+metrics = Metrics(session)
+metrics.count(answers)  # after each batch
+content, status, headers = metrics.text(waiting=len(queue))
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
@@ -36,29 +37,34 @@ class Metrics:
     def __init__(self, session: Session) -> None:
         """Start at zero."""
         self._session, self._registry = session, CollectorRegistry()
-        own = {"registry": self._registry}
+        own: Any = {"registry": self._registry}
         ProcessCollector(registry=self._registry)
         self.requests = Counter("jaxtta_requests", "HTTP requests", ("path", "status"), **own)
         self.seconds = Histogram(
             "jaxtta_request_seconds", "Seconds to an answer", buckets=SECONDS, **own
         )
-        self.lost = Counter("jaxtta_lost", "What could not be written", ("what",), **own)
-        self._images = Counter("jaxtta_images", "Images answered, by likeliest class", ("label",), **own)
+        self.lost = Gauge("jaxtta_lost", "What could not be written", ("what",), **own)
+        self._images = Counter(
+            "jaxtta_images", "Images answered, by likeliest class", ("label",), **own
+        )
         self._failed = Counter("jaxtta_not_finite", "Images without a finite answer", **own)
-        self._disagree = Counter("jaxtta_disagreements", "Images both models label otherwise", **own)
+        self._disagree = Counter(
+            "jaxtta_disagreements", "Images both models label otherwise", **own
+        )
         self._confidence = Histogram(
             "jaxtta_confidence", "Probability of the likeliest class", buckets=TENTHS, **own
         )
-        self._batches = Counter("jaxtta_batches", "Batches, by the guard's decision", ("decision",), **own)
+        self._batches = Counter(
+            "jaxtta_batches", "Batches, by the guard's decision", ("decision",), **own
+        )
         self._waiting = Gauge("jaxtta_waiting_images", "Images that wait", **own)
         self._updates = Gauge("jaxtta_updates", "Batches learnt from since the source state", **own)
         self._signals = Gauge("jaxtta_signal", "Scalars of the last batch", ("signal",), **own)
         for decision in DECISIONS:  # at zero, so that rates begin there
             self._batches.labels(decision)
 
-    def count(self, items: Sequence[object], answers: Sequence[Answer]) -> None:
+    def count(self, answers: Sequence[Answer]) -> None:
         """Count a batch's answers."""
-        del items
         names, prediction = self._session.class_names, self._session.prediction
         for answer in answers:
             if answer.finite:

@@ -59,6 +59,7 @@ class Answer(NamedTuple):
         updates: number of batches learnt from before it, since the last return to the source.
         decision: the guard's for its batch, one of `DECISIONS`; None without a guard.
         share: of the adapted model in the answer, 0 to 1; None without a guard.
+        guarded: whether the guard's mixture is the answer, and not the frozen model's alone.
     """
 
     name: Any
@@ -69,6 +70,7 @@ class Answer(NamedTuple):
     updates: int
     decision: str | None
     share: float | None
+    guarded: bool
 
     @property
     def finite(self) -> bool:
@@ -119,16 +121,16 @@ class Session:
     """One stream of images, its adapter's state and its counters.
 
     Attributes:
+        model: the model.
+        params: its parameters.
         state: the adapter's.
+        log: gets a record of each step, or None; one that is set later does from then on.
         prediction: of the last step, in numpy, padding included; None before the first.
-        digest: eight hexadecimal digits of the state's checksum after the last step; "" before the
-            first and where `digests` is false.
+        digest: eight hexadecimal digits of the state's checksum; "" where `digests` is false.
         steps: number of batches answered.
         seen: number of images answered.
         updates: number of batches learnt from, since the last return to the source.
         class_names: one name a class.
-        params: the model's parameters.
-        log: gets a record of each step, or None; one that is set later does from then on.
     """
 
     def __init__(
@@ -146,6 +148,7 @@ class Session:
         about: Any = None,
         log: Log | None = None,
         digests: bool = False,
+        served: Callable[[str], bool] | None = None,
         key: jax.Array | None = None,
         now: Callable[[], float] = time.time,
     ) -> None:
@@ -164,8 +167,10 @@ class Session:
             class_names: by default the task's or the model's.
             settings: JSON that a loaded state must have been saved with, beside the classes.
             about: JSON that is saved with a state, and not compared.
-            log: gets a record of each step.
+            log: gets a record of each step; may be set later too, with `digests`.
             digests: whether to compute `digest` without a log too.
+            served: from an image's name to whether the guard's mixture is its answer, or the frozen
+                model's; the adapter learns from all images. None for the mixture always.
             key: PRNG key for the adapter's `init`.
             now: the time of a record in seconds since 1970.
 
@@ -175,25 +180,26 @@ class Session:
         for name, value in (("batch_size", batch_size), ("min_adapt", min_adapt)):
             if value < 1:
                 raise ValueError(f"{name} is {value}, expected at least 1")
-        self.model, self.batch_size, self.full_size = model, batch_size, full_size
+        self.model, self.params, self.log = model, params, log
+        self.batch_size, self.full_size = batch_size, full_size
         own = getattr(task, "class_names", ()) or getattr(model, "class_names", ()) or ()
         self.class_names = tuple(class_names or own)
         prompts = "" if task is None else io.digest_array(task.token_ids)
         self.settings = io.as_json(
             {**(settings or {}), "class names": self.class_names, "prompts": prompts}
         )
-        self.state, self.prediction, self.digest = adapter.init(params, key), None, ""
+        self._min_adapt, self._served, self._now, self._about = min_adapt, served, now, about
+        self._digests = digests or log is not None
+        self.prediction: Prediction | None = None
         self.steps = self.seen = self.updates = 0
-        self.params, self.log, self._about = params, log, about
-        self._min_adapt, self._now = min_adapt, now
-        with_digest = digests or log is not None
+        self._begin(adapter.init(params, key))
 
         @jax.jit
         def step(params: Any, state: Any, batch: Batch, learn: Any) -> tuple[Any, Prediction, Any]:
             after, prediction = adapter.step(params, state, batch)
             if "decision" not in prediction.metrics:
                 after = optax.tree.where(learn, after, state)
-            digest = tree.fingerprint(after) if with_digest else None
+            digest = tree.fingerprint(after) if self._digests else None
             return after, prediction._replace(outputs=None), digest
 
         # The state is not donated: an error must not take it away.
@@ -250,15 +256,14 @@ class Session:
             batch = batch._replace(sizes=sizes)
         learn = len(images) >= self._min_adapt
         state, given, digest = self._step(self.params, self.state, batch, learn)
-        prediction = jax.device_get(given)
-        metrics, before = prediction.metrics, self.updates
-        guarded = "decision" in metrics
-        answers = self._answers(prediction, names, before)
+        prediction, guarded = self._chosen(jax.device_get(given), names)
+        metrics = prediction.metrics
+        answers = self._answers(prediction, guarded, names)
         # What follows cannot fail: the state and its counters change together.
         self.state, self.prediction = state, prediction
-        self.digest = "" if digest is None else f"{int(digest):08x}"
+        self.digest = _hexadecimal(digest)
         self.steps, self.seen = self.steps + 1, self.seen + len(images)
-        if guarded:
+        if "decision" in metrics:
             self.updates = int(metrics["updates"])
         else:
             self.updates += learn and not metrics.get("skipped", False)
@@ -270,8 +275,26 @@ class Session:
             )
         return answers
 
-    def _answers(self, prediction: Prediction, names: Sequence[Any], updates: int) -> list[Answer]:
-        metrics, both = prediction.metrics, getattr(prediction, "answers", None)
+    def _begin(self, state: Any) -> None:
+        self.state = state
+        self.digest = _hexadecimal(jax.jit(tree.fingerprint)(state) if self._digests else None)
+
+    def _chosen(
+        self, prediction: Prediction, names: Sequence[Any]
+    ) -> tuple[Prediction, Sequence[bool]]:
+        """The prediction with the frozen model's answers where those are to be served."""
+        if self._served is None or prediction.answers is None:
+            return prediction, [prediction.answers is not None] * len(names)
+        chosen = [bool(self._served(str(name))) for name in names]
+        logits, reference = np.array(prediction.logits), prediction.answers.reference
+        for n in np.flatnonzero(~np.array(chosen)):
+            logits[n] = reference[n]
+        return prediction._replace(logits=logits), chosen
+
+    def _answers(
+        self, prediction: Prediction, guarded: Sequence[bool], names: Sequence[Any]
+    ) -> list[Answer]:
+        metrics, both = prediction.metrics, prediction.answers
         decision = DECISIONS[int(metrics["decision"])] if "decision" in metrics else None
         share = float(metrics["share"]) if "share" in metrics else None
         scores = _softmax(prediction.logits)
@@ -283,9 +306,10 @@ class Session:
                 None if reference is None else reference[n],
                 None if adapted is None else adapted[n],
                 self.steps,
-                updates,
+                self.updates,
                 decision,
-                share,
+                share if guarded[n] or share is None else 0.0,
+                guarded[n],
             )
             for n, name in enumerate(names)
         ]
@@ -311,10 +335,14 @@ class Session:
         for name in sorted({*saved, *self.settings}):
             if saved.get(name) != (own := self.settings.get(name)):
                 raise ValueError(f"{path}: has {name} {saved.get(name)!r}, expected {own!r}")
-        self.state = io.load_state(path, self.state)
+        self._begin(io.load_state(path, self.state))
         counts = (note["counts"][name] for name in ("steps", "seen", "updates"))
         self.steps, self.seen, self.updates = counts
-        self.prediction, self.digest = None, ""
+        self.prediction = None
+
+
+def _hexadecimal(digest: Any) -> str:
+    return "" if digest is None else f"{int(digest):08x}"
 
 
 def _softmax(logits: Any) -> np.ndarray:

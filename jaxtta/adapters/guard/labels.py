@@ -1,0 +1,254 @@
+"""Is the adapted model less accurate than the frozen one? Tests with a few labels, valid anytime.
+
+    pairs = add(pairs, count_pairs(adapted_right, frozen_right))   # labels as they arrive
+    if is_worse(pairs, alpha=0.05): ...          # wrongly, ever, with probability at most alpha
+    lower, upper = bounds(pairs)                 # of the difference in accuracy, likewise
+    guarded(adapter, reference, policy, canary=Canary(images, labels))
+
+A bet on each labelled image pays where the adapted model is wrong and the frozen one right. As long
+as the adapted one is no less accurate, the wealth is a supermartingale, so that it ever exceeds
+1/alpha with probability at most alpha (Ville), whenever one looks and however the next image is
+chosen, if only the choice knows no label. An image on which both are right or both wrong pays
+nothing. Labels may therefore be asked for where the answers differ alone, of images drawn from all
+of those: the difference in accuracy there is that over all images, divided by how often the answers
+differ, and has the same sign. Images chosen in another way, such as those of low confidence, say
+which model is better on such images.
+
+References:
+    Waudby-Smith and Ramdas 2020, https://arxiv.org/abs/2010.09686 (betting with a grid of stakes)
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxtta import metrics
+from jaxtta.adapters.base import Adapter, Array
+
+ArrayLike = jax.typing.ArrayLike
+STAKES = (0.01, 0.02, 0.04, 0.08, 0.15, 0.25, 0.4, 0.55, 0.7, 0.82, 0.92, 0.98)
+"""Shares of the wealth that are bet at most, each with an equal part of it at first."""
+
+
+class Pairs(NamedTuple):
+    """How often the adapted model and the frozen one were right on labelled images, int32 each.
+
+    Attributes:
+        wins: only the adapted one.
+        ties: both or none.
+        losses: only the frozen one.
+    """
+
+    wins: Array
+    ties: Array
+    losses: Array
+
+
+def no_pairs() -> Pairs:
+    """The counts before the first label."""
+    return Pairs(*jnp.zeros((3,), jnp.int32))
+
+
+def count_pairs(
+    adapted_right: ArrayLike, frozen_right: ArrayLike, mask: ArrayLike | None = None
+) -> Pairs:
+    """Count the pairs of answers to labelled images.
+
+    Args:
+        adapted_right: (images,) bool.
+        frozen_right: (images,) bool.
+        mask: (images,) bool, false for images that do not count; None for none.
+    """
+    adapted, frozen = jnp.asarray(adapted_right, bool), jnp.asarray(frozen_right, bool)
+    valid = jnp.ones(adapted.shape, bool) if mask is None else jnp.asarray(mask, bool)
+    each = (adapted & ~frozen, adapted == frozen, ~adapted & frozen)
+    return Pairs(*((kind & valid).sum(-1, dtype=jnp.int32) for kind in each))
+
+
+def add(pairs: Pairs, more: Pairs) -> Pairs:
+    """The sum of two counts."""
+    return jax.tree.map(jnp.add, pairs, more)
+
+
+def log_evidence(pairs: Pairs, difference: ArrayLike = 0.0) -> Array:
+    """The log of the wealth of bets against "the accuracies differ by so much, or more".
+
+    Args:
+        pairs: all counts so far, scalars.
+        difference: adapted minus frozen, in [-1, 1).
+
+    Returns:
+        A scalar, in nats. If the statement is true, it ever reaches log(1/alpha) with probability
+        at most alpha. It grows with `difference`.
+    """
+    wins, ties, losses = (jnp.asarray(x, float) for x in pairs)
+    difference = jnp.asarray(difference, float)
+    stakes = jnp.asarray(STAKES) / (1 - difference)  # such that no factor is negative
+    wealth = sum(
+        # Nothing times the log of nothing is nothing.
+        jnp.where(count > 0, count * jnp.log1p(-stakes * (outcome - difference)), 0)
+        for count, outcome in ((wins, 1), (ties, 0), (losses, -1))
+    )
+    return jax.nn.logsumexp(wealth) - jnp.log(len(STAKES))
+
+
+def is_worse(pairs: Pairs, alpha: float = 0.05, margin: float = 0.0) -> Array:
+    """Whether the adapted model is less accurate than the frozen one by more than a margin.
+
+    Args:
+        pairs: all counts so far, scalars.
+        alpha: probability of ever saying so, over all times that one looks, if it is not.
+        margin: loss in accuracy that is accepted, in [0, 1].
+
+    Returns:
+        A scalar bool. Ask after each label or batch; what was once said stays true.
+    """
+    return log_evidence(pairs, -margin) >= -jnp.log(alpha)
+
+
+def bounds(pairs: Pairs, alpha: float = 0.05) -> tuple[Array, Array]:
+    """Bounds of the difference in accuracy, adapted minus frozen: a confidence sequence.
+
+    Args:
+        pairs: all counts so far, scalars. If labels were asked for only where the answers differ,
+            the bounds are of the difference there; multiplied by how often they differ, of all.
+        alpha: probability that the difference is outside at any of the times that one looks.
+
+    Returns:
+        The lower and the upper bound, scalars in [-1, 1].
+    """
+    turned = Pairs(pairs.losses, pairs.ties, pairs.wins)
+    return -_upper(turned, alpha / 2), _upper(pairs, alpha / 2)
+
+
+def _upper(pairs: Pairs, alpha: float) -> Array:
+    """The smallest difference that the bets have ruled out, or 1, by bisection."""
+
+    def halve(_: int, ends: tuple[Array, Array]) -> tuple[Array, Array]:
+        middle = (ends[0] + ends[1]) / 2
+        out = log_evidence(pairs, middle) >= -jnp.log(alpha)
+        return jnp.where(out, ends[0], middle), jnp.where(out, middle, ends[1])
+
+    return jax.lax.fori_loop(0, 24, halve, (-jnp.ones(()), jnp.ones(())))[1]
+
+
+def sign_test(pairs: Pairs) -> Array:
+    """The p-value of "no less accurate" for a fixed number of labels, exact.
+
+    Args:
+        pairs: counts, scalars. Of those that are no ties, losses are at most as likely as wins.
+    """
+    losses = jnp.maximum(pairs.losses, 1)
+    tail = jax.scipy.special.betainc(losses * 1.0, pairs.wins + 1.0, 0.5)
+    return jnp.where(pairs.losses > 0, tail, 1.0)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Canary:
+    """A few labelled images of the place where the model works, not of the stream itself.
+
+    Args:
+        images: (images, height, width, 3), uint8 or float in [0, 1], at the model's resolution.
+        labels: (images,) integers, indices of the task's classes.
+
+    Raises:
+        TypeError: if the labels are no integers.
+        ValueError: if there are no images, labels are missing, or the shapes do not fit.
+    """
+
+    images: Any
+    labels: Any
+
+    def __post_init__(self) -> None:
+        shape, labels = np.shape(self.images), np.asarray(self.labels)
+        if len(shape) != 4 or shape[3] != 3 or not shape[0]:
+            raise ValueError(f"a canary's images have shape {shape}, expected (images, h, w, 3)")
+        if labels.shape != shape[:1]:
+            raise ValueError(
+                f"a canary has {shape[0]} images and labels of shape {labels.shape}, expected one "
+                "label for each image"
+            )
+        if not np.issubdtype(labels.dtype, np.integer):
+            raise TypeError(f"a canary's labels are {labels.dtype}, expected indices of classes")
+        if labels.min() < 0:
+            raise ValueError(f"a canary has the label {labels.min()}, expected 0 or more")
+
+    def right(self, adapter: Adapter, params: Any, state: Any) -> Array:
+        """Whether an adapter in this state is right on each image, (images,) bool.
+
+        The state after this step is thrown away, and what only leads to it is not computed.
+
+        Raises:
+            ValueError: for a label that is no class of the adapter's, or images of another size
+                than the model's.
+        """
+        _, prediction = adapter.step(params, state, jnp.asarray(self.images))
+        return metrics.top_k(prediction.logits, np.asarray(self.labels))
+
+
+class Checks(NamedTuple):
+    """What looking at a canary again and again has shown; scalars.
+
+    Attributes:
+        number: of times that the adapted model was asked, int32.
+        pairs: its last answers beside the frozen model's.
+        p: their sign test.
+        worse: whether the adapted model was ever found less accurate.
+    """
+
+    number: Array
+    pairs: Pairs
+    p: Array
+    worse: Array
+
+
+def no_checks() -> Checks:
+    """Before the first look."""
+    return Checks(jnp.zeros((), jnp.int32), no_pairs(), jnp.ones(()), jnp.zeros((), bool))
+
+
+def check_again(checks: Checks, pairs: Pairs, alpha: float = 0.05) -> Checks:
+    """Add one more look at the same labelled images, by a model that has changed since.
+
+    Each look is a sign test of its own. The k-th may err with probability alpha / (k (k + 1)),
+    which is alpha for all together, however many there are. This holds as long as no label of the
+    canary acts on what is learnt: let it decide on nothing but the stop.
+    """
+    number, p = checks.number + 1, sign_test(pairs)
+    return Checks(number, pairs, p, checks.worse | (p * number * (number + 1) <= alpha))
+
+
+def check_canary(
+    canary: Canary,
+    frozen_right: Array,
+    adapter: Adapter,
+    params: Any,
+    state: Any,
+    checks: Checks,
+    due: Array,
+    alpha: float = 0.05,
+) -> Checks:
+    """Ask the adapted model about the canary if it is due, inside a step.
+
+    This costs one pass of the canary's images, as `lax.cond` leaves it out otherwise; under `vmap`
+    over streams both branches are computed, in every step.
+
+    Args:
+        canary: the labelled images.
+        frozen_right: (images,) bool, `canary.right` of the frozen model, from `init`.
+        adapter: the one that learns.
+        params: the frozen parameters.
+        state: the adapter's.
+        checks: so far.
+        due: scalar bool, such as `seen // 64 > before // 64`.
+        alpha: probability of ever finding a model worse that is not.
+    """
+
+    def look() -> Checks:
+        right = canary.right(adapter, params, state)
+        return check_again(checks, count_pairs(right, frozen_right), alpha)
+
+    return jax.lax.cond(due, look, lambda: checks)

@@ -1,0 +1,397 @@
+"""The report of a pilot: files for people and for programs; its words are in the templates."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image
+
+from jaxtta.adapters.guard import DECISIONS
+from jaxtta.data import ImageFolder
+from jaxtta.deploy.pilot import VERDICTS, Criterion, Judgement, Thresholds
+from jaxtta.deploy.shadow import Estimate, Trial, ms_of, pairs_of, to_label
+from jaxtta.images import printable
+from jaxtta.io import atomic_write, write_json, write_text
+from jaxtta.report.diagnosis import sentences
+from jaxtta.report.plots import COLOURS, GREY, finish, label
+from jaxtta.report.text import NONE, aligned, counted
+from jaxtta.report.write import png, render
+
+NAMES = ("zero-shot", "guarded")
+LOOKS = {"zero-shot": GREY, "guarded": COLOURS[0]}
+MARKS = {
+    "forget": ("began anew", "D", COLOURS[1]),
+    "roll_back": ("went back", "v", COLOURS[3]),
+    "stop": ("stopped adapting", "X", "black"),
+}
+"""Decisions of the guard, with words, marker and colour."""
+WORDS = {
+    "adapt": "learnt from {}",
+    "skip": "left out {}",
+    "forget": "began anew at {}, as the images had changed",
+    "roll_back": "went back to an earlier state at {}",
+    "stop": "stopped adapting at {}",
+    "stopped": "no longer adapted at {}",
+}
+"""What the guard did, and with how many batches."""
+STATUSES = {"failed": "✗ failed", "open": "? open", "met": "✓ met"}
+SHOWN = 12  # examples, and classes in a plot
+SIZE = (5.6, 3.3)  # inches of a plot, which a phone shows whole
+
+
+def write_pilot(
+    folder: Path,
+    found: Judgement,
+    trial: Trial,
+    images: ImageFolder,
+    thresholds: Thresholds,
+    made: dict[str, Any],
+) -> None:
+    """Print the verdict and write all files; `made` has `settings` and `about`."""
+    for name, table in tables_of(found, trial, images).items():
+        write_text(folder / f"{name}.csv", table.to_csv(index=False, float_format="%.4f"))
+    adapter = made["settings"]["adapter"]
+    told: dict[str, Any] = {
+        "found": found,
+        "trial": trial,
+        "adapter": adapter,
+        "pairs": pairs_of(trial.shadow),
+        "counts": {} if trial.shadow.served is None else decisions(trial),
+        "waiting": len(to_label(trial.shadow)),
+        "words": WORDS,
+        "reason": reason,
+        "say": say,
+        "plain": plain,
+    }
+    said, steps = sentences("pilot.txt.j2", **told), sentences("pilot-next.txt.j2", **told)
+    criteria, numbers = table_of_criteria(found), table_of_numbers(found, trial)
+    plots = plots_of(found, trial, images.class_names)
+    for name, figure in plots.items():
+        with atomic_write(folder / f"{name}.png") as temporary:
+            temporary.write_bytes(png(figure))
+    title = f"Pilot of {adapter} on {printable(images.root.resolve().name)}"
+    shown = examples(found, trial, images)
+    page = render(
+        "pilot.html.j2",
+        title=title,
+        sentences=said[:1],
+        basis=said[1:],
+        steps=steps,
+        found=found,
+        trial=trial,
+        criteria=criteria,
+        numbers=numbers,
+        plots=plots,
+        examples=shown,
+        settings=[made["settings"]],
+        abouts=[made["about"]],
+    )
+    write_json(folder / "result.json", content_of(found, trial, thresholds, said, steps) | made)
+    write_text(folder / "report.html", page)
+    blocks = [
+        "\n".join(aligned([[str(table.index.name), *table], *table.itertuples(name=None)]))
+        for table in (criteria, numbers)
+    ]
+    print(*[title, *said[:1], *blocks, *said[1:], "\n".join(f"- {x}" for x in steps)], sep="\n\n")
+    print(f"\nresults: {folder / 'report.html'}")
+
+
+def content_of(
+    found: Judgement, trial: Trial, thresholds: Thresholds, said: list[str], steps: list[str]
+) -> dict[str, Any]:
+    """What result.json holds beside settings and provenance."""
+    plain = dataclasses.asdict(found) | {
+        "criteria": [with_estimate(one) for one in found.criteria],
+        "fit": with_estimate(found.fit) | {"predicted": found.fit.predicted.tolist()},
+    }
+    for name in ("accuracy", "calibration"):
+        given = plain[name]
+        columns = (*NAMES, "difference")
+        pairs = zip(columns, given, strict=False) if given else ()
+        plain[name] = {key: one._asdict() for key, one in pairs} or None
+    for name in ("gain", "disagreement", "narrowing"):
+        plain[name] = plain[name] and plain[name]._asdict()
+    verdict = plain.pop("verdict")
+    return {
+        "verdict": verdict,
+        "exit_code": VERDICTS[verdict],
+        "sentence": said[0],
+        "sentences": said[1:],
+        "next": steps,
+        "thresholds": dataclasses.asdict(thresholds),
+        **plain,
+        "zero_shot_ms": trial.zero_shot_ms,
+        "decisions": {} if trial.shadow.served is None else decisions(trial),
+        "unreadable": [*trial.unreadable],
+        "not_finite": trial.not_finite,
+    }
+
+
+def with_estimate(row: Any) -> dict[str, Any]:
+    """A NamedTuple's fields, estimates among them as dictionaries."""
+    return {k: v._asdict() if isinstance(v, Estimate) else v for k, v in row._asdict().items()}
+
+
+def say(estimate: Estimate | None, unit: str = "points", sign: str = "") -> str:
+    """Format an estimate with its interval; shares become per cent or points."""
+    if estimate is None:
+        return NONE
+    factor, digits = (100, 1) if unit in ("%", "points") else (1, {"nats": 3, "ms": 1}.get(unit, 0))
+    value, low, high = (
+        "" if x is None else f"{factor * x:{sign},.{digits}f}".replace("-", "−") for x in estimate
+    )
+    return f"{value} [{low}, {high}]".strip() if low else value
+
+
+def plain(estimate: Estimate) -> str:
+    """A gain or loss in points, as a sentence has it."""
+    assert estimate.value is not None and estimate.low is not None and estimate.high is not None
+    low, high = sorted((estimate.low, estimate.high), key=abs)
+    sign = estimate.value < 0
+    value, low, high = (f"{-100 * x if sign else 100 * x:.1f}" for x in (estimate.value, low, high))
+    return f"{value} points (95 % interval {low} to {high})".replace("-", "−")
+
+
+def reason(one: Criterion) -> str:
+    """Why a criterion failed or is open, as the end of a sentence."""
+    if one.why:
+        return one.why
+    limit = number(one.threshold)
+    value = say(one.measured, one.unit, "+" if one.unit == "points" else "")
+    known = one.measured is not None and one.measured.value is not None
+    if one.name == "gain" and not known:
+        return "without labels nobody can tell which model is right where they differ"
+    if one.name == "gain" and one.status == "failed":
+        most = f"{100 * one.measured.high:.1f}".replace("-", "−")
+        return f"a gain of {limit} points is asked for, and at most {most} are possible"
+    if one.name == "gain":
+        return f"a gain of {limit} points is asked for, and {plain(one.measured)} was measured"
+    if one.name == "loss" and one.status == "failed":
+        return f"accuracy falls by {plain(one.measured)}"
+    if one.name == "loss":
+        worst = f"{-100 * one.measured.low:.1f}"
+        return f"a loss of up to {worst} points is not ruled out, {limit} are allowed"
+    if one.name == "images":
+        return f"{counted(int(value.replace(',', '')), 'image')} are too few, {limit} are asked for"
+    if not known:
+        return f"{one.name} is not known, and a threshold is given for it"
+    return f"{one.name} is {value} {one.unit}, and {limit} {one.unit} are allowed"
+
+
+def number(threshold: float | None) -> str:
+    """Format a threshold."""
+    return "" if threshold is None else f"{threshold:g}".replace("-", "−")
+
+
+def decisions(trial: Trial) -> dict[str, int]:
+    """How often the guard decided what, for what occurred."""
+    counts = trial.steps["decision"].astype(int).value_counts()
+    return {name: int(counts[n]) for n, name in enumerate(DECISIONS) if n in counts}
+
+
+def table_of_criteria(found: Judgement) -> pd.DataFrame:
+    """Each criterion with what is asked for, what was measured, and its status."""
+    rows = {}
+    for one in found.criteria:
+        asked, measured = "yes", {"met": "yes", "failed": "no", "open": "not known"}[one.status]
+        if one.threshold is not None:
+            least = "at least" if one.name in ("gain", "images") else "at most"
+            asked = f"{least} {number(one.threshold)} {one.unit}"
+            measured = say(one.measured, one.unit, "+" if one.unit == "points" else "")
+        if one.name == "loss":
+            measured = f"gain of {say(Estimate(one.measured.low), sign='+')} at worst"
+        rows[one.name] = (asked, measured or NONE, STATUSES[one.status])
+    frame = pd.DataFrame.from_dict(rows, "index", columns=["asked for", "measured", "result"])
+    return frame.rename_axis("threshold")
+
+
+def table_of_numbers(found: Judgement, trial: Trial) -> pd.DataFrame:
+    """Both models' numbers, as text."""
+    shadow, calibration = trial.shadow, found.calibration
+    both = [shadow.reference] if shadow.served is None else [shadow.reference, shadow.served]
+    sure = [f"{100 * answers.max(1).mean():.1f}" for answers in both]
+    used = [str(len(np.unique(answers.argmax(1)))) for answers in both]
+    accuracy = [*map(say, found.accuracy)] if found.accuracy else [NONE, NONE]
+    rows = {"accuracy (%)": accuracy[: len(both)]}
+    if calibration:
+        rows["calibration error (%)"] = [*map(say, calibration[:2])]
+    rows |= {"mean confidence (%)": sure, "classes predicted": used}
+    alone = ms_of(shadow) if len(both) == 1 else trial.zero_shot_ms
+    times = [NONE if x is None else f"{x:.1f}" for x in (alone, found.ms)]
+    rows["time an image (ms)"] = times[: len(both)]
+    columns = [*NAMES[: len(both)]]
+    if found.gain is not None:
+        columns.append("difference")
+        rows["accuracy (%)"].append(say(found.gain, "points", "+"))
+        if calibration:
+            rows["calibration error (%)"].append(say(calibration[2], "points", "+"))
+    cells = [[*row, *[""] * (len(columns) - len(row))] for row in rows.values()]
+    return pd.DataFrame(cells, [*rows], columns).rename_axis("measure")
+
+
+def tables_of(found: Judgement, trial: Trial, images: ImageFolder) -> dict[str, pd.DataFrame]:
+    """The answers to all images, and those images whose labels would tell most."""
+    shadow, names = trial.shadow, np.array([*map(printable, images.class_names)])
+    files = np.array([printable(images.paths[number]) for number in trial.numbers])
+    columns = {"file": files, "label": np.where(shadow.labels < 0, "", names[shadow.labels])}
+    for name, answers in (("zero_shot", shadow.reference), ("guarded", shadow.served)):
+        if answers is not None:
+            columns[name] = names[answers.argmax(1)]
+            columns[f"{name}_confidence"] = answers.max(1)
+    columns["step"] = trial.step_of
+    tables = {"images": pd.DataFrame(columns)}
+    if found.labelled != "all" and shadow.served is not None:
+        tables["to_label"] = pd.DataFrame({"file": files[to_label(shadow)], "label": ""})
+    return tables
+
+
+def examples(
+    found: Judgement, trial: Trial, images: ImageFolder
+) -> list[tuple[str, list[tuple[str, np.ndarray]]]]:
+    """Images with both models' answers, by heading: those that tell most."""
+    shadow, names = trial.shadow, images.class_names
+    rng, differ, right = np.random.default_rng(0), shadow.differ, shadow.right()
+    if shadow.served is None:
+        groups = {"Examples": np.ones(len(differ), bool)}
+    elif found.labelled == "all":
+        better, worse = right[:, 1] & ~right[:, 0], right[:, 0] & ~right[:, 1]
+        groups = {"Right with adaptation only": better, "Right without adaptation only": worse}
+    else:
+        groups = {"Examples on which the two models differ": differ}
+    shown = []
+    for heading, which in groups.items():
+        pictures = []
+        for place in rng.permutation(np.flatnonzero(which))[: SHOWN // len(groups)].tolist():
+            number, known = int(trial.numbers[place]), shadow.labels[place] >= 0
+            both = zip(NAMES, (shadow.reference, shadow.served), strict=True)
+            said = [
+                f"{name}: {names[scores[place].argmax()]} {100 * scores[place].max():.0f} %"
+                for name, scores in both
+                if scores is not None
+            ]
+            said += [f"label: {names[shadow.labels[place]]}"] * bool(known)
+            small = Image.fromarray(images[number])
+            small.thumbnail((160, 160))
+            caption = "; ".join([printable(images.paths[number]), *said])
+            pictures.append((caption, np.asarray(small)))
+        if pictures:
+            shown.append((heading, pictures))
+    return shown
+
+
+def plots_of(found: Judgement, trial: Trial, class_names: tuple[str, ...]) -> dict[str, Figure]:
+    """All plots that apply, by name."""
+    drawn = {"confidence": draw_confidence(trial), "classes": draw_classes(trial, class_names)}
+    if trial.shadow.served is None:
+        return drawn
+    return {"running": draw_running(found, trial), "signals": draw_signals(trial)} | drawn
+
+
+def draw_running(found: Judgement, trial: Trial) -> Figure:
+    """Accuracy of both, or their agreement where labels lack, over the last images."""
+    shadow = trial.shadow
+    count = len(shadow.labels)
+    window = int(np.clip(count // 10, min(20, count), 500))
+    figure = Figure(SIZE, layout="constrained")
+    axes = figure.subplots()
+    if found.labelled == "all":
+        lines = dict(zip(NAMES, shadow.right().T, strict=True))
+        what = "right"
+    else:
+        lines, what = {"guarded": ~shadow.differ}, "same label"
+    for name, values in lines.items():
+        means = 100 * pd.Series(values, dtype=float).rolling(window).mean()
+        named = name if found.labelled == "all" else None
+        axes.plot(1 + means.index, means, color=LOOKS[name], label=named, linewidth=1.8)
+    mark(axes, trial)
+    finish(axes, "images seen", f"{what}, of the last {window} (%)", grid="both", legend=False)
+    legend(figure, axes)
+    return figure
+
+
+def mark(axes: Axes, trial: Trial) -> None:
+    """Mark the guard's decisions at the lower edge."""
+    ends, kinds = trial.steps["images"].cumsum(), trial.steps["decision"].astype(int)
+    for name, (words, marker, colour) in MARKS.items():
+        places = ends[kinds == DECISIONS.index(name)]
+        if len(places):
+            at = axes.get_xaxis_transform()
+            points = {"transform": at, "clip_on": False, "zorder": 3, "linestyle": "none"}
+            look = {"marker": marker, "color": colour, "markersize": 7, "label": words}
+            axes.plot(places, np.full(len(places), 0.02), **points, **look)
+
+
+def draw_signals(trial: Trial) -> Figure:
+    """The adapted model's share in the answers, and the guard's signals."""
+    wanted = {
+        "share": "share of the\nadapted model",
+        "narrowing": "narrowing\n(nats)",
+        "environment": "change of the\nimages (z)",
+        "disagreement": "disagreement",
+    }
+    names = [name for name in wanted if name in trial.steps]
+    figure = Figure((SIZE[0], 0.9 + 1.15 * len(names)), layout="constrained")
+    panels = figure.subplots(len(names), sharex=True, squeeze=False)[:, 0]
+    ends = trial.steps["images"].cumsum()
+    for axes, name in zip(panels, names, strict=True):
+        axes.plot(ends, trial.steps[name], color=COLOURS[0], linewidth=1.4)
+        axes.margins(y=0.15)
+        if name in ("share", "disagreement"):
+            axes.set_ylim(-0.05, max(0.6, 1.1 * trial.steps[name].max()))
+        finish(axes, "", wanted[name], grid="both", legend=False)
+        axes.yaxis.label.set_size(8)
+    mark(panels[0], trial)
+    panels[-1].set_xlabel("images seen")
+    figure.align_ylabels(panels)
+    legend(figure, panels[0])
+    return figure
+
+
+def draw_confidence(trial: Trial) -> Figure:
+    """How sure both models are."""
+    figure = Figure(SIZE, layout="constrained")
+    axes, bins = figure.subplots(), np.linspace(0, 1, 21)
+    for name, answers in zip(NAMES, (trial.shadow.reference, trial.shadow.served), strict=True):
+        if answers is not None:
+            sure = np.minimum(answers.max(1), 1)
+            look = {"weights": np.full(len(sure), 100 / len(sure)), "color": LOOKS[name]}
+            axes.hist(sure, bins, **look, alpha=0.55, label=name)
+    axes.axvline(1 / trial.shadow.reference.shape[1], color="black", linestyle="--", linewidth=1)
+    finish(axes, "confidence (dashed: guessing)", "images (%)", legend=False)
+    legend(figure, axes)
+    return figure
+
+
+def draw_classes(trial: Trial, class_names: tuple[str, ...]) -> Figure:
+    """How often both models predict each class, and how often it is the label."""
+    shadow, count = trial.shadow, len(class_names)
+    given = dict(zip(NAMES, (shadow.reference, shadow.served), strict=True))
+    chosen = {name: answers.argmax(1) for name, answers in given.items() if answers is not None}
+    if (shadow.labels >= 0).all():
+        chosen["labels"] = shadow.labels
+    frame = pd.DataFrame(
+        {name: 100 * np.bincount(x, minlength=count) / len(x) for name, x in chosen.items()},
+        [*map(label, class_names)],
+    )
+    frame = frame.loc[frame.max(axis=1).sort_values(ascending=False, kind="stable").index[:SHOWN]]
+    figure = Figure((SIZE[0], 1.1 + 0.33 * len(frame)), layout="constrained")
+    axes = figure.subplots()
+    colours = [*LOOKS.values()][: len(given) - (shadow.served is None)]
+    colours += [COLOURS[2]] * ("labels" in chosen)
+    frame.plot.barh(ax=axes, width=0.8, color=colours, legend=False)
+    axes.invert_yaxis()
+    finish(axes, "images (%)", "", grid="x", legend=False)
+    legend(figure, axes)
+    return figure
+
+
+def legend(figure: Figure, axes: Axes) -> None:
+    """A legend above the plot, if there is anything to tell apart."""
+    handles, labels = axes.get_legend_handles_labels()
+    if labels:
+        columns = 3 if max(map(len, labels)) < 12 else 1
+        figure.legend(handles, labels, loc="outside upper left", ncols=columns, frameon=False)
