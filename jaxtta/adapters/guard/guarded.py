@@ -168,12 +168,12 @@ def guarded(
         second = jnp.where(finite[:, None], second, jnp.nan)
         usable = mask & jnp.isfinite(first).all(-1) & jnp.isfinite(second).all(-1)
 
-        averages, cooled = of.average(
+        now, cooled = of.average(
             state.averages, *(jnp.where(usable[:, None], x, 0) for x in (first, second)),
             usable, policy.half_life,
         )  # fmt: skip
         environment = environments.observe(state.environment, each, mask & finite, policy.recent)
-        signals = of.signals_of(averages) | {
+        signals = of.signals_of(now) | {
             "environment": environments.largest_z(environment),
             "images": usable.sum(dtype=jnp.int32),
             "finite": ~own.metrics.get("skipped", jnp.zeros((), bool)),
@@ -196,8 +196,8 @@ def guarded(
         sources = jax.tree.map(lambda x, ring: jnp.broadcast_to(x, ring.shape), source, pushed)
         ring = optax.tree.where(keep, pushed, state.snapshots)
         ring = optax.tree.where(away, sources, ring)
-        none = jax.tree.map(jnp.zeros_like, averages)
-        averages = optax.tree.where(away, none, averages)
+        none = jax.tree.map(jnp.zeros_like, now)
+        averages = optax.tree.where(away, none, now)
         fresh = environments.observe(environments.empty(dtype), each, mask & finite, policy.recent)
         environment = optax.tree.where(done["forget"], fresh, environment)
 
@@ -208,8 +208,10 @@ def guarded(
         )  # fmt: skip
         old = state._replace(inner=before, context=(), fingerprint=())
         moved = optax.tree.where(valid > 0, moved, old)
-        cooled = jnp.where(usable[:, None], cooled, jnp.nan)
-        served = mix(first, cooled, verdict.share)
+        wanted, found = of.log_marginals(now)
+        balanced = cooled + policy.balance * (wanted - found)
+        balanced = jnp.where(usable[:, None], balanced, jnp.nan)
+        served = mix(first, balanced, verdict.share)
         metrics = (
             own.metrics
             | signals

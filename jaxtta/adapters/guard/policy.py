@@ -14,6 +14,7 @@ ends; it ended before."""
 REASONS = (
     "calm",
     "few_images",
+    "few_classes",
     "not_finite",
     "environment_changed",
     "narrowing",
@@ -31,6 +32,8 @@ class Policy:
         share: of the adapted model in the mixture, while all is calm.
         narrowing: nats of the class marginal's entropy that adaptation may take away; there the
             share has faded to 0 and adaptation has failed.
+        variety: of the classes; below it the share fades, and at half of it nothing is learnt.
+        balance: power to which the adapted model's class marginal is brought to the frozen one's.
         strikes: failures in one environment that stop adaptation.
         environment: z of an image statistic at which the environment has changed.
         half_life: images after which an average has forgotten half.
@@ -42,6 +45,8 @@ class Policy:
 
     share: float = 0.5
     narrowing: float = 0.1
+    variety: float = 0.6
+    balance: float = 1.0
     strikes: int = 3
     environment: float = 6.0
     half_life: float = 64.0
@@ -52,9 +57,10 @@ class Policy:
 
     def __post_init__(self) -> None:
         """Validate the settings."""
-        if not 0 <= self.share <= 1:
-            raise ValueError(f"share is {self.share}, expected 0 to 1")
-        for name in ("narrowing", "environment", "half_life", "recent"):
+        for name in ("share", "balance"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected 0 to 1")
+        for name in ("narrowing", "variety", "environment", "half_life", "recent"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected a positive number")
         for name in ("strikes", "least_images", "snapshots", "snapshot_every"):
@@ -82,17 +88,18 @@ class Verdict(NamedTuple):
 
 
 def share_of(signals: Metrics, policy: Policy) -> Array:
-    """The adapted model's share: it fades to 0 as narrowing grows to the policy's."""
+    """The adapted model's share: less with narrowing, and where the classes have no variety."""
     calm = jnp.clip(1 - signals["narrowing"] / policy.narrowing, 0, 1)
-    return policy.share * calm
+    varied = jnp.clip(2 * signals["variety"] / policy.variety - 1, 0, 1)
+    return policy.share * calm * varied
 
 
 def decide(signals: Metrics, strikes: Array, stopped: Array, policy: Policy) -> Verdict:
     """Decide on a batch.
 
     Args:
-        signals: scalars by name: images (valid ones), finite (whether the update is), environment
-            and narrowing.
+        signals: scalars by name: images (valid ones), finite (whether the update is), environment,
+            narrowing and variety.
         strikes: () int32, failures in this environment so far.
         stopped: () bool, whether adaptation has ended.
         policy: the numbers.
@@ -106,6 +113,7 @@ def decide(signals: Metrics, strikes: Array, stopped: Array, policy: Policy) -> 
         (last, "stop", "strikes"),
         (failed, "roll_back", "narrowing"),
         (signals["images"] < policy.least_images, "skip", "few_images"),
+        (2 * signals["variety"] < policy.variety, "skip", "few_classes"),
         (~signals["finite"], "skip", "not_finite"),
     )
     decision, reason = DECISIONS.index("adapt"), REASONS.index("calm")
