@@ -16,6 +16,7 @@ from PIL import Image
 
 from jaxtta.adapters import Prediction
 from jaxtta.adapters.base import Answers
+from jaxtta.adapters.guard import DECISIONS, REASONS
 from jaxtta.deploy.audit import AuditLog, as_log_record, read_log, record_of, steps_of
 from jaxtta.deploy.replay import _difference, replay
 from jaxtta.deploy.setup import Setup, header_of
@@ -87,7 +88,8 @@ def test_a_log_torn_at_any_byte_has_all_earlier_records_and_goes_on(tmp_path_fac
 
 def test_a_record_says_what_both_models_answer():
     both = Answers(np.log([[0.75, 0.25]] * 4), np.log([[0.5, 0.5]] * 3 + [[np.nan, 1]]))
-    metrics = {"share": np.float32(0.1), "decision": np.int32(3), "reason": np.int32(4)}
+    decision, reason = DECISIONS.index("roll_back"), np.int32(REASONS.index("narrowing"))
+    metrics = {"share": np.float32(0.1), "decision": np.int32(decision), "reason": reason}
     prediction = Prediction(both.reference, {**metrics, "strikes": np.int32(2)}, None, both)
     images = np.arange(4 * 12, dtype=np.uint8).reshape(4, 2, 2, 3)
     record = record_of(prediction, 5, "abcd", images, ["cat", "dog"], "0f", 1.5)
@@ -365,9 +367,22 @@ def test_changed_images_models_and_settings_are_named(run, images, tmp_path):
     log = header(lambda x: x.update(state_digest="00", steps=7))
     with pytest.raises(ValueError, match=r"goes on at step 7 from a state .*, give it with --stat"):
         replay(log)
+    with pytest.raises(ValueError, match=r"a start has no setup, it cannot be repeated"):
+        replay(header(lambda x: x.pop("setup")))
     found = replay(path, folder=tmp_path)
     assert (found.step, found.field) == (0, "images")
     assert "cannot be decoded" in found.difference
+
+
+@pytest.mark.slow
+def test_a_roll_out_is_repeated(short, images, tmp_path):
+    path = tmp_path / "log.jsonl"
+    setup = Setup("guarded:zero_shot", ("cat", "dog", "bird"), model=str(short), batch_size=3)
+    session = setup.session(*setup.load(), served=lambda name: name < "5")
+    logged(path, setup, images, (3, 3), session)
+    chosen = [x for step in steps_of(read_log(path)[1]) for x in step["guarded"]]
+    assert {*chosen} == {True, False}
+    assert replay(path, folder=images)[:4] == (2, 6, 0, None)
 
 
 @pytest.mark.slow

@@ -125,6 +125,7 @@ class Session:
         params: its parameters.
         state: the adapter's.
         log: gets a record of each step, or None; one that is set later does from then on.
+        served: as in the arguments.
         prediction: of the last step, in numpy, padding included; None before the first.
         digest: eight hexadecimal digits of the state's checksum; "" where `digests` is false.
         steps: number of batches answered.
@@ -188,7 +189,8 @@ class Session:
         self.settings = io.as_json(
             {**(settings or {}), "class names": self.class_names, "prompts": prompts}
         )
-        self._min_adapt, self._served, self._now, self._about = min_adapt, served, now, about
+        self.served = served
+        self._min_adapt, self._now, self._about = min_adapt, now, about
         self._digests = digests or log is not None
         self.prediction: Prediction | None = None
         self.steps = self.seen = self.updates = 0
@@ -268,10 +270,12 @@ class Session:
         else:
             self.updates += learn and not metrics.get("skipped", False)
         if self.log is not None:
-            pixels = [x.pixels for x in ready]
-            now, step = self._now(), self.steps - 1
+            pixels, step = [x.pixels for x in ready], self.steps - 1
             self.log.write(
-                record_of(prediction, step, names, pixels, self.class_names, self.digest, now)
+                record_of(
+                    *(prediction, step, names, pixels, self.class_names, self.digest, self._now()),
+                    guarded=None if self.served is None else guarded,
+                )
             )
         return answers
 
@@ -283,9 +287,9 @@ class Session:
         self, prediction: Prediction, names: Sequence[Any]
     ) -> tuple[Prediction, Sequence[bool]]:
         """The prediction with the frozen model's answers where those are to be served."""
-        if self._served is None or prediction.answers is None:
+        if self.served is None or prediction.answers is None:
             return prediction, [prediction.answers is not None] * len(names)
-        chosen = [bool(self._served(str(name))) for name in names]
+        chosen = [bool(self.served(str(name))) for name in names]
         logits, reference = np.array(prediction.logits), prediction.answers.reference
         for n in np.flatnonzero(~np.array(chosen)):
             logits[n] = reference[n]
