@@ -24,6 +24,7 @@ from jaxtta.deploy.setup import Setup, header_of
 HEADER = {"model": "clip", "class_names": ["cat", "NaN"]}
 NUMBERS = st.floats(width=32)
 TEXTS = st.text(st.characters(exclude_categories=()), max_size=9)  # lone surrogates among them
+TEXTS |= st.sampled_from(["caf\udce9", "\ufffd", "\ufffddce9", "NaN"])
 
 
 def write(path, records, header=HEADER):
@@ -220,12 +221,16 @@ def test_other_files_and_logs_are_refused_in_a_sentence(tmp_path):
         read_log(path)
     with pytest.raises(TypeError), AuditLog(path, HEADER) as log:
         log.write({"step": object()})
+    with AuditLog(path, HEADER), pytest.raises(ValueError, match="another process writes"):
+        AuditLog(path, HEADER)
 
 
 KILLED = """
 import os, random, signal, sys, time
+from jaxtta.deploy import audit
 from jaxtta.deploy.audit import AuditLog
 path, answers = sys.argv[1:]
+audit._PATIENCE = 60  # a busy machine may keep the writing thread waiting, as a slow disk does
 draw = random.Random(0)
 for round in range(30):
     if (child := os.fork()) == 0:
