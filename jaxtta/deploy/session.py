@@ -125,6 +125,7 @@ class Session:
         params: its parameters.
         state: the adapter's.
         log: gets a record of each step, or None; one that is set later does from then on.
+        served: from an image's name to whether the guard's mixture is its answer; None for always.
         prediction: of the last step, in numpy, padding included; None before the first.
         digest: eight hexadecimal digits of the state's checksum; "" where `digests` is false.
         steps: number of batches answered.
@@ -170,7 +171,7 @@ class Session:
             log: gets a record of each step; may be set later too, with `digests`.
             digests: whether to compute `digest` without a log too.
             served: from an image's name to whether the guard's mixture is its answer, or the frozen
-                model's; the adapter learns from all images. None for the mixture always.
+                model's; the adapter learns from all images. A record then says so in `guarded`.
             key: PRNG key for the adapter's `init`.
             now: the time of a record in seconds since 1970.
 
@@ -188,7 +189,7 @@ class Session:
         self.settings = io.as_json(
             {**(settings or {}), "class names": self.class_names, "prompts": prompts}
         )
-        self._min_adapt, self._served, self._now, self._about = min_adapt, served, now, about
+        self._min_adapt, self.served, self._now, self._about = min_adapt, served, now, about
         self._digests = digests or log is not None
         self.prediction: Prediction | None = None
         self.steps = self.seen = self.updates = 0
@@ -270,9 +271,8 @@ class Session:
         if self.log is not None:
             pixels = [x.pixels for x in ready]
             now, step = self._now(), self.steps - 1
-            self.log.write(
-                record_of(prediction, step, names, pixels, self.class_names, self.digest, now)
-            )
+            record = record_of(prediction, step, names, pixels, self.class_names, self.digest, now)
+            self.log.write(record | ({"guarded": guarded} if self.served else {}))
         return answers
 
     def _begin(self, state: Any) -> None:
@@ -283,9 +283,9 @@ class Session:
         self, prediction: Prediction, names: Sequence[Any]
     ) -> tuple[Prediction, Sequence[bool]]:
         """The prediction with the frozen model's answers where those are to be served."""
-        if self._served is None or prediction.answers is None:
+        if self.served is None or prediction.answers is None:
             return prediction, [prediction.answers is not None] * len(names)
-        chosen = [bool(self._served(str(name))) for name in names]
+        chosen = [bool(self.served(str(name))) for name in names]
         logits, reference = np.array(prediction.logits), prediction.answers.reference
         for n in np.flatnonzero(~np.array(chosen)):
             logits[n] = reference[n]
