@@ -18,6 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from jaxtta.adapters.guard.labels import count_pairs, is_worse, no_pairs
 from jaxtta.deploy.queue import Item
 from jaxtta.deploy.session import Answer, described
@@ -83,11 +85,10 @@ class Review:
             self._counted, self._count = time.monotonic(), len(lone_images(self._folder))
         if self._count >= self._limit:
             return False
-        both = {"reference": answer.reference, "adapted": answer.adapted}
+        adapted = None if answer.adapted is None else self._names[answer.adapted.argmax()]
         stem, _, suffix = str(item.name).replace("\\", "/").rpartition("/")[2].rpartition(".")
         stem = re.sub(r"[^\w-]+", "_", stem or suffix)[-60:] or "image"
         name = f"{len(self._records):06}-{stem}.{re.sub(r'[^a-zA-Z0-9]', '', suffix)[:5] or 'png'}"
-        winners = {key: self._names[x.argmax()] for key, x in both.items() if x is not None}
         record = {
             "file": name,
             "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -95,7 +96,7 @@ class Review:
             "step": answer.step,
             "why": "disagree" if answer.disagree else "unsure",
             **described(answer, self._names, TOP),
-            **winners,
+            "adapted_label": adapted,
         }
         try:
             with atomic_write(self._folder / name) as temporary:
@@ -119,8 +120,8 @@ class Review:
         test is valid whenever one looks; what it once said stays.
         """
         if (labelled := self._labelled()) is not None and not self._worse:
-            pairs = [(x["adapted"] == y, x["reference"] == y) for y, x in labelled]
-            self.pairs = count_pairs(*zip(*pairs, strict=True)) if pairs else no_pairs()
+            pairs = [(x["adapted_label"] == y, x["frozen_label"] == y) for y, x in labelled]
+            self.pairs = count_pairs(*np.array(pairs).T) if pairs else no_pairs()
             self._worse = bool(is_worse(self.pairs))
         return self._worse
 

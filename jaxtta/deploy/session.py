@@ -106,15 +106,23 @@ def described(answer: Answer, class_names: Sequence[str], count: int) -> dict[st
 
     Returns:
         labels and scores, the likeliest first and empty where the answer is not finite; updates;
-        with a guard its decision and the adapted model's share.
+        with a guard its decision, the adapted model's share, and the frozen model's likeliest class.
     """
     best = np.argsort(-answer.scores, kind="stable")[:count] if answer.finite else []
-    return {
+    found: dict[str, Any] = {
         "labels": [class_names[n] for n in best],
         "scores": [float(answer.scores[n]) for n in best],
         "updates": answer.updates,
-        **({} if answer.decision is None else {"decision": answer.decision, "share": answer.share}),
     }
+    if answer.decision is not None:
+        found |= {"decision": answer.decision, "share": answer.share}
+    if answer.reference is not None and np.isfinite(answer.reference).all():
+        place = int(answer.reference.argmax())
+        found |= {
+            "frozen_label": class_names[place],
+            "frozen_score": float(answer.reference[place]),
+        }
+    return found
 
 
 class Session:
