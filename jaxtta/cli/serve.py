@@ -162,9 +162,9 @@ def run(options: Options) -> int:
     if options.state and options.state.exists():
         session.load(options.state)
         say(f"{options.state}: goes on after {session.steps} steps and {session.seen} images")
-    served = Served(options, session, max((len(printable(file)) for file in files), default=0))
     say(f"compiling {options.adapter} …")
     session.compile()
+    served = Served(options, session, max((len(printable(file)) for file in files), default=0))
     sources = sum((bool(files), stdin, bool(options.watch), bool(options.http)))
     queue = BatchQueue(options.batch_size, options.max_queue, sources)
     reader = Reader(queue, session, say, classify.shown, served.done)

@@ -34,8 +34,9 @@ class Lines:
             ValueError: if it has another first line.
         """
         self.path, self.lost = Path(path), 0
-        self._file = self.path.open("ab+", buffering=0)
-        self._file.seek(0)
+        if self.path.exists() and not self.path.is_file():
+            raise ValueError(f"{path}: is no ordinary file, answers cannot be continued there")
+        self._file = self.path.open("ab", buffering=0)
         self._size = 0
         first = header.encode()
         for line in self._lines():
