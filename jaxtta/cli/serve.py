@@ -48,7 +48,7 @@ from typing import Any
 from jaxtta import evaluate
 from jaxtta.cli import classify
 from jaxtta.cli.options import group
-from jaxtta.deploy.answers import Lines
+from jaxtta.deploy.answers import AnswersFile
 from jaxtta.deploy.audit import AuditLog
 from jaxtta.deploy.queue import NEVER, BatchQueue, Item, answer_all
 from jaxtta.deploy.review import Review
@@ -110,7 +110,7 @@ class Served:
         self._review, self._worse, self._save_failed = None, False, False
         self._options, self._session, self._news = options, session, time.monotonic()
         header, self._line = classify.lines_of(options, session, width)
-        self.lines = Lines(options.append, header) if options.append else None
+        self.lines = AnswersFile(options.append, header) if options.append else None
         self.done = self.lines.names() if self.lines else set[str]()
         if self.lines is None:
             print(header, end="", flush=True)

@@ -106,7 +106,8 @@ def described(answer: Answer, class_names: Sequence[str], count: int) -> dict[st
 
     Returns:
         labels and scores, the likeliest first and empty where the answer is not finite; updates;
-        with a guard its decision, the adapted model's share, and the frozen model's likeliest class.
+        with a guard its decision, the adapted model's share and the frozen model's likeliest
+        class.
     """
     best = np.argsort(-answer.scores, kind="stable")[:count] if answer.finite else []
     found: dict[str, Any] = {
