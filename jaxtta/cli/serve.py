@@ -22,7 +22,9 @@ is answered again, also after a crash. Ctrl-C and SIGTERM answer the batch at ha
 HTTP listens to this machine alone; to listen to others (`--http 0.0.0.0:8000`) it needs a token,
 best in the variable JAXTTA_TOKEN, that clients send as "Authorization: Bearer TOKEN".
 
-In the review folder, a person writes labels.csv with the columns file and label.
+In the review folder a person may write labels.csv, with the columns file and label. Once they show
+that the adapted model is less accurate than the frozen one, the frozen one answers. `--share 0.05`
+lets the guarded model answer 5 % of the images at first; it learns from all.
 
 TNT needs no batch: it optimises a small noise map for each image, at the cost of more than a
 hundred forward passes. A map can be learnt once for a camera, and then applied as it is:
@@ -46,10 +48,11 @@ from typing import Any
 from jaxtta import evaluate
 from jaxtta.cli import classify
 from jaxtta.cli.options import group
+from jaxtta.deploy.answers import AnswersFile
 from jaxtta.deploy.audit import AuditLog
-from jaxtta.deploy.answers import Lines
 from jaxtta.deploy.queue import NEVER, BatchQueue, Item, answer_all
 from jaxtta.deploy.review import Review
+from jaxtta.deploy.rollout import chosen
 from jaxtta.deploy.session import Answer, Session, described
 from jaxtta.deploy.setup import header_of
 from jaxtta.deploy.sources import Reader, Watcher, paths_on_stdin
@@ -71,6 +74,7 @@ class Options(classify.Options):
 
     adapter: str = "guarded:batclip"  # guarded:tent:lr=1e-4, batclip (unguarded), tnt, …
     batch_size: int = 8  # images per step
+    share: float = 1.0  # of the images that the guarded model answers; the frozen one the others
     watch: Path | None = None  # answer the images that come to this folder, until Ctrl-C
     http: str | None = None  # answer requests at [HOST:]PORT; port 0 for a free one
     token: str = ""  # that requests must bring (better: the variable JAXTTA_TOKEN)
@@ -103,16 +107,18 @@ class Served:
         """Open what the answers go to."""
         self.seen = self.answered = 0
         self.metrics: Any = None
-        self._review, self._save_failed = None, False
+        self._review, self._worse, self._save_failed = None, False, False
         self._options, self._session, self._news = options, session, time.monotonic()
         header, self._line = classify.lines_of(options, session, width)
-        self.lines = Lines(options.append, header) if options.append else None
+        self.lines = AnswersFile(options.append, header) if options.append else None
         self.done = self.lines.names() if self.lines else set[str]()
         if self.lines is None:
             print(header, end="", flush=True)
         if options.review:
             limits = options.review_below, options.review_limit
             self._review = Review(options.review, session.class_names, *limits)
+        if options.share < 1:
+            session.served = lambda name: chosen(name, options.share)
 
     def after(self, items: Sequence[Item], answers: Sequence[Answer]) -> None:
         """Write, count and copy a batch's answers, and save the state from time to time."""
@@ -125,6 +131,9 @@ class Served:
             self.seen, self.answered = self.seen + 1, self.answered + answer.finite
             if self._review:
                 self._review.offer(item, answer)
+        if self._review and not self._worse and self._review.adapted_is_worse():
+            self._worse, session.served = True, lambda name: False
+            say("labels show that the adapted model is less accurate: the frozen one answers")
         if self.metrics:
             self.metrics.count(answers)
             for what, by in (("answers", self.lines), ("review", self._review)):
@@ -153,9 +162,9 @@ def run(options: Options) -> int:
     if options.state and options.state.exists():
         session.load(options.state)
         say(f"{options.state}: goes on after {session.steps} steps and {session.seen} images")
-    served = Served(options, session, max((len(printable(file)) for file in files), default=0))
     say(f"compiling {options.adapter} …")
     session.compile()
+    served = Served(options, session, max((len(printable(file)) for file in files), default=0))
     sources = sum((bool(files), stdin, bool(options.watch), bool(options.http)))
     queue = BatchQueue(options.batch_size, options.max_queue, sources)
     reader = Reader(queue, session, say, classify.shown, served.done)
@@ -205,6 +214,12 @@ def check(options: Options) -> None:
         raise ValueError(f"--max-wait is {options.max_wait}, expected seconds, at least 0")
     if not 0 <= options.review_below <= 1:
         raise ValueError(f"--review-below is {options.review_below}, expected 0 to 1")
+    if not 0 <= options.share <= 1:
+        raise ValueError(f"--share is {options.share}, expected 0 to 1")
+    if options.share < 1 and not evaluate.parse_adapter(options.adapter).guard:
+        raise ValueError(
+            f"--share is for adapters with a guard: --adapter guarded:{options.adapter}"
+        )
     if options.append and options.format == "text":
         raise ValueError("--append needs --format jsonl or csv")
     if options.watch and not options.watch.is_dir():

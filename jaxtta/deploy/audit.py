@@ -53,7 +53,6 @@ def record_of(
     class_names: Sequence[str],
     state_digest: str,
     now: float,
-    guarded: Sequence[bool] | None = None,
 ) -> dict[str, Any]:
     """A step's record.
 
@@ -65,14 +64,13 @@ def record_of(
         class_names: one a class.
         state_digest: checksum of the state after the step.
         now: seconds since 1970.
-        guarded: in a roll-out, whether each image was answered by the guard's mixture, not by the
-            frozen model; None where all were.
 
     Returns:
-        JSON values: time, step, images, digests, guarded; reference, adapted and served, each a
-        list of {label, probability}, or None for the first two without a guard (label None where
-        the answer is not finite); share, decision and reason, None without a guard; signals, all
-        other scalars; state_digest.
+        JSON values: time, step, images, digests; reference, adapted and served, each a list of
+        {label, probability}, or None for the first two without a guard (label None where the
+        answer is not finite); share, decision and reason, None without a guard; signals, all other
+        scalars; state_digest. In a roll-out a session adds guarded: which images the guard's
+        mixture answered, and not the frozen model.
     """
     metrics, both = dict(prediction.metrics), prediction.answers
     reference, adapted = (None, None) if both is None else both
@@ -95,7 +93,6 @@ def record_of(
         "step": step,
         "images": [*map(str, names)],
         "digests": [digest_array(np.asarray(each)).removeprefix("bytes ") for each in pixels],
-        "guarded": None if guarded is None else [*map(bool, guarded)],
         "reference": answers(reference),
         "adapted": answers(adapted),
         "served": answers(prediction.logits),

@@ -108,7 +108,7 @@ def make_app(
         host = re.sub(r":\d+$", "", request.headers.get("host", "")).strip("[]")
         if hosts and host not in hosts:
             raise Refused(400, f"this server is not called {printable(host)!r}")
-        given = request.headers.get("authorization", "").encode()
+        given = request.headers.get("authorization", "").encode("latin-1")  # its bytes
         if token and not hmac.compare_digest(given, f"Bearer {token}".encode()):
             raise Refused(
                 401,

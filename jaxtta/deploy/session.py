@@ -106,15 +106,24 @@ def described(answer: Answer, class_names: Sequence[str], count: int) -> dict[st
 
     Returns:
         labels and scores, the likeliest first and empty where the answer is not finite; updates;
-        with a guard its decision and the adapted model's share.
+        with a guard its decision, the adapted model's share and the frozen model's likeliest
+        class.
     """
     best = np.argsort(-answer.scores, kind="stable")[:count] if answer.finite else []
-    return {
+    found: dict[str, Any] = {
         "labels": [class_names[n] for n in best],
         "scores": [float(answer.scores[n]) for n in best],
         "updates": answer.updates,
-        **({} if answer.decision is None else {"decision": answer.decision, "share": answer.share}),
     }
+    if answer.decision is not None:
+        found |= {"decision": answer.decision, "share": answer.share}
+    if answer.reference is not None and np.isfinite(answer.reference).all():
+        place = int(answer.reference.argmax())
+        found |= {
+            "frozen_label": class_names[place],
+            "frozen_score": float(answer.reference[place]),
+        }
+    return found
 
 
 class Session:
@@ -125,7 +134,7 @@ class Session:
         params: its parameters.
         state: the adapter's.
         log: gets a record of each step, or None; one that is set later does from then on.
-        served: as in the arguments.
+        served: from an image's name to whether the guard's mixture is its answer; None for always.
         prediction: of the last step, in numpy, padding included; None before the first.
         digest: eight hexadecimal digits of the state's checksum; "" where `digests` is false.
         steps: number of batches answered.
@@ -171,7 +180,7 @@ class Session:
             log: gets a record of each step; may be set later too, with `digests`.
             digests: whether to compute `digest` without a log too.
             served: from an image's name to whether the guard's mixture is its answer, or the frozen
-                model's; the adapter learns from all images. None for the mixture always.
+                model's; the adapter learns from all images. A record then says so in `guarded`.
             key: PRNG key for the adapter's `init`.
             now: the time of a record in seconds since 1970.
 
@@ -189,8 +198,7 @@ class Session:
         self.settings = io.as_json(
             {**(settings or {}), "class names": self.class_names, "prompts": prompts}
         )
-        self.served = served
-        self._min_adapt, self._now, self._about = min_adapt, now, about
+        self._min_adapt, self.served, self._now, self._about = min_adapt, served, now, about
         self._digests = digests or log is not None
         self.prediction: Prediction | None = None
         self.steps = self.seen = self.updates = 0
@@ -270,13 +278,10 @@ class Session:
         else:
             self.updates += learn and not metrics.get("skipped", False)
         if self.log is not None:
-            pixels, step = [x.pixels for x in ready], self.steps - 1
-            self.log.write(
-                record_of(
-                    *(prediction, step, names, pixels, self.class_names, self.digest, self._now()),
-                    guarded=None if self.served is None else guarded,
-                )
-            )
+            pixels = [x.pixels for x in ready]
+            now, step = self._now(), self.steps - 1
+            record = record_of(prediction, step, names, pixels, self.class_names, self.digest, now)
+            self.log.write(record | ({"guarded": guarded} if self.served else {}))
         return answers
 
     def _begin(self, state: Any) -> None:
