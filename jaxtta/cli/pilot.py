@@ -177,7 +177,7 @@ def stopped_by(steps: pd.DataFrame) -> str:
     """Why the guard does not adapt any more; "" if it does."""
     if "decision" not in steps or DECISIONS[steps["decision"].iloc[-1]] not in STOPS:
         return ""
-    stop = steps[steps["decision"] == DECISIONS.index("stop")].iloc[-1]
-    images = steps["images"].cumsum()[stop.name]
+    places = np.flatnonzero(steps["decision"] == DECISIONS.index("stop"))
+    stop, images = steps.iloc[places[-1]], int(steps["images"][: places[-1] + 1].sum())
     reason = REASONS[int(stop["reason"])].replace("_", " ")
     return f"it stopped adapting after {images} images ({reason})"

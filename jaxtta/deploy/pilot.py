@@ -23,6 +23,7 @@ from jaxtta.deploy.shadow import (
     fit_of,
     gain_of,
     ms_of,
+    spread_of,
 )
 
 VERDICTS = {"go": 0, "no-go": 3, "undecided": 4}
@@ -31,6 +32,7 @@ LEAST_INFORMATION, LEAST_ENTROPY = 0.1, 0.3  # of the logarithm of the number of
 STATUSES = {"failed": "no-go", "open": "undecided", "met": "go"}
 """Of a criterion, with the verdict that it gives if none before it occurs."""
 DISAGREEMENT, NARROWING, MISCALIBRATION = 30.0, 0.1, 1.0  # per cent, nats, points
+UNEVEN = 1e-3  # p-value
 LEAST_SKILL = 0.1  # of the way from guessing (0) to no error (1)
 
 
@@ -179,8 +181,14 @@ def judge(
     disagreement = Estimate(float(differ.mean()), *accuracy_interval(differ))
     narrowing = Estimate(float(np.subtract(*entropy_of(shadow.marginals))))
     calibration = calibration_of(shadow) if shadow.labelled == "all" else None
-    if not (blind and without_labels) or 100 * gain.high < limits.least_gain:
+    if not (blind and without_labels) or 100 * gain.bounds[1] < limits.least_gain:
         criteria += judge_gain(gain, limits)
+    if shadow.labelled == "some":
+        spread = Criterion("labels from the whole stream", "met")
+        if spread_of(shadow) < UNEVEN:
+            why = "the labels are not spread evenly over the stream, so they may not stand for it"
+            spread = spread._replace(status="open", why=why)
+        criteria.append(spread)
     criteria.append(_at_least("images", Estimate(count), limits.least_images, "images"))
     if (most := limits.most_disagreement) is not None:
         criteria.append(_at_most("disagreement", disagreement, most, "%"))
@@ -211,7 +219,8 @@ def judge(
 
 def judge_gain(gain: Estimate, limits: Thresholds) -> list[Criterion]:
     """Whether the gain is enough as measured, and its interval excludes too much loss."""
-    low, high, least, loss = 100 * gain.low, 100 * gain.high, limits.least_gain, -limits.most_loss
+    low, high = (100 * bound for bound in gain.bounds)
+    least, loss = limits.least_gain, -limits.most_loss
     enough = gain.value is not None and 100 * gain.value >= least
     first = "failed" if high < least else "met" if enough else "open"
     second = "failed" if high < loss else "met" if low >= loss else "open"
@@ -222,17 +231,17 @@ def judge_gain(gain: Estimate, limits: Thresholds) -> list[Criterion]:
 def judge_fit(fit: Fit) -> Criterion:
     """Whether zero-shot tells the images apart; adaptation cannot mend a model that does not."""
     judged, unfit = Criterion("the model fits the images", "met"), "the model does not fit them: "
-    if fit.recall is not None and fit.recall.low is not None and fit.recall.high is not None:
-        guessing = 1 / len(fit.predicted)
+    if fit.recall is not None:
+        value, bounds, guessing = fit.recall.value or 0.0, fit.recall.bounds, 1 / len(fit.predicted)
         least = guessing + LEAST_SKILL * (1 - guessing)
-        if fit.recall.high < least:
-            found, low, high, guessed = (f"{100 * x:.0f}" for x in (*fit.recall, guessing))
+        if bounds[1] < least:
+            found, low, high, guessed = (f"{100 * x:.0f}" for x in (value, *bounds, guessing))
             why = (
                 f"zero-shot recognises {found} % of a class on average (95 % interval {low} to "
                 f"{high}), guessing {guessed} %"
             )
             return judged._replace(status="failed", why=unfit + why)
-        if fit.recall.low >= least:
+        if bounds[0] >= least:
             return judged
     if fit.information >= LEAST_INFORMATION:
         return judged

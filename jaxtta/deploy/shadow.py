@@ -13,6 +13,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import pandas as pd
+from scipy.stats import kstest
 
 from jaxtta.adapters.guard.labels import Pairs, bounds, count_pairs
 from jaxtta.bootstrap import LEVEL, bootstrap, interval
@@ -27,6 +28,12 @@ class Estimate(NamedTuple):
     value: float | None
     low: float | None = None
     high: float | None = None
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """The interval of an estimate that has one."""
+        assert self.low is not None and self.high is not None
+        return self.low, self.high
 
 
 class Shadow(NamedTuple):
@@ -165,6 +172,18 @@ def pairs_of(shadow: Shadow) -> Pairs:
     known = shadow.differ & (shadow.labels >= 0)
     zero_shot, guarded = shadow.right()[known].T
     return count_pairs(guarded, zero_shot)
+
+
+def spread_of(shadow: Shadow) -> float:
+    """A p-value of "the labels are spread evenly over the stream", where the models differ.
+
+    Labels of its beginning alone, where the adapter has learnt little, say nothing of its end.
+    """
+    known = shadow.labels[shadow.differ] >= 0
+    if not known.any():
+        return 1.0
+    places = (np.flatnonzero(known) + 0.5) / len(known)
+    return float(kstest(places, "uniform").pvalue)
 
 
 def accuracies_of(shadow: Shadow) -> tuple[Estimate, Estimate] | None:

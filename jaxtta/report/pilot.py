@@ -93,7 +93,9 @@ def write_pilot(
     write_json(folder / "result.json", content_of(found, trial, thresholds, said, steps) | made)
     write_text(folder / "report.html", page)
     blocks = [
-        "\n".join(aligned([[str(table.index.name), *table], *table.itertuples(name=None)]))
+        "\n".join(
+            aligned([[str(table.index.name), *map(str, table)], *table.itertuples(name=None)])
+        )
         for table in (criteria, numbers)
     ]
     print(*[title, *said[:1], *blocks, *said[1:], "\n".join(f"- {x}" for x in steps)], sep="\n\n")
@@ -144,36 +146,40 @@ def say(estimate: Estimate | None, unit: str = "points", sign: str = "") -> str:
     value, low, high = (
         "" if x is None else f"{factor * x:{sign},.{digits}f}".replace("-", "−") for x in estimate
     )
-    return f"{value} [{low}, {high}]".strip() if low else value
+    between = f"[{low}, {high}]" if low else ""
+    return f"{value or 'not known, within'} {between}".rstrip()
 
 
 def plain(estimate: Estimate) -> str:
     """A gain or loss in points, as a sentence has it."""
-    assert estimate.value is not None and estimate.low is not None and estimate.high is not None
-    low, high = sorted((estimate.low, estimate.high), key=abs)
-    sign = estimate.value < 0
-    value, low, high = (f"{-100 * x if sign else 100 * x:.1f}" for x in (estimate.value, low, high))
-    return f"{value} points (95 % interval {low} to {high})".replace("-", "−")
+    value = estimate.value or 0.0
+    factor = -100 if value < 0 else 100
+    low, high = sorted(factor * bound for bound in estimate.bounds)
+    said = f"{factor * value:.1f} points (95 % interval {low:.1f} to {high:.1f})"
+    return said.replace("-", "−")
 
 
 def reason(one: Criterion) -> str:
     """Why a criterion failed or is open, as the end of a sentence."""
     if one.why:
         return one.why
-    limit = number(one.threshold)
-    value = say(one.measured, one.unit, "+" if one.unit == "points" else "")
-    known = one.measured is not None and one.measured.value is not None
+    limit, known = (
+        number(one.threshold),
+        one.measured is not None and one.measured.value is not None,
+    )
+    gain = one.measured or Estimate(None)
+    value = say(gain, one.unit, "+" if one.unit == "points" else "")
     if one.name == "gain" and not known:
         return "without labels nobody can tell which model is right where they differ"
     if one.name == "gain" and one.status == "failed":
-        most = f"{100 * one.measured.high:.1f}".replace("-", "−")
+        most = f"{100 * gain.bounds[1]:.1f}".replace("-", "−")
         return f"a gain of {limit} points is asked for, and at most {most} are possible"
     if one.name == "gain":
-        return f"a gain of {limit} points is asked for, and {plain(one.measured)} was measured"
+        return f"a gain of {limit} points is asked for, and {plain(gain)} was measured"
     if one.name == "loss" and one.status == "failed":
-        return f"accuracy falls by {plain(one.measured)}"
+        return f"accuracy falls by {plain(gain)}"
     if one.name == "loss":
-        worst = f"{-100 * one.measured.low:.1f}"
+        worst = f"{-100 * gain.bounds[0]:.1f}"
         return f"a loss of up to {worst} points is not ruled out, {limit} are allowed"
     if one.name == "images":
         return f"{counted(int(value.replace(',', '')), 'image')} are too few, {limit} are asked for"
@@ -202,11 +208,11 @@ def table_of_criteria(found: Judgement) -> pd.DataFrame:
             least = "at least" if one.name in ("gain", "images") else "at most"
             asked = f"{least} {number(one.threshold)} {one.unit}"
             measured = say(one.measured, one.unit, "+" if one.unit == "points" else "")
-        if one.name == "loss":
+        if one.name == "loss" and one.measured:
             measured = f"gain of {say(Estimate(one.measured.low), sign='+')} at worst"
-        rows[one.name] = (asked, measured or NONE, STATUSES[one.status])
-    frame = pd.DataFrame.from_dict(rows, "index", columns=["asked for", "measured", "result"])
-    return frame.rename_axis("threshold")
+        rows[one.name] = (STATUSES[one.status], asked, measured or NONE)
+    frame = pd.DataFrame.from_dict(rows, "index", columns=["result", "asked for", "measured"])
+    return frame.rename_axis("condition")
 
 
 def table_of_numbers(found: Judgement, trial: Trial) -> pd.DataFrame:
@@ -354,7 +360,7 @@ def draw_signals(trial: Trial) -> Figure:
 def draw_confidence(trial: Trial) -> Figure:
     """How sure both models are."""
     figure = Figure(SIZE, layout="constrained")
-    axes, bins = figure.subplots(), np.linspace(0, 1, 21)
+    axes, bins = figure.subplots(), np.linspace(0, 1, 21).tolist()
     for name, answers in zip(NAMES, (trial.shadow.reference, trial.shadow.served), strict=True):
         if answers is not None:
             sure = np.minimum(answers.max(1), 1)
@@ -380,7 +386,7 @@ def draw_classes(trial: Trial, class_names: tuple[str, ...]) -> Figure:
     frame = frame.loc[frame.max(axis=1).sort_values(ascending=False, kind="stable").index[:SHOWN]]
     figure = Figure((SIZE[0], 1.1 + 0.33 * len(frame)), layout="constrained")
     axes = figure.subplots()
-    colours = [*LOOKS.values()][: len(given) - (shadow.served is None)]
+    colours: list[Any] = [*LOOKS.values()][: len(given) - (shadow.served is None)]
     colours += [COLOURS[2]] * ("labels" in chosen)
     frame.plot.barh(ax=axes, width=0.8, color=colours, legend=False)
     axes.invert_yaxis()
