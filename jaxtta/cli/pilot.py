@@ -6,9 +6,10 @@ r"""Find out on your own images whether to switch adaptation on: go, no-go or un
 
 A guarded adapter answers all images in their order, beside zero-shot, and nothing depends on it
 yet. Labels come from class folders, or from a .csv with the columns file and label (or image and
-class) for some of the images. The folder of results has report.html for people, result.json for
-programs, and to_label.csv: images on which the two models differ, in random order. Labels of the
-first hundred usually decide; fill in the column label and give the file to --labels.
+class) for some of the images. The folder of results has report.html for people; result.json for
+programs, shares in per cent and gains in points; log.jsonl of the run; and to_label.csv: images on
+which the two models differ, in random order. Labels of the first hundred usually decide: fill in
+the column label and give the file to --labels.
 
 Without labels nobody can tell which model is right: the verdict is then no-go or undecided, unless
 --without-labels allows go on signals alone. Images that the model does not fit end in no-go before

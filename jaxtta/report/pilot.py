@@ -138,13 +138,13 @@ def with_estimate(row: Any) -> dict[str, Any]:
     return {k: v._asdict() if isinstance(v, Estimate) else v for k, v in row._asdict().items()}
 
 
-def say(estimate: Estimate | None, unit: str = "points", sign: str = "") -> str:
-    """Format an estimate with its interval; shares become per cent or points."""
+def say(estimate: Estimate | None, unit: str = "%", sign: str = "") -> str:
+    """Format an estimate with its interval."""
     if estimate is None:
         return NONE
-    factor, digits = (100, 1) if unit in ("%", "points") else (1, {"nats": 3, "ms": 1}.get(unit, 0))
+    digits = {"nats": 3, "images": 0}.get(unit, 1)
     value, low, high = (
-        "" if x is None else f"{factor * x:{sign},.{digits}f}".replace("-", "−") for x in estimate
+        "" if x is None else f"{x:{sign},.{digits}f}".replace("-", "−") for x in estimate
     )
     between = f"[{low}, {high}]" if low else ""
     return f"{value or 'not known, within'} {between}".rstrip()
@@ -153,9 +153,8 @@ def say(estimate: Estimate | None, unit: str = "points", sign: str = "") -> str:
 def plain(estimate: Estimate) -> str:
     """A gain or loss in points, as a sentence has it."""
     value = estimate.value or 0.0
-    factor = -100 if value < 0 else 100
-    low, high = sorted(factor * bound for bound in estimate.bounds)
-    said = f"{factor * value:.1f} points (95 % interval {low:.1f} to {high:.1f})"
+    low, high = sorted(bound if value >= 0 else -bound for bound in estimate.bounds)
+    said = f"{abs(value):.1f} points (95 % interval {low:.1f} to {high:.1f})"
     return said.replace("-", "−")
 
 
@@ -172,14 +171,14 @@ def reason(one: Criterion) -> str:
     if one.name == "gain" and not known:
         return "without labels nobody can tell which model is right where they differ"
     if one.name == "gain" and one.status == "failed":
-        most = f"{100 * gain.bounds[1]:.1f}".replace("-", "−")
+        most = f"{gain.bounds[1]:.1f}".replace("-", "−")
         return f"a gain of {limit} points is asked for, and at most {most} are possible"
     if one.name == "gain":
         return f"a gain of {limit} points is asked for, and {plain(gain)} was measured"
     if one.name == "loss" and one.status == "failed":
         return f"accuracy falls by {plain(gain)}"
     if one.name == "loss":
-        worst = f"{-100 * gain.bounds[0]:.1f}"
+        worst = f"{-gain.bounds[0]:.1f}"
         return f"a loss of up to {worst} points is not ruled out, {limit} are allowed"
     if one.name == "images":
         return f"{counted(int(value.replace(',', '')), 'image')} are too few, {limit} are asked for"
