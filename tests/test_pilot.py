@@ -324,7 +324,9 @@ def test_pilot_of_few_labels(run, pictures):
     differ = {row["file"] for row in rows if row["zero_shot"] != row["guarded"]}
     known = {row["file"] for row in rows if row["label"]}
     with (folder / "to_label.csv").open() as file:
-        assert {row["file"] for row in csv.DictReader(file)} == differ - known
+        rows = [(row["file"], row["label"]) for row in csv.DictReader(file)]
+    assert {file for file, name in rows if not name} == differ - known
+    assert dict(rows[:14]) == {file: file.partition("-")[0] for file in known}  # none is lost
     assert result["disagreement"]["value"] == pytest.approx(100 * len(differ) / 42)
     page = (folder / "report.html").read_text()
     assert page.index(result["sentence"][:20]) < page.index("What it rests on")
@@ -348,7 +350,7 @@ def test_pilot_stops_where_the_model_does_not_fit(run, tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--adapter", "batclip"), "expected guarded:batclip"),
+        (("--adapter", "batclip"), "guarded:batclip"),
         (("--least-gain", "-3"), "contradict"),
         (("--batch-size", "0"), "--batch-size is 0"),
         (("--labels", "{few}"), "is not one of --class-names"),

@@ -250,7 +250,11 @@ def tables_of(found: Judgement, trial: Trial, images: ImageFolder) -> dict[str, 
     columns["step"] = trial.step_of
     tables = {"images": pd.DataFrame(columns)}
     if found.labelled != "all" and shadow.served is not None:
-        tables["to_label"] = pd.DataFrame({"file": files[to_label(shadow)], "label": ""})
+        # Those with a label first: the file may be the one that they were read from.
+        pairs = zip(images.paths, images.labels, strict=True)
+        rows = [(path, images.class_names[n]) for path, n in pairs if n >= 0]
+        rows += [(images.paths[n], "") for n in trial.numbers[to_label(shadow)]]
+        tables["to_label"] = pd.DataFrame(rows, columns=["file", "label"])
     return tables
 
 
