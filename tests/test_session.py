@@ -1,24 +1,14 @@
 """Sessions, their queue, watched folders and the review of images."""
 
-import itertools
-import json
-import threading
-import time
-
 import jax
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 
 import jaxtta
 from jaxtta import adapters, models
 from jaxtta.adapters.guard import DECISIONS
-from jaxtta.deploy.queue import BatchQueue, Item, answer_all
-from jaxtta.deploy.review import Review
-from jaxtta.deploy.session import Answer, Session
-from jaxtta.deploy.watch import PATIENCE, Watcher
+from jaxtta.deploy.session import Session
 
 CLASSES = jaxtta.data.CIFAR10_CLASSES
 BUNDLED = jaxtta.data.open_dataset("folder", jaxtta.assets.IMAGES)
@@ -131,14 +121,13 @@ def test_images_may_be_prepared_before(new):
 
 
 def test_compiling_first_changes_nothing(new, caplog):
-    session, other = new("guarded:tent:lr=0.01", digests=True), new("zero_shot")
+    session = new("guarded:tent:lr=0.01", digests=True)
     before = session.digest
     session.compile()
     assert (session.digest, session.steps, session.seen) == (before, 0, 0)
     with jax.log_compiles():
         run(session, IMAGES[:7])
     assert "Compiling jit(step)" not in caplog.text and "Compiling step" not in caplog.text
-    del other
 
 
 def test_what_does_not_fit_is_refused(new, tmp_path):
@@ -150,7 +139,9 @@ def test_what_does_not_fit_is_refused(new, tmp_path):
         new("zero_shot", batch_size=0)
     path = tmp_path / "state"
     session.save(path)
-    with pytest.raises(ValueError, match="state: has adapter 'tent:lr=0.01', expected 'zero_shot'"):
+    with pytest.raises(
+        ValueError, match=r"state: has adapter .tent:lr=0.01., expected .zero_shot."
+    ):
         new("zero_shot").load(path)
     with pytest.raises(ValueError, match="has class names"):
         new("tent:lr=0.01", class_names=CLASSES[::-1]).load(path)

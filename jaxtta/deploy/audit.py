@@ -7,8 +7,7 @@
 The first line of a file is the header, event "start": format, time, model, settings. A process that
 goes on with the file writes another one. A "step" is a batch with its answers; "lost" counts the
 steps that could not be written, of a full disk for one. Every line is JSON as strict parsers read
-it: numbers that are not finite are the texts NaN, Infinity and -Infinity, and code units of names
-that are no text (and U+FFFD) are U+FFFD and their four hexadecimal digits.
+it (`lines.py` says how).
 
 In OpenTelemetry's terms (`as_log_record`) a line is a LogRecord: `time` is its Timestamp, `event`
 its EventName, `decision` its severity, `served` its Body and the other fields its Attributes; the
@@ -19,9 +18,7 @@ References:
 """
 
 import datetime
-import json
 import logging
-import math
 import re
 import threading
 from collections import deque
@@ -35,15 +32,13 @@ from scipy.special import softmax
 
 from jaxtta.adapters import Prediction
 from jaxtta.adapters.guard import DECISIONS, REASONS
+from jaxtta.deploy.lines import decode, encode, number
 from jaxtta.io import digest_array
 
 FORMAT = 1
-ANSWERS = ("reference", "adapted", "served")
-"""The fields of a step's record that list what is answered."""
 _BEGINNING = b'{"event":"start","format":'
 _PATIENCE = 0.01  # seconds that an answer may wait for the record before it
 _SEVERITY = {"forget": ("WARN", 13), "roll_back": ("WARN", 13), "stop": ("ERROR", 17)}
-_TEXTS = ("NaN", "Infinity", "-Infinity")
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +82,7 @@ def record_of(
         places = scores.argmax(-1)
         best = [(n, row[n]) for n, row in zip(places, scores, strict=True)]
         labels = (class_names[n] if np.isfinite(x) else None for n, x in best)
-        numbers = (_number(x) for _, x in best)
+        numbers = (number(x) for _, x in best)
         return [{"label": a, "probability": b} for a, b in zip(labels, numbers, strict=True)]
 
     return {
@@ -98,10 +93,10 @@ def record_of(
         "reference": answers(reference),
         "adapted": answers(adapted),
         "served": answers(prediction.logits),
-        "share": None if share is None else _number(share),
+        "share": None if share is None else number(share),
         "decision": None if decision is None else DECISIONS[int(decision)],
         "reason": None if reason is None else REASONS[int(reason)],
-        "signals": {name: _number(value) for name, value in sorted(metrics.items())},
+        "signals": {name: number(value) for name, value in sorted(metrics.items())},
         "state_digest": state_digest,
     }
 
@@ -143,7 +138,7 @@ class AuditLog:
         self._limit, self._now, self._torn = limit, now, _is_torn(self.path)
         self._file = self.path.open("ab", buffering=0)
         try:
-            self._put(_line("start", {"format": FORMAT, "time": _time(now()), **header}))
+            self._put(encode("start", {"format": FORMAT, "time": _time(now()), **header}))
         except OSError:
             self._file.close()
             raise
@@ -163,7 +158,7 @@ class AuditLog:
             TypeError: if it holds anything that JSON has not.
             ValueError: if the log is closed.
         """
-        line = _line("step", record)
+        line = encode("step", record)
         with self._changed:
             if self._closed:
                 raise ValueError(f"{self.path}: the log is closed")
@@ -197,7 +192,7 @@ class AuditLog:
                 gap, self._gap = self._gap, None
             try:
                 if gap is not None:
-                    self._put(_line("lost", {"time": _time(self._now()), **gap}))
+                    self._put(encode("lost", {"time": _time(self._now()), **gap}))
                     gap = None
                 self._put(line)
             except OSError as error:
@@ -259,10 +254,10 @@ def read_log(path: str | Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     _is_torn(path)  # a file of another kind may be large
     events: list[dict[str, Any]] = []
     torn = 0
-    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
-        event = _event_of(line)
+    for place, line in enumerate(path.read_bytes().split(b"\n"), 1):
+        event = decode(line)
         if event is None:
-            torn = torn or (number if line else 0)
+            torn = torn or (place if line else 0)
         else:
             # A line ends early only before one that says so.
             if torn and event["event"] not in ("start", "lost"):
@@ -313,51 +308,6 @@ def _is_torn(path: Path) -> bool:
             f"{path}: is a log of format {int(found[1])}, this version of jaxtta has {FORMAT}"
         )
     return torn
-
-
-def _event_of(line: bytes) -> dict[str, Any] | None:
-    try:
-        text = re.sub("\ufffd([0-9a-f]{4})", lambda x: chr(int(x[1], 16)), line.decode())
-        event = json.loads(text)
-    except ValueError:
-        return None
-    if not isinstance(event, dict) or "event" not in event:
-        return None
-    # Numbers that were written as texts; elsewhere, a text may be called so.
-    answers = [x for name in ANSWERS for x in event.get(name) or () if isinstance(x, dict)]
-    for content in (event, event.get("signals"), *answers):
-        for key, value in content.items() if isinstance(content, dict) else ():
-            if value in _TEXTS and (key == "share" if content is event else key != "label"):
-                content[key] = float(value)
-    return event
-
-
-def _line(event: str, content: Mapping[str, Any]) -> bytes:
-    text = json.dumps(
-        _finite({"event": event, **content}),
-        ensure_ascii=False,
-        allow_nan=False,
-        separators=(",", ":"),
-    )
-    text = re.sub("[\ud800-\udfff\ufffd]", lambda x: f"\ufffd{ord(x[0]):04x}", text)
-    return text.encode() + b"\n"
-
-
-def _finite(value: Any) -> Any:
-    """A value whose numbers that are not finite are texts."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    if isinstance(value, Mapping):
-        return {str(key): _finite(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(each) for each in value]
-    return value
-
-
-def _number(value: Any) -> bool | int | float:
-    """A scalar as JSON has it; a float32 by the shortest text that stands for it."""
-    value = np.asarray(value)
-    return float(str(value)) if value.dtype == np.float32 else value.item()
 
 
 def _time(now: float) -> str:

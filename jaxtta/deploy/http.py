@@ -35,13 +35,13 @@ from starlette.routing import Route
 from jaxtta.deploy.metrics import Metrics
 from jaxtta.deploy.queue import BatchQueue, Item
 from jaxtta.deploy.session import Answer, Prepared, Session
-from jaxtta.images import FORMATS, UnreadableImageError, open_image, printable
+from jaxtta.deploy.sources import load
+from jaxtta.images import FORMATS, UnreadableImageError, printable
 
 log = logging.getLogger(__name__)
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 RETRY = {"Retry-After": "1"}  # seconds
-SLIM = 200  # a side at most so many times as long as the other: it is resized by the shorter one
 
 
 class Limits(NamedTuple):
@@ -108,7 +108,7 @@ def make_app(
         host = re.sub(r":\d+$", "", request.headers.get("host", "")).strip("[]")
         if hosts and host not in hosts:
             raise Refused(400, f"this server is not called {printable(host)!r}")
-        given = request.headers.get("authorization", "").encode()
+        given = request.headers.get("authorization", "").encode("latin-1")  # its bytes
         if token and not hmac.compare_digest(given, f"Bearer {token}".encode()):
             raise Refused(
                 401,
@@ -165,9 +165,10 @@ def make_app(
 
     def decoded(name: str, content: bytes) -> tuple[str, Prepared]:
         digest = hashlib.blake2b(content, digest_size=8).hexdigest()
-        shown = printable(name) or "the image"
+        name = name or "the image"
+        check(printable(name), content, limits)
         try:
-            return digest, session.prepare(_open(shown, content, limits))
+            return digest, load(session, io.BytesIO(content), name)
         except UnreadableImageError as error:
             raise Refused(400, str(error)) from error
 
@@ -266,13 +267,14 @@ async def _outcome(
     return JSONResponse({"error": sentence}, status, headers)
 
 
-def _open(name: str, content: bytes, limits: Limits) -> Image.Image:
-    """Decode an image, of a kind of file that holds pixels and not too many."""
+def check(name: str, content: bytes, limits: Limits) -> None:
+    """Refuse, before it is decoded, what is no image or has too many pixels."""
     if not content:
         raise Refused(400, f"{name}: is empty, expected an image")
+    known = [form for form in FORMATS if form in Image.OPEN]  # others may run programs
     try:
-        with Image.open(io.BytesIO(content), formats=[x for x in FORMATS if x in Image.OPEN]) as x:
-            width, height = x.size
+        with Image.open(io.BytesIO(content), formats=known) as image:
+            width, height = image.size
     except Image.DecompressionBombError as error:
         raise Refused(413, f"{name}: has more than {limits.pixels} pixels") from error
     except Exception as error:  # Pillow may raise any exception on damaged files
@@ -280,11 +282,6 @@ def _open(name: str, content: bytes, limits: Limits) -> Image.Image:
     if width * height > limits.pixels:
         sentence = f"{name}: has {width}×{height} pixels, expected at most {limits.pixels}"
         raise Refused(413, sentence)
-    if max(width, height) > SLIM * min(width, height):
-        raise Refused(
-            400, f"{name}: has {width}×{height} pixels, one side is over {SLIM} times the other"
-        )
-    return open_image(io.BytesIO(content), name)
 
 
 def _once(body: bytes) -> Callable[[], Any]:

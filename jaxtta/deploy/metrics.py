@@ -1,11 +1,12 @@
 """Counts of what is served, in the text that Prometheus reads.
 
 metrics = Metrics(session)
-metrics.count(items, answers)  # after each batch
+metrics.count(answers)  # after each batch
 content, status, headers = metrics.text(waiting=len(queue))
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
@@ -36,13 +37,13 @@ class Metrics:
     def __init__(self, session: Session) -> None:
         """Start at zero."""
         self._session, self._registry = session, CollectorRegistry()
-        own = {"registry": self._registry}
+        own: Any = {"registry": self._registry}
         ProcessCollector(registry=self._registry)
         self.requests = Counter("jaxtta_requests", "HTTP requests", ("path", "status"), **own)
         self.seconds = Histogram(
             "jaxtta_request_seconds", "Seconds to an answer", buckets=SECONDS, **own
         )
-        self.lost = Counter("jaxtta_lost", "What could not be written", ("what",), **own)
+        self.lost = Gauge("jaxtta_lost", "What could not be written", ("what",), **own)
         self._images = Counter(
             "jaxtta_images", "Images answered, by likeliest class", ("label",), **own
         )
@@ -62,9 +63,8 @@ class Metrics:
         for decision in DECISIONS:  # at zero, so that rates begin there
             self._batches.labels(decision)
 
-    def count(self, items: Sequence[object], answers: Sequence[Answer]) -> None:
+    def count(self, answers: Sequence[Answer]) -> None:
         """Count a batch's answers."""
-        del items
         names, prediction = self._session.class_names, self._session.prediction
         for answer in answers:
             if answer.finite:

@@ -2,10 +2,10 @@
 
     review = Review("review", class_names, below=0.5, limit=1000)
     review.offer(item, answer)  # copied if the answer is unsure, or both models disagree
-    for label, record in review.labelled(): ...  # of review/labels.csv, with columns file and label
+    if review.adapted_is_worse(): ...  # by the labels in review/labels.csv
 
 `review.jsonl` in the folder has a line for each image: its file there, where it came from, and what
-the models said.
+the models said. `labels.csv` has the columns file and label.
 """
 
 import datetime
@@ -18,6 +18,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from jaxtta.adapters.guard.labels import count_pairs, is_worse, no_pairs
 from jaxtta.deploy.queue import Item
 from jaxtta.deploy.session import Answer, described
 from jaxtta.images import lone_images, printable
@@ -33,6 +36,7 @@ class Review:
 
     Attributes:
         lost: number of images that could not be copied.
+        pairs: how often each model was right on the labelled images that they disagree on.
     """
 
     def __init__(
@@ -62,6 +66,7 @@ class Review:
             self._append("")
         self._counted, self._count = time.monotonic(), len(lone_images(self._folder))
         self._read: Any = None
+        self.pairs, self._worse = no_pairs(), False
 
     def offer(self, item: Item, answer: Answer) -> bool:
         """Copy an image to the folder if a person should look at it and there is room.
@@ -80,7 +85,7 @@ class Review:
             self._counted, self._count = time.monotonic(), len(lone_images(self._folder))
         if self._count >= self._limit:
             return False
-        both = {"reference": answer.reference, "adapted": answer.adapted}
+        adapted = None if answer.adapted is None else self._names[answer.adapted.argmax()]
         stem, _, suffix = str(item.name).replace("\\", "/").rpartition("/")[2].rpartition(".")
         stem = re.sub(r"[^\w-]+", "_", stem or suffix)[-60:] or "image"
         name = f"{len(self._records):06}-{stem}.{re.sub(r'[^a-zA-Z0-9]', '', suffix)[:5] or 'png'}"
@@ -91,7 +96,7 @@ class Review:
             "step": answer.step,
             "why": "disagree" if answer.disagree else "unsure",
             **described(answer, self._names, TOP),
-            **{key: self._names[x.argmax()] for key, x in both.items() if x is not None},
+            "adapted_label": adapted,
         }
         try:
             with atomic_write(self._folder / name) as temporary:
@@ -108,31 +113,40 @@ class Review:
         self._records[name], self._count = record, self._count + 1
         return True
 
-    def labelled(self) -> list[tuple[int, dict[str, Any]]]:
-        """The labels given so far, if there are others than at the last call; else none.
+    def adapted_is_worse(self) -> bool:
+        """Whether the labels so far say that the adapted model is less accurate than the frozen.
 
-        Returns:
-            The class's number and the image's line of `review.jsonl`, for each line of
-            `labels.csv`. Names that are unknown are logged and left out.
+        Only images on which the two disagree count: they decide, and all of them were offered. The
+        test is valid whenever one looks; what it once said stays.
+        """
+        if (labelled := self._labelled()) is not None and not self._worse:
+            pairs = [(x["adapted_label"] == y, x["frozen_label"] == y) for y, x in labelled]
+            self.pairs = count_pairs(*np.array(pairs).T) if pairs else no_pairs()
+            self._worse = bool(is_worse(self.pairs))
+        return self._worse
+
+    def _labelled(self) -> list[tuple[str, dict[str, Any]]] | None:
+        """Label and record of each labelled image that the models disagree on; None if unchanged.
+
+        Lines that name an unknown file or class are logged and left out.
         """
         try:
             stat = self._labels.stat()
         except FileNotFoundError:
-            return []
+            return None
         if self._read == (stat.st_mtime_ns, stat.st_size):
-            return []
-        self._read = stat.st_mtime_ns, stat.st_size
-        found = []
+            return None
+        self._read, found = (stat.st_mtime_ns, stat.st_size), {}
         try:
             for place, row in read_rows(self._labels, ("file", "label")):
-                record = self._records.get(row["file"].strip())
-                if record is None or row["label"].strip() not in self._names:
-                    log.warning("%s: file or label is unknown, it is left out", place)
-                else:
-                    found.append((self._names.index(row["label"].strip()), record))
-        except (OSError, ValueError) as error:  # a person may be editing it
+                name, label = row["file"].strip(), row["label"].strip()
+                if (record := self._records.get(name)) is None or label not in self._names:
+                    log.warning("%s: the file or the class is unknown", place)
+                elif record["why"] == "disagree":
+                    found[name] = label, record  # the last of several labels of an image
+        except (OSError, ValueError) as error:  # a person may be writing it
             log.warning("%s", error)
-        return found
+        return [*found.values()]
 
     def _append(self, line: str) -> None:
         with self._lines.open("a", encoding="utf-8", errors="backslashreplace") as file:

@@ -106,15 +106,23 @@ def described(answer: Answer, class_names: Sequence[str], count: int) -> dict[st
 
     Returns:
         labels and scores, the likeliest first and empty where the answer is not finite; updates;
-        with a guard its decision and the adapted model's share.
+        with a guard its decision, the adapted model's share, and the frozen model's likeliest class.
     """
     best = np.argsort(-answer.scores, kind="stable")[:count] if answer.finite else []
-    return {
+    found: dict[str, Any] = {
         "labels": [class_names[n] for n in best],
         "scores": [float(answer.scores[n]) for n in best],
         "updates": answer.updates,
-        **({} if answer.decision is None else {"decision": answer.decision, "share": answer.share}),
     }
+    if answer.decision is not None:
+        found |= {"decision": answer.decision, "share": answer.share}
+    if answer.reference is not None and np.isfinite(answer.reference).all():
+        place = int(answer.reference.argmax())
+        found |= {
+            "frozen_label": class_names[place],
+            "frozen_score": float(answer.reference[place]),
+        }
+    return found
 
 
 class Session:
@@ -124,7 +132,8 @@ class Session:
         model: the model.
         params: its parameters.
         state: the adapter's.
-        log: gets a record of each step; None for no log.
+        log: gets a record of each step, or None; one that is set later does from then on.
+        served: from an image's name to whether the guard's mixture is its answer; None for always.
         prediction: of the last step, in numpy, padding included; None before the first.
         digest: eight hexadecimal digits of the state's checksum; "" where `digests` is false.
         steps: number of batches answered.
@@ -145,6 +154,7 @@ class Session:
         full_size: bool = False,
         class_names: Sequence[Any] = (),
         settings: Mapping[str, Any] | None = None,
+        about: Any = None,
         log: Log | None = None,
         digests: bool = False,
         served: Callable[[str], bool] | None = None,
@@ -165,10 +175,11 @@ class Session:
                 (`AdapterSpec.needs_originals`).
             class_names: by default the task's or the model's.
             settings: JSON that a loaded state must have been saved with, beside the classes.
+            about: JSON that is saved with a state, and not compared.
             log: gets a record of each step; may be set later too, with `digests`.
             digests: whether to compute `digest` without a log too.
             served: from an image's name to whether the guard's mixture is its answer, or the frozen
-                model's; the adapter learns from all images. None for the mixture always.
+                model's; the adapter learns from all images. A record then says so in `guarded`.
             key: PRNG key for the adapter's `init`.
             now: the time of a record in seconds since 1970.
 
@@ -186,7 +197,7 @@ class Session:
         self.settings = io.as_json(
             {**(settings or {}), "class names": self.class_names, "prompts": prompts}
         )
-        self._min_adapt, self._served, self._now = min_adapt, served, now
+        self._min_adapt, self.served, self._now, self._about = min_adapt, served, now, about
         self._digests = digests or log is not None
         self.prediction: Prediction | None = None
         self.steps = self.seen = self.updates = 0
@@ -268,9 +279,8 @@ class Session:
         if self.log is not None:
             pixels = [x.pixels for x in ready]
             now, step = self._now(), self.steps - 1
-            self.log.write(
-                record_of(prediction, step, names, pixels, self.class_names, self.digest, now)
-            )
+            record = record_of(prediction, step, names, pixels, self.class_names, self.digest, now)
+            self.log.write(record | ({"guarded": guarded} if self.served else {}))
         return answers
 
     def _begin(self, state: Any) -> None:
@@ -281,9 +291,9 @@ class Session:
         self, prediction: Prediction, names: Sequence[Any]
     ) -> tuple[Prediction, Sequence[bool]]:
         """The prediction with the frozen model's answers where those are to be served."""
-        if self._served is None or prediction.answers is None:
+        if self.served is None or prediction.answers is None:
             return prediction, [prediction.answers is not None] * len(names)
-        chosen = [bool(self._served(str(name))) for name in names]
+        chosen = [bool(self.served(str(name))) for name in names]
         logits, reference = np.array(prediction.logits), prediction.answers.reference
         for n in np.flatnonzero(~np.array(chosen)):
             logits[n] = reference[n]
@@ -315,7 +325,8 @@ class Session:
     def save(self, path: str | Path) -> None:
         """Save the state and the counters, atomically."""
         counts = {"steps": self.steps, "seen": self.seen, "updates": self.updates}
-        io.save_state(path, self.state, {"settings": self.settings, "counts": counts})
+        note = {"settings": self.settings, "counts": counts, "about": self._about}
+        io.save_state(path, self.state, note)
 
     def load(self, path: str | Path) -> None:
         """Go on from what `save` saved.

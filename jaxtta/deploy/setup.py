@@ -152,10 +152,31 @@ class Setup:
             "full_size": self.spec.needs_originals,
             "class_names": self.class_names,
             "settings": self.identity,
+            "about": dataclasses.asdict(self),
             "digests": True,
             "key": jax.random.key(self.seed),
         }
         return Session(model, params, task, adapter, **given | more)
+
+
+def state_of(path: str | Path, model: str | None = None) -> tuple[Setup, Session]:
+    """The settings that a session's file was saved with, and the session that goes on from it.
+
+    Args:
+        path: what `Session.save` wrote, of a session that a `Setup` made.
+        model: where the model is now, if its folder has moved.
+
+    Raises:
+        FileNotFoundError: if there is no such file or model.
+        ValueError: if it is no such file, or the state does not fit the model.
+    """
+    note = io.load_arrays(path)[1].get("note")
+    with io.error_context(path):
+        setup = Setup.of(note.get("about") if isinstance(note, dict) else None)
+    setup = dataclasses.replace(setup, model=model) if model else setup
+    session = setup.session(*setup.load())
+    session.load(path)
+    return setup, session
 
 
 def policy_of(numbers: Mapping[str, Any]) -> Policy:
