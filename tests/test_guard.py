@@ -94,6 +94,7 @@ def test_guards_any_adapter(towers, name):
     adapter = evaluate.make_adapter(spec, model, task)
     sizes = np.full((8, 2), 32) if spec.needs_originals else None
     batch = jaxtta.Batch(IMAGES[0], np.ones(8, bool), np.arange(8), sizes)
-    state, prediction = jax.jit(adapter.step, donate_argnums=1)(params, adapter.init(params), batch)
+    step = jax.jit(adapter.step, donate_argnums=1)
+    _, prediction = step(params, adapter.init(params), batch)
     assert np.isfinite(prediction.logits).all()
     assert not equal(prediction.logits, prediction.answers.reference)
