@@ -23,12 +23,12 @@ log = logging.getLogger(__name__)
 
 # Photographs and drawings in pixels. Pillow opens more: vector graphics (EPS, WMF) through other
 # programs, films, icons in several sizes, layers (PSD), astronomical and weather data.
-_FORMATS = (
+FORMATS = (
     *("AVIF", "BMP", "DDS", "DIB", "GIF", "HEIF", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM"),
     *("QOI", "SGI", "SUN", "TGA", "TIFF", "WEBP"),
 )
 SUFFIXES = tuple(
-    sorted(suffix for suffix, form in Image.registered_extensions().items() if form in _FORMATS)
+    sorted(suffix for suffix, form in Image.registered_extensions().items() if form in FORMATS)
 )
 """Lower-case suffixes of image files: of the formats that the installed Pillow opens (HEIF if its
 plugin is registered before jaxtta is imported)."""

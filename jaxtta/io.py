@@ -184,6 +184,14 @@ def digest_array(array: np.ndarray) -> str:
     return f"bytes {digest.hexdigest()}"
 
 
+def digest_leaves(tree: Any) -> str:
+    """A digest of the values of a tree of arrays, such as a model's parameters."""
+    digest = hashlib.blake2b(digest_size=8)
+    for leaf in jax.tree.leaves(tree):
+        digest.update(np.asarray(leaf).tobytes())
+    return digest.hexdigest()
+
+
 def as_json(content: Any) -> Any:
     """A value as JSON gives it back: tuples are lists, and what it does not know is its text."""
     return json.loads(json.dumps(content, default=str))

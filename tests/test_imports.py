@@ -26,8 +26,9 @@ MAY_IMPORT = {
     "diagnose": MODELS,
     "parallel": {"adapters"},
     "evaluate": METHODS | {"parallel"},
-    "report": METHODS | {"evaluate"},
-    "cli": METHODS | {"evaluate", "report", "remote"},
+    "report": METHODS | {"evaluate", "deploy"},
+    "deploy": METHODS,
+    "cli": METHODS | {"deploy"} | {"evaluate", "report", "remote"},
 }
 
 

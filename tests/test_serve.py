@@ -18,8 +18,8 @@ from PIL import Image
 
 import jaxtta
 
-LINE = re.compile(r"(.+?)  +(.+?)  +(\S+%)(?:  updates (\d+))?")
-"""File, label, confidence and updates."""
+LINE = re.compile(r"(.+?)  +(.+?)  +(\S+%)(?:  updates (\d+))?(?:  [a-z_]+)?")
+"""File, label, confidence and updates; the guard's decision may follow."""
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def test_every_image_has_a_line_with_the_updates_behind_it(run_jaxtta, folder):
     assert sum(f"/{label}-" in file for file, label in zip(files, labels, strict=True)) >= 9
     # the first batch is zero-shot's; the last, of two images, is adapted to by none
     assert [*updates] == ["0"] * 5 + ["1"] * 5 + ["2"] * 2
-    assert "compiling batclip" in err
+    assert "compiling guarded:batclip" in err
     code, plain, err = run_jaxtta("classify", folder, "--batch-size", "5")
     assert (code, {updates for *_, updates in answers(plain)}) == (0, {None})
     assert "adapted" not in plain + err

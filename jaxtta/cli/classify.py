@@ -14,6 +14,7 @@ images could not be read (they are named on stderr) or have no finite answer.
 """
 
 import csv
+import io
 import itertools
 import json
 import math
@@ -23,18 +24,16 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import jax
-import numpy as np
 import tyro
 from PIL import Image
 
 from jaxtta import data, evaluate
-from jaxtta.adapters import TNTConfig, load_noise, save_noise, tnt
+from jaxtta.adapters import save_noise, tnt_config_of
 from jaxtta.cli.options import ModelOptions, group
+from jaxtta.deploy.session import Answer, Session, described
+from jaxtta.deploy.setup import Setup
 from jaxtta.images import printable
-from jaxtta.models import Batch
 
-CANVAS = 512  # side in pixels to which full-size images are padded; larger ones are shrunk
 INCOMPLETE = 3  # exit code if some images have no label
 
 
@@ -58,53 +57,90 @@ class Options:
 
 def run(options: Options) -> int:
     """Print one line per image; return the exit code."""
-    size, spec = options.batch_size, evaluate.parse_adapter(options.adapter)
-    if (spec.name != "tnt" or spec.guard) and (options.noise or options.learn_noise):
-        raise ValueError("--noise and --learn-noise are for --adapter tnt")
-    if options.learn_noise and not options.learn_noise.parent.is_dir():
-        raise FileNotFoundError(f"{options.learn_noise.parent}: no such folder")
-    evaluate.require_at_least(batch_size=(size, 1), top_k=(options.top_k, 1))
+    files = files_of(options)
+    setup, session = session_of(options)
+    header, line = lines_of(options, session, max(len(printable(file)) for file in files))
+    print(header, end="")
+    print(f"compiling {options.adapter} …", file=sys.stderr)
+    images, answered = readable(files), 0
+    while batch := list(itertools.islice(images, options.batch_size)):
+        for answer in session.answer([x for _, x in batch], [file for file, _ in batch]):
+            print(line(answer), end="", flush=True)
+            answered += answer.finite
+    if not session.seen:
+        raise ValueError(f"none of the {len(files)} images could be read")
+    keep_noise(options, setup, session)
+    return code_of(answered, len(files))
+
+
+def files_of(options: Options) -> list[Path]:
+    """The files that are named, and those in the folders."""
     found = [data.list_images(path) if path.is_dir() else [path] for path in options.images]
-    files, names = [*itertools.chain(*found)], options.class_names
-    taken = [Path(name) for name in names[1:] if os.sep in name or Path(name).is_file()]
-    if not files or any(path.exists() for path in taken):
+    if not (files := [*itertools.chain(*found)]):
         raise ValueError(
             "no images: give files or folders before --class-names, which takes all words after it"
         )
-    if size < options.min_adapt and spec.name not in ("zero_shot", "tnt"):
+    return files
+
+
+def session_of(options: Options, **more: Any) -> tuple[Setup, Session]:
+    """The model with its adapter, for a new stream."""
+    spec, given = evaluate.parse_adapter(options.adapter), options.class_names
+    if (options.noise or options.learn_noise) and (spec.name != "tnt" or spec.guard):
+        raise ValueError("--noise and --learn-noise are for --adapter tnt")
+    if options.learn_noise and not options.learn_noise.parent.is_dir():
+        raise FileNotFoundError(f"{options.learn_noise.parent}: no such folder")
+    least = (options.batch_size, 1), (options.min_adapt, 1), (options.top_k, 1)
+    names = ("batch_size", "min_adapt", "top_k")
+    evaluate.require_at_least(**dict(zip(names, least, strict=True)))
+    taken = [Path(name) for name in given[1:] if os.sep in name or Path(name).is_file()]
+    if any(path.exists() for path in taken):
+        raise ValueError(
+            "no images: give files or folders before --class-names, which takes all words after it"
+        )
+    if options.batch_size < options.min_adapt and learns(options):
         print("the model is not adapted: --batch-size is below --min-adapt", file=sys.stderr)
     model, params = options.model.load()
-    names = data.given_class_names(names) or getattr(model, "class_names", data.CIFAR10_CLASSES)
-    task = evaluate.task_for(model, names, options.model.templates_for("folder"))
-    frozen = TNTConfig(views=1, steps=0) if options.noise else TNTConfig()
-    settings = evaluate.AdapterConfig(tnt=TNTConfig(online=True) if options.learn_noise else frozen)
-    adapter = evaluate.make_adapter(spec, model, task, settings)
-    if options.noise:
-        noise: Any = load_noise(options.noise)[0]
-        adapter = tnt(model, task, config=evaluate.tnt_config_of(spec, settings), noise=noise)
-    say = writer(options, files, names, counted=spec.name not in ("zero_shot", "tnt"))
-    # The state is not donated: it is kept where a batch is too small to adapt to.
-    state, step, seen, updates, answered = adapter.init(params), jax.jit(adapter.step), 0, 0, 0
-    print(f"compiling {options.adapter} …", file=sys.stderr)
-    images = readable(files)
-    while batch := list(itertools.islice(images, size)):
-        inputs = batch_of(model, [x for _, x in batch], size, seen, spec.needs_originals)
-        after, prediction = step(params, state, inputs)
-        for (file, _), logits in zip(batch, np.asarray(prediction.logits), strict=False):
-            finite = bool(np.isfinite(logits).all())
-            say(file, np.asarray(jax.nn.softmax(logits)) if finite else np.zeros(0), updates)
-            answered += finite
-        if spec.name == "tnt" or len(batch) >= options.min_adapt:
-            state = after
-            updates += not prediction.metrics.get("skipped", False)
-        seen += len(batch)
-    if not seen:
-        raise ValueError(f"none of the {len(files)} images could be read")
+    class_names = data.given_class_names(given) or getattr(model, "class_names", None)
+    text = options.adapter
+    if options.learn_noise or options.noise:
+        # A map that is learnt goes on from image to image; one that is applied stays as it is.
+        own = {"online": True} if options.learn_noise else {"views": 1, "steps": 0}
+        missing = [f"{key}={value}" for key, value in own.items() if key not in spec.settings]
+        text = f"{text}{',' if spec.settings else ':'}{','.join(missing)}" if missing else text
+    setup = Setup(
+        text,
+        tuple(class_names or data.CIFAR10_CLASSES),
+        options.model.templates_for("folder"),
+        options.model.model,
+        options.model.compute_dtype,
+        options.model.remat,
+        options.model.scan_blocks,
+        policy={"least_images": options.min_adapt} if spec.guard else {},
+        batch_size=options.batch_size,
+        min_adapt=options.min_adapt,
+        noise=str(options.noise) if options.noise else None,
+    )
+    return setup, setup.session(model, params, **{"digests": False} | more)
+
+
+def learns(options: Options) -> bool:
+    """Whether the adapter has updates to count, which need a batch."""
+    return evaluate.parse_adapter(options.adapter).name not in ("zero_shot", "tnt")
+
+
+def keep_noise(options: Options, setup: Setup, session: Session) -> None:
+    """Save the noise map if one was learnt."""
     if options.learn_noise:
-        save_noise(options.learn_noise, state.noise, settings.tnt)
-    if answered == len(files):
+        config = tnt_config_of(setup.spec, setup.config)
+        save_noise(options.learn_noise, session.state.noise, config)
+
+
+def code_of(answered: int, count: int) -> int:
+    """The exit code, after so many of the images have an answer."""
+    if answered == count:
         return 0
-    print(f"{len(files) - answered} of {len(files)} images have no answer", file=sys.stderr)
+    print(f"{count - answered} of {count} images have no answer", file=sys.stderr)
     return INCOMPLETE
 
 
@@ -117,43 +153,49 @@ def readable(files: Sequence[Path]) -> Iterator[tuple[Path, Image.Image]]:
             print(printable(error), file=sys.stderr)
 
 
-def batch_of(model: Any, images: Sequence[Image.Image], size: int, seen: int, full: bool) -> Batch:
-    """Pad a batch; of full-size images for methods that make their own views."""
-    if not full:
-        return Batch.padded(model.preprocess(images), size, seen)
-    rgb = [np.asarray(model.preprocessing.rgb(image)) for image in images]
-    pairs = [data.pad_to_canvas(image, CANVAS) for image in rgb]
-    pixels, sizes = (np.stack(arrays) for arrays in zip(*pairs, strict=True))
-    sizes = np.pad(sizes, ((0, size - len(images)), (0, 0)), constant_values=1)
-    return Batch.padded(pixels, size, seen)._replace(sizes=sizes)
+def shown(file: Any) -> str:
+    """A file's name in JSON and CSV, whose readers refuse what is not UTF-8."""
+    return os.fsencode(file).decode("utf-8", "backslashreplace")
 
 
-def writer(
-    options: Options, files: Sequence[Path], names: Sequence[str], counted: bool
-) -> Callable[[Path, np.ndarray, int], None]:
-    """A function that prints an image's likeliest classes, and the updates if `counted`."""
-    width, places = max(len(printable(file)) for file in files), min(options.top_k, len(names))
-    table = csv.writer(sys.stdout, lineterminator="\n")
-    if options.format == "csv":
-        ranks = ["", *(f"_{place}" for place in range(2, places + 1))]
-        columns = [f"{what}{rank}" for rank in ranks for what in ("label", "score")]
-        table.writerow(["file", *columns, *["updates"] * counted])
+def lines_of(
+    options: Options, session: Session, width: int = 0
+) -> tuple[str, Callable[[Answer], str]]:
+    """How answers are printed.
 
-    def say(file: Path, scores: np.ndarray, updates: int) -> None:
-        best = np.argsort(-scores, kind="stable")[:places]
-        labels, values = [names[n] for n in best], scores[best].tolist()
-        pairs, more = [*zip(labels, values, strict=True)], {"updates": updates} if counted else {}
-        # Readers of JSON and CSV refuse what is not UTF-8; line breaks they can read.
-        name = os.fsencode(file).decode("utf-8", "backslashreplace")
+    Args:
+        options: which say the format.
+        session: whose answers they are.
+        width: of the longest name.
+
+    Returns:
+        What comes before all answers, and from an answer to its line; with line breaks.
+    """
+    names, counted = session.class_names, learns(options)
+    guarded = evaluate.parse_adapter(options.adapter).guard
+    places = min(options.top_k, len(names))
+    extra = [*["updates"] * counted, *["decision", "share"] * guarded]
+
+    def row(cells: Sequence[Any]) -> str:
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerow(cells)
+        return text.getvalue()
+
+    def line(answer: Answer) -> str:
+        found = described(answer, names, places)
+        pairs = [*zip(found["labels"], found["scores"], strict=True)]
+        more = {name: found[name] for name in extra}
         if options.format == "jsonl":
-            print(json.dumps({"file": name, "labels": labels, "scores": values, **more}))
-        elif options.format == "csv":
-            table.writerow([name, *itertools.chain(*pairs or [("", "")] * places), *more.values()])
-        else:
-            pairs = pairs or [("(not finite)", math.nan)]
-            words = [f"{printable(label):<16}  {score:6.1%}" for label, score in pairs]
-            words += [f"updates {updates}"] * counted
-            print(f"{printable(file):<{width}}", *words, sep="  ")
-        sys.stdout.flush()
+            content = {"file": shown(answer.name)} | {k: found[k] for k in ("labels", "scores")}
+            return json.dumps(content | more) + "\n"
+        if options.format == "csv":
+            cells = itertools.chain(*pairs or [("", "")] * places)
+            return row([shown(answer.name), *cells, *more.values()])
+        pairs = pairs or [("(not finite)", math.nan)]
+        words = [f"{printable(label):<16}  {score:6.1%}" for label, score in pairs]
+        words += [f"updates {found['updates']}"] * counted + [str(found.get("decision"))] * guarded
+        return "  ".join([f"{printable(answer.name):<{width}}", *words]) + "\n"
 
-    return say
+    ranks = ["", *(f"_{place}" for place in range(2, places + 1))]
+    columns = [f"{what}{rank}" for rank in ranks for what in ("label", "score")]
+    return row(["file", *columns, *extra]) if options.format == "csv" else "", line

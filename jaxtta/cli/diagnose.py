@@ -20,6 +20,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -34,7 +35,7 @@ from jaxtta.cli import options as groups
 from jaxtta.data import folders, layouts
 from jaxtta.data.arrays import read_labels
 from jaxtta.data.class_names import read_table
-from jaxtta.io import error_context, nfc, read_rows
+from jaxtta.io import error_context, nfc, read_rows, read_text
 from jaxtta.report.diagnosis import Checked, write_check, write_diagnosis
 
 
@@ -125,7 +126,8 @@ def run(options: Options) -> None:
     if len({*references}) == 1 or (options.target.target_labels and not root):
         raise ValueError("--references needs two models or more, --target-labels a --target")
     points = () if root else points_of(options)
-    images = target_folder(root, options) if root else None
+    table, names_given = options.target.target_labels, options.data.class_names
+    images = target_folder(root, names_given, table) if root else None
     settings = json.loads(json.dumps(dataclasses.asdict(options), default=str))
     made = {"settings": settings, "about": evaluate.about(data=options.data.data)}
     options.output.mkdir(parents=True, exist_ok=True)
@@ -223,12 +225,14 @@ def points_of(options: Options) -> Sequence[tuple[float, float]]:
     return [(base, float(mean)) for base, mean in means if mean > 0]  # or it has no logit
 
 
-def target_folder(root: Path, options: Options) -> data.ImageFolder:
+def target_folder(
+    root: Path, class_names: Sequence[str], table: Path | None = None
+) -> data.ImageFolder:
     """List the target images, of which all, some or none have labels; the others' label is -1."""
-    flat, table = not folders.folders_in(root), options.target.target_labels
+    flat = not folders.folders_in(root)
     listed = folders.list_folders(root, [root], [""]) if flat else data.image_folder(root)
     paths = [*map(nfc, listed.paths)]
-    given = [text.partition("=") for text in data.given_class_names(options.data.class_names)]
+    given = [text.partition("=") for text in data.given_class_names(class_names)]
     if not flat and not given:
         given = [(folder, "", "") for folder in layouts.own_or_given(listed.class_names)]
     names = {folder: name or folder for folder, _, name in given}
@@ -236,17 +240,25 @@ def target_folder(root: Path, options: Options) -> data.ImageFolder:
         raise ValueError(f"{root}: --class-names needs two or more classes, all different")
     own = [listed.class_names[label] for label in listed.labels]  # "" in a flat folder
     classes = dict(zip(paths, own, strict=True))
-    for line, row in read_rows(table, ("image", "class")) if table else ():
-        image = nfc(row["image"]).strip()
+    for line, image, name in label_rows(table) if table else ():
         if classes.get(image) != "":
             raise ValueError(f"{line}: {image!r} is no image in {root}, or has a label already")
-        classes[image] = nfc(row["class"]).strip()
-    if odd := {*classes.values()} - {*names, ""}:
+        classes[image] = name
+    places = {name: label for given in (names.values(), names) for label, name in enumerate(given)}
+    if odd := {*classes.values()} - {*places, ""}:
         known = ", ".join(names)
         raise ValueError(f"{root}: class {min(odd)!r} is not one of --class-names, {known}")
-    places = {name: label for label, name in enumerate(names)}
     labels = np.asarray([places.get(classes[path], -1) for path in paths], np.int32)
     return dataclasses.replace(listed, labels=labels, class_names=tuple(names.values()))
+
+
+def label_rows(table: Path) -> Iterator[tuple[str, str, str]]:
+    """Lines of a table of labels: place, image and class; its columns may be file and label too."""
+    head = [name.strip('"\r ') for name in re.split("[,;\t]", read_text(table).partition("\n")[0])]
+    columns = ("file", "label") if {"file", "label"} <= {*head} else ("image", "class")
+    for line, row in read_rows(table, columns):
+        image, name = (nfc(text).strip() for text in row.values())
+        yield line, image, name
 
 
 def check_one(options: Options, model: Model, images: data.ImageFolder, folder: Path) -> Checked:

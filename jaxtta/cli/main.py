@@ -11,9 +11,12 @@ COMMANDS = {
     "sweep": "Measure adapters on corrupted images.",
     "shifts": "Measure adapters on natural distribution shifts.",
     "diagnose": "Diagnose models, or check a folder of your own images.",
+    "pilot": "Find out on your own images whether to switch adaptation on.",
     "serve": "Label a stream of images with a model that adapts while it runs.",
     "continual": "Train a model on one task after another.",
     "pretrain-mgg": "Train MGTTA's generator of updates.",
+    "replay": "Repeat the run of a log, and say where it first differs.",
+    "bundle": "Keep, install and revert what was learnt for an environment.",
     "report": "Make a sweep's report again, or compare sweeps.",
     "convert": "Convert a PyTorch file of weights to a folder that jaxtta loads.",
 }

@@ -23,7 +23,7 @@ from jaxtta.adapters.named import optimizer_of, settings_of
 from jaxtta.adapters.specs import mgtta_config_of
 from jaxtta.data import Batches, Dataset, Subset, content_of
 from jaxtta.data.datasets import stored_in
-from jaxtta.io import digest_array, digest_of
+from jaxtta.io import digest_array, digest_leaves, digest_of
 from jaxtta.models import Params, Task, describe_preprocessing, model_settings
 
 PACKAGES = ("jaxtta", "jax", "jaxlib", "flax", "optax", "transformers", "numpy", "pillow")
@@ -37,9 +37,7 @@ def fingerprints(
 
     The model counts by its architecture and preprocessing, the task by its tokens, where given.
     """
-    weights = hashlib.blake2b(digest_size=8)
-    for leaf in jax.tree.leaves(params):
-        weights.update(np.asarray(leaf).tobytes())
+    weights = digest_leaves(params)
     images = f"{len(dataset)}, labels {digest_array(np.asarray(dataset.labels, np.int32))}"
     inner: Any = dataset
     while inner is not None:  # a subset may be within a corruption
@@ -47,7 +45,7 @@ def fingerprints(
             images += f", numbers {digest_array(np.asarray(inner.numbers, np.int64))}"
         inner = getattr(inner, "dataset", None)
     names = dataset.class_names
-    found = {"images": images, "class_names": names, "weights": weights.hexdigest()}
+    found = {"images": images, "class_names": names, "weights": weights}
     if model is not None:
         found["model_settings"] = model_settings(model)
     if task is not None:

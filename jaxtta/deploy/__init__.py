@@ -1,0 +1,1 @@
+"""What runs an adapter in production: sessions, their log, bundles and servers."""

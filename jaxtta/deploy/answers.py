@@ -1,0 +1,95 @@
+r"""A file that answers are appended to, each line as a whole or not at all.
+
+answers = AnswersFile("answers.jsonl", header="")
+for name in lines.begin("", json_name): ...  # of the lines that are there already
+lines.write('{"file": "a.png"}\n')
+"""
+
+import csv
+import json
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+
+class AnswersFile:
+    """An open file of answers, in JSON lines or CSV.
+
+    Attributes:
+        lost: number of lines that could not be written, of a full disk for one.
+    """
+
+    def __init__(self, path: str | Path, header: str) -> None:
+        """Open the file, and cut off a last line that a killed process has left torn.
+
+        Args:
+            path: of the file; its folder must exist.
+            header: its first line, of CSV; "" for JSON lines.
+
+        Raises:
+            OSError: if it cannot be opened or written.
+            ValueError: if it has another first line.
+        """
+        self.path, self.lost = Path(path), 0
+        if self.path.exists() and not self.path.is_file():
+            raise ValueError(f"{path}: is no ordinary file, answers cannot be continued there")
+        self._file = self.path.open("ab", buffering=0)
+        self._size = 0
+        first = header.encode()
+        for line in self._lines():
+            if not self._size and header and line != first:
+                raise ValueError(
+                    f"{path}: begins with {line.decode(errors='replace').strip()!r}, expected the "
+                    f"columns {header.strip()!r}; use another file"
+                )
+            self._size += len(line)
+        self._file.truncate(self._size)
+        if header and not self._size:
+            self.write(header)
+        self._header = header
+
+    def _lines(self) -> Iterator[bytes]:
+        """Whole lines, of the file's beginning where there is no more."""
+        with self.path.open("rb") as file:
+            yield from (line for line in file if line.endswith(b"\n"))
+
+    def names(self) -> set[str]:
+        """The names of the images in it.
+
+        Raises:
+            ValueError: if a line is no answer.
+        """
+        if self._header:
+            with self.path.open(encoding="utf-8", newline="") as file:
+                return {row["file"] for row in csv.DictReader(file)}
+        found = set()
+        for number, line in enumerate(self._lines(), 1):
+            try:
+                found.add(json.loads(line)["file"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{self.path}: line {number} is no answer") from error
+        return found
+
+    def write(self, line: str) -> None:
+        """Append a line; one that cannot be written is counted, and logged once."""
+        rest = line.encode("utf-8", "backslashreplace")
+        size = self._size + len(rest)
+        try:
+            while rest:
+                rest = rest[os.write(self._file.fileno(), rest) :]
+        except OSError as error:
+            if not self.lost:
+                log.warning(
+                    "%s: %s; answers are lost, the server goes on", self.path, error.strerror
+                )
+            self.lost += 1
+            self._file.truncate(self._size)
+        else:
+            self._size = size
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()

@@ -1,0 +1,360 @@
+"""A small HTTP server in front of a queue of images: `/predict`, `/health` and `/metrics`.
+
+    app = make_app(session, queue, describe, metrics, Limits(), token="…")
+    with running(app, "127.0.0.1", 8000) as url:
+        answer_all(queue, session, metrics.count)  # in this thread, until the queue stops
+
+`POST /predict` takes an image as the body (Content-Type: image/…), or images as the files of a form
+(multipart/form-data), and answers {"answers": […]}, one for each image in their order. Anything
+else gets its status and {"error": "one sentence"}.
+"""
+
+import asyncio
+import contextlib
+import hashlib
+import hmac
+import io
+import logging
+import re
+import socket
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import uvicorn
+from PIL import Image
+from starlette.applications import Starlette
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from jaxtta.deploy.metrics import Metrics
+from jaxtta.deploy.queue import BatchQueue, Item
+from jaxtta.deploy.session import Answer, Prepared, Session
+from jaxtta.deploy.sources import load
+from jaxtta.images import FORMATS, UnreadableImageError, printable
+
+log = logging.getLogger(__name__)
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+RETRY = {"Retry-After": "1"}  # seconds
+
+
+class Limits(NamedTuple):
+    """What a request may ask for.
+
+    Attributes:
+        bytes: of its body.
+        pixels: of an image.
+        images: in it.
+        seconds: for its body to come.
+        threads: that decode images.
+    """
+
+    bytes: int = 20 * 2**20
+    pixels: int = 50_000_000
+    images: int = 32
+    seconds: float = 30.0
+    threads: int = 2
+
+
+class Refused(Exception):
+    """A request that is answered by a status and a sentence."""
+
+    def __init__(self, status: int, sentence: str, headers: dict[str, str] | None = None) -> None:
+        """Say why."""
+        super().__init__(sentence)
+        self.status, self.headers = status, headers
+
+
+def make_app(
+    session: Session,
+    queue: BatchQueue,
+    describe: Callable[[Answer], dict[str, Any]],
+    metrics: Metrics,
+    limits: Limits = Limits(),  # noqa: B008  immutable
+    *,
+    token: str = "",
+    hosts: tuple[str, ...] = LOOPBACK,
+    wait: float = 0.05,
+    keep: bool = False,
+) -> Starlette:
+    """Make the application.
+
+    Args:
+        session: prepares the images; another thread answers them.
+        queue: where they wait for it.
+        describe: an answer in JSON.
+        metrics: what `/metrics` says.
+        limits: what is refused.
+        token: that requests must bring, as "Authorization: Bearer TOKEN"; "" for none.
+        hosts: names that the server may be called by; () for any. Without a token, pages in a
+            browser are refused too.
+        wait: seconds that an image waits for others to fill its batch.
+        keep: whether a file's content goes to the queue with its image.
+
+    Returns:
+        An ASGI application.
+    """
+    pool, held = ThreadPoolExecutor(limits.threads, "decode"), [0]
+    reading = [0]  # requests that are read and decoded
+    room = max(8 * limits.bytes, 2**28)  # bytes of all bodies together that are being read
+
+    def admit(request: Request) -> None:
+        host = re.sub(r":\d+$", "", request.headers.get("host", "")).strip("[]")
+        if hosts and host not in hosts:
+            raise Refused(400, f"this server is not called {printable(host)!r}")
+        given = request.headers.get("authorization", "").encode("latin-1")  # its bytes
+        if token and not hmac.compare_digest(given, f"Bearer {token}".encode()):
+            raise Refused(
+                401,
+                "the token is missing or wrong, expected the header Authorization: Bearer TOKEN",
+                {"WWW-Authenticate": "Bearer"},
+            )
+        if not token and "origin" in request.headers:
+            raise Refused(403, "pages in a browser are answered only with a token")
+
+    async def body_of(request: Request) -> bytes:
+        """The body, if it is small enough."""
+        too_large = Refused(413, f"the body is larger than {limits.bytes} bytes")
+        length, body = request.headers.get("content-length", ""), bytearray()
+        if length.isdecimal() and int(length) > limits.bytes:
+            raise too_large
+        try:
+            async for chunk in request.stream():
+                if len(body) + len(chunk) > limits.bytes:
+                    raise too_large
+                if held[0] + len(chunk) > room:
+                    raise Refused(503, "too many large requests at once, try again later", RETRY)
+                held[0] += len(chunk)
+                body += chunk
+        finally:  # from here on, `queue.limit` and the threads limit what is held
+            held[0] -= len(body)
+        if not body:
+            raise Refused(400, "the body is empty, expected an image")
+        return bytes(body)
+
+    async def files_of(request: Request) -> list[tuple[str, bytes]]:
+        """The names and contents of the images that a request has."""
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "multipart/form-data":
+            if kind and not kind.startswith("image/") and kind != "application/octet-stream":
+                raise Refused(
+                    415,
+                    f"Content-Type is {printable(kind)}, expected image/…, "
+                    "application/octet-stream or multipart/form-data",
+                )
+            return [("", await body_of(request))]
+        form = Request(request.scope, _once(await body_of(request)))
+        count = limits.images
+        try:
+            async with form.form(max_files=count + 1, max_fields=count) as parts:
+                found = [x for _, x in parts.multi_items() if isinstance(x, UploadFile)]
+                files = [(x.filename or "", await x.read()) for x in found]
+        except HTTPException as error:  # of a form that is none
+            raise Refused(400, f"the form cannot be read ({printable(error.detail)})") from error
+        if not files:
+            raise Refused(400, "the form has no file, expected images as its files")
+        if len(files) > min(count, queue.limit):
+            raise Refused(413, f"more than {min(count, queue.limit)} images in one request")
+        return files
+
+    def decoded(name: str, content: bytes) -> tuple[str, Prepared]:
+        digest = hashlib.blake2b(content, digest_size=8).hexdigest()
+        name = name or "the image"
+        check(printable(name), content, limits)
+        try:
+            return digest, load(session, io.BytesIO(content), name)
+        except UnreadableImageError as error:
+            raise Refused(400, str(error)) from error
+
+    async def predict(request: Request) -> Response:
+        start, loop = time.monotonic(), asyncio.get_running_loop()
+        admit(request)
+        if queue.stopping or len(queue) + reading[0] >= queue.limit:
+            raise Refused(503, "too many images wait, try again later", RETRY)
+        reading[0] += 1
+        try:
+            async with asyncio.timeout(limits.seconds):
+                files = await files_of(request)
+            jobs = [loop.run_in_executor(pool, decoded, *file) for file in files]
+            ready = await asyncio.gather(*jobs)
+        finally:
+            reading[0] -= 1
+        futures: list[asyncio.Future[Answer | None]] = [loop.create_future() for _ in files]
+        due, items = time.monotonic() + wait, []
+        for (name, content), (digest, image), future in zip(files, ready, futures, strict=True):
+            original = content if keep else None
+            items.append(
+                Item(f"http:{digest}/{name}", image, _replier(loop, future), original, due)
+            )
+        if not queue.offer(items):
+            raise Refused(503, "too many images wait, try again later", RETRY)
+        described = []
+        for (name, _), (digest, _), future in zip(files, ready, futures, strict=True):
+            if (answer := await future) is None:
+                raise Refused(503, "the server stops, try again later", RETRY)
+            described.append({"file": name or None, "id": digest, **describe(answer)})
+        metrics.seconds.observe(time.monotonic() - start)
+        return JSONResponse({"answers": described})
+
+    async def health(request: Request) -> Response:
+        del request
+        counts = {"steps": session.steps, "images": session.seen, "updates": session.updates}
+        status = "stopping" if queue.stopping else "ok"
+        content = {"status": status, "waiting": len(queue), **counts}
+        return JSONResponse(content, 503 if queue.stopping else 200)
+
+    async def metric(request: Request) -> Response:
+        admit(request)
+        return Response(*metrics.text(len(queue)))
+
+    def answered(endpoint: Callable[[Request], Any]) -> Callable[[Request], Any]:
+        """An endpoint whose errors are one sentence in JSON."""
+
+        async def safe(request: Request) -> Response:
+            response = await _outcome(endpoint, request, limits)
+            metrics.requests.labels(request.scope["path"], response.status_code).inc()
+            return response
+
+        return safe
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        yield
+        pool.shutdown(cancel_futures=True)
+
+    async def unknown(request: Request, error: Exception) -> Response:
+        del request
+        assert isinstance(error, HTTPException)
+        sentence = "this server has POST /predict, GET /health and GET /metrics"
+        return JSONResponse({"error": sentence}, error.status_code, error.headers)
+
+    routes = [
+        Route("/predict", answered(predict), methods=["POST"]),
+        Route("/health", answered(health)),
+        Route("/metrics", answered(metric)),
+    ]
+    return Starlette(routes=routes, lifespan=lifespan, exception_handlers={HTTPException: unknown})
+
+
+async def _outcome(
+    endpoint: Callable[[Request], Any], request: Request, limits: Limits
+) -> Response:
+    try:
+        return await endpoint(request)
+    except Refused as refused:
+        status, sentence, headers = refused.status, str(refused), refused.headers
+    except TimeoutError:
+        status, headers = 408, None
+        sentence = f"the body did not come within {limits.seconds:g} seconds"
+    except ClientDisconnect:
+        return Response(status_code=400)  # which nobody reads
+    except Exception:
+        log.exception("%s %s", request.method, request.scope["path"])
+        status, sentence, headers = 500, "the server has failed, its log says how", None
+    with contextlib.suppress(Exception):  # what a client still sends, or it would not read
+        async with asyncio.timeout(1):
+            left = 4 * limits.bytes
+            async for chunk in request.stream():
+                left -= len(chunk)
+                if left < 0:
+                    break
+    return JSONResponse({"error": sentence}, status, headers)
+
+
+def check(name: str, content: bytes, limits: Limits) -> None:
+    """Refuse, before it is decoded, what is no image or has too many pixels."""
+    if not content:
+        raise Refused(400, f"{name}: is empty, expected an image")
+    known = [form for form in FORMATS if form in Image.OPEN]  # others may run programs
+    try:
+        with Image.open(io.BytesIO(content), formats=known) as image:
+            width, height = image.size
+    except Image.DecompressionBombError as error:
+        raise Refused(413, f"{name}: has more than {limits.pixels} pixels") from error
+    except Exception as error:  # Pillow may raise any exception on damaged files
+        raise Refused(400, f"{name}: cannot be decoded, is it an image?") from error
+    if width * height > limits.pixels:
+        sentence = f"{name}: has {width}×{height} pixels, expected at most {limits.pixels}"
+        raise Refused(413, sentence)
+
+
+def _once(body: bytes) -> Callable[[], Any]:
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return receive
+
+
+def _replier(loop: asyncio.AbstractEventLoop, future: Any) -> Callable[[Answer | None], None]:
+    """A function that gives a future its answer, from another thread."""
+
+    def settle(answer: Answer | None) -> None:
+        if not future.done():  # the client may be gone
+            future.set_result(answer)
+
+    def reply(answer: Answer | None) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(settle, answer)
+
+    return reply
+
+
+def parse_address(text: str) -> tuple[str, int]:
+    """Host and port of [HOST:]PORT; the host is 127.0.0.1 by default.
+
+    Raises:
+        ValueError: if it is anything else.
+    """
+    host, _, port = text.rpartition(":")
+    if not (port.isascii() and port.isdecimal() and int(port) < 2**16):
+        raise ValueError(f"--http is {text!r}, expected [HOST:]PORT such as 8000 or 0.0.0.0:8000")
+    return host.strip("[]") or LOOPBACK[0], int(port)
+
+
+@contextlib.contextmanager
+def running(app: Any, host: str, port: int) -> Iterator[str]:
+    """Run an application in a thread.
+
+    Args:
+        app: an ASGI application.
+        host: the name or address to listen at.
+        port: its port; 0 for a free one.
+
+    Yields:
+        Its URL; it takes connections until the block ends, and then ends the requests at hand.
+
+    Raises:
+        OSError: if the address is in use, or not this machine's.
+    """
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listener = socket.create_server((host, port), family=family, backlog=256)
+    except OSError as error:
+        reason = error.strerror or error
+        raise OSError(f"{host}:{port}: cannot be listened at ({reason})") from error
+    config = uvicorn.Config(
+        app,
+        log_level="error",
+        access_log=False,
+        server_header=False,
+        ws="none",
+        timeout_graceful_shutdown=5,
+    )
+    server = uvicorn.Server(config)
+    thread = threading.Thread(
+        target=server.run, kwargs={"sockets": [listener]}, name="http", daemon=True
+    )
+    thread.start()
+    try:
+        address = f"[{host}]" if ":" in host else host
+        yield f"http://{address}:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(10)
+        listener.close()
