@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "diagnose": MODELS,
     "parallel": {"adapters"},
     "evaluate": METHODS | {"parallel"},
-    "report": METHODS | {"evaluate"},
+    "report": METHODS | {"evaluate", "deploy"},
     "deploy": METHODS,
     "cli": METHODS | {"deploy"} | {"evaluate", "report", "remote"},
 }

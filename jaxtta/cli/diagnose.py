@@ -244,10 +244,10 @@ def target_folder(
         if classes.get(image) != "":
             raise ValueError(f"{line}: {image!r} is no image in {root}, or has a label already")
         classes[image] = name
-    if odd := {*classes.values()} - {*names, ""}:
+    places = {name: label for given in (names.values(), names) for label, name in enumerate(given)}
+    if odd := {*classes.values()} - {*places, ""}:
         known = ", ".join(names)
         raise ValueError(f"{root}: class {min(odd)!r} is not one of --class-names, {known}")
-    places = {name: label for label, name in enumerate(names)}
     labels = np.asarray([places.get(classes[path], -1) for path in paths], np.int32)
     return dataclasses.replace(listed, labels=labels, class_names=tuple(names.values()))
 

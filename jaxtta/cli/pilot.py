@@ -6,9 +6,10 @@ r"""Find out on your own images whether to switch adaptation on: go, no-go or un
 
 A guarded adapter answers all images in their order, beside zero-shot, and nothing depends on it
 yet. Labels come from class folders, or from a .csv with the columns file and label (or image and
-class) for some of the images. The folder of results has report.html for people, result.json for
-programs, and to_label.csv: images on which the two models differ, in random order. Labels of the
-first hundred usually decide; fill in the column label and give the file to --labels.
+class) for some of the images. The folder of results has report.html for people; result.json for
+programs, shares in per cent and gains in points; log.jsonl of the run; and to_label.csv: images on
+which the two models differ, in random order. Labels of the first hundred usually decide: fill in
+the column label and give the file to --labels; labels that it has stay in it.
 
 Without labels nobody can tell which model is right: the verdict is then no-go or undecided, unless
 --without-labels allows go on signals alone. Images that the model does not fit end in no-go before
@@ -75,9 +76,11 @@ def run(options: Options) -> int:
     options.thresholds.check()
     spec = evaluate.parse_adapter(options.adapter)
     if not spec.guard:
-        raise ValueError(f"--adapter is {spec.text}, expected guarded:{spec.text}: pilots are safe")
-    sizes = {"batch_size": (options.batch_size, 1), "workers": (options.workers, 1)}
-    evaluate.require_at_least(**sizes, max_images=(options.max_images or 1, 1))
+        raise ValueError(
+            f"--adapter is {spec.text}, expected one with a guard: guarded:{spec.text}"
+        )
+    for name in ("batch_size", "workers", "max_images"):
+        evaluate.require_at_least(**{name: (getattr(options, name), 1)})
     model, params = options.model.load()
     flat, names = not folders.folders_in(options.images), options.class_names
     demo = options.model.model == str(assets.MODEL)
@@ -85,6 +88,7 @@ def run(options: Options) -> int:
         names = getattr(model, "class_names", ()) or (data.CIFAR10_CLASSES if demo else ())
     images = target_folder(options.images, names, options.labels)
     options.output.mkdir(parents=True, exist_ok=True)
+    (options.output / LOG).unlink(missing_ok=True)
     shared = {name: getattr(options.model, name) for name in ("model", "compute_dtype", "remat")}
     shared |= {"templates": options.model.templates_for("folder"), "seed": options.seed}
     shared |= {"class_names": images.class_names, "batch_size": options.batch_size}
@@ -98,7 +102,6 @@ def run(options: Options) -> int:
         numbers = np.sort(numbers) if stored else numbers
         setup = dataclasses.replace(first, adapter=options.adapter)
         session, alone = setup.session(model, params), ms_of(trial.shadow)
-        (options.output / LOG).unlink(missing_ok=True)
         with AuditLog(options.output / LOG, header_of(session, setup)) as session.log:
             trial = ask(session, images, numbers, options.workers)._replace(zero_shot_ms=alone)
         allowed = {"without_labels": options.without_labels}
@@ -177,7 +180,7 @@ def stopped_by(steps: pd.DataFrame) -> str:
     """Why the guard does not adapt any more; "" if it does."""
     if "decision" not in steps or DECISIONS[steps["decision"].iloc[-1]] not in STOPS:
         return ""
-    stop = steps[steps["decision"] == DECISIONS.index("stop")].iloc[-1]
-    images = steps["images"].cumsum()[stop.name]
+    places = np.flatnonzero(steps["decision"] == DECISIONS.index("stop"))
+    stop, images = steps.iloc[places[-1]], int(steps["images"][: places[-1] + 1].sum())
     reason = REASONS[int(stop["reason"])].replace("_", " ")
     return f"it stopped adapting after {images} images ({reason})"

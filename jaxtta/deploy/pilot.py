@@ -23,6 +23,7 @@ from jaxtta.deploy.shadow import (
     fit_of,
     gain_of,
     ms_of,
+    spread_of,
 )
 
 VERDICTS = {"go": 0, "no-go": 3, "undecided": 4}
@@ -31,6 +32,7 @@ LEAST_INFORMATION, LEAST_ENTROPY = 0.1, 0.3  # of the logarithm of the number of
 STATUSES = {"failed": "no-go", "open": "undecided", "met": "go"}
 """Of a criterion, with the verdict that it gives if none before it occurs."""
 DISAGREEMENT, NARROWING, MISCALIBRATION = 30.0, 0.1, 1.0  # per cent, nats, points
+UNEVEN = 1e-3  # p-value
 LEAST_SKILL = 0.1  # of the way from guessing (0) to no error (1)
 
 
@@ -108,7 +110,7 @@ class Criterion(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Judgement:
-    """The verdict and what it rests on; shares and differences of shares are in [-1, 1].
+    """The verdict and what it rests on; shares are in per cent, differences of them in points.
 
     Attributes:
         verdict: "go", "no-go" or "undecided".
@@ -176,11 +178,17 @@ def judge(
         status = "no-go" if criteria[0].status == "failed" else "undecided"
         return Judgement(status, criteria, shadow.labelled, *counts, fit, accuracies_of(shadow))
     gain, blind = gain_of(shadow), shadow.labelled == "none"
-    disagreement = Estimate(float(differ.mean()), *accuracy_interval(differ))
+    disagreement = Estimate.percent(float(differ.mean()), *accuracy_interval(differ))
     narrowing = Estimate(float(np.subtract(*entropy_of(shadow.marginals))))
     calibration = calibration_of(shadow) if shadow.labelled == "all" else None
-    if not (blind and without_labels) or 100 * gain.high < limits.least_gain:
+    if not (blind and without_labels) or gain.bounds[1] < limits.least_gain:
         criteria += judge_gain(gain, limits)
+    if shadow.labelled == "some":
+        spread = Criterion("labels from the whole stream", "met")
+        if spread_of(shadow) < UNEVEN:
+            why = "the labels are not spread evenly over the stream, so they may not stand for it"
+            spread = spread._replace(status="open", why=why)
+        criteria.append(spread)
     criteria.append(_at_least("images", Estimate(count), limits.least_images, "images"))
     if (most := limits.most_disagreement) is not None:
         criteria.append(_at_most("disagreement", disagreement, most, "%"))
@@ -211,8 +219,8 @@ def judge(
 
 def judge_gain(gain: Estimate, limits: Thresholds) -> list[Criterion]:
     """Whether the gain is enough as measured, and its interval excludes too much loss."""
-    low, high, least, loss = 100 * gain.low, 100 * gain.high, limits.least_gain, -limits.most_loss
-    enough = gain.value is not None and 100 * gain.value >= least
+    (low, high), least, loss = gain.bounds, limits.least_gain, -limits.most_loss
+    enough = gain.value is not None and gain.value >= least
     first = "failed" if high < least else "met" if enough else "open"
     second = "failed" if high < loss else "met" if low >= loss else "open"
     named = (("gain", first, least), ("loss", second, limits.most_loss))
@@ -222,17 +230,18 @@ def judge_gain(gain: Estimate, limits: Thresholds) -> list[Criterion]:
 def judge_fit(fit: Fit) -> Criterion:
     """Whether zero-shot tells the images apart; adaptation cannot mend a model that does not."""
     judged, unfit = Criterion("the model fits the images", "met"), "the model does not fit them: "
-    if fit.recall is not None and fit.recall.low is not None and fit.recall.high is not None:
-        guessing = 1 / len(fit.predicted)
-        least = guessing + LEAST_SKILL * (1 - guessing)
-        if fit.recall.high < least:
-            found, low, high, guessed = (f"{100 * x:.0f}" for x in (*fit.recall, guessing))
+    if fit.recall is not None:
+        value, bounds = fit.recall.value, fit.recall.bounds
+        guessing = 100 / len(fit.predicted)
+        least = guessing + LEAST_SKILL * (100 - guessing)
+        if bounds[1] < least:
+            found, low, high, guessed = (f"{x:.0f}" for x in (value, *bounds, guessing))
             why = (
                 f"zero-shot recognises {found} % of a class on average (95 % interval {low} to "
                 f"{high}), guessing {guessed} %"
             )
             return judged._replace(status="failed", why=unfit + why)
-        if fit.recall.low >= least:
+        if bounds[0] >= least:
             return judged
     if fit.information >= LEAST_INFORMATION:
         return judged
@@ -253,8 +262,7 @@ def _at_least(name: str, measured: Estimate, least: float, unit: str) -> Criteri
 def _at_most(name: str, measured: Estimate | None, most: float, unit: str) -> Criterion:
     if measured is None or measured.value is None:
         return Criterion(name, "open", None, most, unit)
-    factor = 100 if unit in ("%", "points") else 1
     surely = measured.value if measured.low is None else measured.low
-    met = factor * measured.value <= most
-    status = "met" if met else "failed" if factor * surely > most else "open"
+    met = measured.value <= most
+    status = "met" if met else "failed" if surely > most else "open"
     return Criterion(name, status, measured, most, unit)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import pandas as pd
+from scipy.stats import kstest
 
 from jaxtta.adapters.guard.labels import Pairs, bounds, count_pairs
 from jaxtta.bootstrap import LEVEL, bootstrap, interval
@@ -27,6 +28,17 @@ class Estimate(NamedTuple):
     value: float | None
     low: float | None = None
     high: float | None = None
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """The interval of an estimate that has one."""
+        assert self.low is not None and self.high is not None
+        return self.low, self.high
+
+    @classmethod
+    def percent(cls, value: float | None, low: float, high: float) -> "Estimate":
+        """A share in per cent, or a difference of shares in points."""
+        return cls(None if value is None else 100 * value, 100 * low, 100 * high)
 
 
 class Shadow(NamedTuple):
@@ -108,7 +120,7 @@ class Fit(NamedTuple):
         entropy: mean of the answers, as such a share.
         confidence: mean probability of the predicted class.
         predicted: (classes,) how often each is predicted, as a share.
-        recall: mean over the labelled classes; None where labels do not tell.
+        recall: mean over the labelled classes, per cent; None where labels do not tell.
     """
 
     information: float
@@ -131,7 +143,7 @@ def fit_of(shadow: Shadow) -> Fit:
         of_class = np.bincount(given, weights, classes)
         weights /= of_class[given] * (of_class > 0).sum()
         value = float((weights * right).sum())
-        recall = Estimate(value, *_bounds(_bootstrapped(len(given) * weights * right)))
+        recall = Estimate.percent(value, *_bounds(_bootstrapped(len(given) * weights * right)))
     predicted = np.bincount(labels, minlength=classes) / count
     information = (entropy_of(answers.mean(0)) - entropy) / most
     measured = float(information), float(entropy / most), float(answers.max(1).mean())
@@ -139,7 +151,7 @@ def fit_of(shadow: Shadow) -> Fit:
 
 
 def gain_of(shadow: Shadow) -> Estimate:
-    """The guarded adapter's gain in accuracy.
+    """The guarded adapter's gain in accuracy, in points.
 
     The interval is a bootstrap over images if a label is known wherever the models differ, and a
     confidence sequence for these images otherwise.
@@ -152,12 +164,12 @@ def gain_of(shadow: Shadow) -> Estimate:
         unseen = 1 - ((1 - LEVEL) / 2) ** (1 / len(change))
         low -= unseen * (not (change < 0).any())
         high += unseen * (not (change > 0).any())
-        return Estimate(float(change.mean()), low, high)
+        return Estimate.percent(float(change.mean()), low, high)
     share, pairs = float(differ.mean()), pairs_of(shadow)
     low, high = (share * float(bound) for bound in _anytime(pairs, 1 - LEVEL))
     count = sum(map(int, pairs))
     value = share * float(pairs.wins - pairs.losses) / count if count else None
-    return Estimate(value, low, high)
+    return Estimate.percent(value, low, high)
 
 
 def pairs_of(shadow: Shadow) -> Pairs:
@@ -167,8 +179,20 @@ def pairs_of(shadow: Shadow) -> Pairs:
     return count_pairs(guarded, zero_shot)
 
 
+def spread_of(shadow: Shadow) -> float:
+    """A p-value of "the labels are spread evenly over the stream", where the models differ.
+
+    Labels of its beginning alone, where the adapter has learnt little, say nothing of its end.
+    """
+    known = shadow.labels[shadow.differ] >= 0
+    if not known.any():
+        return 1.0
+    places = (np.flatnonzero(known) + 0.5) / len(known)
+    return float(kstest(places, "uniform").pvalue)
+
+
 def accuracies_of(shadow: Shadow) -> tuple[Estimate, Estimate] | None:
-    """Accuracies of zero-shot and of the guarded adapter; None where labels do not tell."""
+    """Accuracies of zero-shot and of the guarded adapter, per cent; None if labels do not tell."""
     weights = _weights(shadow)
     if weights is None:
         return None
@@ -176,7 +200,7 @@ def accuracies_of(shadow: Shadow) -> tuple[Estimate, Estimate] | None:
     shares = weights[known, None] / weights.sum()
     right = shares * shadow.right()[known]
     columns = [(float(one.sum()), *_bounds(_bootstrapped(len(one) * one))) for one in right.T]
-    return Estimate(*columns[0]), Estimate(*columns[1])
+    return Estimate.percent(*columns[0]), Estimate.percent(*columns[1])
 
 
 def _weights(shadow: Shadow, least: int = 10) -> np.ndarray | None:
@@ -197,7 +221,7 @@ def _weights(shadow: Shadow, least: int = 10) -> np.ndarray | None:
 
 
 def calibration_of(shadow: Shadow) -> tuple[Estimate, Estimate, Estimate]:
-    """Calibration error of zero-shot and of the guarded adapter, and the difference."""
+    """Calibration error of zero-shot and of the guarded adapter in per cent, and the difference."""
     right, gaps = shadow.right(), []
     for number, answers in enumerate((shadow.reference, shadow.served)):
         assert answers is not None
@@ -210,7 +234,7 @@ def calibration_of(shadow: Shadow) -> tuple[Estimate, Estimate, Estimate]:
     first, second = np.abs(both.mean(0).reshape(2, BINS)).sum(1).tolist()
     drawn = ((first, errors[:, 0]), (second, errors[:, 1]))
     difference = (second - first, errors[:, 1] - errors[:, 0])
-    found = [Estimate(value, *_bounds(means)) for value, means in (*drawn, difference)]
+    found = [Estimate.percent(value, *_bounds(means)) for value, means in (*drawn, difference)]
     return found[0], found[1], found[2]
 
 

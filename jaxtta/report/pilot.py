@@ -6,8 +6,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from PIL import Image
 
 from jaxtta.adapters.guard import DECISIONS
@@ -17,18 +15,10 @@ from jaxtta.deploy.shadow import Estimate, Trial, ms_of, pairs_of, to_label
 from jaxtta.images import printable
 from jaxtta.io import atomic_write, write_json, write_text
 from jaxtta.report.diagnosis import sentences
-from jaxtta.report.plots import COLOURS, GREY, finish, label
+from jaxtta.report.pilot_plots import NAMES, PLOTS, plots_of
 from jaxtta.report.text import NONE, aligned, counted
 from jaxtta.report.write import png, render
 
-NAMES = ("zero-shot", "guarded")
-LOOKS = {"zero-shot": GREY, "guarded": COLOURS[0]}
-MARKS = {
-    "forget": ("began anew", "D", COLOURS[1]),
-    "roll_back": ("went back", "v", COLOURS[3]),
-    "stop": ("stopped adapting", "X", "black"),
-}
-"""Decisions of the guard, with words, marker and colour."""
 WORDS = {
     "adapt": "learnt from {}",
     "skip": "left out {}",
@@ -39,8 +29,7 @@ WORDS = {
 }
 """What the guard did, and with how many batches."""
 STATUSES = {"failed": "✗ failed", "open": "? open", "met": "✓ met"}
-SHOWN = 12  # examples, and classes in a plot
-SIZE = (5.6, 3.3)  # inches of a plot, which a phone shows whole
+SHOWN = 12  # examples
 
 
 def write_pilot(
@@ -69,10 +58,13 @@ def write_pilot(
     }
     said, steps = sentences("pilot.txt.j2", **told), sentences("pilot-next.txt.j2", **told)
     criteria, numbers = table_of_criteria(found), table_of_numbers(found, trial)
-    plots = plots_of(found, trial, images.class_names)
-    for name, figure in plots.items():
-        with atomic_write(folder / f"{name}.png") as temporary:
-            temporary.write_bytes(png(figure))
+    plots = plots_of(trial, images.class_names)
+    for name in PLOTS:
+        if name in plots:
+            with atomic_write(folder / f"{name}.png") as temporary:
+                temporary.write_bytes(png(plots[name]))
+        else:
+            (folder / f"{name}.png").unlink(missing_ok=True)  # of an earlier pilot
     title = f"Pilot of {adapter} on {printable(images.root.resolve().name)}"
     shown = examples(found, trial, images)
     page = render(
@@ -93,7 +85,9 @@ def write_pilot(
     write_json(folder / "result.json", content_of(found, trial, thresholds, said, steps) | made)
     write_text(folder / "report.html", page)
     blocks = [
-        "\n".join(aligned([[str(table.index.name), *table], *table.itertuples(name=None)]))
+        "\n".join(
+            aligned([[str(table.index.name), *map(str, table)], *table.itertuples(name=None)])
+        )
         for table in (criteria, numbers)
     ]
     print(*[title, *said[:1], *blocks, *said[1:], "\n".join(f"- {x}" for x in steps)], sep="\n\n")
@@ -104,18 +98,18 @@ def content_of(
     found: Judgement, trial: Trial, thresholds: Thresholds, said: list[str], steps: list[str]
 ) -> dict[str, Any]:
     """What result.json holds beside settings and provenance."""
-    plain = dataclasses.asdict(found) | {
+    content = dataclasses.asdict(found) | {
         "criteria": [with_estimate(one) for one in found.criteria],
         "fit": with_estimate(found.fit) | {"predicted": found.fit.predicted.tolist()},
     }
     for name in ("accuracy", "calibration"):
-        given = plain[name]
+        given = content[name]
         columns = (*NAMES, "difference")
         pairs = zip(columns, given, strict=False) if given else ()
-        plain[name] = {key: one._asdict() for key, one in pairs} or None
+        content[name] = {key: one._asdict() for key, one in pairs} or None
     for name in ("gain", "disagreement", "narrowing"):
-        plain[name] = plain[name] and plain[name]._asdict()
-    verdict = plain.pop("verdict")
+        content[name] = content[name] and content[name]._asdict()
+    verdict = content.pop("verdict")
     return {
         "verdict": verdict,
         "exit_code": VERDICTS[verdict],
@@ -123,7 +117,7 @@ def content_of(
         "sentences": said[1:],
         "next": steps,
         "thresholds": dataclasses.asdict(thresholds),
-        **plain,
+        **content,
         "zero_shot_ms": trial.zero_shot_ms,
         "decisions": {} if trial.shadow.served is None else decisions(trial),
         "unreadable": [*trial.unreadable],
@@ -136,44 +130,47 @@ def with_estimate(row: Any) -> dict[str, Any]:
     return {k: v._asdict() if isinstance(v, Estimate) else v for k, v in row._asdict().items()}
 
 
-def say(estimate: Estimate | None, unit: str = "points", sign: str = "") -> str:
-    """Format an estimate with its interval; shares become per cent or points."""
+def say(estimate: Estimate | None, unit: str = "%", sign: str = "") -> str:
+    """Format an estimate with its interval."""
     if estimate is None:
         return NONE
-    factor, digits = (100, 1) if unit in ("%", "points") else (1, {"nats": 3, "ms": 1}.get(unit, 0))
+    digits = {"nats": 3, "images": 0}.get(unit, 1)
     value, low, high = (
-        "" if x is None else f"{factor * x:{sign},.{digits}f}".replace("-", "−") for x in estimate
+        "" if x is None else f"{x:{sign},.{digits}f}".replace("-", "−") for x in estimate
     )
-    return f"{value} [{low}, {high}]".strip() if low else value
+    between = f"[{low}, {high}]" if low else ""
+    return f"{value or 'not known, within'} {between}".rstrip()
 
 
 def plain(estimate: Estimate) -> str:
     """A gain or loss in points, as a sentence has it."""
-    assert estimate.value is not None and estimate.low is not None and estimate.high is not None
-    low, high = sorted((estimate.low, estimate.high), key=abs)
-    sign = estimate.value < 0
-    value, low, high = (f"{-100 * x if sign else 100 * x:.1f}" for x in (estimate.value, low, high))
-    return f"{value} points (95 % interval {low} to {high})".replace("-", "−")
+    value = estimate.value or 0.0
+    low, high = sorted(bound if value >= 0 else -bound for bound in estimate.bounds)
+    said = f"{abs(value):.1f} points (95 % interval {low:.1f} to {high:.1f})"
+    return said.replace("-", "−")
 
 
 def reason(one: Criterion) -> str:
     """Why a criterion failed or is open, as the end of a sentence."""
     if one.why:
         return one.why
-    limit = number(one.threshold)
-    value = say(one.measured, one.unit, "+" if one.unit == "points" else "")
-    known = one.measured is not None and one.measured.value is not None
+    limit, known = (
+        number(one.threshold),
+        one.measured is not None and one.measured.value is not None,
+    )
+    gain = one.measured or Estimate(None)
+    value = say(gain, one.unit, "+" if one.unit == "points" else "")
     if one.name == "gain" and not known:
         return "without labels nobody can tell which model is right where they differ"
     if one.name == "gain" and one.status == "failed":
-        most = f"{100 * one.measured.high:.1f}".replace("-", "−")
+        most = f"{gain.bounds[1]:.1f}".replace("-", "−")
         return f"a gain of {limit} points is asked for, and at most {most} are possible"
     if one.name == "gain":
-        return f"a gain of {limit} points is asked for, and {plain(one.measured)} was measured"
+        return f"a gain of {limit} points is asked for, and {plain(gain)} was measured"
     if one.name == "loss" and one.status == "failed":
-        return f"accuracy falls by {plain(one.measured)}"
+        return f"accuracy falls by {plain(gain)}"
     if one.name == "loss":
-        worst = f"{-100 * one.measured.low:.1f}"
+        worst = f"{-gain.bounds[0]:.1f}"
         return f"a loss of up to {worst} points is not ruled out, {limit} are allowed"
     if one.name == "images":
         return f"{counted(int(value.replace(',', '')), 'image')} are too few, {limit} are asked for"
@@ -202,11 +199,11 @@ def table_of_criteria(found: Judgement) -> pd.DataFrame:
             least = "at least" if one.name in ("gain", "images") else "at most"
             asked = f"{least} {number(one.threshold)} {one.unit}"
             measured = say(one.measured, one.unit, "+" if one.unit == "points" else "")
-        if one.name == "loss":
+        if one.name == "loss" and one.measured:
             measured = f"gain of {say(Estimate(one.measured.low), sign='+')} at worst"
-        rows[one.name] = (asked, measured or NONE, STATUSES[one.status])
-    frame = pd.DataFrame.from_dict(rows, "index", columns=["asked for", "measured", "result"])
-    return frame.rename_axis("threshold")
+        rows[one.name] = (STATUSES[one.status], asked, measured or NONE)
+    frame = pd.DataFrame.from_dict(rows, "index", columns=["result", "asked for", "measured"])
+    return frame.rename_axis("condition")
 
 
 def table_of_numbers(found: Judgement, trial: Trial) -> pd.DataFrame:
@@ -245,7 +242,11 @@ def tables_of(found: Judgement, trial: Trial, images: ImageFolder) -> dict[str, 
     columns["step"] = trial.step_of
     tables = {"images": pd.DataFrame(columns)}
     if found.labelled != "all" and shadow.served is not None:
-        tables["to_label"] = pd.DataFrame({"file": files[to_label(shadow)], "label": ""})
+        # Those with a label first: the file may be the one that they were read from.
+        pairs = zip(images.paths, images.labels, strict=True)
+        rows = [(path, images.class_names[n]) for path, n in pairs if n >= 0]
+        rows += [(images.paths[n], "") for n in trial.numbers[to_label(shadow)]]
+        tables["to_label"] = pd.DataFrame(rows, columns=["file", "label"])
     return tables
 
 
@@ -281,117 +282,3 @@ def examples(
         if pictures:
             shown.append((heading, pictures))
     return shown
-
-
-def plots_of(found: Judgement, trial: Trial, class_names: tuple[str, ...]) -> dict[str, Figure]:
-    """All plots that apply, by name."""
-    drawn = {"confidence": draw_confidence(trial), "classes": draw_classes(trial, class_names)}
-    if trial.shadow.served is None:
-        return drawn
-    return {"running": draw_running(found, trial), "signals": draw_signals(trial)} | drawn
-
-
-def draw_running(found: Judgement, trial: Trial) -> Figure:
-    """Accuracy of both, or their agreement where labels lack, over the last images."""
-    shadow = trial.shadow
-    count = len(shadow.labels)
-    window = int(np.clip(count // 10, min(20, count), 500))
-    figure = Figure(SIZE, layout="constrained")
-    axes = figure.subplots()
-    if found.labelled == "all":
-        lines = dict(zip(NAMES, shadow.right().T, strict=True))
-        what = "right"
-    else:
-        lines, what = {"guarded": ~shadow.differ}, "same label"
-    for name, values in lines.items():
-        means = 100 * pd.Series(values, dtype=float).rolling(window).mean()
-        named = name if found.labelled == "all" else None
-        axes.plot(1 + means.index, means, color=LOOKS[name], label=named, linewidth=1.8)
-    mark(axes, trial)
-    finish(axes, "images seen", f"{what}, of the last {window} (%)", grid="both", legend=False)
-    legend(figure, axes)
-    return figure
-
-
-def mark(axes: Axes, trial: Trial) -> None:
-    """Mark the guard's decisions at the lower edge."""
-    ends, kinds = trial.steps["images"].cumsum(), trial.steps["decision"].astype(int)
-    for name, (words, marker, colour) in MARKS.items():
-        places = ends[kinds == DECISIONS.index(name)]
-        if len(places):
-            at = axes.get_xaxis_transform()
-            points = {"transform": at, "clip_on": False, "zorder": 3, "linestyle": "none"}
-            look = {"marker": marker, "color": colour, "markersize": 7, "label": words}
-            axes.plot(places, np.full(len(places), 0.02), **points, **look)
-
-
-def draw_signals(trial: Trial) -> Figure:
-    """The adapted model's share in the answers, and the guard's signals."""
-    wanted = {
-        "share": "share of the\nadapted model",
-        "narrowing": "narrowing\n(nats)",
-        "environment": "change of the\nimages (z)",
-        "disagreement": "disagreement",
-    }
-    names = [name for name in wanted if name in trial.steps]
-    figure = Figure((SIZE[0], 0.9 + 1.15 * len(names)), layout="constrained")
-    panels = figure.subplots(len(names), sharex=True, squeeze=False)[:, 0]
-    ends = trial.steps["images"].cumsum()
-    for axes, name in zip(panels, names, strict=True):
-        axes.plot(ends, trial.steps[name], color=COLOURS[0], linewidth=1.4)
-        axes.margins(y=0.15)
-        if name in ("share", "disagreement"):
-            axes.set_ylim(-0.05, max(0.6, 1.1 * trial.steps[name].max()))
-        finish(axes, "", wanted[name], grid="both", legend=False)
-        axes.yaxis.label.set_size(8)
-    mark(panels[0], trial)
-    panels[-1].set_xlabel("images seen")
-    figure.align_ylabels(panels)
-    legend(figure, panels[0])
-    return figure
-
-
-def draw_confidence(trial: Trial) -> Figure:
-    """How sure both models are."""
-    figure = Figure(SIZE, layout="constrained")
-    axes, bins = figure.subplots(), np.linspace(0, 1, 21)
-    for name, answers in zip(NAMES, (trial.shadow.reference, trial.shadow.served), strict=True):
-        if answers is not None:
-            sure = np.minimum(answers.max(1), 1)
-            look = {"weights": np.full(len(sure), 100 / len(sure)), "color": LOOKS[name]}
-            axes.hist(sure, bins, **look, alpha=0.55, label=name)
-    axes.axvline(1 / trial.shadow.reference.shape[1], color="black", linestyle="--", linewidth=1)
-    finish(axes, "confidence (dashed: guessing)", "images (%)", legend=False)
-    legend(figure, axes)
-    return figure
-
-
-def draw_classes(trial: Trial, class_names: tuple[str, ...]) -> Figure:
-    """How often both models predict each class, and how often it is the label."""
-    shadow, count = trial.shadow, len(class_names)
-    given = dict(zip(NAMES, (shadow.reference, shadow.served), strict=True))
-    chosen = {name: answers.argmax(1) for name, answers in given.items() if answers is not None}
-    if (shadow.labels >= 0).all():
-        chosen["labels"] = shadow.labels
-    frame = pd.DataFrame(
-        {name: 100 * np.bincount(x, minlength=count) / len(x) for name, x in chosen.items()},
-        [*map(label, class_names)],
-    )
-    frame = frame.loc[frame.max(axis=1).sort_values(ascending=False, kind="stable").index[:SHOWN]]
-    figure = Figure((SIZE[0], 1.1 + 0.33 * len(frame)), layout="constrained")
-    axes = figure.subplots()
-    colours = [*LOOKS.values()][: len(given) - (shadow.served is None)]
-    colours += [COLOURS[2]] * ("labels" in chosen)
-    frame.plot.barh(ax=axes, width=0.8, color=colours, legend=False)
-    axes.invert_yaxis()
-    finish(axes, "images (%)", "", grid="x", legend=False)
-    legend(figure, axes)
-    return figure
-
-
-def legend(figure: Figure, axes: Axes) -> None:
-    """A legend above the plot, if there is anything to tell apart."""
-    handles, labels = axes.get_legend_handles_labels()
-    if labels:
-        columns = 3 if max(map(len, labels)) < 12 else 1
-        figure.legend(handles, labels, loc="outside upper left", ncols=columns, frameon=False)

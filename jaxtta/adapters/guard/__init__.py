@@ -1,6 +1,17 @@
 """A guard around any adapter."""
 
-from jaxtta.adapters.guard.guarded import GuardState, guarded, stream_axes
+from jaxtta.adapters.guard.guarded import guarded
+from jaxtta.adapters.guard.labels import Canary
 from jaxtta.adapters.guard.policy import DECISIONS, REASONS, Policy
+from jaxtta.adapters.guard.state import GuardState, review, stream_axes
 
-__all__ = ["DECISIONS", "REASONS", "GuardState", "Policy", "guarded", "stream_axes"]
+__all__ = [
+    "DECISIONS",
+    "REASONS",
+    "Canary",
+    "GuardState",
+    "Policy",
+    "guarded",
+    "review",
+    "stream_axes",
+]

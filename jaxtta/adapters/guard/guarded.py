@@ -15,7 +15,7 @@ the context is broadcast, as with any adapter:
     step = jax.vmap(adapter.step, in_axes=(None, axes, 0), out_axes=(axes, 0))
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,90 +24,25 @@ import optax
 from jaxtta.adapters.base import Adapter, Answers, Array, Prediction, require_state
 from jaxtta.adapters.guard import image_statistics as environments
 from jaxtta.adapters.guard import signals as of
+from jaxtta.adapters.guard.labels import Canary, Pairs, check_canary, is_worse, no_checks, no_pairs
 from jaxtta.adapters.guard.mixture import mix
 from jaxtta.adapters.guard.policy import DECISIONS, Policy, decide
+from jaxtta.adapters.guard.state import (
+    GuardContext,
+    GuardState,
+    changing,
+    pushed,
+    put_back,
+    repeated,
+)
 from jaxtta.adapters.on_features import gathered
 from jaxtta.models import Batch, as_batch
-
-FIXED = ("context", "fingerprint")
-"""Fields of states that no step writes."""
-
 
 CAREFUL = Policy()
 
 
-class GuardContext(NamedTuple):
-    """What no step writes.
-
-    Attributes:
-        reference: the state of the frozen model's adapter: its class embeddings.
-        source: what the adapter inside changes, as it was in the beginning.
-    """
-
-    reference: Any
-    source: Any
-
-
-class GuardState(NamedTuple):
-    """What a guard carries from batch to batch; donate it to the jitted step.
-
-    Attributes:
-        inner: the state of the adapter inside.
-        context: what no step writes; `vmap` over streams may broadcast it (`stream_axes`).
-        snapshots: earlier states of the adapter inside, without what no step writes, the oldest
-            first: each leaf has an axis more.
-        averages: of both models' answers.
-        environment: the statistics of the images.
-        strikes: () int32, failures in this environment.
-        stopped: () bool, whether adaptation has ended.
-        updates: () int32, batches learnt from since the last reset.
-        seen: () int32, valid images so far.
-        fingerprint: () uint32, as in `adapters.State`.
-    """
-
-    inner: Any
-    context: Any
-    snapshots: Any
-    averages: of.Averages
-    environment: environments.Environment
-    strikes: Any
-    stopped: Any
-    updates: Any
-    seen: Any
-    fingerprint: Any = None
-
-
-def changing(state: Any) -> Any:
-    """A state without the fields that no step writes."""
-    if not hasattr(state, "_fields"):
-        return state
-    fields = {name: changing(value) for name, value in state._asdict().items()}
-    return state._replace(**{name: () if name in FIXED else x for name, x in fields.items()})
-
-
-def put_back(state: Any, part: Any) -> Any:
-    """A state with what `changing` gave, of it or of an earlier one, in its place."""
-    if not hasattr(state, "_fields"):
-        return part
-    fields = zip(state._fields, state, part, strict=True)
-    return state._replace(**{n: x if n in FIXED else put_back(x, y) for n, x, y in fields})
-
-
-def stream_axes(state: Any) -> Any:
-    """Axes for `vmap` over streams: 0, and None for what no step writes, which all share.
-
-    Args:
-        state: any adapter's, from `init(params)`.
-
-    Returns:
-        The state with an axis in the place of each leaf.
-    """
-    own = jax.tree.map(lambda x: 0, changing(state))
-    return put_back(jax.tree.map(lambda x: None, state), own)
-
-
 def guarded(
-    adapter: Adapter, reference: Adapter, policy: Policy = CAREFUL, *, canary: Any = None
+    adapter: Adapter, reference: Adapter, policy: Policy = CAREFUL, *, canary: Canary | None = None
 ) -> Adapter:
     """Guard an adapter: serve a mixture with the frozen model, and take back what harms.
 
@@ -118,7 +53,8 @@ def guarded(
         adapter: any adapter; one that has nothing to roll back has answers to mix.
         reference: the frozen model, `zero_shot(model, task)`.
         policy: when to mix, skip, forget, roll back and stop.
-        canary: labelled images that both models are tried on.
+        canary: labelled images that both models are tried on now and then, beside the stream; if
+            the adapted one is less accurate, it stops for good.
 
     Returns:
         The adapter. Its predictions have `answers`, both models' logits, and metrics beside those
@@ -143,14 +79,16 @@ def guarded(
         dtype = jnp.promote_types(logits.dtype, jnp.float32)
         # Copies: no array may be in a donated state twice.
         source = jax.tree.map(jnp.copy, changing(inner))
-        ring = jax.tree.map(lambda x: jnp.stack([x] * policy.snapshots), source)
+        known = () if canary is None else canary.right(reference, params, frozen)
         zero = jnp.zeros((), jnp.int32)
         return GuardState(
             inner,
-            GuardContext(frozen, source),
-            ring,
+            GuardContext(frozen, source, known),
+            repeated(source, policy.snapshots),
             jax.tree.map(jnp.copy, of.no_averages(logits.shape[-1], dtype)),
             jax.tree.map(jnp.copy, environments.empty(dtype)),
+            () if canary is None else jax.tree.map(jnp.copy, no_checks()),
+            jax.tree.map(jnp.copy, no_pairs()),
             *(jnp.copy(zero), jnp.zeros((), bool), jnp.copy(zero), zero),
             jnp.copy(frozen.fingerprint),
         )
@@ -168,65 +106,68 @@ def guarded(
         second = jnp.where(finite[:, None], second, jnp.nan)
         usable = mask & jnp.isfinite(first).all(-1) & jnp.isfinite(second).all(-1)
 
-        averages, cooled = of.average(
+        now, cooled = of.average(
             state.averages, *(jnp.where(usable[:, None], x, 0) for x in (first, second)),
             usable, policy.half_life,
         )  # fmt: skip
         environment = environments.observe(state.environment, each, mask & finite, policy.recent)
-        signals = of.signals_of(averages) | {
+        signals = of.signals_of(now) | {
             "environment": environments.largest_z(environment),
             "images": usable.sum(dtype=jnp.int32),
             "finite": ~own.metrics.get("skipped", jnp.zeros((), bool)),
         }
+        turned = Pairs(state.review.losses, state.review.ties, state.review.wins)
+        signals |= {
+            "worse": is_worse(state.review, policy.alpha),
+            "better": is_worse(turned, policy.alpha),
+        }
+        if canary is not None:
+            last = state.checks.pairs
+            signals["canary"] = (last.wins - last.losses) / len(canary.labels)
+            signals["canary_worse"] = state.checks.worse
         verdict = decide(signals, state.strikes, state.stopped, policy)
         done = {name: verdict.decision == n for n, name in enumerate(DECISIONS)}
 
         before, after, source = changing(state.inner), changing(inner), state.context.source
         away = done["forget"] | done["roll_back"] | done["stop"] | done["stopped"]
-        anew = away & ~done["roll_back"]
-        oldest = jax.tree.map(lambda x: x[0], state.snapshots)
-        learnt = optax.tree.where(done["adapt"], after, before)
-        learnt = optax.tree.where(done["roll_back"], oldest, learnt)
-        learnt = optax.tree.where(anew, source, learnt)
         updates = jnp.where(away, 0, state.updates + done["adapt"])
         keep = done["adapt"] & (updates % policy.snapshot_every == 0)
-        pushed = jax.tree.map(
-            lambda old, new: jnp.concatenate([old[1:], new[None]]), state.snapshots, learnt
-        )
-        sources = jax.tree.map(lambda x, ring: jnp.broadcast_to(x, ring.shape), source, pushed)
-        ring = optax.tree.where(keep, pushed, state.snapshots)
-        ring = optax.tree.where(away, sources, ring)
-        none = jax.tree.map(jnp.zeros_like, averages)
-        averages = optax.tree.where(away, none, averages)
+        learnt = optax.tree.where(done["adapt"], after, before)
+        ring = optax.tree.where(keep, pushed(state.snapshots, learnt), state.snapshots)
+        # From the oldest snapshot; a second failure, when they are the source's, from the source.
+        oldest = jax.tree.map(lambda x: x[0], state.snapshots)
+        learnt = optax.tree.where(done["roll_back"], oldest, learnt)
+        learnt = optax.tree.where(away & ~done["roll_back"], source, learnt)
+        ring = optax.tree.where(away, repeated(source, policy.snapshots), ring)
+        averages = optax.tree.where(away, jax.tree.map(jnp.zeros_like, now), now)
         fresh = environments.observe(environments.empty(dtype), each, mask & finite, policy.recent)
         environment = optax.tree.where(done["forget"], fresh, environment)
-
+        review = optax.tree.where(done["forget"], no_pairs(), state.review)
         valid = mask.sum(dtype=jnp.int32)
+        seen, checks = state.seen + valid, state.checks
+        if canary is not None:
+            due = seen // policy.canary_every > state.seen // policy.canary_every
+            asked = canary, state.context.canary, adapter, params, put_back(state.inner, learnt)
+            checks = check_canary(*asked, checks, due, policy.alpha)
         moved = GuardState(
-            learnt, (), ring, averages, environment,
-            verdict.strikes, verdict.stopped, updates, state.seen + valid, (),
+            learnt, (), ring, averages, environment, checks, review,
+            verdict.strikes, verdict.stopped, updates, seen, (),
         )  # fmt: skip
         old = state._replace(inner=before, context=(), fingerprint=())
         moved = optax.tree.where(valid > 0, moved, old)
-        cooled = jnp.where(usable[:, None], cooled, jnp.nan)
-        served = mix(first, cooled, verdict.share)
-        metrics = (
-            own.metrics
-            | signals
-            | {
-                "distance": of.distance(learnt, source),
-                "share": verdict.share,
-                "decision": verdict.decision,
-                "reason": verdict.reason,
-                "strikes": verdict.strikes,
-                "updates": updates,
-            }
-        )
+        wanted, found = of.log_marginals(now)
+        balanced = cooled + policy.balance * (wanted - found)
+        balanced = jnp.where(usable[:, None], balanced, jnp.nan)
+        served = mix(first, balanced, verdict.share)
+        said = {name: getattr(verdict, name) for name in ("share", "decision", "reason", "strikes")}
+        said |= {"updates": updates, "distance": of.distance(learnt, source)}
         moved = moved._replace(
             inner=put_back(state.inner, moved.inner),
             context=state.context,
             fingerprint=state.fingerprint,
         )
-        return moved, Prediction(served, metrics, answers=Answers(first, second))
+        return moved, Prediction(
+            served, own.metrics | signals | said, answers=Answers(first, second)
+        )
 
     return Adapter(init, step)

@@ -14,11 +14,12 @@ ends; it ended before."""
 REASONS = (
     "calm",
     "few_images",
+    "few_classes",
     "not_finite",
     "environment_changed",
     "narrowing",
     "strikes",
-    "canary",
+    "labels",
     "stopped_before",
 )
 
@@ -29,32 +30,42 @@ class Policy:
 
     Attributes:
         share: of the adapted model in the mixture, while all is calm.
-        narrowing: nats of the class marginal's entropy that adaptation may take away; there the
-            share has faded to 0 and adaptation has failed.
+        narrowing: nats of the class marginal's entropy that adaptation may take away, or it has
+            failed; the share has faded to 0 at half of it.
+        variety: of the frozen model's classes, as much as is wanted; the share fades below it, and
+            at two thirds of it nothing is served or learnt.
+        balance: power to which the adapted model's class marginal is brought to the frozen one's.
         strikes: failures in one environment that stop adaptation.
         environment: z of an image statistic at which the environment has changed.
         half_life: images after which an average has forgotten half.
         recent: the same for the image statistics of the last images.
         least_images: valid images that a batch must have to be learnt from.
+        alpha: probability of ever stopping a model by labels that is no less accurate.
+        canary_every: images between two looks at the canary.
         snapshots: states that are kept to go back to.
         snapshot_every: batches between them.
     """
 
-    share: float = 0.5
+    share: float = 0.8
     narrowing: float = 0.1
+    variety: float = 0.75
+    balance: float = 0.5
     strikes: int = 3
     environment: float = 6.0
     half_life: float = 64.0
     recent: float = 24.0
     least_images: int = 4
+    alpha: float = 0.05
+    canary_every: int = 64
     snapshots: int = 2
     snapshot_every: int = 8
 
     def __post_init__(self) -> None:
         """Validate the settings."""
-        if not 0 <= self.share <= 1:
-            raise ValueError(f"share is {self.share}, expected 0 to 1")
-        for name in ("narrowing", "environment", "half_life", "recent"):
+        for name in ("share", "balance"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected 0 to 1")
+        for name in ("narrowing", "variety", "environment", "half_life", "recent"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected a positive number")
         for name in ("strikes", "least_images", "snapshots", "snapshot_every"):
@@ -82,30 +93,43 @@ class Verdict(NamedTuple):
 
 
 def share_of(signals: Metrics, policy: Policy) -> Array:
-    """The adapted model's share: it fades to 0 as narrowing grows to the policy's."""
-    calm = jnp.clip(1 - signals["narrowing"] / policy.narrowing, 0, 1)
-    return policy.share * calm
+    """The adapted model's share: less with narrowing, and where the classes have no variety."""
+    calm = jnp.clip(1 - 2 * signals["narrowing"] / policy.narrowing, 0, 1)
+    return policy.share * calm * varied(signals, policy)
+
+
+def varied(signals: Metrics, policy: Policy) -> Array:
+    """From 1 to 0 as the variety of the classes falls from what is wanted to two thirds of it."""
+    return jnp.clip(3 * signals["variety"] / policy.variety - 2, 0, 1)
 
 
 def decide(signals: Metrics, strikes: Array, stopped: Array, policy: Policy) -> Verdict:
     """Decide on a batch.
 
     Args:
-        signals: scalars by name: images (valid ones), finite (whether the update is), environment
-            and narrowing.
+        signals: scalars by name: images (valid ones), finite (whether the update is), environment,
+            narrowing and variety; where there are labels worse and better (whether those of the
+            stream say so of the adapted model) and canary_worse.
         strikes: () int32, failures in this environment so far.
         stopped: () bool, whether adaptation has ended.
         policy: the numbers.
     """
-    failed = signals["narrowing"] > policy.narrowing
-    changed = signals["environment"] > policy.environment
+    no = jnp.zeros((), bool)
+    worse, better = signals.get("worse", no), signals.get("better", no)
+    for_good = signals.get("canary_worse", no)
+    changed = (signals["environment"] > policy.environment) & ~for_good
+    labels = (worse & ~changed) | for_good
+    failed = (signals["narrowing"] > policy.narrowing) & ~better
     last = failed & (strikes + 1 >= policy.strikes)
+    few_classes = (varied(signals, policy) == 0) & ~better
     rules = (  # the first that holds
         (stopped & ~changed, "stopped", "stopped_before"),
+        (labels, "stop", "labels"),
         (changed, "forget", "environment_changed"),
         (last, "stop", "strikes"),
         (failed, "roll_back", "narrowing"),
         (signals["images"] < policy.least_images, "skip", "few_images"),
+        (few_classes, "skip", "few_classes"),
         (~signals["finite"], "skip", "not_finite"),
     )
     decision, reason = DECISIONS.index("adapt"), REASONS.index("calm")
@@ -113,7 +137,8 @@ def decide(signals: Metrics, strikes: Array, stopped: Array, policy: Policy) -> 
         decision = jnp.where(holds, DECISIONS.index(what), decision)
         reason = jnp.where(holds, REASONS.index(why), reason)
     strikes = jnp.where(changed, 0, strikes + (failed & ~stopped))
-    stopped = ~changed & (stopped | last)
-    share = jnp.where(stopped, 0, share_of(signals, policy))
+    stopped = ~changed & (stopped | last | labels)
+    share = jnp.where(better, policy.share, share_of(signals, policy))
+    share = jnp.where(stopped, 0, share)
     integers = (x.astype(jnp.int32) for x in (decision, reason))
     return Verdict(*integers, share, strikes.astype(jnp.int32), stopped)

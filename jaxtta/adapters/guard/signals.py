@@ -48,7 +48,7 @@ def average(
         half_life: images after which half is forgotten.
 
     Returns:
-        The averages now, and the adapted logits cooled with the averaged temperature.
+        The averages now, and the adapted logits, cooled with the averaged temperature.
     """
     count = mask.sum().astype(before.weight.dtype)
     decay = 0.5 ** (count / half_life)
@@ -71,18 +71,29 @@ def average(
     return after, cooled
 
 
-def signals_of(now: Averages) -> Metrics:
-    """Scalars by name: narrowing, divergence (nats) and disagreement (share), log temperature."""
+def log_marginals(now: Averages) -> tuple[Array, Array]:
+    """The log of how often either model predicts each class, (classes,)."""
     weight = jnp.maximum(now.weight, 1e-6)
+    first, second = (jnp.log(jnp.maximum(x / weight, 1e-9)) for x in (now.reference, now.adapted))
+    return first, second
 
-    def logs(sums: Array) -> Array:
-        return jnp.log(jnp.maximum(sums / weight, 1e-12))
 
-    first, second = logs(now.reference), logs(now.adapted)
+def signals_of(now: Averages) -> Metrics:
+    """Scalars by name.
+
+    narrowing: nats of the class marginal's entropy that adaptation has taken away. variety: of the
+    frozen model's classes, 0 for one class and 1 for as many as there can be, all alike.
+    divergence: Jensen-Shannon, between the marginals, in nats. disagreement: share of images in
+    different classes. entropy_gap: log temperature at which the mean entropies are equal.
+    """
+    weight = jnp.maximum(now.weight, 1e-6)
+    first, second = log_marginals(now)
+    most = jnp.maximum(jnp.minimum(len(first), now.weight), 2)
     middle = jnp.logaddexp(first, second) - jnp.log(2)
     divergence = entropy(middle) - (entropy(first) + entropy(second)) / 2
     return {
         "narrowing": entropy(first) - entropy(second),
+        "variety": (jnp.exp(entropy(first)) - 1) / (most - 1),
         "divergence": divergence,
         "disagreement": now.disagreement / weight,
         "entropy_gap": now.log_temperature / weight,
