@@ -313,6 +313,12 @@ def test_files_that_come_to_a_watched_folder(run_jaxtta, folder, short, tmp_path
         (("{folder}", "--max-wait", "-1"), "--max-wait is -1.0, expected seconds"),
         (("{folder}", "--share", "2"), "--share is 2.0, expected 0 to 1"),
         (("{folder}", "--share", "0.5", "--adapter", "tent"), "--adapter guarded:tent"),
+        (("{folder}", "--share", "0.5", "--roll-out"), "--share and --roll-out both say a share"),
+        (
+            ("{folder}", "--bundle", "gone", "--noise", "map"),
+            "--bundle has class names and a noise",
+        ),
+        (("{folder}", "--bundle", "gone"), "gone: no such"),
         (("{folder}", "--save-every", "0"), "--save-every is 0, expected at least 1"),
         (("{folder}", "--state", "{names}"), "names.txt: is damaged or no safetensors file"),
         (("{folder}", "--audit", "{names}"), "names.txt: is no log of jaxtta"),
