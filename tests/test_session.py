@@ -18,8 +18,10 @@ from jaxtta.adapters.guard import DECISIONS
 from jaxtta.deploy.answers import AnswersFile
 from jaxtta.deploy.queue import BatchQueue, Item, answer_all
 from jaxtta.deploy.review import Review
+from jaxtta.deploy.rollout import Plan, chosen
 from jaxtta.deploy.session import Answer, Session
 from jaxtta.deploy.sources import PATIENCE, Watcher, paths_on_stdin
+from jaxtta.deploy.staged import Staged
 
 CLASSES = jaxtta.data.CIFAR10_CLASSES
 BUNDLED = jaxtta.data.open_dataset("folder", jaxtta.assets.IMAGES)
@@ -375,3 +377,23 @@ def test_paths_come_on_stdin(monkeypatch):
         assert [str(path) for path in paths] == ["last.png"]
         queue.stopping = True
         assert [*paths_on_stdin(queue)] == []
+
+
+def test_a_staged_session_answers_more_images_and_returns(new, tmp_path):
+    plan = Plan(shares=(0.25, 1.0), calm_images=8, share_without_labels=1.0)
+    session, file = new("guarded:tent:lr=0.01"), tmp_path / "stage.json"
+    staged = Staged(session, plan, file)
+    first = session.answer(IMAGES[:4], [f"{n}.png" for n in range(4)])
+    assert [x.guarded for x in first] == [chosen(x.name, 0.25) for x in first]
+    calm = [x._replace(decision="adapt") for x in first]
+    said = [staged.after(calm, None) for _ in range(2)]
+    assert said == [None, "the guarded model answers 100% of the images"]
+    staged.save()
+    again = Staged(session, plan, file)
+    assert all(x.guarded for x in run(session, IMAGES[:8]))
+    news = again.after([calm[0]._replace(decision="stop")], None)
+    assert news == "the guarded model answers 0% of the images: the guard stopped adapting"
+    assert not any(x.guarded for x in run(session, IMAGES[:4]))
+    file.write_text('{"stage": 7}')
+    with pytest.raises(ValueError, match=r"stage.json: holds no stage of this roll-out"):
+        Staged(session, plan, file)
