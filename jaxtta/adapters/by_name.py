@@ -24,8 +24,11 @@ def parse_adapter(text: str) -> AdapterSpec:
             `guarded:` the adapter is guarded: `guarded:tent:lr=1e-4`.
     """
     name, _, rest = text.partition(":")
-    if name == GUARDED and not rest.startswith(GUARDED):
-        return parse_adapter(rest)._replace(text=text, guard=True)
+    if name == GUARDED:
+        inner = parse_adapter(rest)
+        if inner.guard:
+            raise ValueError(f"{text}: is guarded twice")
+        return inner._replace(text=text, guard=True)
     if name not in METHODS:
         return _parse_function(text, name, *rest.partition(":")[::2])
     spec = AdapterSpec(text, name, _parse_settings(text, rest), METHODS[name].make, own=False)

@@ -33,7 +33,8 @@ def log_temperature(logits: Array, target: Array, mask: Array, halvings: int = 1
         warmer = masked_mean(entropy(logits * jnp.exp(-middle)), mask) < target
         return jnp.where(warmer, middle, low), jnp.where(warmer, high, middle)
 
-    low, high = (jnp.full((), end, logits.dtype) for end in TEMPERATURES)
+    dtype = jnp.result_type(logits)
+    low, high = (jnp.full((), end, dtype) for end in TEMPERATURES)
     return sum(jax.lax.fori_loop(0, halvings, halve, (low, high))) / 2
 
 

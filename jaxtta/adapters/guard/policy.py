@@ -30,9 +30,10 @@ class Policy:
 
     Attributes:
         share: of the adapted model in the mixture, while all is calm.
-        narrowing: nats of the class marginal's entropy that adaptation may take away; there the
-            share has faded to 0 and adaptation has failed.
-        variety: of the classes; below it the share fades, and at half of it nothing is learnt.
+        narrowing: nats of the class marginal's entropy that adaptation may take away, or it has
+            failed; the share has faded to 0 at half of it.
+        variety: of the frozen model's classes, as much as is wanted; the share fades below it, and
+            at two thirds of it nothing is served or learnt.
         balance: power to which the adapted model's class marginal is brought to the frozen one's.
         strikes: failures in one environment that stop adaptation.
         environment: z of an image statistic at which the environment has changed.
@@ -45,10 +46,10 @@ class Policy:
         snapshot_every: batches between them.
     """
 
-    share: float = 0.5
+    share: float = 0.8
     narrowing: float = 0.1
-    variety: float = 0.6
-    balance: float = 1.0
+    variety: float = 0.75
+    balance: float = 0.5
     strikes: int = 3
     environment: float = 6.0
     half_life: float = 64.0
@@ -93,9 +94,13 @@ class Verdict(NamedTuple):
 
 def share_of(signals: Metrics, policy: Policy) -> Array:
     """The adapted model's share: less with narrowing, and where the classes have no variety."""
-    calm = jnp.clip(1 - signals["narrowing"] / policy.narrowing, 0, 1)
-    varied = jnp.clip(2 * signals["variety"] / policy.variety - 1, 0, 1)
-    return policy.share * calm * varied
+    calm = jnp.clip(1 - 2 * signals["narrowing"] / policy.narrowing, 0, 1)
+    return policy.share * calm * varied(signals, policy)
+
+
+def varied(signals: Metrics, policy: Policy) -> Array:
+    """From 1 to 0 as the variety of the classes falls from what is wanted to two thirds of it."""
+    return jnp.clip(3 * signals["variety"] / policy.variety - 2, 0, 1)
 
 
 def decide(signals: Metrics, strikes: Array, stopped: Array, policy: Policy) -> Verdict:
@@ -116,7 +121,7 @@ def decide(signals: Metrics, strikes: Array, stopped: Array, policy: Policy) -> 
     labels = (worse & ~changed) | for_good
     failed = (signals["narrowing"] > policy.narrowing) & ~better
     last = failed & (strikes + 1 >= policy.strikes)
-    few_classes = (2 * signals["variety"] < policy.variety) & ~better
+    few_classes = (varied(signals, policy) == 0) & ~better
     rules = (  # the first that holds
         (stopped & ~changed, "stopped", "stopped_before"),
         (labels, "stop", "labels"),
