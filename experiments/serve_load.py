@@ -59,8 +59,9 @@ def server(options: Options) -> Iterator[tuple[str, psutil.Process]]:
     command = [sys.executable, "-m", "jaxtta", "serve", "--http", "0"]
     command += ["--adapter", options.adapter, "--batch-size", str(options.batch_size)]
     command += ["--model", options.model, "--max-bytes", str(MAX_BYTES)]
-    command += ["--max-pixels", "90000", "--append", "/dev/null", "--format", "jsonl"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    command += ["--max-pixels", "90000", "--format", "jsonl"]
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, **pipes) as process:
         assert process.stderr is not None
         said: list[str] = []
         for line in process.stderr:

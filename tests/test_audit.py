@@ -1,21 +1,30 @@
 """The audit log: what is written is read, whatever happens to the process and the disk."""
 
+import collections
+import dataclasses
 import json
 import resource
+import subprocess
+import sys
 import threading
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from jaxtta.adapters import Prediction
 from jaxtta.adapters.base import Answers
+from jaxtta.adapters.guard import DECISIONS, REASONS
 from jaxtta.deploy.audit import AuditLog, as_log_record, read_log, record_of, steps_of
+from jaxtta.deploy.replay import _difference, replay
+from jaxtta.deploy.setup import Setup, header_of
 
 HEADER = {"model": "clip", "class_names": ["cat", "NaN"]}
 NUMBERS = st.floats(width=32)
 TEXTS = st.text(st.characters(exclude_categories=()), max_size=9)  # lone surrogates among them
+TEXTS |= st.sampled_from(["caf\udce9", "\ufffd", "\ufffddce9", "NaN"])
 
 
 def write(path, records, header=HEADER):
@@ -80,7 +89,8 @@ def test_a_log_torn_at_any_byte_has_all_earlier_records_and_goes_on(tmp_path_fac
 
 def test_a_record_says_what_both_models_answer():
     both = Answers(np.log([[0.75, 0.25]] * 4), np.log([[0.5, 0.5]] * 3 + [[np.nan, 1]]))
-    metrics = {"share": np.float32(0.1), "decision": np.int32(3), "reason": np.int32(4)}
+    decision, reason = DECISIONS.index("roll_back"), np.int32(REASONS.index("narrowing"))
+    metrics = {"share": np.float32(0.1), "decision": np.int32(decision), "reason": reason}
     prediction = Prediction(both.reference, {**metrics, "strikes": np.int32(2)}, None, both)
     images = np.arange(4 * 12, dtype=np.uint8).reshape(4, 2, 2, 3)
     record = record_of(prediction, 5, "abcd", images, ["cat", "dog"], "0f", 1.5)
@@ -211,3 +221,199 @@ def test_other_files_and_logs_are_refused_in_a_sentence(tmp_path):
         read_log(path)
     with pytest.raises(TypeError), AuditLog(path, HEADER) as log:
         log.write({"step": object()})
+    with AuditLog(path, HEADER), pytest.raises(ValueError, match="another process writes"):
+        AuditLog(path, HEADER)
+
+
+KILLED = """
+import os, random, signal, sys, time
+from jaxtta.deploy import audit
+from jaxtta.deploy.audit import AuditLog
+path, answers = sys.argv[1:]
+audit._PATIENCE = 60  # a busy machine may keep the writing thread waiting, as a slow disk does
+draw = random.Random(0)
+for round in range(30):
+    if (child := os.fork()) == 0:
+        log = AuditLog(path, {"model": "clip"})
+        with open(answers, "ab", buffering=0) as file:
+            for step in range(10**9):
+                log.write({"step": step, "images": ["x" * (step % 997)] * 9})
+                file.write(f"{round} {step}\\n".encode())
+    time.sleep(draw.random() / 10)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_process_loses_at_most_the_last_record(tmp_path):
+    path, answers = tmp_path / "log.jsonl", tmp_path / "answers"
+    subprocess.run([sys.executable, "-c", KILLED, path, answers], check=True)
+    answered = collections.Counter(line.split()[0] for line in answers.open())
+    header, events = read_log(path)
+    rounds = []
+    for event in (header, *events):
+        rounds += [[]] if event["event"] == "start" else []
+        rounds[-1] += [event["step"]] if event["event"] == "step" else []
+    # Those that were killed before they answered anything count for nothing.
+    counts = [len(steps) for steps in rounds if steps]
+    assert rounds == [[*range(len(steps))] for steps in rounds]
+    assert len(counts) > 10
+    assert len(answered) <= len(counts)
+    assert sum(counts) >= sum(answered.values()) - len(answered)
+    if len(answered) == len(counts):
+        pairs = zip(counts, answered.values(), strict=True)
+        assert all(written >= told - 1 for written, told in pairs)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """A folder of small images with names of all kinds."""
+    folder, draw = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for name in (*map(str, range(10)), "é", "caf\udce9", "a b", "\n"):
+        pixels = draw.integers(0, 255, (32, 32, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f"{name}.png")
+    return folder
+
+
+def logged(path, setup, images, sizes, session=None, seed=0):
+    """Run a session over random images, with a log."""
+    session = session or setup.session(*setup.load())
+    names, draw = sorted(x.name for x in images.iterdir()), np.random.default_rng(seed)
+    with AuditLog(path, header_of(session, setup)) as session.log:
+        for size in sizes:
+            chosen = [names[n] for n in draw.integers(0, len(names), size)]
+            session.answer([np.asarray(Image.open(images / name)) for name in chosen], chosen)
+    return session
+
+
+@pytest.fixture(scope="module")
+def run(short, images, tmp_path_factory):
+    """A log of a run without adaptation, and its setup."""
+    path = tmp_path_factory.mktemp("run") / "log.jsonl"
+    setup = Setup("zero_shot", ("cat", "dog", "bird"), model=str(short), batch_size=3)
+    logged(path, setup, images, (3, 3, 1, 2))
+    return path, setup
+
+
+def edited(path, folder, change):
+    """A copy of a log whose lines were changed, each a dict."""
+    lines = [json.loads(line) for line in path.read_bytes().splitlines()]
+    change(lines)
+    text = [json.dumps(line, separators=(",", ":")) for line in lines]
+    (folder / "log.jsonl").write_text("\n".join([*text, ""]))
+    return folder / "log.jsonl"
+
+
+def test_a_run_is_repeated_or_the_first_difference_named(run, images, tmp_path, run_jaxtta):
+    path, _ = run
+    code, out, _ = run_jaxtta("replay", path, "--images", images)
+    assert (code, out) == (0, "4 steps with 9 images are the same, bit for bit\n")
+
+    def changed(lines):
+        lines[0]["versions"].update(jax="0.1")
+        lines[3].update(state_digest="ff")
+
+    code, out, _ = run_jaxtta("replay", edited(path, tmp_path, changed), "--images", images)
+    assert code == 1
+    assert out.startswith(
+        "2 steps with 6 images are the same, bit for bit\ndiffers at step 2: state_d"
+    )
+    assert ", the log has ff (the log was written with jax 0.1, here 0." in out
+    found = replay(edited(path, tmp_path, lambda lines: lines.pop(3)), folder=images)
+    assert (found.steps, found.step, found.field) == (2, 3, "step")
+    assert found.difference == "step 3: the log lacks those from 2 on, which led to it"
+
+
+def test_differences_are_told_by_field():
+    cat, dog = ({"label": name, "probability": 0.5} for name in ("cat", "dog"))
+    nan = {"label": None, "probability": float("nan")}
+
+    def told(field, logged, own):
+        return _difference(logged, own, ["a", "b\n"], field)
+
+    assert told("served", [cat, nan], [cat, {**nan}]) is None
+    expected = r"the served answer for b\n is dog (0.5), the log has cat (0.5)"
+    assert told("served", [cat, cat], [cat, dog]) == expected
+    assert told("adapted", None, [cat, cat]).endswith(", the log has None")
+    assert told("decision", "skip", "adapt") == "decision is adapt, the log has skip"
+    assert told("signals", {"a": 1, "b": 2}, {"a": 1, "b": 3}) == "signals.b is 3, the log has 2"
+    assert told("signals", {"a": 1}, {}) == "signals.a is None, the log has 1"
+
+
+def test_changed_images_models_and_settings_are_named(run, images, tmp_path):
+    path, _ = run
+    name = read_log(path)[1][1]["images"][2]
+
+    def read(file):
+        image = Image.open(file)
+        if file.name == name:
+            image.putpixel((31, 31), tuple(255 - x for x in image.getpixel((31, 31))))
+        return image
+
+    found = replay(path, folder=images, read=read)
+    assert found.field == "digests"
+    assert found.difference.endswith(" has other pixels than when it was logged")
+    found = replay(path, folder=images, adapter="tent:lr=1e-2")
+    assert (found.steps, found.step) == (0, 0)
+    assert found.difference.startswith("step 0: ")
+
+    def header(change):
+        return edited(path, tmp_path, lambda lines: change(lines[0]))
+
+    for part, what in (("weights", "weights"), ("settings", "architecture or preprocessing")):
+        log = header(lambda x, part=part: x["model"].update({part: "0"}))
+        with pytest.raises(ValueError, match=rf"clip: has other {what} than the log's model"):
+            replay(log)
+    with pytest.raises(ValueError, match=r"no settings of a session: batch_size is '3'"):
+        replay(header(lambda x: x["setup"].update(batch_size="3")))
+    log = header(lambda x: x.update(state_digest="00"))
+    assert replay(log).difference.endswith(", the log has 00")
+    log = header(lambda x: x.update(state_digest="00", steps=7))
+    with pytest.raises(ValueError, match=r"goes on at step 7 from a state .*, give it with --stat"):
+        replay(log)
+    with pytest.raises(ValueError, match=r"a start has no setup, it cannot be repeated"):
+        replay(header(lambda x: x.pop("setup")))
+    found = replay(path, folder=tmp_path)
+    assert (found.step, found.field) == (0, "images")
+    assert "cannot be decoded" in found.difference
+
+
+@pytest.mark.slow
+def test_a_roll_out_is_repeated(short, images, tmp_path):
+    path = tmp_path / "log.jsonl"
+    setup = Setup("guarded:zero_shot", ("cat", "dog", "bird"), model=str(short), batch_size=3)
+    session = setup.session(*setup.load(), served=lambda name: name < "5")
+    logged(path, setup, images, (3, 3), session)
+    chosen = [x for step in steps_of(read_log(path)[1]) for x in step["guarded"]]
+    assert {*chosen} == {True, False}
+    assert replay(path, folder=images)[:4] == (2, 6, 0, None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adapter", ["guarded:batclip:lr=1e-2", "tent:lr=1e-2", "tda"])
+def test_a_log_of_500_steps_is_repeated_bit_for_bit(adapter, short, images, tmp_path):
+    """With a process in between that goes on from an earlier state than the log's last."""
+    path, state = tmp_path / "log.jsonl", tmp_path / "state.safetensors"
+    setup = Setup(adapter, ("cat", "dog", "bird"), model=str(short), batch_size=4, seed=3)
+    sizes = [4, 4, 3, 1, 4] * 50
+    session = logged(path, setup, images, sizes[:240])
+    session.save(state)
+    logged(path, setup, images, sizes[240:], session, seed=1)
+    after = setup.session(session.model, session.params)
+    after.load(state)
+    logged(path, setup, images, sizes, after, seed=2)
+    found = replay(path, folder=images)
+    assert found.difference is None
+    assert (found.steps, found.images) == (500, 2 * sum(sizes))
+    other = replay(path, folder=images, adapter=adapter.replace("lr=1e-2", "lr=1.0001e-2"))
+    assert (other.difference is None) == (adapter == "tda")
+    if "lr" in adapter:
+        assert other.step == 0
+    alone = tmp_path / "alone.jsonl"
+    second = dataclasses.replace(setup)
+    after.load(state)
+    logged(alone, second, images, sizes[:5], after)
+    with pytest.raises(ValueError, match=r"goes on at step 240 .*, give it with --state"):
+        replay(alone, folder=images)
+    assert replay(alone, folder=images, state=state)[:4] == (5, sum(sizes[:5]), 0, None)

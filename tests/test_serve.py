@@ -5,18 +5,22 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import threading
+import time
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import errors_in, write_images
+from conftest import EXPERIMENTS, errors_in, write_images
 from PIL import Image
 
 import jaxtta
+from jaxtta.deploy.audit import read_log
 
 LINE = re.compile(r"(.+?)  +(.+?)  +(\S+%)(?:  updates (\d+))?(?:  [a-z_]+)?")
 """File, label, confidence and updates; the guard's decision may follow."""
@@ -220,3 +224,163 @@ def test_images_of_a_camera_are_looked_at_upright(run_jaxtta, folder, tmp_path):
             image.transpose(Image.Transpose.ROTATE_90).save(cameras / f"b{n}.png", exif=exif)
     found = answers(run_jaxtta("classify", cameras)[1])
     assert [line[1:] for line in found[:6]] == [line[1:] for line in found[6:]]
+
+
+def test_a_run_goes_on_where_it_was(run_jaxtta, folder, short, tmp_path):
+    """With the state and the answers of the run before; none is answered twice."""
+    files = sorted(folder.iterdir())
+    adapter = ["--adapter", "tent:lr=0.01", "--batch-size", "4", "--model", short]
+    common = [*adapter, "--format", "jsonl", "--append", tmp_path / "answers.jsonl"]
+    kept = ["--state", tmp_path / "state", "--audit", tmp_path / "log.jsonl"]
+    whole = run_jaxtta("serve", folder, *adapter, "--format", "jsonl")[1].splitlines()
+    code, out, _ = run_jaxtta("serve", *files[:8], *common, *kept)
+    assert (code, out) == (0, "")
+    (tmp_path / "answers.jsonl").open("a").write('{"file": "torn')
+    code, _, err = run_jaxtta("serve", folder, *common, *kept)
+    assert code == 0
+    assert "goes on after 2 steps and 8 images" in err
+    assert "8 images were answered before" in err
+    assert (tmp_path / "answers.jsonl").read_text().splitlines() == whole
+    header, events = read_log(tmp_path / "log.jsonl")
+    assert [(e["event"], e.get("step", e.get("steps"))) for e in [header, *events]] == [
+        ("start", 0),
+        ("step", 0),
+        ("step", 1),
+        ("start", 2),
+        ("step", 2),
+    ]
+    assert events[2]["state_digest"] == events[1]["state_digest"]
+    code, _, err = run_jaxtta("serve", folder, *common, *kept)
+    assert (code, "12 images were answered before" in err) == (0, True)
+    code, _, err = run_jaxtta("serve", folder, *common, *kept, "--class-names", "cat", "ship")
+    assert (code, "state: has class names ['airplane'" in err) == (1, True)
+
+
+def test_files_that_come_to_a_watched_folder(run_jaxtta, folder, short, tmp_path):
+    """One is moved in, one is written slowly, one stays broken; Ctrl-C ends it with all saved."""
+    watched, answers = tmp_path / "watched", tmp_path / "answers.csv"
+    watched.mkdir()
+    files = sorted(folder.iterdir())
+    content = files[2].read_bytes()
+
+    def bring():
+        shutil.copyfile(files[0], watched / "first.png")
+        (watched / "half.png").write_bytes(content[:300])
+        lines_of(2)
+        files[1].rename(watched / "moved.png")
+        lines_of(3)
+        (watched / "half.png").write_bytes(content)
+        lines_of(4)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    def lines_of(count):
+        until = time.monotonic() + 120
+        while time.monotonic() < until:
+            if answers.exists() and answers.read_text().count("\n") >= count:
+                return
+            time.sleep(0.02)
+
+    common = ["--adapter", "zero_shot", "--model", short, "--append", answers, "--format", "csv"]
+    options = ["--watch", watched, *common, "--max-wait", "0", "--state", tmp_path / "state"]
+    thread = threading.Thread(target=bring)
+    thread.start()
+    code, out, err = run_jaxtta("serve", *options)
+    thread.join()
+    assert (code, out) == (130, "")
+    assert err.endswith("interrupted\n")
+    rows = [*csv.DictReader(answers.open())]
+    assert [Path(row["file"]).name for row in rows] == ["first.png", "moved.png", "half.png"]
+    assert {row["file"]: row["label"] for row in rows}.keys() == {
+        str(path) for path in watched.iterdir()
+    }
+    code, out, _ = run_jaxtta("classify", watched, "--model", short, "--format", "csv")
+    assert sorted(out.splitlines()[1:]) == sorted(
+        f"{row['file']},{row['label']},{row['score']}" for row in rows
+    )
+    assert (tmp_path / "state").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("-", "{folder}"), "- stands for a list of paths on stdin"),
+        (("--watch", "gone"), "gone: no such folder"),
+        (("{folder}", "--append", "a.jsonl"), "--append needs --format jsonl or csv"),
+        (("{folder}", "--state", "gone/state"), "gone: no such folder"),
+        (("--http", "web"), "--http is 'web', expected [HOST:]PORT"),
+        (("--http", "0.0.0.0:0"), "is open to other machines and needs a token"),
+        (("--watch", "{folder}", "--review", "{folder}/review"), "would be answered again"),
+        (("{folder}", "--max-wait", "-1"), "--max-wait is -1.0, expected seconds"),
+        (("{folder}", "--share", "2"), "--share is 2.0, expected 0 to 1"),
+        (("{folder}", "--share", "0.5", "--adapter", "tent"), "--adapter guarded:tent"),
+        (("{folder}", "--share", "0.5", "--roll-out"), "--share and --roll-out both say a share"),
+        (
+            ("{folder}", "--bundle", "gone", "--noise", "map"),
+            "--bundle has class names and a noise",
+        ),
+        (("{folder}", "--bundle", "gone"), "gone: no such"),
+        (("{folder}", "--save-every", "0"), "--save-every is 0, expected at least 1"),
+        (("{folder}", "--state", "{names}"), "names.txt: is damaged or no safetensors file"),
+        (("{folder}", "--audit", "{names}"), "names.txt: is no log of jaxtta"),
+    ],
+)
+def test_bad_options_of_a_server(
+    run_jaxtta, folder, short, tmp_path, monkeypatch, options, message
+):
+    places = {"folder": folder, "names": tmp_path / "names.txt"}
+    places["names"].write_text("cat\nship\n")
+    monkeypatch.chdir(tmp_path)
+    options = [option.format(**places) for option in options]
+    adapter = [] if "--adapter" in options or "--share" in options else ["--adapter", "zero_shot"]
+    code, out, err = run_jaxtta("serve", *options, *adapter, "--model", short)
+    assert (code, out) == (1, "")
+    assert message in err
+    assert errors_in(err) == 1
+
+
+@pytest.mark.slow
+def test_it_survives_a_kill_at_any_point(folder, short, tmp_path):
+    """Of a watched folder: every image is answered once, the state goes on, the log is whole."""
+    watched, answers, log = (tmp_path / name for name in ("watched", "answers.jsonl", "log.jsonl"))
+    watched.mkdir()
+    image = min(folder.iterdir()).read_bytes()
+    for n in range(120):
+        (watched / f"{n:03}.png").write_bytes(image)
+    command = [sys.executable, "-m", "jaxtta", "serve", "--watch", watched, "--append", answers]
+    command += ["--format", "jsonl", "--adapter", "guarded:tent", "--model", short, "--audit", log]
+    command += ["--state", tmp_path / "state", "--save-every", "1", "--batch-size", "4"]
+    command += ["--max-wait", "0.2"]
+    for _ in range(6):
+        done = answers.read_text().count("\n") if answers.exists() else 0
+        with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+            until = time.monotonic() + 120
+            while time.monotonic() < until and process.poll() is None:
+                count = answers.read_text().count("\n") if answers.exists() else 0
+                if count >= min(done + 17, 120):
+                    break
+                time.sleep(0.001)
+            process.kill()
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        until = time.monotonic() + 120
+        while time.monotonic() < until and answers.read_text().count("\n") < 120:
+            time.sleep(0.05)
+        process.terminate()
+        assert "goes on after" in process.stderr.read()
+    assert process.returncode == 0
+    names = [json.loads(line)["file"] for line in answers.read_text().splitlines()]
+    assert sorted(names) == [str(path) for path in sorted(watched.iterdir())]
+    header, events = read_log(log)
+    logged = [name for event in events if event["event"] == "step" for name in event["images"]]
+    # A batch may be logged whose answers were not yet written, and is then answered again.
+    assert set(logged) == set(names)
+    assert sum(event["event"] == "start" for event in events) == 6
+    assert header["state_digest"]
+
+
+@pytest.mark.slow
+def test_it_serves_under_load():
+    script = EXPERIMENTS / "serve_load.py"
+    command = [sys.executable, script, "--requests", "120", "--clients", "8", "--limit", "0.2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "wrong: none" in done.stdout

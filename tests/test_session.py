@@ -1,14 +1,27 @@
 """Sessions, their queue, watched folders and the review of images."""
 
+import json
+import os
+import threading
+import time
+
 import jax
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 import jaxtta
 from jaxtta import adapters, models
 from jaxtta.adapters.guard import DECISIONS
-from jaxtta.deploy.session import Session
+from jaxtta.deploy.answers import AnswersFile
+from jaxtta.deploy.queue import BatchQueue, Item, answer_all
+from jaxtta.deploy.review import Review
+from jaxtta.deploy.rollout import Plan, chosen
+from jaxtta.deploy.session import Answer, Session
+from jaxtta.deploy.sources import PATIENCE, Watcher, paths_on_stdin
+from jaxtta.deploy.staged import Staged
 
 CLASSES = jaxtta.data.CIFAR10_CLASSES
 BUNDLED = jaxtta.data.open_dataset("folder", jaxtta.assets.IMAGES)
@@ -162,3 +175,225 @@ def test_the_state_of_another_model_is_refused(new, made, tmp_path):
     )
     with pytest.raises(ValueError, match="is the state of another model"):
         session.load(tmp_path / "state")
+
+
+def items(names, due=0.0):
+    image = Image.new("RGB", (2, 2))
+    return [Item(name, image, due=due) for name in names]
+
+
+class Echo:
+    """A session that answers by the image's name alone."""
+
+    def answer(self, images, names):
+        assert len(images) == len(names) <= 4
+        return [Answer(name, np.eye(2)[0], None, None, 0, 0, None, None, False) for name in names]
+
+
+@given(st.lists(st.integers(1, 9), max_size=8), st.integers(9, 20))
+def test_a_queue_keeps_the_order_and_fills_batches(bunches, limit):
+    queue, out, sizes, number = BatchQueue(4, limit, 1), [], [], 0
+    for bunch in bunches:  # with sessions between, so that there is room
+        before = len(queue)
+        names = range(number, number + bunch)
+        if queue.offer(items(names, due=float("inf"))):
+            number += bunch
+            assert len(queue) == before + bunch
+        else:
+            assert before + bunch > limit and len(queue) == before
+            while len(queue) >= 4:
+                taken = queue.take()
+                sizes.append(len(taken))
+                out += [x.name for x in taken]
+    queue.finish()
+    answer_all(queue, Echo(), lambda items, answers: out.extend(x.name for x in answers))
+    assert out == [*range(number)]
+    assert set(sizes) <= {4}
+
+
+def test_a_batch_that_is_not_full_goes_when_it_is_due():
+    queue = BatchQueue(4, 8, 2)
+    queue.offer(items("ab", due=time.monotonic() + 0.05))
+    queue.offer(items("c", due=float("inf")))
+    assert [x.name for x in queue.take()] == ["a", "b", "c"]  # no one waits longer than he must
+    queue.offer(items("d", due=float("inf")))
+    queue.finish()  # of a source that has no more: what waits is due
+    assert [x.name for x in queue.take()] == ["d"]
+    queue.finish(FileNotFoundError("the folder is gone"))
+    with pytest.raises(FileNotFoundError, match="the folder is gone"):
+        answer_all(queue, Echo())
+
+
+def test_a_queue_that_ends_tells_those_that_wait():
+    queue, replies = BatchQueue(4, 8, 1), []
+    queue.offer([x._replace(reply=replies.append) for x in items("abc", due=float("inf"))])
+    full = threading.Thread(target=lambda: [queue.put(x) for x in items("defghijklm")])
+    full.start()  # waits for room
+    queue.stopping = True
+    answer_all(queue, Echo())
+    full.join()
+    assert replies == [None] * 3
+    assert not queue.offer(items("n")) and len(queue) == 0
+
+    class Failing:
+        def answer(self, images, names):
+            raise RuntimeError("the device is gone")
+
+    queue = BatchQueue(2, 8, 1)
+    queue.offer([x._replace(reply=replies.append) for x in items("abc")])
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        answer_all(queue, Failing())
+    assert replies == [None] * 6
+
+
+def test_a_watched_folder_gives_each_file_once(tmp_path):
+    clock, names = [0.0], lambda paths: [path.name for path in paths]
+    for name in ("b.png", "a.png", "old.png", "note.txt"):
+        (tmp_path / name).write_bytes(b"x")
+    watcher = Watcher(tmp_path, {str(tmp_path / "old.png")}, now=lambda: clock[0])
+    first = watcher.poll()
+    assert sorted(names(first)) == ["a.png", "b.png"]
+    watcher.done(first[0])
+    assert watcher.poll() == first[1:]
+    # half-written: tried again, and broken only once it has not changed for a while
+    half = first[1]
+    assert not watcher.failed(half)
+    clock[0] += PATIENCE - 1
+    assert watcher.poll() == [half]
+    half.write_bytes(b"longer")
+    assert not watcher.failed(half)
+    clock[0] += PATIENCE - 1
+    assert not watcher.failed(half)
+    clock[0] += 2
+    assert (watcher.failed(half), watcher.poll()) == (True, [])
+    half.write_bytes(b"whole at last")
+    assert watcher.poll() == [half]
+    watcher.done(half)
+    (tmp_path / "below").mkdir()
+    half.rename(tmp_path / "below" / "moved.png")
+    (found,) = watcher.poll()
+    assert found == tmp_path / "below" / "moved.png"
+    found.unlink()
+    assert not watcher.failed(found)
+    assert watcher.poll() == []
+
+
+def answer_of(name, reference, adapted, score=0.9):
+    scores = lambda n: np.where(np.arange(3) == n, score, (1 - score) / 2)  # noqa: E731
+    both = scores(reference), scores(adapted)
+    return Answer(name, both[0], *both, 7, 1, "adapt", 0.5, True)
+
+
+def test_images_for_review_are_copied_and_their_labels_read(tmp_path, caplog):
+    folder, classes = tmp_path / "review", ("cat", "dog", "ship")
+    source = tmp_path / "a b.png"
+    source.write_bytes(b"pixels")
+    review = Review(folder, classes, below=0.5, limit=12)
+    item = Item(source, None, original=source)
+    assert not review.offer(item, answer_of("sure", 0, 0))
+    assert review.offer(item, answer_of("unsure", 1, 1, score=0.4))
+    upload = Item("http:12ab/../../etc/x.jpg", None, original=b"bytes")
+    assert review.offer(upload, answer_of("both", 0, 1))
+    (folder / "review.jsonl").open("a").write('{"file": "torn')
+    review = Review(folder, classes, below=0.5, limit=12)  # as after a crash
+    for _ in range(20):
+        review.offer(upload, answer_of("both", 0, 1))
+    lines = (folder / "review.jsonl").read_text().split("\n")
+    records = [json.loads(line) for line in lines if line[-1:] == "}"]
+    files = sorted(path.name for path in folder.iterdir() if path.suffix in (".png", ".jpg"))
+    assert sorted(x["file"] for x in records) == files
+    assert (len(files), files[0], files[1]) == (12, "000000-a_b.png", "000001-x.jpg")
+    assert ((folder / files[0]).read_bytes(), (folder / files[1]).read_bytes()) == (
+        b"pixels",
+        b"bytes",
+    )
+    assert (records[0]["why"], records[1]["why"]) == ("unsure", "disagree")
+    assert (records[1]["frozen_label"], records[1]["adapted_label"]) == ("cat", "dog")
+    # the frozen model is right on all images on which they disagree
+    rows = ["file,label", f"{files[0]},ship", "gone.png,cat", f"{files[1]},horse"]
+    (folder / "labels.csv").write_text("\n".join([*rows, f"{files[1]},cat"]))
+    assert not review.adapted_is_worse()
+    assert caplog.text.count("the file or the class is unknown") == 2
+    assert tuple(map(int, review.pairs)) == (0, 0, 1)
+    (folder / "labels.csv").write_text("\n".join(["file,label", *(f"{x},cat" for x in files)]))
+    assert review.adapted_is_worse()
+    (folder / "labels.csv").write_text("file,label\n")
+    assert review.adapted_is_worse()  # what was shown stays
+
+
+def test_a_review_folder_that_cannot_be_written_stops_nothing(tmp_path, caplog):
+    review = Review(tmp_path / "review", ("cat", "dog", "ship"), below=0.5, limit=12)
+    gone = Item("a.png", None, original=tmp_path / "gone.png")
+    for _ in range(2):
+        assert not review.offer(gone, answer_of("both", 0, 1))
+    assert (review.lost, caplog.text.count("images for review are lost")) == (2, 1)
+
+
+def test_a_file_of_answers_is_continued(tmp_path, monkeypatch, caplog):
+    path = tmp_path / "answers.jsonl"
+    path.write_text('{"file": "a.png"}\n{"file": "b.p')  # as after kill -9
+    answers = AnswersFile(path, "")
+    assert answers.names() == {"a.png"}
+    answers.write('{"file": "c.png"}\n')
+    real, short = os.write, iter([3, OSError(28, "No space left on device")])
+
+    def full(file, content):
+        step = next(short)
+        if isinstance(step, OSError):
+            raise step
+        return real(file, content[:step])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", full)
+        answers.write('{"file": "d.png"}\n')
+    answers.write('{"file": "e.png"}\n')
+    answers.close()
+    assert path.read_text() == '{"file": "a.png"}\n{"file": "c.png"}\n{"file": "e.png"}\n'
+    assert (answers.lost, caplog.text.count("No space left on device")) == (1, 1)
+    table = tmp_path / "answers.csv"
+    AnswersFile(table, "file,label\n").write('"x\ny.png",cat\n')
+    assert AnswersFile(table, "file,label\n").names() == {"x\ny.png"}
+    with pytest.raises(
+        ValueError, match=r"answers.csv: begins with 'file,label', expected the col"
+    ):
+        AnswersFile(table, "file,label,score\n")
+    path.write_text("cat\n")
+    with pytest.raises(ValueError, match=r"answers.jsonl: line 1 is no answer"):
+        AnswersFile(path, "").names()
+    with pytest.raises(ValueError, match="/dev/null: is no ordinary file"):
+        AnswersFile("/dev/null", "")
+
+
+def test_paths_come_on_stdin(monkeypatch):
+    """In pieces, with odd names, the last without its line break; it ends when the queue stops."""
+    queue, (out, into) = BatchQueue(4, 8, 1), os.pipe()
+    with os.fdopen(out) as stdin:
+        monkeypatch.setattr("sys.stdin", stdin)
+        paths = paths_on_stdin(queue)
+        os.write(into, b"a b.png\r\n\ncaf\xe9.png\nlas")
+        assert [os.fsencode(next(paths)) for _ in range(2)] == [b"a b.png", b"caf\xe9.png"]
+        os.write(into, b"t.png")
+        os.close(into)
+        assert [str(path) for path in paths] == ["last.png"]
+        queue.stopping = True
+        assert [*paths_on_stdin(queue)] == []
+
+
+def test_a_staged_session_answers_more_images_and_returns(new, tmp_path):
+    plan = Plan(shares=(0.25, 1.0), calm_images=8, share_without_labels=1.0)
+    session, file = new("guarded:tent:lr=0.01"), tmp_path / "stage.json"
+    staged = Staged(session, plan, file)
+    first = session.answer(IMAGES[:4], [f"{n}.png" for n in range(4)])
+    assert [x.guarded for x in first] == [chosen(x.name, 0.25) for x in first]
+    calm = [x._replace(decision="adapt") for x in first]
+    said = [staged.after(calm, None) for _ in range(2)]
+    assert said == [None, "the guarded model answers 100% of the images"]
+    staged.save()
+    again = Staged(session, plan, file)
+    assert all(x.guarded for x in run(session, IMAGES[:8]))
+    news = again.after([calm[0]._replace(decision="stop")], None)
+    assert news == "the guarded model answers 0% of the images: the guard stopped adapting"
+    assert not any(x.guarded for x in run(session, IMAGES[:4]))
+    file.write_text('{"stage": 7}')
+    with pytest.raises(ValueError, match=r"stage.json: holds no stage of this roll-out"):
+        Staged(session, plan, file)

@@ -24,7 +24,8 @@ best in the variable JAXTTA_TOKEN, that clients send as "Authorization: Bearer T
 
 In the review folder a person may write labels.csv, with the columns file and label. Once they show
 that the adapted model is less accurate than the frozen one, the frozen one answers. `--share 0.05`
-lets the guarded model answer 5 % of the images at first; it learns from all.
+lets the guarded model answer 5 % of the images; it learns from all. `--roll-out` begins with 1 %
+and raises the share while all is calm, or labels show no loss; it returns to none if they do.
 
 TNT needs no batch: it optimises a small noise map for each image, at the cost of more than a
 hundred forward passes. A map can be learnt once for a camera, and then applied as it is:
@@ -36,6 +37,7 @@ Exit codes: those of jaxtta classify; 130 for Ctrl-C; after SIGTERM 0, or 143 if
 """
 
 import contextlib
+import dataclasses
 import os
 import signal
 import sys
@@ -45,17 +47,18 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from jaxtta import evaluate
+from jaxtta import assets, evaluate
 from jaxtta.cli import classify
 from jaxtta.cli.options import group
-from jaxtta.deploy.answers import Lines
+from jaxtta.deploy.answers import AnswersFile
 from jaxtta.deploy.audit import AuditLog
 from jaxtta.deploy.queue import NEVER, BatchQueue, Item, answer_all
 from jaxtta.deploy.review import Review
 from jaxtta.deploy.rollout import chosen
 from jaxtta.deploy.session import Answer, Session, described
-from jaxtta.deploy.setup import header_of
+from jaxtta.deploy.setup import Setup, header_of
 from jaxtta.deploy.sources import Reader, Watcher, paths_on_stdin
+from jaxtta.deploy.staged import Staged
 from jaxtta.images import printable
 
 STDIN = Path("-")
@@ -74,7 +77,11 @@ class Options(classify.Options):
 
     adapter: str = "guarded:batclip"  # guarded:tent:lr=1e-4, batclip (unguarded), tnt, …
     batch_size: int = 8  # images per step
+    # state and settings to start with, of jaxtta bundle: they replace class names, adapter, batch
+    # size and templates, and the model unless --model says where it is
+    bundle: Path | None = None
     share: float = 1.0  # of the images that the guarded model answers; the frozen one the others
+    roll_out: bool = False  # begin with a small share and raise it in stages
     watch: Path | None = None  # answer the images that come to this folder, until Ctrl-C
     http: str | None = None  # answer requests at [HOST:]PORT; port 0 for a free one
     token: str = ""  # that requests must bring (better: the variable JAXTTA_TOKEN)
@@ -110,14 +117,18 @@ class Served:
         self._review, self._worse, self._save_failed = None, False, False
         self._options, self._session, self._news = options, session, time.monotonic()
         header, self._line = classify.lines_of(options, session, width)
-        self.lines = Lines(options.append, header) if options.append else None
+        self.lines = AnswersFile(options.append, header) if options.append else None
         self.done = self.lines.names() if self.lines else set[str]()
         if self.lines is None:
             print(header, end="", flush=True)
         if options.review:
             limits = options.review_below, options.review_limit
             self._review = Review(options.review, session.class_names, *limits)
-        if options.share < 1:
+        self._staged = None
+        if options.roll_out:
+            kept = options.state and options.state.with_name(f"{options.state.name}.rollout.json")
+            self._staged = Staged(session, file=kept)
+        elif options.share < 1:
             session.served = lambda name: chosen(name, options.share)
 
     def after(self, items: Sequence[Item], answers: Sequence[Answer]) -> None:
@@ -134,13 +145,16 @@ class Served:
         if self._review and not self._worse and self._review.adapted_is_worse():
             self._worse, session.served = True, lambda name: False
             say("labels show that the adapted model is less accurate: the frozen one answers")
+        gain = self._review.gain if self._review else None
+        if self._staged and (news := self._staged.after(answers, gain)):
+            say(news)
         if self.metrics:
             self.metrics.count(answers)
             for what, by in (("answers", self.lines), ("review", self._review)):
                 self.metrics.lost.labels(what).set(by.lost if by else 0)
         if options.state and session.steps % options.save_every == 0:
             try:
-                session.save(options.state)
+                self.save()
                 self._save_failed = False
             except OSError as error:
                 if not self._save_failed:
@@ -151,6 +165,30 @@ class Served:
             decision = f", {last.decision}" if last.decision else ""
             say(f"{session.seen} images, {session.updates} updates{decision}")
 
+    def save(self) -> None:
+        """Save the state, and the stage of a roll-out beside it."""
+        if self._options.state:
+            self._session.save(self._options.state)
+            if self._staged:
+                self._staged.save()
+
+
+def session_of(options: Options) -> tuple[Options, Setup, Session]:
+    """The options, which a bundle may replace, and the session they make."""
+    audit = bool(options.audit)
+    if not options.bundle:
+        return options, *classify.session_of(options, digests=audit)
+    from jaxtta.deploy.bundle import load_bundle, setup_of
+
+    given = options.model.model
+    setup = setup_of(options.bundle, None if given == str(assets.MODEL) else given)
+    model, params = setup.load()
+    session = load_bundle(options.bundle, model, params).session(model, params, digests=audit)
+    say(f"{printable(options.bundle)}: {setup.adapter}, after {session.seen} images")
+    names = ("adapter", "batch_size", "min_adapt", "class_names")
+    own = {name: getattr(setup, name) for name in names}
+    return dataclasses.replace(options, **own), setup, session
+
 
 def run(options: Options) -> int:
     """Answer all sources until they end, or for ever; return the exit code."""
@@ -158,13 +196,13 @@ def run(options: Options) -> int:
     files = [] if stdin or (endless and not options.images) else classify.files_of(options)
     check(options)
     address = token_and_address(options)
-    setup, session = classify.session_of(options, digests=bool(options.audit))
+    options, setup, session = session_of(options)
     if options.state and options.state.exists():
         session.load(options.state)
         say(f"{options.state}: goes on after {session.steps} steps and {session.seen} images")
-    served = Served(options, session, max((len(printable(file)) for file in files), default=0))
     say(f"compiling {options.adapter} …")
     session.compile()
+    served = Served(options, session, max((len(printable(file)) for file in files), default=0))
     sources = sum((bool(files), stdin, bool(options.watch), bool(options.http)))
     queue = BatchQueue(options.batch_size, options.max_queue, sources)
     reader = Reader(queue, session, say, classify.shown, served.done)
@@ -175,7 +213,7 @@ def run(options: Options) -> int:
         if served.lines:
             stack.callback(served.lines.close)
         if options.state:
-            stack.callback(session.save, options.state)
+            stack.callback(served.save)
         if address:
             stack.enter_context(listening(options, session, queue, served, *address))
         came = stack.enter_context(signals(queue))
@@ -216,7 +254,12 @@ def check(options: Options) -> None:
         raise ValueError(f"--review-below is {options.review_below}, expected 0 to 1")
     if not 0 <= options.share <= 1:
         raise ValueError(f"--share is {options.share}, expected 0 to 1")
-    if options.share < 1 and not evaluate.parse_adapter(options.adapter).guard:
+    if options.bundle and (options.class_names or options.noise or options.learn_noise):
+        raise ValueError("--bundle has class names and a noise map of its own, give none beside it")
+    if options.share < 1 and options.roll_out:
+        raise ValueError("--share and --roll-out both say a share, expected one of them")
+    staged = options.share < 1 or options.roll_out
+    if staged and not options.bundle and not evaluate.parse_adapter(options.adapter).guard:
         raise ValueError(
             f"--share is for adapters with a guard: --adapter guarded:{options.adapter}"
         )

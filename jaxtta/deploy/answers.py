@@ -1,6 +1,6 @@
-r"""A file that lines are appended to, each as a whole or not at all.
+r"""A file that answers are appended to, each line as a whole or not at all.
 
-lines = Lines("answers.jsonl", header="")
+answers = AnswersFile("answers.jsonl", header="")
 for name in lines.begin("", json_name): ...  # of the lines that are there already
 lines.write('{"file": "a.png"}\n')
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 log = logging.getLogger(__name__)
 
 
-class Lines:
+class AnswersFile:
     """An open file of answers, in JSON lines or CSV.
 
     Attributes:
@@ -34,8 +34,9 @@ class Lines:
             ValueError: if it has another first line.
         """
         self.path, self.lost = Path(path), 0
-        self._file = self.path.open("ab+", buffering=0)
-        self._file.seek(0)
+        if self.path.exists() and not self.path.is_file():
+            raise ValueError(f"{path}: is no ordinary file, answers cannot be continued there")
+        self._file = self.path.open("ab", buffering=0)
         self._size = 0
         first = header.encode()
         for line in self._lines():

@@ -18,6 +18,7 @@ References:
 """
 
 import datetime
+import fcntl
 import logging
 import re
 import threading
@@ -37,7 +38,8 @@ from jaxtta.io import digest_array
 
 FORMAT = 1
 _BEGINNING = b'{"event":"start","format":'
-_PATIENCE = 0.01  # seconds that an answer may wait for the record before it
+_PATIENCE = 0.1  # seconds that an answer may wait for the record before it
+_LATE = 0.001  # the same while the disk does not keep up; the thread that writes needs Python too
 _SEVERITY = {"forget": ("WARN", 13), "roll_back": ("WARN", 13), "stop": ("ERROR", 17)}
 
 logger = logging.getLogger(__name__)
@@ -67,7 +69,8 @@ def record_of(
         JSON values: time, step, images, digests; reference, adapted and served, each a list of
         {label, probability}, or None for the first two without a guard (label None where the
         answer is not finite); share, decision and reason, None without a guard; signals, all other
-        scalars; state_digest.
+        scalars; state_digest. In a roll-out a session adds guarded: which images the guard's
+        mixture answered, and not the frozen model.
     """
     metrics, both = dict(prediction.metrics), prediction.answers
     reference, adapted = (None, None) if both is None else both
@@ -132,14 +135,15 @@ class AuditLog:
 
         Raises:
             OSError: if the file cannot be opened or written.
-            ValueError: if it is no log, or one of another version.
+            ValueError: if it is no log or one of another version, or another process writes to it.
         """
         self.path, self.lost = Path(path), 0
         self._limit, self._now, self._torn = limit, now, _is_torn(self.path)
         self._file = self.path.open("ab", buffering=0)
         try:
+            self._lock()
             self._put(encode("start", {"format": FORMAT, "time": _time(now()), **header}))
-        except OSError:
+        except (OSError, ValueError):
             self._file.close()
             raise
         self._changed = threading.Condition()
@@ -152,7 +156,8 @@ class AuditLog:
     def write(self, record: Mapping[str, Any]) -> None:
         """Have a step's record written.
 
-        It waits for the record before it, 10 ms at most and not again until the disk keeps up.
+        It waits until the record before it is written, 0.1 s at most; where the disk is slower,
+        1 ms from then on until it keeps up again.
 
         Raises:
             TypeError: if it holds anything that JSON has not.
@@ -162,8 +167,8 @@ class AuditLog:
         with self._changed:
             if self._closed:
                 raise ValueError(f"{self.path}: the log is closed")
-            if self._on_time:
-                self._on_time = self._changed.wait_for(lambda: not self._waiting, _PATIENCE)
+            patience = _PATIENCE if self._on_time else _LATE
+            self._on_time = self._changed.wait_for(lambda: not self._waiting, patience)
             if len(self._waiting) < self._limit:
                 self._waiting.append((record.get("step"), line))
                 self._changed.notify_all()
@@ -183,6 +188,15 @@ class AuditLog:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _lock(self) -> None:
+        """Refuse a file that another log is open on: a replay could not tell their steps apart."""
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"{self.path}: another process writes to this log") from error
+        except OSError as error:  # a file system without locks
+            logger.warning("%s: cannot be locked (%s)", self.path, error.strerror)
 
     def _run(self) -> None:
         while True:
@@ -204,7 +218,6 @@ class AuditLog:
                 if not line:
                     break
                 self._waiting.popleft()
-                self._on_time = self._on_time or not self._waiting
                 self._changed.notify_all()
         if self._gap is not None:
             logger.warning("%s: %d records are lost", self.path, self._gap["count"])

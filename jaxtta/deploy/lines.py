@@ -1,4 +1,4 @@
-"""JSON lines that strict parsers read and that give any names and numbers back.
+r"""JSON lines that strict parsers read and that give any names and numbers back.
 
     line = encode("step", {"images": ["caf\udce9.png"], "signals": {"loss": float("nan")}})
     decode(line)["signals"]["loss"]     # nan
@@ -53,11 +53,13 @@ def decode(line: bytes) -> dict[str, Any] | None:
     if not isinstance(event, dict) or "event" not in event:
         return None
     # Numbers that were written as texts; elsewhere, a text may be called so.
-    answers = [x for name in ANSWERS for x in event.get(name) or () if isinstance(x, dict)]
-    for content in (event, event.get("signals"), *answers):
-        for key, value in content.items() if isinstance(content, dict) else ():
-            if value in _TEXTS and (key == "share" if content is event else key != "label"):
-                content[key] = float(value)
+    listed = (event.get(name) for name in ANSWERS)
+    answers = [answer for each in listed if isinstance(each, list) for answer in each]
+    numbers: list[Any] = [(event, ("share",)), (event.get("signals"), None)]
+    for content, keys in (*numbers, *((answer, ("probability",)) for answer in answers)):
+        for key in (keys or [*content]) if isinstance(content, dict) else ():
+            if content.get(key) in _TEXTS:
+                content[key] = float(content[key])
     return event
 
 

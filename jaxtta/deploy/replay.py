@@ -5,6 +5,7 @@
 
 The header says what the session was made of, every record which images it had and what came of
 them. Where a process went on with the log, from a state that it had saved, the replay does too.
+Images are read from files by their names: HTTP requests, which no file holds, cannot be repeated.
 """
 
 import dataclasses
@@ -20,11 +21,17 @@ from jaxtta import images, io
 from jaxtta.deploy.audit import read_log
 from jaxtta.deploy.lines import ANSWERS
 from jaxtta.deploy.session import Session
-from jaxtta.deploy.setup import Setup, digest_of_state, fingerprint_of, sha256_of
+from jaxtta.deploy.setup import PACKAGES, Setup, digest_of_state, fingerprint_of, sha256_of
 from jaxtta.images import printable
 
 FIELDS = (*ANSWERS, "share", "decision", "reason", "signals", "state_digest")
 """What is compared, in this order."""
+_NEEDED = {
+    "start": {"setup": dict, "model": dict, "files": dict, "versions": dict, "device": str}
+    | {"state_digest": str, **dict.fromkeys(("steps", "seen", "updates"), int)},
+    "step": {"step": int, "images": list, "digests": list},
+}
+"""What a log's lines must have to be repeated."""
 
 
 class Replayed(NamedTuple):
@@ -87,20 +94,25 @@ def replay(
     """
     header, events = read_log(path)
     events = [header, *events]
+    for event in events:
+        for name, kind in _NEEDED.get(event["event"], {}).items():
+            if not isinstance(event.get(name), kind):
+                raise ValueError(f"{path}: a {event['event']} has no {name}, it cannot be repeated")
     lost = sum(event["count"] for event in events if event["event"] == "lost")
     run = _Run(path, events, state, {"model": model, "adapter": adapter})
     steps = count = 0
     for event in events:
-        if event["event"] == "start":
-            run.start(event)
-        elif event["event"] == "step":
-            try:
+        try:
+            if event["event"] == "start":
+                run.start(event)
+            elif event["event"] == "step":
                 run.step(event, Path(folder), read)
-            except Differs as found:
-                sentence, field = found.args
-                sentence = f"step {event['step']}: {sentence}{_elsewhere(run.header)}"
-                return Replayed(steps, count, lost, sentence, event["step"], field)
-            steps, count = steps + 1, count + len(event["images"])
+                steps, count = steps + 1, count + len(event["images"])
+        except Differs as found:
+            sentence, field = found.args
+            step = run.session.steps if event["event"] == "start" else event["step"]
+            sentence = f"step {step}: {sentence}{_elsewhere(run.header)}"
+            return Replayed(steps, count, lost, sentence, step, field)
     return Replayed(steps, count, lost)
 
 
@@ -109,6 +121,7 @@ class _Run:
 
     session: Session
     header: dict[str, Any]
+    new: Any
 
     def __init__(
         self,
@@ -124,7 +137,7 @@ class _Run:
         self.states: dict[str, Any] = {}
 
     def start(self, header: dict[str, Any]) -> None:
-        """Make the session of a header, in the state that it begins with."""
+        """Make the session of a header, in the state that it begins with; may raise `Differs`."""
         self.header = header
         with io.error_context(self.path):
             setup = dataclasses.replace(Setup.of(header["setup"]), **self.given)
@@ -133,11 +146,17 @@ class _Run:
             _require_same(setup, header, fingerprint_of(model, params))
             self.setup, self.session = setup, setup.session(model, params)
             self.session.log = self.log = _Last()
-            self._keep(digest_of_state(self.session.state))
+            self.new = self.session.state
+            self._keep(digest_of_state(self.new))
         digest = header["state_digest"]
         if digest not in self.states and self.file:
             self.session.load(self.file)
             self._keep(digest_of_state(self.session.state))
+        elif digest not in self.states and not header["steps"]:
+            if "adapter" not in self.given:
+                own = digest_of_state(self.new)
+                raise Differs(f"a new state is {own}, the log has {digest}", "state_digest")
+            self.states[digest] = self.new
         if digest not in self.states:
             found = "; that of --state is another" if self.file else ", give it with --state"
             raise ValueError(
@@ -153,6 +172,8 @@ class _Run:
         session, names = self.session, event["images"]
         if event["step"] != session.steps:
             raise Differs(f"the log lacks those from {session.steps} on, which led to it", "step")
+        if len(names) != len(event["digests"]):
+            raise Differs(f"{len(names)} images have {len(event['digests'])} digests", "digests")
         ready = []
         for name, digest in zip(names, event["digests"], strict=True):
             try:
@@ -162,6 +183,9 @@ class _Run:
             if io.digest_array(ready[-1].pixels).removeprefix("bytes ") != digest:
                 place = printable(folder / name)
                 raise Differs(f"{place} has other pixels than when it was logged", "digests")
+        # In a roll-out, which images the frozen model answered.
+        chosen = dict(zip(names, event.get("guarded") or (), strict=False))
+        session.served = chosen.__getitem__ if chosen else None
         session.answer(ready, names)
         for field in FIELDS:
             if said := _difference(event.get(field), self.log.record[field], names, field):
@@ -177,10 +201,10 @@ def _require_same(setup: Setup, header: dict[str, Any], own: dict[str, str]) -> 
     """Raise a ValueError for another model, or a file of the adapter's that has changed."""
     logged = header["model"]
     for name, what in (("weights", "weights"), ("settings", "architecture or preprocessing")):
-        if own[name] != logged[name]:
+        if own[name] != (expected := logged.get(name)):
             raise ValueError(
                 f"{setup.model}: has other {what} than the log's model (digest {own[name]}, "
-                f"expected {logged[name]})"
+                f"expected {expected})"
             )
     for name, path in setup.files.items():
         if name in header["files"] and sha256_of(path) != header["files"][name]:
@@ -210,8 +234,9 @@ def _shown(value: Any) -> str:
 
 def _elsewhere(header: dict[str, Any]) -> str:
     """What of a log's versions and device differs from those here, which may be why."""
-    own = {name: version(name) for name in header["versions"]}
-    others = {k: v for k, v in header["versions"].items() if own[k] != v}
+    own = {name: version(name) for name in PACKAGES}
+    logged = {name: header["versions"].get(name) for name in PACKAGES}
+    others = {name: value for name, value in logged.items() if own[name] != value}
     if (device := jax.devices()[0].device_kind) != header["device"]:
         others["device"], own["device"] = header["device"], device
     parts = [f"{name} {value}, here {own[name]}" for name, value in others.items()]

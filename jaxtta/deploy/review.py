@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxtta.adapters.guard.labels import count_pairs, is_worse, no_pairs
+from jaxtta.adapters.guard.labels import bounds, count_pairs, is_worse, no_pairs
 from jaxtta.deploy.queue import Item
 from jaxtta.deploy.session import Answer, described
 from jaxtta.images import lone_images, printable
@@ -37,6 +37,8 @@ class Review:
     Attributes:
         lost: number of images that could not be copied.
         pairs: how often each model was right on the labelled images that they disagree on.
+        gain: bounds of the adapted model's gain in accuracy on these, in [-1, 1], that hold at all
+            times; None before the first label.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class Review:
         self._counted, self._count = time.monotonic(), len(lone_images(self._folder))
         self._read: Any = None
         self.pairs, self._worse = no_pairs(), False
+        self.gain: tuple[float, float] | None = None
 
     def offer(self, item: Item, answer: Answer) -> bool:
         """Copy an image to the folder if a person should look at it and there is room.
@@ -123,6 +126,8 @@ class Review:
             pairs = [(x["adapted_label"] == y, x["frozen_label"] == y) for y, x in labelled]
             self.pairs = count_pairs(*np.array(pairs).T) if pairs else no_pairs()
             self._worse = bool(is_worse(self.pairs))
+            low, high = map(float, bounds(self.pairs))
+            self.gain = (low, high) if pairs else None
         return self._worse
 
     def _labelled(self) -> list[tuple[str, dict[str, Any]]] | None:

@@ -106,7 +106,8 @@ def described(answer: Answer, class_names: Sequence[str], count: int) -> dict[st
 
     Returns:
         labels and scores, the likeliest first and empty where the answer is not finite; updates;
-        with a guard its decision, the adapted model's share, and the frozen model's likeliest class.
+        with a guard its decision, the adapted model's share and the frozen model's likeliest
+        class.
     """
     best = np.argsort(-answer.scores, kind="stable")[:count] if answer.finite else []
     found: dict[str, Any] = {
@@ -201,18 +202,18 @@ class Session:
         self._digests = digests or log is not None
         self.prediction: Prediction | None = None
         self.steps = self.seen = self.updates = 0
-        self._begin(adapter.init(params, key))
 
         @jax.jit
-        def step(params: Any, state: Any, batch: Batch, learn: Any) -> tuple[Any, Prediction, Any]:
+        def step(params: Any, state: Any, batch: Batch, learn: Any) -> tuple[Any, Prediction]:
             after, prediction = adapter.step(params, state, batch)
             if "decision" not in prediction.metrics:
                 after = optax.tree.where(learn, after, state)
-            digest = tree.fingerprint(after) if self._digests else None
-            return after, prediction._replace(outputs=None), digest
+            return after, prediction._replace(outputs=None)
 
-        # The state is not donated: an error must not take it away.
-        self._step = step
+        # The state is not donated: an error must not take it away. Its digest is a program of its
+        # own: with it, XLA could round the step's numbers otherwise.
+        self._step, self._digest = step, jax.jit(tree.fingerprint)
+        self._begin(adapter.init(params, key))
 
     def compile(self) -> None:
         """Compile the step now, not when the first images come."""
@@ -221,7 +222,7 @@ class Session:
         sizes = np.ones((self.batch_size, 2), np.int32) if self.full_size else None
         mask = np.zeros(self.batch_size, bool)
         batch = Batch(blank, mask, self.seen + np.arange(self.batch_size), sizes)
-        jax.block_until_ready(self._step(self.params, self.state, batch, False))
+        jax.block_until_ready(self._step(self.params, self.state, batch, False)[1].logits)
 
     def prepare(self, image: Image.Image | np.ndarray) -> Prepared:
         """Bring an image to the form that the model takes; may run in other threads.
@@ -264,13 +265,14 @@ class Session:
             sizes[: len(ready)] = [x.size for x in ready]
             batch = batch._replace(sizes=sizes)
         learn = len(images) >= self._min_adapt
-        state, given, digest = self._step(self.params, self.state, batch, learn)
+        state, given = self._step(self.params, self.state, batch, learn)
+        digest = self._digest_of(state)
         prediction, guarded = self._chosen(jax.device_get(given), names)
         metrics = prediction.metrics
         answers = self._answers(prediction, guarded, names)
         # What follows cannot fail: the state and its counters change together.
         self.state, self.prediction = state, prediction
-        self.digest = _hexadecimal(digest)
+        self.digest = digest
         self.steps, self.seen = self.steps + 1, self.seen + len(images)
         if "decision" in metrics:
             self.updates = int(metrics["updates"])
@@ -285,7 +287,10 @@ class Session:
 
     def _begin(self, state: Any) -> None:
         self.state = state
-        self.digest = _hexadecimal(jax.jit(tree.fingerprint)(state) if self._digests else None)
+        self.digest = self._digest_of(state)
+
+    def _digest_of(self, state: Any) -> str:
+        return f"{int(self._digest(state)):08x}" if self._digests else ""
 
     def _chosen(
         self, prediction: Prediction, names: Sequence[Any]
@@ -347,10 +352,6 @@ class Session:
         counts = (note["counts"][name] for name in ("steps", "seen", "updates"))
         self.steps, self.seen, self.updates = counts
         self.prediction = None
-
-
-def _hexadecimal(digest: Any) -> str:
-    return "" if digest is None else f"{int(digest):08x}"
 
 
 def _softmax(logits: Any) -> np.ndarray:

@@ -75,7 +75,10 @@ class Setup:
     def of(cls, content: Any) -> "Setup":
         """Read what `dataclasses.asdict` gave from JSON; a ValueError if it is something else."""
         try:
-            own = {k: tuple(v) if isinstance(v, list) else v for k, v in content.items()}
+            own: dict[str, Any] = {
+                name: tuple(map(_text, value)) if isinstance(value, list) else value
+                for name, value in content.items()
+            }
             for name, kind in typing.get_type_hints(cls).items():
                 origin = typing.get_origin(kind)  # of tuple[…] and Mapping[…]
                 kind = origin if origin in (tuple, Mapping) else kind
@@ -95,8 +98,9 @@ class Setup:
     @property
     def config(self) -> adapters.AdapterConfig:
         """The settings that the adapter's text does not say."""
-        files = {name: Path(path) for name in _OF_MGTTA if (path := getattr(self, name))}
-        return adapters.AdapterConfig(self.preset, mgtta=adapters.MGTTAConfig(**files))
+        own = {name: Path(path) for name in _OF_MGTTA if (path := getattr(self, name))}
+        settings = dataclasses.replace(adapters.MGTTAConfig(), **own)
+        return adapters.AdapterConfig(self.preset, mgtta=settings)
 
     @property
     def files(self) -> dict[str, Path]:
@@ -228,3 +232,9 @@ def sha256_of(path: Path) -> str:
     """A file's SHA-256."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is no text")
+    return value
