@@ -229,7 +229,8 @@ def judge_gain(gain: Estimate, limits: Thresholds) -> list[Criterion]:
 
 def judge_fit(fit: Fit) -> Criterion:
     """Whether zero-shot tells the images apart; adaptation cannot mend a model that does not."""
-    judged, unfit = Criterion("the model fits the images", "met"), "the model does not fit them: "
+    judged = Criterion("the model fits the images", "met")
+    unfit = "the model does not fit them, as "
     if fit.recall is not None:
         value, bounds = fit.recall.value, fit.recall.bounds
         guessing = 100 / len(fit.predicted)
