@@ -25,7 +25,7 @@ import threading
 import time
 from collections.abc import Iterator
 
-import httpx
+import httpx2 as httpx
 import jax
 import numpy as np
 import psutil

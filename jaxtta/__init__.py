@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         augmix,
         continual,
         data,
+        deploy,
         diagnose,
         evaluate,
         images,
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
         tree,
         views,
     )
-    from jaxtta.adapters import Adapter, Prediction, State
+    from jaxtta.adapters import Adapter, Prediction, State, guarded
     from jaxtta.io import load_state, save_state
     from jaxtta.models import Batch, Classifier, Outputs, load, zero_shot_task
 
@@ -53,8 +54,10 @@ __all__ = [
     "augmix",
     "continual",
     "data",
+    "deploy",
     "diagnose",
     "evaluate",
+    "guarded",
     "images",
     "io",
     "load",
@@ -74,7 +77,7 @@ __all__ = [
 __version__ = "0.1.0"
 
 _FROM = {
-    **dict.fromkeys(("Adapter", "Prediction", "State"), "adapters"),
+    **dict.fromkeys(("Adapter", "Prediction", "State", "guarded"), "adapters"),
     **dict.fromkeys(("load_state", "save_state"), "io"),
     **dict.fromkeys(("Batch", "Classifier", "Outputs", "load", "zero_shot_task"), "models"),
 }

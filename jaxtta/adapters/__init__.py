@@ -1,6 +1,6 @@
 """Adapters: pairs of pure functions `init(params)` and `step(params, state, batch)`."""
 
-from jaxtta.adapters.base import Adapter, Metrics, Objective, Prediction, Preset, State
+from jaxtta.adapters.base import Adapter, Answers, Metrics, Objective, Prediction, Preset, State
 from jaxtta.adapters.batclip import BATCLIP_PRESETS, adam_with_l2, batclip, batclip_objective
 from jaxtta.adapters.by_name import parse_adapter
 from jaxtta.adapters.clipartt import CLIPARTT_PRESETS, clipartt, clipartt_loss
@@ -8,6 +8,7 @@ from jaxtta.adapters.combined_prompts import ClassWords
 from jaxtta.adapters.deyo import DEYO_PRESETS, deyo
 from jaxtta.adapters.eata import EATA_PRESETS, EATA_SETTINGS, eata, eta
 from jaxtta.adapters.fisher import eata_fisher
+from jaxtta.adapters.guard import Canary, GuardState, Policy, guarded, review, stream_axes
 from jaxtta.adapters.lame import lame, lame_affinity, lame_log_probabilities
 from jaxtta.adapters.mgtta import MGTTAContext, mgtta, mgtta_objective, mgtta_training
 from jaxtta.adapters.mint import MINT_PRESETS, mint
@@ -53,12 +54,16 @@ __all__ = [
     "Adapter",
     "AdapterConfig",
     "AdapterSpec",
+    "Answers",
+    "Canary",
     "ClassWords",
     "FeatureMethod",
+    "GuardState",
     "MGTTAConfig",
     "MGTTAContext",
     "Metrics",
     "Objective",
+    "Policy",
     "Prediction",
     "Preset",
     "Sharpness",
@@ -77,6 +82,7 @@ __all__ = [
     "eata",
     "eata_fisher",
     "eta",
+    "guarded",
     "lame",
     "lame_affinity",
     "lame_log_probabilities",
@@ -93,12 +99,14 @@ __all__ = [
     "online",
     "optimize_noise",
     "parse_adapter",
+    "review",
     "roid",
     "rotta",
     "sar",
     "save_noise",
     "stata",
     "stata_fit",
+    "stream_axes",
     "t3a",
     "tda",
     "tent",
