@@ -20,7 +20,7 @@ from jaxtta import adapters, assets, models
 from jaxtta.deploy import bundle
 from jaxtta.deploy.bundle import install, load_bundle, revert, save_bundle, verify
 from jaxtta.deploy.manifest import aliases_of
-from jaxtta.deploy.setup import Setup, fingerprint_of
+from jaxtta.deploy.setup import Setup, digest_of_state, fingerprint_of
 
 CLASSES = ("cat", "dog", "bird")
 
@@ -81,7 +81,8 @@ def test_a_bundle_gives_the_state_and_settings_back(made, loaded, session, setup
     ):
         np.testing.assert_array_equal(own, saved)
         assert own.dtype == saved.dtype
-    assert found.session(*loaded).steps == 2
+    after = found.session(*loaded)
+    assert (after.steps, after.digest) == (2, digest_of_state(session.state))
     assert not os.access(tmp_path / "store" / digest / "manifest.json", os.W_OK) or not os.getuid()
     assert (tmp_path / "store" / digest / "manifest.json").stat().st_mode & 0o222 == 0
 

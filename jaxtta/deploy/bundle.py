@@ -39,7 +39,7 @@ from jaxtta.deploy.manifest import (
     verified,
 )
 from jaxtta.deploy.session import Session
-from jaxtta.deploy.setup import Setup, counters_of, fingerprint_of, sha256_of
+from jaxtta.deploy.setup import Setup, counters_of, digest_of_state, fingerprint_of, sha256_of
 
 
 class Bundle(NamedTuple):
@@ -61,6 +61,7 @@ class Bundle(NamedTuple):
         """A session that goes on; its arguments are those of `Setup.session`."""
         session = self.setup.session(model, params, **more)
         session.state = self.state
+        session.digest = digest_of_state(self.state) if session.digest else ""
         for name, value in self.counters.items():
             setattr(session, name, value)
         return session
