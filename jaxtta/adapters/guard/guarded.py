@@ -156,7 +156,7 @@ def guarded(
         old = state._replace(inner=before, context=(), fingerprint=())
         moved = optax.tree.where(valid > 0, moved, old)
         wanted, found = of.log_marginals(now)
-        balanced = cooled + policy.balance * (wanted - found)
+        balanced = cooled + wanted - found
         balanced = jnp.where(usable[:, None], balanced, jnp.nan)
         served = mix(first, balanced, verdict.share)
         said = {name: getattr(verdict, name) for name in ("share", "decision", "reason", "strikes")}
