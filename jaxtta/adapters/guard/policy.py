@@ -67,15 +67,8 @@ class Policy:
         """Validate the settings."""
         if not 0 <= self.share <= 1:
             raise ValueError(f"share is {self.share}, expected 0 to 1")
-        for name in (
-            "disagreement",
-            "widening",
-            "narrowing",
-            "variety",
-            "environment",
-            "half_life",
-            "recent",
-        ):
+        positive = "disagreement", "widening", "narrowing", "variety", "environment"
+        for name in (*positive, "half_life", "recent"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected a positive number")
         for name in ("strikes", "least_images", "snapshots", "snapshot_every"):
@@ -125,8 +118,8 @@ def decide(signals: Metrics, strikes: Array, stopped: Array, policy: Policy) -> 
 
     Args:
         signals: scalars by name: images (valid ones), finite (whether the update is), environment,
-            narrowing, variety and disagreement; where there are labels worse and better (whether those of the
-            stream say so of the adapted model) and canary_worse.
+            narrowing, variety and disagreement; where there are labels also worse and better, what
+            those of the stream say of the adapted model, and canary_worse.
         strikes: () int32, failures in this environment so far.
         stopped: () bool, whether adaptation has ended.
         policy: the numbers.
