@@ -20,10 +20,13 @@ from guard_streams import BLANK, KINDS, NOISE, make_streams, with_frames
 from matplotlib.figure import Figure
 
 from jaxtta import adapters, bootstrap, cli, data, evaluate, io, metrics, models
+from jaxtta.adapters.guard.policy import DECISIONS
 from jaxtta.cli.options import ModelOptions, group
+from jaxtta.data import CIFAR10_CLASSES
+from jaxtta.evaluate.store import safe_name
 
 ZERO_SHOT, TEXTILE = "zero_shot", "textile"
-STOPPED = ("stop", "stopped")  # decisions of a guard
+STOPPED = [DECISIONS.index(name) for name in ("stop", "stopped")]
 
 
 @group
@@ -40,7 +43,7 @@ class Options:
     limit: int | None = None  # images of a stream (default: all); for slow adapters
     seeds: tuple[int, ...] = (1,)  # each is a set of streams of its own
     batch_size: int = 16  # images per step; batch_1 has 1
-    class_names: tuple[str, ...] = data.CIFAR10_CLASSES  # in label order
+    class_names: tuple[str, ...] = CIFAR10_CLASSES  # in label order
     model: ModelOptions = ModelOptions()
 
 
@@ -116,7 +119,7 @@ class Runner:
             scalars of a step for each of its images; and the seconds, ().
         """
         text = f"{kind}--{stream.name}--seed{stream.seed}--{size}--{name}"
-        path = self.options.output / "predictions" / f"{evaluate.store.safe_name(text)}.safetensors"
+        path = self.options.output / "predictions" / f"{safe_name(text)}.safetensors"
         items = stream.items[: self.options.limit]
         place = [str(self.options.data), self.options.model.model, *map(str, stream.segments)]
         identity = {"adapter": name, "images": io.digest_of([items, *place])}
@@ -170,7 +173,7 @@ def line(found: list[dict[str, np.ndarray]], frozen: list[dict[str, np.ndarray]]
         float(metrics.expected_calibration_error(top, right))
         for top, right in zip(tops.T, rows[:, 1:3].T.astype(bool), strict=True)
     ]
-    ends = [np.isin(own.get("decision", ()), codes()) for own in found]
+    ends = [np.isin(own.get("decision", ()), STOPPED) for own in found]
     stops = [int(end.argmax()) for end in ends if end.any()]
     return {
         "images": len(rows),
@@ -186,12 +189,6 @@ def line(found: list[dict[str, np.ndarray]], frozen: list[dict[str, np.ndarray]]
         "stopped_at": float(np.mean(stops)) if stops else np.nan,  # images seen before, on average
         "seconds": float(sum(own["seconds"] for own in found)),
     }
-
-
-def codes() -> list[int]:
-    """The guard's numbers of the decisions by which it has stopped."""
-    known = getattr(adapters, "DECISIONS", ())
-    return [known.index(name) for name in STOPPED if name in known]
 
 
 def write(folder: Path, rows: pd.DataFrame, final: bool) -> None:

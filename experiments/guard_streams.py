@@ -14,7 +14,8 @@ from jaxtta import data
 
 NOISE, BLANK = data.Domain("noise_frames"), data.Domain("blank_frames")
 """Images without a label: they are seen, and count for nothing."""
-BLOCK = 64  # images of one domain before the next, where domains alternate; frames of a burst
+BLOCK = 64  # images of one domain before the next, where domains alternate
+BURST = 160  # frames without a label that come first
 CLEAN = data.Domain(data.CLEAN)
 ZERO_SHOT_FIRST = "wrong_first"
 KINDS = (
@@ -57,7 +58,8 @@ def make_streams(
     """
     shifts = [d for d in benchmark if d not in (CLEAN, NOISE, BLANK)]
     labels, classes = data.labels_of(benchmark), len(data.class_names_of(benchmark))
-    few = [shifts[(seed - 1 + 3 * n) % len(shifts)] for n in range(min(5, len(shifts)))]
+    some = min(5, len(shifts))
+    few = [shifts[(seed - 1 + n * len(shifts) // some) % len(shifts)] for n in range(some)]
 
     def draw(rng: np.random.Generator, count: int, among: np.ndarray | None = None) -> np.ndarray:
         return rng.permutation(np.arange(len(labels)) if among is None else among)[:count]
@@ -140,7 +142,7 @@ def make_streams(
         "long_tail": lambda: resets(few, lambda rng, domain: skewed(rng)),
         "half_noise": lambda: framed(NOISE, images, first=False),
         "half_blank": lambda: framed(BLANK, images, first=False),
-        "noise_first": lambda: framed(NOISE, BLOCK, first=True),
+        "noise_first": lambda: framed(NOISE, BURST, first=True),
         "wrong_first": lambda: resets(few, wrong_first),
         "batch_1": lambda: resets(few, shuffled),
     }
