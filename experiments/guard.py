@@ -22,6 +22,8 @@ from matplotlib.figure import Figure
 from jaxtta import adapters, bootstrap, cli, data, evaluate, io, metrics, models
 from jaxtta.adapters.guard.policy import DECISIONS
 from jaxtta.cli.options import ModelOptions, group
+from jaxtta.data import CIFAR10_CLASSES
+from jaxtta.evaluate.store import safe_name
 
 ZERO_SHOT, TEXTILE = "zero_shot", "textile"
 STOPPED = [DECISIONS.index(name) for name in ("stop", "stopped")]
@@ -41,7 +43,7 @@ class Options:
     limit: int | None = None  # images of a stream (default: all); for slow adapters
     seeds: tuple[int, ...] = (1,)  # each is a set of streams of its own
     batch_size: int = 16  # images per step; batch_1 has 1
-    class_names: tuple[str, ...] = data.CIFAR10_CLASSES  # in label order
+    class_names: tuple[str, ...] = CIFAR10_CLASSES  # in label order
     model: ModelOptions = ModelOptions()
 
 
@@ -117,7 +119,7 @@ class Runner:
             scalars of a step for each of its images; and the seconds, ().
         """
         text = f"{kind}--{stream.name}--seed{stream.seed}--{size}--{name}"
-        path = self.options.output / "predictions" / f"{evaluate.store.safe_name(text)}.safetensors"
+        path = self.options.output / "predictions" / f"{safe_name(text)}.safetensors"
         items = stream.items[: self.options.limit]
         place = [str(self.options.data), self.options.model.model, *map(str, stream.segments)]
         identity = {"adapter": name, "images": io.digest_of([items, *place])}

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 from guard import ZERO_SHOT, Options, Runner, cases
@@ -29,6 +30,7 @@ from scipy import stats
 from jaxtta import cli, data, evaluate, io
 from jaxtta.adapters.guard.labels import Pairs, is_worse
 from jaxtta.cli.options import group
+from jaxtta.evaluate.store import safe_name
 
 LABELS, POOL, EVERY, SOON, BATCH = 32, 64, 64, 200, 16
 CALM, WORRIED = 1, 4  # labels of a batch for review, while the bets lose and while they win
@@ -93,7 +95,7 @@ def main(options: CanaryOptions) -> None:
 def stop_tables(alpha: float) -> tuple[np.ndarray, np.ndarray]:
     """Whether (wins, losses) stop: by the bets; and the p-value of the sign test."""
     wins, losses = np.meshgrid(range(LABELS + 1), range(LABELS + 1), indexing="ij")
-    pairs = Pairs(*(x.ravel() for x in (wins, 0 * wins, losses)))
+    pairs = Pairs(*(jnp.asarray(x.ravel()) for x in (wins, 0 * wins, losses)))
     bets = jax.vmap(lambda x: is_worse(x, alpha))(pairs)
     tail = stats.binom.sf(losses - 1, wins + losses, 0.5)
     return np.asarray(bets).reshape(wins.shape), tail / alpha
@@ -160,7 +162,7 @@ def look(
     options: CanaryOptions, runner: Runner, name: str, benchmark: Any, stream: Any, kind: str
 ) -> dict[str, np.ndarray]:
     """Run a stream, and ask the adapted model about held-out images: wins, losses (looks, POOL)."""
-    path = options.output / "looks" / evaluate.store.safe_name(f"{kind}--{stream.name}--{name}")
+    path = options.output / "looks" / safe_name(f"{kind}--{stream.name}--{name}")
     if path.is_file():
         return io.load_arrays(path)[0]
     rng, labels = np.random.default_rng(stream.seed), data.labels_of(benchmark)

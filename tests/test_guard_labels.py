@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 
 from jaxtta.adapters.base import Adapter, Prediction
-from jaxtta.adapters.guard import labels
-from jaxtta.adapters.guard.labels import Canary, Pairs
+from jaxtta.adapters.guard import canary, labels
+from jaxtta.adapters.guard.canary import Canary
+from jaxtta.adapters.guard.labels import Pairs
 
 counts = st.builds(Pairs, *[st.integers(0, 300).map(jnp.int32)] * 3)
 evidence = jax.jit(labels.log_evidence)
@@ -105,9 +106,9 @@ def test_looking_again_and_again_rarely_accuses():
     @jax.vmap
     def looks(outcomes):
         def look(checks, now):
-            return labels.check_again(checks, labels.count_pairs(now > 0, now < 0)), None
+            return canary.check_again(checks, labels.count_pairs(now > 0, now < 0)), None
 
-        return jax.lax.scan(look, labels.no_checks(), outcomes)[0]
+        return jax.lax.scan(look, canary.no_checks(), outcomes)[0]
 
     checks = looks(jnp.asarray(drawn))
     assert (np.asarray(checks.number) == 20).all()
@@ -133,9 +134,9 @@ def test_a_canary_finds_the_harm_when_it_is_due():
     @jax.jit
     def look(params, checks, due):
         state = jnp.zeros(())
-        return labels.check_canary(CANARY, frozen, ADAPTER, params, state, checks, due)
+        return canary.check_canary(CANARY, frozen, ADAPTER, params, state, checks, due)
 
-    checks = look(right, labels.no_checks(), True)
+    checks = look(right, canary.no_checks(), True)
     assert (int(checks.number), bool(checks.worse), float(checks.p)) == (1, False, 1.0)
     assert look(wrong, checks, False) == checks
     found = look(wrong, checks, True)
@@ -166,6 +167,6 @@ def test_a_bad_canary_is_refused(images, given, error, message):
 
 
 def test_a_label_that_is_no_class_is_refused():
-    canary = Canary(np.zeros((2, 4, 4, 3), np.uint8), np.array([0, 2]))
+    odd = Canary(np.zeros((2, 4, 4, 3), np.uint8), np.array([0, 2]))
     with pytest.raises(ValueError, match="expected 0 to 1"):
-        jax.jit(lambda params: canary.right(ADAPTER, params, jnp.zeros(())))(jnp.zeros(2))
+        jax.jit(lambda params: odd.right(ADAPTER, params, jnp.zeros(())))(jnp.zeros(2))

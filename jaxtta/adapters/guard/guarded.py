@@ -24,7 +24,8 @@ import optax
 from jaxtta.adapters.base import Adapter, Answers, Array, Prediction, require_state
 from jaxtta.adapters.guard import image_statistics as environments
 from jaxtta.adapters.guard import signals as of
-from jaxtta.adapters.guard.labels import Canary, Pairs, check_canary, is_worse, no_checks, no_pairs
+from jaxtta.adapters.guard.canary import Canary, check_canary, no_checks
+from jaxtta.adapters.guard.labels import Pairs, is_worse, no_pairs
 from jaxtta.adapters.guard.mixture import mix
 from jaxtta.adapters.guard.policy import DECISIONS, Policy, decide
 from jaxtta.adapters.guard.state import (
@@ -156,7 +157,7 @@ def guarded(
         old = state._replace(inner=before, context=(), fingerprint=())
         moved = optax.tree.where(valid > 0, moved, old)
         wanted, found = of.log_marginals(now)
-        balanced = cooled + policy.balance * (wanted - found)
+        balanced = cooled + wanted - found
         balanced = jnp.where(usable[:, None], balanced, jnp.nan)
         served = mix(first, balanced, verdict.share)
         said = {name: getattr(verdict, name) for name in ("share", "decision", "reason", "strikes")}

@@ -29,12 +29,14 @@ class Policy:
     """The numbers of a guard.
 
     Attributes:
-        share: of the adapted model in the mixture, while all is calm.
+        share: of the adapted model in the mixture, where nothing speaks for more.
+        disagreement: of the models' answers; the share grows to 1 as it falls from this to 0.
+        widening: nats that adaptation adds to the class marginal's entropy, at which the share is
+            1: classes that the frozen model had lost come back.
         narrowing: nats of the class marginal's entropy that adaptation may take away, or it has
             failed; the share has faded to 0 at half of it.
         variety: of the frozen model's classes, as much as is wanted; the share fades below it, and
             at two thirds of it nothing is served or learnt.
-        balance: power to which the adapted model's class marginal is brought to the frozen one's.
         strikes: failures in one environment that stop adaptation.
         environment: z of an image statistic at which the environment has changed.
         half_life: images after which an average has forgotten half.
@@ -46,10 +48,11 @@ class Policy:
         snapshot_every: batches between them.
     """
 
-    share: float = 0.8
+    share: float = 0.4
+    disagreement: float = 0.12
+    widening: float = 0.06
     narrowing: float = 0.1
     variety: float = 0.75
-    balance: float = 0.5
     strikes: int = 3
     environment: float = 6.0
     half_life: float = 64.0
@@ -62,10 +65,10 @@ class Policy:
 
     def __post_init__(self) -> None:
         """Validate the settings."""
-        for name in ("share", "balance"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected 0 to 1")
-        for name in ("narrowing", "variety", "environment", "half_life", "recent"):
+        if not 0 <= self.share <= 1:
+            raise ValueError(f"share is {self.share}, expected 0 to 1")
+        positive = "disagreement", "widening", "narrowing", "variety", "environment"
+        for name in (*positive, "half_life", "recent"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected a positive number")
         for name in ("strikes", "least_images", "snapshots", "snapshot_every"):
@@ -93,9 +96,16 @@ class Verdict(NamedTuple):
 
 
 def share_of(signals: Metrics, policy: Policy) -> Array:
-    """The adapted model's share: less with narrowing, and where the classes have no variety."""
+    """The adapted model's share of the mixture.
+
+    More than `policy.share` where the models hardly differ, so that little can be lost, or where
+    adaptation widens the class marginal; less with narrowing, and where the classes lack variety.
+    """
+    alike = 1 - signals["disagreement"] / policy.disagreement
+    wider = -signals["narrowing"] / policy.widening
+    share = policy.share + (1 - policy.share) * jnp.clip(jnp.maximum(alike, wider), 0, 1)
     calm = jnp.clip(1 - 2 * signals["narrowing"] / policy.narrowing, 0, 1)
-    return policy.share * calm * varied(signals, policy)
+    return share * calm * varied(signals, policy)
 
 
 def varied(signals: Metrics, policy: Policy) -> Array:
@@ -108,8 +118,8 @@ def decide(signals: Metrics, strikes: Array, stopped: Array, policy: Policy) -> 
 
     Args:
         signals: scalars by name: images (valid ones), finite (whether the update is), environment,
-            narrowing and variety; where there are labels worse and better (whether those of the
-            stream say so of the adapted model) and canary_worse.
+            narrowing, variety and disagreement; where there are labels also worse and better, what
+            those of the stream say of the adapted model, and canary_worse.
         strikes: () int32, failures in this environment so far.
         stopped: () bool, whether adaptation has ended.
         policy: the numbers.
@@ -138,7 +148,7 @@ def decide(signals: Metrics, strikes: Array, stopped: Array, policy: Policy) -> 
         reason = jnp.where(holds, REASONS.index(why), reason)
     strikes = jnp.where(changed, 0, strikes + (failed & ~stopped))
     stopped = ~changed & (stopped | last | labels)
-    share = jnp.where(better, policy.share, share_of(signals, policy))
+    share = jnp.where(better, 1, share_of(signals, policy))
     share = jnp.where(stopped, 0, share)
     integers = (x.astype(jnp.int32) for x in (decision, reason))
     return Verdict(*integers, share, strikes.astype(jnp.int32), stopped)
