@@ -386,3 +386,17 @@ def test_it_serves_under_load():
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "wrong: none" in done.stdout
+
+
+def test_it_starts_from_a_bundle(run_jaxtta, folder, short, tmp_path):
+    """Its settings and state, not those of the options."""
+    files, names = sorted(folder.iterdir()), ["--class-names", "cat", "ship"]
+    adapter = ["--adapter", "tent:lr=0.01", "--batch-size", "4", "--model", short]
+    whole = run_jaxtta("serve", *files, *adapter, *names)[1].splitlines()
+    run_jaxtta("serve", *files[:8], *adapter, "--state", tmp_path / "state", *names)
+    code, _, err = run_jaxtta("bundle", "create", tmp_path / "state", tmp_path / "bundles")
+    assert code == 0, err
+    (bundle,) = (tmp_path / "bundles").iterdir()
+    code, out, err = run_jaxtta("serve", *files[8:], "--bundle", bundle)
+    assert (code, out.splitlines()) == (0, whole[8:])
+    assert "tent:lr=0.01, after 8 images" in err
