@@ -2,6 +2,7 @@
 
 import io
 import threading
+import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 
@@ -178,7 +179,7 @@ def test_too_many_at_once_are_told_to_come_again(serve, session):
         post = lambda n: client.post("/predict", content=PNGS[n], headers=HEADERS)  # noqa: E731
         waiting = [pool.submit(post, n) for n in range(2)]
         while len(queue) < 2:
-            pass
+            time.sleep(0.001)
         reply = post(2)
         assert (reply.status_code, reply.headers["Retry-After"]) == (503, "1")
         assert reply.json() == {"error": "too many images wait, try again later"}
