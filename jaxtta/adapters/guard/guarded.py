@@ -159,6 +159,7 @@ def guarded(
         )  # fmt: skip
         old = state._replace(inner=before, context=(), fingerprint=())
         moved = optax.tree.where(valid > 0, moved, old)
+        # Adaptation may say which images are of a class, not how many: the marginals are kept.
         wanted, found = of.log_marginals(now)
         balanced = cooled + wanted - found
         balanced = jnp.where(usable[:, None], balanced, jnp.nan)
