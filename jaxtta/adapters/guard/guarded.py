@@ -108,9 +108,12 @@ def guarded(
         usable = mask & jnp.isfinite(first).all(-1) & jnp.isfinite(second).all(-1)
 
         now, cooled = of.average(
-            state.averages, *(jnp.where(usable[:, None], x, 0) for x in (first, second)),
-            usable, policy.half_life,
-        )  # fmt: skip
+            state.averages,
+            jnp.where(usable[:, None], first, 0),
+            jnp.where(usable[:, None], second, 0),
+            usable,
+            policy.half_life,
+        )
         environment = environments.observe(state.environment, each, mask & finite, policy.recent)
         signals = of.signals_of(now) | {
             "environment": environments.largest_z(environment),
@@ -156,6 +159,7 @@ def guarded(
         )  # fmt: skip
         old = state._replace(inner=before, context=(), fingerprint=())
         moved = optax.tree.where(valid > 0, moved, old)
+        # Adaptation may say which images are of a class, not how many: the marginals are kept.
         wanted, found = of.log_marginals(now)
         balanced = cooled + wanted - found
         balanced = jnp.where(usable[:, None], balanced, jnp.nan)

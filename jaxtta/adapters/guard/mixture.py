@@ -35,7 +35,8 @@ def log_temperature(logits: Array, target: Array, mask: Array, halvings: int = 1
 
     dtype = jnp.result_type(logits)
     low, high = (jnp.full((), end, dtype) for end in TEMPERATURES)
-    return sum(jax.lax.fori_loop(0, halvings, halve, (low, high))) / 2
+    low, high = jax.lax.fori_loop(0, halvings, halve, (low, high))
+    return (low + high) / 2
 
 
 def mix(reference: Array, adapted: Array, share: Array) -> Array:

@@ -142,7 +142,8 @@ def decide(signals: Metrics, strikes: Array, stopped: Array, policy: Policy) -> 
         (few_classes, "skip", "few_classes"),
         (~signals["finite"], "skip", "not_finite"),
     )
-    decision, reason = DECISIONS.index("adapt"), REASONS.index("calm")
+    decision = jnp.int32(DECISIONS.index("adapt"))
+    reason = jnp.int32(REASONS.index("calm"))
     for holds, what, why in reversed(rules):
         decision = jnp.where(holds, DECISIONS.index(what), decision)
         reason = jnp.where(holds, REASONS.index(why), reason)
@@ -150,5 +151,5 @@ def decide(signals: Metrics, strikes: Array, stopped: Array, policy: Policy) -> 
     stopped = ~changed & (stopped | last | labels)
     share = jnp.where(better, 1, share_of(signals, policy))
     share = jnp.where(stopped, 0, share)
-    integers = (x.astype(jnp.int32) for x in (decision, reason))
-    return Verdict(*integers, share, strikes.astype(jnp.int32), stopped)
+    integers = [x.astype(jnp.int32) for x in (decision, reason, strikes)]
+    return Verdict(integers[0], integers[1], share, integers[2], stopped)
