@@ -20,6 +20,7 @@ from conftest import EXPERIMENTS, errors_in, write_images
 from PIL import Image
 
 import jaxtta
+from jaxtta.adapters.guard import DECISIONS
 from jaxtta.deploy.audit import read_log
 
 LINE = re.compile(r"(.+?)  +(.+?)  +(\S+%)(?:  updates (\d+))?(?:  [a-z_]+)?")
@@ -40,20 +41,35 @@ def answers(out):
 
 
 def test_every_image_has_a_line_with_the_updates_behind_it(run_jaxtta, folder):
-    code, out, err = run_jaxtta("serve", folder, "--batch-size", "5")
+    code, out, err = run_jaxtta("serve", folder, "--batch-size", "5", "--adapter", "batclip")
     assert code == 0
     files, labels, _, updates = zip(*answers(out), strict=True)
     assert [*files] == [str(file) for file in sorted(folder.iterdir())]
     assert sum(f"/{label}-" in file for file, label in zip(files, labels, strict=True)) >= 9
     # the first batch is zero-shot's; the last, of two images, is adapted to by none
     assert [*updates] == ["0"] * 5 + ["1"] * 5 + ["2"] * 2
-    assert "compiling guarded:batclip" in err
+    assert "compiling batclip" in err
     code, plain, err = run_jaxtta("classify", folder, "--batch-size", "5")
     assert (code, {updates for *_, updates in answers(plain)}) == (0, {None})
     assert "adapted" not in plain + err
     for line, other in zip(answers(out)[:5], answers(plain)[:5], strict=True):
         assert line[:3] == other[:3]
     assert answers(out)[5][2] != answers(plain)[5][2]
+
+
+def test_a_guard_is_the_default_and_says_what_it_decides(run_jaxtta, folder, short):
+    common = ("serve", folder, "--batch-size", "6", "--model", short, "--format")
+    code, lines, err = run_jaxtta(*common, "jsonl")
+    assert (code, "compiling guarded:batclip" in err) == (0, True)
+    found = [json.loads(line) for line in lines.splitlines()]
+    assert {line["decision"] for line in found} <= {*DECISIONS}
+    assert all(0 <= line["share"] <= 1 for line in found) and found[0]["updates"] == 0
+    rows = [*csv.DictReader(run_jaxtta(*common, "csv")[1].splitlines())]
+    assert [*rows[0]] == ["file", "label", "score", "updates", "decision", "share"]
+    text = run_jaxtta(*common, "text")[1].splitlines()
+    for line, row, said in zip(found, rows, text, strict=True):
+        assert row["decision"] == line["decision"] == said.split()[-1]
+        assert float(row["share"]) == line["share"]
 
 
 def test_text_json_lines_and_csv_say_the_same(run_jaxtta, folder):
