@@ -281,7 +281,7 @@ def token_and_address(options: Options) -> tuple[str, str, int] | None:
     if options.http is None:
         return None
     try:
-        from jaxtta.deploy.http import LOOPBACK, parse_address
+        from jaxtta.deploy.listen import LOOPBACK, parse_address
     except ModuleNotFoundError as error:
         raise ImportError(f"--http needs {error.name}: pip install 'jaxtta[serve]'") from error
     host, port = parse_address(options.http)
@@ -304,7 +304,8 @@ def listening(
     port: int,
 ) -> Iterator[None]:
     """Take requests until the block ends."""
-    from jaxtta.deploy.http import LOOPBACK, Limits, make_app, running
+    from jaxtta.deploy.http import Limits, make_app
+    from jaxtta.deploy.listen import LOOPBACK, running
     from jaxtta.deploy.metrics import Metrics
 
     places = min(options.top_k, len(session.class_names))
