@@ -8,7 +8,16 @@ from jaxtta.adapters.combined_prompts import ClassWords
 from jaxtta.adapters.deyo import DEYO_PRESETS, deyo
 from jaxtta.adapters.eata import EATA_PRESETS, EATA_SETTINGS, eata, eta
 from jaxtta.adapters.fisher import eata_fisher
-from jaxtta.adapters.guard import Canary, GuardState, Policy, guarded, review, stream_axes
+from jaxtta.adapters.guard import (
+    DECISIONS,
+    REASONS,
+    Canary,
+    GuardState,
+    Policy,
+    guarded,
+    review,
+    stream_axes,
+)
 from jaxtta.adapters.lame import lame, lame_affinity, lame_log_probabilities
 from jaxtta.adapters.mgtta import MGTTAContext, mgtta, mgtta_objective, mgtta_training
 from jaxtta.adapters.mint import MINT_PRESETS, mint
@@ -39,10 +48,12 @@ from jaxtta.adapters.zero_shot import zero_shot
 __all__ = [
     "BATCLIP_PRESETS",
     "CLIPARTT_PRESETS",
+    "DECISIONS",
     "DEYO_PRESETS",
     "EATA_PRESETS",
     "EATA_SETTINGS",
     "MINT_PRESETS",
+    "REASONS",
     "ROID_PRESETS",
     "ROTTA_PRESETS",
     "SAR_PRESETS",
