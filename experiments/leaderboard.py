@@ -24,7 +24,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from jaxtta import adapters, assets, cli, data, evaluate, models, report
+from jaxtta import adapters, assets, cli, data, evaluate, metrics, models
 from jaxtta.adapters.named import optimizer_of
 from jaxtta.adapters.watt import WATT_TEMPLATES
 from jaxtta.cli.options import ModelOptions, group
@@ -267,19 +267,29 @@ def write_results(options: Options) -> None:
 
 def lines_of(found: Sequence[evaluate.Predictions]) -> Iterator[dict[str, Any]]:
     """A line for each kind of stream and adapter; zero-shot has a line for each run."""
-    for name, cell in CELLS.items():
-        own = [each for each in found if each.stream.startswith(f"{name}, ")]
-        if not own:
-            continue
-        summary = report.summarise(own)
-        gains = summary.table["gain"].unstack("adapter").iloc[:-1]
-        for text, row in summary.means.iterrows():
-            images = sum(len(each.rows) for each in own if each.adapter == text)
-            line = {"adapter": text, "stream": name, "batch_size": cell.batch_size}
-            line |= {"images": images, **row[["top1", "gain", "low", "high", "spread", "ece"]]}
-            if text != "zero_shot":
-                line |= {"worst": gains[text].min(), "worst_corruption": gains[text].idxmin()}
-            yield line
+    frames: dict[tuple[str, str], dict[Any, pd.DataFrame]] = {}
+    for each in found:
+        own = frames.setdefault((each.stream.partition(", ")[0], each.adapter), {})
+        for number, domain in enumerate(each.domains):
+            own[each.stream, each.seed, number, domain.corruption] = each.segment(number)
+    for (name, text), own in frames.items():
+        base = frames[name, "zero_shot"]
+        rows = pd.concat(own.values())
+        line = {"adapter": text, "stream": name, "batch_size": CELLS[name].batch_size}
+        line |= {"images": len(rows), "top1": rows["top1"].mean()}
+        finite = rows[np.isfinite(rows["nll"])]
+        scores = (finite[key].to_numpy() for key in ("confidence", "top1"))
+        line["ece"] = float(metrics.expected_calibration_error(*scores))
+        if text != "zero_shot":
+            gain = evaluate.paired_gain([*own.values()], [base[key] for key in own])
+            low, high = (gain and gain.interval) or (np.nan, np.nan)
+            line |= {"gain": gain and gain.top1, "low": low, "high": high}
+            means = pd.Series(
+                {key: x["top1"].mean() - base[key]["top1"].mean() for key, x in own.items()}
+            )
+            means = means.groupby(level=3).mean()  # over the seeds
+            line |= {"worst": means.min(), "worst_corruption": means.idxmin()}
+        yield line
 
 
 def wide(table: pd.DataFrame, cost: pd.Series) -> pd.DataFrame:
