@@ -21,7 +21,8 @@ $(VENV)/installed: pyproject.toml $(wildcard constraints/*.txt)
 	touch $@
 
 demo: venv  ## Adapt the bundled model to 15 corruptions of real images
-	$(OFFLINE) $(VENV)/bin/jaxtta sweep --max-images 400 --batch-size 50 --output runs/demo
+	$(OFFLINE) $(VENV)/bin/jaxtta sweep --max-images 400 --batch-size 50 \
+	    --adapters zero_shot mgtta:lr=0.01 deyo:lr=0.03 batclip:lr=0.01 --output runs/demo
 
 test: venv  ## Run the tests (no PyTorch), without the slow ones
 	$(OFFLINE) $(VENV)/bin/python -m pytest -m "not parity and not slow" -n 2 --dist loadscope \
