@@ -105,7 +105,8 @@ def guarded(
         logits = frozen.logits.astype(dtype), own.logits.astype(dtype)
         first, second, each, mask, finite = gathered((*logits, each, batch.mask, finite))
         second = jnp.where(finite[:, None], second, jnp.nan)
-        usable = mask & jnp.isfinite(first).all(-1) & jnp.isfinite(second).all(-1)
+        known = mask & finite & jnp.isfinite(first).all(-1)
+        usable = known & jnp.isfinite(second).all(-1)
 
         now, cooled = of.average(
             state.averages,
@@ -119,6 +120,7 @@ def guarded(
             "environment": environments.largest_z(environment),
             "images": usable.sum(dtype=jnp.int32),
             "finite": ~own.metrics.get("skipped", jnp.zeros((), bool)),
+            "broken": known.any() & ~usable.any(),
         }
         turned = Pairs(state.review.losses, state.review.ties, state.review.wins)
         signals |= {
