@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from conftest import EXPERIMENTS
 
-from jaxtta import data
+from jaxtta import data, io
 
 sys.path.insert(0, str(EXPERIMENTS))
 import guard_streams
@@ -130,6 +130,13 @@ def test_the_experiment_goes_on_and_its_labels_are_simulated(run_script, short, 
     code, _, err = run_script("guard.py", *options, "--images", "6")
     assert code == 1
     assert "choose another --output" in err
+    path = next(x for x in files if "guarded" in x.name and "clean" in x.name)
+    arrays, about = io.load_arrays(path)
+    about["policy"]["share"] = 0.9
+    io.save_arrays(path, arrays, about)
+    code, _, err = run_script("guard.py", *options)
+    assert code == 1
+    assert "is of another model, policy or other images" in err
 
 
 def test_a_label_that_decides_is_found():
