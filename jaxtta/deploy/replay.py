@@ -30,6 +30,7 @@ _NEEDED = {
     "start": {"setup": dict, "model": dict, "files": dict, "versions": dict, "device": str}
     | {"state_digest": str, **dict.fromkeys(("steps", "seen", "updates"), int)},
     "step": {"step": int, "images": list, "digests": list},
+    "lost": {"count": int},
 }
 """What a log's lines must have to be repeated."""
 
@@ -150,7 +151,8 @@ class _Run:
             self._keep(digest_of_state(self.new))
         digest = header["state_digest"]
         if digest not in self.states and self.file:
-            self.session.load(self.file)
+            # Of a session or a bundle; another adapter may go on from it too.
+            self.session.state = io.load_state(self.file, self.new)
             self._keep(digest_of_state(self.session.state))
         elif digest not in self.states and not header["steps"]:
             if "adapter" not in self.given:
