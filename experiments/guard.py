@@ -126,13 +126,8 @@ class Runner:
         own = evaluate.parse_adapter(name)
         identity = {"adapter": name, "images": io.digest_of([items, *place])}
         identity |= {"policy": dataclasses.asdict(Policy())} if own.guard else {}
-        if path.is_file():
-            found, about = io.load_arrays(path)
-            if {**identity, **about} != identity:
-                raise ValueError(
-                    f"{path}: is of another model, policy or other images, choose another --output"
-                )
-            return found
+        if (earlier := stored(path, identity)) is not None:
+            return earlier
         adapter = self.adapter(name, tuple(data.class_names_of(benchmark)))
         cut = stream._replace(parts=(items,))
         spec = evaluate.Spec(benchmark, [cut], None, size)
@@ -156,6 +151,18 @@ class Runner:
         path.parent.mkdir(parents=True, exist_ok=True)
         io.save_arrays(path, whole, identity)
         return whole
+
+
+def stored(path: Path, identity: dict[str, Any]) -> dict[str, np.ndarray] | None:
+    """What a file has, if it is there; a ValueError if it was made of something else."""
+    if not path.is_file():
+        return None
+    found, about = io.load_arrays(path)
+    if {**identity, **about} != identity:  # earlier files say less about themselves
+        raise ValueError(
+            f"{path}: is of another model, policy or other images, choose another --output"
+        )
+    return found
 
 
 def line(found: list[dict[str, np.ndarray]], frozen: list[dict[str, np.ndarray]]) -> dict[str, Any]:
