@@ -375,6 +375,9 @@ def test_changed_images_models_and_settings_are_named(run, images, tmp_path):
         replay(log)
     with pytest.raises(ValueError, match=r"log.jsonl: compute_dtype is 'odd', expected float32"):
         replay(header(lambda x: x["setup"].update(compute_dtype="odd")))
+    for odd in ({"guarded": [True]}, {"guarded": 5}, {"digests": []}):
+        log = edited(path, tmp_path, lambda lines, odd=odd: lines[1].update(odd))
+        assert replay(log, folder=images).field in odd
     with pytest.raises(ValueError, match=r"a lost has no count"):
         replay(edited(path, tmp_path, lambda lines: lines.append({"event": "lost"})))
     with pytest.raises(ValueError, match=r"a start has no setup, it cannot be repeated"):

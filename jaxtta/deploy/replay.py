@@ -174,8 +174,10 @@ class _Run:
         session, names = self.session, event["images"]
         if event["step"] != session.steps:
             raise Differs(f"the log lacks those from {session.steps} on, which led to it", "step")
-        if len(names) != len(event["digests"]):
-            raise Differs(f"{len(names)} images have {len(event['digests'])} digests", "digests")
+        guarded = event.get("guarded")  # of a roll-out: not those that the frozen model answered
+        for field, each in (("digests", event["digests"]), ("guarded", guarded or names)):
+            if not isinstance(each, list) or len(each) != len(names):
+                raise Differs(f"{field} is not a list of one for each image", field)
         ready = []
         for name, digest in zip(names, event["digests"], strict=True):
             try:
@@ -185,9 +187,7 @@ class _Run:
             if io.digest_array(ready[-1].pixels).removeprefix("bytes ") != digest:
                 place = printable(folder / name)
                 raise Differs(f"{place} has other pixels than when it was logged", "digests")
-        # In a roll-out, which images the frozen model answered.
-        chosen = dict(zip(names, event.get("guarded") or (), strict=False))
-        session.served = chosen.__getitem__ if chosen else None
+        session.served = dict(zip(names, guarded, strict=True)).__getitem__ if guarded else None
         session.answer(ready, names)
         for field in FIELDS:
             if said := _difference(event.get(field), self.log.record[field], names, field):
