@@ -292,6 +292,7 @@ def test_streams_side_by_side_share_the_context(learner):
             assert prediction.metrics["decision"][n] == single.metrics["decision"]
 
 
+@pytest.mark.slow
 def test_a_batch_over_devices_gives_the_same(learner):
     params, adapter, step = learner
     mesh = jax.make_mesh((8,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -315,7 +316,10 @@ def test_a_donated_state_is_saved_and_goes_on(learner, tmp_path):
     assert equal(step(params, loaded, IMAGES[3])[0], step(params, state, IMAGES[3])[0])
 
 
-@pytest.mark.parametrize("name", ["tda:size=2", "tnt:views=2,steps=0"])
+SLOW = pytest.param("tnt:views=2,steps=0", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("name", ["tda:size=2", SLOW])
 def test_guards_methods_without_training(tiny, name):
     model, params = tiny
     task = jaxtta.models.task_from_token_ids(golden("clip_forward")["token_ids"])
