@@ -9,6 +9,7 @@ paired 95 % interval over images, table.txt, gains.png, and each image's answers
 What is there is not computed again. Choose thresholds on FOLDER/meta_train with another output.
 """
 
+import dataclasses
 import time
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from guard_streams import BLANK, KINDS, NOISE, make_streams, with_frames
 from matplotlib.figure import Figure
 
 from jaxtta import adapters, bootstrap, cli, data, evaluate, io, metrics, models
-from jaxtta.adapters.guard.policy import DECISIONS
+from jaxtta.adapters.guard.policy import DECISIONS, Policy
 from jaxtta.cli.options import ModelOptions, group
 from jaxtta.data import CIFAR10_CLASSES
 from jaxtta.evaluate.store import safe_name
@@ -122,16 +123,12 @@ class Runner:
         path = self.options.output / "predictions" / f"{safe_name(text)}.safetensors"
         items = stream.items[: self.options.limit]
         place = [str(self.options.data), self.options.model.model, *map(str, stream.segments)]
-        identity = {"adapter": name, "images": io.digest_of([items, *place])}
-        if path.is_file():
-            found, about = io.load_arrays(path)
-            if about != identity:
-                raise ValueError(
-                    f"{path}: is of another model or other images, choose another --output"
-                )
-            return found
-        adapter = self.adapter(name, tuple(data.class_names_of(benchmark)))
         own = evaluate.parse_adapter(name)
+        identity = {"adapter": name, "images": io.digest_of([items, *place])}
+        identity |= {"policy": dataclasses.asdict(Policy())} if own.guard else {}
+        if (earlier := stored(path, identity)) is not None:
+            return earlier
+        adapter = self.adapter(name, tuple(data.class_names_of(benchmark)))
         cut = stream._replace(parts=(items,))
         spec = evaluate.Spec(benchmark, [cut], None, size)
         state = adapter.init(self.params, jax.random.key(stream.seed))
@@ -154,6 +151,18 @@ class Runner:
         path.parent.mkdir(parents=True, exist_ok=True)
         io.save_arrays(path, whole, identity)
         return whole
+
+
+def stored(path: Path, identity: dict[str, Any]) -> dict[str, np.ndarray] | None:
+    """What a file has, if it is there; a ValueError if it was made of something else."""
+    if not path.is_file():
+        return None
+    found, about = io.load_arrays(path)
+    if {**identity, **about} != identity:  # earlier files say less about themselves
+        raise ValueError(
+            f"{path}: is of another model, policy or other images, choose another --output"
+        )
+    return found
 
 
 def line(found: list[dict[str, np.ndarray]], frozen: list[dict[str, np.ndarray]]) -> dict[str, Any]:

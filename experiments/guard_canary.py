@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pandas as pd
-from guard import ZERO_SHOT, Options, Runner, cases
+from guard import ZERO_SHOT, Options, Runner, cases, stored
 from guard_streams import KINDS
 from scipy import stats
 
@@ -163,8 +163,10 @@ def look(
 ) -> dict[str, np.ndarray]:
     """Run a stream, and ask the adapted model about held-out images: wins, losses (looks, POOL)."""
     path = options.output / "looks" / safe_name(f"{kind}--{stream.name}--{name}")
-    if path.is_file():
-        return io.load_arrays(path)[0]
+    place = [str(options.data), runner.options.model.model, *map(str, stream.segments)]
+    identity = {"adapter": name, "images": io.digest_of([stream.items, *place])}
+    if (earlier := stored(path, identity)) is not None:
+        return earlier
     rng, labels = np.random.default_rng(stream.seed), data.labels_of(benchmark)
     rest = rng.permutation(np.setdiff1d(np.arange(len(labels)), stream.items[:, 1]))[:POOL]
     shown = [d for d in stream.segments if not str(d).endswith("_frames")]
@@ -193,7 +195,7 @@ def look(
         after = np.stack([each[way] for each in found])
         result |= {f"{way} wins": after & ~known, f"{way} losses": ~after & known}
     path.parent.mkdir(parents=True, exist_ok=True)
-    io.save_arrays(path, result)
+    io.save_arrays(path, result, identity)
     return result
 
 

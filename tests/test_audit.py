@@ -16,10 +16,11 @@ from PIL import Image
 
 from jaxtta.adapters import Prediction
 from jaxtta.adapters.base import Answers
-from jaxtta.adapters.guard import DECISIONS, REASONS
+from jaxtta.adapters.guard import DECISIONS, REASONS, Policy
 from jaxtta.deploy.audit import AuditLog, as_log_record, read_log, record_of, steps_of
+from jaxtta.deploy.bundle import save_bundle
 from jaxtta.deploy.replay import _difference, replay
-from jaxtta.deploy.setup import Setup, header_of
+from jaxtta.deploy.setup import Setup, header_of, policy_of
 
 HEADER = {"model": "clip", "class_names": ["cat", "NaN"]}
 NUMBERS = st.floats(width=32)
@@ -132,19 +133,19 @@ def file_size():
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-@pytest.mark.parametrize("room", [0, 1, 30, 79, 80])
+@pytest.mark.parametrize("room", [0, 1, 25, 30, 80])
 def test_a_full_disk_loses_records_and_the_log_says_which(tmp_path, file_size, room):
     path = tmp_path / "log.jsonl"
     log = AuditLog(path, HEADER, now=lambda: 0)
     log.write({"step": 0})
     drain(log)
     size = len(path.read_bytes())
-    file_size(size + room)  # a record has 27 bytes
+    file_size(size + room)  # a record has 26 bytes, and is whole without its line feed
     for step in range(1, 5):
         log.write({"step": step})
     drain(log)
     file_size(resource.RLIM_INFINITY)
-    kept = room // 26
+    kept = (room + 1) // 26
     assert log.lost == 4 - kept
     log.write({"step": 5})
     log.close()
@@ -372,11 +373,40 @@ def test_changed_images_models_and_settings_are_named(run, images, tmp_path):
     log = header(lambda x: x.update(state_digest="00", steps=7))
     with pytest.raises(ValueError, match=r"goes on at step 7 from a state .*, give it with --stat"):
         replay(log)
+    with pytest.raises(ValueError, match=r"log.jsonl: compute_dtype is 'odd', expected float32"):
+        replay(header(lambda x: x["setup"].update(compute_dtype="odd")))
+    for odd in ({"guarded": [True]}, {"guarded": 5}, {"digests": []}):
+        log = edited(path, tmp_path, lambda lines, odd=odd: lines[1].update(odd))
+        assert replay(log, folder=images).field in odd
+    with pytest.raises(ValueError, match=r"a lost has no count"):
+        replay(edited(path, tmp_path, lambda lines: lines.append({"event": "lost"})))
     with pytest.raises(ValueError, match=r"a start has no setup, it cannot be repeated"):
         replay(header(lambda x: x.pop("setup")))
     found = replay(path, folder=tmp_path)
     assert (found.step, found.field) == (0, "images")
     assert "cannot be decoded" in found.difference
+
+
+def test_a_run_that_began_with_a_bundle_is_repeated(run, images, tmp_path):
+    _, setup = run
+    session = setup.session(*setup.load())
+    logged(tmp_path / "before.jsonl", setup, images, (3,), session)
+    state = save_bundle(tmp_path, session, setup) / "state.safetensors"
+    path = tmp_path / "log.jsonl"
+    logged(path, setup, images, (3, 2), session)
+    assert replay(path, folder=images, state=state)[:4] == (2, 5, 0, None)
+
+
+def test_a_header_has_all_numbers_of_the_policy(run):
+    path, setup = run
+    header, _ = read_log(path)
+    assert header["policy"] is None
+    guarded = dataclasses.replace(setup, adapter="guarded:zero_shot", policy={"strikes": 5})
+    assert policy_of(guarded.policy) == Policy(strikes=5)
+    with pytest.raises(ValueError, match="a guard's policy has no number odd"):
+        dataclasses.replace(guarded, policy={"odd": 1})
+    with pytest.raises(ValueError, match="share is 'x', expected 0 to 1"):
+        dataclasses.replace(guarded, policy={"share": "x"})
 
 
 @pytest.mark.slow
@@ -385,6 +415,7 @@ def test_a_roll_out_is_repeated(short, images, tmp_path):
     setup = Setup("guarded:zero_shot", ("cat", "dog", "bird"), model=str(short), batch_size=3)
     session = setup.session(*setup.load(), served=lambda name: name < "5")
     logged(path, setup, images, (3, 3), session)
+    assert read_log(path)[0]["policy"] == dataclasses.asdict(Policy())
     chosen = [x for step in steps_of(read_log(path)[1]) for x in step["guarded"]]
     assert {*chosen} == {True, False}
     assert replay(path, folder=images)[:4] == (2, 6, 0, None)
@@ -417,3 +448,6 @@ def test_a_log_of_500_steps_is_repeated_bit_for_bit(adapter, short, images, tmp_
     with pytest.raises(ValueError, match=r"goes on at step 240 .*, give it with --state"):
         replay(alone, folder=images)
     assert replay(alone, folder=images, state=state)[:4] == (5, sum(sizes[:5]), 0, None)
+    if "lr" in adapter:
+        other = adapter.replace("lr=1e-2", "lr=1.0001e-2")
+        assert replay(alone, folder=images, state=state, adapter=other).step == 240

@@ -220,6 +220,10 @@ def test_a_manifest_cannot_name_files_modules_or_formats_of_its_own(made, tmp_pa
     refused(in_setup(adapter="guarded:os:system"), "is no adapter of jaxtta's")
     refused(in_setup(batch_size="8"), "batch_size is '8'")
     refused(in_setup(other=1), "other")
+    refused(in_setup(compute_dtype="int7"), "compute_dtype is 'int7', expected float32")
+    for odd in ("-" * 9999 + "1", "-" * 2000 + "1", "{[]:1}"):
+        refused(in_setup(adapter=f"tent:lr={odd}"), "lr is .*, expected a positive")
+    refused(in_setup(adapter="guarded:tent", policy={"share": 5}), "share is 5, expected 0 to 1")
     refused(lambda m: m.update(setup=3), "lacks setup")
     refused(lambda m: m["model"].clear(), "lacks the model's fingerprint")
     path = forged(made[0], tmp_path, lambda m: None)

@@ -182,6 +182,30 @@ def test_a_collapse_is_taken_back_and_stops_at_last_until_the_environment_change
     assert float(state.inner.adapted["count"]) > 0
 
 
+def test_a_model_whose_answers_are_not_finite_is_taken_back_and_not_kept():
+    inner = counting()
+
+    def step(params, state, batch):
+        after, given = inner.step(params, state, batch)
+        broken = state.adapted["count"] >= 2
+        return after, given._replace(logits=jnp.where(broken, jnp.nan, given.logits))
+
+    breaking = adapters.Adapter(inner.init, step)
+    guard = jax.jit(guarded(breaking, adapters.zero_shot(MODEL, None)).step)
+    frozen = varied(8)
+    state, out = run([images_of(x, x) for x in frozen], step=guard)
+    once = [*2 * [("adapt", "calm")], ("roll_back", "not_finite")]
+    assert words(out) == [*once, *once, *once[:2]]
+    assert float(state.inner.adapted["count"]) == 2
+    for x, p in zip(frozen, out, strict=True):
+        assert equal(p.logits.argmax(-1), x.argmax(-1))
+    _, out = run([images_of(frozen[0], frozen[0])], state, guard)
+    assert words(out) == [("stop", "strikes")]
+    nan = images_of(frozen[0], frozen[0]) * np.nan  # the images' fault, not the model's
+    _, out = run([nan], state, guard)
+    assert words(out) == [("skip", "few_images")]
+
+
 def test_the_first_failure_goes_back_to_a_snapshot_and_the_second_to_the_source():
     policy = Policy(environment=1e9)
     step = jax.jit(guarded(counting(), adapters.zero_shot(MODEL, None), policy).step)
@@ -268,6 +292,7 @@ def test_streams_side_by_side_share_the_context(learner):
             assert prediction.metrics["decision"][n] == single.metrics["decision"]
 
 
+@pytest.mark.slow
 def test_a_batch_over_devices_gives_the_same(learner):
     params, adapter, step = learner
     mesh = jax.make_mesh((8,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -291,7 +316,10 @@ def test_a_donated_state_is_saved_and_goes_on(learner, tmp_path):
     assert equal(step(params, loaded, IMAGES[3])[0], step(params, state, IMAGES[3])[0])
 
 
-@pytest.mark.parametrize("name", ["tda:size=2", "tnt:views=2,steps=0"])
+SLOW = pytest.param("tnt:views=2,steps=0", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("name", ["tda:size=2", SLOW])
 def test_guards_methods_without_training(tiny, name):
     model, params = tiny
     task = jaxtta.models.task_from_token_ids(golden("clip_forward")["token_ids"])
@@ -320,5 +348,10 @@ def test_what_is_wrong_is_said():
         Policy(share=2)
     with pytest.raises(ValueError, match="strikes is 0, expected a whole number, at least 1"):
         Policy(strikes=0)
+    for name, value in (("alpha", 2), ("canary_every", 0), ("share", "x"), ("narrowing", np.nan)):
+        with pytest.raises(ValueError, match=rf"^{name} is .*, expected "):
+            Policy(**{name: value})
+    with pytest.raises(ValueError, match=r"unknown adapter '', expected .* settings as in"):
+        evaluate.parse_adapter("guarded:")
     with pytest.raises(ValueError, match="guarded:guarded:tent: is guarded twice"):
         evaluate.parse_adapter("guarded:guarded:tent")

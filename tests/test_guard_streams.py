@@ -1,5 +1,6 @@
 """The streams of the guard's experiment."""
 
+import dataclasses
 import sys
 
 import numpy as np
@@ -7,7 +8,8 @@ import pandas as pd
 import pytest
 from conftest import EXPERIMENTS
 
-from jaxtta import data
+from jaxtta import data, io
+from jaxtta.adapters.guard import Policy
 
 sys.path.insert(0, str(EXPERIMENTS))
 import guard_streams
@@ -130,6 +132,19 @@ def test_the_experiment_goes_on_and_its_labels_are_simulated(run_script, short, 
     code, _, err = run_script("guard.py", *options, "--images", "6")
     assert code == 1
     assert "choose another --output" in err
+    path = next(x for x in files if "guarded" in x.name)
+    assert io.load_arrays(path)[1]["policy"] == dataclasses.asdict(Policy())
+
+
+def test_what_is_stored_is_not_taken_for_something_else(tmp_path):
+    import guard
+
+    path, identity = tmp_path / "stored.safetensors", {"adapter": "tent", "policy": {"share": 0.5}}
+    assert guard.stored(path, identity) is None
+    io.save_arrays(path, {"logits": np.ones(2)}, identity)
+    assert guard.stored(path, identity)["logits"].tolist() == [1, 1]
+    with pytest.raises(ValueError, match="is of another model, policy or other images"):
+        guard.stored(path, identity | {"policy": {"share": 0.4}})
 
 
 def test_a_label_that_decides_is_found():

@@ -67,7 +67,7 @@ def _parse_settings(text: str, given: str) -> dict[str, Any]:
             raise ValueError(f"{text}: {part!r} is no setting, expected KEY=VALUE, each key once")
         try:
             settings[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             settings[key] = {"true": True, "false": False}.get(value, value)
     return settings
 

@@ -138,10 +138,11 @@ class AuditLog:
             ValueError: if it is no log or one of another version, or another process writes to it.
         """
         self.path, self.lost = Path(path), 0
-        self._limit, self._now, self._torn = limit, now, _is_torn(self.path)
+        self._limit, self._now = limit, now
         self._file = self.path.open("ab", buffering=0)
         try:
             self._lock()
+            self._torn = _is_torn(self.path)
             self._put(encode("start", {"format": FORMAT, "time": _time(now()), **header}))
         except (OSError, ValueError):
             self._file.close()
@@ -226,7 +227,12 @@ class AuditLog:
         """Write a whole line, or say by `_torn` that it was cut."""
         rest = b"\n" + line if self._torn and line else line
         while rest:
-            written = self._file.write(rest)
+            try:
+                written = self._file.write(rest)
+            except OSError:
+                if rest == b"\n":  # the record is there; the next line begins with it
+                    return
+                raise
             self._torn = rest[:written][-1:] != b"\n"
             rest = rest[written:]
 

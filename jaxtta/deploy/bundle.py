@@ -83,7 +83,8 @@ def save_bundle(folder: str | Path, session: Session, setup: Setup) -> Path:
     """
     folder = Path(folder)
     require_named(setup.adapter)
-    with _new_folder(folder) as new:
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder), _new_folder(folder) as new:
         io.save_state(new / STATE, session.state)
         for name, file in setup.files.items():
             shutil.copyfile(file, new / FILES[name])
@@ -226,10 +227,8 @@ def _point(store: Path, aliases: dict[str, str | None]) -> None:
 
 @contextlib.contextmanager
 def _new_folder(parent: Path) -> Iterator[Path]:
-    """A temporary folder, which is removed unless it was moved."""
-    parent.mkdir(parents=True, exist_ok=True)
+    """A temporary folder in one that is locked; it is removed unless it was moved."""
     new = parent / f".new-{os.getpid()}"
-    shutil.rmtree(new, ignore_errors=True)
     new.mkdir(mode=0o755)
     try:
         yield new

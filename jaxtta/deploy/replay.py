@@ -30,6 +30,7 @@ _NEEDED = {
     "start": {"setup": dict, "model": dict, "files": dict, "versions": dict, "device": str}
     | {"state_digest": str, **dict.fromkeys(("steps", "seen", "updates"), int)},
     "step": {"step": int, "images": list, "digests": list},
+    "lost": {"count": int},
 }
 """What a log's lines must have to be repeated."""
 
@@ -150,7 +151,8 @@ class _Run:
             self._keep(digest_of_state(self.new))
         digest = header["state_digest"]
         if digest not in self.states and self.file:
-            self.session.load(self.file)
+            # Of a session or a bundle; another adapter may go on from it too.
+            self.session.state = io.load_state(self.file, self.new)
             self._keep(digest_of_state(self.session.state))
         elif digest not in self.states and not header["steps"]:
             if "adapter" not in self.given:
@@ -172,8 +174,10 @@ class _Run:
         session, names = self.session, event["images"]
         if event["step"] != session.steps:
             raise Differs(f"the log lacks those from {session.steps} on, which led to it", "step")
-        if len(names) != len(event["digests"]):
-            raise Differs(f"{len(names)} images have {len(event['digests'])} digests", "digests")
+        guarded = event.get("guarded")  # of a roll-out: not those that the frozen model answered
+        for field, each in (("digests", event["digests"]), ("guarded", guarded or names)):
+            if not isinstance(each, list) or len(each) != len(names):
+                raise Differs(f"{field} is not a list of one for each image", field)
         ready = []
         for name, digest in zip(names, event["digests"], strict=True):
             try:
@@ -183,9 +187,7 @@ class _Run:
             if io.digest_array(ready[-1].pixels).removeprefix("bytes ") != digest:
                 place = printable(folder / name)
                 raise Differs(f"{place} has other pixels than when it was logged", "digests")
-        # In a roll-out, which images the frozen model answered.
-        chosen = dict(zip(names, event.get("guarded") or (), strict=False))
-        session.served = chosen.__getitem__ if chosen else None
+        session.served = dict(zip(names, guarded, strict=True)).__getitem__ if guarded else None
         session.answer(ready, names)
         for field in FIELDS:
             if said := _difference(event.get(field), self.log.record[field], names, field):

@@ -24,6 +24,7 @@ from jaxtta.models.settings import model_settings
 
 PACKAGES = ("jaxtta", "jax", "jaxlib", "numpy", "pillow")
 _OF_MGTTA = ("phi", "statistics")
+_DTYPES = ("float32", "bfloat16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,11 +66,16 @@ class Setup:
     statistics: str | None = None
 
     def __post_init__(self) -> None:
-        """Refuse a policy without a guard and a noise map without TNT."""
+        """Refuse a policy without a guard, a noise map without TNT, and unknown numbers."""
         if self.policy and not self.spec.guard:
             raise ValueError(f"{self.adapter} has no guard, its policy would not be used")
         if self.noise and self.spec.name != "tnt":
             raise ValueError(f"{self.adapter} applies no noise map, tnt does")
+        if self.compute_dtype not in _DTYPES:
+            raise ValueError(
+                f"compute_dtype is {self.compute_dtype!r}, expected {' or '.join(_DTYPES)}"
+            )
+        policy_of(self.policy)
 
     @classmethod
     def of(cls, content: Any) -> "Setup":
@@ -184,11 +190,10 @@ def state_of(path: str | Path, model: str | None = None) -> tuple[Setup, Session
 
 
 def policy_of(numbers: Mapping[str, Any]) -> Policy:
-    """A guard's policy from its numbers by name; a ValueError for an unknown one."""
-    try:
-        return Policy(**numbers)
-    except TypeError as error:
-        raise ValueError(f"unknown numbers of a guard's policy ({error})") from error
+    """A guard's policy from its numbers by name; a ValueError for an unknown or wrong one."""
+    if unknown := sorted(numbers.keys() - {field.name for field in dataclasses.fields(Policy)}):
+        raise ValueError(f"a guard's policy has no number {unknown[0]}")
+    return Policy(**numbers)
 
 
 def header_of(session: Session, setup: Setup) -> dict[str, Any]:
@@ -199,11 +204,14 @@ def header_of(session: Session, setup: Setup) -> dict[str, Any]:
         setup: what it was made of.
 
     Returns:
-        JSON: setup; digests of the model, of the adapter's files and of the state; the counters;
-        versions and device, which a difference in a replay may be due to.
+        JSON: setup; all numbers of the guard's policy, defaults too, or None; digests of the model,
+        of the adapter's files and of the state; the counters; versions and device, which a
+        difference in a replay may be due to.
     """
+    guard = setup.spec.guard
     return {
         "setup": dataclasses.asdict(setup),
+        "policy": dataclasses.asdict(policy_of(setup.policy)) if guard else None,
         "model": fingerprint_of(session.model, session.params),
         "files": {name: sha256_of(path) for name, path in setup.files.items()},
         "versions": {name: version(name) for name in PACKAGES},

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxtta.adapters.base import Adapter, Answers, Array, Prediction, require_state
+from jaxtta.adapters.base import Adapter, Answers, Array, Metrics, Prediction, require_state
 from jaxtta.adapters.guard import image_statistics as environments
 from jaxtta.adapters.guard import signals as of
 from jaxtta.adapters.guard.canary import Canary, check_canary, no_checks
@@ -105,7 +105,8 @@ def guarded(
         logits = frozen.logits.astype(dtype), own.logits.astype(dtype)
         first, second, each, mask, finite = gathered((*logits, each, batch.mask, finite))
         second = jnp.where(finite[:, None], second, jnp.nan)
-        usable = mask & jnp.isfinite(first).all(-1) & jnp.isfinite(second).all(-1)
+        known = mask & finite & jnp.isfinite(first).all(-1)
+        usable = known & jnp.isfinite(second).all(-1)
 
         now, cooled = of.average(
             state.averages,
@@ -119,30 +120,14 @@ def guarded(
             "environment": environments.largest_z(environment),
             "images": usable.sum(dtype=jnp.int32),
             "finite": ~own.metrics.get("skipped", jnp.zeros((), bool)),
+            "broken": known.any() & ~usable.any(),
+            **_labels(state, policy, canary),
         }
-        turned = Pairs(state.review.losses, state.review.ties, state.review.wins)
-        signals |= {
-            "worse": is_worse(state.review, policy.alpha),
-            "better": is_worse(turned, policy.alpha),
-        }
-        if canary is not None:
-            last = state.checks.pairs
-            signals["canary"] = (last.wins - last.losses) / len(canary.labels)
-            signals["canary_worse"] = state.checks.worse
         verdict = decide(signals, state.strikes, state.stopped, policy)
         done = {name: verdict.decision == n for n, name in enumerate(DECISIONS)}
-
-        before, after, source = changing(state.inner), changing(inner), state.context.source
         away = done["forget"] | done["roll_back"] | done["stop"] | done["stopped"]
         updates = jnp.where(away, 0, state.updates + done["adapt"])
-        keep = done["adapt"] & (updates % policy.snapshot_every == 0)
-        learnt = optax.tree.where(done["adapt"], after, before)
-        ring = optax.tree.where(keep, pushed(state.snapshots, learnt), state.snapshots)
-        # From the oldest snapshot; a second failure, when they are the source's, from the source.
-        oldest = jax.tree.map(lambda x: x[0], state.snapshots)
-        learnt = optax.tree.where(done["roll_back"], oldest, learnt)
-        learnt = optax.tree.where(away & ~done["roll_back"], source, learnt)
-        ring = optax.tree.where(away, repeated(source, policy.snapshots), ring)
+        learnt, ring = _carried(state, changing(inner), done, away, updates, policy)
         averages = optax.tree.where(away, jax.tree.map(jnp.zeros_like, now), now)
         fresh = environments.observe(environments.empty(dtype), each, mask & finite, policy.recent)
         environment = optax.tree.where(done["forget"], fresh, environment)
@@ -157,7 +142,7 @@ def guarded(
             learnt, (), ring, averages, environment, checks, review,
             verdict.strikes, verdict.stopped, updates, seen, (),
         )  # fmt: skip
-        old = state._replace(inner=before, context=(), fingerprint=())
+        old = state._replace(inner=changing(state.inner), context=(), fingerprint=())
         moved = optax.tree.where(valid > 0, moved, old)
         # Adaptation may say which images are of a class, not how many: the marginals are kept.
         wanted, found = of.log_marginals(now)
@@ -165,7 +150,7 @@ def guarded(
         balanced = jnp.where(usable[:, None], balanced, jnp.nan)
         served = mix(first, balanced, verdict.share)
         said = {name: getattr(verdict, name) for name in ("share", "decision", "reason", "strikes")}
-        said |= {"updates": updates, "distance": of.distance(learnt, source)}
+        said |= {"updates": updates, "distance": of.distance(learnt, state.context.source)}
         moved = moved._replace(
             inner=put_back(state.inner, moved.inner),
             context=state.context,
@@ -176,3 +161,32 @@ def guarded(
         )
 
     return Adapter(init, step)
+
+
+def _labels(state: GuardState, policy: Policy, canary: Canary | None) -> Metrics:
+    """The signals of labels: those of the stream's own images, and of a canary."""
+    turned = Pairs(state.review.losses, state.review.ties, state.review.wins)
+    signals = {
+        "worse": is_worse(state.review, policy.alpha),
+        "better": is_worse(turned, policy.alpha),
+    }
+    if canary is None:
+        return signals
+    last = state.checks.pairs
+    gain = (last.wins - last.losses) / len(canary.labels)
+    return signals | {"canary": gain, "canary_worse": state.checks.worse}
+
+
+def _carried(
+    state: GuardState, after: Any, done: Metrics, away: Array, updates: Array, policy: Policy
+) -> tuple[Any, Any]:
+    """What the adapter inside goes on with, and the snapshots, once it is decided."""
+    source = state.context.source
+    learnt = optax.tree.where(done["adapt"], after, changing(state.inner))
+    keep = done["adapt"] & (updates % policy.snapshot_every == 0)
+    ring = optax.tree.where(keep, pushed(state.snapshots, learnt), state.snapshots)
+    # From the oldest snapshot; a second failure, when they are the source's, from the source.
+    oldest = jax.tree.map(lambda x: x[0], state.snapshots)
+    learnt = optax.tree.where(done["roll_back"], oldest, learnt)
+    learnt = optax.tree.where(away & ~done["roll_back"], source, learnt)
+    return learnt, optax.tree.where(away, repeated(source, policy.snapshots), ring)

@@ -65,16 +65,17 @@ class Policy:
 
     def __post_init__(self) -> None:
         """Validate the settings."""
-        if not 0 <= self.share <= 1:
-            raise ValueError(f"share is {self.share}, expected 0 to 1")
-        positive = "disagreement", "widening", "narrowing", "variety", "environment"
-        for name in (*positive, "half_life", "recent"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected a positive number")
-        for name in ("strikes", "least_images", "snapshots", "snapshot_every"):
-            value = getattr(self, name)
-            if not (isinstance(value, int) and value >= 1):
-                raise ValueError(f"{name} is {value!r}, expected a whole number, at least 1")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            number = isinstance(value, int | float)
+            if field.name in ("share", "alpha"):
+                fits, expected = number and 0 <= value <= 1, "0 to 1"
+            elif isinstance(field.default, int):
+                fits, expected = isinstance(value, int) and value >= 1, "a whole number, at least 1"
+            else:
+                fits, expected = number and value > 0, "a positive number"
+            if not fits:
+                raise ValueError(f"{field.name} is {value!r}, expected {expected}")
 
 
 class Verdict(NamedTuple):
@@ -117,7 +118,8 @@ def decide(signals: Metrics, strikes: Array, stopped: Array, policy: Policy) -> 
     """Decide on a batch.
 
     Args:
-        signals: scalars by name: images (valid ones), finite (whether the update is), environment,
+        signals: scalars by name: images (valid ones), finite (whether the update is), broken
+            (whether the adapted model has no finite answer where the frozen one has), environment,
             narrowing, variety and disagreement; where there are labels also worse and better, what
             those of the stream say of the adapted model, and canary_worse.
         strikes: () int32, failures in this environment so far.
@@ -129,7 +131,7 @@ def decide(signals: Metrics, strikes: Array, stopped: Array, policy: Policy) -> 
     for_good = signals.get("canary_worse", no)
     changed = (signals["environment"] > policy.environment) & ~for_good
     labels = (worse & ~changed) | for_good
-    failed = (signals["narrowing"] > policy.narrowing) & ~better
+    failed = (signals["narrowing"] > policy.narrowing) & ~better | signals["broken"]
     last = failed & (strikes + 1 >= policy.strikes)
     few_classes = (varied(signals, policy) == 0) & ~better
     rules = (  # the first that holds
@@ -137,6 +139,7 @@ def decide(signals: Metrics, strikes: Array, stopped: Array, policy: Policy) -> 
         (labels, "stop", "labels"),
         (changed, "forget", "environment_changed"),
         (last, "stop", "strikes"),
+        (signals["broken"], "roll_back", "not_finite"),
         (failed, "roll_back", "narrowing"),
         (signals["images"] < policy.least_images, "skip", "few_images"),
         (few_classes, "skip", "few_classes"),
