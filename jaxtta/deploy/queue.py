@@ -47,7 +47,7 @@ class BatchQueue:
 
     Attributes:
         stopping: set it to end: nothing is taken any more, and no one waits for room.
-        limit: number of images that may wait.
+        limit: number of images at which `offer` refuses more.
     """
 
     def __init__(self, size: int, limit: int, sources: int) -> None:
@@ -55,7 +55,8 @@ class BatchQueue:
 
         Args:
             size: images of a batch.
-            limit: images that may wait; above, `offer` refuses.
+            limit: images that may wait; above, `offer` refuses. `put` waits for room instead, and
+                leaves it for a batch at least.
             sources: how many will call `finish`.
         """
         self.stopping, self.limit = False, limit
@@ -77,8 +78,9 @@ class BatchQueue:
 
     def put(self, item: Item) -> bool:
         """Add one, once fewer than two batches wait; False where the queue is stopping."""
+        room = max(self._size, min(2 * self._size, self.limit))  # or no batch would be full
         with self._changed:
-            while len(self._items) >= min(2 * self._size, self.limit) and not self.stopping:
+            while len(self._items) >= room and not self.stopping:
                 self._changed.wait(WAIT)
             if self.stopping:
                 return False
@@ -132,17 +134,21 @@ def answer_all(
     Args:
         queue: closed at the end, and after an error.
         session: the model.
-        after: called for each batch, once its answers are on their way.
+        after: called for each batch, once its answers are on their way and its record is written.
     """
-    items: Sequence[Item] = ()
+    waiting: Sequence[Item] = ()
+
+    def reply(answers: Sequence[Answer]) -> None:
+        nonlocal waiting
+        replied, waiting = waiting, ()
+        for item, answer in zip(replied, answers, strict=True):
+            item.reply(answer)
+
     try:
         while items := queue.take():
-            answers = session.answer([x.image for x in items], [x.name for x in items])
-            for item, answer in zip(items, answers, strict=True):
-                item.reply(answer)
-            replied, items = items, ()
-            after(replied, answers)
+            waiting = items
+            after(items, session.answer([x.image for x in items], [x.name for x in items], reply))
     finally:
-        for item in items:  # an error came between
+        for item in waiting:  # an error came between
             item.reply(None)
         queue.close()

@@ -92,8 +92,8 @@ class Answer(NamedTuple):
         """Whether the frozen and the adapted model name different classes."""
         if self.reference is None or self.adapted is None:
             return False
-        finite = np.isfinite(self.adapted).all()
-        return bool(finite and self.reference.argmax() != self.adapted.argmax())
+        both = np.stack([self.reference, self.adapted])
+        return bool(np.isfinite(both).all() and np.ptp(both.argmax(1)))
 
 
 def described(answer: Answer, class_names: Sequence[str], count: int) -> dict[str, Any]:
@@ -240,13 +240,17 @@ class Session:
         return Prepared(pixels, np.array(pixels.shape[:2], np.int32))
 
     def answer(
-        self, images: Sequence[Image.Image | np.ndarray | Prepared], names: Sequence[Any]
+        self,
+        images: Sequence[Image.Image | np.ndarray | Prepared],
+        names: Sequence[Any],
+        reply: Callable[[list[Answer]], None] = lambda answers: None,
     ) -> list[Answer]:
         """Answer a batch, and let the adapter learn from it afterwards.
 
         Args:
             images: 1 to batch_size of them, in the forms that `prepare` takes or gives.
             names: one for each; they are in the answers and in the log.
+            reply: gets the answers before anything is done for the log.
 
         Returns:
             An answer for each image, in order.
@@ -266,18 +270,18 @@ class Session:
             batch = batch._replace(sizes=sizes)
         learn = len(images) >= self._min_adapt
         state, given = self._step(self.params, self.state, batch, learn)
-        digest = self._digest_of(state)
         prediction, guarded = self._chosen(jax.device_get(given), names)
         metrics = prediction.metrics
         answers = self._answers(prediction, guarded, names)
-        # What follows cannot fail: the state and its counters change together.
+        # The state and its counters change together: nothing between can fail.
         self.state, self.prediction = state, prediction
-        self.digest = digest
         self.steps, self.seen = self.steps + 1, self.seen + len(images)
         if "decision" in metrics:
             self.updates = int(metrics["updates"])
         else:
             self.updates += learn and not metrics.get("skipped", False)
+        reply(answers)
+        self.digest = self._digest_of(state)
         if self.log is not None:
             pixels = [x.pixels for x in ready]
             now, step = self._now(), self.steps - 1
@@ -348,13 +352,13 @@ class Session:
         for name in sorted({*saved, *self.settings}):
             if saved.get(name) != (own := self.settings.get(name)):
                 raise ValueError(f"{path}: has {name} {saved.get(name)!r}, expected {own!r}")
+        counts = [note["counts"].get(name, 0) for name in ("steps", "seen", "updates")]
         self._begin(io.load_state(path, self.state))
-        counts = (note["counts"][name] for name in ("steps", "seen", "updates"))
         self.steps, self.seen, self.updates = counts
         self.prediction = None
 
 
 def _softmax(logits: Any) -> np.ndarray:
-    """Probabilities, in numpy; a row that holds a NaN or an infinity is all NaN."""
+    """Probabilities, in numpy; a row that holds a NaN, or infinity, is all NaN."""
     with np.errstate(invalid="ignore"):
         return softmax(np.asarray(logits, np.float32), axis=-1)
