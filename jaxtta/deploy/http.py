@@ -42,6 +42,8 @@ log = logging.getLogger(__name__)
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 RETRY = {"Retry-After": "1"}  # seconds
+NAME = 255  # characters of a file's name that are kept
+ROOM = 2**28  # bytes of all bodies at hand, or eight of the largest if that is more
 
 
 class Limits(NamedTuple):
@@ -100,9 +102,10 @@ def make_app(
     Returns:
         An ASGI application.
     """
-    pool, held = ThreadPoolExecutor(limits.threads, "decode"), [0]
+    pool = ThreadPoolExecutor(limits.threads, "decode")
     reading = [0]  # requests that are read and decoded
-    room = max(8 * limits.bytes, 2**28)  # bytes of all bodies together that are being read
+    held: dict[Request, int] = {}  # bytes of each body, from its first to its answer
+    room = max(8 * limits.bytes, ROOM)  # of all bodies together
 
     def admit(request: Request) -> None:
         host = re.sub(r":\d+$", "", request.headers.get("host", "")).strip("[]")
@@ -124,16 +127,13 @@ def make_app(
         length, body = request.headers.get("content-length", ""), bytearray()
         if length.isdecimal() and int(length) > limits.bytes:
             raise too_large
-        try:
-            async for chunk in request.stream():
-                if len(body) + len(chunk) > limits.bytes:
-                    raise too_large
-                if held[0] + len(chunk) > room:
-                    raise Refused(503, "too many large requests at once, try again later", RETRY)
-                held[0] += len(chunk)
-                body += chunk
-        finally:  # from here on, `queue.limit` and the threads limit what is held
-            held[0] -= len(body)
+        async for chunk in request.stream():
+            if len(body) + len(chunk) > limits.bytes:
+                raise too_large
+            if sum(held.values()) + len(chunk) > room:
+                raise Refused(503, "too many large requests at once, try again later", RETRY)
+            body += chunk
+            held[request] = len(body)
         if not body:
             raise Refused(400, "the body is empty, expected an image")
         return bytes(body)
@@ -154,7 +154,7 @@ def make_app(
         try:
             async with form.form(max_files=count + 1, max_fields=count) as parts:
                 found = [x for _, x in parts.multi_items() if isinstance(x, UploadFile)]
-                files = [(x.filename or "", await x.read()) for x in found]
+                files = [(_name_of(x), await x.read()) for x in found]
         except HTTPException as error:  # of a form that is none
             raise Refused(400, f"the form cannot be read ({printable(error.detail)})") from error
         if not files:
@@ -173,8 +173,14 @@ def make_app(
             raise Refused(400, str(error)) from error
 
     async def predict(request: Request) -> Response:
-        start, loop = time.monotonic(), asyncio.get_running_loop()
         admit(request)
+        try:
+            return await answer_to(request)
+        finally:
+            held.pop(request, None)
+
+    async def answer_to(request: Request) -> Response:
+        start, loop = time.monotonic(), asyncio.get_running_loop()
         if queue.stopping or len(queue) + reading[0] >= queue.limit:
             raise Refused(503, "too many images wait, try again later", RETRY)
         reading[0] += 1
@@ -282,6 +288,11 @@ def check(name: str, content: bytes, limits: Limits) -> None:
     if width * height > limits.pixels:
         sentence = f"{name}: has {width}×{height} pixels, expected at most {limits.pixels}"
         raise Refused(413, sentence)
+
+
+def _name_of(file: UploadFile) -> str:
+    """A file's name as a client gives it, cut, and without what is no text in UTF-8."""
+    return (file.filename or "")[:NAME].encode("utf-8", "replace").decode()
 
 
 def _once(body: bytes) -> Callable[[], Any]:
