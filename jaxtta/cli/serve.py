@@ -130,6 +130,13 @@ class Served:
             self._staged = Staged(session, file=kept)
         elif options.share < 1:
             session.served = lambda name: chosen(name, options.share)
+        self._heed_labels()
+
+    def _heed_labels(self) -> None:
+        """Let the frozen model answer once labels show that the adapted one is less accurate."""
+        if self._review and not self._worse and self._review.adapted_is_worse():
+            self._worse, self._session.served = True, lambda name: False
+            say("labels show that the adapted model is less accurate: the frozen one answers")
 
     def after(self, items: Sequence[Item], answers: Sequence[Answer]) -> None:
         """Write, count and copy a batch's answers, and save the state from time to time."""
@@ -142,9 +149,7 @@ class Served:
             self.seen, self.answered = self.seen + 1, self.answered + answer.finite
             if self._review:
                 self._review.offer(item, answer)
-        if self._review and not self._worse and self._review.adapted_is_worse():
-            self._worse, session.served = True, lambda name: False
-            say("labels show that the adapted model is less accurate: the frozen one answers")
+        self._heed_labels()
         gain = self._review.gain if self._review else None
         if self._staged and (news := self._staged.after(answers, gain)):
             say(news)
@@ -166,8 +171,8 @@ class Served:
             say(f"{session.seen} images, {session.updates} updates{decision}")
 
     def save(self) -> None:
-        """Save the state, and the stage of a roll-out beside it."""
-        if self._options.state:
+        """Save the state, and the stage of a roll-out beside it, once an image was answered."""
+        if self._options.state and self.seen:  # or a start that fails would write an older state
             self._session.save(self._options.state)
             if self._staged:
                 self._staged.save()

@@ -1,8 +1,8 @@
 r"""A file that answers are appended to, each line as a whole or not at all.
 
 answers = AnswersFile("answers.jsonl", header="")
-for name in lines.begin("", json_name): ...  # of the lines that are there already
-lines.write('{"file": "a.png"}\n')
+answered = answers.names()  # of the images in the lines that are there already
+answers.write('{"file": "a.png"}\n')
 """
 
 import csv
@@ -11,6 +11,7 @@ import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +53,7 @@ class AnswersFile:
         self._header = header
 
     def _lines(self) -> Iterator[bytes]:
-        """Whole lines, of the file's beginning where there is no more."""
+        """The lines that are whole, of a file that may be torn."""
         with self.path.open("rb") as file:
             yield from (line for line in file if line.endswith(b"\n"))
 
@@ -65,30 +66,40 @@ class AnswersFile:
         if self._header:
             with self.path.open(encoding="utf-8", newline="") as file:
                 return {row["file"] for row in csv.DictReader(file)}
-        found = set()
+        return {record["file"] for record in self.records()}
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        """What its JSON lines hold; a ValueError for a line that names no file."""
         for number, line in enumerate(self._lines(), 1):
             try:
-                found.add(json.loads(line)["file"])
+                record = json.loads(line)
+                hash(record["file"])
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{self.path}: line {number} is no answer") from error
-        return found
+            yield record
 
     def write(self, line: str) -> None:
         """Append a line; one that cannot be written is counted, and logged once."""
-        rest = line.encode("utf-8", "backslashreplace")
-        size = self._size + len(rest)
         try:
-            while rest:
-                rest = rest[os.write(self._file.fileno(), rest) :]
+            self.append(line)
         except OSError as error:
             if not self.lost:
                 log.warning(
                     "%s: %s; answers are lost, the server goes on", self.path, error.strerror
                 )
             self.lost += 1
+
+    def append(self, line: str) -> None:
+        """Append a line; an OSError if it cannot be written, and then nothing of it is there."""
+        rest = line.encode("utf-8", "backslashreplace")
+        size = self._size + len(rest)
+        try:
+            while rest:
+                rest = rest[os.write(self._file.fileno(), rest) :]
+        except OSError:
             self._file.truncate(self._size)
-        else:
-            self._size = size
+            raise
+        self._size = size
 
     def close(self) -> None:
         """Close the file."""

@@ -38,8 +38,8 @@ class Staged:
             content = read_json(self._file)
             try:
                 self._now = Rollout(**content)
-                self._now.share(plan)
-            except (TypeError, IndexError) as error:
+                range(len(plan.shares)).index(self._now.stage)
+            except (TypeError, ValueError) as error:
                 raise ValueError(f"{file}: holds no stage of this roll-out") from error
         session.served = lambda name: chosen(name, self._now.share(plan))
 
