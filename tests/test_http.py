@@ -1,5 +1,6 @@
 """The HTTP server: answers, statuses, limits and metrics; under load in a slow test."""
 
+import asyncio
 import io
 import threading
 import time
@@ -156,6 +157,19 @@ def test_one_broken_file_of_a_form_is_named(serve):
     assert (reply.status_code, "oken.png: cannot be decoded" in reply.text) == (400, True)
     reply = client.post("/predict", files=[("a", (f"{n}.png", PNGS[n])) for n in range(4)])
     assert (reply.status_code, reply.json()["error"]) == (413, "more than 3 images in one request")
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(serve):
+    client, _ = serve()
+    sent, headers = [], [(b"host", b"localhost"), (b"content-type", b"image/png")]
+    scope = {"type": "http", "method": "POST", "path": "/predict", "headers": headers}
+
+    async def send(message):
+        sent.append(message)
+
+    asyncio.run(client.app(scope, lambda: asyncio.sleep(60), send))
+    assert sent[0]["status"] == 408
+    assert b"the body did not come within 0.5 seconds" in sent[1]["body"]
 
 
 def test_names_of_files_cannot_harm(serve):

@@ -1,9 +1,12 @@
 """Sessions, their queue, watched folders and the review of images."""
 
+import contextlib
 import json
 import os
+import sys
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -462,7 +465,7 @@ def test_a_staged_session_answers_more_images_and_returns(new, tmp_path):
             Staged(session, plan, file)
 
 
-def test_a_start_heeds_old_labels_and_writes_no_state(tmp_path, capsys):
+def test_a_start_heeds_old_labels_and_a_full_disk_ends_nothing(tmp_path, capsys, monkeypatch):
     folder, session = tmp_path / "review", SimpleNamespace(class_names=("cat", "dog"), served=None)
     folder.mkdir()
     said = {"why": "disagree", "frozen_label": "cat", "adapted_label": "dog"}
@@ -475,5 +478,13 @@ def test_a_start_heeds_old_labels_and_writes_no_state(tmp_path, capsys):
     served = serve.Served(options, session, 0)
     assert not any(session.served(f"{n}.png") for n in range(50))
     assert "the frozen one answers" in capsys.readouterr().err
+    with Path("/dev/full").open("w", buffering=1) as full, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", full)
+        for _ in range(2):
+            served._print("a.png  cat\n")
+        with contextlib.suppress(OSError):
+            full.close()
+    assert served.lost == 2
+    assert capsys.readouterr().err.count("stdout: No space left on device; answers are lost") == 1
     served.save()
     assert not (tmp_path / "state").exists()

@@ -67,8 +67,9 @@ NEWS = 60.0  # seconds between two lines of progress
 
 
 def say(text: str) -> None:
-    """Tell the person at the terminal."""
-    print(text, file=sys.stderr)
+    """Tell the person at the terminal; where that is a file, its full disk ends nothing."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr)
 
 
 @group
@@ -105,6 +106,7 @@ class Served:
     Attributes:
         seen: number of images answered.
         answered: number of those with a finite answer.
+        unprinted: number of answers that stdout did not take, of a full disk for one.
         lines: the file that answers are appended to; None where they are printed.
         metrics: of the HTTP server; None without.
         done: names of the images in that file.
@@ -112,7 +114,7 @@ class Served:
 
     def __init__(self, options: Options, session: Session, width: int) -> None:
         """Open what the answers go to."""
-        self.seen = self.answered = 0
+        self.seen = self.answered = self.unprinted = 0
         self.metrics: Any = None
         self._review, self._worse, self._save_failed = None, False, False
         self._options, self._session, self._news = options, session, time.monotonic()
@@ -145,7 +147,7 @@ class Served:
             if self.lines:
                 self.lines.write(self._line(answer))
             else:
-                print(self._line(answer), end="", flush=True)
+                self._print(self._line(answer))
             self.seen, self.answered = self.seen + 1, self.answered + answer.finite
             if self._review:
                 self._review.offer(item, answer)
@@ -155,8 +157,8 @@ class Served:
             say(news)
         if self.metrics:
             self.metrics.count(answers)
-            for what, by in (("answers", self.lines), ("review", self._review)):
-                self.metrics.lost.labels(what).set(by.lost if by else 0)
+            self.metrics.lost.labels("answers").set(self.lost)
+            self.metrics.lost.labels("review").set(self._review.lost if self._review else 0)
         if options.state and session.steps % options.save_every == 0:
             try:
                 self.save()
@@ -169,6 +171,21 @@ class Served:
             self._news, last = time.monotonic(), answers[-1]
             decision = f", {last.decision}" if last.decision else ""
             say(f"{session.seen} images, {session.updates} updates{decision}")
+
+    def _print(self, line: str) -> None:
+        try:
+            print(line, end="", flush=True)
+        except BrokenPipeError:  # nobody reads on
+            raise
+        except OSError as error:
+            if not self.unprinted:
+                say(f"stdout: {error.strerror}; answers are lost, the server goes on")
+            self.unprinted += 1
+
+    @property
+    def lost(self) -> int:
+        """How many answers were not written."""
+        return self.lines.lost if self.lines else self.unprinted
 
     def save(self) -> None:
         """Save the state, and the stage of a roll-out beside it, once an image was answered."""
@@ -242,8 +259,7 @@ def run(options: Options) -> int:
         say(f"{reader.skipped} images were answered before, in {printable(options.append)}")
     if reader.named and not served.seen:
         raise ValueError(f"none of the {reader.named} images could be read")
-    lost = served.lines.lost if served.lines else 0
-    return classify.code_of(served.answered - lost, reader.named)
+    return classify.code_of(served.answered - served.lost, reader.named)
 
 
 def check(options: Options) -> None:
