@@ -16,10 +16,12 @@ from starlette.testclient import TestClient
 import jaxtta
 from jaxtta import adapters, models
 from jaxtta.adapters.guard import guarded
-from jaxtta.deploy.http import Limits, make_app, parse_address, running
+from jaxtta.deploy.answers import described
+from jaxtta.deploy.http import Limits, make_app
+from jaxtta.deploy.listen import parse_address, running
 from jaxtta.deploy.metrics import Metrics
 from jaxtta.deploy.queue import BatchQueue, answer_all
-from jaxtta.deploy.session import Session, described
+from jaxtta.deploy.session import Session
 
 CLASSES = jaxtta.data.CIFAR10_CLASSES
 BUNDLED = jaxtta.data.open_dataset("folder", jaxtta.assets.IMAGES)

@@ -20,11 +20,11 @@ import jaxtta
 from jaxtta import adapters, models
 from jaxtta.adapters.guard import DECISIONS, Policy
 from jaxtta.cli import serve
-from jaxtta.deploy.answers import AnswersFile
+from jaxtta.deploy.answers import Answer, AnswersFile
 from jaxtta.deploy.queue import BatchQueue, Item, answer_all
 from jaxtta.deploy.review import Review
 from jaxtta.deploy.rollout import Plan, chosen
-from jaxtta.deploy.session import Answer, Session
+from jaxtta.deploy.session import Session
 from jaxtta.deploy.sources import PATIENCE, Watcher, paths_on_stdin
 from jaxtta.deploy.staged import Staged
 

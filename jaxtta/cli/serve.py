@@ -44,18 +44,17 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from jaxtta import assets, evaluate
 from jaxtta.cli import classify
 from jaxtta.cli.options import group
-from jaxtta.deploy.answers import AnswersFile
+from jaxtta.deploy.answers import Answer, AnswersFile, described
 from jaxtta.deploy.audit import AuditLog
-from jaxtta.deploy.queue import NEVER, BatchQueue, Item, answer_all
+from jaxtta.deploy.queue import NEVER, BatchQueue, Item, answer_all, signals
 from jaxtta.deploy.review import Review
 from jaxtta.deploy.rollout import chosen
-from jaxtta.deploy.session import Answer, Session, described
+from jaxtta.deploy.session import Session
 from jaxtta.deploy.setup import Setup, header_of
 from jaxtta.deploy.sources import Reader, Watcher, paths_on_stdin
 from jaxtta.deploy.staged import Staged
@@ -302,7 +301,8 @@ def token_and_address(options: Options) -> tuple[str, str, int] | None:
     if options.http is None:
         return None
     try:
-        from jaxtta.deploy.http import LOOPBACK, parse_address
+        from jaxtta.deploy import http  # noqa: F401  all that it needs is here
+        from jaxtta.deploy.listen import LOOPBACK, parse_address
     except ModuleNotFoundError as error:
         raise ImportError(f"--http needs {error.name}: pip install 'jaxtta[serve]'") from error
     host, port = parse_address(options.http)
@@ -325,7 +325,8 @@ def listening(
     port: int,
 ) -> Iterator[None]:
     """Take requests until the block ends."""
-    from jaxtta.deploy.http import LOOPBACK, Limits, make_app, running
+    from jaxtta.deploy.http import Limits, make_app
+    from jaxtta.deploy.listen import LOOPBACK, running
     from jaxtta.deploy.metrics import Metrics
 
     places = min(options.top_k, len(session.class_names))
@@ -344,25 +345,3 @@ def listening(
     with running(app, host, port) as url:
         say(f"listening at {url}")
         yield
-
-
-@contextlib.contextmanager
-def signals(queue: BatchQueue) -> Iterator[list[int]]:
-    """Stop the queue at Ctrl-C and SIGTERM; a second one interrupts at once.
-
-    Yields:
-        The signals that came.
-    """
-    came: list[int] = []
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        del frame
-        if came:
-            raise KeyboardInterrupt
-        came.append(number)
-        queue.stopping = True
-
-    with contextlib.ExitStack() as stack:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            stack.callback(signal.signal, number, signal.signal(number, stop))
-        yield came

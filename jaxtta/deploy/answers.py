@@ -1,5 +1,6 @@
-r"""A file that answers are appended to, each line as a whole or not at all.
+r"""Answers of a session, and a file that they are appended to, each line as a whole or not at all.
 
+described(answer, class_names, count=3)["labels"]  # in JSON
 answers = AnswersFile("answers.jsonl", header="")
 answered = answers.names()  # of the images in the lines that are there already
 answers.write('{"file": "a.png"}\n')
@@ -9,11 +10,92 @@ import csv
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 log = logging.getLogger(__name__)
+
+
+class Answer(NamedTuple):
+    """What a session says of an image.
+
+    Attributes:
+        name: the image's, as given.
+        scores: (classes,) probabilities, or all NaN where the model gave no finite answer.
+        reference: (classes,) the frozen model's probabilities; None without a guard.
+        adapted: (classes,) the adapted model's; None without a guard.
+        step: number of the batch that it was answered in, from 0.
+        updates: number of batches learnt from before it, since the last return to the source.
+        decision: the guard's for its batch, one of `DECISIONS`; None without a guard.
+        share: of the adapted model in the answer, 0 to 1; None without a guard.
+        guarded: whether the guard's mixture is the answer, and not the frozen model's alone.
+    """
+
+    name: Any
+    scores: np.ndarray
+    reference: np.ndarray | None
+    adapted: np.ndarray | None
+    step: int
+    updates: int
+    decision: str | None
+    share: float | None
+    guarded: bool
+
+    @property
+    def finite(self) -> bool:
+        """Whether there is an answer."""
+        return bool(np.isfinite(self.scores).all())
+
+    @property
+    def label(self) -> int:
+        """The likeliest class."""
+        return int(self.scores.argmax())
+
+    @property
+    def confidence(self) -> float:
+        """Its probability."""
+        return float(self.scores.max())
+
+    @property
+    def disagree(self) -> bool:
+        """Whether the frozen and the adapted model name different classes."""
+        if self.reference is None or self.adapted is None:
+            return False
+        both = np.stack([self.reference, self.adapted])
+        return bool(np.isfinite(both).all() and np.ptp(both.argmax(1)))
+
+
+def described(answer: Answer, class_names: Sequence[str], count: int) -> dict[str, Any]:
+    """An answer in JSON.
+
+    Args:
+        answer: of a session.
+        class_names: one a class.
+        count: how many of the likeliest classes are named.
+
+    Returns:
+        labels and scores, the likeliest first and empty where the answer is not finite; updates;
+        with a guard its decision, the adapted model's share and the frozen model's likeliest
+        class.
+    """
+    best = np.argsort(-answer.scores, kind="stable")[:count] if answer.finite else []
+    found: dict[str, Any] = {
+        "labels": [class_names[n] for n in best],
+        "scores": [float(answer.scores[n]) for n in best],
+        "updates": answer.updates,
+    }
+    if answer.decision is not None:
+        found |= {"decision": answer.decision, "share": answer.share}
+    if answer.reference is not None and np.isfinite(answer.reference).all():
+        place = int(answer.reference.argmax())
+        found |= {
+            "frozen_label": class_names[place],
+            "frozen_score": float(answer.reference[place]),
+        }
+    return found
 
 
 class AnswersFile:

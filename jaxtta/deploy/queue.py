@@ -8,13 +8,17 @@
 Images leave it in the order in which they came.
 """
 
+import contextlib
+import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
 from typing import Any, NamedTuple
 
-from jaxtta.deploy.session import Answer, Prepared, Session
+from jaxtta.deploy.answers import Answer
+from jaxtta.deploy.session import Prepared, Session
 
 WAIT = 0.2  # seconds between two looks at `stopping`, which a signal's handler may set
 NEVER = float("inf")
@@ -152,3 +156,25 @@ def answer_all(
         for item in waiting:  # an error came between
             item.reply(None)
         queue.close()
+
+
+@contextlib.contextmanager
+def signals(queue: BatchQueue) -> Iterator[list[int]]:
+    """Stop the queue at Ctrl-C and SIGTERM; a second one interrupts at once.
+
+    Yields:
+        The signals that came.
+    """
+    came: list[int] = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        del frame
+        if came:
+            raise KeyboardInterrupt
+        came.append(number)
+        queue.stopping = True
+
+    with contextlib.ExitStack() as stack:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            stack.callback(signal.signal, number, signal.signal(number, stop))
+        yield came

@@ -22,9 +22,8 @@ from typing import Any
 import numpy as np
 
 from jaxtta.adapters.guard.labels import bounds, count_pairs, is_worse, no_pairs
-from jaxtta.deploy.answers import AnswersFile
+from jaxtta.deploy.answers import Answer, AnswersFile, described
 from jaxtta.deploy.queue import Item
-from jaxtta.deploy.session import Answer, described
 from jaxtta.images import lone_images, printable
 from jaxtta.io import atomic_write, read_rows
 

@@ -9,8 +9,9 @@ staged.save()  # another run goes on with the stage
 from collections.abc import Sequence
 from pathlib import Path
 
+from jaxtta.deploy.answers import Answer
 from jaxtta.deploy.rollout import Plan, Rollout, after_step, chosen
-from jaxtta.deploy.session import Answer, Session
+from jaxtta.deploy.session import Session
 from jaxtta.io import read_json, write_json
 
 
