@@ -159,6 +159,8 @@ def test_one_broken_file_of_a_form_is_named(serve):
     assert (reply.status_code, "oken.png: cannot be decoded" in reply.text) == (400, True)
     reply = client.post("/predict", files=[("a", (f"{n}.png", PNGS[n])) for n in range(4)])
     assert (reply.status_code, reply.json()["error"]) == (413, "more than 3 images in one request")
+    reply = client.post("/predict", files=[("a", (f"{n}.png", PNGS[n])) for n in range(6)])
+    assert (reply.status_code, "Too many files" in reply.text) == (413, True)
 
 
 def test_a_body_that_does_not_come_is_not_waited_for(serve):
