@@ -1,5 +1,6 @@
 """The HTTP server: answers, statuses, limits and metrics; under load in a slow test."""
 
+import asyncio
 import io
 import threading
 import time
@@ -15,11 +16,12 @@ from starlette.testclient import TestClient
 import jaxtta
 from jaxtta import adapters, models
 from jaxtta.adapters.guard import guarded
+from jaxtta.deploy.answers import described
 from jaxtta.deploy.http import Limits, make_app
 from jaxtta.deploy.listen import parse_address, running
 from jaxtta.deploy.metrics import Metrics
 from jaxtta.deploy.queue import BatchQueue, answer_all
-from jaxtta.deploy.session import Session, described
+from jaxtta.deploy.session import Session
 
 CLASSES = jaxtta.data.CIFAR10_CLASSES
 BUNDLED = jaxtta.data.open_dataset("folder", jaxtta.assets.IMAGES)
@@ -157,6 +159,49 @@ def test_one_broken_file_of_a_form_is_named(serve):
     assert (reply.status_code, "oken.png: cannot be decoded" in reply.text) == (400, True)
     reply = client.post("/predict", files=[("a", (f"{n}.png", PNGS[n])) for n in range(4)])
     assert (reply.status_code, reply.json()["error"]) == (413, "more than 3 images in one request")
+    reply = client.post("/predict", files=[("a", (f"{n}.png", PNGS[n])) for n in range(6)])
+    assert (reply.status_code, "Too many files" in reply.text) == (413, True)
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(serve):
+    client, _ = serve()
+    sent, headers = [], [(b"host", b"localhost"), (b"content-type", b"image/png")]
+    scope = {"type": "http", "method": "POST", "path": "/predict", "headers": headers}
+
+    async def send(message):
+        sent.append(message)
+
+    asyncio.run(client.app(scope, lambda: asyncio.sleep(60), send))
+    assert sent[0]["status"] == 408
+    assert b"the body did not come within 0.5 seconds" in sent[1]["body"]
+
+
+def test_names_of_files_cannot_harm(serve):
+    """One that is no text would end the thread that writes the answers' names."""
+    client, _ = serve()
+    for charset, name in (("utf-7", b"+2AA-.png"), ("utf-8", b"n" * 999)):
+        part = b'--x\r\nContent-Disposition: form-data; name="a"; filename="%s"\r\n\r\n' % name
+        kind = {"Content-Type": f"multipart/form-data; boundary=x; charset={charset}"}
+        reply = client.post("/predict", content=part + PNGS[0] + b"\r\n--x--\r\n", headers=kind)
+        assert reply.status_code == 200
+        (answer,) = reply.json()["answers"]
+        assert answer["file"] in ("?.png", "n" * 255)
+
+
+def test_bodies_are_counted_until_they_are_answered(serve, monkeypatch):
+    """Not until they are read alone: as many as may wait would fill the memory."""
+    monkeypatch.setattr("jaxtta.deploy.http.ROOM", 0)
+    client, queue = serve(answering=False, limit=20)
+    png = PNGS[0] + bytes(19_000 - len(PNGS[0]))  # nine are more than eight of the largest
+    post = lambda: client.post("/predict", content=png, headers=HEADERS)  # noqa: E731
+    with ThreadPoolExecutor(8) as pool:
+        waiting = [pool.submit(post) for _ in range(8)]
+        while len(queue) < 8 and not any(x.done() for x in waiting):
+            time.sleep(0.001)
+        reply = post()
+        queue.close()
+    assert (reply.status_code, "too many large requests" in reply.text) == (503, True)
+    assert [x.result().status_code for x in waiting] == [503] * 8
 
 
 def test_a_token_is_asked_for(serve):
@@ -211,12 +256,15 @@ def test_metrics_are_prometheus_text(serve):
     client.post("/predict", content=b"", headers=HEADERS)
     reply = client.get("/metrics")
     assert reply.headers["content-type"].startswith("text/plain")
-    families = {x.name: x for x in text_string_to_metric_families(reply.text)}
+    families, until = {}, time.monotonic() + 20
     total = lambda name, **labels: sum(  # noqa: E731
         s.value
         for s in families[name].samples
         if not s.name.endswith("_created") and labels.items() <= s.labels.items()
     )
+    while not families or (total("jaxtta_images") < 5 and time.monotonic() < until):
+        text = client.get("/metrics").text  # a batch is counted after its answers
+        families = {x.name: x for x in text_string_to_metric_families(text)}
     assert total("jaxtta_images") == 5
     assert total("jaxtta_requests", path="/predict", status="200") == 5
     assert total("jaxtta_requests", path="/predict", status="400") == 1

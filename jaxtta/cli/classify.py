@@ -30,7 +30,8 @@ from PIL import Image
 from jaxtta import data, evaluate
 from jaxtta.adapters import save_noise, tnt_config_of
 from jaxtta.cli.options import ModelOptions, group
-from jaxtta.deploy.session import Answer, Session, described
+from jaxtta.deploy.answers import Answer, described
+from jaxtta.deploy.session import Session
 from jaxtta.deploy.setup import Setup
 from jaxtta.images import printable
 

@@ -37,10 +37,11 @@ from jaxtta.adapters.guard import DECISIONS, REASONS
 from jaxtta.cli.diagnose import target_folder
 from jaxtta.cli.options import ModelOptions, group
 from jaxtta.data import folders
+from jaxtta.deploy.answers import Answer
 from jaxtta.deploy.audit import AuditLog
 from jaxtta.deploy.pilot import VERDICTS, Thresholds, judge
 from jaxtta.deploy.rollout import STOPS
-from jaxtta.deploy.session import Answer, Prepared, Session
+from jaxtta.deploy.session import Prepared, Session
 from jaxtta.deploy.setup import Setup, header_of
 from jaxtta.deploy.shadow import Shadow, Trial, ms_of
 from jaxtta.report.pilot import write_pilot

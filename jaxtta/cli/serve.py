@@ -44,18 +44,17 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from jaxtta import assets, evaluate
 from jaxtta.cli import classify
 from jaxtta.cli.options import group
-from jaxtta.deploy.answers import AnswersFile
+from jaxtta.deploy.answers import Answer, AnswersFile, described
 from jaxtta.deploy.audit import AuditLog
-from jaxtta.deploy.queue import NEVER, BatchQueue, Item, answer_all
+from jaxtta.deploy.queue import NEVER, BatchQueue, Item, answer_all, signals
 from jaxtta.deploy.review import Review
 from jaxtta.deploy.rollout import chosen
-from jaxtta.deploy.session import Answer, Session, described
+from jaxtta.deploy.session import Session
 from jaxtta.deploy.setup import Setup, header_of
 from jaxtta.deploy.sources import Reader, Watcher, paths_on_stdin
 from jaxtta.deploy.staged import Staged
@@ -67,8 +66,9 @@ NEWS = 60.0  # seconds between two lines of progress
 
 
 def say(text: str) -> None:
-    """Tell the person at the terminal."""
-    print(text, file=sys.stderr)
+    """Tell the person at the terminal; where that is a file, its full disk ends nothing."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr)
 
 
 @group
@@ -105,6 +105,7 @@ class Served:
     Attributes:
         seen: number of images answered.
         answered: number of those with a finite answer.
+        unprinted: number of answers that stdout did not take, of a full disk for one.
         lines: the file that answers are appended to; None where they are printed.
         metrics: of the HTTP server; None without.
         done: names of the images in that file.
@@ -112,7 +113,7 @@ class Served:
 
     def __init__(self, options: Options, session: Session, width: int) -> None:
         """Open what the answers go to."""
-        self.seen = self.answered = 0
+        self.seen = self.answered = self.unprinted = 0
         self.metrics: Any = None
         self._review, self._worse, self._save_failed = None, False, False
         self._options, self._session, self._news = options, session, time.monotonic()
@@ -130,6 +131,13 @@ class Served:
             self._staged = Staged(session, file=kept)
         elif options.share < 1:
             session.served = lambda name: chosen(name, options.share)
+        self._heed_labels()
+
+    def _heed_labels(self) -> None:
+        """Let the frozen model answer once labels show that the adapted one is less accurate."""
+        if self._review and not self._worse and self._review.adapted_is_worse():
+            self._worse, self._session.served = True, lambda name: False
+            say("labels show that the adapted model is less accurate: the frozen one answers")
 
     def after(self, items: Sequence[Item], answers: Sequence[Answer]) -> None:
         """Write, count and copy a batch's answers, and save the state from time to time."""
@@ -138,20 +146,18 @@ class Served:
             if self.lines:
                 self.lines.write(self._line(answer))
             else:
-                print(self._line(answer), end="", flush=True)
+                self._print(self._line(answer))
             self.seen, self.answered = self.seen + 1, self.answered + answer.finite
             if self._review:
                 self._review.offer(item, answer)
-        if self._review and not self._worse and self._review.adapted_is_worse():
-            self._worse, session.served = True, lambda name: False
-            say("labels show that the adapted model is less accurate: the frozen one answers")
+        self._heed_labels()
         gain = self._review.gain if self._review else None
         if self._staged and (news := self._staged.after(answers, gain)):
             say(news)
         if self.metrics:
             self.metrics.count(answers)
-            for what, by in (("answers", self.lines), ("review", self._review)):
-                self.metrics.lost.labels(what).set(by.lost if by else 0)
+            self.metrics.lost.labels("answers").set(self.lost)
+            self.metrics.lost.labels("review").set(self._review.lost if self._review else 0)
         if options.state and session.steps % options.save_every == 0:
             try:
                 self.save()
@@ -165,9 +171,24 @@ class Served:
             decision = f", {last.decision}" if last.decision else ""
             say(f"{session.seen} images, {session.updates} updates{decision}")
 
+    def _print(self, line: str) -> None:
+        try:
+            print(line, end="", flush=True)
+        except BrokenPipeError:  # nobody reads on
+            raise
+        except OSError as error:
+            if not self.unprinted:
+                say(f"stdout: {error.strerror}; answers are lost, the server goes on")
+            self.unprinted += 1
+
+    @property
+    def lost(self) -> int:
+        """How many answers were not written."""
+        return self.lines.lost if self.lines else self.unprinted
+
     def save(self) -> None:
-        """Save the state, and the stage of a roll-out beside it."""
-        if self._options.state:
+        """Save the state, and the stage of a roll-out beside it, once an image was answered."""
+        if self._options.state and self.seen:  # or a start that fails would write an older state
             self._session.save(self._options.state)
             if self._staged:
                 self._staged.save()
@@ -237,8 +258,7 @@ def run(options: Options) -> int:
         say(f"{reader.skipped} images were answered before, in {printable(options.append)}")
     if reader.named and not served.seen:
         raise ValueError(f"none of the {reader.named} images could be read")
-    lost = served.lines.lost if served.lines else 0
-    return classify.code_of(served.answered - lost, reader.named)
+    return classify.code_of(served.answered - served.lost, reader.named)
 
 
 def check(options: Options) -> None:
@@ -281,6 +301,7 @@ def token_and_address(options: Options) -> tuple[str, str, int] | None:
     if options.http is None:
         return None
     try:
+        from jaxtta.deploy import http  # noqa: F401  all that it needs is here
         from jaxtta.deploy.listen import LOOPBACK, parse_address
     except ModuleNotFoundError as error:
         raise ImportError(f"--http needs {error.name}: pip install 'jaxtta[serve]'") from error
@@ -324,25 +345,3 @@ def listening(
     with running(app, host, port) as url:
         say(f"listening at {url}")
         yield
-
-
-@contextlib.contextmanager
-def signals(queue: BatchQueue) -> Iterator[list[int]]:
-    """Stop the queue at Ctrl-C and SIGTERM; a second one interrupts at once.
-
-    Yields:
-        The signals that came.
-    """
-    came: list[int] = []
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        del frame
-        if came:
-            raise KeyboardInterrupt
-        came.append(number)
-        queue.stopping = True
-
-    with contextlib.ExitStack() as stack:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            stack.callback(signal.signal, number, signal.signal(number, stop))
-        yield came

@@ -11,6 +11,7 @@ else gets its status and {"error": "one sentence"}.
 
 import asyncio
 import contextlib
+import dataclasses
 import hashlib
 import hmac
 import io
@@ -29,16 +30,19 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from jaxtta.deploy.answers import Answer
 from jaxtta.deploy.listen import LOOPBACK
 from jaxtta.deploy.metrics import Metrics
 from jaxtta.deploy.queue import BatchQueue, Item
-from jaxtta.deploy.session import Answer, Prepared, Session
+from jaxtta.deploy.session import Prepared, Session
 from jaxtta.deploy.sources import load
 from jaxtta.images import FORMATS, UnreadableImageError, printable
 
 log = logging.getLogger(__name__)
 
 RETRY = {"Retry-After": "1"}  # seconds
+NAME = 255  # characters of a file's name that are kept
+ROOM = 2**28  # bytes of all bodies at hand, or eight of the largest if that is more
 
 
 class Limits(NamedTuple):
@@ -97,45 +101,76 @@ def make_app(
     Returns:
         An ASGI application.
     """
-    pool, held = ThreadPoolExecutor(limits.threads, "decode"), [0]
-    reading = [0]  # requests that are read and decoded
-    room = max(8 * limits.bytes, 2**28)  # bytes of all bodies together that are being read
+    service = _Service(session, queue, describe, metrics, limits, token, hosts, wait, keep)
+    routes = [
+        Route("/predict", service.answered(service.predict), methods=["POST"]),
+        Route("/health", service.answered(service.health)),
+        Route("/metrics", service.answered(service.metric)),
+    ]
+    handlers: dict[Any, Any] = {HTTPException: _unknown}
+    return Starlette(routes=routes, lifespan=service.lifespan, exception_handlers=handlers)
 
-    def admit(request: Request) -> None:
+
+@dataclasses.dataclass(eq=False)
+class _Service:
+    """The endpoints of a server; its fields are the arguments of `make_app`."""
+
+    session: Session
+    queue: BatchQueue
+    describe: Callable[[Answer], dict[str, Any]]
+    metrics: Metrics
+    limits: Limits
+    token: str
+    hosts: tuple[str, ...]
+    wait: float
+    keep: bool
+
+    def __post_init__(self) -> None:
+        self._pool = ThreadPoolExecutor(self.limits.threads, "decode")
+        self._reading = 0  # requests that are read and decoded
+        self._held: dict[Request, int] = {}  # bytes of each body, from its first to its answer
+        self._room = max(8 * self.limits.bytes, ROOM)  # of all bodies together
+
+    @contextlib.asynccontextmanager
+    async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
+        """Let the threads that decode images end with the server."""
+        del app
+        yield
+        self._pool.shutdown(cancel_futures=True)
+
+    def admit(self, request: Request) -> None:
+        """Refuse whom the server does not serve."""
         host = re.sub(r":\d+$", "", request.headers.get("host", "")).strip("[]")
-        if hosts and host not in hosts:
+        if self.hosts and host not in self.hosts:
             raise Refused(400, f"this server is not called {printable(host)!r}")
         given = request.headers.get("authorization", "").encode("latin-1")  # its bytes
-        if token and not hmac.compare_digest(given, f"Bearer {token}".encode()):
+        if self.token and not hmac.compare_digest(given, f"Bearer {self.token}".encode()):
             raise Refused(
                 401,
                 "the token is missing or wrong, expected the header Authorization: Bearer TOKEN",
                 {"WWW-Authenticate": "Bearer"},
             )
-        if not token and "origin" in request.headers:
+        if not self.token and "origin" in request.headers:
             raise Refused(403, "pages in a browser are answered only with a token")
 
-    async def body_of(request: Request) -> bytes:
+    async def body_of(self, request: Request) -> bytes:
         """The body, if it is small enough."""
-        too_large = Refused(413, f"the body is larger than {limits.bytes} bytes")
+        too_large = Refused(413, f"the body is larger than {self.limits.bytes} bytes")
         length, body = request.headers.get("content-length", ""), bytearray()
-        if length.isdecimal() and int(length) > limits.bytes:
+        if length.isdecimal() and int(length) > self.limits.bytes:
             raise too_large
-        try:
-            async for chunk in request.stream():
-                if len(body) + len(chunk) > limits.bytes:
-                    raise too_large
-                if held[0] + len(chunk) > room:
-                    raise Refused(503, "too many large requests at once, try again later", RETRY)
-                held[0] += len(chunk)
-                body += chunk
-        finally:  # from here on, `queue.limit` and the threads limit what is held
-            held[0] -= len(body)
+        async for chunk in request.stream():
+            if len(body) + len(chunk) > self.limits.bytes:
+                raise too_large
+            if sum(self._held.values()) + len(chunk) > self._room:
+                raise Refused(503, "too many large requests at once, try again later", RETRY)
+            body += chunk
+            self._held[request] = len(body)
         if not body:
             raise Refused(400, "the body is empty, expected an image")
         return bytes(body)
 
-    async def files_of(request: Request) -> list[tuple[str, bytes]]:
+    async def files_of(self, request: Request) -> list[tuple[str, bytes]]:
         """The names and contents of the images that a request has."""
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "multipart/form-data":
@@ -145,98 +180,102 @@ def make_app(
                     f"Content-Type is {printable(kind)}, expected image/…, "
                     "application/octet-stream or multipart/form-data",
                 )
-            return [("", await body_of(request))]
-        form = Request(request.scope, _once(await body_of(request)))
-        count = limits.images
+            return [("", await self.body_of(request))]
+        form = Request(request.scope, _once(await self.body_of(request)))
+        count = self.limits.images
         try:
             async with form.form(max_files=count + 1, max_fields=count) as parts:
                 found = [x for _, x in parts.multi_items() if isinstance(x, UploadFile)]
-                files = [(x.filename or "", await x.read()) for x in found]
-        except HTTPException as error:  # of a form that is none
-            raise Refused(400, f"the form cannot be read ({printable(error.detail)})") from error
+                files = [(_name_of(x), await x.read()) for x in found]
+        except HTTPException as error:  # of a form that is none, or has more files still
+            status = 413 if error.detail.startswith("Too many files") else 400
+            raise Refused(status, f"the form cannot be read ({printable(error.detail)})") from error
         if not files:
             raise Refused(400, "the form has no file, expected images as its files")
-        if len(files) > min(count, queue.limit):
-            raise Refused(413, f"more than {min(count, queue.limit)} images in one request")
+        if len(files) > min(count, self.queue.limit):
+            raise Refused(413, f"more than {min(count, self.queue.limit)} images in one request")
         return files
 
-    def decoded(name: str, content: bytes) -> tuple[str, Prepared]:
+    def decoded(self, name: str, content: bytes) -> tuple[str, Prepared]:
+        """An image's digest, and the image as the model takes it."""
         digest = hashlib.blake2b(content, digest_size=8).hexdigest()
         name = name or "the image"
-        check(printable(name), content, limits)
+        check(printable(name), content, self.limits)
         try:
-            return digest, load(session, io.BytesIO(content), name)
+            return digest, load(self.session, io.BytesIO(content), name)
         except UnreadableImageError as error:
             raise Refused(400, str(error)) from error
 
-    async def predict(request: Request) -> Response:
-        start, loop = time.monotonic(), asyncio.get_running_loop()
-        admit(request)
-        if queue.stopping or len(queue) + reading[0] >= queue.limit:
-            raise Refused(503, "too many images wait, try again later", RETRY)
-        reading[0] += 1
+    async def predict(self, request: Request) -> Response:
+        """Answer the images of a request."""
+        self.admit(request)
         try:
-            async with asyncio.timeout(limits.seconds):
-                files = await files_of(request)
-            jobs = [loop.run_in_executor(pool, decoded, *file) for file in files]
+            return await self.answer_to(request)
+        finally:
+            self._held.pop(request, None)
+
+    async def answer_to(self, request: Request) -> Response:
+        """The same, for a request that is admitted."""
+        start, loop = time.monotonic(), asyncio.get_running_loop()
+        if self.queue.stopping or len(self.queue) + self._reading >= self.queue.limit:
+            raise Refused(503, "too many images wait, try again later", RETRY)
+        self._reading += 1
+        try:
+            async with asyncio.timeout(self.limits.seconds):
+                files = await self.files_of(request)
+            jobs = [loop.run_in_executor(self._pool, self.decoded, *file) for file in files]
             ready = await asyncio.gather(*jobs)
         finally:
-            reading[0] -= 1
+            self._reading -= 1
         futures: list[asyncio.Future[Answer | None]] = [loop.create_future() for _ in files]
-        due, items = time.monotonic() + wait, []
+        due, items = time.monotonic() + self.wait, []
         for (name, content), (digest, image), future in zip(files, ready, futures, strict=True):
-            original = content if keep else None
+            original = content if self.keep else None
             items.append(
                 Item(f"http:{digest}/{name}", image, _replier(loop, future), original, due)
             )
-        if not queue.offer(items):
+        if not self.queue.offer(items):
             raise Refused(503, "too many images wait, try again later", RETRY)
         described = []
         for (name, _), (digest, _), future in zip(files, ready, futures, strict=True):
             if (answer := await future) is None:
                 raise Refused(503, "the server stops, try again later", RETRY)
-            described.append({"file": name or None, "id": digest, **describe(answer)})
-        metrics.seconds.observe(time.monotonic() - start)
+            described.append({"file": name or None, "id": digest, **self.describe(answer)})
+        self.metrics.seconds.observe(time.monotonic() - start)
         return JSONResponse({"answers": described})
 
-    async def health(request: Request) -> Response:
+    async def health(self, request: Request) -> Response:
+        """Whether it runs."""
         del request
-        counts = {"steps": session.steps, "images": session.seen, "updates": session.updates}
-        status = "stopping" if queue.stopping else "ok"
-        content = {"status": status, "waiting": len(queue), **counts}
-        return JSONResponse(content, 503 if queue.stopping else 200)
+        counts = {
+            "steps": self.session.steps,
+            "images": self.session.seen,
+            "updates": self.session.updates,
+        }
+        status = "stopping" if self.queue.stopping else "ok"
+        content = {"status": status, "waiting": len(self.queue), **counts}
+        return JSONResponse(content, 503 if self.queue.stopping else 200)
 
-    async def metric(request: Request) -> Response:
-        admit(request)
-        return Response(*metrics.text(len(queue)))
+    async def metric(self, request: Request) -> Response:
+        """The counts as text."""
+        self.admit(request)
+        return Response(*self.metrics.text(len(self.queue)))
 
-    def answered(endpoint: Callable[[Request], Any]) -> Callable[[Request], Any]:
+    def answered(self, endpoint: Callable[[Request], Any]) -> Callable[[Request], Any]:
         """An endpoint whose errors are one sentence in JSON."""
 
         async def safe(request: Request) -> Response:
-            response = await _outcome(endpoint, request, limits)
-            metrics.requests.labels(request.scope["path"], response.status_code).inc()
+            response = await _outcome(endpoint, request, self.limits)
+            self.metrics.requests.labels(request.scope["path"], response.status_code).inc()
             return response
 
         return safe
 
-    @contextlib.asynccontextmanager
-    async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        yield
-        pool.shutdown(cancel_futures=True)
 
-    async def unknown(request: Request, error: Exception) -> Response:
-        del request
-        assert isinstance(error, HTTPException)
-        sentence = "this server has POST /predict, GET /health and GET /metrics"
-        return JSONResponse({"error": sentence}, error.status_code, error.headers)
-
-    routes = [
-        Route("/predict", answered(predict), methods=["POST"]),
-        Route("/health", answered(health)),
-        Route("/metrics", answered(metric)),
-    ]
-    return Starlette(routes=routes, lifespan=lifespan, exception_handlers={HTTPException: unknown})
+async def _unknown(request: Request, error: HTTPException) -> Response:
+    del request
+    sentence = "this server has POST /predict, GET /health and GET /metrics"
+    return JSONResponse({"error": sentence}, error.status_code, error.headers)
 
 
 async def _outcome(
@@ -279,6 +318,11 @@ def check(name: str, content: bytes, limits: Limits) -> None:
     if width * height > limits.pixels:
         sentence = f"{name}: has {width}×{height} pixels, expected at most {limits.pixels}"
         raise Refused(413, sentence)
+
+
+def _name_of(file: UploadFile) -> str:
+    """A file's name as a client gives it, cut, and without what is no text in UTF-8."""
+    return (file.filename or "")[:NAME].encode("utf-8", "replace").decode()
 
 
 def _once(body: bytes) -> Callable[[], Any]:

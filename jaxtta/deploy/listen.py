@@ -1,7 +1,7 @@
-"""Run an ASGI application in a thread, at an address that is this machine's.
+"""An ASGI application that listens at an address of this machine.
 
 with running(app, *parse_address("8000")) as url:
-...
+    print(url)  # http://127.0.0.1:8000
 """
 
 import contextlib

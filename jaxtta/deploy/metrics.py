@@ -19,7 +19,8 @@ from prometheus_client import (
 )
 
 from jaxtta.adapters.guard import DECISIONS
-from jaxtta.deploy.session import Answer, Session
+from jaxtta.deploy.answers import Answer
+from jaxtta.deploy.session import Session
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 TENTHS = tuple(n / 10 for n in range(1, 11))

@@ -8,13 +8,17 @@
 Images leave it in the order in which they came.
 """
 
+import contextlib
+import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
 from typing import Any, NamedTuple
 
-from jaxtta.deploy.session import Answer, Prepared, Session
+from jaxtta.deploy.answers import Answer
+from jaxtta.deploy.session import Prepared, Session
 
 WAIT = 0.2  # seconds between two looks at `stopping`, which a signal's handler may set
 NEVER = float("inf")
@@ -47,7 +51,7 @@ class BatchQueue:
 
     Attributes:
         stopping: set it to end: nothing is taken any more, and no one waits for room.
-        limit: number of images that may wait.
+        limit: number of images at which `offer` refuses more.
     """
 
     def __init__(self, size: int, limit: int, sources: int) -> None:
@@ -55,7 +59,8 @@ class BatchQueue:
 
         Args:
             size: images of a batch.
-            limit: images that may wait; above, `offer` refuses.
+            limit: images that may wait; above, `offer` refuses. `put` waits for room instead, and
+                leaves it for a batch at least.
             sources: how many will call `finish`.
         """
         self.stopping, self.limit = False, limit
@@ -77,8 +82,9 @@ class BatchQueue:
 
     def put(self, item: Item) -> bool:
         """Add one, once fewer than two batches wait; False where the queue is stopping."""
+        room = max(self._size, min(2 * self._size, self.limit))  # or no batch would be full
         with self._changed:
-            while len(self._items) >= min(2 * self._size, self.limit) and not self.stopping:
+            while len(self._items) >= room and not self.stopping:
                 self._changed.wait(WAIT)
             if self.stopping:
                 return False
@@ -132,17 +138,43 @@ def answer_all(
     Args:
         queue: closed at the end, and after an error.
         session: the model.
-        after: called for each batch, once its answers are on their way.
+        after: called for each batch, once its answers are on their way and its record is written.
     """
-    items: Sequence[Item] = ()
+    waiting: Sequence[Item] = ()
+
+    def reply(answers: Sequence[Answer]) -> None:
+        nonlocal waiting
+        replied, waiting = waiting, ()
+        for item, answer in zip(replied, answers, strict=True):
+            item.reply(answer)
+
     try:
         while items := queue.take():
-            answers = session.answer([x.image for x in items], [x.name for x in items])
-            for item, answer in zip(items, answers, strict=True):
-                item.reply(answer)
-            replied, items = items, ()
-            after(replied, answers)
+            waiting = items
+            after(items, session.answer([x.image for x in items], [x.name for x in items], reply))
     finally:
-        for item in items:  # an error came between
+        for item in waiting:  # an error came between
             item.reply(None)
         queue.close()
+
+
+@contextlib.contextmanager
+def signals(queue: BatchQueue) -> Iterator[list[int]]:
+    """Stop the queue at Ctrl-C and SIGTERM; a second one interrupts at once.
+
+    Yields:
+        The signals that came.
+    """
+    came: list[int] = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        del frame
+        if came:
+            raise KeyboardInterrupt
+        came.append(number)
+        queue.stopping = True
+
+    with contextlib.ExitStack() as stack:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            stack.callback(signal.signal, number, signal.signal(number, stop))
+        yield came

@@ -8,6 +8,7 @@
 the models said. `labels.csv` has the columns file and label.
 """
 
+import contextlib
 import datetime
 import json
 import logging
@@ -21,8 +22,8 @@ from typing import Any
 import numpy as np
 
 from jaxtta.adapters.guard.labels import bounds, count_pairs, is_worse, no_pairs
+from jaxtta.deploy.answers import Answer, AnswersFile, described
 from jaxtta.deploy.queue import Item
-from jaxtta.deploy.session import Answer, described
 from jaxtta.images import lone_images, printable
 from jaxtta.io import atomic_write, read_rows
 
@@ -53,19 +54,15 @@ class Review:
             limit: images in the folder at which no more are copied to it.
 
         Raises:
-            OSError: if it cannot be made or read.
+            OSError: if it cannot be made, read or written.
+            ValueError: if a line of `review.jsonl` is no record.
         """
         self._folder, self._names = Path(folder), tuple(class_names)
         self._below, self._limit, self.lost = below, limit, 0
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._lines, self._labels = self._folder / "review.jsonl", self._folder / "labels.csv"
-        self._records: dict[str, dict[str, Any]] = {}
-        text = self._lines.read_text() if self._lines.exists() else ""
-        for line in text.split("\n")[:-1]:  # a torn last line is passed over
-            record = json.loads(line) if line.startswith("{") and line.endswith("}") else {}
-            self._records |= {record["file"]: record} if "file" in record else {}
-        if text and not text.endswith("\n"):
-            self._append("")
+        self._labels = self._folder / "labels.csv"
+        self._lines = AnswersFile(self._folder / "review.jsonl", header="")
+        self._records = {record["file"]: record for record in self._lines.records()}
         self._counted, self._count = time.monotonic(), len(lone_images(self._folder))
         self._read: Any = None
         self.pairs, self._worse = no_pairs(), False
@@ -107,11 +104,13 @@ class Review:
                     temporary.write_bytes(item.original)
                 else:
                     shutil.copyfile(item.original, temporary)
-            self._append(json.dumps(record, ensure_ascii=False) + "\n")
+            self._lines.append(json.dumps(record, ensure_ascii=False) + "\n")
         except OSError as error:
             if not self.lost:
                 log.warning("%s: %s; images for review are lost", self._folder, error.strerror)
             self.lost += 1
+            with contextlib.suppress(OSError):
+                (self._folder / name).unlink(missing_ok=True)
             return False
         self._records[name], self._count = record, self._count + 1
         return True
@@ -152,7 +151,3 @@ class Review:
         except (OSError, ValueError) as error:  # a person may be writing it
             log.warning("%s", error)
         return [*found.values()]
-
-    def _append(self, line: str) -> None:
-        with self._lines.open("a", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(line or "\n")

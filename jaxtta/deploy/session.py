@@ -22,6 +22,7 @@ from scipy.special import softmax
 from jaxtta import data, io, tree
 from jaxtta.adapters import Adapter, Prediction
 from jaxtta.adapters.guard import DECISIONS
+from jaxtta.deploy.answers import Answer
 from jaxtta.deploy.audit import record_of
 from jaxtta.models import Batch, Task
 
@@ -45,85 +46,6 @@ class Prepared(NamedTuple):
 
     pixels: np.ndarray
     size: np.ndarray
-
-
-class Answer(NamedTuple):
-    """What a session says of an image.
-
-    Attributes:
-        name: the image's, as given.
-        scores: (classes,) probabilities, or all NaN where the model gave no finite answer.
-        reference: (classes,) the frozen model's probabilities; None without a guard.
-        adapted: (classes,) the adapted model's; None without a guard.
-        step: number of the batch that it was answered in, from 0.
-        updates: number of batches learnt from before it, since the last return to the source.
-        decision: the guard's for its batch, one of `DECISIONS`; None without a guard.
-        share: of the adapted model in the answer, 0 to 1; None without a guard.
-        guarded: whether the guard's mixture is the answer, and not the frozen model's alone.
-    """
-
-    name: Any
-    scores: np.ndarray
-    reference: np.ndarray | None
-    adapted: np.ndarray | None
-    step: int
-    updates: int
-    decision: str | None
-    share: float | None
-    guarded: bool
-
-    @property
-    def finite(self) -> bool:
-        """Whether there is an answer."""
-        return bool(np.isfinite(self.scores).all())
-
-    @property
-    def label(self) -> int:
-        """The likeliest class."""
-        return int(self.scores.argmax())
-
-    @property
-    def confidence(self) -> float:
-        """Its probability."""
-        return float(self.scores.max())
-
-    @property
-    def disagree(self) -> bool:
-        """Whether the frozen and the adapted model name different classes."""
-        if self.reference is None or self.adapted is None:
-            return False
-        finite = np.isfinite(self.adapted).all()
-        return bool(finite and self.reference.argmax() != self.adapted.argmax())
-
-
-def described(answer: Answer, class_names: Sequence[str], count: int) -> dict[str, Any]:
-    """An answer in JSON.
-
-    Args:
-        answer: of a session.
-        class_names: one a class.
-        count: how many of the likeliest classes are named.
-
-    Returns:
-        labels and scores, the likeliest first and empty where the answer is not finite; updates;
-        with a guard its decision, the adapted model's share and the frozen model's likeliest
-        class.
-    """
-    best = np.argsort(-answer.scores, kind="stable")[:count] if answer.finite else []
-    found: dict[str, Any] = {
-        "labels": [class_names[n] for n in best],
-        "scores": [float(answer.scores[n]) for n in best],
-        "updates": answer.updates,
-    }
-    if answer.decision is not None:
-        found |= {"decision": answer.decision, "share": answer.share}
-    if answer.reference is not None and np.isfinite(answer.reference).all():
-        place = int(answer.reference.argmax())
-        found |= {
-            "frozen_label": class_names[place],
-            "frozen_score": float(answer.reference[place]),
-        }
-    return found
 
 
 class Session:
@@ -240,13 +162,17 @@ class Session:
         return Prepared(pixels, np.array(pixels.shape[:2], np.int32))
 
     def answer(
-        self, images: Sequence[Image.Image | np.ndarray | Prepared], names: Sequence[Any]
+        self,
+        images: Sequence[Image.Image | np.ndarray | Prepared],
+        names: Sequence[Any],
+        reply: Callable[[list[Answer]], None] = lambda answers: None,
     ) -> list[Answer]:
         """Answer a batch, and let the adapter learn from it afterwards.
 
         Args:
             images: 1 to batch_size of them, in the forms that `prepare` takes or gives.
             names: one for each; they are in the answers and in the log.
+            reply: gets the answers before anything is done for the log.
 
         Returns:
             An answer for each image, in order.
@@ -266,18 +192,18 @@ class Session:
             batch = batch._replace(sizes=sizes)
         learn = len(images) >= self._min_adapt
         state, given = self._step(self.params, self.state, batch, learn)
-        digest = self._digest_of(state)
         prediction, guarded = self._chosen(jax.device_get(given), names)
         metrics = prediction.metrics
         answers = self._answers(prediction, guarded, names)
-        # What follows cannot fail: the state and its counters change together.
+        # The state and its counters change together: nothing between can fail.
         self.state, self.prediction = state, prediction
-        self.digest = digest
         self.steps, self.seen = self.steps + 1, self.seen + len(images)
         if "decision" in metrics:
             self.updates = int(metrics["updates"])
         else:
             self.updates += learn and not metrics.get("skipped", False)
+        reply(answers)
+        self.digest = self._digest_of(state)
         if self.log is not None:
             pixels = [x.pixels for x in ready]
             now, step = self._now(), self.steps - 1
@@ -348,13 +274,13 @@ class Session:
         for name in sorted({*saved, *self.settings}):
             if saved.get(name) != (own := self.settings.get(name)):
                 raise ValueError(f"{path}: has {name} {saved.get(name)!r}, expected {own!r}")
+        counts = [note["counts"].get(name, 0) for name in ("steps", "seen", "updates")]
         self._begin(io.load_state(path, self.state))
-        counts = (note["counts"][name] for name in ("steps", "seen", "updates"))
         self.steps, self.seen, self.updates = counts
         self.prediction = None
 
 
 def _softmax(logits: Any) -> np.ndarray:
-    """Probabilities, in numpy; a row that holds a NaN or an infinity is all NaN."""
+    """Probabilities, in numpy; a row that holds a NaN, or infinity, is all NaN."""
     with np.errstate(invalid="ignore"):
         return softmax(np.asarray(logits, np.float32), axis=-1)

@@ -9,8 +9,9 @@ staged.save()  # another run goes on with the stage
 from collections.abc import Sequence
 from pathlib import Path
 
+from jaxtta.deploy.answers import Answer
 from jaxtta.deploy.rollout import Plan, Rollout, after_step, chosen
-from jaxtta.deploy.session import Answer, Session
+from jaxtta.deploy.session import Session
 from jaxtta.io import read_json, write_json
 
 
@@ -38,8 +39,8 @@ class Staged:
             content = read_json(self._file)
             try:
                 self._now = Rollout(**content)
-                self._now.share(plan)
-            except (TypeError, IndexError) as error:
+                range(len(plan.shares)).index(self._now.stage)
+            except (TypeError, ValueError) as error:
                 raise ValueError(f"{file}: holds no stage of this roll-out") from error
         session.served = lambda name: chosen(name, self._now.share(plan))
 
