@@ -12,7 +12,7 @@ COMMANDS = {
     "shifts": "Measure adapters on natural distribution shifts.",
     "diagnose": "Diagnose models, or check a folder of your own images.",
     "pilot": "Find out on your own images whether to switch adaptation on.",
-    "serve": "Label a stream of images with a model that adapts while it runs.",
+    "serve": "Label images as they come, with a guarded model that adapts while it runs.",
     "continual": "Train a model on one task after another.",
     "pretrain-mgg": "Train MGTTA's generator of updates.",
     "replay": "Repeat the run of a log, and say where it first differs.",
