@@ -317,7 +317,7 @@ def wide(table: pd.DataFrame, cost: pd.Series) -> pd.DataFrame:
     ]
     shown["ECE"] = [f"{100 * ece[text]:.1f}" for text in shown.index]
     order = rows.groupby("adapter")["gain"].mean().sort_values(ascending=False).index
-    return shown.loc[order].fillna("")
+    return shown.loc[order].astype(object).fillna("")
 
 
 def as_markdown(shown: pd.DataFrame) -> str:
