@@ -10,7 +10,7 @@ images. `--part cost` times one step of every method, on a machine that does not
 that was stopped goes on; `--part report` makes the tables and the plot again.
 
 Methods that begin anew at every image have one kind of stream, since the others only change the
-order of the images. CLIPArTT and WATT begin anew at every batch, and are in two kinds of stream.
+order of the images. CLIPArTT and WATT begin anew at every batch, and have two kinds and one.
 """
 
 import time
@@ -220,6 +220,7 @@ def run_streams(options: Options, loaded: Any) -> None:
     for name in SLOW:
         templates = WATT_TEMPLATES if name == "watt" else ()
         cells = ["reset", "few classes"]  # whose batches have all classes, and few
+        cells = cells if name == "clipartt" else cells[:1]  # WATT takes 80 passes
         run(name, cells, methods(options, [name]), IMAGES["slow"], templates=templates)
 
 
@@ -316,7 +317,7 @@ def wide(table: pd.DataFrame, cost: pd.Series) -> pd.DataFrame:
     ]
     shown["ECE"] = [f"{100 * ece[text]:.1f}" for text in shown.index]
     order = rows.groupby("adapter")["gain"].mean().sort_values(ascending=False).index
-    return shown.loc[order].fillna("")
+    return shown.loc[order].astype(object).fillna("")
 
 
 def as_markdown(shown: pd.DataFrame) -> str:

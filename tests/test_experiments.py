@@ -4,16 +4,20 @@ import json
 
 import jax
 import numpy as np
+import pandas as pd
 import pytest
-from conftest import errors_in
+from conftest import EXPERIMENTS, errors_in
 from PIL import Image
 
 import jaxtta
 from jaxtta import assets, data, evaluate
+from jaxtta.evaluate.predictions import BATCH, IMAGE
 from jaxtta.optim import project_out
 
 
-@pytest.mark.parametrize("script", ["pretrain_tiny_clip.py", "protect_batclip.py"])
+@pytest.mark.parametrize(
+    "script", ["pretrain_tiny_clip.py", "protect_batclip.py", "leaderboard.py"]
+)
 def test_help_teaches(run_script, script):
     code, out, _ = run_script(script, "--help")
     assert code == 0
@@ -101,3 +105,45 @@ def test_bad_options_of_protection(run_script, tmp_path, options, message):
     code, _, err = run_script("protect_batclip.py", "--output", tmp_path / "a", *options)
     assert (code, errors_in(err)) == (1, 1)
     assert message in err
+
+
+def test_streams_of_few_classes_have_the_same_images_in_another_order(monkeypatch):
+    monkeypatch.syspath_prepend(EXPERIMENTS)
+    from leaderboard import CLASSES_A_BATCH, few_classes
+
+    labels = np.random.default_rng(0).integers(0, 10, 200)
+    stream = data.stream_of("fog", [data.Domain("fog")], np.arange(0, 200, 2), seed=1)
+    few = few_classes(stream, labels, 8)
+    assert sorted(few.items.tolist()) == sorted(stream.items.tolist())
+    batches = [labels[few.items[start : start + 8, 1]] for start in range(0, 72, 8)]
+    assert max(len(np.unique(batch)) for batch in batches) <= CLASSES_A_BATCH
+    assert len(np.unique(labels[stream.items[:8, 1]])) > CLASSES_A_BATCH
+
+
+def test_the_leaderboard_makes_its_tables(run_script, tmp_path, monkeypatch):
+    """From stored predictions of two methods on one kind of stream."""
+    monkeypatch.syspath_prepend(EXPERIMENTS)
+    import leaderboard
+
+    rng, results = np.random.default_rng(0), []
+    for name, seed in ((n, s) for n in ("zero_shot", "tent", "tent:lr=0.03") for s in (1, 2)):
+        labels = np.arange(40) % 4
+        rows = {"segment": np.arange(40) // 20, "image": np.arange(40) % 20, "label": labels}
+        rows |= {key: np.ones(40, kind) for key, kind in IMAGE.items()}
+        rows["prediction"] = np.where(rng.random(40) < 0.5, labels, 0).astype(np.int32)
+        domains = data.Domain("fog", 0), data.Domain("snow", 0)
+        steps = pd.DataFrame({key: np.zeros(2, kind) for key, kind in BATCH.items()})
+        about = ("reset, all", seed, "", domains, ("a", "b", "c", "d"), pd.DataFrame(rows))
+        results.append(evaluate.Predictions(name, *about, steps, (), {}, {}, 0.0))
+    table = pd.DataFrame(leaderboard.lines_of(results))
+    top1 = {
+        n: np.mean([r.top1.mean() for r in results if r.adapter == n]) for n in table["adapter"]
+    }
+    gains = table.set_index("adapter")["gain"]
+    np.testing.assert_allclose(gains["tent"], top1["tent"] - top1["zero_shot"])
+    cost = pd.Series({"tent": 2.0, "zero_shot": 1.0})
+    shown = leaderboard.wide(table, cost)
+    assert list(shown.index) == list(gains.drop("zero_shot").sort_values(ascending=False).index)
+    assert leaderboard.as_markdown(shown).count("\n") == 4
+    leaderboard.plot(table, cost, tmp_path / "plot.png")
+    assert Image.open(tmp_path / "plot.png").width > 100
