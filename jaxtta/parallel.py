@@ -129,9 +129,10 @@ def streams(
     specs = P(), P("streams"), P("streams")
     # An adapter may call back to the host only where no axis is automatic.
     manual = {name for name, size in on.shape.items() if name == "streams" or size == 1}
-    shared = jax.shard_map(
-        local, mesh=on, in_specs=specs, out_specs=P("streams"), axis_names=manual
-    )
+    # Streams share nothing, so that there is nothing to check; methods would have to say of every
+    # constant that begins a loop that it is one stream's (`jax.lax.pcast`).
+    how: Any = {"axis_names": manual, "check_vma": False}
+    shared = jax.shard_map(local, mesh=on, in_specs=specs, out_specs=P("streams"), **how)
     share = NamedSharding(on, P("streams"))
     init_all = jax.jit(jax.vmap(_of_arrays(adapter), (None, 0)), out_shardings=share)
     # States leave a step as they came, or the next would be compiled anew.

@@ -38,7 +38,8 @@ SETTINGS = {
     "tda": {"entropy_range": (0.02, 0.98)},
     "t3a": {"supports": 2},
     "clipartt": {"words": WORDS, "iterations": 1},
-    "watt": {"iterations": 1, "rounds": 1},
+    # Adam makes a whole step of a gradient that is rounding.
+    "watt": LOUD | {"iterations": 1, "rounds": 1},
 }
 
 
@@ -68,6 +69,7 @@ def batches_of(streams):
 @pytest.mark.parametrize("name", METHODS)
 def test_eight_devices_give_what_one_gives(tiny, task, name):
     """Each stream on a device of its own; one program; a masked batch leaves a stream as it is."""
+    chex.clear_trace_counter()
     model, params = tiny
     adapter, keys = adapter_of(name, model, task), jax.random.split(jax.random.key(3), STREAMS)
     step = jax.jit(chex.assert_max_traces(adapter.step, n=1))
