@@ -103,8 +103,8 @@ class StreamOptions(OrderOptions):
 class AdapterOptions:
     """The methods."""
 
-    # zero_shot, tent, batclip, tnt, mgtta, … with settings (tent:lr=1e-4, mgtta:optimizer=sgd), with
-    # a guard (guarded:batclip), or a function of yours, package.module:function
+    # zero_shot, tent, batclip, tnt, mgtta, …, with settings (tent:lr=1e-4, mgtta:optimizer=sgd), a
+    # guard (guarded:batclip), or a function of yours, package.module:function
     adapters: tuple[str, ...] = ("zero_shot", "tent", "batclip")
     # optimiser settings of TENT's and BATCLIP's papers
     preset: Literal["cifar10-c", "cifar100-c", "imagenet-c"] = "cifar10-c"
