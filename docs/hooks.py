@@ -8,13 +8,24 @@ import posixpath
 import re
 from pathlib import Path
 
+import jupyter_client
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
+from traitlets import CaselessStrEnum
 
 ROOT = Path(__file__).parents[1]
 LINK = re.compile(r"(?<=\]\()(?!https?:|mailto:|#|/)([^)\s#]+)(#[^)\s]*)?(?=\))")
 PICTURES = (".png", ".svg")
+
+
+class LocalKernels(jupyter_client.AsyncKernelManager):
+    """Starts notebooks' kernels on sockets of this machine: they warn of others."""
+
+    transport = CaselessStrEnum(["tcp", "ipc"], default_value="ipc", config=True)
+
+
+jupyter_client.AsyncKernelManager = LocalKernels
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
