@@ -1,9 +1,10 @@
-"""What the site's build adds: pages of the repository's files that documents link to.
+"""What the site's build adds: pages of the repository's files, and links of notebooks.
 
 A link like `../experiments/guard.py` is right where the repository is browsed, and leads out of the
 site. Each such file becomes a page under `repository/`, and the link leads there.
 """
 
+import logging
 import posixpath
 import re
 from pathlib import Path
@@ -17,6 +18,7 @@ from traitlets import CaselessStrEnum
 ROOT = Path(__file__).parents[1]
 LINK = re.compile(r"(?<=\]\()(?!https?:|mailto:|#|/)([^)\s#]+)(#[^)\s]*)?(?=\))")
 PICTURES = (".png", ".svg")
+LOG = logging.getLogger("mkdocs.hooks.links")
 
 
 class LocalKernels(jupyter_client.AsyncKernelManager):
@@ -64,6 +66,25 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         return posixpath.relpath(_place(path), posixpath.dirname(here) or ".") + (link[2] or "")
 
     return LINK.sub(lead, markdown)
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Lead notebooks' links to pages, which MkDocs does for pages in Markdown alone."""
+    here = page.file.src_uri
+    if not here.endswith(".ipynb"):
+        return html
+
+    def lead(link: re.Match) -> str:
+        path, _, anchor = link[2].partition("#")
+        found = files.get_file_from_path(
+            posixpath.normpath(posixpath.join(posixpath.dirname(here), path))
+        )
+        if found is None:
+            LOG.warning("%s links to %s, which is no page", here, link[2])
+            return link[0]
+        return link[1] + found.url_relative_to(page.file) + (f"#{anchor}" if anchor else "") + '"'
+
+    return re.sub(r'(<a [^>]*href=")(?!https?:|mailto:|#|/)([^"]+)"', lead, html)
 
 
 def _outside(page: str, link: str) -> str | None:
