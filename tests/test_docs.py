@@ -164,3 +164,35 @@ def test_a_command_in_a_document_parses(document, line, run_script, monkeypatch)
         code, _, err = run_script(ROOT / arguments[0], *arguments[1:])
         assert code == 0, err
     assert len(parsed) == 1
+
+
+def test_the_tables_are_those_of_the_result_files(run_script):
+    code, _, err = run_script(ROOT / "docs" / "render.py", "--check")
+    assert code == 0, err
+
+
+def test_rendering_says_what_is_wrong(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    import render
+    import tables
+
+    page = "gains <!-- value: gain mint reset -->9<!-- end --> points\n"
+    assert re.fullmatch(r"gains <!-- .* -->\+1\.4<!-- end --> points\n", render.render(page))
+    code = f"```text\n{page}```\n"
+    assert render.render(code) == code  # shown as code
+    table = render.render("<!-- table: which_method -->\nold\n<!-- end -->\n")
+    assert "| `zero_shot` | nothing |" in table
+    assert render.render(table) == table
+    for text, said in (
+        ("<!-- table: nothing --><!-- end -->", "unknown table 'nothing', expected one of"),
+        ("<!-- table: _read x --><!-- end -->", "unknown table '_read'"),
+        ("<!-- value: gain mint never --><!-- end -->", "gain mint never"),
+        ("<!-- value: gain mint --><!-- end -->", "missing 1 required"),
+        ("<!-- table: demo -->", "has no <!-- end -->"),
+        ("<!-- table: demo --> <!-- table: demo --><!-- end -->", "has no <!-- end -->"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(said)):
+            render.render(text)
+    monkeypatch.setattr(tables, "RESULTS", ROOT / "nowhere")
+    with pytest.raises(ValueError, match=r"'leaderboard' needs .*leaderboard.csv, see docs/res"):
+        render.render("<!-- table: leaderboard --><!-- end -->")
