@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         parallel,
         remote,
         report,
+        testing,
         tree,
         views,
     )
@@ -70,6 +71,7 @@ __all__ = [
     "remote",
     "report",
     "save_state",
+    "testing",
     "tree",
     "views",
     "zero_shot_task",
