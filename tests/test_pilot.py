@@ -15,9 +15,10 @@ from PIL import Image
 
 from jaxtta.deploy import rollout
 from jaxtta.deploy.audit import read_log, steps_of
-from jaxtta.deploy.pilot import VERDICTS, Thresholds, judge
-from jaxtta.deploy.shadow import Shadow, fit_of, gain_of, pairs_of, to_label
+from jaxtta.deploy.pilot import VERDICTS, Criterion, Thresholds, judge
+from jaxtta.deploy.shadow import Estimate, Shadow, fit_of, gain_of, pairs_of, to_label
 from jaxtta.metrics import expected_calibration_error
+from jaxtta.report.pilot import reason
 
 CLASSES = 10
 
@@ -378,5 +379,5 @@ def test_a_measured_loss_is_not_said_as_a_gain():
         (-0.5, -1.2, 0.9, "and a loss of 0.5 points (95 % interval −0.9 to 1.2) was measured"),
         (0.4, -1.2, 0.9, "and 0.4 points (95 % interval −1.2 to 0.9) was measured"),
     ]:
-        gain = pilot.Criterion("gain", "open", shadow.Estimate(value, low, high), 0.5, "points")
+        gain = Criterion("gain", "open", Estimate(value, low, high), 0.5, "points")
         assert reason(gain).endswith(words)
