@@ -84,7 +84,6 @@ def _sweep(file: str) -> str:
         known = own["gain"].notna().any()
         line |= {"better, worse": f"{better}, {worse} of {len(own)}" if known else ""}
         line |= {"calibration error (%)": f"{100 * own['ece'].mean():.1f}"}
-        line |= {"ms an image": f"{1e3 * own['seconds_per_image'].mean():.1f}"}
         lines.append(line)
     return _markdown(pd.DataFrame(lines))
 
