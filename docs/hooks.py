@@ -7,7 +7,9 @@ site. Each such file becomes a page under `repository/`, and the link leads ther
 import logging
 import posixpath
 import re
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import jupyter_client
 from mkdocs.config.defaults import MkDocsConfig
@@ -25,6 +27,10 @@ class LocalKernels(jupyter_client.AsyncKernelManager):
     """Starts notebooks' kernels on sockets of this machine: they warn of others."""
 
     transport = CaselessStrEnum(["tcp", "ipc"], default_value="ipc", config=True)
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.ip = f"{tempfile.mkdtemp()}/kernel"  # relative to two folders by default
 
 
 jupyter_client.AsyncKernelManager = LocalKernels

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
         parallel,
         remote,
         report,
+        testing,
         tree,
         views,
     )
@@ -72,6 +73,7 @@ __all__ = [
     "remote",
     "report",
     "save_state",
+    "testing",
     "tree",
     "views",
     "zero_shot_task",

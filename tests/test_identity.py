@@ -275,3 +275,11 @@ def test_trained_results_are_of_their_images(run_jaxtta, images, short, tmp_path
     told = [json.loads(file.read_text()) for file in (tmp_path / "out").rglob("*.json")]
     about, *_ = (each.get("about", each) for each in told if "'date'" in str(each))
     assert {"command", "date", "preprocessing"} <= about.keys()
+
+
+def test_the_command_is_said_as_it_was_typed(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["/somewhere/bin/jaxtta", "sweep", "--data", "my images"])
+    assert provenance.about()["command"] == "jaxtta sweep --data 'my images'"
+    monkeypatch.setattr("sys.argv", ["a.py"])
+    monkeypatch.setattr("sys.orig_argv", ["/somewhere/python", "a.py", "--b"])
+    assert provenance.about()["command"] == "python a.py --b"

@@ -17,6 +17,7 @@ MAY_IMPORT = {
     **{name: set() for name in FUNCTIONS},
     "assets": set(),
     "remote": set(),
+    "testing": {"adapters", "io", "models"},
     "__main__": {"cli"},
     "models": {"io", "images"},
     "data": {"io", "images", "corruptions"},

@@ -15,9 +15,10 @@ from PIL import Image
 
 from jaxtta.deploy import rollout
 from jaxtta.deploy.audit import read_log, steps_of
-from jaxtta.deploy.pilot import VERDICTS, Thresholds, judge
-from jaxtta.deploy.shadow import Shadow, fit_of, gain_of, pairs_of, to_label
+from jaxtta.deploy.pilot import VERDICTS, Criterion, Thresholds, judge
+from jaxtta.deploy.shadow import Estimate, Shadow, fit_of, gain_of, pairs_of, to_label
 from jaxtta.metrics import expected_calibration_error
+from jaxtta.report.pilot import reason
 
 CLASSES = 10
 
@@ -371,3 +372,12 @@ def test_verdicts_have_exit_codes_of_their_own():
 def test_thresholds_are_plain_numbers():
     json.dumps(dataclasses.asdict(Thresholds()), allow_nan=False)
     assert jax.tree.leaves(dataclasses.asdict(Thresholds()))
+
+
+def test_a_measured_loss_is_not_said_as_a_gain():
+    for value, low, high, words in [
+        (-0.5, -1.2, 0.9, "and a loss of 0.5 points (95 % interval −0.9 to 1.2) was measured"),
+        (0.4, -1.2, 0.9, "and 0.4 points (95 % interval −1.2 to 0.9) was measured"),
+    ]:
+        gain = Criterion("gain", "open", Estimate(value, low, high), 0.5, "points")
+        assert reason(gain).endswith(words)

@@ -108,6 +108,13 @@ def contents_of(batches: Batches, share: range, progress: bool) -> dict[int, str
     return {n: None if None in own else digest_of(own) for n, own in parts.items()}
 
 
+def _command() -> list[str]:
+    """As it was typed: `jaxtta …`, or `python` and its arguments."""
+    if Path(sys.argv[0]).name == "jaxtta":
+        return ["jaxtta", *sys.argv[1:]]
+    return ["python", *sys.orig_argv[1:]]
+
+
 def about(loaded: Any = None, **places: str) -> dict[str, Any]:
     """How to repeat a run with a model from `jaxtta.load`; `places` are paths of data and model."""
     if hasattr(loaded, "preprocessing_origin"):
@@ -118,7 +125,7 @@ def about(loaded: Any = None, **places: str) -> dict[str, Any]:
         places["commit"] = found[1]
     return {
         **places,
-        "command": shlex.join(["python", *sys.orig_argv[1:]]),
+        "command": shlex.join(_command()),
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "versions": {"python": platform.python_version(), **{x: version(x) for x in PACKAGES}},
         "device": jax.devices()[0].device_kind,

@@ -166,7 +166,8 @@ def reason(one: Criterion) -> str:
         most = f"{gain.bounds[1]:.1f}".replace("-", "−")
         return f"a gain of {limit} points is asked for, and at most {most} are possible"
     if one.name == "gain":
-        return f"a gain of {limit} points is asked for, and {plain(gain)} was measured"
+        what = "a loss of " if (gain.value or 0) < 0 else ""
+        return f"a gain of {limit} points is asked for, and {what}{plain(gain)} was measured"
     if one.name == "loss" and one.status == "failed":
         return f"accuracy falls by {plain(gain)}"
     if one.name == "loss":
