@@ -4,11 +4,12 @@ VENV ?= .venv
 TRANSFORMERS ?= 5
 TESTS ?= tests
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
-CONSTRAINTS = -c constraints/common.txt -c constraints/transformers$(TRANSFORMERS).txt
+CONSTRAINTS = -c constraints/common.txt -c constraints/docs.txt \
+    -c constraints/transformers$(TRANSFORMERS).txt
 TPU = .venv-tpu
 OFFLINE = HF_HUB_OFFLINE=1
 
-.PHONY: help venv demo test test-slow parity bench tpu-check tpu-compile lint clean
+.PHONY: help venv demo test test-slow parity bench docs tpu-check tpu-compile lint clean
 
 help:  ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 18
@@ -43,6 +44,13 @@ parity: $(VENV)/torch  ## Install PyTorch and compare with it and with reference
 bench: $(VENV)/torch  ## Time the adapters on ViT-B/16, beside PyTorch
 	$(OFFLINE) $(VENV)/bin/python benchmarks/run.py
 
+$(VENV)/docs: $(VENV)/installed
+	$(PIP) $(CONSTRAINTS) --editable '.[docs]'
+	touch $@
+
+docs: $(VENV)/docs  ## Build the site (site/); warnings are errors
+	$(OFFLINE) NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict
+
 tpu-check:  ## Compile steps for a TPU with none attached, where libtpu can be installed
 	$(PYTHON) -m venv $(TPU)
 	@if $(TPU)/bin/python -m pip install --quiet --disable-pip-version-check 'libtpu==0.0.42.*'; \
@@ -60,4 +68,4 @@ lint: venv  ## Check style and types
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 
 clean:  ## Remove the environment and all results
-	rm -rf $(VENV) $(TPU) runs .pytest_cache
+	rm -rf $(VENV) $(TPU) runs site .pytest_cache

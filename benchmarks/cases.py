@@ -41,6 +41,7 @@ class Settings:
     profile: bool = False  # also list the twenty kernels that take longest (JAX)
     reading: bool = False  # also time the reading of JPEG files
     projectors: bool = False  # also time what GNSP adds to training
+    csv: str | None = None  # file for the rows; those of the same case there are replaced
 
 
 def print_row(measure: Callable[[Settings, str, str], tuple]) -> None:

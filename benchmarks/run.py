@@ -1,7 +1,7 @@
 r"""Time, memory and arithmetic of one step of the adapters, beside the same step in PyTorch.
 
     python benchmarks/run.py --classes 1000 --adapters tnt:steps=1 tnt:steps=3 --steps 1
-    python benchmarks/run.py --classes 1000 --adapters mgtta --frameworks jax
+    python benchmarks/run.py --classes 1000 --adapters mgtta --frameworks jax --csv mgtta.csv
     python benchmarks/run.py --adapters zero_shot --frameworks jax --projectors --steps 3
     python benchmarks/run.py --adapters batclip text-gradient image-gradient loss update \
         --frameworks jax --classes 1000 --batch 64 --dtype bfloat16 --profile
@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 from jaxtta import cli
 
+CASE = ("model", "classes", "batch", "dtype")  # of a row of the file
 PROMPTS = {"batclip": ("77 tokens", "cut"), "tnt": ("77 tokens",)}  # in PyTorch
 
 
@@ -58,6 +59,12 @@ def main(settings: Settings) -> None:
     reference = rows[rows.prompts == "77 tokens"].set_index("adapter")
     rows["faster"] = rows.adapter.map(reference["s/step"]) / rows["s/step"]
     print(rows.to_string(index=False, na_rep="–", float_format="{:,.4g}".format))
+    if settings.csv:
+        new = rows.assign(**{key: getattr(settings, key) for key in CASE})
+        old = pd.read_csv(settings.csv) if Path(settings.csv).exists() else new[:0]
+        both = pd.concat([old, new]) if len(old) else new
+        both = both.drop_duplicates(["adapter", "library", "prompts", *CASE], keep="last")
+        both.to_csv(settings.csv, index=False, float_format="%.5g")
     if settings.reading:
         print(reading_times().to_string())
     if settings.projectors:

@@ -1,4 +1,4 @@
-"""BATCLIP on ImageNet-C: a published gain of 5.1 points, not measured here (docs/published.md).
+"""BATCLIP on ImageNet-C: published gain 5.1 points, not measured here (docs/papers/batclip.md).
 
 python experiments/batclip_imagenet_c.py --data IMAGENET-C --workers 8 --output runs/imagenet-c
 """

@@ -1,4 +1,4 @@
-"""GNSP on MTIL's eleven tasks, not measured here (docs/published.md).
+"""GNSP on MTIL's eleven tasks, not measured here (docs/papers/gnsp.md).
 
 python experiments/gnsp_mtil.py --data DATA --reference imagenet=IMAGENET/train --output runs/mtil
 """

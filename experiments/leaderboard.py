@@ -7,7 +7,7 @@ r"""Which methods help, at which cost, and where do they harm? All named methods
 corruption and `labels.npy`. Each method runs with its published settings, and with the learning
 rate that is the most accurate on the four validation corruptions of `meta_train`, which has other
 images. `--part cost` times one step of every method, on a machine that does nothing else. A run
-that was stopped goes on; `--part report` makes the tables and the plot again.
+that was stopped goes on; `--part report` makes the tables (CSV) and the plot again.
 
 Methods that begin anew at every image have one kind of stream, since the others only change the
 order of the images. CLIPArTT and WATT begin anew at every batch, and have two kinds and one.
@@ -66,7 +66,7 @@ class Options:
 
     data: Path  # folder with `test` and `meta_train`
     output: Path = Path("runs/leaderboard")  # of all results
-    results: Path = Path("docs/results")  # of the tables and the plot
+    results: Path = Path("docs/results")  # of the tables, as CSV, and the plot
     part: Literal["all", "rates", "streams", "cost", "report"] = "all"
     seeds: tuple[int, ...] = (1, 2, 3)  # of the order and the choice of images
     validation_images: int = 128  # of each validation corruption
@@ -249,7 +249,7 @@ def time_steps(options: Options, loaded: Any, batch_size: int = 16, seconds: flo
 
 
 def write_results(options: Options) -> None:
-    """Write the long table, the wide one and the plot."""
+    """Write the table, the times and the plot."""
     lines = [
         line
         for folder in ("batch-16", "batch-1", "batch-100", "views", *SLOW)
@@ -260,10 +260,8 @@ def write_results(options: Options) -> None:
     options.results.mkdir(parents=True, exist_ok=True)
     table.to_csv(options.results / "leaderboard.csv", index=False, float_format="%.5f")
     cost.to_csv(options.results / "leaderboard-cost.csv", float_format="%.3f")
-    shown = wide(table, cost)
-    (options.results / "leaderboard.md").write_text(as_markdown(shown))
     plot(table, cost, options.results / "leaderboard.png")
-    print(shown.to_string())
+    print(f"results: {options.results}; python docs/render.py writes the tables of the documents")
 
 
 def lines_of(found: Sequence[evaluate.Predictions]) -> Iterator[dict[str, Any]]:
@@ -291,41 +289,6 @@ def lines_of(found: Sequence[evaluate.Predictions]) -> Iterator[dict[str, Any]]:
             means = means.groupby(level=3).mean()  # over the seeds
             line |= {"worst": means.min(), "worst_corruption": means.idxmin()}
         yield line
-
-
-def wide(table: pd.DataFrame, cost: pd.Series) -> pd.DataFrame:
-    """Gains in points by adapter and kind of stream; + and - where the interval is off zero."""
-    rows = table[table["adapter"] != "zero_shot"].copy()
-    sign = np.where(rows["low"] > 0, "+", np.where(rows["high"] < 0, "-", ""))
-    rows["shown"] = [
-        f"{100 * gain:.1f} {mark}".strip() for gain, mark in zip(rows["gain"], sign, strict=True)
-    ]
-    shown = rows.pivot_table("shown", "adapter", "stream", "first", sort=False)
-    shown = shown.reindex(columns=[*CELLS])
-    for text in shown.index:
-        if text.partition(":")[0] in VIEWS:
-            shown.loc[text] = shown.loc[text].fillna("as reset")
-    ece = table.query("stream == 'reset'").groupby("adapter")["ece"].first()
-    least = rows.loc[rows.groupby("adapter", sort=False)["gain"].idxmin()].set_index("adapter")
-    shown.insert(
-        0,
-        "ms an image",
-        [f"{cost.get(text.partition(':')[0], np.nan):.1f}" for text in shown.index],
-    )
-    shown["worst"] = [
-        f"{100 * least['gain'][text]:.1f} ({least['stream'][text]})" for text in shown.index
-    ]
-    shown["ECE"] = [f"{100 * ece[text]:.1f}" for text in shown.index]
-    order = rows.groupby("adapter")["gain"].mean().sort_values(ascending=False).index
-    return shown.loc[order].astype(object).fillna("")
-
-
-def as_markdown(shown: pd.DataFrame) -> str:
-    """The table for the documentation."""
-    head = ["method", *shown.columns]
-    lines = [head, ["---"] + ["---:"] * len(shown.columns)]
-    lines += [[f"`{text}`", *row] for text, row in zip(shown.index, shown.to_numpy(), strict=True)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
 def plot(table: pd.DataFrame, cost: pd.Series, path: Path) -> None:

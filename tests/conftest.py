@@ -33,6 +33,7 @@ import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pandas as pd
 import pytest
 from flax import nnx
 from flax.traverse_util import flatten_dict
@@ -60,8 +61,29 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 
 
+def pytest_addoption(parser):
+    parser.addoption("--agreement", metavar="FILE", help="run the golden tests, write differences")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--agreement"):
+        items[:] = [item for item in items if "agrees" in item.fixturenames]
+
+
+def pytest_sessionfinish(session, exitstatus):
+    file = session.config.getoption("--agreement")
+    if file and exitstatus == 0:
+        rows = [
+            dict(zip(("method", "quantity"), key, strict=True)) | DIFFERENCES[key]
+            for key in sorted(DIFFERENCES)
+        ]
+        pd.DataFrame(rows).to_csv(file, index=False, float_format="%.3g")
+
+
 def pytest_configure(config):
     """Forget what was compiled once it fills a gigabyte; before anything is."""
+    if config.getoption("--agreement") and config.getoption("numprocesses", None):
+        raise pytest.UsageError("--agreement is for one process, without -n")
     kept = Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
     files = [*kept.iterdir()] if kept.is_dir() else []
     alone = not hasattr(config, "workerinput")  # not one of xdist's workers
@@ -236,6 +258,34 @@ def relative(ours, reference):
     ours, reference = np.asarray(ours, np.float64), np.asarray(reference, np.float64)
     assert ours.shape == reference.shape
     return np.linalg.norm(ours - reference) / np.linalg.norm(reference)
+
+
+# By method and quantity, in float32: the largest difference from the reference implementation.
+DIFFERENCES: dict = {}
+
+
+@pytest.fixture
+def agrees():
+    """Assert that numbers are those of a reference implementation, and note how nearly.
+
+    `most` bounds the largest difference, `norm` the norm of the difference over the reference's.
+    """
+
+    def compare(method, quantity, ours, theirs, most=None, norm=None):
+        ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+        assert ours.shape == theirs.shape
+        gap, scale = np.abs(ours - theirs).max(), np.abs(theirs).max()
+        share = np.linalg.norm(ours - theirs) / (np.linalg.norm(theirs) or 1)
+        tolerance, bound = (most, "difference") if norm is None else (norm, "relative")
+        if not jax.config.jax_enable_x64:
+            new = dict(difference=gap, scale=scale, relative=share, tolerance=tolerance)
+            old = DIFFERENCES.get((method, quantity), new)
+            new = {key: float(max(new[key], old[key])) for key in new}
+            DIFFERENCES[method, quantity] = new | {"bound": bound}
+        measured = gap if norm is None else share
+        assert measured <= tolerance, f"{method}, {quantity}: {measured}"
+
+    return compare
 
 
 def images_of(model, pixels):

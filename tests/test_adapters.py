@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import changes, golden, images_of, relative, size_of
+from conftest import changes, golden, images_of, size_of
 from flax.traverse_util import flatten_dict
 
 import jaxtta
@@ -105,7 +105,7 @@ def close_changes(a, b, tolerance=1e-3):
         ("batclip_adam_l2", adapters.adam_with_l2(5e-4)),
     ],
 )
-def test_batclip_equals_the_published_runs(tiny, name, optimizer):
+def test_batclip_equals_the_published_runs(tiny, agrees, name, optimizer):
     model, params = tiny
     reference = golden(name)
     adapter = adapters.batclip(
@@ -115,13 +115,14 @@ def test_batclip_equals_the_published_runs(tiny, name, optimizer):
     step = jax.jit(adapter.step, donate_argnums=1)
     for t, images in enumerate(images_of(model, reference["images"])):
         state, prediction = step(params, state, images)
-        assert np.abs(prediction.logits - reference["logits"][t]).max() < 2e-4
+        agrees("batclip", "logits", prediction.logits, reference["logits"][t], 2e-4)
         for term in ("entropy", "image_text", "separation", "loss"):
-            value = float(prediction.metrics[term])
-            assert value == pytest.approx(float(reference[term][t]), rel=1e-5, abs=1e-5)
+            value, expected = prediction.metrics[term], reference[term][t]
+            most = 1e-5 * max(1, abs(float(expected)))
+            agrees("batclip", term.replace("image_text", "alignment"), value, expected, most)
         assert not prediction.metrics["skipped"]
     ours, theirs = changes(params, state.adapted, reference)
-    assert relative(ours, theirs) <= 1e-3
+    agrees("batclip", "update of four steps", ours, theirs, norm=1e-3)
 
 
 def test_published_number_of_adapted_parameters():

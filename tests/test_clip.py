@@ -21,14 +21,15 @@ def forward():
     return golden("clip_forward")
 
 
-def test_image_tower_equals_the_published_one(tiny, forward):
+def test_image_tower_equals_the_published_one(tiny, forward, agrees):
     model, params = tiny
     features = jax.jit(lambda p, x: model.image_features(p, x, all_tokens=True))(
         params, forward["images"]
     )
-    assert relative(features.embeddings, forward["image_embeds"]) < 1e-5
-    assert relative(features.pooled, forward["vision_pooled"]) < 1e-5
-    assert relative(np.stack(features.hidden_states), forward["vision_hidden_states"]) < 1e-5
+    hidden = np.stack(features.hidden_states)
+    agrees("CLIP", "image embeddings", features.embeddings, forward["image_embeds"], norm=1e-5)
+    agrees("CLIP", "pooled image features", features.pooled, forward["vision_pooled"], norm=1e-5)
+    agrees("CLIP", "hidden states", hidden, forward["vision_hidden_states"], norm=1e-5)
 
 
 def test_last_block_is_the_same_for_the_class_token_alone(tiny, forward):
@@ -56,10 +57,10 @@ def test_layer_features_are_class_tokens_through_the_next_norm(tiny, forward):
     np.testing.assert_array_equal(features.layer_features[:, -1], features.pooled)
 
 
-def test_text_tower_equals_the_published_one(tiny, forward):
+def test_text_tower_equals_the_published_one(tiny, forward, agrees):
     model, params = tiny
     embeddings = jax.jit(model.encode_text)(params, forward["token_ids"])
-    assert relative(embeddings, forward["text_embeds"]) < 1e-5
+    agrees("CLIP", "text embeddings", embeddings, forward["text_embeds"], norm=1e-5)
 
 
 @hypothesis.settings(max_examples=6)  # every shape compiles anew

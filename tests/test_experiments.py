@@ -142,8 +142,5 @@ def test_the_leaderboard_makes_its_tables(run_script, tmp_path, monkeypatch):
     gains = table.set_index("adapter")["gain"]
     np.testing.assert_allclose(gains["tent"], top1["tent"] - top1["zero_shot"])
     cost = pd.Series({"tent": 2.0, "zero_shot": 1.0})
-    shown = leaderboard.wide(table, cost)
-    assert list(shown.index) == list(gains.drop("zero_shot").sort_values(ascending=False).index)
-    assert leaderboard.as_markdown(shown).count("\n") == 4
     leaderboard.plot(table, cost, tmp_path / "plot.png")
     assert Image.open(tmp_path / "plot.png").width > 100

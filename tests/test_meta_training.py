@@ -225,7 +225,7 @@ def test_a_generator_for_both_towers_through_several_updates(run_jaxtta, short, 
 
 
 def test_clean_images_of_imagenet_c_are_those_of_imagenet(run_jaxtta, tmp_path, monkeypatch):
-    """IMAGENET/val, as in docs/published.md, or a folder of the layout with clean images."""
+    """IMAGENET/val, as in docs/papers/mgtta.md, or a folder of the layout with clean images."""
     for number, wnid in enumerate(("n01440764", "n01443537")):
         for place in (tmp_path / "val" / wnid, tmp_path / "c" / "clean" / wnid):
             place.mkdir(parents=True)

@@ -58,7 +58,7 @@ def tuning_of(reference, **changes):
     )
 
 
-def test_equal_to_the_published_code(setup, reference):
+def test_equal_to_the_published_code(setup, reference, agrees):
     def run(tuning):
         return jax.jit(
             jax.vmap(lambda views, noise: optimize_noise(*setup, views, noise, tuning)),
@@ -67,16 +67,16 @@ def test_equal_to_the_published_code(setup, reference):
     tuned = run(tuning_of(reference))
     wrong = np.abs(tuned.noise_steps - reference["noise_steps"]) > 1e-7
     assert wrong.mean() <= 0.005
-    np.testing.assert_allclose(tuned.losses, reference["losses"], atol=1e-4)
+    agrees("tnt", "loss", tuned.losses, reference["losses"], 1e-4)
     theirs_of = {"selected": "selected", "ensemble": "voting"}
     for name in theirs_of:
         ours, theirs = np.sort(getattr(tuned, name), -1), np.sort(reference[theirs_of[name]], -1)
         np.testing.assert_array_equal(ours, theirs)
-    np.testing.assert_allclose(tuned.logits, reference["adapted_logits"], atol=5e-3)
+    agrees("tnt", "logits", tuned.logits, reference["adapted_logits"], 5e-3)
     paper = np.exp(tuned.log_probabilities)
-    np.testing.assert_allclose(paper, reference["paper_probs"], atol=5e-3)
+    agrees("tnt", "probabilities", paper, reference["paper_probs"], 5e-3)
     code = run(dataclasses.replace(tuning_of(reference), temperature="code"))
-    np.testing.assert_allclose(np.exp(code.log_probabilities), reference["code_probs"], atol=5e-3)
+    agrees("tnt", "probabilities", np.exp(code.log_probabilities), reference["code_probs"], 5e-3)
 
 
 @hypothesis.given(

@@ -94,7 +94,7 @@ def pictures_in(cache, features):
 
 @PRECISIONS
 @pytest.mark.parametrize("kind", ["single", "views"])
-def test_tda_equals_the_published_code(kind, dtype):
+def test_tda_equals_the_published_code(agrees, kind, dtype):
     reference = golden("tda")
     meta = json.loads(str(reference["meta"]))[kind]
     positive, negative = meta["positive"], meta["negative"]
@@ -117,7 +117,7 @@ def test_tda_equals_the_published_code(kind, dtype):
         own = {"probabilities": p} if kind == "views" else {}
         caches, ours = jax.jit(predict)(caches, features, logits, all_of(features), **own)
         assert ours.dtype == dtype
-        assert np.abs(ours - reference[f"{kind}/logits"]).max() < tolerance(dtype, 1e-4)
+        agrees("tda", "logits", ours, reference[f"{kind}/logits"], tolerance(dtype, 1e-4))
         for cache, which in zip(caches, ("positive", "negative"), strict=True):
             expected = reference[f"{kind}/{which}_cache"]
             np.testing.assert_array_equal(pictures_in(cache, features), expected)
@@ -125,7 +125,7 @@ def test_tda_equals_the_published_code(kind, dtype):
 
 @PRECISIONS
 @pytest.mark.parametrize("affinity", AFFINITIES)
-def test_lame_equals_the_published_code(affinity, dtype):
+def test_lame_equals_the_published_code(agrees, affinity, dtype):
     reference = golden("lame")
     with jax.enable_x64(dtype == "float64"):
         features, logits = jnp.asarray(reference["features"]), jnp.asarray(reference["logits"])
@@ -134,9 +134,9 @@ def test_lame_equals_the_published_code(affinity, dtype):
         ours = jnp.exp(jax.jit(lame_log_probabilities)(logits, affinities, mask))
         assert ours.dtype == dtype
         expected = reference[f"{affinity}/affinity"]
-        assert np.abs(affinities - expected).max() < tolerance(dtype, 1e-5)
+        agrees("lame", "affinities", affinities, expected, tolerance(dtype, 1e-5))
         expected = reference[f"{affinity}/probabilities"]
-        assert np.abs(ours - expected).max() < tolerance(dtype, 2e-4)
+        agrees("lame", "probabilities", ours, expected, tolerance(dtype, 2e-4))
 
 
 def test_lame_stops_where_the_published_code_does():
@@ -156,7 +156,7 @@ def test_lame_stops_where_the_published_code_does():
 
 
 @PRECISIONS
-def test_t3a_equals_the_published_code(tiny, task, dtype):
+def test_t3a_equals_the_published_code(tiny, task, agrees, dtype):
     model, params = tiny
     reference = golden("t3a")
     with jax.enable_x64(dtype == "float64"):
@@ -173,14 +173,14 @@ def test_t3a_equals_the_published_code(tiny, task, dtype):
             supports, ours, counts = JOIN(supports, features, logits, rows, all_of(batch))
             assert ours.dtype == dtype
             close = tolerance(dtype, 1e-4)
-            assert np.abs(logits - reference["clip_logits"][number]).max() < close
-            assert np.abs(ours - reference["logits"][number]).max() < close
+            agrees("t3a", "logits of CLIP", logits, reference["clip_logits"][number], close)
+            agrees("t3a", "logits", ours, reference["logits"][number], close)
             np.testing.assert_array_equal(counts, reference["supports"][number])
 
 
 @PRECISIONS
 @pytest.mark.parametrize("soft", [False, True])
-def test_stata_equals_the_published_code(soft, dtype):
+def test_stata_equals_the_published_code(agrees, soft, dtype):
     reference, kind = golden("stata"), "soft" if soft else "stata"
     with jax.enable_x64(dtype == "float64"):
         features, texts = jnp.asarray(reference["features"]), jnp.asarray(reference["text_embeds"])
@@ -189,17 +189,19 @@ def test_stata_equals_the_published_code(soft, dtype):
             run = jax.jit(partial(stata_fit, soft_beta=soft, iterations=number))
             fit = run(features, texts, logits, all_of(features))
             assert fit.log_z.dtype == dtype
-            assert np.abs(jnp.exp(fit.log_z) - reference[f"{kind}/z_steps"][number]).max() < close
-            assert np.abs(fit.weights - reference[f"{kind}/beta"][number - 1]).max() < close
-        for ours, theirs in ((fit.means, "mu"), (fit.variances, "cov"), (jnp.exp(fit.log_z), "z")):
-            assert np.abs(ours - reference[f"{kind}/{theirs}"]).max() < close
+            z = reference[f"{kind}/z_steps"][number]
+            agrees("stata", "probabilities", jnp.exp(fit.log_z), z, close)
+            agrees("stata", "weights", fit.weights, reference[f"{kind}/beta"][number - 1], close)
+        agrees("stata", "means", fit.means, reference[f"{kind}/mu"], close)
+        agrees("stata", "variances", fit.variances, reference[f"{kind}/cov"], close)
+        agrees("stata", "probabilities", jnp.exp(fit.log_z), reference[f"{kind}/z"], close)
 
 
 @PRECISIONS
 @pytest.mark.parametrize(
     ("start", "kind"), [("images", "transclip"), ("text", "transclip_text_start")]
 )
-def test_transclip_equals_the_published_code(start, kind, dtype):
+def test_transclip_equals_the_published_code(agrees, start, kind, dtype):
     reference = golden("stata")
     with jax.enable_x64(dtype == "float64"):
         features, texts = jnp.asarray(reference["features"]), jnp.asarray(reference["text_embeds"])
@@ -209,10 +211,10 @@ def test_transclip_equals_the_published_code(start, kind, dtype):
         )
         assert fit.log_z.dtype == dtype
         z = reference[f"{kind}/z"]
-        assert np.abs(jnp.exp(fit.log_z) - z).max() < tolerance(dtype, 1e-4)
+        agrees("transclip", "probabilities", jnp.exp(fit.log_z), z, tolerance(dtype, 1e-4))
 
 
-def test_adapters_equal_the_published_code_from_the_pictures_on(tiny):
+def test_adapters_equal_the_published_code_from_the_pictures_on(tiny, agrees):
     """With the model's own features, the text encoded once."""
     model, params = tiny
 
@@ -227,12 +229,12 @@ def test_adapters_equal_the_published_code_from_the_pictures_on(tiny):
     batches = stream["single/images"].reshape(4, 15, 32, 32, 3)
     method = partial(tda, scale=100.0, **TDA_PRESETS["imagenet"])
     ours = np.concatenate([*run(method, stream["single/token_ids"], batches)])
-    assert np.abs(ours - stream["single/logits"]).max() < 2e-4
+    agrees("tda", "logits of the adapter", ours, stream["single/logits"], 2e-4)
     supports = golden("t3a")
     ours = run(partial(t3a, supports=3), supports["token_ids"], supports["images"])
     scale = np.exp(float(params["logit_scale"]))
     for logits, expected in zip(ours, supports["logits"], strict=True):
-        assert np.abs(logits / scale - expected).max() < 1e-4
+        agrees("t3a", "logits of the adapter", logits / scale, expected, 1e-4)
     for method, file, key in (
         (partial(lame, affinity="rbf"), "lame", "rbf/probabilities"),
         (partial(stata, scale=100.0), "stata", "stata/z"),
@@ -240,7 +242,8 @@ def test_adapters_equal_the_published_code_from_the_pictures_on(tiny):
     ):
         reference = golden(file)
         (logits,) = run(method, reference["token_ids"], [reference["images"]])
-        assert np.abs(np.exp(logits) - reference[key]).max() < 2e-4
+        name = "transclip" if "transclip" in key else file
+        agrees(name, "probabilities of the adapter", np.exp(logits), reference[key], 2e-4)
 
 
 # The formulas, as loops

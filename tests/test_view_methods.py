@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import NNXClassifier, golden, relative
+from conftest import NNXClassifier, golden
 
 import jaxtta
 from jaxtta import models, parallel
@@ -36,8 +36,12 @@ def precise(request):
         yield request.param == "float64"
 
 
-def near(ours, theirs, precise, atol=1e-4):
-    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-9 if precise else atol)
+@pytest.fixture
+def near(precise, agrees):
+    def compare(method, quantity, ours, theirs):
+        agrees(method, quantity, ours, theirs, 1e-9 if precise else 1e-4)
+
+    return compare
 
 
 def encoded(tiny, name, precise):
@@ -54,15 +58,15 @@ def encoded(tiny, name, precise):
     return reference, unit, classes, model.logit_scale(params), params, prompts
 
 
-def test_zero_equals_the_published_code(tiny, precise):
+def test_zero_equals_the_published_code(tiny, precise, near):
     reference, unit, classes, scale, *_ = encoded(tiny, "zero", precise)
     logits = scale * unit @ classes.T
-    near(logits / scale, reference["cosines"], precise)
+    near("zero", "cosines", logits / scale, reference["cosines"])
     votes = jax.jit(jax.vmap(zero_votes))(logits)
     np.testing.assert_array_equal(votes, reference["votes"])
     np.testing.assert_array_equal(votes.argmax(-1), reference["prediction"])
     soft = jax.jit(jax.vmap(lambda x: zero_soft_votes(x, scale, HALF_PRECISION)))(logits)
-    near(np.exp(soft), reference["soft_votes"], precise)
+    near("zero", "probabilities", np.exp(soft), reference["soft_votes"])
 
 
 def test_ties_are_broken_by_the_views_that_follow():
@@ -84,27 +88,28 @@ def test_ties_are_broken_by_the_views_that_follow():
     assert votes([0, 1], [5, 9], 1.0) == [1, 2, 0, 0]
 
 
-def test_vte_equals_the_published_code(tiny, precise):
+def test_vte_equals_the_published_code(tiny, precise, near):
     reference, unit, classes, scale, *_ = encoded(tiny, "vte", precise)
-    near(classes, reference["text_embeds"], precise)
+    near("vte", "class embeddings", classes, reference["text_embeds"])
     logits = jax.jit(jax.vmap(lambda views: vte_logits(views, classes, scale)))(unit)
-    near(logits, reference["logits"], precise)
+    near("vte", "logits", logits, reference["logits"])
 
 
-def test_mta_equals_the_published_code(tiny, precise):
+def test_mta_equals_the_published_code(tiny, precise, near):
     reference, unit, classes, scale, *_ = encoded(tiny, "mta", precise)
     found = jax.jit(jax.vmap(lambda views: mean_shift(views, classes, scale)))(unit)
     theirs = {"weights": "inlierness"}
     for name, value in found._asdict().items():
-        near(value, reference[theirs.get(name, name)], precise)
+        near("mta", name, value, reference[theirs.get(name, name)])
 
 
 @pytest.mark.parametrize(("part", "dispersion"), [("", 0.0), ("ctpt/", 20.0)])
-def test_tpt_equals_the_published_code(tiny, precise, part, dispersion):
+def test_tpt_equals_the_published_code(tiny, precise, near, agrees, part, dispersion):
+    name = part.strip("/") or "tpt"
     reference, unit, _, scale, params, prompts = encoded(tiny, "tpt", precise)
     model, tolerance = tiny[0], 1e-9 if precise else 2e-4
     start = initial_context(params, prompts)
-    near(start, reference["context"], precise)
+    near(name, "initial context", start, reference["context"])
 
     def encode(context):
         return model.class_embeddings(params, prompts, context)
@@ -118,13 +123,14 @@ def test_tpt_equals_the_published_code(tiny, precise, part, dispersion):
         return tune_context(*arguments, optax.sgd(1.0), **how).context, tuned
 
     moved, tuned = run(unit)
-    assert relative(start - moved, reference[f"{part}gradients"]) < tolerance
+    agrees(name, "gradients", start - moved, reference[f"{part}gradients"], norm=tolerance)
     np.testing.assert_array_equal(tuned.selected, reference[f"{part}selected"])
-    near(tuned.losses, reference[f"{part}losses"], precise)  # each with the context so far
+    near(name, "loss", tuned.losses, reference[f"{part}losses"])  # each with the context so far
     change = reference[f"{part}contexts"][:, -1] - reference["context"]
-    assert relative(tuned.context - start, change) < tolerance
-    near(tuned.class_embeddings, reference[f"{part}text_embeds"][:, -1], precise)
-    near(tuned.logits, reference[f"{part}logits"][:, -1], precise)
+    agrees(name, "update", tuned.context - start, change, norm=tolerance)
+    texts = reference[f"{part}text_embeds"][:, -1]
+    near(name, "class embeddings", tuned.class_embeddings, texts)
+    near(name, "logits", tuned.logits, reference[f"{part}logits"][:, -1])
     assert tuned.finite.all()
 
 

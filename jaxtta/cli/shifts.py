@@ -3,7 +3,7 @@ r"""Measure how much adapters gain on natural distribution shifts.
     jaxtta shifts --max-images 200 --tnt.scale 0.5 1 --output runs/natural
 
 runs zero-shot CLIP and TNT on bundled CIFAR-10 images with the bundled demo model. Your own images
-in class folders, beside a known dataset (docs/published.md has the usual ones):
+in class folders, beside a known dataset (docs/papers/tnt.md has the usual ones):
 
     jaxtta shifts --datasets shop=FOLDER imagenet-a=DATA/imagenet-a --output runs/shop
 
