@@ -1,33 +1,12 @@
-"""Shared by all tests: eight CPU devices, no network, the tiny golden model."""
-
-import os
-from pathlib import Path
-
-# The tests compile much and compute little. What was compiled is kept for the other workers, for
-# the scripts that tests start and for the next run (`make clean` forgets it).
-os.environ["XLA_FLAGS"] = " ".join(
-    [
-        os.environ.get("XLA_FLAGS", ""),
-        "--xla_force_host_platform_device_count=8",
-        "--xla_backend_optimization_level=0",
-        "--xla_cpu_use_fusion_emitters=false",  # a third of the time to compile
-    ]
-)
-os.environ.setdefault(
-    "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "jax")
-)
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
-os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
+"""Shared by all tests: the tiny golden model and others; `../conftest.py` sets up devices."""
 
 import dataclasses
-import json
-import re
+import os
 import runpy
 import shutil
 import sys
 import types
+from pathlib import Path
 
 import hypothesis
 import jax
@@ -38,7 +17,7 @@ import pytest
 from flax import nnx
 from flax.traverse_util import flatten_dict
 from PIL import Image
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 import jaxtta
 from jaxtta import models
@@ -107,22 +86,6 @@ def siglip():
 def embedded():
     """The embedded model with its parameters."""
     return jaxtta.load(jaxtta.assets.MODEL)
-
-
-@pytest.fixture(scope="session")
-def short(tmp_path_factory):
-    """The embedded model, cut down to the first block of each tower, which compiles fast."""
-    folder = tmp_path_factory.mktemp("short") / "clip"
-    shutil.copytree(jaxtta.assets.MODEL, folder)
-    config = json.loads((folder / "config.json").read_text())
-    for tower in ("text_config", "vision_config"):
-        config[tower]["num_hidden_layers"] = 1
-    (folder / "config.json").write_text(json.dumps(config))
-    weights = load_file(folder / "model.safetensors")
-    later = re.compile(r"layers\.[1-9]")
-    weights = {name: array for name, array in weights.items() if not later.search(name)}
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    return folder
 
 
 class NNXClassifier:
