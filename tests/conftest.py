@@ -11,6 +11,7 @@ os.environ["XLA_FLAGS"] = " ".join(
         "--xla_force_host_platform_device_count=8",
         "--xla_backend_optimization_level=0",
         "--xla_cpu_use_fusion_emitters=false",  # a third of the time to compile
+        "--xla_cpu_parallel_codegen_split_count=1",  # each core has a worker
     ]
 )
 os.environ.setdefault(
@@ -20,13 +21,16 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"  # nobody reads them
 
 import dataclasses
+import gc
 import json
 import re
 import runpy
 import shutil
 import sys
+import threading
 import types
 
 import hypothesis
@@ -52,6 +56,10 @@ EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 # Nothing here needs them, but this part of it, which OpenCLIP imports, looks for them.
 _OPERATORS = "torchvision._meta_registrations"
 sys.modules.setdefault(_OPERATORS, types.ModuleType(_OPERATORS))
+
+# What is imported stays, and JAX's traces are many objects of which few are garbage.
+gc.freeze()
+gc.set_threshold(50_000, 20, 50)
 
 hypothesis.settings.register_profile("dev", deadline=None, max_examples=8, derandomize=True)
 hypothesis.settings.register_profile(
@@ -154,9 +162,9 @@ def towers(tiny, siglip):
     nnx_model = NNXClassifier()
     return {
         "vit": (clip, params, task),
-        "resnet": (resnet, resnet.init(jax.random.key(1)), task),
+        "resnet": (resnet, jax.jit(resnet.init)(jax.random.key(1)), task),
         "siglip": (*siglip, models.task_from_token_ids(golden("siglip")["token_ids"])),
-        "supervised": (vit, vit.init(jax.random.key(2)), None),
+        "supervised": (vit, jax.jit(vit.init)(jax.random.key(2)), None),
         "nnx": (nnx_model, nnx_model.params, None),
     }
 
@@ -170,7 +178,14 @@ def shared():
 
 
 @pytest.fixture
-def run_script(monkeypatch, capsys):
+def own_threads(monkeypatch):
+    """An interrupted program waits for the threads that it has started, not for pytest-xdist's."""
+    every, before = threading.enumerate, {*threading.enumerate()}
+    monkeypatch.setattr(threading, "enumerate", lambda: [x for x in every() if x not in before])
+
+
+@pytest.fixture
+def run_script(monkeypatch, capsys, own_threads):
     """Run a script in this process; returns its exit code, output and errors."""
 
     def run(name, *arguments):
@@ -182,7 +197,7 @@ def run_script(monkeypatch, capsys):
 
 
 @pytest.fixture
-def run_jaxtta(monkeypatch, capsys):
+def run_jaxtta(monkeypatch, capsys, own_threads):
     """Run a `jaxtta` command in this process; returns its exit code, output and errors."""
 
     def run(*arguments):
