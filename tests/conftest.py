@@ -1,10 +1,12 @@
 """Shared by all tests: the tiny golden model and others; `../conftest.py` sets up devices."""
 
 import dataclasses
+import gc
 import os
 import runpy
 import shutil
 import sys
+import threading
 import types
 from pathlib import Path
 
@@ -32,6 +34,10 @@ EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 # Nothing here needs them, but this part of it, which OpenCLIP imports, looks for them.
 _OPERATORS = "torchvision._meta_registrations"
 sys.modules.setdefault(_OPERATORS, types.ModuleType(_OPERATORS))
+
+# What is imported stays, and JAX's traces are many objects of which few are garbage.
+gc.freeze()
+gc.set_threshold(50_000, 20, 50)
 
 hypothesis.settings.register_profile("dev", deadline=None, max_examples=8, derandomize=True)
 hypothesis.settings.register_profile(
@@ -139,9 +145,9 @@ def towers(tiny, siglip):
     nnx_model = NNXClassifier()
     return {
         "vit": (clip, params, task),
-        "resnet": (resnet, resnet.init(jax.random.key(1)), task),
+        "resnet": (resnet, jax.jit(resnet.init)(jax.random.key(1)), task),
         "siglip": (*siglip, models.task_from_token_ids(golden("siglip")["token_ids"])),
-        "supervised": (vit, vit.init(jax.random.key(2)), None),
+        "supervised": (vit, jax.jit(vit.init)(jax.random.key(2)), None),
         "nnx": (nnx_model, nnx_model.params, None),
     }
 
@@ -155,7 +161,14 @@ def shared():
 
 
 @pytest.fixture
-def run_script(monkeypatch, capsys):
+def own_threads(monkeypatch):
+    """An interrupted program waits for the threads that it has started, not for pytest-xdist's."""
+    every, before = threading.enumerate, {*threading.enumerate()}
+    monkeypatch.setattr(threading, "enumerate", lambda: [x for x in every() if x not in before])
+
+
+@pytest.fixture
+def run_script(monkeypatch, capsys, own_threads):
     """Run a script in this process; returns its exit code, output and errors."""
 
     def run(name, *arguments):
@@ -167,7 +180,7 @@ def run_script(monkeypatch, capsys):
 
 
 @pytest.fixture
-def run_jaxtta(monkeypatch, capsys):
+def run_jaxtta(monkeypatch, capsys, own_threads):
     """Run a `jaxtta` command in this process; returns its exit code, output and errors."""
 
     def run(*arguments):

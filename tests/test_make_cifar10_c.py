@@ -235,7 +235,7 @@ def test_comparison(run_script, tmp_path, short):
         array = np.load(output / "test" / f"{name}.npy")[[2, 0]]
         np.save(other / "test" / f"{name}.npy", np.where(array > 200, array - shift, array + shift))
     model = ["--model", short, "--table", table]
-    code, out, errors = run_script(SCRIPT, *given, output, "--compare", other, *model)
+    code, _out, errors = run_script(SCRIPT, *given, output, "--compare", other, *model)
     assert code == 0, errors
     head, snow, fog = (line.split(",") for line in table.read_text().split("\n")[:3])
     snow, fog = (dict(zip(head, line, strict=True)) for line in (snow, fog))
