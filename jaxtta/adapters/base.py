@@ -99,6 +99,15 @@ class Adapter(NamedTuple):
         step: `step(params, state, batch) -> (state, prediction)`. `params` is the whole frozen
             tree; it is neither stored in the state nor changed, and must not be donated. `batch`
             is a `Batch` or a bare array of images.
+
+    Examples:
+        The frozen model as an adapter, with the names of `jaxtta.load`'s example:
+
+        >>> adapter = jaxtta.adapters.zero_shot(model, task)
+        >>> state = adapter.init(params)  # once a stream
+        >>> state, prediction = jax.jit(adapter.step)(params, state, images)  # once a batch
+        >>> prediction.logits.shape, int(state.seen)
+        ((8, 10), 8)
     """
 
     init: Init

@@ -79,6 +79,15 @@ def lame_log_probabilities(
 
     Returns:
         (batch, classes), the logarithms of z.
+
+    Examples:
+        The third image, undecided, is like the first two:
+
+        >>> logits = jnp.array([[4.0, 0.0], [4.0, 0.0], [0.0, 0.0]])
+        >>> similar, mask = jnp.ones((3, 3)) - jnp.eye(3), jnp.ones(3, bool)
+        >>> log_p = jaxtta.adapters.lame_log_probabilities(logits, similar, mask)
+        >>> log_p.argmax(-1).tolist(), bool(log_p[2, 0] > jnp.log(0.8))
+        ([0, 0, 0], True)
     """
     prior = jnp.log(jax.nn.softmax(logits) + 1e-10)
     first = jax.nn.log_softmax(prior)

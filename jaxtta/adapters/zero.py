@@ -43,7 +43,8 @@ def zero_votes(logits: Array, fraction: float = 0.3) -> Array:
 
     Examples:
         >>> logits = jnp.array([[9.0, 0.0], [8.0, 0.0], [0.0, 0.1], [0.0, 0.2]])  # of four views
-        >>> jaxtta.adapters.zero_votes(logits, fraction=0.5).argmax().item()  # the two surest
+        >>> votes = jax.jit(jaxtta.adapters.zero_votes, static_argnames="fraction")
+        >>> votes(logits, fraction=0.5).argmax().item()  # of the two surest
         0
 
     References:

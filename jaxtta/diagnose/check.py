@@ -167,6 +167,16 @@ def check_target(
 
     Raises:
         ValueError: if features are constant, not finite or nearly all the same; it names the set.
+
+    Examples:
+        >>> from jaxtta.diagnose import FeatureSet, check_target
+        >>> rows = np.random.default_rng(0).normal(size=(60, 64)).astype(np.float32)
+        >>> rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+        >>> target, reference = (FeatureSet(x, np.full(30, -1), []) for x in np.split(rows, 2))
+        >>> head = jnp.eye(2, 64)  # text embeddings of the classes
+        >>> check, answers = check_target(target, reference, head, ["cat", "dog"])
+        >>> check.target.images, answers.labels.shape
+        (30, (30,))
     """
     logits = scale * logits_of(target.rows, head), scale * logits_of(reference.rows, head)
     with error_context("target images"):

@@ -181,6 +181,16 @@ def diagnose_model(
     Raises:
         ValueError: if settings are invalid, all images of the base set are of one class, or
             features are constant or not finite; it names the model and the set.
+
+    Examples:
+        >>> from jaxtta.diagnose import FeatureSet, LabelledSet, Settings, diagnose_model
+        >>> labels = np.arange(40) % 2
+        >>> noise = np.random.default_rng(0).normal(size=(40, 64)).astype(np.float32)
+        >>> features = FeatureSet(noise + 5 * np.eye(2, 64, dtype=np.float32)[labels], labels, [])
+        >>> clean = LabelledSet("clean", jnp.eye(2, 64), ["cat", "dog"], features)
+        >>> diagnosis, _ = diagnose_model("mine", [clean], Settings())
+        >>> diagnosis.sets["clean"].accuracy
+        1.0
     """
     settings.check()
     found: dict[str, SetMetrics] = {}

@@ -92,6 +92,12 @@ class Task(NamedTuple):
     Attributes:
         token_ids: (classes, templates, length) integers, on the host.
         class_names: one name a class, or () where only token ids are known.
+
+    Examples:
+        With `task` of `jaxtta.load`'s example:
+
+        >>> task.classes, task.class_names[0], task.token_ids.ndim
+        (10, 'airplane', 3)
     """
 
     token_ids: np.ndarray

@@ -46,6 +46,11 @@ class Policy:
         canary_every: images between two looks at the canary.
         snapshots: states that are kept to go back to.
         snapshot_every: batches between them.
+
+    Examples:
+        >>> policy = jaxtta.adapters.Policy(share=0.2, least_images=8)  # the others as they are
+        >>> policy.share, policy.strikes  # pass it to `jaxtta.guarded`
+        (0.2, 3)
     """
 
     share: float = 0.4

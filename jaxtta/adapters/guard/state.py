@@ -95,6 +95,14 @@ def stream_axes(state: Any) -> Any:
 
     Returns:
         The state with an axis in the place of each leaf.
+
+    Examples:
+        Four streams side by side, with `model`, `params` and `task` of `jaxtta.load`'s example:
+
+        >>> adapter = jaxtta.adapters.tent(model, task)
+        >>> axes = jaxtta.adapters.stream_axes(adapter.init(params))  # the context is there once
+        >>> init = jax.vmap(lambda key: adapter.init(params, key), out_axes=axes)
+        >>> step = jax.vmap(adapter.step, in_axes=(None, axes, 0), out_axes=(axes, 0))
     """
     own = jax.tree.map(lambda x: 0, changing(state))
     return put_back(jax.tree.map(lambda x: None, state), own)

@@ -36,6 +36,11 @@ class TNTConfig:
         views_per_chunk: views of an image that are embedded at once where no gradient is taken;
             fewer need less memory. With gradient, all selected views are embedded at once.
         images_per_map: images that are mapped over at once; 1 on a CPU, more fill an accelerator.
+
+    Examples:
+        >>> config = jaxtta.adapters.TNTConfig(views=16, steps=2, temperature="model")
+        >>> config.learning_rate  # the paper's
+        0.001
     """
 
     views: int = 64

@@ -30,6 +30,13 @@ def save(folder: str | Path, model: CLIP, params: Params) -> None:
         TypeError: if the model is a supervised classifier, or none.
         ValueError: if the model is neither transformers' CLIP nor its SigLIP, as with a ResNet, or
             the image processor cannot do the model's preprocessing.
+
+    Examples:
+        With `model`, `params` and `task` of `jaxtta.load`'s example, a model that has learnt:
+
+        >>> state = jaxtta.adapters.tent(model, task).init(params)
+        >>> jaxtta.models.save("adapted", model, jaxtta.tree.merge(params, state.adapted))
+        >>> model, params = jaxtta.load("adapted")
     """
     if not isinstance(model, CLIP):
         raise TypeError(f"model is a {type(model).__name__}, only CLIP and SigLIP can be saved")

@@ -55,6 +55,12 @@ def from_config(
 
     Raises:
         ValueError: if the activation is unknown or the sizes do not fit each other.
+
+    Examples:
+        >>> import transformers
+        >>> model = jaxtta.models.from_config(transformers.CLIPConfig())  # ViT-B/32
+        >>> model.image_size, model.feature_shape
+        (224, (12, 768))
     """
     values = cast(Any, config)  # its annotations allow None and lists where CLIP has numbers
     vision, text = values.vision_config, values.text_config
