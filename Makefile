@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 TRANSFORMERS ?= 5
-TESTS ?= tests
+TESTS ?= tests jaxtta
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 CONSTRAINTS = -c constraints/common.txt -c constraints/docs.txt \
     -c constraints/transformers$(TRANSFORMERS).txt

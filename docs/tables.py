@@ -12,34 +12,8 @@ import pandas as pd
 RESULTS = Path(__file__).with_name("results")
 BASELINE = "zero_shot"
 STREAMS = ("reset", "continual", "mixed", "sorted", "few classes", "batch 1", "batch 100")
-NORMS, BOTH = "norms of the image tower", "norms of both towers"
-ARXIV = "https://arxiv.org/abs/"
-# name: title, paper, what an answer needs beside its image, what the method changes
-METHODS = {
-    "zero_shot": ("zero-shot CLIP", "2103.00020", "nothing", "nothing"),
-    "tent": ("TENT", "2006.10726", "a batch", NORMS),
-    "batclip": ("BATCLIP", "2412.02837", "a batch", BOTH),
-    "mgtta": ("MGTTA", "2412.16901", "a batch, a pretrained generator", NORMS),
-    "sar": ("SAR", "2302.12400", "a stream", NORMS),
-    "eta": ("ETA (EATA)", "2204.02610", "a stream", NORMS),
-    "deyo": ("DeYO", "2403.07366", "a stream", NORMS),
-    "roid": ("ROID", "2306.00650", "a batch", NORMS),
-    "rotta": ("RoTTA", "2303.13899", "a stream", NORMS),
-    "mint": ("Mint", "2510.22127", "a stream", NORMS),
-    "clipartt": ("CLIPArTT", "2405.00754", "a batch", NORMS),
-    "watt": ("WATT", "2406.13875", "a batch, several templates", NORMS),
-    "tnt": ("TNT", "2502.06019", "nothing", "pixels"),
-    "tpt": ("TPT", "2209.07511", "nothing", "the prompt"),
-    "ctpt": ("C-TPT", "2403.14119", "nothing", "the prompt"),
-    "zero": ("ZERO", "2405.18330", "nothing", "nothing"),
-    "vte": ("VTE", "2405.14977", "nothing", "nothing"),
-    "mta": ("MTA", "2405.02266", "nothing", "nothing"),
-    "tda": ("TDA", "2403.18293", "a stream", "nothing"),
-    "t3a": ("T3A", "https://openreview.net/forum?id=e_yvNqkJKAW", "a stream", "nothing"),
-    "lame": ("LAME", "2201.05718", "a batch", "nothing"),
-    "stata": ("StatA", "2501.03729", "a batch", "nothing"),
-    "transclip": ("TransCLIP", "2406.01837", "a batch", "nothing"),
-}
+# What an answer of each method needs beside its image, and what the method changes
+METHODS = pd.read_csv(Path(__file__).with_name("methods.csv"), index_col="name")
 # The rows of "which method when": the smallest losses, the largest gains with a reset, and one of
 # each other kind
 WHICH = ("mint:lr=0.021", "mint", "eta", "deyo", "roid", "stata", "tda", "batclip")
@@ -124,7 +98,7 @@ def _leaderboard() -> tuple[pd.DataFrame, pd.Series]:
 def _least(rows: pd.DataFrame) -> str:
     """The smallest gain of one adapter, and the stream where it is."""
     stream = rows["gain"].idxmin()
-    return f"{_points(rows['gain'][stream])} ({stream})"
+    return f"{_points(rows['gain'][stream])} ({stream.replace('_', ' ')})"
 
 
 def leaderboard() -> str:
@@ -154,8 +128,7 @@ def which_method() -> str:
     lines = []
     for text in (BASELINE, *WHICH):
         name = text.partition(":")[0]
-        _, _, needs, changes = METHODS[name]
-        line = {"method": f"`{text}`", "needs": needs, "changes": changes}
+        line = {"method": f"`{text}`", **METHODS.loc[name, ["needs", "changes"]]}
         line |= {"ms an image": f"{cost[name]:.1f}"}
         own = rows.loc[text]
         known = text != BASELINE
@@ -168,9 +141,8 @@ def methods() -> str:
     """Every method, its paper, and the largest difference from its reference implementation."""
     rows = _read("agreement.csv")
     lines = []
-    for name, (title, paper, _, changes) in METHODS.items():
-        link = paper if paper.startswith("http") else ARXIV + paper
-        line = {"name": f"`{name}`", "paper": f"[{title}]({link})", "changes": changes}
+    for name, (title, paper, _, changes) in METHODS.iterrows():
+        line = {"name": f"`{name}`", "paper": f"[{title}]({paper})", "changes": changes}
         own = rows[(rows["method"] == name) & rows["quantity"].isin(("logits", "probabilities"))]
         largest = own.sort_values("difference").tail(1)
         shown = [f"{x:.0e} ({q})" for x, q in largest[["difference", "quantity"]].to_numpy()]
@@ -219,32 +191,50 @@ def guard_streams() -> str:
 def benchmark() -> str:
     """Seconds, memory and arithmetic of a step, beside PyTorch."""
     rows = _read("benchmark.csv")
-    shown = {key: rows[key].map("{:,.3g}".format) for key in rows.select_dtypes("number")}
-    shown = rows.assign(**shown, adapter=_code(rows["adapter"])).replace("nan", "")
-    return _markdown(shown, left=3)
+    names = ["s/step", "peak GB", "GFLOP", "% of peak", "faster"]
+    shown = {key: rows[key].map("{:,.3g}".format).replace("nan", "") for key in names}
+    columns = ["adapter", "library", "prompts", "model", "classes", *names]
+    return _markdown(rows.assign(**shown, adapter=_code(rows["adapter"]))[columns], left=4)
 
 
 def continual() -> str:
     """Accuracy after the last task and the modality gap: mean ± deviation over seeds."""
     rows = _read("continual.csv")
+    rows["set"] = rows["set"].str.removeprefix("retention-")
     last = rows["step"] == rows["step"].max()
     before = rows[rows["step"] == 0].groupby(["seed", "set"], as_index=False).first()
     ends = pd.concat([before.assign(method="before"), rows[last]])
     values = ends.pivot_table("value", ["method", "seed"], "set", sort=False)
-    shares = [name for name in values if name not in ("modality gap", "image to text")]
-    shares = [name for name in shares if name != "text to image"]
-    kept = values[[n for n in shares if n.startswith("retention")]].groupby(level=0).mean()
-    values[shares] *= 100
-    groups = values[shares].groupby(level=0, sort=False)
+    retained = [name for name in ("inside", "outside", "retention") if name in values]
+    others = ("modality gap", "image to text", "text to image", *retained)
+    tasks = [name for name in values if name not in others]
+    values["mean"] = values[tasks].mean(axis=1)
+    groups = (100 * values[[*tasks, "mean", *retained]]).groupby(level=0, sort=False)
     shown = groups.mean().map("{:.1f}".format) + groups.std().map(" ± {:.1f}".format)
     shown = shown.replace(" ± (nan|0.0)$", "", regex=True)
-    for name in kept if "fine-tuning" in kept.index else ():
-        lost = kept.loc["before", name] - kept.loc["fine-tuning", name]
-        share = (kept[name] - kept.loc["fine-tuning", name]) / lost
-        shown[f"kept, {name.removeprefix('retention-')}"] = share.map("{:.2f}".format)
-    gaps = values["modality gap"].groupby(level=0, sort=False).mean()
-    shown["modality gap"] = gaps.map("{:.3f}".format)
+    means = values.groupby(level=0, sort=False).mean()
+    for name in retained if "fine-tuning" in means.index else ():
+        lost = means.loc["before", name] - means.loc["fine-tuning", name]
+        kept = (means[name] - means.loc["fine-tuning", name]) / lost
+        shown[f"kept, {name}"] = kept.map("{:.2f}".format).replace("nan|inf", "", regex=True)
+    shown["modality gap"] = means["modality gap"].map("{:.3f}".format)
     return _markdown(shown.rename_axis(columns=None).rename_axis("method").reset_index())
+
+
+def data() -> str:
+    """How nearly arrays of `make_cifar10_c.py` are those made by another implementation."""
+    rows = _read("data.csv")
+    gaps = [_points(*values) for values in rows[["gain", "low", "high"]].to_numpy()]
+    shown = {
+        "corruption": rows["corruption"].str.replace("_", " "),
+        "images": rows["images"],
+        "mean difference (grey levels)": rows["mean_absolute_difference"].map("{:.2f}".format),
+        "equal values (%)": (100 * rows["equal"]).map("{:.1f}".format),
+        "zero-shot (%)": (100 * rows["top1"]).map("{:.1f}".format),
+        "of the others (%)": (100 * rows["top1_other"]).map("{:.1f}".format),
+        "difference": gaps,
+    }
+    return _markdown(pd.DataFrame(shown))
 
 
 def gain(adapter: str, stream: str) -> str:

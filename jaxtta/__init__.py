@@ -1,16 +1,16 @@
 """jaxtta: test-time adaptation of CLIP in JAX.
 
-Use::
-
-    import jax, jaxtta
-
-    model, params = jaxtta.load("openai/clip-vit-base-patch16")
-    task = jaxtta.zero_shot_task(model, ["cat", "dog"], templates=["a photo of a {}."])
-    adapter = jaxtta.adapters.batclip(model, task)
-    state = adapter.init(params)
-    step = jax.jit(adapter.step, donate_argnums=1)
-    for images in batches:
-        state, prediction = step(params, state, images)
+Examples:
+    >>> import jax, jaxtta
+    >>> model, params = jaxtta.load(jaxtta.assets.MODEL)  # or "openai/clip-vit-base-patch16"
+    >>> task = jaxtta.zero_shot_task(model, ["cat", "dog"], templates=["a photo of a {}."])
+    >>> adapter = jaxtta.adapters.batclip(model, task)
+    >>> state = adapter.init(params)
+    >>> step = jax.jit(adapter.step, donate_argnums=1)
+    >>> for batch in (images[:4], images[4:]):  # images: see `jaxtta.load`
+    ...     state, prediction = step(params, state, batch)
+    >>> prediction.logits.shape
+    (4, 2)
 """
 
 import importlib

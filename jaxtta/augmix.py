@@ -16,7 +16,13 @@ ROTATION, SHEAR, TRANSLATION, BITS, THRESHOLD = 30.0, 0.3, 1 / 3, 4, 256
 
 
 def autocontrast(image: Array) -> Array:
-    """Stretch every channel of (height, width, 3) to all of [0, 1]."""
+    """Stretch every channel of (height, width, 3) to all of [0, 1].
+
+    Examples:
+        >>> image = jnp.linspace(0.4, 0.6, 3)[None, :, None]  # grey, one channel
+        >>> jaxtta.augmix.autocontrast(image).ravel().round(2).tolist()
+        [0.0, 0.5, 1.0]
+    """
     low, high = image.min((0, 1)), image.max((0, 1))
     flat = high <= low
     return jnp.where(flat, image, (image - low) / jnp.where(flat, 1, high - low)).clip(0, 1)
@@ -35,13 +41,25 @@ def equalize(image: Array) -> Array:
 
 
 def posterize(image: Array, bits: Array) -> Array:
-    """Keep only the highest bits of (height, width, 3)."""
+    """Keep only the highest bits of (height, width, 3).
+
+    Examples:
+        >>> image = jnp.array([10, 100, 200])[None, :, None] / 255
+        >>> (255 * jaxtta.augmix.posterize(image, jnp.array(1))).ravel().round().tolist()
+        [0.0, 0.0, 128.0]
+    """
     unit = 2 ** (8 - bits)
     return _levels(image) // unit * unit / 255
 
 
 def solarize(image: Array, threshold: Array) -> Array:
-    """Invert what is at or above a threshold from 0 to 256."""
+    """Invert what is at or above a threshold from 0 to 256.
+
+    Examples:
+        >>> image = jnp.array([10, 100, 200])[None, :, None] / 255
+        >>> (255 * jaxtta.augmix.solarize(image, jnp.array(128))).ravel().round().tolist()
+        [10.0, 100.0, 55.0]
+    """
     levels = _levels(image)
     return jnp.where(levels >= threshold, 255 - levels, levels) / 255
 
@@ -59,6 +77,12 @@ def warp(image: Array, matrix: Array) -> Array:
 
     Returns:
         (height, width, 3).
+
+    Examples:
+        >>> image = jnp.array([1.0, 2.0, 3.0])[None, :, None]
+        >>> shift = jnp.array([[1.0, 0.0, 1.0], [0.0, 1.0, 0.0]])  # each pixel from its right
+        >>> jaxtta.augmix.warp(image, shift).ravel().tolist()
+        [2.0, 3.0, 0.0]
     """
     height, width, _ = image.shape
     y, x = jnp.mgrid[:height, :width] + 0.5
@@ -128,6 +152,11 @@ def augmix(
 
     Returns:
         (height, width, 3) in [0, 1].
+
+    Examples:
+        >>> keys = jax.random.split(jax.random.key(0), 2)  # a key an image
+        >>> jax.jit(jax.vmap(jaxtta.augmix.augmix))(keys, jnp.zeros((2, 8, 8, 3))).shape
+        (2, 8, 8, 3)
 
     References:
         https://arxiv.org/abs/1912.02781

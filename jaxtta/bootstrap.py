@@ -21,6 +21,16 @@ def bootstrap(
 
     Returns:
         (resamples, columns) means; NaN for resamples without a seen image.
+
+    Examples:
+        >>> from jaxtta.bootstrap import bootstrap, interval
+        >>> right = np.array([[1, 0], [1, 1], [0, 0], [1, 1]])  # images by two adapters
+        >>> means = bootstrap(right, np.ones_like(right))
+        >>> means.shape
+        (1000, 2)
+        >>> low, high = interval(means[:, 0] - means[:, 1])  # of the gain, paired
+        >>> low <= 0.25 <= high
+        True
     """
     rng = np.random.default_rng(seed)
     images = len(totals)
@@ -39,7 +49,14 @@ def bootstrap(
 
 
 def interval(means: np.ndarray) -> tuple[float, float] | None:
-    """The 95 % interval of bootstrapped means (resamples,), or None if there is none."""
+    """The 95 % interval of bootstrapped means (resamples,), or None if there is none.
+
+    Examples:
+        >>> from jaxtta.bootstrap import interval
+        >>> low, high = interval(np.linspace(0, 1, 1001))
+        >>> round(low, 3), round(high, 3)
+        (0.025, 0.975)
+    """
     if np.isnan(means).all():
         return None
     tail = (1 - LEVEL) / 2
@@ -55,6 +72,12 @@ def accuracy_interval(right: np.ndarray) -> tuple[float, float]:
 
     Returns:
         Its bounds.
+
+    Examples:
+        >>> from jaxtta.bootstrap import accuracy_interval
+        >>> low, high = accuracy_interval(np.ones(100, bool))  # all right
+        >>> round(low, 3), high
+        (0.964, 1.0)
     """
     if right.any() and not right.all():
         bounds = interval(bootstrap(right[:, None], np.ones((len(right), 1)))[:, 0])

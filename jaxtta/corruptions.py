@@ -18,7 +18,13 @@ SMALLEST = 32  # minimum side in pixels that the library accepts
 
 
 def image_seed(seed: int, name: str, severity: int, number: int) -> int:
-    """A seed for one image under one corruption, the same in every process."""
+    """A seed for one image under one corruption, the same in every process.
+
+    Examples:
+        >>> from jaxtta.corruptions import image_seed
+        >>> image_seed(1, "fog", 5, number=0) == image_seed(1, "fog", 5, number=1)
+        False
+    """
     words = f"{seed}/{name}/{severity}/{number}".encode()
     return int.from_bytes(hashlib.blake2b(words, digest_size=4).digest())
 
@@ -31,6 +37,12 @@ def corrupt(image: np.ndarray, name: str, severity: int, seed: int) -> np.ndarra
 
     Raises:
         ValueError: for an unknown name or severity, or if the image is too small.
+
+    Examples:
+        >>> image = np.full((32, 32, 3), 128, np.uint8)
+        >>> noisy = jaxtta.data.corrupt(image, "gaussian_noise", severity=5, seed=0)
+        >>> noisy.shape, bool((noisy == jaxtta.data.corrupt(image, "gaussian_noise", 5, 0)).all())
+        ((32, 32, 3), True)
     """
     if name == CLEAN:
         return image

@@ -16,6 +16,12 @@ def count_flops(program: Any) -> int:
     Returns:
         Multiplications and additions, with all turns of loops of a known length, and of the
         branches of a condition the one that has most.
+
+    Examples:
+        >>> from jaxtta.flops import count_flops
+        >>> program = jax.jit(jnp.matmul).trace(jnp.ones((2, 3)), jnp.ones((3, 5))).jaxpr.jaxpr
+        >>> count_flops(program)  # 2 · 2 · 3 · 5
+        60
     """
     total = 0
     for equation in program.eqns:

@@ -107,7 +107,15 @@ def _walk(folder: str | Path, above: str, seen: set[str]) -> Iterator[tuple[str,
 
 
 def list_images(folder: str | Path) -> list[Path]:
-    """List the images in a folder and below, sorted, without opening them; links are followed."""
+    """List the images in a folder and below, sorted, without opening them; links are followed.
+
+    Examples:
+        >>> from PIL import Image
+        >>> Path("animals").mkdir()
+        >>> Image.new("RGB", (4, 4)).save("animals/cat.png")
+        >>> jaxtta.images.list_images("animals")[0].as_posix()
+        'animals/cat.png'
+    """
     paths, others = find_images(folder)
     log_passed_over(folder, others)
     return [Path(folder) / path for path in paths]
@@ -217,6 +225,11 @@ def to_rgb(image: Image.Image, raw: bool = False) -> Image.Image:
 
     Raises:
         ValueError: if the range of the values is not known, or nothing is to be seen.
+
+    Examples:
+        >>> from PIL import Image
+        >>> jaxtta.images.to_rgb(Image.new("L", (4, 4))).mode
+        'RGB'
     """
     if image.mode == "F" or image.mode.startswith("I"):
         grey, key = _eight_bits(image), image.info.get("transparency")

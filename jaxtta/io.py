@@ -36,6 +36,12 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     Yields:
         The temporary path to write to; it gets the file's name at the end, and is removed if
         the block raises.
+
+    Examples:
+        >>> with jaxtta.io.atomic_write("table.txt") as path:
+        ...     _ = path.write_text("complete, or not there")
+        >>> Path("table.txt").read_text()
+        'complete, or not there'
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -212,6 +218,12 @@ def save_arrays(
         path: of the file.
         arrays: by name.
         metadata: anything JSON knows.
+
+    Examples:
+        >>> jaxtta.io.save_arrays("x.safetensors", {"x": np.arange(3)}, {"unit": "m"})
+        >>> arrays, metadata = jaxtta.io.load_arrays("x.safetensors")
+        >>> arrays["x"].tolist(), metadata
+        ([0, 1, 2], {'unit': 'm'})
     """
     # The format keeps bytes in C order and does not notice another one.
     content = {name: np.asarray(array, order="C") for name, array in arrays.items()}
@@ -252,6 +264,12 @@ def save_state(path: str | Path, state: Any, note: Any = None) -> None:
         path: of the `.safetensors` file, written atomically.
         state: what the adapter's `init` or `step` gave, or any other tree of arrays.
         note: any JSON value, kept beside it.
+
+    Examples:
+        With `model`, `params` and `task` of `jaxtta.load`'s example:
+
+        >>> adapter = jaxtta.adapters.tent(model, task)
+        >>> jaxtta.save_state("state.safetensors", adapter.init(params), note="no image yet")
     """
     leaves = _leaves(state)
     # Types that numpy lacks, bfloat16 for one, are kept as bytes.
@@ -274,6 +292,15 @@ def load_state(path: str | Path, like: Any, *, part: bool = False) -> Any:
         FileNotFoundError: if there is no such file.
         ValueError: if the file holds no state, or one of another structure (another method, choice
             of parameters, optimiser or number of classes) or of other parameters.
+
+    Examples:
+        With `model`, `params` and `task` of `jaxtta.load`'s example:
+
+        >>> adapter = jaxtta.adapters.tent(model, task)
+        >>> jaxtta.save_state("state.safetensors", adapter.init(params))
+        >>> state = jaxtta.load_state("state.safetensors", like=adapter.init(params))
+        >>> int(state.seen)
+        0
     """
     arrays, metadata = load_arrays(path)
     saved, wanted = metadata.get("leaves"), _describe(_leaves(like))

@@ -22,6 +22,11 @@ def masked_mean(values: Array, mask: Array | np.ndarray) -> Array:
 
     Returns:
         A scalar.
+
+    Examples:
+        >>> values, mask = jnp.array([1.0, 3.0, jnp.nan]), jnp.array([True, True, False])
+        >>> float(jaxtta.losses.masked_mean(values, mask))
+        2.0
     """
     return jnp.where(mask, values, 0).sum() / jnp.maximum(mask.sum(), 1)
 
@@ -34,6 +39,11 @@ def entropy(logits: Array) -> Array:
 
     Returns:
         (…).
+
+    Examples:
+        >>> logits = jnp.array([[0.0, 0.0], [50.0, 0.0]])  # undecided, and sure
+        >>> [f"{x:.3f}" for x in jaxtta.losses.entropy(logits)]
+        ['0.693', '0.000']
     """
     log_p = jax.nn.log_softmax(logits)
     return -(jnp.exp(log_p) * log_p).sum(-1)

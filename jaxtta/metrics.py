@@ -29,6 +29,11 @@ def require_labels(labels: ArrayLike, logits: ArrayLike) -> Array:
         TypeError: if they are not integers.
         ValueError: if the logits have another number of dimensions, there is not one label an
             image, or one is outside 0 to classes − 1; values are looked at outside `jit` only.
+
+    Examples:
+        >>> jaxtta.metrics.require_labels(np.array([0, 3]), np.zeros((2, 3)))
+        Traceback (most recent call last):
+        ValueError: labels run from 0 to 3, expected 0 to 2: leave out images without a label
     """
     shape = jnp.shape(logits)
     if len(shape) != 2:
@@ -72,6 +77,13 @@ def top_k(logits: ArrayLike, labels: ArrayLike, k: int = 1) -> Array:
     Raises:
         TypeError: if the labels are not integers.
         ValueError: if they do not match the logits, or k is below 1.
+
+    Examples:
+        >>> logits, labels = jnp.array([[2.0, 1.0, 0.0], [2.0, 1.0, 0.0]]), jnp.array([0, 1])
+        >>> jaxtta.metrics.top_k(logits, labels).tolist()
+        [True, False]
+        >>> jaxtta.metrics.top_k(logits, labels, k=2).tolist()
+        [True, True]
     """
     if k < 1:
         raise ValueError(f"k is {k}, expected at least 1")
@@ -96,6 +108,10 @@ def nll(logits: ArrayLike, labels: ArrayLike) -> Array:
     Raises:
         TypeError: if the labels are not integers.
         ValueError: if they do not match the logits.
+
+    Examples:
+        >>> f"{jaxtta.metrics.nll(jnp.zeros((1, 2)), jnp.array([1]))[0]:.3f}"  # ln 2
+        '0.693'
     """
     logits = jnp.asarray(logits)
     return -_own(jax.nn.log_softmax(logits), require_labels(labels, logits))
@@ -114,6 +130,10 @@ def brier(logits: ArrayLike, labels: ArrayLike) -> Array:
     Raises:
         TypeError: if the labels are not integers.
         ValueError: if they do not match the logits.
+
+    Examples:
+        >>> jaxtta.metrics.brier(jnp.zeros((1, 2)), jnp.array([1])).tolist()
+        [0.5]
     """
     probabilities = jax.nn.softmax(jnp.asarray(logits))
     labels = require_labels(labels, probabilities)
@@ -149,6 +169,12 @@ def reliability(confidence: ArrayLike, correct: ArrayLike, bins: int = 15) -> Re
     Raises:
         ValueError: if the two differ in length, a value is not in [0, 1] (looked at outside `jit`
             only), or there is no bin.
+
+    Examples:
+        >>> confidence, correct = np.array([0.9, 0.9, 0.3]), np.array([True, False, False])
+        >>> bins = jaxtta.metrics.reliability(confidence, correct, bins=2)
+        >>> bins.count.tolist(), bins.accuracy.tolist()
+        ([1.0, 2.0], [0.0, 0.5])
 
     References:
         Guo et al. 2017, https://arxiv.org/abs/1706.04599
@@ -197,6 +223,11 @@ def expected_calibration_error(confidence: ArrayLike, correct: ArrayLike, bins: 
     Raises:
         ValueError: as `reliability`.
 
+    Examples:
+        >>> confidence, correct = np.array([0.75, 0.75]), np.array([True, False])
+        >>> float(jaxtta.metrics.expected_calibration_error(confidence, correct))
+        0.25
+
     References:
         Guo et al. 2017, https://arxiv.org/abs/1706.04599
     """
@@ -244,6 +275,11 @@ def mean_corruption_error(
     Raises:
         ValueError: if the corruptions are not the baseline's, or an error is not in [0, 1].
 
+    Examples:
+        >>> errors = {name: 0.5 * error for name, error in jaxtta.metrics.ALEXNET_ERRORS.items()}
+        >>> round(jaxtta.metrics.mean_corruption_error(errors), 3)
+        0.5
+
     References:
         Hendrycks and Dietterich 2019, https://arxiv.org/abs/1903.12261
     """
@@ -268,6 +304,13 @@ def transfer(matrix: np.ndarray) -> float:
 
     Raises:
         ValueError: if the matrix is not square.
+
+    Examples:
+        >>> accuracies = np.array([[0.9, 0.5, 0.2], [0.8, 0.9, 0.4], [0.7, 0.8, 0.9]])  # of 3 tasks
+        >>> f"{jaxtta.metrics.transfer(accuracies):.3f}"  # 0.5, and the mean of 0.2 and 0.4
+        '0.400'
+        >>> f"{jaxtta.metrics.last(accuracies):.3f}", f"{jaxtta.metrics.average(accuracies):.3f}"
+        ('0.800', '0.678')
     """
     matrix = np.asarray(matrix)
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
@@ -295,6 +338,10 @@ def modality_gap(images: Array, texts: Array) -> Array:
     Returns:
         A scalar.
 
+    Examples:
+        >>> float(jaxtta.metrics.modality_gap(jnp.array([[1.0, 0.0]]), jnp.array([[-1.0, 0.0]])))
+        2.0
+
     References:
         https://arxiv.org/abs/2203.02053
     """
@@ -315,6 +362,11 @@ def retrieval_recall(similarities: ArrayLike, matches: ArrayLike, k: int = 1) ->
 
     Raises:
         ValueError: if the two differ in shape, or k is not 1 to the number of candidates.
+
+    Examples:
+        >>> similarities = np.array([[0.9, 0.1], [0.8, 0.2]])  # the first column is nearest to both
+        >>> float(jaxtta.metrics.retrieval_recall(similarities, np.eye(2, dtype=bool)))
+        0.5
     """
     similarities, matches = jnp.asarray(similarities), jnp.asarray(matches)
     if similarities.ndim != 2 or similarities.shape != matches.shape:
@@ -345,6 +397,11 @@ def image_text_alignment(
     Returns:
         The modality gap, and the share of images and of distinct captions whose nearest caption or
         image is a match; named as in `ALIGNMENT`.
+
+    Examples:
+        >>> rows, labels = np.eye(2, dtype=np.float32), np.array([0, 1])
+        >>> jaxtta.metrics.image_text_alignment(rows, rows, labels)
+        {'modality gap': 0.0, 'image to text': 1.0, 'text to image': 1.0}
     """
     _, first, place = np.unique(labels, return_index=True, return_inverse=True)
     similarities, matches = images @ texts[first].T, place[:, None] == np.arange(len(first))

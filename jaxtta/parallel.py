@@ -46,6 +46,11 @@ def mesh(streams: int | None = None, batch: int = 1, devices: Sequence[Any] | No
 
     Raises:
         ValueError: if streams times batch is not the number of devices.
+
+    Examples:
+        >>> two_by_four = jaxtta.parallel.mesh(batch=4, devices=jax.devices()[:8])  # of 8 devices
+        >>> dict(two_by_four.shape)
+        {'streams': 2, 'batch': 4}
     """
     chosen = np.asarray(jax.devices() if devices is None else devices)
     if streams is None:
@@ -68,6 +73,12 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
 
     Returns:
         The tree, each leaf whole on every device.
+
+    Examples:
+        >>> mesh = jaxtta.parallel.mesh()  # all devices
+        >>> params = jaxtta.parallel.replicate({"scale": jnp.ones(3)}, mesh)
+        >>> len(params["scale"].devices()) == jax.device_count()
+        True
     """
     return jax.device_put(tree, NamedSharding(mesh, P()))
 
@@ -83,6 +94,13 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
     Raises:
         ValueError: if the mesh has no such axis.
+
+    Examples:
+        >>> mesh = jaxtta.parallel.mesh(streams=1, batch=jax.device_count())
+        >>> images = np.zeros((2 * jax.device_count(), 32, 32, 3), np.uint8)
+        >>> batch = jax.device_put(images, jaxtta.parallel.batch_sharding(mesh))
+        >>> batch.addressable_shards[0].data.shape  # two images on each device
+        (2, 32, 32, 3)
     """
     _require_axis(mesh, "batch")
     return NamedSharding(mesh, P("batch"))
@@ -111,6 +129,16 @@ def streams(
 
     Raises:
         ValueError: if the mesh has no axis "streams" or explicit axes, or `within` is neither.
+
+    Examples:
+        With `model`, `params` and `task` of `jaxtta.load`'s example, two streams on each device:
+
+        >>> mesh, count = jaxtta.parallel.mesh(), 2 * jax.device_count()
+        >>> params = jaxtta.parallel.replicate(params, mesh)
+        >>> many = jaxtta.parallel.streams(jaxtta.adapters.tent(model, task), mesh)
+        >>> states = many.init(params, jax.random.split(jax.random.key(0), count))
+        >>> states.seen.shape == (count,)  # `step` takes batches (count, batch, height, width, 3)
+        True
     """
     if within not in ("map", "vmap"):
         raise ValueError(f'within is "{within}", expected "map" or "vmap"')

@@ -91,6 +91,12 @@ def strong_view(key: Array, image: Array, noisy: bool = False) -> Array:
     Returns:
         (height, width, 3) in [0, 1].
 
+    Examples:
+        >>> from jaxtta.strong_views import strong_view
+        >>> keys = jax.random.split(jax.random.key(0), 2)  # a key an image
+        >>> jax.jit(jax.vmap(strong_view))(keys, jnp.zeros((2, 8, 8, 3), jnp.uint8)).shape
+        (2, 8, 8, 3)
+
     References:
         Wang et al., CVPR 2022, https://arxiv.org/abs/2203.13591
     """

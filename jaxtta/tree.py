@@ -46,7 +46,12 @@ def nearest(name: str, names: Iterable[str]) -> str:
 
 
 def paths_of(params: Any) -> set[str]:
-    """The paths of all leaves of a tree."""
+    """The paths of all leaves of a tree.
+
+    Examples:
+        >>> sorted(jaxtta.tree.paths_of({"norm": {"scale": 1, "bias": 0}, "kernel": 2}))
+        ['kernel', 'norm/bias', 'norm/scale']
+    """
     return {path_of(keys) for keys, _ in jax.tree.leaves_with_path(params)}
 
 
@@ -66,6 +71,12 @@ def partition(params: Any, trainable: Trainable) -> tuple[Tree, Tree]:
     Raises:
         TypeError: if the predicate is not a function, or gives one (call it first).
         ValueError: if no leaf is chosen.
+
+    Examples:
+        >>> params = {"norm": {"scale": 1.0}, "dense": {"kernel": 2.0}}
+        >>> chosen, others = jaxtta.tree.partition(params, lambda path: path.startswith("norm/"))
+        >>> chosen, others
+        ({'norm': {'scale': 1.0}}, {'dense': {'kernel': 2.0}})
     """
     require_trainable(trainable)
     chosen, others = {}, {}
@@ -95,6 +106,11 @@ def merge(params: Any, adapted: Mapping[str, Any]) -> Any:
         TypeError: if `adapted` is not a dict.
         ValueError: if a path is a leaf in one tree and a branch in the other, or is not in
             `params` and `params` is not a dict, or a leaf has another shape.
+
+    Examples:
+        >>> params = {"norm": {"scale": 1.0, "bias": 0.0}, "dense": {"kernel": 2.0}}
+        >>> jaxtta.tree.merge(params, {"norm": {"scale": 1.5}})
+        {'norm': {'scale': 1.5, 'bias': 0.0}, 'dense': {'kernel': 2.0}}
     """
     if not isinstance(adapted, Mapping):
         raise TypeError(f"adapted is a {type(adapted).__name__}, expected a nested dict of leaves")
@@ -148,6 +164,11 @@ def normalisation_parameters(tower: str = "both") -> Trainable:
 
     Raises:
         ValueError: if the tower is another.
+
+    Examples:
+        >>> trainable = jaxtta.tree.normalisation_parameters("image")
+        >>> trainable("vision_model/post_layernorm/scale"), trainable("visual_projection/kernel")
+        (True, False)
     """
     if tower not in ("image", "text", "both"):
         raise ValueError(f"tower is {tower!r}, expected one of image, text, both")
@@ -174,6 +195,12 @@ def below_block(trainable: Trainable, number: int) -> Trainable:
     Returns:
         A predicate that chooses what `trainable` does in the blocks below and outside of blocks;
         `below_block(normalisation_parameters("image"), 9)` for the published rule on ViT-B.
+
+    Examples:
+        >>> norms = jaxtta.tree.normalisation_parameters("image")
+        >>> trainable = jaxtta.tree.below_block(norms, 9)
+        >>> [trainable(f"vision_model/encoder/layers/{n}/layer_norm1/scale") for n in (8, 9)]
+        [True, False]
     """
     require_trainable(trainable)
 
@@ -188,6 +215,12 @@ def adapted_part(params: Any, trainable: Trainable) -> Tree:
     """Copy the leaves that a method adapts, in at least float32.
 
     An update of 1e-3 would be lost in bfloat16. Arguments and errors are those of `partition`.
+
+    Examples:
+        >>> params = {"norm": {"scale": jnp.ones(2, jnp.bfloat16)}, "kernel": jnp.ones(2)}
+        >>> adapted = jaxtta.tree.adapted_part(params, jaxtta.tree.normalisation_parameters())
+        >>> jax.tree.map(lambda x: x.dtype.name, adapted)
+        {'norm': {'scale': 'float32'}}
     """
     chosen, _ = partition(params, trainable)
     return jax.tree.map(
@@ -203,6 +236,11 @@ def fingerprint(params: Any) -> jax.Array:
 
     Returns:
         () uint32, of every bit of every leaf; the same under `jit` and for any sharding.
+
+    Examples:
+        >>> first, second = jnp.array([1.0, 2.0]), jnp.array([2.0, 1.0])
+        >>> bool(jaxtta.tree.fingerprint({"a": first}) == jaxtta.tree.fingerprint({"a": second}))
+        False
     """
     total = jnp.zeros((), jnp.uint32)
     for number, leaf in enumerate(jax.tree.leaves(params)):
@@ -229,7 +267,12 @@ def _checksum(leaf: jax.Array) -> jax.Array:
 
 
 def all_finite(tree: Any) -> jax.Array:
-    """Whether every entry of every floating leaf is finite; a bool scalar."""
+    """Whether every entry of every floating leaf is finite; a bool scalar.
+
+    Examples:
+        >>> bool(jaxtta.tree.all_finite({"a": jnp.ones(2), "b": jnp.array([jnp.inf])}))
+        False
+    """
     checks = [
         jnp.isfinite(leaf).all()
         for leaf in jax.tree.leaves(tree)

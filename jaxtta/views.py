@@ -95,6 +95,12 @@ def crop_and_resize(image: Array, box: Box, out: int, flip: Array | bool = False
 
     Returns:
         (out, out, 3).
+
+    Examples:
+        >>> from jaxtta.views import Box, crop_and_resize
+        >>> image, box = jnp.zeros((40, 60, 3)), Box(top=0, left=20, height=40, width=40)
+        >>> jax.jit(crop_and_resize, static_argnames="out")(image, box, out=8).shape
+        (8, 8, 3)
     """
     rows = resampling(
         image.shape[0], out, box.top, box.height, box.top, box.height / out, "bilinear"
@@ -131,6 +137,11 @@ def plain(
 
     Returns:
         (out, out, 3) in [0, 1].
+
+    Examples:
+        >>> plain = jax.jit(jaxtta.views.plain, static_argnames=("out", "resize"))
+        >>> plain(jnp.zeros((40, 60, 3)), jnp.array([40, 60]), out=8, resize=8).shape
+        (8, 8, 3)
     """
     size = size.astype(jnp.float32)
     if resize is None:
@@ -228,6 +239,12 @@ def random_resized_crops(
 
     Returns:
         (count, out, out, 3) in [0, 1].
+
+    Examples:
+        >>> image, size = jnp.zeros((40, 60, 3)), jnp.array([40, 50])  # the rest is padding
+        >>> crops = jax.jit(jaxtta.views.random_resized_crops, static_argnames=("count", "out"))
+        >>> crops(jax.random.key(0), image, size, count=4, out=8).shape
+        (4, 8, 8, 3)
     """
     box_key, flip_key = jax.random.split(key)
     boxes = random_boxes(box_key, size, count, scale, ratio)

@@ -1,33 +1,14 @@
-"""Shared by all tests: eight CPU devices, no network, the tiny golden model."""
-
-import os
-from pathlib import Path
-
-# The tests compile much and compute little. What was compiled is kept for the other workers, for
-# the scripts that tests start and for the next run (`make clean` forgets it).
-os.environ["XLA_FLAGS"] = " ".join(
-    [
-        os.environ.get("XLA_FLAGS", ""),
-        "--xla_force_host_platform_device_count=8",
-        "--xla_backend_optimization_level=0",
-        "--xla_cpu_use_fusion_emitters=false",  # a third of the time to compile
-    ]
-)
-os.environ.setdefault(
-    "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "jax")
-)
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
-os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
+"""Shared by all tests: the tiny golden model and others; `../conftest.py` sets up devices."""
 
 import dataclasses
-import json
-import re
+import gc
+import os
 import runpy
 import shutil
 import sys
+import threading
 import types
+from pathlib import Path
 
 import hypothesis
 import jax
@@ -38,7 +19,7 @@ import pytest
 from flax import nnx
 from flax.traverse_util import flatten_dict
 from PIL import Image
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 import jaxtta
 from jaxtta import models
@@ -53,6 +34,10 @@ EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 # Nothing here needs them, but this part of it, which OpenCLIP imports, looks for them.
 _OPERATORS = "torchvision._meta_registrations"
 sys.modules.setdefault(_OPERATORS, types.ModuleType(_OPERATORS))
+
+# What is imported stays, and JAX's traces are many objects of which few are garbage.
+gc.freeze()
+gc.set_threshold(50_000, 20, 50)
 
 hypothesis.settings.register_profile("dev", deadline=None, max_examples=8, derandomize=True)
 hypothesis.settings.register_profile(
@@ -109,22 +94,6 @@ def embedded():
     return jaxtta.load(jaxtta.assets.MODEL)
 
 
-@pytest.fixture(scope="session")
-def short(tmp_path_factory):
-    """The embedded model, cut down to the first block of each tower, which compiles fast."""
-    folder = tmp_path_factory.mktemp("short") / "clip"
-    shutil.copytree(jaxtta.assets.MODEL, folder)
-    config = json.loads((folder / "config.json").read_text())
-    for tower in ("text_config", "vision_config"):
-        config[tower]["num_hidden_layers"] = 1
-    (folder / "config.json").write_text(json.dumps(config))
-    weights = load_file(folder / "model.safetensors")
-    later = re.compile(r"layers\.[1-9]")
-    weights = {name: array for name, array in weights.items() if not later.search(name)}
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    return folder
-
-
 class NNXClassifier:
     """A user's classifier: a Flax NNX module with a list of layers."""
 
@@ -176,9 +145,9 @@ def towers(tiny, siglip):
     nnx_model = NNXClassifier()
     return {
         "vit": (clip, params, task),
-        "resnet": (resnet, resnet.init(jax.random.key(1)), task),
+        "resnet": (resnet, jax.jit(resnet.init)(jax.random.key(1)), task),
         "siglip": (*siglip, models.task_from_token_ids(golden("siglip")["token_ids"])),
-        "supervised": (vit, vit.init(jax.random.key(2)), None),
+        "supervised": (vit, jax.jit(vit.init)(jax.random.key(2)), None),
         "nnx": (nnx_model, nnx_model.params, None),
     }
 
@@ -192,7 +161,14 @@ def shared():
 
 
 @pytest.fixture
-def run_script(monkeypatch, capsys):
+def own_threads(monkeypatch):
+    """An interrupted program waits for the threads that it has started, not for pytest-xdist's."""
+    every, before = threading.enumerate, {*threading.enumerate()}
+    monkeypatch.setattr(threading, "enumerate", lambda: [x for x in every() if x not in before])
+
+
+@pytest.fixture
+def run_script(monkeypatch, capsys, own_threads):
     """Run a script in this process; returns its exit code, output and errors."""
 
     def run(name, *arguments):
@@ -204,7 +180,7 @@ def run_script(monkeypatch, capsys):
 
 
 @pytest.fixture
-def run_jaxtta(monkeypatch, capsys):
+def run_jaxtta(monkeypatch, capsys, own_threads):
     """Run a `jaxtta` command in this process; returns its exit code, output and errors."""
 
     def run(*arguments):

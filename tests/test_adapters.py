@@ -69,11 +69,18 @@ def jitted(adapter):
     return jax.jit(adapter.step)
 
 
-def test_no_step_adds_up_by_index(adapter, tower, images):
+@pytest.fixture(scope="module")
+def donating(adapter):
+    """A step that is traced once at most, and takes its state."""
+    yield jax.jit(chex.assert_max_traces(adapter.step, n=1), donate_argnums=1)
+    chex.clear_trace_counter()
+
+
+def test_no_step_adds_up_by_index(adapter, tower, jitted, images):
     """Accelerators run scatters one element after another; a step's gathers have inverses."""
     params = tower[1]
-    step = jax.make_jaxpr(adapter.step)(params, adapter.init(params), images[0])
-    assert "scatter" not in str(step)
+    step = jitted.trace(params, adapter.init(params), batch_of(images[0]))
+    assert "scatter" not in str(step.jaxpr)
 
 
 def batch_of(images, mask=None, index=None):
@@ -211,7 +218,7 @@ def test_padding_changes_no_prediction_and_no_update(
 
 def test_a_fully_masked_batch_leaves_the_state_bit_identical(tower, adapter, jitted, images):
     params = tower[1]
-    state, _ = jitted(params, adapter.init(params), images[0])  # with moments that are not zero
+    state, _ = jitted(params, adapter.init(params), batch_of(images[0]))  # with some moments
     after, prediction = jitted(params, state, batch_of(images[1], np.zeros(BATCH, bool)))
     same(state, after)
     assert not prediction.metrics.get("skipped", False)
@@ -256,11 +263,10 @@ def test_an_update_that_is_not_finite_is_skipped(tiny, task, images):
     assert np.isfinite(prediction.metrics["loss"])
 
 
-def test_init_twice_works_after_a_donated_step(tower, adapter, images):
+def test_init_twice_works_after_a_donated_step(tower, adapter, donating, images):
     params = tower[1]
-    step = jax.jit(adapter.step, donate_argnums=1)
-    first, _ = step(params, adapter.init(params), images[0])
-    second, _ = step(params, adapter.init(params), images[0])
+    first, _ = donating(params, adapter.init(params), batch_of(images[0]))
+    second, _ = donating(params, adapter.init(params), batch_of(images[0]))
     same(first, second)
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(params))
 
@@ -279,13 +285,11 @@ def test_only_adapted_leaves_are_carried(tiny, task):
     assert size_of(beside) < 3 * size_of(state.adapted)
 
 
-def test_a_stream_compiles_once(tower, adapter, images):
+def test_a_stream_compiles_once(tower, adapter, donating, images):
     params = tower[1]
-    step = jax.jit(chex.assert_max_traces(adapter.step, n=1))
     state = adapter.init(params)
     for t, mask in enumerate([BATCH, BATCH, 7, 0]):
-        state, _ = step(params, state, batch_of(images[t], np.arange(BATCH) < mask))
-    chex.clear_trace_counter()
+        state, _ = donating(params, state, batch_of(images[t], np.arange(BATCH) < mask))
 
 
 def test_a_new_task_of_the_same_shape_does_not_recompile(tiny, task, images):
@@ -301,18 +305,22 @@ def test_a_new_task_of_the_same_shape_does_not_recompile(tiny, task, images):
     chex.clear_trace_counter()
 
 
-def test_a_bare_array_is_a_full_batch_numbered_from_the_counter(tower, adapter, jitted, images):
+@pytest.mark.parametrize("method", METHODS)
+def test_a_bare_array_is_a_full_batch_numbered_from_the_counter(towers, images, method):
     bare = jaxtta.models.as_batch(images[0], jnp.asarray(7))
     same(bare, batch_of(images[0], index=np.arange(7, 7 + BATCH)))
-    state, prediction = jitted(tower[1], adapter.init(tower[1]), images[0])
+    model, params, task = towers["nnx"]
+    adapter = make(method, model, task)
+    step = jax.jit(adapter.step)
+    state, prediction = step(params, adapter.init(params), images[0])
     assert int(state.seen) == BATCH
-    _, expected = jitted(tower[1], adapter.init(tower[1]), batch_of(images[0]))
+    _, expected = step(params, adapter.init(params), batch_of(images[0]))
     np.testing.assert_allclose(prediction.logits, expected.logits, atol=2e-4)
 
 
 def test_a_batch_of_one_runs(tower, adapter, jitted, images):
     params = tower[1]
-    state, prediction = jitted(params, adapter.init(params), images[0][:1])
+    state, prediction = jitted(params, adapter.init(params), batch_of(images[0][:1]))
     assert np.isfinite(prediction.logits).all()
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(state))
 
@@ -325,8 +333,10 @@ def test_a_mask_or_index_of_another_length_is_refused(tower, adapter, images, fi
         adapter.step(params, adapter.init(params), batch)
 
 
-def test_one_device_or_eight_give_the_same(tower, adapter, jitted, images):
+def test_one_device_or_eight_give_the_same(case, tower, adapter, jitted, images):
     """The batch split over eight devices in the global view, parameters and state on all."""
+    if case[0] == "vit":
+        pytest.skip("test_parallel.py has it")
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
     params = tower[1]
@@ -342,8 +352,10 @@ def test_one_device_or_eight_give_the_same(tower, adapter, jitted, images):
     close_changes(change(state.adapted, moved8.adapted), change(state.adapted, moved.adapted))
 
 
-def test_streams_map_over_states(tower, adapter, jitted, images):
+def test_streams_map_over_states(case, tower, adapter, jitted, images):
     """vmap over independent streams: one set of weights, one context, a state each."""
+    if case[0] == "vit":
+        pytest.skip("test_parallel.py has it")
     params = tower[1]
     state = adapter.init(params)
     axes = adapters.State(0, 0, None, 0)
@@ -355,7 +367,7 @@ def test_streams_map_over_states(tower, adapter, jitted, images):
     moved, predictions = mapped(params, states, images[:3])
     same(moved.context, state.context)
     for i in range(3):
-        alone, expected = jitted(params, adapter.init(params), images[i])
+        alone, expected = jitted(params, adapter.init(params), batch_of(images[i]))
         np.testing.assert_allclose(predictions.logits[i], expected.logits, atol=2e-4)
         one = jax.tree.map(lambda x, i=i: x[i], moved.adapted)
         start = adapter.init(params).adapted
@@ -364,12 +376,13 @@ def test_streams_map_over_states(tower, adapter, jitted, images):
 
 def test_a_saved_state_goes_on_bit_for_bit(tower, adapter, jitted, images, tmp_path):
     params = tower[1]
-    state, _ = jitted(params, adapter.init(params), images[0])
+    state, _ = jitted(params, adapter.init(params), batch_of(images[0]))
     jaxtta.save_state(tmp_path / "state.safetensors", state)
     loaded = jaxtta.load_state(tmp_path / "state.safetensors", like=adapter.init(params))
     assert jax.tree.structure(loaded) == jax.tree.structure(state)
     same(loaded, state)
-    same(jitted(params, loaded, images[1]), jitted(params, state, images[1]))
+    batch = batch_of(images[1])
+    same(jitted(params, loaded, batch), jitted(params, state, batch))
 
 
 def test_a_state_of_another_model_or_method_is_refused(tower, adapter, towers, case, tmp_path):

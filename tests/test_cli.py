@@ -147,6 +147,18 @@ def test_a_method_of_ones_own(run_jaxtta, short, tmp_path, monkeypatch):
     assert (code, "updates 0" in out) == (0, True)
 
 
+def test_a_guarded_method_is_swept(run_jaxtta, short, tmp_path):
+    names = ("zero_shot", "guarded:batclip:lr=1e-2")
+    options = ("--model", short, "--corruptions", "fog", "--adapters", *names)
+    code, _, err = run_jaxtta("sweep", *QUICK, *options, "--output", tmp_path)
+    assert code == 0, err
+    results = results_of(tmp_path)
+    assert results.keys() == {(name, "fog-1") for name in names}
+    guarded = results[names[1], "fog-1"].rows
+    assert len(guarded) == 20 and guarded["seen"].all() and np.isfinite(guarded["nll"]).all()
+    assert names[1] in (tmp_path / "report.html").read_text()
+
+
 def test_results_are_logged(run_jaxtta, short, tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     pytest.importorskip("tensorboardX")
@@ -362,7 +374,7 @@ def test_compiled_programs_are_kept_for_the_next_run(tmp_path):
         "class Options:\n    pass\n"
         "def main(options):\n"
         "    x = jnp.ones((8, 8))\n"
-        "    jax.jit(lambda x: [x := jnp.linalg.svd(x + n)[0] @ x for n in range(200)])(x)\n"
+        "    jax.jit(lambda x: [x := jnp.linalg.svd(x + n)[0] @ x for n in range(80)])(x)\n"
         "cli.run_script(Options, main, None)\n"
     )
     given = ("JAX_COMPILATION", "JAX_PERSISTENT")  # the tests have a cache of their own

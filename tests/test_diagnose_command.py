@@ -39,9 +39,9 @@ def run(run_jaxtta, tmp_path):
     return run
 
 
-def saved(folder, embedded, change):
-    """The embedded model with some of its leaves changed, as a checkpoint."""
-    model, params = embedded
+def saved(folder, loaded, change):
+    """A model with some of its leaves changed, as a checkpoint."""
+    model, params = loaded
     params = jax.tree_util.tree_map_with_path(
         lambda path, leaf: np.asarray(change(path[0].key, leaf)), params
     )
@@ -63,23 +63,23 @@ def head_of(model, params, names):
     return diagnose.head_of(model, params, jaxtta.zero_shot_task(model, names))
 
 
-def test_metrics_are_those_of_direct_calls(run, tmp_path, embedded):
-    model, params = embedded
+def test_metrics_are_those_of_direct_calls(run, tmp_path, short):
+    model, params = loaded = jaxtta.load(short)
     own = write_images(tmp_path / "own", 14, ["cat", "dog", "ship"])
     rng = np.random.default_rng(0)
     noisy = saved(
-        *(tmp_path / "noisy", embedded),
+        *(tmp_path / "noisy", loaded),
         lambda name, x: x if "text" in name else x * (1 + 0.1 * rng.normal(size=x.shape)),
     )
     points = tmp_path / "points.csv"
     points.write_text("base,shifted\n0.6,0.2\n0.9,0.5\n")
     code, out, _, found = run(
-        *("--models", assets.MODEL, noisy, "--corruptions", "fog", "--precision", "0.5"),
+        *("--models", short, noisy, "--corruptions", "fog", "--precision", "0.5"),
         *("--fractions", "0.1", "0.5", "1", "--reference-points", points),
         *("--shifted", f"own=folder={own}"),
     )
     assert code == 0
-    mine, other = (found["models"][n] for n in (assets.MODEL.name, "noisy"))
+    mine, other = (found["models"][n] for n in (short.name, "noisy"))
     base = mine["base"]
     clean, labels = features_of(model, params, "clean")
     fog, _ = features_of(model, params, "fog")
@@ -289,11 +289,10 @@ def test_a_labelled_folder_with_odd_names_and_system_folders(run, short, tmp_pat
     assert (code, found["models"]["clip"]["target"]["images"]) == (0, 20)
 
 
-def test_a_trial_of_mgtta_needs_files_of_the_model(run, tmp_path, target, embedded):
-    other = saved(tmp_path / "other", embedded, lambda name, x: 1.01 * x)
+def test_a_trial_of_mgtta_needs_files_of_the_model(run, short, target):
     names = ("--class-names", "felines=cat", "dog")
     adapters = ("--try-adapters", "zero_shot", "mgtta")
-    code, _, err, _ = run("--target", target / "labelled", *names, *adapters, "--models", other)
+    code, _, err, _ = run("--target", target / "labelled", *names, *adapters, "--models", short)
     assert code == 1
     assert "was made with another model" in err
 
@@ -308,22 +307,23 @@ def arrays(folder, images, labels):
 NOISE = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), np.uint8)
 
 
-def test_images_and_models_without_a_diagnosis(run, tmp_path, embedded):
+def test_images_and_models_without_a_diagnosis(run, tmp_path, short):
+    loaded = jaxtta.load(short)
     labels = np.arange(20) % 2
     same = arrays(tmp_path / "same", np.repeat(NOISE[:1], 20, 0), labels)
     cats = arrays(tmp_path / "cats", NOISE, 0 * labels)
     good = arrays(tmp_path / "good", NOISE, labels)
     blind = saved(
-        *(tmp_path / "blind", embedded),
+        *(tmp_path / "blind", loaded),
         lambda name, x: 0 * x if name == "visual_projection" else x,
     )
-    headless = saved(tmp_path / "headless", embedded, lambda _, x: x)
+    headless = saved(tmp_path / "headless", loaded, lambda _, x: x)
     weights = load_file(headless / "model.safetensors")
     del weights["visual_projection.weight"]
     save_file(weights, headless / "model.safetensors")
     for images, model, message in (
-        (same, assets.MODEL, "on clean: the features are"),
-        (cats, assets.MODEL, "on clean: all images are of class cat, expected two or more"),
+        (same, short, "on clean: the features are"),
+        (cats, short, "on clean: all images are of class cat, expected two or more"),
         (good, blind, "blind on clean: 20 of 20 images have features that are constant or not fi"),
         (good, headless, f"{headless}/model.safetensors: does not fit its config.json: visual_p"),
         (good, tmp_path, f"{tmp_path}: has no config.json"),
@@ -339,13 +339,13 @@ def test_images_and_models_without_a_diagnosis(run, tmp_path, embedded):
 
 
 @pytest.mark.parametrize("check", [False, True])
-def test_the_results_of_a_model_are_kept_if_a_later_one_fails(run, target, tmp_path, check):
+def test_the_results_of_a_model_are_kept_if_a_later_one_fails(run, short, target, tmp_path, check):
     options = ("--target", target / "flat", "--class-names", "cat", "dog") if check else ()
     nowhere = tmp_path / "nowhere"
-    code, out, err, _ = run("--models", assets.MODEL, nowhere, "--corruptions", *options)
-    folder = tmp_path / "out" / (assets.MODEL.name if check else "")
+    code, out, err, _ = run("--models", short, nowhere, "--corruptions", *options)
+    folder = tmp_path / "out" / (short.name if check else "")
     found = json.loads((folder / "result.json").read_text())
-    assert (code, [*found["models"]]) == (1, [assets.MODEL.name])
+    assert (code, [*found["models"]]) == (1, [short.name])
     assert str(nowhere) in err and "report.html" in out
 
 

@@ -3,6 +3,8 @@
 import ast
 import re
 import shlex
+import textwrap
+import unicodedata
 from pathlib import Path
 
 import chex
@@ -17,15 +19,23 @@ import jaxtta.cli.main
 ROOT = Path(__file__).parents[1]
 
 
-def blocks_of(name):
-    """The Python blocks of a document, by the heading that they stand under."""
+PAGES = sorted(
+    str(path.relative_to(ROOT))
+    for pattern in ("README.md", "CONTRIBUTING.md", "docs/**/*.md", "tpu/README.md")
+    for path in ROOT.glob(pattern)
+)
+FENCE = re.compile(r"^( *)```(.*)\n((?:.|\n)*?)^\1```$", re.M)
+
+
+def blocks_of(name, language="python"):
+    """The blocks of a document in a language, by the heading that they stand under."""
+    found, heading, end = [], "", 0
     text = (ROOT / name).read_text()
-    found, heading = [], ""
-    for part in re.split(r"^(#+ .*|```python\n(?:.|\n)*?^```)$", text, flags=re.M):
-        if part.startswith("#"):
-            heading = part.lstrip("# ")
-        elif part.startswith("```python"):
-            found.append((heading, part.removeprefix("```python\n").removesuffix("```")))
+    for fence in FENCE.finditer(text):
+        headings = re.findall(r"^#+ (.*)$", text[end : fence.start()], re.M)
+        heading, end = headings[-1] if headings else heading, fence.end()
+        if fence[2].split(" ")[0] == language:
+            found.append((heading, textwrap.dedent(fence[3])))
     return found
 
 
@@ -106,19 +116,26 @@ def test_a_recipe_runs(small_model, heading, capsys):
         assert len(last.logits.sharding.device_set) == 8
 
 
-def test_the_readme_runs(small_model):
-    names = {}
-    blocks = blocks_of("README.md")
-    assert blocks
-    for _, code in blocks:
-        run(code, names)
-    assert np.isfinite(names["prediction"].logits).all()
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks_of(p) and "recipes" not in p])
+def test_a_page_runs(small_model, page):
+    """Its blocks one after the other."""
+    names = run(RECIPES["Recipes"], {}) if page == "CONTRIBUTING.md" else {}
+    for heading, code in blocks_of(page):
+        try:
+            run(code, names)
+        except Exception as error:
+            error.add_note(f"in {page}, {heading}:\n{code}")
+            raise
+    if hasattr(last := names.get("prediction"), "logits"):
+        assert np.isfinite(last.logits).all()
 
 
-def test_the_contributing_guides_method_runs(small_model):
+def test_the_method_of_the_guide_keeps_the_laws(small_model):
     names = run(RECIPES["Recipes"], {})
-    for _, code in blocks_of("CONTRIBUTING.md"):
-        run(code, names)
+    page = "docs/method.md" if (ROOT / "docs/method.md").exists() else "CONTRIBUTING.md"
+    for _, code in blocks_of(page):
+        if "adapter" not in names:
+            run(code, names)
     adapter, params = names["adapter"], names["params"]
     few = names["batches"][0][:5]
     state, alone = adapter.step(params, adapter.init(params), few)
@@ -131,24 +148,23 @@ PROGRAMS = ("jaxtta ", "python experiments/", "python benchmarks/")
 
 
 def commands():
-    """Every command line of the documents and of the programs' docstrings."""
-    documents = ("README.md", "docs/published.md", "docs/recipes.md", "CONTRIBUTING.md")
-    texts = {
-        name: "".join(re.findall(r"^```sh\n(.*?)^```", (ROOT / name).read_text(), re.M | re.S))
-        for name in documents
-    }
+    """Every command line of the documents and of the programs' docstrings, with a place of it."""
+    texts = {page: "\n".join(code for _, code in blocks_of(page, "sh")) for page in PAGES}
     for folder in ("jaxtta/cli", "experiments", "benchmarks"):
         for path in sorted((ROOT / folder).glob("*.py")):
             source = path.read_text()
             if folder == "jaxtta/cli" or "run_script(" in source or "main([" in source:
                 texts[f"{folder}/{path.name}"] = ast.get_docstring(ast.parse(source)) or ""
+    found = {}
     for name, text in texts.items():
-        for line in map(str.strip, text.replace("\\\n", " ").splitlines()):
+        text = text.replace("\\\n", " ").replace(".venv/bin/", "")
+        for line in map(str.strip, re.split(r"\n| (?:\||&&) ", text)):
             if line.startswith(PROGRAMS) and "COMMAND" not in line:
-                yield name, re.split(r" [#>] ", f"{line} ")[0].strip()
+                found.setdefault(re.split(r" [#>] ", f"{line} ")[0].strip(), name)
+    return [(name, line) for line, name in found.items()]
 
 
-@pytest.mark.parametrize("document, line", [*commands()])
+@pytest.mark.parametrize("document, line", commands())
 def test_a_command_in_a_document_parses(document, line, run_script, monkeypatch):
     program, *arguments = shlex.split(line)
     parsed = []
@@ -164,6 +180,43 @@ def test_a_command_in_a_document_parses(document, line, run_script, monkeypatch)
         code, _, err = run_script(ROOT / arguments[0], *arguments[1:])
         assert code == 0, err
     assert len(parsed) == 1
+
+
+def prose_of(page):
+    """A page without its code."""
+    return re.sub(r"`[^`\n]*`", "", FENCE.sub("", (ROOT / page).read_text()))
+
+
+def anchors_of(path):
+    """The anchors of a page's headings, on GitHub and on the site."""
+    text = FENCE.sub("", path.read_text())
+    found = set(re.findall(r"\{ *#([\w.-]+)|<a (?:id|name)=\"([^\"]+)", text))
+    found = {name for pair in found for name in pair if name}
+    for heading in re.findall(r"^#+ (.*?)(?: \{.*\})?$", text, re.M):
+        heading = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading).replace("`", "").strip()
+        plain = re.sub(r"[^\w\s-]", "", heading.lower()).strip()
+        ascii_ = unicodedata.normalize("NFKD", plain).encode("ascii", "ignore").decode()
+        found |= {plain.replace(" ", "-"), re.sub(r"[-\s]+", "-", ascii_)}
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(<?([^)>\s]+)>?(?: \"[^\"]*\")?\)", prose_of(page)):
+        if re.match(r"[a-z]+:", target):
+            continue
+        file, _, anchor = target.partition("#")
+        path = (ROOT / page).parent / file if file else ROOT / page
+        assert path.exists(), f"{page} links {target}, which is not there"
+        if anchor and path.suffix == ".md" and "docs/api" not in path.as_posix():
+            assert anchor in anchors_of(path), f"{page} links {target}, which is no heading"
+    assert "published.md" not in (ROOT / page).read_text()
+
+
+def test_blocks_are_of_languages_that_are_tested():
+    for page in PAGES:
+        for fence in FENCE.finditer((ROOT / page).read_text()):
+            assert fence[2].split(" ")[0] not in ("py", "bash", "shell", "console", "pycon"), page
 
 
 def test_the_tables_are_those_of_the_result_files(run_script):

@@ -36,7 +36,8 @@ def test_a_small_clip_is_trained_and_loads(run_script, tmp_path):
     model, params = jaxtta.load(tmp_path / "model")
     adapter = jaxtta.adapters.zero_shot(model, jaxtta.zero_shot_task(model, ["cat", "dog"]))
     images = [Image.fromarray(data.open_dataset("folder", assets.IMAGES)[n]) for n in (0, 1)]
-    _, prediction = adapter.step(params, adapter.init(params), model.preprocess(images))
+    state, shown = adapter.init(params), model.preprocess(images)
+    _, prediction = jax.jit(adapter.step)(params, state, shown)
     assert prediction.logits.shape == (2, 2)
     record = json.loads((tmp_path / "model" / "training.json").read_text())
     assert len(record["loss"]) == len(record["test_accuracy"]) == 2

@@ -18,7 +18,7 @@ import pytest
 from conftest import write_images
 from PIL import Image
 
-from jaxtta import assets, data, evaluate, models, optim
+from jaxtta import assets, data, evaluate, io, models, optim
 from jaxtta.adapters import TNTConfig
 from jaxtta.evaluate import provenance
 from jaxtta.models import task_from_token_ids
@@ -131,9 +131,16 @@ def test_other_options_are_refused_by_name(sweep, short, options, said):
     assert re.search(said, err)
 
 
-def test_rates_are_chosen_anew_for_other_settings_of_the_adapter(run_jaxtta, tmp_path):
+def test_rates_are_chosen_anew_for_other_settings_of_the_adapter(run_jaxtta, short, tmp_path):
+    model, params = models.load(short)
+    bundled = data.open_dataset("folder", assets.IMAGES)
+    clean = np.stack([bundled[number] for number in range(0, 2000, 200)])
+    statistics = models.feature_statistics(model, params, [clean])
+    about = {"weights": io.digest_leaves(params)}
+    models.save_statistics(tmp_path / "clean.safetensors", statistics, about)
     options = ("--adapters", "mgtta", "--tune-learning-rates", "1e-3", "--corruptions", "fog")
-    options += ("--max-images", "10", "--workers", "0", "--output", tmp_path)
+    options += ("--max-images", "10", "--workers", "0", "--output", tmp_path / "out")
+    options += ("--model", short, "--mgtta.statistics", tmp_path / "clean.safetensors")
     code, out, _ = run_jaxtta("sweep", *options)
     assert code == 0
     assert "learning rate 0.001, chosen on" in out

@@ -10,7 +10,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "jaxtta"
 FUNCTIONS = {"losses", "metrics", "bootstrap", "tree", "views", "augmix", "corruptions"}
-FUNCTIONS |= {"io", "images", "flops", "strong_views"}
+FUNCTIONS |= {"io", "images", "flops", "strong_views", "corruptions_cifar", "cifar_pickles"}
 MODELS = FUNCTIONS | {"models", "optim", "assets"}
 METHODS = MODELS | {"adapters", "continual", "diagnose", "data"}
 MAY_IMPORT = {

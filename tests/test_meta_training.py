@@ -179,7 +179,7 @@ def test_the_papers_table_of_mgtta_on_a_supervised_vit(run_jaxtta, tmp_path):
         label2id={name: number for number, name in enumerate(names)},
     )
     model = jaxtta.models.classifier_from_config(config)
-    save_vit(tmp_path / "vit", config, model.init(jax.random.key(0)))
+    save_vit(tmp_path / "vit", config, jax.jit(model.init)(jax.random.key(0)))
     common = ["--model", tmp_path / "vit", "--data", write_images(tmp_path / "images", 6, names)]
     trained, run = tmp_path / "mgg", tmp_path / "run"
     options = [*common, *SMALL, "--corruptions", "saturate", "--epochs", "1", "--output", trained]

@@ -257,7 +257,7 @@ def classifier():
         num_labels=5,
     )
     model = models.classifier_from_config(config)
-    return config, model, model.init(jax.random.key(0))
+    return config, model, jax.jit(model.init)(jax.random.key(0))
 
 
 def test_a_supervised_classifier_in_clips_place(classifier, phi, images):
@@ -282,8 +282,8 @@ def test_a_classifier_is_loaded_under_both_of_transformers_names(
     save_vit(tmp_path, config, params, version)
     loaded, again = models.load(tmp_path)
     assert loaded == model
-    expected = model(params, (), images[0]).logits
-    np.testing.assert_allclose(loaded(again, (), images[0]).logits, expected, atol=1e-5)
+    expected = jax.jit(model)(params, (), images[0]).logits
+    np.testing.assert_allclose(jax.jit(loaded)(again, (), images[0]).logits, expected, atol=1e-5)
     with pytest.raises(ValueError, match="supervised"):
         models.load_clip(tmp_path)
 

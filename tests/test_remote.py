@@ -331,11 +331,11 @@ def test_commands_write_to_a_url(store, copies, command):
         write(given.output, "x")
         assert (MARKER + ("0-of-1" if hasattr(given, "shard") else "")) in store
 
-    cli.run_script(options, main, None, ["--output", URL, "--no-cache"])
+    cli.run_script(options, main, None, ["--output", URL])
     assert [*store] == ["/bucket/runs/x"] and not copies()
 
 
-def test_ctrl_c_does_not_cut_the_last_upload(store, copies, monkeypatch):
+def test_ctrl_c_does_not_cut_the_last_upload(store, copies, monkeypatch, own_threads):
     put = MemoryFileSystem.put_file
 
     def slow_put(*args):
@@ -349,7 +349,7 @@ def test_ctrl_c_does_not_cut_the_last_upload(store, copies, monkeypatch):
     monkeypatch.setattr(MemoryFileSystem, "put_file", slow_put)
     monkeypatch.setattr(cli, "_INSIST", 0.1)  # after which a run is interrupted again
     with pytest.raises(SystemExit, match="130"):
-        cli.run_script(continual.Options, main, None, ["--output", URL, "--no-cache"])
+        cli.run_script(continual.Options, main, None, ["--output", URL])
     assert [*store] == ["/bucket/runs/x"] and not copies()
 
 

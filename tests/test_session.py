@@ -45,10 +45,11 @@ def made(short):
 
 @pytest.fixture(scope="module")
 def new(made):
-    """Make a session of an adapter's name."""
+    """Make a session of an adapter's name; those of one name share the compiled step."""
     model, params, task, parsed = made
+    steps = {}
 
-    def make(name, **more):
+    def make(name, fresh=False, **more):
         spec = parsed[name]
         adapter = adapters.make_adapter(spec, model, task, adapters.AdapterConfig())
         more = {
@@ -56,7 +57,10 @@ def new(made):
             "full_size": spec.needs_originals,
             "settings": {"adapter": name},
         } | more
-        return Session(model, params, task, adapter, **more)
+        session = Session(model, params, task, adapter, **more)
+        if not fresh:
+            session._step = steps.setdefault(name, session._step)
+        return session
 
     return make
 
@@ -139,7 +143,7 @@ def test_images_may_be_prepared_before(new):
 
 
 def test_compiling_first_changes_nothing(new, caplog):
-    session = new("guarded:tent:lr=0.01", digests=True)
+    session = new("guarded:tent:lr=0.01", fresh=True, digests=True)
     before = session.digest
     session.compile()
     assert (session.digest, session.steps, session.seen) == (before, 0, 0)

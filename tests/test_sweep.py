@@ -722,7 +722,7 @@ def test_a_killed_command_goes_on_where_it_was(short, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_an_interrupt_that_a_callback_drops_comes_again(monkeypatch, capsys):
+def test_an_interrupt_that_a_callback_drops_comes_again(monkeypatch, capsys, own_threads):
     """Python swallows what is raised in a weak reference's callback; Ctrl-C must still stop."""
     import weakref
 

@@ -68,7 +68,8 @@ def task():
 @pytest.fixture(scope="module")
 def images():
     """Three batches."""
-    return golden("mint")["images"][0, : 3 * BATCH].reshape(3, BATCH, 32, 32, 3)
+    stored = golden("mint")["images"][0, : 3 * BATCH] / np.float32(255)
+    return stored.reshape(3, BATCH, 32, 32, 3)
 
 
 @pytest.fixture(scope="module", params=METHODS)
@@ -269,12 +270,12 @@ def test_padding_changes_nothing_for_the_others(tiny, adapter, step, images):
     start = adapter.init(params)
     outcomes = []
     for filling in (0.0, np.nan):
-        padded = images[0].astype(np.float32) / 255
+        padded = images[0].copy()
         padded[valid:] = filling
         outcomes.append(step(params, start, batch_of(padded, np.arange(BATCH) < valid)))
     same(*outcomes)
     after, prediction = outcomes[0]
-    alone, expected = jax.jit(adapter.step)(params, start, images[0][:valid] / np.float32(255))
+    alone, expected = jax.jit(adapter.step)(params, start, images[0][:valid])
     np.testing.assert_allclose(prediction.logits[:valid], expected.logits, atol=1e-3)
     chex.assert_trees_all_close(after, alone, atol=2e-5)
     assert int(after.seen) == valid
@@ -313,12 +314,12 @@ def test_a_stream_compiles_once_without_scatters(tiny, adapter, images):
     params = tiny[1]
     step = jax.jit(chex.assert_max_traces(adapter.step, n=1), donate_argnums=1)
     state = adapter.init(params)
+    made = step.trace(params, state, batch_of(images[0]))
+    assert "scatter" not in str(made.jaxpr)
     for batch, valid in zip(images, (BATCH, 4, 0), strict=True):
         state, _ = step(params, state, batch_of(batch, np.arange(BATCH) < valid))
     assert int(state.seen) == BATCH + 4
     chex.clear_trace_counter()
-    jaxpr = jax.make_jaxpr(adapter.step)(params, adapter.init(params), images[0])
-    assert "scatter" not in str(jaxpr)
 
 
 def test_two_streams_are_each_alone(tiny, adapter, step, images):
@@ -341,7 +342,7 @@ def test_an_image_that_is_not_finite_keeps_the_source_weights(
     tiny, adapter, step, images, zero_shot_of
 ):
     params = tiny[1]
-    spoilt = images[1].astype(np.float32) / 255
+    spoilt = images[1].copy()
     spoilt[3, 0, 0, 0] = np.nan
     start = adapter.init(params)
     after, prediction = step(params, start, batch_of(spoilt))

@@ -8,12 +8,6 @@ normalisation layers take one step per batch on
 
 over the classes that occur in the batch; gradients flow through all but the argmax.
 
-    adapter = jaxtta.adapters.batclip(model, task, optimizer=optax.adamw(1e-3, weight_decay=1e-2))
-    state = adapter.init(params)
-    step = jax.jit(adapter.step, donate_argnums=1)
-    for images in batches:
-        state, prediction = step(params, state, images)
-
 References:
     Maharana et al., ICCV 2025, https://arxiv.org/abs/2412.02837
 """
@@ -149,6 +143,15 @@ def batclip(
             `trainable`, class names for the task.
         ValueError: if the model needs a task and there is none; in `init`, if no parameter is
             chosen.
+
+    Examples:
+        With `model`, `params` and `task` of `jaxtta.load`'s example:
+
+        >>> optimizer = jaxtta.adapters.BATCLIP_PRESETS["cifar10-c"].optimizer()
+        >>> adapter = jaxtta.adapters.batclip(model, task, optimizer=optimizer)
+        >>> state = adapter.init(params)
+        >>> sorted(state.adapted)  # both towers
+        ['text_model', 'vision_model']
     """
     model = with_batch_norm_statistics(model, "batch")
     if trainable is None:

@@ -22,6 +22,11 @@ def parse_adapter(text: str) -> AdapterSpec:
         text: `tent`, `tent:lr=1e-4`, `package.module:function` or
             `package.module:function:key=value,…`; modules in the current folder are found. After
             `guarded:` the adapter is guarded: `guarded:tent:lr=1e-4`.
+
+    Examples:
+        >>> spec = jaxtta.adapters.parse_adapter("guarded:tent:lr=1e-4")
+        >>> spec.name, dict(spec.settings), spec.guard
+        ('tent', {'lr': 0.0001}, True)
     """
     name, _, rest = text.partition(":")
     if name == GUARDED:

@@ -12,11 +12,6 @@ held against column i of Q, as published. Classes and prompts are chosen anew fo
 Cost per image: 11 image passes forward and 10 backward, and 10 prompts forward. The published code
 has 20 and one: it chooses the classes in passes of their own, with the same weights.
 
-    adapter = jaxtta.adapters.clipartt(model, task)
-    state, step = adapter.init(params), jax.jit(adapter.step, donate_argnums=1)
-    for batch in batches:
-        state, prediction = step(params, state, batch)
-
 References:
     Hakim et al., WACV 2025, https://arxiv.org/abs/2405.00754
 """
@@ -172,6 +167,10 @@ def clipartt(
             text tower or one that reads prompts whole, the task has no class names or fewer
             classes than `labels`, or the prompts are too long; in `init`, if no parameter is
             chosen, or one of the text tower.
+
+    Examples:
+        >>> adapter = jaxtta.adapters.clipartt(model, task)  # names: see `jaxtta.load`
+        >>> state = adapter.init(params)
     """
     at_least(1, iterations=iterations, labels=labels)
     require_temperature(temperature)

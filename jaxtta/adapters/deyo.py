@@ -8,11 +8,6 @@ the prediction rests on colours and texture. With E₀ and E₁ margins of entro
 
 weights without gradient. Two forward passes and a backward one an image.
 
-    adapter = jaxtta.adapters.deyo(model, task)
-    state = adapter.init(params, jax.random.key(0))
-    for images in batches:
-        state, prediction = step(params, state, images)
-
 References:
     Lee et al., ICLR 2024, https://arxiv.org/abs/2403.07366
 """
@@ -171,6 +166,12 @@ def deyo(
         TypeError: as `tent`.
         ValueError: if a setting is out of range, the model needs a task and there is none; in
             `init`, if no parameter is chosen.
+
+    Examples:
+        With `model`, `params` and `task` of `jaxtta.load`'s example:
+
+        >>> adapter = jaxtta.adapters.deyo(model, task)
+        >>> state = adapter.init(params, jax.random.key(0))  # the key shuffles patches
     """
     require_range(0, np.inf, margin=margin, weight_margin=weight_margin)
     require_range(-1, 1, threshold=threshold)

@@ -8,12 +8,6 @@ With p̄ the moving average of the selected images' probabilities and E₀ a mar
 weights without gradient. F says how much the source's predictions depend on each parameter, of
 clean images; ETA is EATA without that term. One forward and one backward pass an image.
 
-    fisher = jaxtta.adapters.eata_fisher(model, task, params, clean_batches)
-    adapter = jaxtta.adapters.eata(model, task, fisher=fisher)      # or eta(model, task)
-    state = adapter.init(params)
-    for images in batches:
-        state, prediction = step(params, state, images)
-
 References:
     Niu et al., ICML 2022, https://arxiv.org/abs/2204.02610
 """
@@ -144,6 +138,12 @@ def eata(
         TypeError: as `tent`.
         ValueError: if there is no F, it is of other parameters than those adapted (said in `init`),
             a setting is out of range, or the model needs a task and there is none.
+
+    Examples:
+        With `model`, `params`, `task` and `images` of `jaxtta.load`'s example:
+
+        >>> fisher = jaxtta.adapters.eata_fisher(model, task, params, [images])  # of clean images
+        >>> adapter = jaxtta.adapters.eata(model, task, fisher=fisher)  # or eta(model, task)
     """
     if not isinstance(fisher, Mapping) or not fisher:
         said = "from eata_fisher(model, task, params, clean_batches), or eta, which does without"
@@ -162,7 +162,11 @@ def eta(
     margin: float = 0.4,
     similarity: float = 0.05,
 ) -> Adapter:
-    """EATA without the term that holds it near the source; arguments as there."""
+    """EATA without the term that holds it near the source; arguments as there.
+
+    Examples:
+        >>> adapter = jaxtta.adapters.eta(model, task)  # names: see `jaxtta.load`
+    """
     own = {"margin": margin, "similarity": similarity, "fisher_weight": 0.0}
     return _make(model, task, optimizer, trainable, objective, {}, **own)
 

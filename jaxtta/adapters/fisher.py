@@ -63,6 +63,13 @@ def eata_fisher(
 
     Raises:
         ValueError: if there are no images, or a gradient is not finite.
+
+    Examples:
+        With `model`, `params`, `task` and `images` of `jaxtta.load`'s example:
+
+        >>> fisher = jaxtta.adapters.eata_fisher(model, task, params, [images])
+        >>> fisher["vision_model"]["post_layernorm"]["scale"].shape
+        (192,)
     """
     model = with_batch_norm_statistics(model, "batch")
     trainable = trainable or normalisation_parameters("image")

@@ -8,11 +8,6 @@ z = p, until the energy E stops changing, at most 100 times, with W the affiniti
 It helps where neighbours share a class, as in streams sorted by class, and collapses elsewhere. One
 forward pass an image, and the product of W and z at every iteration.
 
-    adapter = jaxtta.adapters.lame(model, task)
-    state = adapter.init(params)
-    for images in batches:
-        state, prediction = step(params, state, images)
-
 References:
     Boudiaf et al., CVPR 2022, https://arxiv.org/abs/2201.05718
 """
@@ -46,6 +41,11 @@ def lame_affinity(
 
     Returns:
         (batch, batch), the affinities W.
+
+    Examples:
+        >>> features = jnp.array([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]])  # of unit norm
+        >>> jaxtta.adapters.lame_affinity(features, jnp.ones(3, bool), "knn", neighbours=1).tolist()
+        [[0.0, 1.0, 0.0], [0.0, 0.0, 1.0], [0.0, 1.0, 0.0]]
     """
     chosen, cosines = nearest(features, mask, neighbours)
     pairs = mask & mask[:, None]
@@ -131,6 +131,14 @@ def lame(
     Raises:
         TypeError: if the model is not a classifier, the task not a `Task` or `on` no adapter.
         ValueError: if a setting is out of range, or the model needs a task and there is none.
+
+    Examples:
+        With `model`, `params`, `task` and `images` of `jaxtta.load`'s example:
+
+        >>> adapter = jaxtta.adapters.lame(model, task, neighbours=3)
+        >>> state, prediction = jax.jit(adapter.step)(params, adapter.init(params), images)
+        >>> tent = jaxtta.adapters.tent(model, task)
+        >>> adapter = jaxtta.adapters.lame(model, task, on=tent)  # of TENT's predictions
     """
     if affinity not in AFFINITIES:
         raise ValueError(f"affinity is {affinity!r}, expected one of {', '.join(AFFINITIES)}")

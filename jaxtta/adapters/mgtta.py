@@ -6,11 +6,6 @@ batch, made by a learned optimiser, on
 
     L = mean_i H(p_i) + weight/64 · Σ_l (‖s_l − S_l‖² + ‖m_l − M_l‖²).
 
-    statistics = jaxtta.models.feature_statistics(model, params, clean_batches)
-    phi, _ = jaxtta.optim.load_mgg("mgg.safetensors")        # from jaxtta pretrain-mgg
-    optimizer = jaxtta.optim.meta_gradient_generator(phi, 1e-3)
-    adapter = jaxtta.adapters.mgtta(model, task, optimizer=optimizer, statistics=statistics)
-
 References:
     Deng et al., AAAI 2025, https://arxiv.org/abs/2412.16901
 """
@@ -143,6 +138,12 @@ def mgtta(
         TypeError: as `tent`, or if the statistics are not `FeatureStatistics`.
         ValueError: for statistics of another model or that are not finite, a weight below 0, a
             model without layer features, or one that needs a task and has none.
+
+    Examples:
+        >>> statistics = jaxtta.models.feature_statistics(model, params, [images])  # clean images
+        >>> phi, _ = jaxtta.optim.load_mgg(jaxtta.assets.PHI)  # other names: see `jaxtta.load`
+        >>> optimizer = jaxtta.optim.meta_gradient_generator(phi, 1e-3)
+        >>> adapter = jaxtta.adapters.mgtta(model, task, optimizer=optimizer, statistics=statistics)
     """
     if optimizer is None:
         raise ValueError("MGTTA needs an optimizer: a meta gradient generator for this model")

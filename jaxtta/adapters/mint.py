@@ -13,11 +13,6 @@ images.
 
 Cost per image: two passes forward and one backward.
 
-    adapter = jaxtta.adapters.mint(model, task)
-    state, step = adapter.init(params), jax.jit(adapter.step, donate_argnums=1)
-    for batch in batches:
-        state, prediction = step(params, state, batch)
-
 References:
     Bao et al., NeurIPS 2025, https://arxiv.org/abs/2510.22127
 """
@@ -144,6 +139,12 @@ def mint(
         ValueError: if the prior is not positive, the model needs a task and there is none, or it
             has no cosine logits; in `init`, if it has no class embeddings, or no parameter is
             chosen, or one of the text tower.
+
+    Examples:
+        With `model`, `params` and `task` of `jaxtta.load`'s example:
+
+        >>> adapter = jaxtta.adapters.mint(model, task)
+        >>> state = adapter.init(params)
     """
     if not prior > 0:
         raise ValueError(f"prior is {prior}, expected a positive number of images")

@@ -12,11 +12,6 @@ stopped is kept.
 
 Cost per image: 64 image passes forward, none backward (N forward passes, counted in the program).
 
-    adapter = jaxtta.adapters.mta(model, task)
-    state, step = adapter.init(params), jax.jit(adapter.step, donate_argnums=1)
-    for batch in batches:
-        state, prediction = step(params, state, batch)
-
 References:
     Zanella and Ben Ayed 2024, https://arxiv.org/abs/2405.02266
 """
@@ -149,6 +144,11 @@ def mta(
     Raises:
         TypeError: if the model is not a classifier, or the task not one that it takes.
         ValueError: if a setting makes no sense, or the model lacks what the method needs.
+
+    Examples:
+        With `model` and `task` of `jaxtta.load`'s example:
+
+        >>> adapter = jaxtta.adapters.mta(model, task, views=16)
 
     References:
         Zanella and Ben Ayed 2024, https://arxiv.org/abs/2405.02266

@@ -98,7 +98,14 @@ def make_adapter(
     config: AdapterConfig = AdapterConfig(),  # noqa: B008
     weights: str | None = None,
 ) -> Adapter:
-    """Make an adapter; `weights`, a digest, tells whether MGTTA's files are the model's."""
+    """Make an adapter; `weights`, a digest, tells whether MGTTA's files are the model's.
+
+    Examples:
+        With `model` and `task` of `jaxtta.load`'s example:
+
+        >>> spec = jaxtta.adapters.parse_adapter("tent:lr=1e-4")
+        >>> adapter = jaxtta.adapters.make_adapter(spec, model, task)
+    """
     if spec.guard:
         inner = make_adapter(spec._replace(guard=False), model, task, config, weights)
         return guarded(inner, zero_shot(model, task))

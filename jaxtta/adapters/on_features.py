@@ -76,6 +76,15 @@ def on_features(
     Raises:
         TypeError: if the model is not a classifier, the task not a `Task` or `on` no adapter.
         ValueError: if the model needs a task and there is none.
+
+    Examples:
+        A method that sharpens predictions and remembers nothing, with the names of `jaxtta.load`'s
+        example:
+
+        >>> def apply(params, memory, outputs, mask):
+        ...     return memory, 2 * outputs.logits
+        >>> method = jaxtta.adapters.FeatureMethod(lambda outputs: (), apply)
+        >>> adapter = jaxtta.adapters.on_features(model, task, method)
     """
     require_model(model)
     below = zero_shot(model, task) if on is None else on

@@ -82,6 +82,17 @@ def online(
     Raises:
         TypeError: if the objective or context is not a function, `trainable` not a predicate or
             `optimizer` no optax transformation.
+
+    Examples:
+        A method of one's own, with the names of `jaxtta.load`'s example:
+
+        >>> def objective(params, context, batch):
+        ...     logits = model(params, context, batch).logits
+        ...     loss = jaxtta.losses.masked_mean(jaxtta.losses.entropy(logits), batch.mask)
+        ...     return loss, (logits, {"entropy": loss})
+        >>> trainable = jaxtta.tree.normalisation_parameters("image")
+        >>> context = jaxtta.models.context_of(model, task, trainable)
+        >>> adapter = jaxtta.adapters.online(objective, context, trainable, optax.sgd(1e-3))
     """
     for name, function in (("objective", objective), ("context", context)):
         if not callable(function):

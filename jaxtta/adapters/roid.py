@@ -10,11 +10,6 @@ are kept, K, and with p' the probabilities of a strongly augmented view the loss
 weights without gradient. After the step θ ← 0.99 θ + 0.01 θ⁰. The predictions are corrected by the
 batch's smoothed mean p. Two forward and two backward passes an image.
 
-    adapter = jaxtta.adapters.roid(model, task)
-    state = adapter.init(params, jax.random.key(0))
-    for images in batches:
-        state, prediction = step(params, state, images)
-
 References:
     Marsden et al., WACV 2024, https://arxiv.org/abs/2306.00650
 """
@@ -171,6 +166,10 @@ def roid(
         TypeError: as `tent`.
         ValueError: if a setting is out of range, the model needs a task and there is none; in
             `init`, if no parameter is chosen.
+
+    Examples:
+        >>> adapter = jaxtta.adapters.roid(model, task)  # names: see `jaxtta.load`
+        >>> state = adapter.init(params, jax.random.key(0))  # the key draws views
     """
     require_range(1e-6, np.inf, temperature=temperature)
     require_range(0, 1, source_share=source_share)

@@ -8,11 +8,6 @@ student takes a step on strong views v' of those x in the memory, with ages a,
 and the teacher follows, θ̄ ← 0.999 θ̄ + 0.001 θ. It is made for streams whose classes come in runs.
 Three forward passes and a backward one an image; the memory holds 64 images in float.
 
-    adapter = jaxtta.adapters.rotta(model, task)
-    state = adapter.init(params, jax.random.key(0))
-    for images in batches:
-        state, prediction = step(params, state, images)
-
 References:
     Yuan et al., CVPR 2023, https://arxiv.org/abs/2303.13899
 """
@@ -98,6 +93,10 @@ def rotta(
         TypeError: as `tent`.
         ValueError: if a setting is out of range, the model needs a task and there is none; in
             `init`, if no parameter is chosen.
+
+    Examples:
+        >>> adapter = jaxtta.adapters.rotta(model, task, places=16)  # names: see `jaxtta.load`
+        >>> state = adapter.init(params, jax.random.key(0))  # the key draws views
     """
     at_least(1, places=places, every=every)
     require_range(0, 1, teacher_share=teacher_share)

@@ -8,11 +8,6 @@ Only images with entropy below a margin count, and the gradient is taken where t
 Where the moving average of the last mean falls below a threshold, the model is about to predict one
 class for all, and returns to its source. Two forward and two backward passes an image.
 
-    adapter = jaxtta.adapters.sar(model, task)
-    state = adapter.init(params)
-    for images in batches:
-        state, prediction = step(params, state, images)
-
 References:
     Niu et al., ICLR 2023, https://arxiv.org/abs/2302.12400
 """
@@ -126,6 +121,12 @@ def sar(
         TypeError: as `tent`.
         ValueError: if a setting is out of range, the model needs a task and there is none; in
             `init`, if no parameter is chosen.
+
+    Examples:
+        With `model`, `params` and `task` of `jaxtta.load`'s example:
+
+        >>> adapter = jaxtta.adapters.sar(model, task, optimizer=optax.sgd(1e-3, momentum=0.9))
+        >>> state = adapter.init(params)
     """
     require_range(0, float("inf"), margin=margin, radius=radius, recovery=recovery)
     model = with_batch_norm_statistics(model, "batch")

@@ -8,11 +8,6 @@ images most likely of class k, β_k = n_k/(α + n_k), and m_k, s_k mean and spre
 σ²_0 the spread of all images around the texts. A class without images keeps its text, which makes
 the method safe where few of the classes come. One forward pass an image.
 
-    adapter = jaxtta.adapters.stata(model, task)
-    state = adapter.init(params)
-    for images in batches:                             # of 64 to 1,000 images
-        state, prediction = step(params, state, images)
-
 References:
     Zanella et al., CVPR 2025, https://arxiv.org/abs/2501.03729
 """
@@ -123,6 +118,11 @@ def stata(
         TypeError: if the model is not a classifier, the task not a `Task` or `on` no adapter.
         ValueError: if a setting is out of range, the model needs a task and there is none, or, in
             `init`, it has no class embeddings.
+
+    Examples:
+        With `model` and `task` of `jaxtta.load`'s example, for batches of 64 to 1,000 images:
+
+        >>> adapter = jaxtta.adapters.stata(model, task)
     """
     settings.positive(alpha=alpha)
     fit = partial(stata_fit, alpha=alpha, soft_beta=soft_beta)

@@ -7,11 +7,6 @@ each class the K of lowest entropy count. With z an image's feature and S_k clas
 
 A batch joins before it is predicted. One forward pass an image.
 
-    adapter = jaxtta.adapters.t3a(model, task)
-    state = adapter.init(params)
-    for images in batches:
-        state, prediction = step(params, state, images)
-
 References:
     Iwasawa and Matsuo, NeurIPS 2021, https://openreview.net/forum?id=e_yvNqkJKAW
 """
@@ -114,6 +109,13 @@ def t3a(
         TypeError: if the model is not a classifier, the task not a `Task` or `on` no adapter.
         ValueError: if there are no supports, the model needs a task and there is none, or it has no
             cosine logits or, in `init`, no class embeddings.
+
+    Examples:
+        With `model`, `params` and `task` of `jaxtta.load`'s example:
+
+        >>> adapter = jaxtta.adapters.t3a(model, task, supports=20)
+        >>> int(adapter.init(params).seen)
+        0
     """
     require_model(model)
     settings.at_least(1, supports=supports)

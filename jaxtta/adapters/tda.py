@@ -10,11 +10,6 @@ f_j, p_j features and probabilities in a cache,
 An image enters before it is predicted, where there is room or in the place of a less sure one; so
 the order of the stream matters. One forward pass an image.
 
-    adapter = jaxtta.adapters.tda(model, task, **jaxtta.adapters.TDA_PRESETS["imagenet"])
-    state = adapter.init(params)
-    for images in batches:
-        state, prediction = step(params, state, images)
-
 References:
     Karmanov et al., CVPR 2024, https://arxiv.org/abs/2403.18293
 """
@@ -140,6 +135,14 @@ def tda(
     Raises:
         TypeError: if the model is not a classifier, the task not a `Task` or `on` no adapter.
         ValueError: if a setting is out of range, or the model needs a task and there is none.
+
+    Examples:
+        With `model`, `params`, `task` and `images` of `jaxtta.load`'s example:
+
+        >>> adapter = jaxtta.adapters.tda(model, task, **jaxtta.adapters.TDA_PRESETS["imagenet"])
+        >>> state, prediction = jax.jit(adapter.step)(params, adapter.init(params), images)
+        >>> prediction.logits.shape
+        (8, 10)
     """
     weights = {"alpha": alpha, "beta": beta}
     weights |= {"negative_alpha": negative_alpha, "negative_beta": negative_beta}

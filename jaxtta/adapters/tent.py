@@ -6,12 +6,6 @@ The loss is the mean entropy of a batch's predictions,
 
 minimised over the scales and biases of the image tower's normalisation layers, one step per batch.
 
-    adapter = jaxtta.adapters.tent(model, task)
-    state = adapter.init(params)
-    step = jax.jit(adapter.step, donate_argnums=1)
-    for images in batches:
-        state, prediction = step(params, state, images)
-
 References:
     Wang et al., ICLR 2021, https://arxiv.org/abs/2006.10726
 """
@@ -79,6 +73,16 @@ def tent(
             `trainable`, class names for the task.
         ValueError: if the model needs a task and there is none; in `init`, if no parameter is
             chosen.
+
+    Examples:
+        With `model`, `params`, `task` and `images` of `jaxtta.load`'s example:
+
+        >>> adapter = jaxtta.adapters.tent(model, task, optimizer=optax.sgd(1e-3, momentum=0.9))
+        >>> state, step = adapter.init(params), jax.jit(adapter.step, donate_argnums=1)
+        >>> for batch in (images[:4], images[4:]):
+        ...     state, prediction = step(params, state, batch)
+        >>> prediction.logits.shape, sorted(prediction.metrics)
+        ((4, 10), ['entropy', 'loss', 'skipped', 'update_norm'])
     """
     model = with_batch_norm_statistics(model, "batch")
     if trainable is None:

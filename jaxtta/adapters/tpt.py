@@ -12,11 +12,6 @@ Cost per image: 64 image passes forward, none backward, and the text tower throu
 forward and once backward for each step, counted in the program. The published code has one forward
 pass more: the first step's is the same for all images, so a batch has it once.
 
-    adapter = jaxtta.adapters.tpt(model, task)
-    state, step = adapter.init(params), jax.jit(adapter.step, donate_argnums=1)
-    for batch in batches:
-        state, prediction = step(params, state, batch)
-
 References:
     Shu et al., NeurIPS 2022, https://arxiv.org/abs/2209.07511
     Yoon et al., ICLR 2024, https://arxiv.org/abs/2403.14119
@@ -76,6 +71,11 @@ def tpt(
         TypeError: if the model, task or optimizer is something else.
         ValueError: if a setting makes no sense, the model has no text tower whose prompts share
             their beginning, or the prompts share fewer tokens than `context_tokens`.
+
+    Examples:
+        With `model` and `task` of `jaxtta.load`'s example:
+
+        >>> adapter = jaxtta.adapters.tpt(model, task, views=16, context_tokens=4)
 
     References:
         Shu et al., NeurIPS 2022, https://arxiv.org/abs/2209.07511
@@ -142,6 +142,9 @@ def ctpt(
     Raises:
         TypeError: as `tpt`.
         ValueError: as `tpt`.
+
+    Examples:
+        >>> adapter = jaxtta.adapters.ctpt(model, task, dispersion=50.0)  # as `tpt`
 
     References:
         Yoon et al., ICLR 2024, https://arxiv.org/abs/2403.14119

@@ -8,9 +8,6 @@ one σ² for all classes. The means begin at the surest eight images of each cla
 a class that does not occur: for small batches with few of the classes see `stata`. One forward pass
 an image.
 
-    adapter = jaxtta.adapters.transclip(model, task)
-    state, prediction = jax.jit(adapter.step)(params, adapter.init(params), images)   # all of them
-
 References:
     Zanella et al., NeurIPS 2024, https://arxiv.org/abs/2406.01837
 """
@@ -116,6 +113,11 @@ def transclip(
         TypeError: if the model is not a classifier, the task not a `Task` or `on` no adapter.
         ValueError: if a setting is out of range, the model needs a task and there is none, or, in
             `init`, it has no class embeddings.
+
+    Examples:
+        With `model` and `task` of `jaxtta.load`'s example; one batch has all images:
+
+        >>> adapter = jaxtta.adapters.transclip(model, task, laplacian=1.0)
     """
     if start not in ("images", "text"):
         raise ValueError(f"start is {start!r}, expected images or text")

@@ -10,11 +10,6 @@ the class embedding is that template's.
 
 Cost per image: 64 image passes forward, none backward (N forward passes, counted in the program).
 
-    adapter = jaxtta.adapters.vte(model, task)
-    state, step = adapter.init(params), jax.jit(adapter.step, donate_argnums=1)
-    for batch in batches:
-        state, prediction = step(params, state, batch)
-
 References:
     Döbler et al. 2024, https://arxiv.org/abs/2405.14977
 """
@@ -42,6 +37,11 @@ def vte_logits(
 
     Returns:
         (classes,) logits.
+
+    Examples:
+        >>> views, classes = jnp.array([[1.0, 0.0], [1.0, 0.0]]), jnp.eye(2)  # of unit norm
+        >>> jaxtta.adapters.vte_logits(views, classes, scale=10.0).tolist()
+        [10.0, 0.0]
 
     References:
         Döbler et al. 2024, https://arxiv.org/abs/2405.14977
@@ -78,6 +78,14 @@ def vte(
     Raises:
         TypeError: if the model is not a classifier, or the task not one that it takes.
         ValueError: if a setting makes no sense, or the model lacks what the method needs.
+
+    Examples:
+        With `model`, `params`, `task` and `images` of `jaxtta.load`'s example:
+
+        >>> adapter = jaxtta.adapters.vte(model, task, views=8)
+        >>> state, prediction = jax.jit(adapter.step)(params, adapter.init(params), images)
+        >>> prediction.logits.shape
+        (8, 10)
 
     References:
         Döbler et al. 2024, https://arxiv.org/abs/2405.14977

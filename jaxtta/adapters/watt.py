@@ -12,12 +12,6 @@ WATT-P before each template of the first round alone.
 Cost per image: 81 image passes forward and 80 backward (WATT-S), or 801 and 800 (WATT-P). The
 published code has 161 and 1,601 forward, with passes of their own to choose the classes.
 
-    task = jaxtta.zero_shot_task(model, class_names, WATT_TEMPLATES)
-    adapter = jaxtta.adapters.watt(model, task)
-    state, step = adapter.init(params), jax.jit(adapter.step, donate_argnums=1)
-    for batch in batches:
-        state, prediction = step(params, state, batch)
-
 References:
     Osowiechi et al., NeurIPS 2024, https://arxiv.org/abs/2406.13875
 """
@@ -169,6 +163,11 @@ def watt(
         ValueError: if a setting makes no sense, the model needs a task and there is none, it has no
             text tower, or the task has one template; in `init`, if no parameter is chosen, or one
             of the text tower.
+
+    Examples:
+        >>> names, templates = dataset.class_names, jaxtta.adapters.WATT_TEMPLATES
+        >>> task = jaxtta.zero_shot_task(model, names, templates)  # other names: see `jaxtta.load`
+        >>> adapter = jaxtta.adapters.watt(model, task, mode="sequential")  # WATT-S
     """
     if mode not in WATT_ROUNDS:
         raise ValueError(f"mode is {mode!r}, expected {' or '.join(WATT_ROUNDS)}")

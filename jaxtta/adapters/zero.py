@@ -11,11 +11,6 @@ added up; the published run, in half precision, has in effect 2⁻¹⁰.
 
 Cost per image: 64 image passes forward, none backward (N forward passes, counted in the program).
 
-    adapter = jaxtta.adapters.zero(model, task)
-    state, step = adapter.init(params), jax.jit(adapter.step, donate_argnums=1)
-    for batch in batches:
-        state, prediction = step(params, state, batch)
-
 References:
     Farina et al. 2024, https://arxiv.org/abs/2405.18330
 """
@@ -45,6 +40,11 @@ def zero_votes(logits: Array, fraction: float = 0.3) -> Array:
 
     Returns:
         (classes,) votes, with one more for the class that broke a tie.
+
+    Examples:
+        >>> logits = jnp.array([[9.0, 0.0], [8.0, 0.0], [0.0, 0.1], [0.0, 0.2]])  # of four views
+        >>> jaxtta.adapters.zero_votes(logits, fraction=0.5).argmax().item()  # the two surest
+        0
 
     References:
         Farina et al. 2024, https://arxiv.org/abs/2405.18330
@@ -114,6 +114,11 @@ def zero(
     Raises:
         TypeError: if the model is not a classifier, or the task not one that it takes.
         ValueError: if a setting makes no sense, or the model lacks what the method needs.
+
+    Examples:
+        With `model` and `task` of `jaxtta.load`'s example:
+
+        >>> adapter = jaxtta.adapters.zero(model, task, views=16)
 
     References:
         Farina et al. 2024, https://arxiv.org/abs/2405.18330

@@ -24,6 +24,14 @@ def zero_shot(model: Classifier, task: Task | None) -> Adapter:
     Raises:
         TypeError: if the model is not a classifier, or the task not a `Task`.
         ValueError: if the model needs a task and there is none.
+
+    Examples:
+        With `model`, `params`, `task` and `images` of `jaxtta.load`'s example:
+
+        >>> adapter = jaxtta.adapters.zero_shot(model, task)
+        >>> state, prediction = jax.jit(adapter.step)(params, adapter.init(params), images)
+        >>> prediction.logits.shape
+        (8, 10)
     """
     context = context_of(model, task, lambda path: False)
     check_values = image_check()

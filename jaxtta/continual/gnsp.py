@@ -52,6 +52,10 @@ class GNSPConfig:
 
     Raises:
         ValueError: if a setting is out of range.
+
+    Examples:
+        >>> jaxtta.continual.GNSPConfig("after", distillation=0.0, alignment=0.0).uses_pairs
+        False
     """
 
     projection: Literal["before", "after", "none"] = "before"
@@ -97,6 +101,12 @@ def gnsp_kernels(path: str) -> bool:
 
     Returns:
         A bool; the function is a predicate for `jaxtta.tree.partition`.
+
+    Examples:
+        >>> jaxtta.continual.gnsp_kernels("visual_projection/kernel")
+        True
+        >>> jaxtta.continual.gnsp_kernels("vision_model/encoder/layers/0/layer_norm1/scale")
+        False
     """
     mlp = r"vision_model/encoder/layers/\d+/mlp/fc[12]/kernel"
     return path == "visual_projection/kernel" or re.fullmatch(mlp, path) is not None
@@ -275,6 +285,11 @@ def task_optimizer(
 
     Raises:
         ValueError: if the warm-up is longer than the task.
+
+    Examples:
+        >>> gnsp = jaxtta.continual.VARIANTS["gnsp"]
+        >>> optimizer = jaxtta.continual.task_optimizer(gnsp, {}, 5e-5, iterations=300)  # the first
+        >>> state = optimizer.init({"kernel": jnp.ones((2, 2))})
     """
     if not 0 <= warmup <= iterations:
         raise ValueError(f"warmup is {warmup}, expected 0 to the {iterations} iterations of a task")
@@ -309,6 +324,19 @@ def train_step(
 
     Raises:
         TypeError: if the optimizer is not an optax transformation.
+
+    Examples:
+        With `model`, `params`, `task` and `images` of `jaxtta.load`'s example:
+
+        >>> from jaxtta.continual import VARIANTS, TaskBatch, TrainState, gnsp_kernels, train_step
+        >>> trained, frozen = jaxtta.tree.partition(params, gnsp_kernels)
+        >>> optimizer = optax.adamw(5e-5)
+        >>> step = jax.jit(train_step(model, VARIANTS["fine-tuning"], optimizer))
+        >>> batch = TaskBatch(images, jnp.arange(8), model.init_context(params, task))
+        >>> state = TrainState(trained, optimizer.init(trained))
+        >>> state, metrics = step(frozen, state, batch, None)
+        >>> sorted(metrics)
+        ['loss', 'task']
     """
     require_optimizer(optimizer)
     loss_of = continual_loss(model, config)
@@ -340,6 +368,11 @@ def wise_ft(first: Any, second: Any, share: float = 0.5) -> Any:
 
     Raises:
         ValueError: if the share is not in [0, 1].
+
+    Examples:
+        >>> before, after = {"kernel": jnp.zeros(2)}, {"kernel": jnp.ones(2)}
+        >>> jaxtta.continual.wise_ft(before, after, share=0.25)["kernel"].tolist()
+        [0.25, 0.25]
 
     References:
         https://arxiv.org/abs/2109.01903

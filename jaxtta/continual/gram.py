@@ -48,6 +48,13 @@ def kernel_inputs(model: CLIP, params: Params, images: Array) -> dict[str, Array
 
     Raises:
         ValueError: if the image tower is not a transformer.
+
+    Examples:
+        With `model`, `params` and `images` of `jaxtta.load`'s example:
+
+        >>> inputs_of = jax.jit(jaxtta.continual.kernel_inputs, static_argnums=0)
+        >>> inputs_of(model, params, images)["visual_projection/kernel"].shape
+        (8, 1, 192)
     """
     check_tower(model)
     out, recorded = model.vision.apply(
@@ -73,6 +80,11 @@ def batch_gram(inputs: Array) -> Array:
 
     Returns:
         (inputs, inputs); zeros if there are no rows.
+
+    Examples:
+        >>> gram = jaxtta.continual.batch_gram(jnp.array([[3.0, 0.0], [0.0, 0.0]]))
+        >>> gram.tolist()
+        [[1.0, 0.0], [0.0, 0.0]]
     """
     inputs = inputs.astype(jnp.promote_types(inputs.dtype, jnp.float32))
     return scaled(jnp.matmul(inputs.T, inputs, precision="highest"))
@@ -106,6 +118,13 @@ def task_grams(
         TypeError: if `chosen` is not a function.
         ValueError: if there are no images, they are not as a model takes them, or no kernel is
             chosen.
+
+    Examples:
+        With `model`, `params` and `images` of `jaxtta.load`'s example:
+
+        >>> grams = jaxtta.continual.task_grams(model, params, [images[:4], images[4:]])
+        >>> grams["visual_projection/kernel"].shape
+        (192, 192)
     """
     if chosen is not None:
         require_trainable(chosen, "chosen")
@@ -148,6 +167,12 @@ def combine_grams(earlier: Grams, task: Grams) -> Grams:
 
     Raises:
         ValueError: if the two are for different kernels.
+
+    Examples:
+        >>> task = {"mlp/fc1/kernel": jnp.eye(2)}
+        >>> kept = jaxtta.continual.combine_grams({}, task)
+        >>> jaxtta.continual.combine_grams(kept, task)["mlp/fc1/kernel"].tolist()
+        [[2.0, 0.0], [0.0, 2.0]]
     """
     if not earlier:
         return dict(task)
@@ -182,6 +207,12 @@ def null_space_projector(
 
     Raises:
         ValueError: if rho is not between 0 and 1, or the matrix is not square or not finite.
+
+    Examples:
+        >>> gram = jnp.diag(jnp.array([10.0, 1.0, 0.1]))  # inputs so far had little of the last two
+        >>> projector = jaxtta.continual.null_space_projector(gram, rho=0.15)
+        >>> projector.matrix().round(3).diagonal().tolist()
+        [0.0, 1.0, 1.0]
     """
     check_rho(rho)
     if backend not in ("host", "device"):
@@ -259,6 +290,11 @@ def null_space_projectors(
 
     Raises:
         ValueError: as `null_space_projector` does; the message names the kernel.
+
+    Examples:
+        >>> grams = {"mlp/fc1/kernel": jnp.diag(jnp.array([10.0, 1.0, 0.1]))}
+        >>> projectors = jaxtta.continual.null_space_projectors(grams)
+        >>> keep = jaxtta.optim.null_space_projection(projectors)  # chain it with an optimiser
     """
     projectors = {}
     for name, gram in grams.items():

@@ -36,6 +36,15 @@ def output_gradient_basis(
     Raises:
         ValueError: if the rank is below 1 or above the number of images or of parameters, or
             a gradient is not finite.
+
+    Examples:
+        >>> adapted = {"scale": jnp.ones(3)}
+        >>> def forward(context, adapted, images):
+        ...     return images.mean((1, 2)) * adapted["scale"]  # three classes
+        >>> images = jax.random.uniform(jax.random.key(0), (4, 2, 2, 3))
+        >>> basis = jaxtta.continual.output_gradient_basis(forward, None, adapted, images, rank=2)
+        >>> basis["scale"].shape
+        (2, 3)
     """
     flat, unravel = ravel_pytree(adapted)
     for most, name in ((len(images), "images"), (flat.size, "parameters")):

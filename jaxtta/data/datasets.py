@@ -96,6 +96,11 @@ class Corrupted:
 
     Large images are corrupted after resize and crop, as in ImageNet-C, and images smaller than the
     model's input before they are enlarged, as in CIFAR-10-C.
+
+    Examples:
+        >>> fog = jaxtta.data.Corrupted(dataset, "fog", 5, model.preprocessing)  # of `jaxtta.load`
+        >>> fog[0].shape
+        (32, 32, 3)
     """
 
     dataset: Dataset

@@ -73,6 +73,11 @@ def from_sequence(
         image: the key of an item's image; torchvision's items are tuples, their images are 0.
         label: the key of its label; torchvision's is 1.
         class_names: names of the classes, in label order, or a file; empty for those that `ds` has.
+
+    Examples:
+        >>> items = [{"image": np.zeros((8, 8, 3), np.uint8), "label": x} for x in ("cat", "dog")]
+        >>> jaxtta.data.from_sequence(items).class_names
+        ('cat', 'dog')
     """
     if isinstance(ds, Mapping) or not (hasattr(ds, "__len__") and hasattr(ds, "__getitem__")):
         raise TypeError(f"expected a sequence of images and labels, not a {type(ds).__name__}")

@@ -56,6 +56,12 @@ def make_streams(
         seed: of the order, and of corruptions made on the fly.
         limit: use at most this many images: the first in stored order, otherwise a sample.
         concentration: of the Dirichlet order; smaller values are closer to sorted by class.
+
+    Examples:
+        >>> labels = np.array([0, 1, 0, 1])
+        >>> streams = jaxtta.data.make_streams("continual", ("fog", "snow"), (5,), labels)
+        >>> [(stream.name, len(stream.items)) for stream in streams]
+        [('continual-5', 8)]
     """
     for what, value, known in (("setting", setting, SETTINGS), ("order", order, ORDERS)):
         if value not in known:

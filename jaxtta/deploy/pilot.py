@@ -165,6 +165,14 @@ def judge(
 
     Raises:
         ValueError: if there are no images, arrays do not match, or thresholds contradict.
+
+    Examples:
+        >>> from jaxtta.deploy.shadow import Shadow
+        >>> numbers = np.arange(1000)
+        >>> served, wrong = np.eye(2)[numbers % 2] * 0.8 + 0.1, numbers % 5 == 0
+        >>> reference = np.where(wrong[:, None], 1 - served, served)
+        >>> judge(Shadow(reference, served, numbers % 2)).verdict  # right on 80 % and on all
+        'go'
     """
     limits, count = thresholds or Thresholds(), len(shadow.labels)
     limits.check()

@@ -77,6 +77,11 @@ def chosen(name: str, share: float) -> bool:
     Args:
         name: the image's, as in answers and logs.
         share: of the images, 0 to 1. Images chosen at one share are chosen at all larger ones.
+
+    Examples:
+        >>> names = [f"{number}.png" for number in range(1000)]
+        >>> 200 < sum(chosen(name, 0.25) for name in names) < 300
+        True
     """
     number = int.from_bytes(hashlib.blake2b(name.encode(errors="replace"), digest_size=8).digest())
     return number < share * 2**64

@@ -1,10 +1,5 @@
 """One stream of images, answered batch by batch; the adapter's state goes on from each to the next.
 
-    session = Session(model, params, task, adapter, batch_size=16)
-    for answer in session.answer(images, names):  # at most 16 PIL images
-        print(answer.name, session.class_names[answer.label], answer.confidence)
-    session.save("state.safetensors")  # another Session of the same settings loads it and goes on
-
 A session is not for several threads at once; `prepare`, which is the slow work on an image, is.
 """
 
@@ -63,6 +58,14 @@ class Session:
         seen: number of images answered.
         updates: number of batches learnt from, since the last return to the source.
         class_names: one name a class.
+
+    Examples:
+        >>> from jaxtta.deploy.session import Session
+        >>> adapter = jaxtta.adapters.tent(model, task)  # names: see `jaxtta.load`
+        >>> session = Session(model, params, task, adapter, batch_size=4)
+        >>> answers = session.answer([*images[:4]], ["a.png", "b.png", "c.png", "d.png"])
+        >>> answers[0].name, answers[0].scores.shape, session.updates
+        ('a.png', (10,), 1)
     """
 
     def __init__(

@@ -52,6 +52,13 @@ def concept_detectors(
         ValueError: if scores are not finite, labels do not match the images or are not boolean, or
             a concept is in all images or in none.
 
+    Examples:
+        >>> scores = np.array([[0.9, 0.1], [0.8, 0.3], [0.2, 0.2], [0.1, 0.4]])  # of two directions
+        >>> striped = np.array([[True], [True], [False], [False]])  # images by concepts
+        >>> found = jaxtta.diagnose.concept_detectors(scores, striped)
+        >>> found.precision[:, 0].round(2).tolist(), found.encoded.tolist()
+        ([1.0, 0.83], [True])
+
     References:
         Interpreting CLIP, https://arxiv.org/abs/2310.13040
     """
@@ -79,13 +86,23 @@ def concept_detectors(
 
 
 def shared_concepts(first: ArrayLike, second: ArrayLike) -> np.ndarray:
-    """Concepts that both models encode, (concepts,) bool, from their `encoded`."""
+    """Concepts that both models encode, (concepts,) bool, from their `encoded`.
+
+    Examples:
+        >>> jaxtta.diagnose.shared_concepts([True, True, False], [True, False, False]).tolist()
+        [True, False, False]
+    """
     first, second = _same_concepts(first, second)
     return first & second
 
 
 def unique_concepts(first: ArrayLike, second: ArrayLike) -> np.ndarray:
-    """Concepts that the first model encodes and the second does not, (concepts,) bool."""
+    """Concepts that the first model encodes and the second does not, (concepts,) bool.
+
+    Examples:
+        >>> jaxtta.diagnose.unique_concepts([True, True, False], [True, False, False]).tolist()
+        [False, True, False]
+    """
     first, second = _same_concepts(first, second)
     return first & ~second
 

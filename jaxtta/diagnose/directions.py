@@ -56,6 +56,10 @@ def head_directions(head: Array) -> Array:
 
     Raises:
         ValueError: if the head has one class, is zero or not finite.
+
+    Examples:
+        >>> jaxtta.diagnose.head_directions(jnp.ones((2, 5))).shape  # two classes
+        (2, 5)
     """
     matrix = np.asarray(head, np.float64)
     if matrix.ndim != 2 or len(matrix) < 2:
@@ -128,6 +132,13 @@ def privileged_directions(
     Raises:
         ValueError: if the head has one class, the features do not match it, or an image's are zero.
 
+    Examples:
+        >>> head = jnp.array([[3.0, 0.0], [0.0, 1.0]])  # two classes
+        >>> features = jnp.array([[1.0, 1.0], [1.0, -1.0]])
+        >>> found = jaxtta.diagnose.privileged_directions(head, features)
+        >>> [f"{x:.2f}" for x in found.importance]  # singular values 3 and 1, cosines of 0.71
+        ['2.12', '0.71']
+
     References:
         Interpreting CLIP, https://arxiv.org/abs/2310.13040
     """
@@ -152,6 +163,13 @@ def prune_directions(
 
     Raises:
         ValueError: if not exactly one of count and fraction is given, or it is out of range.
+
+    Examples:
+        >>> head = jnp.array([[3.0, 0.0], [0.0, 1.0]])
+        >>> directions = jaxtta.diagnose.head_directions(head)
+        >>> pruned = jaxtta.diagnose.prune_directions(head, directions, count=1)
+        >>> bool(jnp.allclose(pruned, jnp.array([[3.0, 0.0], [0.0, 0.0]]), atol=1e-5))
+        True
     """
     if count is None and fraction is not None:
         count = _count(fraction, len(directions))
@@ -219,6 +237,13 @@ def pruned_accuracy(
 
     Raises:
         ValueError: if labels do not match the images or classes, or a fraction is out of range.
+
+    Examples:
+        >>> head, features = jnp.array([[3.0, 0.0], [0.0, 1.0]]), jnp.eye(2)
+        >>> directions, labels = jaxtta.diagnose.head_directions(head), np.array([0, 1])
+        >>> pruned_accuracy = jaxtta.diagnose.pruned_accuracy
+        >>> pruned_accuracy(head, directions, features, labels, fractions=(0.5, 1.0)).tolist()
+        [0.5, 1.0]
 
     References:
         Interpreting CLIP, https://arxiv.org/abs/2310.13040

@@ -69,7 +69,14 @@ def _encode(model: CLIP, params: Params, images: jax.Array) -> jax.Array:
 
 
 def head_of(model: CLIP, params: Params, task: Task) -> jax.Array:
-    """The classes' text embeddings, (classes, projection)."""
+    """The classes' text embeddings, (classes, projection).
+
+    Examples:
+        With `model`, `params` and `task` of `jaxtta.load`'s example:
+
+        >>> jaxtta.diagnose.head_of(model, params, task).shape
+        (10, 128)
+    """
     return jax.jit(model.class_embeddings)(params, model.prompts(task))
 
 
@@ -79,7 +86,12 @@ def logits_of(rows: np.ndarray, head: jax.Array) -> jax.Array:
 
 
 def truncate(items: Iterable[object], count: int = 5, between: str = ", ") -> str:
-    """List the first items, and the number of all if there are more."""
+    """List the first items, and the number of all if there are more.
+
+    Examples:
+        >>> jaxtta.diagnose.truncate("abcdefg", 2)
+        'a, b … (7)'
+    """
     items = [*items]
     more = f" … ({len(items)})" if len(items) > count else ""
     return between.join(map(str, items[:count])) + more or "none"

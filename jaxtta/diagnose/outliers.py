@@ -60,6 +60,11 @@ def activation_kurtosis(features: Features) -> float:
     Raises:
         ValueError: if an image's features are constant or not finite.
 
+    Examples:
+        >>> features = jax.random.normal(jax.random.key(0), (100, 512))
+        >>> 2.9 < jaxtta.diagnose.activation_kurtosis(features) < 3.1  # Gaussian
+        True
+
     References:
         Interpreting CLIP, https://arxiv.org/abs/2310.13040
     """
@@ -133,6 +138,11 @@ def outlier_features(
 
     Raises:
         ValueError: if an image's features are constant or not finite, or an option is out of range.
+
+    Examples:
+        >>> features = jax.random.normal(jax.random.key(0), (10, 64)).at[:, 5].set(100.0)
+        >>> jaxtta.diagnose.outlier_features(features).axes.tolist()
+        [5]
 
     References:
         Interpreting CLIP, https://arxiv.org/abs/2310.13040

@@ -36,6 +36,11 @@ def fit_baseline(base: ArrayLike, shifted: ArrayLike) -> LogitLinearBaseline:
         ValueError: if there are fewer than two different base accuracies, or an accuracy is not
             between 0 and 1.
 
+    Examples:
+        >>> line = jaxtta.diagnose.fit_baseline(base=[0.5, 0.8], shifted=[0.3, 0.6])
+        >>> round(float(line.predict(0.8)), 3)
+        0.6
+
     References:
         Taori et al. 2020, https://arxiv.org/abs/2007.00644
     """
@@ -62,6 +67,11 @@ def effective_robustness(
 
     Raises:
         ValueError: if an accuracy is not between 0 and 1.
+
+    Examples:
+        >>> line = jaxtta.diagnose.fit_baseline(base=[0.5, 0.8], shifted=[0.3, 0.6])
+        >>> jaxtta.diagnose.effective_robustness([0.8], [0.7], line).round(3).tolist()
+        [0.1]
 
     References:
         Taori et al. 2020, https://arxiv.org/abs/2007.00644

@@ -68,6 +68,14 @@ def cross_moments(x: Array, y: Array, mask: Array | None = None) -> CrossMoments
 
     Returns:
         The moments.
+
+    Examples:
+        >>> from functools import reduce
+        >>> x, y = np.random.default_rng(0).normal(size=(2, 20, 3))
+        >>> parts = (jaxtta.diagnose.cross_moments(x[i : i + 10], y[i : i + 10]) for i in (0, 10))
+        >>> cka = reduce(jaxtta.diagnose.CrossMoments.merge, parts).cka()
+        >>> bool(np.isclose(cka, jaxtta.diagnose.linear_cka(x, y)))
+        True
     """
     row = 0 if mask is None else jnp.argmax(mask)
     mask = jnp.ones(len(x), bool) if mask is None else jnp.asarray(mask, bool)
@@ -98,6 +106,11 @@ def linear_cka(x: Features, y: Features) -> float:
     Raises:
         ValueError: if the numbers of images differ or are below two, or features are equal for all
             images or not finite.
+
+    Examples:
+        >>> features = np.random.default_rng(0).normal(size=(20, 3))
+        >>> round(jaxtta.diagnose.linear_cka(features, 2 * features[:, ::-1]), 3)
+        1.0
 
     References:
         Kornblith et al. 2019, https://arxiv.org/abs/1905.00414

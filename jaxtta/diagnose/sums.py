@@ -22,6 +22,14 @@ class RunningMean(NamedTuple):
         count: () number of images.
         total: (…), the sum over images with a defined value.
         undefined: () number of images without one.
+
+    Examples:
+        >>> from functools import reduce
+        >>> from jaxtta.diagnose import RunningMean, kurtosis_stats
+        >>> batches = np.split(np.random.default_rng(0).normal(size=(8, 16)), 2)
+        >>> sums = reduce(RunningMean.merge, map(kurtosis_stats, batches))
+        >>> int(sums.count), sums.mean().shape
+        (8, ())
     """
 
     count: Array

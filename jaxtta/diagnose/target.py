@@ -66,6 +66,11 @@ def mmd(
         ValueError: if the sets are not two-dimensional or differ in d, have fewer than two images,
             entries that are not finite or nearly all images equal; or an option is out of range.
 
+    Examples:
+        >>> x, y = np.random.default_rng(0).normal(size=(2, 50, 3))
+        >>> jaxtta.diagnose.mmd(x, y + 3).p_value < 0.05
+        True
+
     References:
         Gretton et al. 2012, https://jmlr.org/papers/v13/gretton12a.html
     """
@@ -129,6 +134,12 @@ def mmd_to_reference(
 
     Raises:
         ValueError: as `mmd` does.
+
+    Examples:
+        >>> reference = np.random.default_rng(0).normal(size=(80, 3))
+        >>> target, half = jaxtta.diagnose.mmd_to_reference(reference[:40] + 3, reference)
+        >>> target.squared > half.squared
+        True
     """
     target, reference = np.asarray(target), np.asarray(reference)
     if len(reference) < 4:
@@ -159,6 +170,11 @@ def neighbour_distances(
     Raises:
         ValueError: if the sets are not two-dimensional or differ in d, the reference has fewer than
             k images, or entries are not finite.
+
+    Examples:
+        >>> reference = np.zeros((10, 2))
+        >>> jaxtta.diagnose.neighbour_distances([[3.0, 4.0], [0.0, 0.0]], reference).tolist()
+        [5.0, 0.0]
 
     References:
         Sun et al. 2022, https://arxiv.org/abs/2204.06507
@@ -207,6 +223,12 @@ def confused_classes(probabilities: ArrayLike) -> ConfusablePairs:
 
     Raises:
         ValueError: if there are no images or fewer than two classes, or an entry is not in [0, 1].
+
+    Examples:
+        >>> probabilities = [[0.5, 0.4, 0.1], [0.4, 0.5, 0.1], [0.0, 0.1, 0.9]]
+        >>> pairs = jaxtta.diagnose.confused_classes(probabilities)
+        >>> pairs.classes[0].tolist(), f"{pairs.shares[0]:.2f}"
+        ([0, 1], '0.67')
     """
     probabilities = np.asarray(probabilities)
     if probabilities.ndim != 2 or not len(probabilities) or probabilities.shape[1] < 2:

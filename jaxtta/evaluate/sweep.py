@@ -103,6 +103,14 @@ def sweep(
     Raises:
         ValueError: for unknown adapters or domains, a folder in use or of other settings, or
             devices that there are not or that do not divide the batch.
+
+    Examples:
+        >>> domain = jaxtta.data.Domain("clean")  # other names: see `jaxtta.load`
+        >>> stream = jaxtta.data.stream_of("clean", [domain], np.arange(8), seed=0)
+        >>> spec = jaxtta.evaluate.Spec({domain: dataset}, [stream], task, batch_size=4)
+        >>> results = jaxtta.evaluate.sweep(spec, ["zero_shot"], model, params, progress=False)
+        >>> [(result.adapter, len(result.rows)) for result in results]
+        [('zero_shot', 8)]
     """
     given: Any = adapters
     if isinstance(given, Mapping):

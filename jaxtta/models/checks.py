@@ -31,6 +31,11 @@ def require_images(images: Any) -> None:
         ValueError: for another shape than (batch, height, width, 3), another dtype than uint8 or
             float, or floats far outside [0, 1]: 0 to 255, or normalised already. Values are looked
             at outside `jit` only, and NaN passes: a step skips it, and says so.
+
+    Examples:
+        >>> jaxtta.models.require_images(np.zeros((2, 3, 32, 32), np.uint8))  # as PyTorch has them
+        Traceback (most recent call last):
+        ValueError: ...
     """
     require_layout(images)
     if problem := out_of_range(images):

@@ -57,6 +57,12 @@ class Batch(NamedTuple):
         Raises:
             ValueError: if there are more images than `size`, or they are not as `require_images`
                 says.
+
+        Examples:
+            >>> images = np.zeros((3, 32, 32, 3), np.uint8)  # the last three of a stream
+            >>> batch = jaxtta.Batch.padded(images, 4, start=96)
+            >>> batch.images.shape, batch.mask.tolist(), batch.index.tolist()
+            ((4, 32, 32, 3), [True, True, True, False], [96, 97, 98, 99])
         """
         xp = jnp if isinstance(images, jax.Array) else np
         images = xp.asarray(images)
@@ -102,6 +108,11 @@ def as_batch(batch: Batch | Any, seen: Any = 0) -> Batch:
     Raises:
         TypeError: for anything but a batch or an array: a list of images, say.
         ValueError: if mask, index or sizes have another length than the images.
+
+    Examples:
+        >>> batch = jaxtta.models.as_batch(np.zeros((2, 32, 32, 3), np.uint8), seen=96)
+        >>> batch.mask.tolist(), batch.index.tolist()
+        ([True, True], [96, 97])
     """
     array = batch.images if isinstance(batch, Batch) else batch
     if not (hasattr(array, "shape") and hasattr(array, "dtype")):
@@ -130,6 +141,13 @@ class Outputs(NamedTuple):
         embeddings: (batch, projection), unnormalised.
         class_embeddings: (classes, projection), of unit norm; None where there are none.
         layer_features: (batch, layers, width); None where there are none.
+
+    Examples:
+        With `model`, `params`, `task` and `images` of `jaxtta.load`'s example:
+
+        >>> outputs = jax.jit(model)(params, model.init_context(params, task), images)
+        >>> outputs.logits.shape, outputs.embeddings.shape, outputs.class_embeddings.shape
+        ((8, 10), (8, 128), (10, 128))
     """
 
     logits: Array
@@ -203,6 +221,15 @@ def context_of(model: Classifier, task: Any, trainable: Callable[[str], bool]) -
     Raises:
         TypeError: if the model is not a classifier, or the task not one that it takes.
         ValueError: if the model needs a task and there is none.
+
+    Examples:
+        With `model`, `params` and `task` of `jaxtta.load`'s example; a method that leaves the text
+        tower as it is encodes the classes once:
+
+        >>> trainable = jaxtta.tree.normalisation_parameters("image")
+        >>> context = jaxtta.models.context_of(model, task, trainable)
+        >>> context(params).shape
+        (10, 128)
     """
     require_model(model)
     pack = getattr(model, "prompts", None)

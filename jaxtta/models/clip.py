@@ -85,6 +85,13 @@ class CLIP:
 
         Returns:
             The parameter tree, float32.
+
+        Examples:
+            With `model` of `jaxtta.load`'s example:
+
+            >>> shapes = jax.eval_shape(model.init, jax.random.key(0))  # of an untrained model
+            >>> shapes["visual_projection"]["kernel"].shape
+            (192, 128)
         """
         vision_key, text_key, *keys = jax.random.split(key, 4)
         size = self.preprocessing.image_size
@@ -163,6 +170,13 @@ class CLIP:
 
         Raises:
             ValueError: if shape or dtype is another.
+
+        Examples:
+            With `model` of `jaxtta.load`'s example:
+
+            >>> pixels = model.normalize(np.full((1, 32, 32, 3), 255, np.uint8))
+            >>> pixels.shape, pixels.dtype.name
+            ((1, 32, 32, 3), 'float32')
         """
         return normalize(self.preprocessing, images)
 
@@ -177,6 +191,13 @@ class CLIP:
 
         Raises:
             TypeError: for anything but a list of PIL images.
+
+        Examples:
+            With `model` of `jaxtta.load`'s example:
+
+            >>> from PIL import Image
+            >>> model.preprocess([Image.new("RGB", (100, 60))]).shape
+            (1, 32, 32, 3)
         """
         require_pil(images)
         return np.stack([self.preprocessing(image) for image in images])
@@ -200,6 +221,13 @@ class CLIP:
 
         Returns:
             The features; what is not used is not computed under `jit`.
+
+        Examples:
+            With `model`, `params` and `images` of `jaxtta.load`'s example:
+
+            >>> features = jax.jit(model.image_features)(params, model.normalize(images))
+            >>> features.layer_features.shape[1:] == model.feature_shape  # (layers, width)
+            True
         """
         variables = {"params": part(params, "vision_model")}
         out = self.vision.apply(variables, pixels, mask, all_tokens=all_tokens)
@@ -208,7 +236,15 @@ class CLIP:
         return ImageFeatures(embeddings, *out)
 
     def encode_image(self, params: Params, pixels: Array) -> Array:
-        """Encode normalised pixels (batch, height, width, 3) to embeddings (batch, projection)."""
+        """Encode normalised pixels (batch, height, width, 3) to embeddings (batch, projection).
+
+        Examples:
+            With `model`, `params` and `images` of `jaxtta.load`'s example:
+
+            >>> embeddings = jax.jit(model.encode_image)(params, model.normalize(images))
+            >>> embeddings.shape
+            (8, 128)
+        """
         return self.image_features(params, pixels).embeddings
 
     def encode_text(self, params: Params, token_ids: Array | np.ndarray) -> Array:
@@ -223,6 +259,12 @@ class CLIP:
 
         Raises:
             ValueError: if the prompts are longer than the model takes.
+
+        Examples:
+            With `model`, `params` and `task` of `jaxtta.load`'s example:
+
+            >>> jax.jit(model.encode_text)(params, task.token_ids[:, 0]).shape  # first template
+            (10, 128)
         """
         count, length = token_ids.shape
         if length > self.text.max_length:
@@ -259,6 +301,13 @@ class CLIP:
             TypeError: if the task is something else, such as class names.
             ValueError: if a prompt is longer than the model takes (or shorter, of SigLIP), has no
                 end of text, or holds a token that the model does not know.
+
+        Examples:
+            With `model`, `params` and `task` of `jaxtta.load`'s example:
+
+            >>> prompts = model.prompts(task)
+            >>> jax.jit(model.class_embeddings)(params, prompts).shape
+            (10, 128)
         """
         if task is None:
             raise ValueError("CLIP needs a task (jaxtta.zero_shot_task gives one), task is None")
@@ -325,6 +374,13 @@ class CLIP:
         Raises:
             TypeError: as `prompts`.
             ValueError: as `prompts`.
+
+        Examples:
+            With `model`, `params` and `task` of `jaxtta.load`'s example:
+
+            >>> context = model.init_context(params, task)
+            >>> context.shape, jnp.allclose(jnp.linalg.norm(context, axis=1), 1).item()
+            ((10, 128), True)
         """
         return _class_embeddings(self, params, self.prompts(task))
 
@@ -396,7 +452,12 @@ def normalize(preprocessing: Preprocessing, images: Array) -> Array:
 
 
 def l2_normalize(x: Array) -> Array:
-    """Scale vectors (…, size) to unit norm."""
+    """Scale vectors (…, size) to unit norm.
+
+    Examples:
+        >>> [f"{x:.1f}" for x in jaxtta.models.l2_normalize(jnp.array([3.0, 4.0]))]
+        ['0.6', '0.8']
+    """
     return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
 
 

@@ -49,6 +49,11 @@ def statistics_of(features: Array, mask: Array | None = None) -> FeatureStatisti
 
     Returns:
         The moments, in at least float32.
+
+    Examples:
+        >>> features = jnp.arange(8.0).reshape(4, 1, 2)  # (batch, layers, width)
+        >>> jaxtta.models.statistics_of(features).mean.tolist()
+        [[3.0, 4.0]]
     """
     features = features.astype(jnp.promote_types(features.dtype, jnp.float32))
     mask = jnp.ones(len(features), bool) if mask is None else jnp.asarray(mask, bool)
@@ -68,6 +73,13 @@ def merge_statistics(first: FeatureStatistics, second: FeatureStatistics) -> Fea
 
     Returns:
         Of all.
+
+    Examples:
+        >>> of = jaxtta.models.statistics_of
+        >>> first, second = of(jnp.full((2, 1, 1), 1.0)), of(jnp.full((2, 1, 1), 3.0))
+        >>> both = jaxtta.models.merge_statistics(first, second)
+        >>> both.count.item(), both.mean.tolist(), both.squares.tolist()
+        (4.0, [[2.0]], [[4.0]])
     """
     count = first.count + second.count
     share = second.count / jnp.maximum(count, 1)
@@ -95,6 +107,13 @@ def feature_statistics(
     Raises:
         ValueError: if there are fewer than two images, they are not as a model takes them, the
             features of one are not finite, or the model has no layer features (a ResNet).
+
+    Examples:
+        With `model`, `params` and `images` of `jaxtta.load`'s example:
+
+        >>> statistics = jaxtta.models.feature_statistics(model, params, [images[:4], images[4:]])
+        >>> statistics.count.item(), statistics.std.shape == model.feature_shape
+        (8.0, True)
     """
     if context is None and not hasattr(model, "image_features"):
         context = model.init_context(params, None)
@@ -172,6 +191,13 @@ def save_statistics(
     Raises:
         TypeError: if they are not `FeatureStatistics`.
         ValueError: if they have no standard deviation.
+
+    Examples:
+        >>> statistics = jaxtta.models.statistics_of(jnp.arange(8.0).reshape(4, 1, 2))
+        >>> jaxtta.models.save_statistics("source.safetensors", statistics, {"images": "4 made up"})
+        >>> statistics, about = jaxtta.models.load_statistics("source.safetensors")
+        >>> int(statistics.count), about
+        (4, {'images': '4 made up'})
     """
     require_statistics(statistics)
     save_arrays(path, statistics._asdict(), about)
@@ -189,6 +215,11 @@ def load_statistics(path: str | Path) -> tuple[FeatureStatistics, dict[str, Any]
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if it holds something else.
+
+    Examples:
+        >>> statistics, _ = jaxtta.models.load_statistics(jaxtta.assets.STATISTICS)
+        >>> statistics.mean.shape  # (layers, width) of the bundled model
+        (6, 192)
     """
     arrays, about = load_arrays(path)
     if arrays.keys() != set(FeatureStatistics._fields):

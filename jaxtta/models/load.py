@@ -82,6 +82,15 @@ def load(
         ValueError: if the configuration is none of CLIP's, SigLIP's and ViT's, only pickled weights
             or a LoRA adapter are there, a file is a git-LFS pointer, a parameter is missing, has
             another shape or is not finite (they are named), or the preprocessing cannot be read.
+
+    Examples:
+        >>> import jax, jaxtta, numpy as np
+        >>> model, params = jaxtta.load(jaxtta.assets.MODEL)  # small, and comes with the package
+        >>> dataset = jaxtta.data.open_dataset("folder", jaxtta.assets.IMAGES)
+        >>> task = jaxtta.zero_shot_task(model, dataset.class_names)
+        >>> images = np.stack([dataset[number] for number in range(8)])
+        >>> images.shape, task.classes
+        ((8, 32, 32, 3), 10)
     """
     require_dtype("dtype", dtype)
     if compute_dtype is not None:

@@ -28,6 +28,10 @@ class Preprocessing(NamedTuple):
         rounding: whose centre it is where the margins are odd; torchvision's is OpenCLIP's.
         resize_longer: whether an integer `resize` is for the longer side, not the shorter.
         fill: grey level around an image that is smaller than the crop.
+
+    Examples:
+        >>> print(jaxtta.models.Preprocessing(224, resize=224, crop=(224, 224)))  # CLIP's
+        224, shorter side resized to 224, bicubic, centre crop 224 (transformers), mean ...
     """
 
     image_size: int
@@ -127,6 +131,12 @@ def describe_preprocessing(model: Any) -> str:
 
     Returns:
         As `preprocessing: 224, shorter side resized to 224, bicubic, …, from FILE`.
+
+    Examples:
+        With `model` of `jaxtta.load`'s example:
+
+        >>> jaxtta.models.describe_preprocessing(model)
+        'preprocessing: 32, shorter side resized to 32, ..., from ...preprocessor_config.json'
     """
     return f"preprocessing: {model.preprocessing}, from {model.preprocessing_origin}"
 

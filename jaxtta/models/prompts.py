@@ -36,6 +36,13 @@ class Prompts(NamedTuple):
             by side; the number of rows, which is none of them, after an end of text.
         cells: (rows,) the inverse, into the flattened grid.
         ends: (classes, templates) the ends of text, as rows counted from the prefix's first.
+
+    Examples:
+        With `model` and `task` of `jaxtta.load`'s example:
+
+        >>> prompts = model.prompts(task)  # "a photo of a …" is encoded once for all ten classes
+        >>> prompts.ends.shape, len(prompts.prefix) + len(prompts.tokens) < task.token_ids.size
+        ((10, 1), True)
     """
 
     prefix: Array | np.ndarray

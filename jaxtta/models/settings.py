@@ -21,6 +21,12 @@ def model_settings(model: Any, within: tuple[int, ...] = ()) -> Any:
 
     Dataclasses and named tuples are listed by field, functions by name and by the values that they
     enclose; of an array the digest is listed, of another object the class, its numbers and texts.
+
+    Examples:
+        With `model` of `jaxtta.load`'s example:
+
+        >>> jaxtta.models.model_settings(model)["preprocessing"]["image_size"]
+        32
     """
     if id(model) in within:  # a function may enclose itself
         return "itself"

@@ -33,6 +33,13 @@ class ImageClassifier:
         class_names: names of the classes.
         preprocessing: the checkpoint's image preprocessing.
         preprocessing_origin: the file that `preprocessing` was read from.
+
+    Examples:
+        >>> import transformers
+        >>> config = transformers.ViTConfig(num_hidden_layers=1, image_size=32, num_labels=3)
+        >>> model = jaxtta.models.classifier_from_config(config)
+        >>> model.image_size, model.feature_shape, len(model.class_names)
+        (32, (1, 768), 3)
     """
 
     vision: VisionTransformer

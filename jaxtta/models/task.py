@@ -34,6 +34,11 @@ def mend_text(text: str) -> str:
     Returns:
         The text that CLIP was trained on.
 
+    Examples:
+        >>> from jaxtta.models.task import mend_text
+        >>> mend_text("a photo of Beth&#39;s  cafÃ©")
+        "a photo of Beth's café"
+
     References:
         Radford et al., "Learning Transferable Visual Models From Natural Language Supervision",
         2021 (`clip/simple_tokenizer.py`).
@@ -110,6 +115,11 @@ def task_from_token_ids(token_ids: np.ndarray, class_names: Sequence[str] = ()) 
 
     Raises:
         ValueError: if the array has another shape or dtype, or fewer than two classes.
+
+    Examples:
+        >>> task = jaxtta.models.task_from_token_ids(np.array([[856, 5, 857], [856, 9, 857]]))
+        >>> task.classes, task.token_ids.shape  # one template
+        (2, (2, 1, 3))
     """
     token_ids = np.asarray(token_ids)
     if token_ids.ndim == 2:
@@ -145,6 +155,14 @@ def zero_shot_task(
         TypeError: if the model is not a classifier, or names or templates are not strings.
         ValueError: if there are fewer than two classes, an empty name, a template without `{}`, a
             prompt too long for the model, or the tokenizer cannot be read.
+
+    Examples:
+        With `model` of `jaxtta.load`'s example:
+
+        >>> names, templates = ["cat", "dog"], ["a photo of a {}.", "a drawing of a {}."]
+        >>> task = jaxtta.zero_shot_task(model, names, templates)
+        >>> task.class_names, task.token_ids.shape[:2]  # tokens of each class in each template
+        (('cat', 'dog'), (2, 2))
     """
     if not hasattr(model, "max_length"):
         require_model(model)
@@ -287,6 +305,13 @@ def task_for(model: Any, class_names: Sequence[str], templates: Sequence[str]) -
 
     Raises:
         ValueError: if the model's own classes are others.
+
+    Examples:
+        With `model` and `dataset` of `jaxtta.load`'s example:
+
+        >>> task = jaxtta.models.task_for(model, dataset.class_names, ["a photo of a {}."])
+        >>> task.class_names[:2]
+        ('airplane', 'automobile')
     """
     own = getattr(model, "class_names", None)
     if own is None:

@@ -52,6 +52,11 @@ def init_meta_gradient_generator(key: Array, hidden: int = 8) -> MGGParams:
 
     Returns:
         A flat dict of float32 arrays.
+
+    Examples:
+        >>> phi = jaxtta.optim.init_meta_gradient_generator(jax.random.key(0))
+        >>> phi["query"].shape, sum(x.size for x in phi.values()) < 200  # whatever the model
+        ((2, 8), True)
     """
     keys = jax.random.split(key, 6)
 
@@ -127,6 +132,14 @@ def meta_gradient_generator(
 
     Raises:
         ValueError: if the weights' names or shapes are wrong.
+
+    Examples:
+        >>> phi, _ = jaxtta.optim.load_mgg(jaxtta.assets.PHI)
+        >>> optimizer = jaxtta.optim.meta_gradient_generator(phi, 1e-3)
+        >>> params, gradients = {"scale": jnp.ones(4)}, {"scale": jnp.array([9.0, 1.0, 0.1, -9.0])}
+        >>> updates, state = jax.jit(optimizer.update)(gradients, optimizer.init(params))
+        >>> bool((jnp.abs(updates["scale"]) <= 1e-3).all())
+        True
 
     References:
         https://arxiv.org/abs/2412.16901
@@ -229,6 +242,12 @@ def save_mgg(path: str | Path, phi: MGGParams, metadata: dict[str, Any] | None =
 
     Raises:
         ValueError: if the weights' names or shapes are wrong.
+
+    Examples:
+        >>> phi = jaxtta.optim.init_meta_gradient_generator(jax.random.key(0))
+        >>> jaxtta.optim.save_mgg("mgg.safetensors", phi, {"epochs": 0})
+        >>> jaxtta.optim.load_mgg("mgg.safetensors")[1]
+        {'epochs': 0}
     """
     check_mgg_params(phi)
     save_arrays(path, phi, metadata)
@@ -246,6 +265,11 @@ def load_mgg(path: str | Path) -> tuple[MGGParams, dict[str, Any]]:
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if the file is damaged or does not hold a generator's weights.
+
+    Examples:
+        >>> phi, about = jaxtta.optim.load_mgg(jaxtta.assets.PHI)  # trained for the bundled model
+        >>> phi["query"].shape
+        (2, 8)
     """
     arrays, metadata = load_arrays(path)
     phi = {name: jnp.asarray(array) for name, array in arrays.items()}

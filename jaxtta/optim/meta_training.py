@@ -60,6 +60,12 @@ def init_meta_training(
 
     Raises:
         TypeError: if the optimizer is not an optax transformation.
+
+    Examples:
+        >>> phi = jaxtta.optim.init_meta_gradient_generator(jax.random.key(0))
+        >>> state = jaxtta.optim.init_meta_training(phi, {"scale": jnp.ones(3)}, optax.adam(1e-2))
+        >>> state.adapted["scale"].shape, bool(state.pending)
+        ((3,), False)
     """
     require_optimizer(optimizer)
     phi = jax.tree.map(jnp.asarray, phi)
@@ -117,6 +123,17 @@ def meta_step(
 
     Returns:
         `step(state, batches) -> (state, losses (K,))`; each leaf of `batches` has a leading axis K.
+
+    Examples:
+        >>> def loss_of(adapted, batch):
+        ...     return ((adapted["scale"] - batch) ** 2).mean()
+        >>> phi, adam = jaxtta.optim.load_mgg(jaxtta.assets.PHI)[0], optax.adam(0.01)
+        >>> state = jaxtta.optim.init_meta_training(phi, {"scale": jnp.ones(3)}, adam)
+        >>> state, _ = jax.jit(jaxtta.optim.begin_epoch(loss_of, 1e-3))(state, jnp.zeros(3))
+        >>> step = jax.jit(jaxtta.optim.meta_step(loss_of, adam, 1e-3))
+        >>> state, losses = step(state, jnp.zeros((2, 3)))
+        >>> losses.shape
+        (2,)
 
     References:
         https://arxiv.org/abs/2412.16901

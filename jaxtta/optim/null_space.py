@@ -30,6 +30,11 @@ class Projector:
     Attributes:
         basis: (inputs, rank), orthonormal columns.
         complement: whether it projects onto the orthogonal complement of the basis, not its span.
+
+    Examples:
+        >>> projector = jaxtta.optim.Projector(jnp.array([[1.0], [0.0]]), complement=True)
+        >>> projector(jnp.array([[5.0], [7.0]])).tolist()  # without what the first input does
+        [[0.0], [7.0]]
     """
 
     basis: Array
@@ -61,6 +66,15 @@ def null_space_projection(projectors: Mapping[str, Projector]) -> optax.Gradient
         TypeError: if the projectors are not a dict of `Projector`.
         ValueError: in `init`, if a path is not a parameter's, or a parameter has another number of
             inputs.
+
+    Examples:
+        >>> projector = jaxtta.optim.Projector(jnp.array([[1.0], [0.0]]), complement=True)
+        >>> keep = jaxtta.optim.null_space_projection({"dense/kernel": projector})
+        >>> optimizer = optax.chain(optax.sgd(1.0), keep)
+        >>> params = {"dense": {"kernel": jnp.ones((2, 1))}}
+        >>> updates, _ = optimizer.update(params, optimizer.init(params))  # of a gradient of ones
+        >>> updates["dense"]["kernel"].tolist()
+        [[0.0], [-1.0]]
 
     References:
         https://arxiv.org/abs/2507.19839
@@ -117,6 +131,14 @@ def project_out(basis: Any) -> optax.GradientTransformation:
 
     Raises:
         ValueError: in `init`, if the basis does not match the parameters.
+
+    Examples:
+        >>> basis = {"scale": jnp.array([[1.0, 0.0]])}  # one direction
+        >>> optimizer = optax.chain(optax.sgd(1.0), jaxtta.optim.project_out(basis))
+        >>> params = {"scale": jnp.ones(2)}
+        >>> updates, _ = optimizer.update(params, optimizer.init(params))  # of a gradient of ones
+        >>> updates["scale"].tolist()
+        [0.0, -1.0]
 
     References:
         https://arxiv.org/abs/1910.07104

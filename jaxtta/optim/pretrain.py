@@ -164,7 +164,13 @@ def make_judge(
 def best_epoch(
     history: Sequence[EpochMetrics], select_by: Literal["accuracy", "loss"] = "accuracy"
 ) -> int:
-    """Index of the epoch with the highest accuracy or the lowest loss; the first of equal ones."""
+    """Index of the epoch with the highest accuracy or the lowest loss; the first of equal ones.
+
+    Examples:
+        >>> Epoch = jaxtta.optim.EpochMetrics
+        >>> jaxtta.optim.best_epoch([Epoch(1.0, 0.9, accuracy=0.5), Epoch(0.8, 0.7, accuracy=0.6)])
+        1
+    """
     if select_by == "accuracy":
         return max(range(len(history)), key=lambda number: history[number].accuracy or 0)
     losses: list[Any] = [e.loss if e.val_loss is None else e.val_loss for e in history]

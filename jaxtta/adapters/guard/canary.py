@@ -30,6 +30,13 @@ class Canary:
     Raises:
         TypeError: if the labels are no integers.
         ValueError: if there are no images, labels are missing, or the shapes do not fit.
+
+    Examples:
+        With `images` and `dataset` of `jaxtta.load`'s example:
+
+        >>> canary = jaxtta.adapters.Canary(images, dataset.labels[:8])
+        >>> len(canary.images)  # pass it to `jaxtta.guarded`
+        8
     """
 
     images: Any

@@ -63,6 +63,10 @@ def guarded(
 
     Raises:
         TypeError: if an argument is of another kind.
+
+    Examples:
+        >>> reference = jaxtta.adapters.zero_shot(model, task)  # names: see `jaxtta.load`
+        >>> adapter = jaxtta.guarded(jaxtta.adapters.tent(model, task), reference)
     """
     for name, given in (("adapter", adapter), ("reference", reference)):
         if not (hasattr(given, "init") and hasattr(given, "step")):

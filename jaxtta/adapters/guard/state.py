@@ -114,6 +114,14 @@ def review(state: GuardState, adapted_right: Any, reference_right: Any) -> Guard
 
     Returns:
         The state for the next step.
+
+    Examples:
+        With `model`, `params` and `task` of `jaxtta.load`'s example:
+
+        >>> reference = jaxtta.adapters.zero_shot(model, task)
+        >>> adapter = jaxtta.guarded(jaxtta.adapters.tent(model, task), reference)
+        >>> state = jax.jit(adapter.init)(params)
+        >>> state = jaxtta.adapters.review(state, np.array([True, False]), np.array([True, True]))
     """
     more = count_pairs(adapted_right, reference_right)
     return state._replace(review=add(state.review, more))

@@ -1,9 +1,5 @@
 """TNT as an adapter.
 
-    adapter = tnt(model, task)                                      # a map for every image
-    adapter = tnt(model, task, config=TNTConfig(online=True))       # one map along the stream
-    adapter = tnt(model, task, config=TNTConfig(views=1, steps=0), noise=noise)  # that map, frozen
-
 The model is unchanged. A frozen map answers with the model's own scale of logits; the paper's
 temperature is for the vote of tuned views, and `TNTConfig(temperature="model")` keeps the model's
 scale there too. All variants share one state type, so that a frozen map can be updated from time to
@@ -77,6 +73,16 @@ def tnt(
         TypeError: if the model, task, config or map is something else.
         ValueError: if the map has another size than the model's input, the model needs a task and
             there is none, or it lacks what TNT needs.
+
+    Examples:
+        With `model`, `params` and `task` of `jaxtta.load`'s example:
+
+        >>> adapter = jaxtta.adapters.tnt(model, task)  # a map for every image
+        >>> online = jaxtta.adapters.TNTConfig(online=True)
+        >>> adapter = jaxtta.adapters.tnt(model, task, config=online)  # one map along the stream
+        >>> noise = adapter.init(params).noise
+        >>> frozen = jaxtta.adapters.TNTConfig(views=1, steps=0)
+        >>> adapter = jaxtta.adapters.tnt(model, task, config=frozen, noise=noise)  # that map
     """
     require_model(model)
     if not isinstance(config, TNTConfig):

@@ -121,6 +121,13 @@ def save_noise(path: str | Path, noise: Any, config: TNTConfig) -> None:
 
     Raises:
         ValueError: if it is not a noise map, or holds numbers beyond 1.
+
+    Examples:
+        >>> config = jaxtta.adapters.TNTConfig(online=True)
+        >>> jaxtta.adapters.save_noise("noise.safetensors", np.zeros((32, 32, 3)), config)
+        >>> noise, config = jaxtta.adapters.load_noise("noise.safetensors")
+        >>> noise.shape, config.online
+        ((32, 32, 3), True)
     """
     require_noise(noise)
     save_arrays(path, {"noise": np.asarray(noise, np.float32)}, dataclasses.asdict(config))
