@@ -71,6 +71,7 @@ def main(options: Options) -> None:
     if options.compare:
         table = pd.DataFrame(compared(options, options.compare))
         path = options.table or options.output / "data.csv"
+        path.parent.mkdir(parents=True, exist_ok=True)
         io.write_text(path, table.to_csv(index=False, float_format="%.5f"))
         print(table.round(3).to_string(index=False), f"table: {path}", sep="\n")
 
@@ -122,8 +123,9 @@ def make(
     arrays = {data.CLEAN: np.stack(images), "labels": dataset.labels[numbers].astype(np.uint8)}
     settings = {"severity": options.severity, "seed": options.seed}
     settings |= {"images": io.digest_of([numbers, *arrays.values()])}
-    about, there = folder / "made.json", any(folder.glob("*.npy"))
-    if (io.read_json(about) if about.is_file() else there and {}) not in (False, settings):
+    about, others = folder / "made.json", any(folder.glob("*.npy"))
+    found = io.read_json(about) if about.is_file() else {} if others else settings
+    if found != settings:
         raise ValueError(f"{folder}: has arrays of other images or settings, choose another folder")
     io.write_json(about, settings)
     for name in (*arrays, *PARTS[part]):
@@ -144,7 +146,7 @@ def is_whole(path: Path, shape: tuple[int, ...]) -> bool:
     """Whether a file has an array of this shape."""
     try:
         return path.is_file() and np.load(path, "r").shape == shape
-    except ValueError:
+    except (ValueError, EOFError):
         return False
 
 
