@@ -71,6 +71,7 @@ def main(options: Options) -> None:
     if options.compare:
         table = pd.DataFrame(compared(options, options.compare))
         path = options.table or options.output / "data.csv"
+        path.parent.mkdir(parents=True, exist_ok=True)
         io.write_text(path, table.to_csv(index=False, float_format="%.5f"))
         print(table.round(3).to_string(index=False), f"table: {path}", sep="\n")
 
@@ -122,8 +123,9 @@ def make(
     arrays = {data.CLEAN: np.stack(images), "labels": dataset.labels[numbers].astype(np.uint8)}
     settings = {"severity": options.severity, "seed": options.seed}
     settings |= {"images": io.digest_of([numbers, *arrays.values()])}
-    about, there = folder / "made.json", any(folder.glob("*.npy"))
-    if (io.read_json(about) if about.is_file() else there and {}) not in (False, settings):
+    about, others = folder / "made.json", any(folder.glob("*.npy"))
+    found = io.read_json(about) if about.is_file() else {} if others else settings
+    if found != settings:
         raise ValueError(f"{folder}: has arrays of other images or settings, choose another folder")
     io.write_json(about, settings)
     for name in (*arrays, *PARTS[part]):
@@ -144,7 +146,7 @@ def is_whole(path: Path, shape: tuple[int, ...]) -> bool:
     """Whether a file has an array of this shape."""
     try:
         return path.is_file() and np.load(path, "r").shape == shape
-    except ValueError:
+    except (ValueError, EOFError):
         return False
 
 
@@ -167,7 +169,9 @@ def compared(options: Options, other: Path) -> Iterator[dict[str, Any]]:
                     f"{places[1]}: {name}.npy is {two.shape}, clean.npy {theirs.shape}"
                 )
             one, two = one[here], two[known[here]]
-            right = np.stack([answer(images) == labels for images in (one, two)], 1)
+            answers = [answer(one)]
+            answers += answers if np.array_equal(one, two) else [answer(two)]
+            right = np.stack([x == labels for x in answers], 1)
             means = bootstrap.bootstrap(right, np.ones_like(right))
             low, high = bootstrap.interval(means[:, 0] - means[:, 1]) or (np.nan, np.nan)
             line = {"part": part, "corruption": name, "severity": options.severity}

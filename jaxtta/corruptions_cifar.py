@@ -250,7 +250,7 @@ def _elastic_transform(
 ) -> np.ndarray:
     amount, sigma, shift = (SIDE * each for each in c)
     middle, third = SIDE // 2, SIDE // 3
-    points = middle + third * np.float32([[1, 1], [1, -1], [-1, -1]])
+    points = middle + third * np.array([[1, 1], [1, -1], [-1, -1]], np.float32)
     moved = points + rng.uniform(-shift, shift, points.shape).astype(np.float32)
     pixels = cv2.warpAffine(
         (image / 255).astype(np.float32),
@@ -316,7 +316,7 @@ def _zoomed(pixels: np.ndarray, factor: float) -> np.ndarray:
     cut = int(np.ceil(SIDE / factor))
     start = (SIDE - cut) // 2
     inside = pixels[start : start + cut, start : start + cut]
-    large = ndimage.zoom(inside, (factor, factor, 1), order=1)
+    large = np.asarray(ndimage.zoom(inside, (factor, factor, 1), order=1))
     start = (len(large) - SIDE) // 2
     return large[start : start + SIDE, start : start + SIDE]
 
