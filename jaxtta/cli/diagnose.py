@@ -23,7 +23,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -91,7 +91,7 @@ class Options:
     """
 
     output: Path
-    models: tuple[str, ...] = (str(assets.MODEL),)
+    models: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["--model"])] = (str(assets.MODEL),)
     templates: tuple[str, ...] = ("usual",)
     batch_size: int = 100
     seed: int = 1
