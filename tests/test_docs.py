@@ -249,3 +249,7 @@ def test_rendering_says_what_is_wrong(monkeypatch):
     monkeypatch.setattr(tables, "RESULTS", ROOT / "nowhere")
     with pytest.raises(ValueError, match=r"'leaderboard' needs .*leaderboard.csv, see docs/res"):
         render.render("<!-- table: leaderboard --><!-- end -->")
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 120
