@@ -24,6 +24,7 @@ def test_help_teaches(run_script, script):
     assert f"python experiments/{script}" in out.replace("\n", " ")
 
 
+@pytest.mark.slow
 def test_a_small_clip_is_trained_and_loads(run_script, tmp_path):
     options = [
         *("pretrain_tiny_clip.py", "--train", assets.IMAGES, "--test", assets.IMAGES),
