@@ -23,8 +23,6 @@ PAGES = ("README.md", "CONTRIBUTING.md", "docs/**/*.md", "tpu/README.md")
 PENDING = (
     "benchmark.csv",
     "continual.csv",
-    "data.csv",
-    "demo.csv",
     "guard.csv",
     "mgtta.csv",
     "tnt.csv",
