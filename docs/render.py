@@ -24,7 +24,6 @@ PENDING = (
     "benchmark.csv",
     "continual.csv",
     "guard.csv",
-    "mgtta.csv",
     "tnt.csv",
 )
 FENCE = r"^ *```.*?^ *```$"  # what is shown as code is left alone
