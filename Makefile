@@ -49,7 +49,8 @@ $(VENV)/docs: $(VENV)/installed
 	touch $@
 
 docs: $(VENV)/docs  ## Build the site (site/); warnings are errors
-	$(OFFLINE) NO_MKDOCS_2_WARNING=1 PYTHONWARNINGS="ignore:IProgress not found" \
+	$(OFFLINE) NO_MKDOCS_2_WARNING=1 TRANSFORMERS_NO_ADVISORY_WARNINGS=1 \
+	    PYTHONWARNINGS="ignore:IProgress not found" \
 	    $(VENV)/bin/python -m mkdocs build --strict
 
 tpu-check:  ## Compile steps for a TPU with none attached, where libtpu can be installed

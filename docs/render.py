@@ -24,6 +24,7 @@ PENDING = (
     "benchmark.csv",
     "continual.csv",
     "guard.csv",
+    "guard-second.csv",
     "tnt.csv",
 )
 FENCE = r"^ *```.*?^ *```$"  # what is shown as code is left alone

@@ -159,8 +159,8 @@ def agreement() -> str:
 
 def guard() -> str:
     """Gain of each adapter alone and behind a guard: on average, and where it is worst."""
-    rows = _read("guard.csv").query("adapter != @BASELINE")
-    rows = rows.groupby(["adapter", "stream"], sort=False)[["gain", "share"]].mean()
+    rows, second = _read("guard.csv"), _read("guard-second.csv").set_index(["adapter", "stream"])
+    rows = rows[rows["adapter"] != BASELINE].set_index(["adapter", "stream"])
     lines = []
     for name in rows.index.unique(0):
         if name.startswith("guarded:"):
@@ -171,8 +171,17 @@ def guard() -> str:
                 own = rows.loc[text]
                 line |= {f"mean gain{suffix}": _points(own["gain"].mean())}
                 line |= {f"worst{suffix}": _least(own)}
-        lines.append(line)
+        lines.append(line | {"worst, guarded, second set": _least(second.loc[f"guarded:{name}"])})
     return _markdown(pd.DataFrame(lines))
+
+
+def guard_errors() -> str:
+    """Calibration error of zero-shot and of each guarded adapter on each kind of stream."""
+    rows = _read("guard.csv")
+    rows = rows[rows["adapter"].str.startswith((BASELINE, "guarded:"))]
+    errors = 100 * rows.pivot_table("ece", "stream", "adapter", sort=False)
+    shown = errors.map("{:.1f}".format).rename(index=lambda name: name.replace("_", " "))
+    return _markdown(shown.rename(columns="`{}`".format).rename_axis(None, axis=1).reset_index())
 
 
 def guard_streams() -> str:

@@ -99,7 +99,7 @@ def _open_stored(layout: str, root: Path, given: Sequence[str]) -> Benchmark:
         return {key: dataclasses.replace(one, class_names=names) for key, one in benchmark.items()}
     names = given_class_names(given)
     if not names and layout == "arrays":
-        raise ValueError(f"{root}: arrays have no class names, set them")
+        raise ValueError(f"{root}: arrays have no class names, give them (--class-names)")
     few = not names and read_labels(root).max() < 10
     names = names or (tables.CIFAR10_CLASSES if few else tables.CIFAR100_CLASSES)
     return open_arrays(root, names, layout == "cifar-c")
