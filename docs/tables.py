@@ -162,7 +162,7 @@ def agreement() -> str:
 def guard() -> str:
     """Gain of each adapter alone and behind a guard: on average, and where it is worst."""
     rows = _read("guard.csv").query("adapter != @BASELINE")
-    rows = rows.groupby(["adapter", "stream"], sort=False)[["gain", "share"]].mean()
+    rows = rows.groupby(["adapter", "stream"], sort=False)[["gain"]].mean()
     lines = []
     for name in rows.index.unique(0):
         if name.startswith("guarded:"):
