@@ -18,6 +18,7 @@ METHODS = pd.read_csv(Path(__file__).with_name("methods.csv"), index_col="name")
 # each other kind
 WHICH = ("mint:lr=0.021", "mint", "eta", "deyo", "roid", "stata", "tda", "batclip")
 WHICH += ("batclip:lr=0.01", "mgtta:lr=0.01", "tnt")
+ANSWERS = ("logits", "probabilities", "votes")  # quantities of agreement.csv
 
 
 def _read(name: str) -> pd.DataFrame:
@@ -39,8 +40,8 @@ def _points(share: float, low: float = np.nan, high: float = np.nan) -> str:
     """A gain in points, with its interval if there is one; nothing if it is missing."""
     if np.isnan(share):
         return ""
-    text, *ends = [f"{100 * x:+.1f}".replace("-", "−") for x in (share, low, high)]
-    text = text if text[1:] != "0.0" else "0.0"
+    shown = [f"{100 * x:+.1f}".replace("-", "−") for x in (share, low, high)]
+    text, *ends = [x if x[1:] != "0.0" else "0.0" for x in shown]
     return text if np.isnan(low) else f"{text} [{', '.join(ends)}]"
 
 
@@ -143,7 +144,7 @@ def methods() -> str:
     lines = []
     for name, (title, paper, _, changes) in METHODS.drop(index=BASELINE).iterrows():
         line = {"name": f"`{name}`", "paper": f"[{title}]({paper})", "changes": changes}
-        own = rows[(rows["method"] == name) & rows["quantity"].isin(("logits", "probabilities"))]
+        own = rows[(rows["method"] == name) & rows["quantity"].isin(ANSWERS)]
         largest = own.sort_values("difference").tail(1)
         shown = [f"{x:.0e} ({q})" for x, q in largest[["difference", "quantity"]].to_numpy()]
         lines.append({**line, "difference": "".join(shown)})
@@ -153,7 +154,8 @@ def methods() -> str:
 def agreement() -> str:
     """Largest differences from the reference implementations, by method and quantity."""
     rows = _read("agreement.csv")
-    numbers = {key: rows[key].map("{:.1e}".format) for key in ("difference", "scale", "tolerance")}
+    names = ("difference", "scale", "relative", "tolerance")
+    numbers = {key: rows[key].map("{:.1e}".format) for key in names}
     return _markdown(rows.assign(**numbers, method=_code(rows["method"])), left=2)
 
 

@@ -5,10 +5,10 @@ r"""CIFAR-10-C's corruptions, at any severity, of CIFAR-10 images that you have.
 
 `DATA/test` gets the 15 corruptions and `DATA/meta_train` the four for validation, of other images:
 a `<corruption>.npy` each, `clean.npy` and `labels.npy`, which `jaxtta sweep --layout arrays`,
-leaderboard.py and guard.py read. `--data` is a folder of class folders, `cifar-10-batches-py` or a
-file in it, an `.npz` file of images, labels and class_names, a `.npy` file with `labels.npy` beside
-it, a folder as `DATA/test`, or a prepared folder or NAME:SPLIT of tensorflow-datasets. Each image
-has a seed of its own. A run that was stopped goes on.
+leaderboard.py and guard.py read. `--data` is a folder of class folders, `cifar-10-batches-py` (of
+it the test images) or a file in it, an `.npz` file of images, labels and class_names, a `.npy` file
+with `labels.npy` beside it, a folder as `DATA/test`, or a prepared folder or NAME:SPLIT of
+tensorflow-datasets. Each image has a seed of its own. A run that was stopped goes on.
 
 `--compare` takes another such folder, and the images whose clean pixels both have:
 

@@ -85,6 +85,12 @@ def corrupt(image: np.ndarray, name: str, severity: int, seed: int) -> np.ndarra
 
     Raises:
         ValueError: for an unknown name or severity, or an image of another size.
+
+    Examples:
+        >>> from jaxtta.corruptions_cifar import corrupt
+        >>> image = np.full((32, 32, 3), 128, np.uint8)
+        >>> corrupt(image, "brightness", severity=5, seed=0)[0, 0].tolist()  # 0.3 brighter
+        [204, 204, 204]
     """
     if image.shape != (SIDE, SIDE, 3) or image.dtype != np.uint8:
         raise ValueError(f"an image is {image.dtype} of {image.shape}, expected uint8 of 32×32×3")

@@ -1,7 +1,9 @@
 """The laws that every adapter keeps, for the tests of a method of your own.
 
-def test_mine(model, params, task, images):
-    check_adapter(mine.make(model, task), params, images)
+In a test of yours:
+
+    def test_mine(model, params, task, images):
+        check_adapter(mine.make(model, task), params, images)
 """
 
 import tempfile

@@ -167,6 +167,7 @@ def judge(
         ValueError: if there are no images, arrays do not match, or thresholds contradict.
 
     Examples:
+        >>> from jaxtta.deploy.pilot import judge
         >>> from jaxtta.deploy.shadow import Shadow
         >>> numbers = np.arange(1000)
         >>> served, wrong = np.eye(2)[numbers % 2] * 0.8 + 0.1, numbers % 5 == 0

@@ -79,6 +79,7 @@ def chosen(name: str, share: float) -> bool:
         share: of the images, 0 to 1. Images chosen at one share are chosen at all larger ones.
 
     Examples:
+        >>> from jaxtta.deploy.rollout import chosen
         >>> names = [f"{number}.png" for number in range(1000)]
         >>> 200 < sum(chosen(name, 0.25) for name in names) < 300
         True
