@@ -70,6 +70,7 @@ def class_folders(root: str | Path) -> list[Path]:
         raise ValueError(
             f"{root}: expected at least two class folders, has {found}: give one split, or "
             "--layout imagenet-c (corruption/severity/class), cifar-c or arrays (.npy files), tfds"
+            "; images without labels are for jaxtta classify and pilot"
         )
     return sorted(folders, key=_with_numbers)
 
