@@ -374,7 +374,7 @@ def test_compiled_programs_are_kept_for_the_next_run(tmp_path):
         "class Options:\n    pass\n"
         "def main(options):\n"
         "    x = jnp.ones((8, 8))\n"
-        "    jax.jit(lambda x: [x := jnp.linalg.svd(x + n)[0] @ x for n in range(80)])(x)\n"
+        "    jax.jit(lambda x: [x := jnp.linalg.svd(x + n)[0] @ x for n in range(200)])(x)\n"
         "cli.run_script(Options, main, None)\n"
     )
     given = ("JAX_COMPILATION", "JAX_PERSISTENT")  # the tests have a cache of their own
