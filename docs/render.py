@@ -19,12 +19,6 @@ import tables
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "CONTRIBUTING.md", "docs/**/*.md", "tpu/README.md")
-# Result files that are still to come: their tables stay empty.
-PENDING = (
-    "benchmark.csv",
-    "guard-second.csv",
-    "tnt.csv",
-)
 FENCE = r"^ *```.*?^ *```$"  # what is shown as code is left alone
 MARKER = re.compile(
     rf"{FENCE}|(?P<start><!-- (?P<kind>table|value): (?P<call>.*?) -->)"
@@ -50,8 +44,6 @@ def content(kind: str, call: str) -> str:
         return make(*arguments).strip()
     except FileNotFoundError as missing:
         file = Path(missing.filename)
-        if file.name in PENDING:
-            return ""
         raise ValueError(f"the {kind} {name!r} needs {file}, see docs/results/README.md") from None
     except (KeyError, TypeError, IndexError) as error:
         raise ValueError(f"the {kind} {call!r}: {type(error).__name__}: {error}") from error
@@ -80,11 +72,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--check", action="store_true", help="write nothing")
     check = parser.parse_args().check
-    wrong = [
-        f"docs/results/{name} is there: take it out of PENDING in docs/render.py"
-        for name in PENDING
-        if (tables.RESULTS / name).exists()
-    ]
+    wrong = []
     for path in pages():
         text, name = path.read_text(), path.relative_to(ROOT)
         try:
