@@ -238,6 +238,7 @@ def run(options: Options) -> int:
         if address:
             stack.enter_context(listening(options, session, queue, served, *address))
         came = stack.enter_context(signals(queue))
+        stack.callback(reader.join)
         if files:
             reader.start(lambda: reader.read(files, NEVER))
         if stdin:

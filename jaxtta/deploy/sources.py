@@ -75,6 +75,7 @@ class Reader:
         self.named = self.skipped = 0
         self._queue, self._session, self._report = queue, session, report
         self._shown, self._skip = shown, skip
+        self._threads: list[threading.Thread] = []
 
     def start(self, source: Callable[[], None]) -> None:
         """Run a source in a thread; `answer_all` raises the error that it ends with."""
@@ -87,7 +88,13 @@ class Reader:
                 error = problem
             self._queue.finish(error)
 
-        threading.Thread(target=run, name="reader", daemon=True).start()
+        self._threads.append(threading.Thread(target=run, name="reader", daemon=True))
+        self._threads[-1].start()
+
+    def join(self) -> None:
+        """Wait for the sources to end; Python aborts where it meets their threads at its exit."""
+        for thread in self._threads:
+            thread.join(4 * POLL)  # one that waits for input may not end
 
     def read(self, paths: Iterable[Path], wait: float) -> None:
         """Read files; each waits so many seconds for others to fill its batch."""
