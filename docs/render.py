@@ -58,7 +58,7 @@ def render(text: str) -> str:
         if "<!-- table:" in found["old"] or "<!-- value:" in found["old"]:
             raise ValueError(f"{found['start']} has no <!-- end -->")
         made = content(found["kind"], found["call"])
-        made = f"\n{made}\n" if found["kind"] == "table" and made else made or "\n"
+        made = f"\n{made}\n" if found["kind"] == "table" else made
         return f"{found['start']}{made}<!-- end -->"
 
     rest = re.sub(MARKER, "", text)

@@ -333,10 +333,8 @@ def test_a_mask_or_index_of_another_length_is_refused(tower, adapter, images, fi
         adapter.step(params, adapter.init(params), batch)
 
 
-def test_one_device_or_eight_give_the_same(case, tower, adapter, jitted, images):
+def test_one_device_or_eight_give_the_same(tower, adapter, jitted, images):
     """The batch split over eight devices in the global view, parameters and state on all."""
-    if case[0] == "vit":
-        pytest.skip("test_parallel.py has it")
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
     params = tower[1]
@@ -352,10 +350,8 @@ def test_one_device_or_eight_give_the_same(case, tower, adapter, jitted, images)
     close_changes(change(state.adapted, moved8.adapted), change(state.adapted, moved.adapted))
 
 
-def test_streams_map_over_states(case, tower, adapter, jitted, images):
+def test_streams_map_over_states(tower, adapter, jitted, images):
     """vmap over independent streams: one set of weights, one context, a state each."""
-    if case[0] == "vit":
-        pytest.skip("test_parallel.py has it")
     params = tower[1]
     state = adapter.init(params)
     axes = adapters.State(0, 0, None, 0)
