@@ -38,6 +38,7 @@ class Settings:
     steps: int = 3  # measured steps per row, after one warm-up step
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the matrix products
     torch_float32: Literal["highest", "tf32"] = "highest"  # of PyTorch on a GPU; JAX's is TF32
+    fused_attention: bool = False  # cuDNN's kernel for the images' tokens (JAX, bfloat16, NVIDIA)
     profile: bool = False  # also list the twenty kernels that take longest (JAX)
     reading: bool = False  # also time the reading of JPEG files
     projectors: bool = False  # also time what GNSP adds to training

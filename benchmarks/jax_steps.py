@@ -29,6 +29,7 @@ def measure(settings: cases.Settings, name: str, _: str) -> tuple:
     peak = cases.matmul_peak(lambda: product(a, b), size, wait)
     compute_dtype = None if dtype == jnp.float32 else dtype
     model = models.from_config(cases.clip_config(settings.model), compute_dtype=compute_dtype)
+    model = models.with_fused_attention(model) if settings.fused_attention else model
     task = models.task_from_token_ids(cases.prompt_tokens(settings.classes))
     params, count = random_params(model), 1 if name.startswith("tnt") else settings.batch
     images = jnp.asarray(cases.random_images(count, settings.model))
@@ -66,7 +67,8 @@ def measure(settings: cases.Settings, name: str, _: str) -> tuple:
         own = cases.timed(lambda: update(state.adapted, state.optimizer), settings.steps, wait)
         held = sum(leaf.nbytes for leaf in jax.tree.leaves(state.optimizer))
         more |= {"generator s": min(own), "its MB": held / 1e6}
-    return f"jax {jax.__version__}", seconds, memory, flops, peak, more
+    library = f"jax {jax.__version__}" + ", fused" * settings.fused_attention
+    return library, seconds, memory, flops, peak, more
 
 
 def make_adapter(

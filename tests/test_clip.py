@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 from conftest import GOLDEN, golden, relative
 
+import jaxtta
 from jaxtta.models import l2_normalize, prompts, task_from_token_ids, zero_shot_task
 from jaxtta.models.attention import attention
+from jaxtta.models.transformer import layer_norm
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +166,7 @@ def test_packed_rows_of_imagenets_prompts():
     assert ids.size == 77_000
     assert len(packed.prefix) + packed.grid.shape[1] == 18
     assert len(packed.prefix) + len(packed.tokens) == 4_170
+    assert [len(rows) for rows in prompts.rows(packed)] == [4_176, 4_176]  # a multiple of 8
 
 
 def test_gradients_flow_through_packed_prompts_as_through_plain_ones(tiny, forward):
@@ -190,6 +193,89 @@ def test_attention_equals_jaxs(mask):
     allowed = None if mask is None else mask[None, None]
     expected = jax.nn.dot_product_attention(q, k, v, mask=allowed)
     np.testing.assert_allclose(attention(q, k, v, mask), expected, atol=1e-6)
+
+
+@hypothesis.settings(max_examples=4)  # every shape compiles anew
+@hypothesis.given(tokens=st.integers(1, 20), heads=st.integers(1, 3), seed=st.integers(0, 99))
+def test_padded_fused_attention_is_plain_attention(tokens, heads, seed):
+    """Values and gradients, of second order too; JAX's kernel for CPUs stands for cuDNN's."""
+    inputs = jax.random.normal(jax.random.key(seed), (3, 2, tokens, heads, 8))
+    weights = jax.random.normal(jax.random.key(seed + 100), inputs.shape[1:])
+
+    def found(fused):
+        def score(*inputs):
+            return (jnp.sin(attention(*inputs, fused=fused)) * weights).sum()
+
+        def both(*inputs):
+            steepness = jnp.stack(jax.grad(score, (0, 1, 2))(*inputs))
+            return score(*inputs) + (steepness**3).sum()
+
+        return jax.jit(jax.value_and_grad(both, (0, 1, 2)))(*inputs)
+
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5),
+        found("xla"),
+        found(None),
+    )
+
+
+def test_fused_attention_changes_no_model(tiny):
+    """Embeddings and gradients of a ViT whose number of tokens is no multiple of 8."""
+    model, params = tiny
+    arch = model.vision.arch._replace(fused_attention="xla")
+    fused = dataclasses.replace(model, vision=model.vision.clone(arch=arch))
+    pixels = jax.random.normal(jax.random.key(0), (2, 32, 32, 3))
+
+    def score(model, params):
+        return (model.encode_image(params, pixels) ** 2).sum()
+
+    assert "custom_vjp" in str(jax.make_jaxpr(functools.partial(score, fused))(params))
+    ours, theirs = (
+        jax.jit(jax.grad(functools.partial(score, one)))(params) for one in (fused, model)
+    )
+    scale = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(theirs))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5 * scale), ours, theirs)
+
+
+def test_fused_attention_is_refused_where_it_cannot_run(tiny, towers):
+    wide, half = tiny[0], jaxtta.load(GOLDEN / "tiny-clip", compute_dtype=jnp.bfloat16)[0]
+    with pytest.raises(ValueError, match="needs 16 bits: compute_dtype is float32"):
+        jaxtta.models.with_fused_attention(wide)
+    with pytest.raises(ValueError, match="of ViTs, and the images' tower is a ResNet"):
+        jaxtta.models.with_fused_attention(towers["resnet"][0])
+    if jax.default_backend() == "cpu":
+        with pytest.raises(ValueError, match="needs an NVIDIA GPU with cuDNN"):
+            jaxtta.models.with_fused_attention(half)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_derivatives_of_layer_norm_are_those_of_its_formula(dtype):
+    """Also of second order."""
+    x, dy = jax.random.normal(jax.random.key(0), (2, 6, 16)).astype(dtype)
+    scale, bias = jax.random.normal(jax.random.key(1), (2, 16))
+
+    def formula(x, scale, bias):
+        wide = x.astype(jnp.float32)
+        y = (wide - wide.mean(-1, keepdims=True)) / jnp.sqrt(wide.var(-1, keepdims=True) + 1e-5)
+        return (y * scale + bias).astype(x.dtype)
+
+    def found(norm):
+        def score(*inputs):
+            return (jnp.sin(norm(*inputs)) * dy).sum().astype(jnp.float32)
+
+        def both(*inputs):
+            return score(*inputs) + sum((g**3).sum() for g in jax.grad(score, (0, 1, 2))(*inputs))
+
+        return jax.jit(jax.value_and_grad(both, (0, 1, 2)))(x, scale, bias)
+
+    tolerance = 1e-4 if dtype == "float32" else 5e-2
+    for ours, theirs in zip(
+        *map(jax.tree.leaves, (found(lambda *a: layer_norm(*a, 1e-5)), found(formula))), strict=True
+    ):
+        most = np.abs(theirs).max()
+        np.testing.assert_allclose(
+            np.asarray(ours, np.float32), np.asarray(theirs, np.float32), atol=tolerance * most
+        )
 
 
 def test_imagenet_prompts_tokenise_as_published(tiny, shared):
@@ -394,8 +480,6 @@ def test_a_tree_that_is_not_the_models_is_refused(tiny):
 def test_bfloat16_stays_close(tiny, forward):
     from conftest import GOLDEN
 
-    import jaxtta
-
     model, params = jaxtta.load(GOLDEN / "tiny-clip", compute_dtype=jnp.bfloat16)
     embeddings = jax.jit(model.encode_image)(params, forward["images"])
     assert embeddings.dtype == jnp.float32
@@ -404,8 +488,6 @@ def test_bfloat16_stays_close(tiny, forward):
 
 def test_rematerialisation_changes_no_gradient(tiny, forward):
     from conftest import GOLDEN
-
-    import jaxtta
 
     model, params = tiny
     lean, _ = jaxtta.load(GOLDEN / "tiny-clip", remat=True)

@@ -1,23 +1,26 @@
-r"""Compile every adapter for TPUs, with none attached, and say what its step needs there.
+r"""Compile every adapter for TPUs or H100s, with none attached, and say what its step needs there.
 
     python tpu/aot_check.py --topology v5litepod-8
+    python tpu/aot_check.py --topology h100-1 --models ViT-B/16 --modes streams --dtypes bfloat16
     python tpu/aot_check.py --topology v4-8 v6e-8 --scan --quick --models ViT-B/16
     python tpu/aot_check.py --topology v5litepod-8 --table --price 1.2
 
-It needs `libtpu`, in the version that jax asks for (`pip install 'libtpu==0.0.42.*'` beside jax
-0.10), and no TPU. One row a program, as soon as it is compiled. Streams: every chip adapts to its
-own stream, in batches of `--batch` images. Batch: all chips share one stream's batch. A step of TNT
-is one image.
+For TPUs it needs `libtpu`, in the version that jax asks for (`pip install 'libtpu==0.0.42.*'`
+beside jax 0.10), for H100s jax's plugin (`pip install jax-cuda12-plugin==V jax-cuda12-pjrt==V` for
+jax V; with `--fused-attention` also `nvidia-cudnn-cu12`), and none of these devices. One row a
+program, as soon as it is compiled. Streams: every chip adapts to its own stream, in batches of
+`--batch` images. Batch: all chips share one stream's batch. A step of TNT is one image.
 
 arg, temp and peak GB are a chip's, by the compiler; all of the model's parameters are among the
 arguments. A peak is what is in use at once; the compiler lays it out with gaps, so that a program
 needs arguments, temp, outputs that take no argument's place, and its code. GF are the matrix
 products of a chip's step, loops counted, bytes those of its main memory (HBM) by the compiled
 program's text; "XLA GB" is the compiler's own count, which takes a loop's body once and what lies
-in fast memory too. `bound ms` and `images/s` are what a chip would need at its published peak and
-bandwidth: a bound, not a measurement. Both dtypes have one peak: a float32 product is one bfloat16
-pass on a TPU where no higher precision is asked for, which column "highest" counts, of all
-products.
+in fast memory too. `kernels` are the operations that are started one after another; for a GPU all
+products are cuBLAS's, since the compiler can try out no others. `bound ms` and `images/s` are what
+a chip would need at its published peak and bandwidth: a bound, not a measurement. A float32 product
+is one bfloat16 pass on a TPU, and TF32 on a GPU, where no higher precision is asked for, which
+column "highest" counts, of all products.
 
 Exit codes: 0; 1 where a program does not fit or compile, holds float64, callbacks or dynamic
 shapes, or collectives between independent streams; 2 for options that cannot be parsed.
@@ -55,24 +58,41 @@ import jax_steps
 
 
 class Chip(NamedTuple):
-    """One chip as its manufacturer publishes it: GB, GB/s, and bfloat16 TF/s."""
+    """One chip as its manufacturer publishes it: GB, GB/s, and TF/s in bfloat16 and float32."""
 
     memory: float
     bandwidth: float
     peak: float
+    peak_float32: float
 
 
-CHIPS = {  # https://cloud.google.com/tpu/docs/v4, …/v5e and …/v6e
-    "v4": Chip(32, 1228, 275),
-    "v5e": Chip(16, 819, 197),
-    "v6e": Chip(32, 1638, 918),
+CHIPS = {  # https://cloud.google.com/tpu/docs/v4, …/v5e and …/v6e; nvidia.com/h100 (SXM, dense)
+    "v4": Chip(32, 1228, 275, 275),
+    "v5e": Chip(16, 819, 197, 197),
+    "v6e": Chip(32, 1638, 918, 918),
+    "h100": Chip(80, 3350, 989, 494),
 }
 FLAT = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8"}
 RENTED = {  # the chip, and the layout by the number in the name; v4's is of cores, two a chip
     "v4": ("v4", {8: "2x2x1", 16: "2x2x2", 32: "2x2x4", 64: "2x4x4"}),
     "v5litepod": ("v5e", FLAT),
     "v6e": ("v6e", FLAT),
+    "h100": ("h100", {1: "1x1x1", 2: "1x1x2", 4: "1x1x4", 8: "1x1x8"}),  # of one machine
 }
+# What the compiler has to know of a GPU that is not there; the numbers are of the device's manual.
+H100 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 core_count: 132 fpus_per_core: 128
+  shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448
+  shared_memory_per_core: 233472 threads_per_core_limit: 2048
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: 3350000000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
+  device_memory_size: 84900000000 cuda_compute_capability { major: 9 }
+}
+platform_name: "CUDA" device_description_str: "NVIDIA H100 80GB HBM3"
+runtime_version { major: 12 minor: 8 patch: 0 } dnn_version_info { major: 9 minor: 7 }
+"""
 IMAGES, CELLS, SHARE = 50_000, (15, 75), 0.4  # of ImageNet-C; an assumed share of the peak
 FORMATS = {  # what a row holds: place and format
     **{"topology": ("<11", ""), "model": ("<8", ""), "adapter": ("<9", ""), "mode": ("<7", "")},
@@ -88,6 +108,7 @@ FORMATS = {  # what a row holds: place and format
     **{"bound ms": (">8", ",.1f"), "images/s": (">8", ",.0f"), "float64": (">7", "")},
     **{"callbacks": (">9", ""), "dynamic": (">7", ""), "collectives": (">11", "")},
     **{"aliased": (">7", ""), "highest": (">7", ""), "scatters": (">8", "")},
+    **{"kernels": (">7", ",.0f")},
     **{"compile s": (">9", ".0f"), "verdict": ("", "")},
 }
 FORBIDDEN = {
@@ -96,6 +117,7 @@ FORBIDDEN = {
     "dynamic": "dynamic shapes",
 }
 LESS_EFFORT = {"exec_time_optimization_effort": -1.0}
+UNTRIED = {"xla_gpu_enable_triton_gemm": False}  # Triton's products are chosen by trying them out
 FITS = "fits"
 NO_SPLIT = "not possible: TNT takes its images one by one; spread its streams"
 PASSED = (FITS, NO_SPLIT)
@@ -105,7 +127,7 @@ PASSED = (FITS, NO_SPLIT)
 class Options:
     """What to compile."""
 
-    # as they are rented (v5litepod-8, v4-8, v6e-8), or a chip and its layout (v5e:2x4)
+    # as they are rented (v5litepod-8, v4-8, v6e-8, h100-1), or a chip and its layout (v5e:2x4)
     topology: tuple[str, ...] = ("v5litepod-8",)
     models: tuple[Literal["ViT-B/16", "ViT-L/14", "tiny"], ...] = ("ViT-B/16", "ViT-L/14")  # widths
     adapters: tuple[str, ...] = ("zero_shot", "tent", "batclip", "mgtta", "tnt")  # also tnt:steps=3
@@ -115,6 +137,7 @@ class Options:
     batch: int = 64  # images per step of one stream (TNT: always one)
     layers: int | None = None  # cut both towers to so many blocks, for a quick check
     scan: bool = False  # blocks as one loop, as with jaxtta sweep --scan-blocks
+    fused_attention: bool = False  # cuDNN's for the images' tokens, on H100s in bfloat16
     # compile several times faster, with less optimisation: for what a program holds and whether it
     # fits; its memory and bytes are more than those of what will run
     quick: bool = False
@@ -202,6 +225,16 @@ def layout_of(name: str) -> tuple[str, str]:
 
 def devices_of(chip: str, layout: str) -> list[Any]:
     """The devices of a topology, which programs can be compiled for and not run on."""
+    if chip == "h100":
+        if importlib.util.find_spec("jax_plugins.xla_cuda12") is None:
+            wanted = " ".join(
+                f"jax-cuda12-{part}=={jax.__version__}" for part in ("plugin", "pjrt")
+            )
+            raise ImportError(
+                f"jax's plugin, which compiles for GPUs, is missing: pip install {wanted}"
+            )
+        found = topologies.get_topology_desc(platform="cuda", target_config=H100, topology=layout)
+        return found.devices
     if importlib.util.find_spec("libtpu") is None:
         raise ImportError(
             "libtpu, which compiles for TPUs, is missing: pip install 'libtpu==0.0.42.*'"
@@ -237,7 +270,8 @@ def compile_case(case: Case, devices: list[Any], options: Options, remat: bool) 
     """Compile a program and say what its text tells."""
     chip = CHIPS[layout_of(case.topology)[0]]
     row = dict.fromkeys(FORMATS) | case._asdict()
-    how = [name for name in ("scan", "quick") if getattr(options, name)]
+    names = ("scan", "quick", "fused_attention")
+    how = [name.partition("_")[0] for name in names if getattr(options, name)]
     row |= {"remat": "yes" if remat else "no", "how": " ".join(how) or None}
     row |= {"of GB": chip.memory, "verdict": NO_SPLIT}
     is_tnt, shared = case.adapter.partition(":")[0] == "tnt", case.mode == "batch"
@@ -248,7 +282,9 @@ def compile_case(case: Case, devices: list[Any], options: Options, remat: bool) 
     lowered = traced.lower()
     row["GF"], start, exhausted = flops / 1e9, time.perf_counter(), None
     try:
-        compiled = lowered.compile(LESS_EFFORT if options.quick else None)
+        how = LESS_EFFORT if options.quick else {}
+        how |= UNTRIED if chip is CHIPS["h100"] else {}
+        compiled = lowered.compile(how or None)
     except jax.errors.JaxRuntimeError as error:
         exhausted = needed_memory(str(error))
         if exhausted is None or exhausted <= chip.memory:  # not of its main memory
@@ -265,16 +301,19 @@ def compile_case(case: Case, devices: list[Any], options: Options, remat: bool) 
     names = ("float64", "callbacks", "dynamic", "collectives", "scatters")
     row |= {name: counted[name] for name in names}
     images = (1 if is_tnt else options.batch) / (len(devices) if shared else 1)
-    row |= bound(flops, hlo.memory_bytes(program), images, chip)
+    peak = chip.peak if case.dtype == "bfloat16" else chip.peak_float32
+    row |= bound(flops, hlo.memory_bytes(program), images, chip.bandwidth, peak)
     row |= {
         "arg GB": memory.argument_size_in_bytes / 1e9,
         "temp GB": memory.temp_size_in_bytes / 1e9,
         "peak GB": memory.peak_memory_in_bytes / 1e9,
         "need GB": needed / 1e9,
-        "XLA GB": compiled.cost_analysis()["bytes accessed"] / 1e9,
+        "kernels": hlo.kernels(program),
         "aliased": f"{counted['aliased']}/{len(jax.tree.leaves(state))}",
         "highest": f"{counted['highest']}/{counted['products']}",
     }
+    if cost := compiled.cost_analysis():  # a GPU's program has none
+        row["XLA GB"] = cost["bytes accessed"] / 1e9
     return row | {"verdict": verdict(row, options.batch)}
 
 
@@ -290,6 +329,7 @@ def trace(case: Case, devices: list[Any], options: Options, remat: bool = False)
             tower.num_hidden_layers = min(options.layers, tower.num_hidden_layers)
     dtype = jnp.bfloat16 if case.dtype == "bfloat16" else None
     model = models.from_config(config, compute_dtype=dtype, remat=remat, scan=options.scan)
+    model = models.with_fused_attention(model) if options.fused_attention else model
     task = models.task_from_token_ids(cases.prompt_tokens(options.classes))
     phi = optim.init_meta_gradient_generator(jax.random.key(0))
     generator = optim.meta_gradient_generator(phi, 1e-3)
@@ -329,19 +369,22 @@ def needed_memory(message: str) -> float | None:
     return float(found[1]) * 2.0 ** {"M": 20, "G": 30, "T": 40}[found[2]] / 1e9 if found else None
 
 
-def bound(flops: float, moved: float, images: float, chip: Chip) -> dict[str, float]:
+def bound(
+    flops: float, moved: float, images: float, bandwidth: float, peak: float
+) -> dict[str, float]:
     """What a step would need at the chip's published peak and bandwidth.
 
     Args:
         flops: of its matrix products.
         moved: bytes from and to its main memory.
         images: of a step, a chip's share.
-        chip: the chip.
+        bandwidth: the chip's, in GB/s.
+        peak: its products, in TF/s.
 
     Returns:
         A row's columns.
     """
-    seconds = max(flops / chip.peak / 1e12, moved / chip.bandwidth / 1e9)
+    seconds = max(flops / peak / 1e12, moved / bandwidth / 1e9)
     row = {"GF": flops / 1e9, "HBM GB": moved / 1e9, "FLOP/byte": flops / moved}
     return row | {"bound ms": 1e3 * seconds, "images/s": images / seconds}
 

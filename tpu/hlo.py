@@ -112,10 +112,7 @@ def memory_bytes(program: Program, name: str | None = None) -> float:
         if one.opcode == "while":
             total += trips(program, one) * memory_bytes(program, one.called("body"))
         elif one.opcode == "conditional":
-            branches = re.search(r"branch_computations=\{(.*?)\}", one.attributes)
-            names = re.findall(r"[\w.-]+", branches[1]) if branches else []
-            names = names or [one.called("true_computation"), one.called("false_computation")]
-            total += max(memory_bytes(program, branch) for branch in names)
+            total += max(memory_bytes(program, branch) for branch in _branches(one))
         elif one.opcode == "call":
             total += memory_bytes(program, one.called("to_apply"))
         elif one.opcode in ("copy-start", "slice-start"):  # (from or to, to or from, a flag)
@@ -124,6 +121,35 @@ def memory_bytes(program: Program, name: str | None = None) -> float:
         elif one.opcode not in FREE and not any(name in one.attributes for name in FREE_CALLS):
             total += _read(program, computation, one) + _written(program, computation, one)
     return total
+
+
+def kernels(program: Program, name: str | None = None) -> int:
+    """How many operations a computation starts, those of loops as often as they run.
+
+    Args:
+        program: a compiled program.
+        name: of the computation; None for the whole program.
+
+    Returns:
+        The number; of a branch, the larger one.
+    """
+    total = 0
+    for one in program.computations[name or program.entry].values():
+        if one.opcode == "while":
+            total += trips(program, one) * kernels(program, one.called("body"))
+        elif one.opcode == "conditional":
+            total += max(kernels(program, branch) for branch in _branches(one))
+        elif one.opcode == "call":
+            total += kernels(program, one.called("to_apply"))
+        else:
+            total += one.opcode not in FREE
+    return total
+
+
+def _branches(one: Instruction) -> list[str]:
+    branches = re.search(r"branch_computations=\{(.*?)\}", one.attributes)
+    names = re.findall(r"[\w.-]+", branches[1]) if branches else []
+    return names or [one.called("true_computation"), one.called("false_computation")]
 
 
 def trips(program: Program, loop: Instruction) -> int:
@@ -176,6 +202,8 @@ def _touched(program: Program, one: Instruction, place: int) -> float:
 def _written(program: Program, computation: Computation, one: Instruction) -> float:
     sizes = _made(program, computation, one)
     arrays = _arrays(one.result)
+    if "__cublas$" in one.attributes:  # its last result is scratch memory, of which little is used
+        sizes, arrays = sizes[:1], arrays[:1]
     if len(sizes) != len(arrays):
         sizes = [_size(array) for array in arrays]
     return sum(size for size, array in zip(sizes, arrays, strict=True) if _in_memory(array))

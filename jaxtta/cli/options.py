@@ -45,11 +45,13 @@ class ModelOptions:
     compute_dtype: Literal["float32", "bfloat16"] = "float32"  # dtype of the matrix products
     remat: bool = False  # recompute activations in the backward pass: less memory, more time
     scan_blocks: bool = False  # blocks as one loop: deep models compile faster for TPU
+    fused_attention: bool = False  # cuDNN's attention on NVIDIA GPUs, for bfloat16
 
     def load(self) -> tuple[Any, Params]:
         """The model and its parameters."""
         dtype = jnp.dtype(self.compute_dtype)
-        return load(self.model, compute_dtype=dtype, remat=self.remat, scan=self.scan_blocks)
+        more = {"scan": self.scan_blocks, "fused_attention": self.fused_attention}
+        return load(self.model, compute_dtype=dtype, remat=self.remat, **more)
 
     def templates_for(self, layout: str) -> tuple[str, ...]:
         """The templates in full."""

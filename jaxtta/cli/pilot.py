@@ -90,7 +90,8 @@ def run(options: Options) -> int:
     images = target_folder(options.images, names, options.labels)
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / LOG).unlink(missing_ok=True)
-    shared = {name: getattr(options.model, name) for name in ("model", "compute_dtype", "remat")}
+    shared = ("model", "compute_dtype", "remat", "fused_attention")
+    shared = {name: getattr(options.model, name) for name in shared}
     shared |= {"templates": options.model.templates_for("folder"), "seed": options.seed}
     shared |= {"class_names": images.class_names, "batch_size": options.batch_size}
     rng = np.random.default_rng(options.seed)

@@ -39,6 +39,7 @@ class Setup:
         compute_dtype: of the matrix products.
         remat: whether activations are recomputed, as `jaxtta.load` says.
         scan: whether the blocks are a loop, as there.
+        fused_attention: whether cuDNN's kernel is used on NVIDIA GPUs, as there.
         preset: the benchmark whose published settings the adapter has.
         policy: the guard's numbers by name, where they are not the defaults; for guarded adapters.
         batch_size: images per step.
@@ -56,6 +57,7 @@ class Setup:
     compute_dtype: str = "float32"
     remat: bool = False
     scan: bool = False
+    fused_attention: bool = False
     preset: str = "cifar10-c"
     policy: Mapping[str, float] = dataclasses.field(default_factory=dict)
     batch_size: int = 16
@@ -128,7 +130,8 @@ class Setup:
     def load(self) -> tuple[Any, models.Params]:
         """The model and its parameters."""
         dtype = jnp.dtype(self.compute_dtype)
-        return models.load(self.model, compute_dtype=dtype, remat=self.remat, scan=self.scan)
+        more = {"scan": self.scan, "fused_attention": self.fused_attention}
+        return models.load(self.model, compute_dtype=dtype, remat=self.remat, **more)
 
     def make(self, model: Any, params: Any) -> tuple[models.Task | None, adapters.Adapter]:
         """The task and the adapter; a ValueError for a model that they do not fit."""

@@ -23,7 +23,7 @@ from jaxtta.models.feature_statistics import (
     save_statistics,
     statistics_of,
 )
-from jaxtta.models.load import load, load_clip
+from jaxtta.models.load import load, load_clip, with_fused_attention
 from jaxtta.models.preprocess import Preprocessing, describe_preprocessing
 from jaxtta.models.prompts import Prompts
 from jaxtta.models.settings import model_settings
@@ -62,5 +62,6 @@ __all__ = [
     "task_for",
     "task_from_token_ids",
     "with_batch_norm_statistics",
+    "with_fused_attention",
     "zero_shot_task",
 ]

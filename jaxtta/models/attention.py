@@ -1,13 +1,25 @@
 """Scaled dot-product attention."""
 
+import functools
+from collections.abc import Callable
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 Array = jax.Array
+Fused = Literal["cudnn", "xla"]
+FUSED_MULTIPLE = 8  # what cuDNN's kernels ask of the number of tokens
 
 
-def attention(query: Array, key: Array, value: Array, mask: np.ndarray | None = None) -> Array:
+def attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    mask: np.ndarray | None = None,
+    fused: Fused | None = None,
+) -> Array:
     """Attend, with the softmax in float32 (float64 under x64).
 
     Args:
@@ -15,10 +27,14 @@ def attention(query: Array, key: Array, value: Array, mask: np.ndarray | None = 
         key: (batch, keys, heads, dim).
         value: (batch, keys, heads, dim).
         mask: (queries, keys) bool, true where a query may look; None for everywhere.
+        fused: one of JAX's implementations, for tokens that all attend to all, and none where some
+            do not; None for batched matrix products.
 
     Returns:
         (batch, queries, heads, dim) in the query's dtype.
     """
+    if fused and query.shape == key.shape and mask is None:
+        return fused_attention(query, key, value, fused)
     # Batched matrix products over (batch, head), the layout that the CPU's kernels take without
     # another copy, forward and backward.
     query, key, value = (x.transpose(0, 2, 1, 3) for x in (query, key, value))
@@ -41,3 +57,56 @@ def _softmax_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, 
     (x,), (dx,) = primals, tangents
     y = softmax(x)
     return y, y * (dx - (y * dx).sum(-1, keepdims=True))
+
+
+def _padded(query: Array, key: Array, value: Array, implementation: Fused) -> Array:
+    batch, tokens = query.shape[:2]
+    padding = [(0, 0), (0, -tokens % FUSED_MULTIPLE), (0, 0), (0, 0)]
+    lengths = jnp.full(batch, tokens, jnp.int32)
+    y = jax.nn.dot_product_attention(
+        *(jnp.pad(x, padding) for x in (query, key, value)),
+        query_seq_lengths=lengths,
+        key_value_seq_lengths=lengths,
+        implementation=implementation,
+    )
+    return y[:, :tokens]
+
+
+def _pull_back(attend: Callable[..., Array], *arrays: Array) -> tuple[Array, ...]:
+    *inputs, dy = arrays
+    return jax.vjp(attend, *inputs)[1](dy)
+
+
+# cuDNN's kernel has a first derivative only. The derivative of that one, for meta-training, is the
+# plain form's.
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def fused_attention(query: Array, key: Array, value: Array, implementation: Fused) -> Array:
+    """JAX's own attention, of tokens filled up to a multiple of 8 that nobody looks at.
+
+    Args:
+        query: (batch, tokens, heads, dim).
+        key: of the same shape.
+        value: of the same shape.
+        implementation: "cudnn", for NVIDIA GPUs and tokens in 16 bits, or "xla".
+
+    Returns:
+        As `attention`.
+    """
+    return _padded(query, key, value, implementation)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _fused_gradient(implementation: Fused, *arrays: Array) -> tuple[Array, ...]:
+    return _pull_back(functools.partial(_padded, implementation=implementation), *arrays)
+
+
+fused_attention.defvjp(
+    lambda *given: (fused_attention(*given), given[:3]),
+    lambda implementation, inputs, dy: _fused_gradient(implementation, *inputs, dy),
+)
+_fused_gradient.defvjp(
+    lambda *given: (_fused_gradient(*given), given[1:]),
+    lambda _, arrays, dy: jax.vjp(functools.partial(_pull_back, attention), *arrays)[1](dy),
+)

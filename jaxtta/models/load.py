@@ -1,12 +1,16 @@
 """Loading checkpoints: CLIP and SigLIP of transformers or OpenCLIP, or a supervised ViT."""
 
+import dataclasses
+import functools
 import logging
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
+from jaxtta.models.attention import attention
 from jaxtta.models.checkpoints import open_clip, siglip, transformers, vit
 from jaxtta.models.checkpoints.files import OPEN_CLIP_CONFIG, WEIGHTS, is_transformers, model_type
 from jaxtta.models.checkpoints.find import find_folder
@@ -15,6 +19,7 @@ from jaxtta.models.classifier import Params
 from jaxtta.models.clip import CLIP
 from jaxtta.models.preprocess import describe_preprocessing
 from jaxtta.models.supervised import ImageClassifier
+from jaxtta.models.transformer import Architecture
 
 READERS = {"clip": transformers, "siglip": siglip, "vit": vit}
 """What reads each of transformers' model types."""
@@ -52,6 +57,7 @@ def load(
     compute_dtype: Any = None,
     remat: bool = False,
     scan: bool = False,
+    fused_attention: bool = False,
     revision: str | None = None,
 ) -> tuple[CLIP | ImageClassifier, Params]:
     """Load a checkpoint: CLIP or SigLIP of transformers or OpenCLIP, or a supervised ViT.
@@ -69,6 +75,8 @@ def load(
         scan: run the blocks of ViT and text towers as one loop: deep models compile faster for TPU,
             where that takes minutes; nothing is gained on a CPU. A ResNet's blocks differ and are
             not scanned.
+        fused_attention: let the images' tokens attend by cuDNN's kernel, which keeps no scores; see
+            `with_fused_attention`.
         revision: of the hub's model.
 
     Returns:
@@ -81,7 +89,8 @@ def load(
         TypeError: if a dtype is not a floating one.
         ValueError: if the configuration is none of CLIP's, SigLIP's and ViT's, only pickled weights
             or a LoRA adapter are there, a file is a git-LFS pointer, a parameter is missing, has
-            another shape or is not finite (they are named), or the preprocessing cannot be read.
+            another shape or is not finite (they are named), or the preprocessing cannot be read; or
+            as `with_fused_attention`.
 
     Examples:
         >>> import jax, jaxtta, numpy as np
@@ -99,8 +108,39 @@ def load(
     if compute_dtype is None and jnp.finfo(dtype).bits < 32:
         compute_dtype = dtype  # adapted parameters are float32 and must not decide it
     model, params = reader_of(folder).load_folder(folder, dtype, compute_dtype, remat, scan)
+    model = with_fused_attention(model) if fused_attention else model
     log.info("%s", describe_preprocessing(model))
     return model, params
+
+
+def with_fused_attention(model: Any) -> Any:
+    """Let the images' tokens attend by cuDNN's kernel, on NVIDIA GPUs.
+
+    It moves less memory, since it keeps no scores. The text tower stays as it is, and so do the
+    second derivatives of meta-training.
+
+    Args:
+        model: a CLIP or SigLIP model or a classifier with a ViT, its products in 16 bits.
+
+    Returns:
+        A model of the same parameters.
+
+    Raises:
+        ValueError: if the images' tower is a ResNet, its products are in float32, or JAX finds no
+            cuDNN.
+    """
+    arch = model.vision.arch
+    if not isinstance(arch, Architecture):
+        raise ValueError("fused attention is of ViTs, and the images' tower is a ResNet")
+    if jnp.finfo(arch.compute_dtype or jnp.float32).bits != 16:
+        raise ValueError("fused attention needs 16 bits: compute_dtype is float32, not bfloat16")
+    token = jax.ShapeDtypeStruct((1, 1, 1, arch.width // arch.heads), arch.compute_dtype)
+    try:
+        jax.eval_shape(functools.partial(attention, fused="cudnn"), token, token, token)
+    except RuntimeError as error:
+        raise ValueError(f"fused attention needs an NVIDIA GPU with cuDNN: {error}") from error
+    arch = arch._replace(fused_attention="cudnn")
+    return dataclasses.replace(model, vision=model.vision.clone(arch=arch))
 
 
 def reader_of(folder: Path) -> ModuleType:

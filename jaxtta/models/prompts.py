@@ -21,6 +21,7 @@ from jaxtta.models.task import Task
 from jaxtta.models.transformer import Attend, Select
 
 Array = jax.Array
+MULTIPLE = 8  # of rows: other numbers cost a GPU a copy before each matrix product in bfloat16
 
 
 class Prompts(NamedTuple):
@@ -156,14 +157,14 @@ take_rows.defvjp(_take_forward, _take_backward)
 
 
 def packed_attention(prompts: Prompts, causal: bool = True) -> Attend:
-    """Attention over the rows of packed prompts, causal or not."""
-    shared = prompts.prefix.shape[0]
+    """Attention over the rows of packed prompts, causal or not; zeros for those that fill up."""
+    shared, own = prompts.prefix.shape[0], prompts.tokens.shape[0]
     count, longest = prompts.grid.shape
-    full = count * longest == prompts.tokens.shape[0]  # prompts of one length need no gather
+    full = count * longest == own  # prompts of one length need no gather
     mask = None
     if causal:
-        own = np.tril(np.ones((longest, longest), bool))
-        mask = np.concatenate([np.ones((longest, shared), bool), own], 1)
+        later = np.tril(np.ones((longest, longest), bool))
+        mask = np.concatenate([np.ones((longest, shared), bool), later], 1)
 
     def lay_out(x: Array) -> Array:
         if full:
@@ -172,9 +173,10 @@ def packed_attention(prompts: Prompts, causal: bool = True) -> Attend:
 
     def attend(query: Array, key: Array, value: Array) -> Array:
         prefix = tuple(x[None, :shared] for x in (query, key, value))
-        query, key, value = (lay_out(x[shared:]) for x in (query, key, value))
+        parts, filling = [], query[shared + own :]
+        query, key, value = (lay_out(x[shared : shared + own]) for x in (query, key, value))
         if shared:
-            head = attention(*prefix, mask=np.tril(np.ones((shared, shared), bool)))[0]
+            parts = [attention(*prefix, mask=np.tril(np.ones((shared, shared), bool)))[0]]
             key, value = (
                 jnp.concatenate([jnp.broadcast_to(p, (count, *p.shape[1:])), x], 1)
                 for p, x in zip(prefix[1:], (key, value), strict=True)
@@ -183,7 +185,8 @@ def packed_attention(prompts: Prompts, causal: bool = True) -> Attend:
         y = y.reshape(-1, *y.shape[2:])
         if not full:
             y = take_rows(y, prompts.cells, prompts.grid.reshape(-1))
-        return jnp.concatenate([head, y]) if shared else y
+        parts += [y, jnp.zeros_like(filling)][: 1 + (len(filling) > 0)]
+        return jnp.concatenate(parts) if len(parts) > 1 else y
 
     return attend
 
@@ -195,15 +198,17 @@ def read_ends(prompts: Prompts) -> Select:
     ends = prompts.ends.reshape(-1)
     prompt = prompts.cells // longest  # of each row, which stand prompt after prompt
     last = jnp.append(prompt[1:] != prompt[:-1], True)
-    target = jnp.append(jnp.full(shared, count), jnp.where(last, prompt, count))
+    nowhere = jnp.full(shared, count), jnp.full(-(shared + len(prompt)) % MULTIPLE, count)
+    target = jnp.concatenate([nowhere[0], jnp.where(last, prompt, count), nowhere[1]])
     return lambda x: take_rows(x, ends, target)
 
 
 def rows(prompts: Prompts) -> tuple[Array, Array]:
-    """Token ids and positions of all rows, the prefix's first."""
+    """Token ids and positions of all rows, the prefix's first; zeros up to a multiple of 8."""
     shared = prompts.prefix.shape[0]
-    ids = jnp.concatenate([prompts.prefix, prompts.tokens])
-    return ids, jnp.concatenate([np.arange(shared, dtype=np.int32), prompts.positions])
+    filling = np.zeros(-(shared + prompts.tokens.shape[0]) % MULTIPLE, np.int32)
+    ids = jnp.concatenate([prompts.prefix, prompts.tokens, filling])
+    return ids, jnp.concatenate([np.arange(shared, dtype=np.int32), prompts.positions, filling])
 
 
 def over_devices(

@@ -13,6 +13,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxtta.models.attention import Fused
+
 Array = jax.Array
 Attend = Callable[[Array, Array, Array], Array]
 """(query, key, value), each (rows…, heads, dim), to the attended values of the same shape."""
@@ -62,6 +64,8 @@ class Architecture(NamedTuple):
             softmax and everything after the embeddings stay in float32.
         remat: recompute each block in the backward pass instead of keeping its activations.
         scan: run the blocks as one loop, which compiles faster for TPU and computes the same.
+        fused_attention: JAX's implementation by which an image's tokens attend, "cudnn" or "xla";
+            None for batched matrix products.
     """
 
     width: int
@@ -73,6 +77,7 @@ class Architecture(NamedTuple):
     compute_dtype: Any = None
     remat: bool = False
     scan: bool = False
+    fused_attention: Fused | None = None
 
 
 class LayerNorm(nn.Module):
@@ -85,34 +90,40 @@ class LayerNorm(nn.Module):
         """Normalise the last axis of `x`."""
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
         bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
-        y = standardize(x.astype(jnp.promote_types(x.dtype, jnp.float32)), self.epsilon)
-        return (y * scale + bias).astype(x.dtype)
+        return layer_norm(x, scale, bias, self.epsilon)
 
 
-# The derivatives that follow are those that JAX would find, written so that the backward pass keeps
-# one array where JAX's own keeps two or three. What is kept is most of the memory of a step.
+# The derivatives that JAX would find, written so that the backward pass keeps `x` alone where JAX's
+# own keeps two or three arrays. What is kept is most of the memory of a step. There the moments are
+# arrays of their own, from which the sums over all tokens (the gradients of scale and bias) are
+# taken in one pass; without the barrier a GPU's program would write out what they add up.
 
 
 def _moments(x: Array, epsilon: float) -> tuple[Array, Array]:
-    y = x - x.mean(-1, keepdims=True)
-    inverse_std = jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + epsilon)
-    return y * inverse_std, inverse_std
+    mean = x.mean(-1, keepdims=True)
+    y = x - mean
+    return mean, jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + epsilon)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def standardize(x: Array, epsilon: float) -> Array:
-    """Shift and scale the last axis of `x` to mean 0 and variance 1."""
-    return _moments(x, epsilon)[0]
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
+def layer_norm(x: Array, scale: Array, bias: Array, epsilon: float) -> Array:
+    """Normalise the last axis of `x`, in at least float32; the result has its dtype."""
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    mean, inverse_std = _moments(wide, epsilon)
+    return ((wide - mean) * inverse_std * scale + bias).astype(x.dtype)
 
 
-@standardize.defjvp
-def _standardize_jvp(
-    epsilon: float, primals: tuple[Array], tangents: tuple[Array]
+@layer_norm.defjvp
+def _layer_norm_jvp(
+    epsilon: float, primals: tuple[Array, ...], tangents: tuple[Array, ...]
 ) -> tuple[Array, Array]:
-    (x,), (dx,) = primals, tangents
-    y, inverse_std = _moments(x, epsilon)
-    along = (y * dx).mean(-1, keepdims=True)
-    return y, inverse_std * (dx - dx.mean(-1, keepdims=True) - y * along)
+    (x, scale, bias), (dx, dscale, dbias) = primals, tangents
+    wide, dwide = (one.astype(jnp.promote_types(x.dtype, jnp.float32)) for one in (x, dx))
+    mean, inverse_std = jax.lax.optimization_barrier(_moments(wide, epsilon))
+    y = (wide - mean) * inverse_std
+    along = (y * dwide).mean(-1, keepdims=True)
+    dy = inverse_std * (dwide - dwide.mean(-1, keepdims=True) - y * along)
+    return layer_norm(x, scale, bias, epsilon), (dy * scale + y * dscale + dbias).astype(x.dtype)
 
 
 class Attention(nn.Module):

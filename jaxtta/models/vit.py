@@ -1,5 +1,6 @@
 """The ViT image towers of CLIP and SigLIP in linen."""
 
+import functools
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -162,8 +163,9 @@ class VisionTransformer(nn.Module):
         if self.pre_norm:
             x = LayerNorm(self.arch.epsilon, name="pre_layrnorm")(x)
         read = _class_token if self.class_token and not all_tokens else identity
-        last = AttentionPlan(attention, read, read)
-        outputs, first = Encoder(self.arch, name="encoder")(x, attention, last, _class_token)
+        attend = functools.partial(attention, fused=self.arch.fused_attention)
+        last = AttentionPlan(attend, read, read)
+        outputs, first = Encoder(self.arch, name="encoder")(x, attend, last, _class_token)
         norm = LayerNorm(self.arch.epsilon, name="post_layernorm")
         if not self.class_token:
             pooled = AttentionPool(self.arch, name="head")(norm(outputs[-1]))

@@ -140,8 +140,8 @@ def _clip(x: Array) -> Array:
 
 def inter_view_distance(embeddings: Array) -> Array:
     """Mean distance between pairs of different unit embeddings (views, projection)."""
-    first, second = np.triu_indices(len(embeddings), 1)
-    squared = ((embeddings[first] - embeddings[second]) ** 2).sum(-1)
-    apart = squared > 0
+    squared = ((embeddings[:, None] - embeddings) ** 2).sum(-1)
+    # Each pair once, by a mask: the derivative of an index adds up row after row on a GPU.
+    apart = (squared > 0) & np.triu(np.ones(squared.shape, bool), 1)
     distances = jnp.sqrt(jnp.where(apart, squared, 1.0))  # a root of 0 has no derivative
     return jnp.where(apart, distances, 0).sum() / jnp.maximum(apart.sum(), 1)
