@@ -208,6 +208,19 @@ def benchmark() -> str:
     return _markdown(rows.assign(**shown, adapter=_code(rows["adapter"]))[columns], left=4)
 
 
+def programs() -> str:
+    """Steps compiled for an H100: kernels, bytes and memory."""
+    both = {"matrix products": "programs.csv", "cuDNN": "programs-fused.csv"}
+    rows = pd.concat([_read(file).assign(attention=name) for name, file in both.items()])
+    formats = {"kernels": "{:,.0f}", "GF": "{:,.0f}", "HBM GB": "{:,.1f}", "need GB": "{:,.1f}"}
+    formats |= {"bound ms": "{:,.1f}", "scatters": "{:,.0f}", "compile s": "{:,.0f}"}
+    shown = {key: rows[key].map(how.format) for key, how in formats.items()}
+    return _markdown(
+        rows.assign(**shown, adapter=_code(rows["adapter"]))[["adapter", "attention", *formats]],
+        left=2,
+    )
+
+
 def continual() -> str:
     """Accuracy after the last task and the modality gap: mean ± deviation over seeds."""
     rows = _read("continual.csv")

@@ -105,6 +105,11 @@ def test_bytes_of_main_memory_are_counted_with_all_turns_of_a_loop(hlo):
     entry = MATRIX + 2 * 2 * 8 + (MATRIX + MATRIX)  # copied, a part in bfloat16, and the sum
     assert hlo.memory_bytes(program, "body") == turn
     assert hlo.memory_bytes(program) == 7 * turn + entry
+    assert hlo.kernels(program) == 7 * 4 + 3
+    scratch = "(f32[7,8]{1,0}, s8[4096]{0}) custom-call(%last, %copy-done), target="
+    product = PROGRAM.replace("f32[7,8]{1,0:T(8,128)} add(%last, %copy-done)", scratch)
+    product = product.replace("target=", 'custom_call_target="__cublas$lt$matmul"')
+    assert hlo.memory_bytes(hlo.parse(product)) == hlo.memory_bytes(program)
 
 
 def test_a_text_that_is_no_program_is_refused(hlo):
@@ -166,6 +171,7 @@ def test_what_is_refused_is_found(hlo):
         ("v6e-16", "v6e", "4x4"),
         ("v5e:2x4", "v5e", "2x4"),
         ("v4:2x2x2", "v4", "2x2x2"),
+        ("h100-8", "h100", "1x1x8"),
     ],
 )
 def test_topologies_as_they_are_rented_and_as_they_are_laid_out(check, name, chip, layout):
@@ -367,6 +373,13 @@ def test_a_batch_that_the_chips_cannot_share_is_refused(check, monkeypatch):
     monkeypatch.setattr(check, "devices_of", lambda chip, layout: [None] * 8)
     with pytest.raises(ValueError, match="--batch is 12, expected a multiple of the 8 chips"):
         check.main(check.Options(batch=12))
+
+
+def test_without_jaxs_plugin_a_sentence_says_what_to_install(check, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    wanted = f"jax-cuda12-plugin=={jax.__version__} jax-cuda12-pjrt=={jax.__version__}"
+    with pytest.raises(ImportError, match=f"is missing: pip install {wanted}"):
+        check.devices_of(*check.layout_of("h100-1"))
 
 
 def test_without_libtpu_a_sentence_says_what_to_install(run_script, monkeypatch):

@@ -226,7 +226,7 @@ def layout_of(name: str) -> tuple[str, str]:
 def devices_of(chip: str, layout: str) -> list[Any]:
     """The devices of a topology, which programs can be compiled for and not run on."""
     if chip == "h100":
-        if importlib.util.find_spec("jax_plugins.xla_cuda12") is None:
+        if importlib.util.find_spec("jax_cuda12_plugin") is None:
             wanted = " ".join(
                 f"jax-cuda12-{part}=={jax.__version__}" for part in ("plugin", "pjrt")
             )

@@ -50,8 +50,13 @@ class ModelOptions:
     def load(self) -> tuple[Any, Params]:
         """The model and its parameters."""
         dtype = jnp.dtype(self.compute_dtype)
-        more = {"scan": self.scan_blocks, "fused_attention": self.fused_attention}
-        return load(self.model, compute_dtype=dtype, remat=self.remat, **more)
+        return load(
+            self.model,
+            compute_dtype=dtype,
+            remat=self.remat,
+            scan=self.scan_blocks,
+            fused_attention=self.fused_attention,
+        )
 
     def templates_for(self, layout: str) -> tuple[str, ...]:
         """The templates in full."""

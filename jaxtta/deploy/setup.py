@@ -130,8 +130,13 @@ class Setup:
     def load(self) -> tuple[Any, models.Params]:
         """The model and its parameters."""
         dtype = jnp.dtype(self.compute_dtype)
-        more = {"scan": self.scan, "fused_attention": self.fused_attention}
-        return models.load(self.model, compute_dtype=dtype, remat=self.remat, **more)
+        return models.load(
+            self.model,
+            compute_dtype=dtype,
+            remat=self.remat,
+            scan=self.scan,
+            fused_attention=self.fused_attention,
+        )
 
     def make(self, model: Any, params: Any) -> tuple[models.Task | None, adapters.Adapter]:
         """The task and the adapter; a ValueError for a model that they do not fit."""
