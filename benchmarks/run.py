@@ -38,6 +38,8 @@ PROMPTS = {"batclip": ("77 tokens", "cut"), "tnt": ("77 tokens",)}  # in PyTorch
 
 def main(settings: Settings) -> None:
     """Measure every row and print the table."""
+    if settings.fused_attention and "torch" in settings.frameworks:
+        raise ValueError("--fused-attention is of JAX's rows: give --frameworks jax")
     planned = [
         (name, framework, prompts)
         for name in settings.adapters

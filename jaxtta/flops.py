@@ -3,6 +3,9 @@
 import math
 from typing import Any
 
+CUDNN = {"dot_product_attention_fwd_wrapper": 2, "dot_product_attention_bwd_wrapper": 5}
+"""Matrix products of cuDNN's attention, one of scores and values each; its gradient has five."""
+
 
 def count_flops(program: Any) -> int:
     """Count the operations of a program's matrix products.
@@ -29,6 +32,10 @@ def count_flops(program: Any) -> int:
             (contracted, _), _ = equation.params["dimension_numbers"]
             terms = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
             total += 2 * terms * math.prod(equation.outvars[0].aval.shape)
+        if equation.primitive.name in CUDNN:  # queries and keys are (batch, tokens, heads, dim)
+            queries, keys = (one.aval.shape for one in equation.invars[:2])
+            products = CUDNN[equation.primitive.name]
+            total += 2 * products * math.prod(queries) * keys[1]
         inner = [getattr(value, "jaxpr", value) for value in equation.params.values()]
         inside = sum(count_flops(program) for program in inner if hasattr(program, "eqns"))
         total += equation.params.get("length", 1) * inside  # loops, jitted and derived functions

@@ -101,6 +101,17 @@ def test_a_session_goes_on_from_a_bundle_bit_for_bit(setup, loaded, tmp_path):
         assert [x[4:] for x in own] == [x[4:] for x in other]
 
 
+def test_a_setup_of_a_gpu_is_loaded_without_one(short, caplog):
+    """One made with cuDNN's attention goes on elsewhere; old ones say nothing of it."""
+    given = {"adapter": "tent", "class_names": list(CLASSES), "model": str(short)}
+    assert not Setup.of(given).fused_attention
+    half = Setup.of(given | {"compute_dtype": "bfloat16", "fused_attention": True})
+    model, _ = half.load()
+    assert model.vision.arch.fused_attention is None
+    assert "fused attention is off: JAX has no GPU here" in caplog.text
+    assert half.identity == Setup.of(given | {"compute_dtype": "bfloat16"}).identity
+
+
 def test_noise_maps_generators_and_statistics_are_in_the_bundle(loaded, setup, tmp_path):
     model, params = loaded
     noise, statistics = tmp_path / "noise.safetensors", tmp_path / "here.safetensors"

@@ -13,6 +13,7 @@ import pytest
 from conftest import GOLDEN, golden, relative
 
 import jaxtta
+from jaxtta.flops import count_flops
 from jaxtta.models import l2_normalize, prompts, task_from_token_ids, zero_shot_task
 from jaxtta.models.attention import attention
 from jaxtta.models.transformer import layer_norm
@@ -195,8 +196,10 @@ def test_attention_equals_jaxs(mask):
     np.testing.assert_allclose(attention(q, k, v, mask), expected, atol=1e-6)
 
 
-@hypothesis.settings(max_examples=4)  # every shape compiles anew
+@hypothesis.settings(max_examples=2)  # every shape compiles anew
 @hypothesis.given(tokens=st.integers(1, 20), heads=st.integers(1, 3), seed=st.integers(0, 99))
+@hypothesis.example(tokens=1, heads=1, seed=0)
+@hypothesis.example(tokens=8, heads=2, seed=0)
 def test_padded_fused_attention_is_plain_attention(tokens, heads, seed):
     """Values and gradients, of second order too; JAX's kernel for CPUs stands for cuDNN's."""
     inputs = jax.random.normal(jax.random.key(seed), (3, 2, tokens, heads, 8))
@@ -237,15 +240,65 @@ def test_fused_attention_changes_no_model(tiny):
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5 * scale), ours, theirs)
 
 
-def test_fused_attention_is_refused_where_it_cannot_run(tiny, towers):
-    wide, half = tiny[0], jaxtta.load(GOLDEN / "tiny-clip", compute_dtype=jnp.bfloat16)[0]
-    with pytest.raises(ValueError, match="needs 16 bits: compute_dtype is float32"):
-        jaxtta.models.with_fused_attention(wide)
-    with pytest.raises(ValueError, match="of ViTs, and the images' tower is a ResNet"):
-        jaxtta.models.with_fused_attention(towers["resnet"][0])
-    if jax.default_backend() == "cpu":
-        with pytest.raises(ValueError, match="needs an NVIDIA GPU with cuDNN"):
-            jaxtta.models.with_fused_attention(half)
+def test_fused_attention_is_mapped_as_plain_attention():
+    """Over any axis, also where one array is the same for all."""
+    x = jax.random.normal(jax.random.key(0), (3, 3, 2, 5, 2, 8))
+
+    def found(fused, axes):
+        def score(*inputs):
+            return (jnp.sin(attention(*inputs, fused=fused)) * inputs[0]).sum()
+
+        inputs = [
+            y[0] if axis is None else jnp.moveaxis(y, 0, axis)
+            for y, axis in zip(x, axes, strict=True)
+        ]
+        return jax.jit(jax.vmap(jax.value_and_grad(score, (0, 1, 2)), axes))(*inputs)
+
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+    for axes in ((0, 0, 0), (2, 2, 2), (0, None, 0)):
+        jax.tree.map(close, found("xla", axes), found(None, axes))
+
+
+def test_cudnns_attention_can_be_traced(tiny, monkeypatch):
+    """Derived and mapped, as for a GPU that is not here; its products are counted."""
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
+    half = jaxtta.load(GOLDEN / "tiny-clip", compute_dtype=jnp.bfloat16)[0]
+    assert jaxtta.models.with_fused_attention(half).vision.arch.fused_attention == "cudnn"
+    x = jax.ShapeDtypeStruct((3, 4, 17, 2, 8), jnp.bfloat16)
+
+    def score(*inputs):
+        return attention(*inputs, fused="cudnn").astype(jnp.float32).sum()
+
+    program = jax.make_jaxpr(jax.vmap(jax.grad(score, (0, 1, 2))))(x, x, x)
+    assert [one.shape for one in program.out_avals] == 3 * [x.shape]
+    product = 2 * 3 * 4 * 24 * 24 * 2 * 8  # of padded queries and keys
+    assert count_flops(program.jaxpr) == (2 + 2 + 5) * product  # forward twice, and backward
+    wide = jaxtta.models.with_fused_attention
+    arch = half.vision.arch._replace(width=2 * 256, heads=2)
+    with pytest.raises(ValueError, match="fused attention: "):
+        wide(dataclasses.replace(half, vision=half.vision.clone(arch=arch)))
+
+
+def test_fused_attention_is_refused_where_it_cannot_run(tiny, towers, monkeypatch):
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    def missing():
+        raise RuntimeError("cuDNN is not detected.")
+
+    monkeypatch.setattr(cudnn, "check_cudnn_version", missing)
+    half = jaxtta.load(GOLDEN / "tiny-clip", compute_dtype=jnp.bfloat16)[0]
+    for model, message in (
+        (tiny[0], "needs compute_dtype bfloat16 or float16, not float32"),
+        (towers["resnet"][0], "needs a ViT for the images"),
+        (towers["nnx"][0], "needs a ViT for the images"),
+        (half, "needs an NVIDIA GPU with cuDNN: cuDNN is not detected"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            jaxtta.models.with_fused_attention(model)
+    with pytest.raises(ValueError, match="fused attention needs a GPU, JAX has a cpu"):
+        jaxtta.load(GOLDEN / "tiny-clip", compute_dtype=jnp.bfloat16, fused_attention=True)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

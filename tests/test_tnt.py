@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 
 import hypothesis
@@ -278,6 +279,9 @@ def test_terms_where_views_agree():
     same = jnp.concatenate([one, one])
     assert float(inter_view_distance(same)) == 0
     assert np.all(np.isfinite(jax.grad(inter_view_distance)(same)))
+    views = jax.random.normal(jax.random.key(0), (5, 4))
+    distances = [np.linalg.norm(a - b) for a, b in itertools.combinations(np.asarray(views), 2)]
+    assert float(inter_view_distance(views)) == pytest.approx(np.mean(distances), rel=1e-5)
     assert "scatter" not in str(jax.make_jaxpr(jax.grad(inter_view_distance))(jnp.eye(4)))
     assert float(marginal_entropy(jnp.zeros((3, 8)))) == pytest.approx(np.log(8), rel=1e-6)
 

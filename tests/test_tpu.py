@@ -106,6 +106,10 @@ def test_bytes_of_main_memory_are_counted_with_all_turns_of_a_loop(hlo):
     assert hlo.memory_bytes(program, "body") == turn
     assert hlo.memory_bytes(program) == 7 * turn + entry
     assert hlo.kernels(program) == 7 * 4 + 3
+    named = PROGRAM.replace(
+        "add(%last, %copy-done)", 'custom-call(), custom_call_target="AllocateBuffer"'
+    )
+    assert hlo.kernels(hlo.parse(named)) == 7 * 4 + 2
     scratch = "(f32[7,8]{1,0}, s8[4096]{0}) custom-call(%last, %copy-done), target="
     product = PROGRAM.replace("f32[7,8]{1,0:T(8,128)} add(%last, %copy-done)", scratch)
     product = product.replace("target=", 'custom_call_target="__cublas$lt$matmul"')
@@ -373,6 +377,19 @@ def test_a_batch_that_the_chips_cannot_share_is_refused(check, monkeypatch):
     monkeypatch.setattr(check, "devices_of", lambda chip, layout: [None] * 8)
     with pytest.raises(ValueError, match="--batch is 12, expected a multiple of the 8 chips"):
         check.main(check.Options(batch=12))
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"dtypes": ("bfloat16",)},
+        {"topology": ("h100-1",)},
+        {"topology": ("h100-1",), "dtypes": ("bfloat16",), "table": True},
+    ],
+)
+def test_fused_attention_of_other_programs_is_refused(check, given):
+    with pytest.raises(ValueError, match="--fused-attention needs --topology h100-N and --dtypes"):
+        check.main(check.Options(fused_attention=True, **given))
 
 
 def test_without_jaxs_plugin_a_sentence_says_what_to_install(check, monkeypatch):

@@ -169,6 +169,9 @@ def main(options: Options) -> int:
     for name in options.adapters:
         adapters.parse_adapter(name)  # raises for an unknown one, before anything is compiled
     chips = {name: layout_of(name) for name in options.topology}
+    fusable = {chip for chip, _ in chips.values()} == {"h100"} and not options.table
+    if options.fused_attention and not (fusable and options.dtypes == ("bfloat16",)):
+        raise ValueError("--fused-attention needs --topology h100-N and --dtypes bfloat16")
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_compilation_cache", False)  # the time to compile is shown
     if options.table:
@@ -233,8 +236,8 @@ def devices_of(chip: str, layout: str) -> list[Any]:
             raise ImportError(
                 f"jax's plugin, which compiles for GPUs, is missing: pip install {wanted}"
             )
-        found = topologies.get_topology_desc(platform="cuda", target_config=H100, topology=layout)
-        return found.devices
+        how = {"platform": "cuda", "target_config": H100, "topology": layout}
+        return described(f"{chip}:{layout}", **how)
     if importlib.util.find_spec("libtpu") is None:
         raise ImportError(
             "libtpu, which compiles for TPUs, is missing: pip install 'libtpu==0.0.42.*'"
@@ -251,9 +254,15 @@ def devices_of(chip: str, layout: str) -> list[Any]:
     options: dict[str, Any] = {"chip_config_name": "megacore"} if chip == "v4" else {}
     if len(sides) == 2 and math.prod(sides) <= 8:
         options["chips_per_host_bounds"] = (*sides, 1)  # one machine holds them
-    name = f"{chip}:{layout}"
+    return described(
+        f"{chip}:{layout}", topology_name=f"{chip}:{layout}", platform="tpu", **options
+    )
+
+
+def described(name: str, **how: Any) -> list[Any]:
+    """The devices of a topology; a ValueError if the compiler does not know it."""
     try:
-        return topologies.get_topology_desc(name, platform="tpu", **options).devices
+        return topologies.get_topology_desc(**how).devices
     except jax.errors.JaxRuntimeError as error:
         raise ValueError(f"--topology {name}: {str(error).splitlines()[0]}") from error
 
@@ -282,9 +291,8 @@ def compile_case(case: Case, devices: list[Any], options: Options, remat: bool) 
     lowered = traced.lower()
     row["GF"], start, exhausted = flops / 1e9, time.perf_counter(), None
     try:
-        how = LESS_EFFORT if options.quick else {}
-        how |= UNTRIED if chip is CHIPS["h100"] else {}
-        compiled = lowered.compile(how or None)
+        flags = (LESS_EFFORT if options.quick else {}) | (UNTRIED if chip == CHIPS["h100"] else {})
+        compiled = lowered.compile(flags or None)
     except jax.errors.JaxRuntimeError as error:
         exhausted = needed_memory(str(error))
         if exhausted is None or exhausted <= chip.memory:  # not of its main memory

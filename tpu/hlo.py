@@ -16,6 +16,7 @@ PARTS = {"dynamic-slice", "slice", "gather"}  # these read as much of an array a
 COLLECTIVES = "all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute"
 COLLECTIVES = re.compile(rf"(ragged-)?({COLLECTIVES}|collective-broadcast)(-start)?")
 
+_SCRATCH = re.compile(r'custom_call_target="__(?:cublas|cudnn)\$')
 _ARRAY = re.compile(r"(\w+)\[([\d,<=]*)\](\{[^}]*\})?")
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.-]+) \(.*\{")
 _INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.-]+) = (.*)")
@@ -142,7 +143,8 @@ def kernels(program: Program, name: str | None = None) -> int:
         elif one.opcode == "call":
             total += kernels(program, one.called("to_apply"))
         else:
-            total += one.opcode not in FREE
+            free = one.opcode in FREE or one.opcode.endswith(("-done", "-update"))
+            total += not (free or any(name in one.attributes for name in FREE_CALLS))
     return total
 
 
@@ -202,8 +204,8 @@ def _touched(program: Program, one: Instruction, place: int) -> float:
 def _written(program: Program, computation: Computation, one: Instruction) -> float:
     sizes = _made(program, computation, one)
     arrays = _arrays(one.result)
-    if "__cublas$" in one.attributes:  # its last result is scratch memory, of which little is used
-        sizes, arrays = sizes[:1], arrays[:1]
+    if len(arrays) > 1 and _SCRATCH.search(one.attributes):  # the last, of which little is used
+        sizes, arrays = sizes[:-1], arrays[:-1]
     if len(sizes) != len(arrays):
         sizes = [_size(array) for array in arrays]
     return sum(size for size, array in zip(sizes, arrays, strict=True) if _in_memory(array))

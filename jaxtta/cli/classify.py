@@ -117,7 +117,7 @@ def session_of(options: Options, **more: Any) -> tuple[Setup, Session]:
         options.model.compute_dtype,
         options.model.remat,
         options.model.scan_blocks,
-        options.model.fused_attention,
+        fused_attention=options.model.fused_attention,
         policy={"least_images": options.min_adapt} if spec.guard else {},
         batch_size=options.batch_size,
         min_adapt=options.min_adapt,

@@ -49,14 +49,9 @@ class ModelOptions:
 
     def load(self) -> tuple[Any, Params]:
         """The model and its parameters."""
+        more: dict[str, Any] = {"scan": self.scan_blocks, "fused_attention": self.fused_attention}
         dtype = jnp.dtype(self.compute_dtype)
-        return load(
-            self.model,
-            compute_dtype=dtype,
-            remat=self.remat,
-            scan=self.scan_blocks,
-            fused_attention=self.fused_attention,
-        )
+        return load(self.model, compute_dtype=dtype, remat=self.remat, **more)
 
     def templates_for(self, layout: str) -> tuple[str, ...]:
         """The templates in full."""

@@ -7,6 +7,7 @@ session.log = AuditLog("log.jsonl", header_of(session, setup))
 
 import dataclasses
 import hashlib
+import logging
 import typing
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -21,6 +22,8 @@ from jaxtta.adapters.guard import Policy, guarded
 from jaxtta.adapters.specs import mgtta_config_of
 from jaxtta.deploy.session import Session
 from jaxtta.models.settings import model_settings
+
+log = logging.getLogger(__name__)
 
 PACKAGES = ("jaxtta", "jax", "jaxlib", "numpy", "pillow")
 _OF_MGTTA = ("phi", "statistics")
@@ -39,7 +42,6 @@ class Setup:
         compute_dtype: of the matrix products.
         remat: whether activations are recomputed, as `jaxtta.load` says.
         scan: whether the blocks are a loop, as there.
-        fused_attention: whether cuDNN's kernel is used on NVIDIA GPUs, as there.
         preset: the benchmark whose published settings the adapter has.
         policy: the guard's numbers by name, where they are not the defaults; for guarded adapters.
         batch_size: images per step.
@@ -48,6 +50,8 @@ class Setup:
         noise: file of a noise map that TNT applies.
         phi: file of MGTTA's generator; None for the adapter's own.
         statistics: file of MGTTA's source statistics; None for the adapter's own.
+        fused_attention: whether cuDNN's kernel is used, as `jaxtta.load` says; it is not where JAX
+            has no GPU.
     """
 
     adapter: str
@@ -57,7 +61,6 @@ class Setup:
     compute_dtype: str = "float32"
     remat: bool = False
     scan: bool = False
-    fused_attention: bool = False
     preset: str = "cifar10-c"
     policy: Mapping[str, float] = dataclasses.field(default_factory=dict)
     batch_size: int = 16
@@ -66,6 +69,7 @@ class Setup:
     noise: str | None = None
     phi: str | None = None
     statistics: str | None = None
+    fused_attention: bool = False
 
     def __post_init__(self) -> None:
         """Refuse a policy without a guard, a noise map without TNT, and unknown numbers."""
@@ -129,14 +133,11 @@ class Setup:
 
     def load(self) -> tuple[Any, models.Params]:
         """The model and its parameters."""
-        dtype = jnp.dtype(self.compute_dtype)
-        return models.load(
-            self.model,
-            compute_dtype=dtype,
-            remat=self.remat,
-            scan=self.scan,
-            fused_attention=self.fused_attention,
-        )
+        more: dict[str, Any] = {"remat": self.remat, "scan": self.scan}
+        more["fused_attention"] = self.fused_attention and jax.default_backend() == "gpu"
+        if more["fused_attention"] != self.fused_attention:
+            log.warning("fused attention is off: JAX has no GPU here")
+        return models.load(self.model, compute_dtype=jnp.dtype(self.compute_dtype), **more)
 
     def make(self, model: Any, params: Any) -> tuple[models.Task | None, adapters.Adapter]:
         """The task and the adapter; a ValueError for a model that they do not fit."""

@@ -1,8 +1,8 @@
 """Scaled dot-product attention."""
 
 import functools
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -27,8 +27,8 @@ def attention(
         key: (batch, keys, heads, dim).
         value: (batch, keys, heads, dim).
         mask: (queries, keys) bool, true where a query may look; None for everywhere.
-        fused: one of JAX's implementations, for tokens that all attend to all, and none where some
-            do not; None for batched matrix products.
+        fused: one of JAX's own implementations, which is used where all tokens attend to all tokens
+            (no mask, as many queries as keys); None for batched matrix products.
 
     Returns:
         (batch, queries, heads, dim) in the query's dtype.
@@ -77,13 +77,30 @@ def _pull_back(attend: Callable[..., Array], *arrays: Array) -> tuple[Array, ...
     return jax.vjp(attend, *inputs)[1](dy)
 
 
+def _with_larger_batch(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Under `vmap`, one call on a larger batch: JAX's own rule for cuDNN cannot map the lengths."""
+    mapped = jax.custom_batching.custom_vmap(function)
+
+    @mapped.def_vmap
+    def rule(size: int, batched: Sequence[bool], *arrays: Array) -> tuple[Any, Any]:
+        whole = [
+            x if is_batched else jnp.broadcast_to(x, (size, *x.shape))
+            for x, is_batched in zip(arrays, batched, strict=True)
+        ]
+        found = mapped(*(x.reshape(-1, *x.shape[2:]) for x in whole))
+        found = jax.tree.map(lambda x: x.reshape(size, -1, *x.shape[1:]), found)
+        return found, jax.tree.map(lambda _: True, found)
+
+    return mapped
+
+
 # cuDNN's kernel has a first derivative only. The derivative of that one, for meta-training, is the
 # plain form's.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def fused_attention(query: Array, key: Array, value: Array, implementation: Fused) -> Array:
-    """JAX's own attention, of tokens filled up to a multiple of 8 that nobody looks at.
+    """JAX's own attention, of tokens padded to a multiple of 8; no token attends to the padding.
 
     Args:
         query: (batch, tokens, heads, dim).
@@ -94,12 +111,14 @@ def fused_attention(query: Array, key: Array, value: Array, implementation: Fuse
     Returns:
         As `attention`.
     """
-    return _padded(query, key, value, implementation)
+    attend = functools.partial(_padded, implementation=implementation)
+    return _with_larger_batch(attend)(query, key, value)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _fused_gradient(implementation: Fused, *arrays: Array) -> tuple[Array, ...]:
-    return _pull_back(functools.partial(_padded, implementation=implementation), *arrays)
+    attend = functools.partial(_padded, implementation=implementation)
+    return _with_larger_batch(functools.partial(_pull_back, attend))(*arrays)
 
 
 fused_attention.defvjp(

@@ -75,8 +75,8 @@ def load(
         scan: run the blocks of ViT and text towers as one loop: deep models compile faster for TPU,
             where that takes minutes; nothing is gained on a CPU. A ResNet's blocks differ and are
             not scanned.
-        fused_attention: let the images' tokens attend by cuDNN's kernel, which keeps no scores; see
-            `with_fused_attention`.
+        fused_attention: let the images' tokens attend by cuDNN's kernel, which keeps no scores, on
+            an NVIDIA GPU; see `with_fused_attention`.
         revision: of the hub's model.
 
     Returns:
@@ -89,8 +89,8 @@ def load(
         TypeError: if a dtype is not a floating one.
         ValueError: if the configuration is none of CLIP's, SigLIP's and ViT's, only pickled weights
             or a LoRA adapter are there, a file is a git-LFS pointer, a parameter is missing, has
-            another shape or is not finite (they are named), or the preprocessing cannot be read; or
-            as `with_fused_attention`.
+            another shape or is not finite (they are named), or the preprocessing cannot be read;
+            for fused attention if JAX has no GPU, and as `with_fused_attention`.
 
     Examples:
         >>> import jax, jaxtta, numpy as np
@@ -104,6 +104,8 @@ def load(
     require_dtype("dtype", dtype)
     if compute_dtype is not None:
         require_dtype("compute_dtype", compute_dtype)
+    if fused_attention and jax.default_backend() != "gpu":
+        raise ValueError(f"fused attention needs a GPU, JAX has a {jax.default_backend()}")
     folder = find_folder(path_or_hub_id, revision)
     if compute_dtype is None and jnp.finfo(dtype).bits < 32:
         compute_dtype = dtype  # adapted parameters are float32 and must not decide it
@@ -117,7 +119,8 @@ def with_fused_attention(model: Any) -> Any:
     """Let the images' tokens attend by cuDNN's kernel, on NVIDIA GPUs.
 
     It moves less memory, since it keeps no scores. The text tower stays as it is, and so do the
-    second derivatives of meta-training.
+    second derivatives of meta-training. Derivatives are reverse-mode only (no `jax.jvp`), and on
+    explicit mesh axes the batch is not kept apart.
 
     Args:
         model: a CLIP or SigLIP model or a classifier with a ViT, its products in 16 bits.
@@ -126,17 +129,20 @@ def with_fused_attention(model: Any) -> Any:
         A model of the same parameters.
 
     Raises:
-        ValueError: if the images' tower is a ResNet, its products are in float32, or JAX finds no
-            cuDNN.
+        ValueError: if the images' tower is no ViT, its products are not in 16 bits, JAX finds no
+            cuDNN, or cuDNN has no kernel for heads of this size.
     """
-    arch = model.vision.arch
+    arch = getattr(getattr(model, "vision", None), "arch", None)
     if not isinstance(arch, Architecture):
-        raise ValueError("fused attention is of ViTs, and the images' tower is a ResNet")
-    if jnp.finfo(arch.compute_dtype or jnp.float32).bits != 16:
-        raise ValueError("fused attention needs 16 bits: compute_dtype is float32, not bfloat16")
+        raise ValueError("fused attention needs a ViT for the images, this model has another tower")
+    dtype = jnp.dtype(arch.compute_dtype or jnp.float32)
+    if jnp.finfo(dtype).bits != 16:
+        raise ValueError(f"fused attention needs compute_dtype bfloat16 or float16, not {dtype}")
     token = jax.ShapeDtypeStruct((1, 1, 1, arch.width // arch.heads), arch.compute_dtype)
     try:
         jax.eval_shape(functools.partial(attention, fused="cudnn"), token, token, token)
+    except NotImplementedError as error:
+        raise ValueError(f"fused attention: {error}") from error
     except RuntimeError as error:
         raise ValueError(f"fused attention needs an NVIDIA GPU with cuDNN: {error}") from error
     arch = arch._replace(fused_attention="cudnn")

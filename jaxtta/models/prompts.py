@@ -21,7 +21,7 @@ from jaxtta.models.task import Task
 from jaxtta.models.transformer import Attend, Select
 
 Array = jax.Array
-MULTIPLE = 8  # of rows: other numbers cost a GPU a copy before each matrix product in bfloat16
+MULTIPLE = 8  # of rows: XLA's programs for GPUs copy others before each product in bfloat16
 
 
 class Prompts(NamedTuple):
@@ -157,7 +157,7 @@ take_rows.defvjp(_take_forward, _take_backward)
 
 
 def packed_attention(prompts: Prompts, causal: bool = True) -> Attend:
-    """Attention over the rows of packed prompts, causal or not; zeros for those that fill up."""
+    """Attention over the rows of packed prompts, causal or not; zeros for the padding."""
     shared, own = prompts.prefix.shape[0], prompts.tokens.shape[0]
     count, longest = prompts.grid.shape
     full = count * longest == own  # prompts of one length need no gather

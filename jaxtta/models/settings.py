@@ -12,8 +12,8 @@ import numpy as np
 from jaxtta.io import digest_array
 
 _NO_MATTER = ("source", "remat", "scan", "fused_attention", "class_names", "preprocessing_origin")
-"""Fields of a model that change no result: its folder, how its blocks are compiled and with which
-kernels, and names, which the labels' names stand for."""
+"""Fields of a model that change no result but by rounding: its folder, how its blocks are compiled
+and with which kernels, and names, which the labels' names stand for."""
 
 
 def model_settings(model: Any, within: tuple[int, ...] = ()) -> Any:

@@ -93,10 +93,10 @@ class LayerNorm(nn.Module):
         return layer_norm(x, scale, bias, self.epsilon)
 
 
-# The derivatives that JAX would find, written so that the backward pass keeps `x` alone where JAX's
-# own keeps two or three arrays. What is kept is most of the memory of a step. There the moments are
-# arrays of their own, from which the sums over all tokens (the gradients of scale and bias) are
-# taken in one pass; without the barrier a GPU's program would write out what they add up.
+# The derivatives that JAX would find, written so that a compiled backward pass reads `x` and its
+# moments where JAX's own reads two or three arrays of its size. What is kept is most of the memory
+# of a step. The barrier makes arrays of the moments: the gradients of scale and bias are then sums
+# that one kernel computes; without it a GPU's program would write each term to memory first.
 
 
 def _moments(x: Array, epsilon: float) -> tuple[Array, Array]:
