@@ -2,10 +2,14 @@
 
 import dataclasses
 import json
+import os
+import platform
+import re
 import resource
 import sys
 import timeit
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -71,6 +75,13 @@ def resident_peak_gb() -> float:
     """Peak main memory of this process."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def cores() -> str:
+    """The machine's cores, as Linux names them."""
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
+    return f"{os.cpu_count()} cores of {names[0] if names else platform.machine()}"
 
 
 def prompt_tokens(classes: int) -> np.ndarray:

@@ -47,7 +47,9 @@ def measure(settings: cases.Settings, name: str, _: str) -> tuple:
     else:
         traced = jax.jit(function, donate_argnums=1).trace(params, state, *arguments)
     compiled = traced.lower().compile()
-    more = {"compile s": time.perf_counter() - start}
+    more: dict[str, Any] = {"compile s": time.perf_counter() - start}
+    kind = jax.local_devices()[0].device_kind
+    more["device"] = cases.cores() if kind == "cpu" else kind
 
     def step() -> Any:
         nonlocal state

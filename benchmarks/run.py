@@ -20,6 +20,7 @@ float32 is TF32 on a GPU unless JAX_DEFAULT_MATMUL_PRECISION says otherwise, PyT
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -60,9 +61,10 @@ def main(settings: Settings) -> None:
     rows = pd.DataFrame(found)
     reference = rows[rows.prompts == "77 tokens"].set_index("adapter")
     rows["faster"] = rows.adapter.map(reference["s/step"]) / rows["s/step"]
-    print(rows.to_string(index=False, na_rep="–", float_format="{:,.4g}".format))
+    shown = rows.drop(columns="device")
+    print(shown.to_string(index=False, na_rep="–", float_format="{:,.4g}".format))
     if settings.csv:
-        new = rows.assign(**{key: getattr(settings, key) for key in CASE})
+        new = rows.assign(**{key: getattr(settings, key) for key in CASE}, commit=commit())
         old = pd.read_csv(settings.csv) if Path(settings.csv).exists() else new[:0]
         both = pd.concat([old, new]) if len(old) else new
         both = both.drop_duplicates(["adapter", "library", "prompts", *CASE], keep="last")
@@ -71,6 +73,15 @@ def main(settings: Settings) -> None:
         print(reading_times().to_string())
     if settings.projectors:
         print(projection_times(settings).to_string())
+
+
+def commit() -> str:
+    """The commit that is measured, with a + if files differ from it; "unknown" outside of git."""
+    if shutil.which("git") is None:
+        return "unknown"
+    command = ["git", "describe", "--always", "--exclude=*", "--dirty=+"]
+    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    return done.stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":

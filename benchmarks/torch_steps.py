@@ -49,9 +49,10 @@ def measure(settings: cases.Settings, name: str, prompts: str) -> tuple:
         aten._scaled_dot_product_flash_attention_for_cpu: flop_counter.sdpa_flop,
         aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_counter.sdpa_backward_flop,
     }
+    more = {"device": torch.cuda.get_device_name() if CUDA else cases.cores()}
     with flop_counter.FlopCounterMode(display=False) as counter:
         step()
-    return f"torch {torch.__version__}", seconds, memory, counter.get_total_flops(), peak, {}
+    return f"torch {torch.__version__}", seconds, memory, counter.get_total_flops(), peak, more
 
 
 def predict(model: Any, images: torch.Tensor, texts: torch.Tensor) -> tuple[Any, torch.Tensor]:
