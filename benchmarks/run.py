@@ -67,7 +67,7 @@ def main(settings: Settings) -> None:
         new = rows.assign(**{key: getattr(settings, key) for key in CASE}, commit=commit())
         old = pd.read_csv(settings.csv) if Path(settings.csv).exists() else new[:0]
         both = pd.concat([old, new]) if len(old) else new
-        both = both.drop_duplicates(["adapter", "library", "prompts", *CASE], keep="last")
+        both = both.drop_duplicates(["adapter", "library", "prompts", "device", *CASE], keep="last")
         both.to_csv(settings.csv, index=False, float_format="%.5g")
     if settings.reading:
         print(reading_times().to_string())

@@ -204,8 +204,8 @@ def benchmark() -> str:
     rows = _read("benchmark.csv")
     names = ["s/step", "peak GB", "GFLOP", "% of peak", "faster"]
     shown = {key: rows[key].map("{:,.3g}".format).replace("nan", "") for key in names}
-    columns = ["adapter", "library", "prompts", "model", "classes", *names]
-    return _markdown(rows.assign(**shown, adapter=_code(rows["adapter"]))[columns], left=4)
+    columns = ["adapter", "library", "prompts", "device", "commit", "classes", *names]
+    return _markdown(rows.assign(**shown, adapter=_code(rows["adapter"]))[columns], left=5)
 
 
 def programs() -> str:
