@@ -79,7 +79,7 @@ RENTED = {  # the chip, and the layout by the number in the name; v4's is of cor
     "v6e": ("v6e", FLAT),
     "h100": ("h100", {1: "1x1x1", 2: "1x1x2", 4: "1x1x4", 8: "1x1x8"}),  # of one machine
 }
-# What the compiler has to know of a GPU that is not there; the numbers are of the device's manual.
+# What the compiler has to know of a GPU that is not there, as XLA describes an H100 (SXM).
 H100 = """
 gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32 core_count: 132 fpus_per_core: 128
